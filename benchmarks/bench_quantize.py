@@ -1,0 +1,78 @@
+"""Time of every quantiser against a copy of the bytes it must move. python -m benchmarks.bench_quantize --help"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.harness import copier, gate, interleaved, show
+from nvfp4.backends.registry import BACKENDS
+from nvfp4.hadamard import Rotation
+from nvfp4.quantizers.registry import get_quantizer
+
+CASES: dict[str, tuple[str, dict]] = {
+    "rtn": ("rtn", {}),
+    "rtn_2d": ("rtn_2d", {}),
+    "rtn row-scaled": ("rtn", {"row_scaled": True}),
+    "sr": ("sr", {}),
+    "sr_te": ("sr_te", {}),
+    "rot16 sr_te": ("sr_te", {"rotation": Rotation(16, fixed=True)}),
+    "four_over_six": ("four_over_six", {}),
+    "four_over_six 16x16": ("four_over_six", {"block": (16, 16)}),
+    "scale_search": ("scale_search", {}),
+    "ms_eden(1)": ("ms_eden", {}),
+    "ms_eden(2)": ("ms_eden", {"rounds": 2}),
+    "ms_eden(2, search)": ("ms_eden", {"rounds": 2, "search": True}),
+}
+
+
+def main() -> None:
+    """Parse, gate, time, show."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", default="cpu", choices=list(BACKENDS))
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each candidate")
+    parser.add_argument("--keep", metavar="NAME", help="keep the rows as results/NAME.json")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    backend, reference = BACKENDS[args.backend], BACKENDS["reference"]
+    elements = x.numel()
+    # amax reads the input, the quantiser reads it again and writes 4.5 bits an element; ms_eden reads it once
+    two_reads = int(elements * (2 * x.element_size() + 9 / 16))
+    one_read = int(elements * (x.element_size() + 9 / 16))
+    saved = backend.quantize(x, get_quantizer("rtn"), get_quantizer("rtn").check())
+    rows = []
+    for name, (quantizer_name, options) in CASES.items():
+        quantizer = get_quantizer(quantizer_name)
+        checked = quantizer.check(seed=1, sign_seed=2, **options)
+        q, expected = backend.quantize(x, quantizer, checked), reference.quantize(x, quantizer, checked)
+        gate(all(torch.equal(a, b) for a, b in zip(q.tensors, expected.tensors, strict=True)), name)
+        copy = copier(one_read if quantizer.rotates else two_reads)
+        ms = interleaved(
+            {
+                "copy": copy,
+                "rows": lambda quantizer=quantizer, checked=checked: backend.quantize(x, quantizer, checked),
+                "columns": lambda quantizer=quantizer, checked=checked: backend.quantize(x.t(), quantizer, checked),
+                "again": lambda quantizer=quantizer, checked=checked: backend.requantize(saved, quantizer, checked),
+            },
+            args.seconds,
+        )
+        rows.append(
+            {
+                "quantiser": name,
+                "copy ms": ms["copy"],
+                "row-wise ms": ms["rows"],
+                "x copy": ms["rows"] / ms["copy"],
+                "transposed ms": ms["columns"],
+                "x copy (transposed)": ms["columns"] / ms["copy"],
+                "from codes ms": ms["again"],
+            }
+        )
+    show(f"{args.size} x {args.size} {args.dtype}, backend {args.backend}", rows, args.keep)
+
+
+if __name__ == "__main__":
+    main()

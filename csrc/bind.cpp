@@ -1,0 +1,183 @@
+// Python bindings of the native CPU kernels: raw addresses in, checks of what would corrupt memory, no arithmetic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "formats.h"
+#include "layout.h"
+#include "philox.h"
+
+namespace py = pybind11;
+using namespace nvfp4;
+
+namespace {
+
+std::vector<const Kernels*> available() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        found.push_back(&avx512_kernels);
+    if (__builtin_cpu_supports("avx2")) found.push_back(&avx2_kernels);
+#endif
+    found.push_back(&portable_kernels);
+    return found;
+}
+
+const Kernels& kernels(const std::string& isa) {
+    static const std::vector<const Kernels*> found = available();
+    for (const Kernels* k : found)
+        if (isa.empty() || isa == k->name) return *k;
+    throw std::invalid_argument("instruction set '" + isa + "' is unknown or not supported by this processor");
+}
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+Element element_of(int element) {
+    require(element >= 0 && element <= 2, "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    return static_cast<Element>(element);
+}
+
+Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+    require(rows > 0 && columns > 0 && data != 0, "the source must not be empty");
+    require(row_stride == 1 || column_stride == 1, "one stride must be 1");
+    Source source{};
+    source.data = reinterpret_cast<const void*>(data);
+    source.element = element_of(element);
+    source.rows = rows;
+    source.columns = columns;
+    source.row_stride = row_stride;
+    source.column_stride = column_stride;
+    // a matrix of one column has two unit strides; reading it along its rows is then the contiguous way
+    if (row_stride == 1 && column_stride == 1 && rows == 1) source.row_stride = columns;
+    return source;
+}
+
+CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows, int64_t row_bytes,
+                       int64_t scale_stride, int64_t scale_block_rows, bool row_scaled) {
+    require(rows > 0 && row_bytes > 0 && codes && block_scale, "the codes must not be empty");
+    return {reinterpret_cast<const uint8_t*>(codes),
+            reinterpret_cast<const uint8_t*>(block_scale),
+            reinterpret_cast<const float*>(global_scale),
+            rows,
+            row_bytes,
+            scale_stride,
+            scale_block_rows,
+            row_scaled};
+}
+
+Source codes_source(const CodeMatrix& decoded, int64_t rows) {
+    require(rows > 0 && rows <= decoded.row_bytes * 2, "more operand rows than the codes have columns");
+    require(decoded.global_scale, "the source needs its global scale");
+    Source source{};
+    source.element = Element::codes;
+    source.rows = rows;
+    source.columns = decoded.rows;
+    source.decoded = decoded;
+    return source;
+}
+
+struct Options {
+    int rule = 0, metric = 0;
+    bool tiles = false, row_scaled = false, search = false;
+    uint64_t seed = 0;
+    int group = 0, rounds = 1;
+    uint64_t sign_seed = 0;
+    bool fixed = false;
+};
+
+void quantize(const Source& source, const Options& options, int64_t padded_columns, uintptr_t codes,
+              uintptr_t block_scale, uintptr_t global_scale, uintptr_t scratch, int threads, const std::string& isa) {
+    const int unit = options.group ? options.group : kBlock;
+    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2, "unknown rule or metric");
+    require(unit % 16 == 0 && unit <= 128 && options.rounds >= 1 && options.rounds <= 3, "bad rotation");
+    require(padded_columns == (source.columns + unit - 1) / unit * unit, "padded_columns does not fit the source");
+    require(codes && block_scale && global_scale && threads > 0, "missing output");
+    require(options.rule != 5 || (scratch && !options.tiles && !options.row_scaled), "ms_eden needs scratch and 1x16 blocks");
+    QuantizeArgs args{};
+    args.source = source;
+    args.turn = {options.group, options.rounds, options.sign_seed, options.fixed};
+    args.rule = static_cast<Rule>(options.rule);
+    args.metric = options.metric;
+    args.tiles = options.tiles;
+    args.row_scaled = options.row_scaled;
+    args.search = options.search;
+    args.seed = options.seed;
+    args.padded_columns = padded_columns;
+    args.codes = reinterpret_cast<uint8_t*>(codes);
+    args.block_scale = reinterpret_cast<uint8_t*>(block_scale);
+    args.global_scale = reinterpret_cast<float*>(global_scale);
+    args.scratch = reinterpret_cast<float*>(scratch);
+    args.threads = threads;
+    const Kernels& k = kernels(isa);
+    py::gil_scoped_release release;
+    k.quantize(args);
+}
+
+void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int threads, const std::string& isa) {
+    require(columns > 0 && columns <= matrix.row_bytes * 2, "more columns than there are codes");
+    require(out && threads > 0, "missing output");
+    const DecodeArgs args{matrix, columns, element_of(element), reinterpret_cast<void*>(out), threads};
+    const Kernels& k = kernels(isa);
+    py::gil_scoped_release release;
+    k.decode(args);
+}
+
+bool has_matmul() {
+#if defined(__x86_64__)
+    return kernels("").name == std::string("avx512") && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out, int threads) {
+    require(a.row_bytes == b.row_bytes && a.row_bytes % 8 == 0, "operands contract different lengths");
+    require(a.global_scale && b.global_scale && out && threads > 0, "missing scale or output");
+    require(has_matmul(), "this processor has no AVX-512 BF16");
+#if defined(__x86_64__)
+    const MatmulArgs args{a, b, a.row_bytes * 2, reinterpret_cast<const float*>(bias), element_of(element),
+                          reinterpret_cast<void*>(out), threads};
+    py::gil_scoped_release release;
+    matmul_avx512bf16(args);
+#endif
+}
+
+uint64_t fold_in(uint64_t seed, const std::vector<uint64_t>& data) {
+    for (const uint64_t datum : data) {
+        uint32_t word[4];
+        philox<uint32_t>(seed, static_cast<uint32_t>(datum), static_cast<uint32_t>(datum >> 32), kFoldStream, word);
+        seed = word[0] | static_cast<uint64_t>(word[1]) << 32;
+    }
+    return seed;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "Native CPU kernels of nvfp4; see nvfp4/backends/cpu.py.";
+    m.def("instruction_sets", [] {
+        py::list names;
+        for (const Kernels* k : available()) names.append(k->name);
+        return names;
+    });
+    py::class_<CodeMatrix>(m, "CodeMatrix").def(py::init(&code_matrix));
+    py::class_<Source>(m, "Source").def(py::init(&source_of)).def(py::init(&codes_source));
+    py::class_<Options>(m, "Options")
+        .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search, uint64_t seed, int group,
+                         int rounds, uint64_t sign_seed, bool fixed) {
+            return Options{rule, metric, tiles, row_scaled, search, seed, group, rounds, sign_seed, fixed};
+        }));
+    m.def("quantize", &quantize);
+    m.def("decode", &decode);
+    m.def("has_matmul", &has_matmul);
+    m.def("matmul", &matmul);
+    m.def("fold_in", &fold_in);
+    m.def("swizzled_offset", &swizzled_offset);
+}

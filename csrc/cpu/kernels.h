@@ -1,0 +1,87 @@
+// What the native CPU code offers to bind.cpp: plain structs and one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace nvfp4 {
+
+enum class Element : int { float32 = 0, bfloat16 = 1, float16 = 2, codes = 3 };
+
+// NVFP4 codes and decode scales of a matrix [rows, ...].
+struct CodeMatrix {
+    const uint8_t* codes;  // [rows, row_bytes]
+    const uint8_t* block_scale;
+    const float* global_scale;  // [1] or [rows]; null where it is to be left out
+    int64_t rows, row_bytes;
+    int64_t scale_stride;      // bytes from one row of scales to the next
+    int64_t scale_block_rows;  // 1, or 16 for tiles
+    bool row_scaled;
+};
+
+// A matrix operand [rows, columns], contracted along its columns.
+//
+// Elements: (r, c) lies at data[r * row_stride + c * column_stride], one of the strides being 1.
+// Codes: the operand is the transpose of ``decoded``, so (r, c) is its element at row c, column r.
+struct Source {
+    const void* data;
+    Element element;
+    int64_t rows, columns;
+    int64_t row_stride, column_stride;
+    CodeMatrix decoded;
+};
+
+struct Turn {
+    int group = 0;  // 0: no rotation
+    int rounds = 1;
+    uint64_t sign_seed = 0;
+    bool fixed = false;  // NVIDIA's
+};
+
+enum class Rule : int { rtn = 0, sr = 1, sr_te = 2, four_over_six = 3, scale_search = 4, ms_eden = 5 };
+
+struct QuantizeArgs {
+    Source source;
+    Turn turn;
+    Rule rule;
+    int metric;  // mse, mae, abs_max
+    bool tiles, row_scaled, search;
+    uint64_t seed;
+    int64_t padded_columns;  // Kp
+    uint8_t* codes;          // [rows, Kp / 2]
+    uint8_t* block_scale;    // [rows or ceil(rows / 16), Kp / 16]
+    float* global_scale;     // [1] or [rows]
+    float* scratch;          // ms_eden: [rows, Kp / 16]
+    int threads;
+};
+
+struct DecodeArgs {
+    CodeMatrix matrix;
+    int64_t columns;
+    Element element;  // of out
+    void* out;        // [rows, columns], contiguous
+    int threads;
+};
+
+struct MatmulArgs {
+    CodeMatrix a, b;         // out = a b^T
+    int64_t padded_columns;  // the contraction, a multiple of 16
+    const float* bias;       // [b.rows] or null
+    Element out_element;
+    void* out;  // [a.rows, b.rows], contiguous
+    int threads;
+};
+
+struct Kernels {
+    const char* name;
+    void (*quantize)(const QuantizeArgs&);
+    void (*decode)(const DecodeArgs&);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+void matmul_avx512bf16(const MatmulArgs&);
+#endif
+
+}  // namespace nvfp4

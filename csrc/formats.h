@@ -1,0 +1,33 @@
+// Number formats as data; the twin of nvfp4/formats.py, held equal to it by tests/test_native.py.
+#pragma once
+
+#include "lanes.h"
+
+NVFP4_BEGIN
+
+// A value with exponent e lies on a lattice of step 2^(max(e, min_exponent) - mantissa_bits).
+struct E2M1 {
+    static constexpr int mantissa_bits = 1;
+    static constexpr int min_exponent = 0;
+    static constexpr float max = 6.0f;
+    static constexpr unsigned code_mask = 7;  // of the magnitude
+};
+
+struct E4M3 {
+    static constexpr int mantissa_bits = 3;
+    static constexpr int min_exponent = -6;
+    static constexpr float max = 448.0f;
+    static constexpr unsigned code_mask = 127;
+    static constexpr unsigned largest_code = 126;  // 127 is NaN
+};
+
+// E2M1 values by code, sign in bit 3: what a table look-up in registers needs spelt out.
+constexpr float kSignedGrid[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                   -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+
+constexpr int kBlock = 16;                            // elements under one block scale
+constexpr float kFloatMax = 3.4028234663852886e38f;   // largest finite float32
+constexpr float kSearchCap = 256.0f;                  // largest block scale of quantisers that may enlarge it by 1.5
+constexpr unsigned kInfinityBits = 0x7f800000u;       // |x| of a non-finite float32 has bits at or above this
+
+NVFP4_END

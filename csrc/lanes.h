@@ -1,0 +1,85 @@
+// The vocabulary that the arithmetic headers are written in, for one number at a time.
+//
+// Everything in csrc/*.h is a template over F, "the float type": float here (a CUDA thread, a test), or sixteen lanes in
+// cpu/simd.h, which defines the same words for vectors. So each piece of arithmetic is written once.
+// Compile without FMA contraction and without flushing of subnormals; results are then equal to the last bit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// One namespace per instruction set: the same header compiled with other flags must not meet itself at link time.
+#if !defined(NVFP4_TARGET)
+#define NVFP4_TARGET scalar
+#endif
+#define NVFP4_BEGIN namespace nvfp4 { inline namespace NVFP4_TARGET {
+#define NVFP4_END }}
+
+#if defined(__CUDACC__)
+#define NVFP4_FN __host__ __device__ __forceinline__
+#else
+#define NVFP4_FN inline __attribute__((always_inline))
+#endif
+
+NVFP4_BEGIN
+
+template <class F>
+struct Lanes;  // Int: unsigned 32-bit of the same width
+
+template <>
+struct Lanes<float> {
+    using Int = uint32_t;
+};
+
+template <class F>
+using Int = typename Lanes<F>::Int;
+
+NVFP4_FN uint32_t bits(float x) {
+    uint32_t b;
+    memcpy(&b, &x, sizeof b);
+    return b;
+}
+
+NVFP4_FN float from_bits(uint32_t b) {
+    float x;
+    memcpy(&x, &b, sizeof x);
+    return x;
+}
+
+template <class F>
+NVFP4_FN F splat(float x);
+template <>
+NVFP4_FN float splat<float>(float x) {
+    return x;
+}
+
+template <class U>
+NVFP4_FN U same(uint32_t x);
+template <>
+NVFP4_FN uint32_t same<uint32_t>(uint32_t x) {
+    return x;
+}
+
+NVFP4_FN float select(bool mask, float a, float b) { return mask ? a : b; }
+NVFP4_FN uint32_t select(bool mask, uint32_t a, uint32_t b) { return mask ? a : b; }
+NVFP4_FN float smaller(float a, float b) { return a < b ? a : b; }
+NVFP4_FN float larger(float a, float b) { return a > b ? a : b; }
+NVFP4_FN uint32_t larger_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
+NVFP4_FN float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
+NVFP4_FN uint32_t truncate(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }  // 0 <= x < 2^31
+NVFP4_FN float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }     // n < 2^31
+
+NVFP4_FN uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+NVFP4_FN uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
+
+NVFP4_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+}
+
+NVFP4_END
+
+#if defined(NVFP4_VECTOR_LANES)
+#include "cpu/simd.h"  // before the templates that use its words: vector types have no argument-dependent lookup
+#endif

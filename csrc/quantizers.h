@@ -1,0 +1,265 @@
+// The quantisers, as rules on one block per lane; twins of nvfp4/quantizers/*.py, where the formulas and sources stand.
+//
+// A rule sees sixteen elements x[0..15] of its block. ``Scope`` reduces what the lanes share: nothing for 1x16 blocks
+// (RowScope), everything for a 16x16 tile of which each lane holds a row (TileScope, in cpu/simd.h).
+#pragma once
+
+#include "codec.h"
+#include "philox.h"
+#include "rounding.h"
+#include "scaling.h"
+
+NVFP4_BEGIN
+
+// Sixteen signed codes, eight a word, low nibble first, and the block scale.
+template <class F>
+struct Packed {
+    Int<F> low, high;
+    Int<F> scale_code;
+};
+
+// What a rule knows beside its elements.
+template <class F>
+struct Given {
+    F encode;         // S, per tensor or per row
+    F global_scale;   // fl(1 / S)
+    const F* noise;   // sixteen centred uniforms, or null for deterministic rules
+};
+
+struct RowScope {
+    template <class F>
+    static NVFP4_FN F amax(F a) {
+        return a;
+    }
+    template <class F, class Leaf>
+    static NVFP4_FN F sum(Leaf leaf) {
+        return tree_sum<F>(leaf);
+    }
+};
+
+enum class Metric { mse, mae, abs_max };
+
+template <class F>
+NVFP4_FN F block_amax(const F (&x)[kBlock]) {
+    Int<F> largest = bits(x[0]) & 0x7fffffffu;  // as integers, so that NaN is larger than anything
+#pragma GCC unroll 16
+    for (int i = 1; i < kBlock; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
+    return from_bits(largest);
+}
+
+// Codes of x[i] * multiplier with the signs of x. ``code(magnitude, i)`` leaves the code of the magnitude in its low three
+// bits; what is above them is masked away here.
+template <class F, class Code>
+NVFP4_FN void pack_codes(const F (&x)[kBlock], F multiplier, Packed<F>& out, Code code) {
+    Int<F> half[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+        Int<F> word = {};
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            const F& element = x[8 * h + j];
+            const F scaled = smaller(magnitude(element) * multiplier, splat<F>(E2M1::max));
+            const Int<F> low = code(scaled, 8 * h + j) << (4 * j), sign = bits(element) >> (28 - 4 * j);
+            word = select_bits(15u << (4 * j), select_bits(E2M1::code_mask << (4 * j), low, sign), word);
+        }
+        half[h] = word;
+    }
+    out.low = half[0];
+    out.high = half[1];
+}
+
+template <class F>
+NVFP4_FN void pack_nearest(const F (&x)[kBlock], F multiplier, Packed<F>& out) {
+    pack_codes(x, multiplier, out, [](F a, int) { return nearest_code_bits<E2M1>(a); });
+}
+
+// min(fl(1 / fl(s * global_scale)), FLT_MAX): a non-zero block whose scale underflowed keeps FLT_MAX.
+template <class F>
+NVFP4_FN F element_multiplier(F block_scale, F global_scale) {
+    return smaller(splat<F>(1.0f) / (block_scale * global_scale), splat<F>(kFloatMax));
+}
+
+template <class Scope, class F>
+NVFP4_FN F scope_amax(const F (&x)[kBlock]) {
+    return Scope::amax(block_amax(x));
+}
+
+enum class Rounding { to_nearest, stochastic_up, stochastic_te };
+
+// rtn, sr, sr_te: cap 448.
+template <class Scope, Rounding rounding>
+struct Plain {
+    static constexpr bool noisy = rounding != Rounding::to_nearest;
+    static constexpr float cap = E4M3::max;
+
+    template <class F>
+    static NVFP4_FN Packed<F> apply(const F (&x)[kBlock], const Given<F>& given) {
+        const F base = smaller(base_scale(scope_amax<Scope>(x), given.encode), splat<F>(E4M3::max));
+        const Rounded<F> s = rounding == Rounding::stochastic_up ? up<E4M3>(base) : nearest<E4M3>(base);
+        const F multiplier = element_multiplier(s.value, given.global_scale);
+        Packed<F> out;
+        out.scale_code = s.code;
+        if constexpr (noisy) {
+            pack_codes(x, multiplier, out, [&](F a, int i) { return stochastic<E2M1>(a, given.noise[i]).code; });
+        } else {
+            pack_nearest(x, multiplier, out);
+        }
+        return out;
+    }
+};
+
+template <class F>
+NVFP4_FN F guarded_inverse(F scale) {
+    return select(scale == 0.0f, splat<F>(0.0f), splat<F>(1.0f) / scale);
+}
+
+// Error of the block |x| S against its codes on a candidate scale.
+template <class Scope, Metric metric, class F>
+NVFP4_FN F candidate_error(const F (&scaled)[kBlock], F scale) {
+    const F inverse = guarded_inverse(scale);
+    const auto error = [&](int i) {
+        const F q = nearest_value<E2M1>(smaller(scaled[i] * inverse, splat<F>(E2M1::max)));
+        const F e = scaled[i] - q * scale;
+        return metric == Metric::mse ? e * e : magnitude(e);
+    };
+    if constexpr (metric != Metric::abs_max) return Scope::template sum<F>(error);
+    F largest = error(0);
+#pragma GCC unroll 16
+    for (int i = 1; i < kBlock; ++i) largest = larger(largest, error(i));
+    return Scope::amax(largest);
+}
+
+template <class F>
+NVFP4_FN void scaled_magnitudes(const F (&x)[kBlock], F encode, F (&scaled)[kBlock]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; ++i) scaled[i] = magnitude(x[i]) * encode;
+}
+
+// The codes of x S on the scale that won.
+template <class F>
+NVFP4_FN Packed<F> finish(const F (&x)[kBlock], const F (&scaled)[kBlock], const Rounded<F>& scale) {
+    F signed_scaled[kBlock];
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; ++i) signed_scaled[i] = from_bits(bits(scaled[i]) | (bits(x[i]) & 0x80000000u));
+    Packed<F> out;
+    out.scale_code = scale.code;
+    pack_nearest(signed_scaled, guarded_inverse(scale.value), out);
+    return out;
+}
+
+template <class Scope, Metric metric>
+struct FourOverSix {
+    static constexpr bool noisy = false;
+    static constexpr float cap = kSearchCap;
+
+    template <class F>
+    static NVFP4_FN Packed<F> apply(const F (&x)[kBlock], const Given<F>& given) {
+        F scaled[kBlock];
+        scaled_magnitudes(x, given.encode, scaled);
+        const F base = base_scale(scope_amax<Scope>(x), given.encode);
+        const Rounded<F> six = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
+        const Rounded<F> four = nearest<E4M3>(smaller(base * 1.5f, splat<F>(E4M3::max)));
+        const auto better = candidate_error<Scope, metric>(scaled, four.value) <
+                            candidate_error<Scope, metric>(scaled, six.value);
+        const Rounded<F> best = {select(better, four.code, six.code), select(better, four.value, six.value)};
+        return finish(x, scaled, best);
+    }
+};
+
+template <class Scope>
+struct ScaleSearch {
+    static constexpr bool noisy = false;
+    static constexpr float cap = kSearchCap;
+
+    template <class F>
+    static NVFP4_FN Packed<F> apply(const F (&x)[kBlock], const Given<F>& given) {
+        constexpr int steps[] = {-2, -1, 1, 2, 3, 4, 5, 6};
+        F scaled[kBlock];
+        scaled_magnitudes(x, given.encode, scaled);
+        const F base = base_scale(scope_amax<Scope>(x), given.encode);
+        const Rounded<F> first = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
+        Rounded<F> best = first;
+        F best_error = candidate_error<Scope, Metric::mse>(scaled, first.value);
+        for (const int step : steps) {
+            const Int<F> code = neighbour<F>(first.code, step);
+            const F value = decode<E4M3, F>(code);
+            const F error = candidate_error<Scope, Metric::mse>(scaled, value);
+            const auto better = error < best_error;
+            best = {select(better, code, best.code), select(better, value, best.value)};
+            best_error = smaller(error, best_error);
+        }
+        return finish(x, scaled, best);
+    }
+
+    // code + step within [1, 126]; a zero scale stays zero.
+    template <class F>
+    static NVFP4_FN Int<F> neighbour(Int<F> code, int step) {
+        const F moved = to_float(code) + static_cast<float>(step);
+        const F kept = larger(smaller(moved, splat<F>(E4M3::largest_code)), splat<F>(1.0f));
+        return select(code == 0u, code, truncate(kept));
+    }
+};
+
+// MS-EDEN on a rotated block: codes, and the block scale r as a float, to be rounded once the tensor's largest is known.
+template <bool search>
+struct MsEden {
+    template <class F>
+    static NVFP4_FN Packed<F> apply(const F (&y)[kBlock], F amax, F& length) {
+        constexpr float full_scale = 0x1.849d64p+2f;  // fl(6 / 0.988125), arXiv 2601.22813
+        constexpr float factors[] = {1.0f, 0.875f, 1.125f, 1.25f, 1.375f, 1.5f};
+        const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
+        const F inverse = guarded_inverse(a);
+        F unit[kBlock];
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; ++i) unit[i] = magnitude(y[i]) * inverse;
+        F best_c = splat<F>(full_scale);
+        F best_t = candidate_length(unit, full_scale);
+        if constexpr (search) {
+            F best_error = error(unit, full_scale, best_t);
+            for (int k = 1; k < 6; ++k) {
+                const float c = full_scale / factors[k];
+                const F t = candidate_length(unit, c);
+                const F candidate = error(unit, c, t);
+                const auto better = candidate < best_error;
+                best_c = select(better, splat<F>(c), best_c);
+                best_t = select(better, t, best_t);
+                best_error = smaller(candidate, best_error);
+            }
+        }
+        length = a * best_t;
+        F signed_unit[kBlock];
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; ++i) signed_unit[i] = from_bits(bits(unit[i]) | (bits(y[i]) & 0x80000000u));
+        Packed<F> out;
+        out.scale_code = Int<F>{};
+        pack_nearest(signed_unit, best_c, out);
+        return out;
+    }
+
+    template <class F>
+    static NVFP4_FN F rounded(F unit, float c) {
+        return nearest_value<E2M1>(smaller(unit * c, splat<F>(E2M1::max)));
+    }
+
+    // t = fl(<v, v> / <v, q>) * fl(1 / c)
+    template <class F>
+    static NVFP4_FN F candidate_length(const F (&unit)[kBlock], float c) {
+        const F numerator = tree_sum<F>([&](int i) {
+            const F v = unit[i] * c;
+            return v * v;
+        });
+        const F denominator = tree_sum<F>([&](int i) { return (unit[i] * c) * rounded(unit[i], c); });
+        const F correction = select(denominator == 0.0f, splat<F>(1.0f), numerator / denominator);
+        return correction * (1.0f / c);
+    }
+
+    template <class F>
+    static NVFP4_FN F error(const F (&unit)[kBlock], float c, F t) {
+        return tree_sum<F>([&](int i) {
+            const F e = unit[i] - rounded(unit[i], c) * t;
+            return e * e;
+        });
+    }
+};
+
+NVFP4_END

@@ -1,0 +1,34 @@
+// Scales from maxima, and sums in the fixed order; the twin of nvfp4/scaling.py.
+#pragma once
+
+#include "formats.h"
+#include "lanes.h"
+
+NVFP4_BEGIN
+
+// S = min(fl(6 cap / amax), FLT_MAX), 1 where amax is 0.
+template <class F>
+NVFP4_FN F encode_scale(F amax, float cap) {
+    const F scale = smaller(splat<F>(E2M1::max * cap) / amax, splat<F>(kFloatMax));
+    return select(amax == 0.0f, splat<F>(1.0f), scale);
+}
+
+// fl(amax * fl(S * fl(1/6))), at most ``limit`` <= FLT_MAX.
+template <class F>
+NVFP4_FN F base_scale(F amax, F scale) {
+    return smaller(amax * (scale * (1.0f / 6.0f)), splat<F>(kFloatMax));
+}
+
+// leaf(0) + ... + leaf(15) in the fixed order: x[i] + x[i + 8], then + x[i + 4], x[i + 2], x[i + 1]. Written from the last
+// addition down, so that few sums are alive at a time.
+template <class F, int n = 1, class Leaf>
+NVFP4_FN F tree_sum(Leaf leaf, int i = 0) {
+    if constexpr (n == kBlock) {
+        return leaf(i);
+    } else {
+        const F low = tree_sum<F, 2 * n>(leaf, i);
+        return low + tree_sum<F, 2 * n>(leaf, i + n);
+    }
+}
+
+NVFP4_END

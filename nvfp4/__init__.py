@@ -1,0 +1,59 @@
+"""NVFP4 training: drop-in linear layers, one definition of the numerics, exact on every machine.
+
+import nvfp4
+
+nvfp4.convert(model)                # nn.Linear -> NVFP4, in place, same parameters, same state_dict
+print(nvfp4.report(model))          # what runs in which recipe on which backend, and why the rest was kept
+q = nvfp4.quantize(x, "ms_eden", seed=1)
+q.codes, q.block_scale, q.global_scale, q.dequantize()
+"""
+
+from typing import Any
+
+from nvfp4.backends.registry import BackendUnavailable
+from nvfp4.convert import ConvertWarning, convert, disabled, revert
+from nvfp4.diagnostics import health, observe, report
+from nvfp4.hadamard import Rotation, rotate
+from nvfp4.linear import Linear, fixed_weights, invalidate, load_noise_state, noise_state
+from nvfp4.ops import dequantize, explain, matmul, quantize
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.registry import QUANTIZERS
+from nvfp4.recipes import RECIPES, Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QUANTIZERS",
+    "RECIPES",
+    "BackendUnavailable",
+    "ConvertWarning",
+    "Linear",
+    "QTensor",
+    "Recipe",
+    "Rotation",
+    "convert",
+    "dequantize",
+    "disabled",
+    "explain",
+    "fixed_weights",
+    "health",
+    "info",
+    "invalidate",
+    "load_noise_state",
+    "matmul",
+    "noise_state",
+    "observe",
+    "quantize",
+    "report",
+    "revert",
+    "rotate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "info":  # on first use, so that `python -m nvfp4.info` does not find itself imported already
+        from nvfp4.info import info
+
+        globals()["info"] = info
+        return info
+    raise AttributeError(f"module 'nvfp4' has no attribute {name!r}")

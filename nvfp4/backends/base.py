@@ -1,0 +1,46 @@
+"""What a backend is: three operations on matrices, and an honest answer to whether it can do them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+
+Operation = Literal["quantize", "dequantize", "matmul"]
+
+
+class Backend(ABC):
+    """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and scales bit for bit."""
+
+    name: str
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """None if this backend can run on ``device`` on this machine, otherwise the reason in words."""
+
+    def refuses(
+        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+    ) -> str | None:
+        """None if it implements the operation (for this quantiser and these options), otherwise the reason."""
+        return None
+
+    @abstractmethod
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along its last axis."""
+
+    def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""
+        return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)
+
+    @abstractmethod
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor that q stands for, in its original shape; see ``QTensor.dequantize``."""
+
+    @abstractmethod
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """decode(a) @ decode(b)^T [a.rows, b.rows]: contraction in float32 without the global scales, then
+        fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast to ``out_dtype``."""

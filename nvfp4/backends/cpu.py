@@ -1,0 +1,172 @@
+"""The native CPU backend: C++ kernels over raw memory, equal to the reference to the last bit.
+
+The kernels (``csrc/``) exist for AVX-512, AVX2 and portably; the best one the processor has is used. Threads follow
+``torch.get_num_threads()``. If the extension was not built, this backend says why and the reference takes over.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.reference import reference_matmul
+from nvfp4.formats import NVFP4, TILE_BLOCK
+from nvfp4.hadamard import Rotation
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import METRICS, Options, Quantizer
+
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
+"""Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/cpu/kernels.h."""
+
+try:
+    native: ModuleType | None = importlib.import_module("nvfp4._cpu")
+    _MISSING = None
+except ImportError as error:
+    native = None
+    reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
+    _MISSING = f"the native extension is missing, {reason}; reinstall with a C++17 compiler on PATH"
+
+_HAS_MATMUL = native is not None and native.has_matmul()
+
+
+class CpuBackend(Backend):
+    """isa: "avx512", "avx2", "portable", or "" for the best this processor has (tests force each)."""
+
+    name = "cpu"
+
+    def __init__(self, isa: str = "") -> None:
+        self.isa = isa
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the cpu, not on {device.type}"
+        return _MISSING
+
+    def refuses(
+        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+    ) -> str | None:
+        if operation == "quantize" and quantizer is not None and quantizer.name not in _RULES:
+            return f"it has no kernel for {quantizer.name}"
+        return None
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if x.numel() == 0:
+            return quantizer.quantize(x, options)
+        if 1 not in x.stride():
+            x = x.contiguous()
+        assert native is not None
+        rows, columns = x.shape
+        source = native.Source(x.data_ptr(), _ELEMENTS[x.dtype], rows, columns, x.stride(0), x.stride(1))
+        return self._quantize(source, rows, columns, quantizer, options)
+
+    def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if q.rotation is not None or q.codes.numel() == 0:
+            return super().requantize(q, quantizer, options)
+        assert native is not None
+        q = _contiguous(q)
+        source = native.Source(_matrix(q), q.contraction)
+        return self._quantize(source, q.contraction, q.rows, quantizer, options)
+
+    def _quantize(self, source: object, rows: int, columns: int, quantizer: Quantizer, options: Options) -> QTensor:
+        assert native is not None
+        unit = NVFP4.block_size if options.rotation is None else options.rotation.group
+        padded = -(-columns // unit) * unit
+        width = padded // NVFP4.block_size
+        rule = _RULES[quantizer.name]
+        tiles = options.block == TILE_BLOCK
+        codes = torch.empty(rows, padded // 2, dtype=torch.uint8)
+        block_scale = torch.empty(-(-rows // options.block[0]), width, dtype=torch.uint8)
+        global_scale = torch.empty(rows if options.row_scaled else 1)
+        scratch = torch.empty(rows, width) if quantizer.rotates else None
+        native.quantize(
+            source,
+            _native_options(rule, tiles, options),
+            padded,
+            codes.data_ptr(),
+            block_scale.data_ptr(),
+            global_scale.data_ptr(),
+            0 if scratch is None else scratch.data_ptr(),
+            torch.get_num_threads(),
+            self.isa,
+        )
+        return QTensor(codes, block_scale, global_scale, options.block, (rows, columns), -1, options.rotation)
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        if q.rotation is not None or dtype not in _ELEMENTS or q.codes.numel() == 0:
+            return q.dequantize(dtype)
+        out = self._decode(q, q.contraction, dtype, with_global=True)
+        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
+        return out.view(*lead, q.contraction).movedim(-1, q.axis)
+
+    def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+        assert native is not None
+        q = _contiguous(q)
+        out = torch.empty(q.rows, columns, dtype=dtype)
+        matrix = _matrix(q, with_global)
+        native.decode(matrix, columns, _ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
+        return out
+
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert native is not None
+        if not _HAS_MATMUL or self.isa not in ("", "avx512") or a.codes.numel() == 0 or b.codes.numel() == 0:
+            return self._emulated_matmul(a, b, out_dtype, bias)
+        a, b = _contiguous(a), _contiguous(b)
+        out = torch.empty(a.rows, b.rows, dtype=out_dtype)
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        pointer = 0 if bias is None else bias.data_ptr()
+        threads = torch.get_num_threads()
+        native.matmul(_matrix(a), _matrix(b), pointer, _ELEMENTS[out_dtype], out.data_ptr(), threads)
+        return out
+
+    def _emulated_matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Without AVX-512 BF16: a float32 GEMM of decoded operands, as in the reference."""
+        if a.codes.numel() == 0 or b.codes.numel() == 0:
+            return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+        left, right = (self._decode(q, q.padded_contraction, torch.float32, with_global=False) for q in (a, b))
+        return reference_matmul(left, right, a, b, out_dtype, bias)
+
+
+def _contiguous(q: QTensor) -> QTensor:
+    """q over plain memory; whoever takes pointers from it has to keep it alive."""
+    if all(t.is_contiguous() for t in q.tensors):
+        return q
+    codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
+    return QTensor(codes, block_scale, global_scale, *q.record)
+
+
+def _matrix(q: QTensor, with_global: bool = True) -> object:
+    assert native is not None
+    assert all(t.is_contiguous() for t in q.tensors)
+    return native.CodeMatrix(
+        q.codes.data_ptr(),
+        q.block_scale.data_ptr(),
+        q.global_scale.data_ptr() if with_global else 0,
+        q.rows,
+        q.codes.shape[1],
+        q.block_scale.shape[1],
+        q.block[0],
+        q.row_scaled,
+    )
+
+
+def _native_options(rule: int, tiles: bool, options: Options) -> object:
+    assert native is not None
+    rotation = options.rotation or Rotation(16, fixed=True)
+    return native.Options(
+        rule,
+        METRICS.index(options.metric),
+        tiles,
+        options.row_scaled,
+        options.search,
+        options.seed or 0,
+        0 if options.rotation is None else rotation.group,
+        rotation.rounds,
+        rotation.sign_seed or 0,
+        rotation.fixed,
+    )

@@ -1,0 +1,44 @@
+"""The reference backend: the mathematics of ``quantizers/`` in PyTorch, and the GEMM emulated exactly, on any
+device."""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4.backends.base import Backend
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+
+
+class ReferenceBackend(Backend):
+    """Defines the right answer. e2m1 * e4m3 needs 6 significant bits, so a float32 GEMM of the decoded operands (TF32
+    or BF16 tensor cores included) has exact products and differs from the FP4 GEMM in summation order alone."""
+
+    name = "reference"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        return quantizer.quantize(x, options)
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        return q.dequantize(dtype)
+
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+
+
+def reference_matmul(
+    a_blocks: torch.Tensor,
+    b_blocks: torch.Tensor,
+    a: QTensor,
+    b: QTensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The GEMM of operands already decoded without their global scales, float32 [rows, Kp] each."""
+    y = (a_blocks @ b_blocks.t()).mul_(a.global_scale.view(-1, 1)).mul_(b.global_scale)
+    if bias is not None:
+        y = y.add_(bias)
+    return y.to(out_dtype)

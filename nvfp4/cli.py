@@ -1,0 +1,111 @@
+"""The command line: parse, call, exit code. ``nvfp4 COMMAND --help`` lists every option with its default."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
+
+import tyro
+
+from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, from_fields, read_config_file
+from nvfp4.train.errors import Interrupted, TrainError
+
+DESCRIPTION = "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
+FAILED = 1
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(PretrainConfig):
+    """Train a language model in NVFP4 (or BF16) and export it."""
+
+    config: str | None = None
+    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command line wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(CompareConfig):
+    """Train the same model once for each recipe and measure the gap to BF16."""
+
+    config: str | None = None
+    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command line wins."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say which backends run on this machine, and why the others do not."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 after an error, 2 for a wrong option, 130 or 143 after a signal."""
+    try:
+        command = parse(sys.argv[1:] if arguments is None else list(arguments))
+        RUNNERS[type(command)](command)
+        return 0
+    except TrainError as error:
+        print(f"nvfp4: error: {error}", file=sys.stderr)
+        return FAILED
+    except Interrupted as stop:
+        print(f"nvfp4: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        print("nvfp4: interrupted; what was saved is complete, go on with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command as an object of its class; a wrong option ends the process (2), a wrong file is a TrainError."""
+    defaults = _defaults(arguments)
+    commands: list[Any] = [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=defaults.get(kind, kind()))]
+        for kind in RUNNERS
+    ]
+    union: Any = reduce(or_, commands)
+    return tyro.cli(union, args=arguments, prog="nvfp4", description=DESCRIPTION)
+
+
+def _defaults(arguments: list[str]) -> dict[type, Any]:
+    """The command's config file, if ``--config`` names one, as the defaults that the other options then change."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look.add_argument("command", nargs="?")
+    look.add_argument("--config")
+    known, _ = look.parse_known_args(arguments)
+    kind = next((kind for kind in RUNNERS if kind.__name__.lower() == known.command), None)
+    if known.config is None or kind is None or not issubclass(kind, TrainConfig):
+        return {}
+    return {kind: from_fields(kind, {**read_config_file(known.config), "config": known.config}, known.config)}
+
+
+def _pretrain(command: Pretrain) -> None:
+    from nvfp4.train.loop import pretrain
+
+    pretrain(_without_file(PretrainConfig, command))
+
+
+def _compare(command: Compare) -> None:
+    from nvfp4.train.compare import compare
+
+    compare(_without_file(CompareConfig, command))
+
+
+def _info(command: Info) -> None:
+    from nvfp4.info import info
+
+    print(info())
+
+
+def _without_file(kind: type, command: Any) -> Any:
+    return kind(**{field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
+
+
+RUNNERS: dict[type, Callable[[Any], None]] = {Pretrain: _pretrain, Compare: _compare, Info: _info}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

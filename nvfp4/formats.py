@@ -1,0 +1,72 @@
+"""Number formats as data: the E2M1 element, the E4M3 block scale and the NVFP4 block format built from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT32_MAX = 3.4028234663852886e38
+"""Largest finite float32, (2 - 2^-23) * 2^127: where overflowing encode scales are clamped (IEEE 754)."""
+
+
+@dataclass(frozen=True)
+class ElementFormat:
+    """A signed floating-point format without infinities.
+
+    A value with exponent e lies on a lattice of step ``2 ** (max(e, min_exponent) - mantissa_bits)``; everything that
+    rounds or encodes is derived from that one sentence.
+    """
+
+    name: str
+    bits: int
+    mantissa_bits: int
+    min_exponent: int
+    """Exponent of the smallest normal number; below it the step stays constant (subnormals)."""
+    max: float
+    """Largest finite magnitude; rounding saturates here."""
+
+    @property
+    def bias(self) -> int:
+        """The exponent field of a normal value with exponent e holds e + bias."""
+        return 1 - self.min_exponent
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The non-negative finite values in ascending order; the index of a value is its code."""
+        per_binade = 2**self.mantissa_bits
+        values = [code * 2.0 ** (self.min_exponent - self.mantissa_bits) for code in range(per_binade)]
+        exponent = self.min_exponent
+        while values[-1] < self.max:
+            step = 2.0 ** (exponent - self.mantissa_bits)
+            values += [v for v in (2.0**exponent + i * step for i in range(per_binade)) if v <= self.max]
+            exponent += 1
+        return tuple(values)
+
+
+E2M1 = ElementFormat("e2m1", bits=4, mantissa_bits=1, min_exponent=0, max=6.0)
+"""0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign in bit 3 (OCP Microscaling formats v1.0, section 5.3.3)."""
+
+E4M3 = ElementFormat("e4m3fn", bits=8, mantissa_bits=3, min_exponent=-6, max=448.0)
+"""FN variant: bias 7, no infinities, NaN is 0x7F (OCP 8-bit floating point, table 1). Only its unsigned half is
+used."""
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Elements that share a scale: value = element * block_scale * global_scale."""
+
+    name: str
+    element: ElementFormat
+    scale: ElementFormat
+    block_size: int
+    """Elements along the contraction axis under one block scale."""
+
+
+NVFP4 = BlockFormat("nvfp4", element=E2M1, scale=E4M3, block_size=16)
+
+ROW_BLOCK = (1, NVFP4.block_size)
+"""One scale per 16 consecutive elements of a row, the shape the tensor cores consume."""
+TILE_BLOCK = (NVFP4.block_size, NVFP4.block_size)
+"""One scale per 16x16 tile, so that a matrix and its transpose share codes and scales."""
+
+SEARCH_CAP = 256.0
+"""Largest block scale aimed at by quantisers that may enlarge it: 1.5 * 256 = 384 still fits below 448."""

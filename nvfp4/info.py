@@ -1,0 +1,54 @@
+"""What this machine can do: versions, devices, and each backend with the reason why not. ``python -m nvfp4.info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from types import ModuleType
+
+import torch
+
+from nvfp4.backends.registry import BACKENDS
+
+
+def info() -> str:
+    """One fact a line: versions, processor, devices, and for each backend "yes" or why it cannot run there."""
+    devices = [torch.device("cpu")]
+    facts = {name: _version(name) for name in ("nvfp4", "torch", "triton", "transformers")}
+    facts["python"] = platform.python_version()
+    facts["cpu"] = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    facts["cuda"] = str(torch.version.cuda or "this torch was built without it")
+    facts["nvcc"] = shutil.which("nvcc") or "not on PATH"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            facts[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+            devices.append(torch.device("cuda", i))
+    for device in devices:
+        for name, backend in BACKENDS.items():
+            facts[f"backend {name} on {device}"] = backend.unavailable(device) or "yes"
+    width = max(map(len, facts))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class _Callable(ModuleType):
+    """Importing this file makes ``nvfp4.info`` the module, so the module has to be callable like the function."""
+
+    def __call__(self) -> str:
+        return info()
+
+
+sys.modules[__name__].__class__ = _Callable
+
+
+if __name__ == "__main__":
+    print(info())

@@ -1,0 +1,140 @@
+"""quantize, dequantize, matmul: the only door to the backends. ``explain`` says which one runs and why."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from nvfp4.backends.base import Operation
+from nvfp4.backends.registry import AUTO, candidates, select
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.quantizers.registry import get_quantizer
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(
+    x: torch.Tensor,
+    quantizer: str = "scale_search",
+    *,
+    axis: int = -1,
+    seed: int | None = None,
+    sign_seed: int | None = None,
+    backend: str = AUTO,
+    **options: Any,
+) -> QTensor:
+    """Quantise a tensor to NVFP4 along ``axis``, the one a GEMM will contract.
+
+    x: float32, bfloat16 or float16 of rank 1 or more, any strides; BF16 and FP16 are converted exactly.
+    quantizer: rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden (``quantizers/registry.py``).
+    seed: for stochastic ones, in [0, 2^64): same seed, same codes, on every backend. sign_seed: for ms_eden, the seed
+    of its rotation, equal for both operands of a GEMM; defaults to ``seed``.
+    options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae", "abs_max"), rounds, search, group, rotation.
+    Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the rotation group). NaN or Inf anywhere
+    makes the global scale NaN (of that row when row-scaled); empty input gives empty codes.
+    Raises TypeError for another dtype, ValueError for a bad axis, name, option or missing seed.
+    """
+    chosen = get_quantizer(quantizer)
+    checked = chosen.check(**options, seed=seed, sign_seed=sign_seed)
+    return quantize_with(x, chosen, checked, axis=axis, backend=backend)
+
+
+def quantize_with(
+    x: torch.Tensor, quantizer: Quantizer, options: Options, *, axis: int = -1, backend: str = AUTO
+) -> QTensor:
+    """``quantize`` with the quantiser and its options already looked up and checked."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in INPUT_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INPUT_DTYPES)
+        raise TypeError(f"x must be one of {names}, got {x.dtype}; convert it first")
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got {axis}")
+    axis = axis % x.dim() - x.dim()
+    x = x.detach()
+    moved = x if axis == -1 else x.movedim(axis, -1)
+    matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+    q = select(backend, "quantize", x.device, quantizer, options).quantize(matrix, quantizer, options)
+    return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation)
+
+
+def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backend: str = AUTO) -> QTensor:
+    """Quantise the transpose of what matrix ``q`` [M, K] stands for: [K, M], contracted along M.
+
+    Equal to decoding q in float32, cutting its padding and quantising the transpose; a backend need not write the
+    decoded matrix to memory.
+    """
+    if len(q.shape) != 2 or q.axis != -1:
+        raise ValueError(f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}")
+    return select(backend, "quantize", q.device, quantizer, options).requantize(q, quantizer, options)
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> torch.Tensor:
+    """The tensor that q stands for, of its original shape, in ``dtype``; see ``QTensor.dequantize``."""
+    return select(backend, "dequantize", q.device).dequantize(q, dtype)
+
+
+def matmul(
+    a: QTensor,
+    b: QTensor,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    bias: torch.Tensor | None = None,
+    backend: str = AUTO,
+) -> torch.Tensor:
+    """a @ b^T of two quantised tensors that contract the same axis: [..., K] and [N, K] give [..., N].
+
+    Accumulates in float32 without the global scales, applies each once, adds ``bias`` (a.rows by [N], any float dtype)
+    in float32 and casts once to ``out_dtype``. A NaN global scale makes its rows (or everything) NaN.
+    Raises ValueError if lengths, padding or rotations differ, or the devices do, or the shape of ``bias`` is not [N];
+    TypeError for an ``out_dtype`` other than float32, bfloat16 and float16.
+    """
+    if (a.contraction, a.padded_contraction) != (b.contraction, b.padded_contraction):
+        raise ValueError(
+            f"operands contract different lengths: {a.contraction} (padded {a.padded_contraction}) and "
+            f"{b.contraction} (padded {b.padded_contraction})"
+        )
+    if a.rotation != b.rotation:
+        raise ValueError(
+            f"operands were rotated differently, so their product is meaningless: {a.rotation} and {b.rotation}; "
+            f"quantise both with the same group, rounds and sign_seed"
+        )
+    if a.device != b.device:
+        raise ValueError(f"operands are on different devices: {a.device} and {b.device}")
+    if bias is not None and (bias.shape != (b.rows,) or bias.device != b.device):
+        raise ValueError(f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}")
+    if out_dtype not in INPUT_DTYPES:
+        raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    with without_autocast(a.device):
+        y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
+    shape = (*_lead(a), *_lead(b))
+    return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, which would round a float32 GEMM to BF16; nothing on devices that know no autocast (meta)."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def explain(
+    operation: Operation, device: torch.device | str = "cpu", quantizer: str | None = None, **options: Any
+) -> str:
+    """Which backend would run an operation on a device, and why each one before it would not; one line a backend."""
+    chosen = None if quantizer is None else get_quantizer(quantizer)
+    checked = None if chosen is None else chosen.check(**({"seed": 0} | options))
+    lines, picked = [], False
+    for backend, reason in candidates(operation, torch.device(device), chosen, checked):
+        verdict = reason or ("available" if picked else "chosen")
+        picked = picked or reason is None
+        lines.append(f"{backend.name}: {verdict}")
+    return "\n".join(lines)
+
+
+def _lead(q: QTensor) -> list[int]:
+    return [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]

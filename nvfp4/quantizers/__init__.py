@@ -1,0 +1,1 @@
+"""One file per quantiser, in reference mathematics; ``registry.py`` lists them."""

@@ -1,0 +1,173 @@
+"""What a quantiser is: a rule on blocks, the options it takes, and the claims that the property tests hold it to.
+
+The rule is the whole of a method; padding, rotation, blocking, non-finite input and encoding are the same for all of
+them and live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from nvfp4.codec import e2m1_encode, e4m3_encode, pack
+from nvfp4.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.hadamard import Rotation
+from nvfp4.qtensor import QTensor
+from nvfp4.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, check_seed, uniform
+from nvfp4.scaling import from_blocks, to_blocks
+
+METRICS = ("mse", "mae", "abs_max")
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a quantiser promises; ``tests/test_quantizers.py`` checks every one of them.
+
+    deterministic: the same x gives the same codes whatever the seed. unbiased: E[dequantised] = x over seeds (rotated
+    quantisers: over signs and rounding, as spelled out in ``ms_eden.py``). idempotent: quantising the dequantised
+    tensor returns the same values. max_error: bound on |dequantised - x| as a multiple of the block maximum (None: none
+    claimed). These two hold for blocks whose scale is a normal E4M3 number (amax of the block over that of the tensor
+    above 2^-14 or so). relative_mse: mean squared error over mean square on N(0, 1), and by how much it may be off at
+    2048 x 2048.
+    """
+
+    deterministic: bool
+    unbiased: bool
+    idempotent: bool
+    max_error: float | None
+    relative_mse: float
+    relative_mse_tolerance: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a rule may read. A quantiser names the ones it accepts; the others must keep their defaults."""
+
+    block: tuple[int, int] = ROW_BLOCK
+    row_scaled: bool = False
+    metric: str = "mse"
+    rounds: int = 1
+    search: bool = False
+    group: int = 128
+    rotation: Rotation | None = None
+    seed: int | None = None
+    sign_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Finite float32 blocks [m, k, size] with the noise that belongs to their elements and scales."""
+
+    values: torch.Tensor
+    rows: int
+    options: Options
+
+    def amax(self) -> torch.Tensor:
+        """Largest magnitude of each block, [m, k]; exact."""
+        return self.values.abs().amax(dim=-1)
+
+    def element_noise(self) -> torch.Tensor:
+        """Uniforms of stream 1 for each element, blocked like the values; draw n = row * Kp + column."""
+        columns = self.values.shape[1] * NVFP4.block_size
+        u = uniform(self._seed(), ELEMENT_STREAM, (self.rows, columns), self.values.device)
+        return to_blocks(u, self.options.block)
+
+    def scale_noise(self) -> torch.Tensor:
+        """Uniforms of stream 2 for each block scale, [m, k]; draw n = row * (Kp/16) + block column."""
+        return uniform(self._seed(), BLOCK_SCALE_STREAM, tuple(self.values.shape[:2]), self.values.device)
+
+    def _seed(self) -> int:
+        assert self.options.seed is not None, "Quantizer.check lets no stochastic rule run without a seed"
+        return self.options.seed
+
+
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Grid values [m, k, size], block scales on the E4M3 grid [m, k], global scale [1, 1] or [m, 1]; all float32."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A named quantiser.
+
+    rule: blocks to (values, block scales, global scale), the method itself. options: names of the options it accepts
+    beside ``rotation``, ``seed`` and ``sign_seed``. claims: options to what it promises under them. block: the default
+    block shape. rotates: the rule wants its blocks rotated by (group, rounds, sign_seed).
+    """
+
+    name: str
+    rule: Callable[[Blocks], Quantized]
+    claims: Callable[[Options], Claims]
+    options: frozenset[str]
+    block: tuple[int, int] = ROW_BLOCK
+    rotates: bool = False
+
+    def check(self, **options: object) -> Options:
+        """``Options`` from keyword arguments; ValueError or TypeError names what is not accepted and what is."""
+        accepted = {"rotation", "seed", "sign_seed", *self.options}
+        defaults = {f.name: f.default for f in fields(Options)} | {"block": self.block}
+        for name, value in options.items():
+            if name not in defaults:
+                raise TypeError(f"unknown option {name!r} for {self.name}; it takes {sorted(accepted)}")
+            if name not in accepted and value != defaults[name]:
+                raise ValueError(f"{self.name} does not take {name}={value!r}; it takes {sorted(accepted)}")
+        checked = Options(**(defaults | options))  # type: ignore[arg-type]
+        if checked.block not in (ROW_BLOCK, TILE_BLOCK):
+            raise ValueError(f"block must be {ROW_BLOCK} or {TILE_BLOCK}, got {checked.block!r}")
+        if checked.row_scaled and checked.block != ROW_BLOCK:
+            raise ValueError(f"row_scaled needs block={ROW_BLOCK}: a tile spans 16 rows, got block={checked.block}")
+        if checked.metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {checked.metric!r}")
+        return self._check_seeds(checked)
+
+    def _check_seeds(self, options: Options) -> Options:
+        for name in ("seed", "sign_seed"):
+            if getattr(options, name) is not None:
+                check_seed(getattr(options, name), name)
+        if options.seed is None and not self.claims(options).deterministic:
+            raise ValueError(f"{self.name} is stochastic: pass seed=, an integer in [0, 2**64)")
+        if not self.rotates:
+            return options
+        if options.rotation is not None:
+            raise ValueError(f"{self.name} rotates by itself: use its group, rounds and sign_seed, not rotation=")
+        sign_seed = options.seed if options.sign_seed is None else options.sign_seed
+        return Options(**vars(options) | {"rotation": Rotation(options.group, options.rounds, sign_seed)})
+
+    def quantize(self, x: torch.Tensor, options: Options) -> QTensor:
+        """Quantise matrix x [M, K] (float32, float16, bfloat16; any strides) along its last axis.
+
+        Zero blocks give zero scales and signed zero codes. A NaN or Inf in x, or in the rotated x, gives a NaN global
+        scale with all codes and block scales 0, for the tensor or, when row-scaled, for that row.
+        """
+        rows = x.shape[0]
+        rotation = options.rotation
+        columns = rotation.group if rotation is not None else NVFP4.block_size
+        padded = F.pad(x.to(torch.float32), (0, -x.shape[1] % columns)).contiguous()
+        if padded.numel() == 0:
+            return _empty(padded, tuple(x.shape), options)
+        if rotation is not None:
+            padded = rotation.apply(padded)
+        amax = padded.abs().amax(dim=1, keepdim=True) if options.row_scaled else padded.abs().amax().view(1, 1)
+        finite = amax.isfinite()
+        blocks = Blocks(to_blocks(torch.where(finite, padded, 0.0), options.block), rows, options)
+        values, block_scale, global_scale = self.rule(blocks)
+        poisoned = torch.where(finite, global_scale, float("nan"))
+        codes = pack(from_blocks(e2m1_encode(values), options.block, rows)) * finite
+        scale_codes = e4m3_encode(block_scale) * finite
+        return QTensor(codes, scale_codes, poisoned.view(-1), options.block, tuple(x.shape), -1, rotation)
+
+
+def _empty(padded: torch.Tensor, shape: tuple[int, ...], options: Options) -> QTensor:
+    """Empty input: empty codes and block scales, global scale 1 ([1], or [M] when row-scaled)."""
+    rows, columns = padded.shape
+    scale_shape = (-(-rows // options.block[0]), columns // options.block[1])
+    return QTensor(
+        codes=torch.zeros(rows, columns // 2, dtype=torch.uint8, device=padded.device),
+        block_scale=torch.zeros(scale_shape, dtype=torch.uint8, device=padded.device),
+        global_scale=torch.ones(rows if options.row_scaled else 1, device=padded.device),
+        block=options.block,
+        shape=shape,
+        rotation=options.rotation,
+    )

@@ -1,0 +1,55 @@
+"""rtn: round to nearest, TransformerEngine's rule; rtn_2d is the same on 16x16 tiles.
+
+    s = e4m3(base), m = min(1 / (s * global_scale), FLT_MAX), codes = e2m1(x * m), scales capped at 448
+
+Source: TransformerEngine, ``common/cast/nvfp4/core_nvfp4.cuh``; NVIDIA, "Pretraining LLMs with NVFP4", arXiv
+2509.25149.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4.formats import E2M1, E4M3, FLOAT32_MAX, ROW_BLOCK, TILE_BLOCK
+from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
+from nvfp4.rounding import nearest
+from nvfp4.scaling import base_scale, encode_scale, tensor_amax
+
+
+def scaled_elements(blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """x * m with m = min(1 / (s * global_scale), FLT_MAX): what the elements are before they are rounded to E2M1.
+
+    A non-zero block whose scale underflowed to 0 keeps m = FLT_MAX and so codes of +-6; it decodes to 0.
+    """
+    multiplier = (1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)
+    return blocks.values * multiplier[..., None]
+
+
+def nearest_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(block scales rounded to nearest, global scale) with cap 448."""
+    block_amax = blocks.amax()
+    encode = encode_scale(tensor_amax(block_amax, blocks.options.row_scaled), E4M3.max)
+    return nearest(base_scale(block_amax, encode), E4M3), 1 / encode
+
+
+def rule(blocks: Blocks) -> Quantized:
+    """Nearest block scale, nearest codes."""
+    block_scale, global_scale = nearest_scales(blocks)
+    return nearest(scaled_elements(blocks, block_scale, global_scale), E2M1), block_scale, global_scale
+
+
+def claims(options: Options) -> Claims:
+    """Half the widest gap of E2M1 (1 of 6), plus what a scale rounded down by 1/17 clips: 1/6 bounds both."""
+    tiles = options.block == TILE_BLOCK
+    return Claims(
+        deterministic=True,
+        unbiased=False,
+        idempotent=True,
+        max_error=1 / 6 * 17 / 16,
+        relative_mse=12.39e-3 if tiles else 9.05e-3,
+        relative_mse_tolerance=0.04e-3 if tiles else 0.03e-3,
+    )
+
+
+RTN = Quantizer("rtn", rule, claims, frozenset({"block", "row_scaled"}), ROW_BLOCK)
+RTN_2D = Quantizer("rtn_2d", rule, claims, frozenset(), TILE_BLOCK)

@@ -1,0 +1,47 @@
+"""scale_search (ours): of ten neighbouring E4M3 scales, the one whose block decodes closest to the input.
+
+    s0 = e4m3(base), then the bytes byte(s0) + k for k = -2, -1, 1, ..., 6, clamped to [1, 126]; err as in
+    four_over_six, strictly smaller wins, in that order, s0 first; a zero scale stays zero
+
+A byte is at most 1/8 of a scale, so -2 ... 6 covers maxima mapped to about 7.5 down to 3.5 of the E2M1 grid:
+Four Over Six and everything between. On N(0, 1) it takes 27 % off rtn's squared error, Four Over Six 16 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from nvfp4.codec import e4m3_decode, e4m3_encode
+from nvfp4.formats import E4M3, TILE_BLOCK
+from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
+from nvfp4.quantizers.four_over_six import best_candidate, search_scales
+from nvfp4.rounding import nearest
+
+BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)
+"""Steps from byte(s0), in the order in which they are tried (measured: wider adds less than 0.1 % of MSE)."""
+_LARGEST_BYTE = len(E4M3.grid) - 1
+
+
+def _candidates(first: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield first
+    start = e4m3_encode(first).to(torch.int32)
+    for step in BYTE_STEPS:
+        scale = e4m3_decode((start + step).clamp_(1, _LARGEST_BYTE))
+        yield torch.where(start == 0, 0.0, scale)
+
+
+def rule(blocks: Blocks) -> Quantized:
+    """The best of s0 and its neighbours."""
+    scaled, base, global_scale = search_scales(blocks)
+    values, block_scale = best_candidate(scaled, _candidates(nearest(base, E4M3)), "mse")
+    return values, block_scale, global_scale
+
+
+def claims(options: Options) -> Claims:
+    """As four_over_six: no bound for a single element."""
+    return Claims(True, False, False, None, 11.35e-3 if options.block == TILE_BLOCK else 6.60e-3, 0.03e-3)
+
+
+SCALE_SEARCH = Quantizer("scale_search", rule, claims, frozenset({"block", "row_scaled"}))

@@ -1,0 +1,250 @@
+"""Recipes as data: which quantiser each operand of the three GEMMs of a linear layer goes through.
+
+With x [M, K] activations, w [N, K] weights, dy [M, N] the gradient of the output:
+
+    fprop  y  = x    w^T    left x,    right w,    contracts K
+    dgrad  dx = dy   w      left dy,   right w^T,  contracts N
+    wgrad  dw = dy^T x      left dy^T, right x^T,  contracts M (the tokens)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from nvfp4.formats import TILE_BLOCK
+from nvfp4.hadamard import Rotation
+from nvfp4.quantizers.base import Options
+from nvfp4.quantizers.registry import get_quantizer
+
+Source = Literal["tensor", "codes", "decoded"]
+GEMMS = ("fprop", "dgrad", "wgrad")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of a GEMM is made.
+
+    quantizer: a name from ``quantizers.registry``, or None for high precision. options: its options.
+    source: "tensor", the high-precision tensor itself; "codes", the codes and tile scales that fprop used, transposed
+    (w only, 16x16 blocks); "decoded", what fprop's codes stand for (x-hat, w-hat), which is quantised again, or used in
+    BF16 when ``quantizer`` is None. rotation: applied before quantising; its sign_seed is filled in at run time.
+    """
+
+    quantizer: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    source: Source = "tensor"
+    rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in get_args(Source):
+            raise ValueError(f"source must be one of {get_args(Source)}, got {self.source!r}")
+        object.__setattr__(self, "options", tuple(sorted(self.options)))  # so that == ignores their order
+        if self.rotation is not None and self.rotation.sign_seed is not None:
+            raise ValueError(f"sign_seed is drawn anew in every call; a recipe's rotation has none: {self.rotation}")
+        if self.quantizer is None or self.source == "codes":
+            if self.options or self.rotation is not None or (self.quantizer is not None):
+                raise ValueError(f"an operand without a quantizer of its own takes no options or rotation: {self}")
+            return
+        self.checked(seed=0)
+
+    def checked(self, seed: int | None, rotation: Rotation | None = None, sign_seed: int | None = None) -> Options:
+        """The quantiser's ``Options`` for these seeds; ValueError or TypeError if the quantiser does not take them."""
+        assert self.quantizer is not None
+        options = dict(self.options)
+        quantizer = get_quantizer(self.quantizer)
+        return quantizer.check(**options, rotation=rotation or self.rotation, seed=seed, sign_seed=sign_seed)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether this operand reaches the GEMM as NVFP4."""
+        return self.quantizer is not None or self.source == "codes"
+
+    @cached_property
+    def turned(self) -> tuple[int, int, bool] | None:
+        """(group, rounds, fixed) of the rotation of its contraction axis, or None: must be equal on both operands."""
+        if self.quantizer is None:
+            return None
+        rotation = self.checked(seed=0).rotation
+        return None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
+
+    @cached_property
+    def noiseless(self) -> Options | None:
+        """Its ``Options`` if it needs no seed, neither for rounding nor for signs; None otherwise."""
+        if self.quantizer is None:
+            return None
+        deterministic = get_quantizer(self.quantizer).claims(self.checked(seed=0)).deterministic
+        random_signs = self.turned is not None and not self.turned[2]
+        return self.checked(seed=None) if deterministic and not random_signs else None
+
+    def __str__(self) -> str:
+        if not self.quantized:
+            return "bf16 of decoded" if self.source == "decoded" else "high precision"
+        options = ", ".join(f"{name}={value}" for name, value in self.options)
+        name = "same codes" if self.source == "codes" else f"{self.quantizer}({options})" if options else self.quantizer
+        turn = "" if self.rotation is None else f"rot{self.rotation.group} "
+        return f"{turn}{name}" + (" of decoded" if self.source == "decoded" else "")
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """The two operands of one GEMM."""
+
+    left: Operand = field(default_factory=Operand)
+    right: Operand = field(default_factory=Operand)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it runs on NVFP4 operands."""
+        return self.left.quantized
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Three GEMMs by name. Immutable; equal recipes compare equal; round-trips through ``to_dict`` and ``from_dict``.
+
+    Raises ValueError naming the GEMM when a rule between fields is broken: both operands quantised or neither; equal
+    rotations; "codes" only where fprop has 16x16 blocks; "decoded" only of what fprop quantised; gradients come as
+    tensors.
+    """
+
+    name: str
+    fprop: Gemm = field(default_factory=Gemm)
+    dgrad: Gemm = field(default_factory=Gemm)
+    wgrad: Gemm = field(default_factory=Gemm)
+
+    def __post_init__(self) -> None:
+        for gemm in GEMMS:
+            self._check_gemm(gemm, getattr(self, gemm))
+        for gemm, operand, saved in (
+            ("dgrad", self.dgrad.right, self.fprop.right),
+            ("wgrad", self.wgrad.right, self.fprop.left),
+        ):
+            if operand.source != "tensor" and not saved.quantized:
+                raise ValueError(f"{self.name}: {gemm}.right uses {operand.source!r}, but fprop does not quantise it")
+            if operand.source == "codes" and saved.turned is not None:
+                raise ValueError(
+                    f"{self.name}: {gemm}.right uses 'codes', but fprop rotates them along the axis that it contracts "
+                    f"({saved}); use 'decoded' to quantise again"
+                )
+            if operand.source == "codes" and saved.checked(seed=0).block != TILE_BLOCK:
+                raise ValueError(
+                    f"{self.name}: {gemm}.right uses 'codes', which needs block={TILE_BLOCK} in fprop, where a matrix "
+                    f"and its transpose share scales; use 'decoded' to quantise again"
+                )
+
+    def _check_gemm(self, name: str, gemm: Gemm) -> None:
+        if gemm.left.quantized != gemm.right.quantized:
+            raise ValueError(f"{self.name}: {name} quantises one operand only ({gemm.left} / {gemm.right})")
+        if gemm.left.turned != gemm.right.turned:
+            raise ValueError(
+                f"{self.name}: {name} rotates its operands differently (group, rounds, fixed): {gemm.left.turned} and "
+                f"{gemm.right.turned}; the rotation only cancels if they are equal"
+            )
+        sources = (gemm.left.source, gemm.right.source) if name == "fprop" else (gemm.left.source,)
+        if any(source != "tensor" for source in sources):
+            raise ValueError(f"{self.name}: {name} can only quantise tensors here, got sources {sources}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any GEMM runs on NVFP4 operands."""
+        return any(getattr(self, gemm).quantized for gemm in GEMMS)
+
+    @classmethod
+    def from_name(cls, name: str) -> Recipe:
+        """The named recipe; ValueError lists the known names."""
+        if name not in RECIPES:
+            raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+        return RECIPES[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, ready for JSON or YAML."""
+        plain = asdict(self)
+        for gemm in GEMMS:
+            for side in ("left", "right"):
+                plain[gemm][side]["options"] = {
+                    key: list(value) if isinstance(value, tuple) else value
+                    for key, value in plain[gemm][side]["options"]
+                }
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """The inverse of ``to_dict``; unknown keys raise TypeError."""
+        pairs = {gemm: plain[gemm] for gemm in GEMMS if gemm in plain}
+        gemms = {gemm: Gemm(**{side: _operand(spec) for side, spec in pair.items()}) for gemm, pair in pairs.items()}
+        return cls(**{**plain, **gemms})
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + "; ".join(f"{g} {getattr(self, g).left} / {getattr(self, g).right}" for g in GEMMS)
+
+
+def _operand(plain: Mapping[str, Any]) -> Operand:
+    options = plain.get("options", {})
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    rotation = None if plain.get("rotation") is None else Rotation(**plain["rotation"])
+    return Operand(**{**plain, "options": tuple(options.items()), "rotation": rotation})
+
+
+def operand(
+    quantizer: str | None, *, source: Source = "tensor", rotation: Rotation | None = None, **options: Any
+) -> Operand:
+    """``Operand`` with its options as keyword arguments: ``operand("ms_eden", source="decoded", rounds=2)``."""
+    return Operand(quantizer, tuple(options.items()), source, rotation)
+
+
+def as_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe from its name, or itself; TypeError for anything else."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        return Recipe.from_name(recipe)
+    raise TypeError(f"recipe must be a name ({', '.join(RECIPES)}) or a Recipe, got {type(recipe).__name__}")
+
+
+_NVIDIA_ROT16 = Rotation(group=16, fixed=True)
+_RANDOM_ROT16 = Rotation(group=16)
+_SAME_CODES = operand(None, source="codes")
+_DEQUANTISED = Gemm(operand(None), operand(None, source="decoded"))
+_NVIDIA_DGRAD = Gemm(operand("sr_te"), _SAME_CODES)
+_NVIDIA_WGRAD = Gemm(operand("sr_te", rotation=_NVIDIA_ROT16), operand("rtn", rotation=_NVIDIA_ROT16))
+
+
+def _requantised(quantizer: str, rotation: Rotation | None = None, **options: Any) -> Gemm:
+    """The gradient and the decoded forward operand through the same quantiser."""
+    right = operand(quantizer, source="decoded", rotation=rotation, **options)
+    return Gemm(operand(quantizer, rotation=rotation, **options), right)
+
+
+def _both(quantizer: str) -> Gemm:
+    return Gemm(operand(quantizer), operand(quantizer))
+
+
+_TETRAJET = _requantised("sr", _RANDOM_ROT16)
+_QUARTET = _requantised("ms_eden")
+_SEARCH_EDEN = _requantised("ms_eden", rounds=2, search=True)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("bf16"),
+        Recipe("rtn", _both("rtn"), _both("rtn"), _both("rtn")),
+        Recipe("nvidia", Gemm(operand("rtn"), operand("rtn_2d")), _NVIDIA_DGRAD, _NVIDIA_WGRAD),
+        Recipe(
+            "four_over_six",
+            Gemm(operand("four_over_six"), operand("four_over_six", block=TILE_BLOCK)),
+            _NVIDIA_DGRAD,
+            _NVIDIA_WGRAD,
+        ),
+        Recipe("tetrajet2", _both("rtn"), _TETRAJET, _TETRAJET),
+        Recipe("quartet2", _both("four_over_six"), _QUARTET, _QUARTET),
+        Recipe("search_eden", _both("scale_search"), _SEARCH_EDEN, _SEARCH_EDEN),
+        Recipe(
+            "rl", Gemm(operand("four_over_six", row_scaled=True), operand("four_over_six")), _DEQUANTISED, _DEQUANTISED
+        ),
+    )
+}
+"""Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527; quartet2, 2601.22813;
+search_eden and rl are ours."""

@@ -1,0 +1,84 @@
+"""Counter-based random bits: a pure function of (seed, stream, index), equal on every backend, device and shape.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
+key = (seed mod 2^32, seed div 2^32) and counter = (i mod 2^32, i div 2^32, stream, 0).
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+SIGN_STREAM = 0
+ELEMENT_STREAM = 1
+BLOCK_SCALE_STREAM = 2
+FOLD_STREAM = 3
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # M0, M1 of Philox4x32 (SC 2011, table 2)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)
+_ROUNDS = 10
+_MASK = 0xFFFFFFFF
+_SEED_LIMIT = 2**64
+_CHUNK = 2**15  # counters at a time: keeps the int64 temporaries of one round inside the L2 cache
+
+Word = TypeVar("Word", int, torch.Tensor)
+
+
+def check_seed(seed: int, name: str = "seed") -> int:
+    """Return ``seed`` if it is an integer in [0, 2^64), otherwise raise ``ValueError`` naming the argument."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:
+        raise ValueError(f"{name} must be an integer in [0, 2**64), got {seed!r}")
+    return seed
+
+
+def philox(seed: int, index: Word, stream: int) -> tuple[Word, Word, Word, Word]:
+    """Four 32-bit words of Philox4x32-10 at counter ``index`` of ``stream``.
+
+    index: an int in [0, 2^64), or an int64 tensor of any shape; the words come back as the same type, each in [0,
+    2^32). Products wrap modulo 2^64 in int64 exactly as the unsigned ones do, so one body serves integers and tensors.
+    """
+    k0, k1 = seed & _MASK, seed >> 32
+    c0, c1, c2, c3 = index & _MASK, (index >> 32) & _MASK, (index & 0) + stream, index & 0
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def fold_in(seed: int, *data: int) -> int:
+    """A new 64-bit seed from ``seed`` and each integer of ``data`` in turn, left to right (stream 3, words 0 and 1)."""
+    check_seed(seed)
+    for datum in data:
+        low, high, _, _ = philox(seed, datum, FOLD_STREAM)
+        seed = low | high << 32
+    return seed
+
+
+def draw16(seed: int, stream: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The first ``count`` 16-bit draws of a stream, int64 [count], each in [0, 2^16).
+
+    Draw n comes from the words of counter n div 8: word (n mod 8) div 2, low half first.
+    """
+    counters = -(-count // 8)
+    out = torch.empty(counters, 4, 2, dtype=torch.int64, device=device)
+    for start in range(0, counters, _CHUNK):
+        stop = min(start + _CHUNK, counters)
+        words = philox(seed, torch.arange(start, stop, device=device), stream)
+        for j, word in enumerate(words):
+            out[start:stop, j, 0] = word & 0xFFFF
+            out[start:stop, j, 1] = word >> 16
+    return out.view(-1)[:count]
+
+
+def uniform(seed: int, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, draws in row-major order.
+
+    Never 0 or 1, so stochastic rounding leaves representable values alone; the mean of u is exactly 1/2.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    draws = draw16(check_seed(seed), stream, count, device)
+    return draws.to(torch.float32).add_(0.5).mul_(2.0**-16).view(shape)

@@ -1,0 +1,107 @@
+"""Batches as a pure function of (seed, step), and the held-out windows: no state, so resuming needs the step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from nvfp4.rng import fold_in, philox
+from nvfp4.train.corpus import Document
+from nvfp4.train.errors import TrainError
+from nvfp4.train.tokens import Tokenizer, pack
+
+ORDER_STREAM = 4  # of Philox, after the four streams that the quantisers use
+IGNORED = -100  # target that no loss counts; the default of torch.nn.functional.cross_entropy
+MAX_DOCUMENT_SHARE = 16  # one document fills at most 1/16 of a short evaluation, so that it is not one file's loss
+
+
+@lru_cache(maxsize=2)
+def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A permutation of range(count), int64, by sorting Philox words: the same on every machine and library version."""
+    high, low, _, _ = philox(fold_in(seed, epoch), torch.arange(count), ORDER_STREAM)
+    return torch.argsort((high >> 1) << 32 | low, stable=True).numpy()
+
+
+class TrainWindows:
+    """Windows of ``seq_len + 1`` tokens in shuffled order; every epoch has its own order and its own offset.
+
+    tokens: int [n]. Sequence s of the run (s = step * batch + row) is window ``s mod count`` of epoch ``s div count``.
+    Raises ``TrainError`` if the text is too short for one window.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, batch: int, seed: int) -> None:
+        self.tokens, self.seq_len, self.batch, self.seed = tokens, seq_len, batch, seed
+        self.count = (len(tokens) - seq_len) // seq_len  # whole windows at any offset below seq_len
+        if self.count < 1:
+            raise TrainError(
+                f"seq_len: training needs at least {2 * seq_len} tokens for sequences of {seq_len}, the text has "
+                f"{len(tokens)}; lower --seq-len or give more --data"
+            )
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where in the tokens each sequence of a step begins, int64 [batch]; a pure function of (seed, step)."""
+        sequences = np.arange(step * self.batch, (step + 1) * self.batch)
+        starts = np.empty(self.batch, np.int64)
+        for epoch in np.unique(sequences // self.count):
+            here = sequences // self.count == epoch
+            offset = fold_in(self.seed, int(epoch), self.count) % self.seq_len
+            starts[here] = (
+                shuffled(self.seed, int(epoch), self.count)[sequences[here] % self.count] * self.seq_len + offset
+            )
+        return starts
+
+    def batch_at(self, step: int) -> torch.Tensor:
+        """The sequences of a step with their next tokens, int64 [batch, seq_len + 1]."""
+        rows = self.starts(step)[:, None] + np.arange(self.seq_len + 1)
+        return torch.from_numpy(self.tokens[rows].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out text ready to be scored: inputs and targets int64 [windows, seq_len]; bytes of the text in UTF-8.
+
+    Every token of the text is a target exactly once. The separators between documents are inputs but no targets
+    (``IGNORED``), as is padding: only text is scored, and only text is counted in ``size``.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return int((self.targets != IGNORED).sum())
+
+
+def held_out_windows(documents: list[Document], tokenizer: Tokenizer, seq_len: int, limit: int) -> HeldOut:
+    """Windows over the first ``limit`` bytes (0: all) of held-out documents.
+
+    With a limit each document gives at most a sixteenth of it (more if there are fewer than 16), cut at a character.
+    """
+    chosen = documents if limit == 0 else _excerpts(documents, limit)
+    tokens, separators = pack(chosen, tokenizer)
+    stream = torch.from_numpy(tokens.astype(np.int64))
+    inputs, targets = stream[:-1], stream[1:].clone()
+    targets[separators[1:] - 1] = IGNORED
+    short = -len(inputs) % seq_len
+    inputs = torch.nn.functional.pad(inputs, (0, short), value=tokenizer.separator)
+    targets = torch.nn.functional.pad(targets, (0, short), value=IGNORED)
+    size = sum(document.size for document in chosen)
+    return HeldOut(inputs.view(-1, seq_len), targets.view(-1, seq_len), size)
+
+
+def _excerpts(documents: list[Document], limit: int) -> list[Document]:
+    share = -(-limit // min(len(documents), MAX_DOCUMENT_SHARE))
+    chosen, left = [], limit
+    for document in documents:
+        text = document.text.encode()[: min(share, left)].decode("utf-8", errors="ignore")  # drops a split character
+        if text:
+            chosen.append(Document(document.name, text))
+            left -= len(text.encode())
+        if left <= 0:
+            break
+    return chosen

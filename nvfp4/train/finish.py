@@ -1,0 +1,90 @@
+"""The end of a run: exact held-out score, text sample, export, result.json."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from nvfp4.convert import disabled
+from nvfp4.train import log
+from nvfp4.train.config import lasting, to_fields
+from nvfp4.train.data import held_out_windows
+from nvfp4.train.evaluate import Score, evaluate
+from nvfp4.train.files import write_text
+from nvfp4.train.model import export, sample
+from nvfp4.train.progress import duration, rate
+from nvfp4.train.setup import Run
+
+LAST = 20  # steps whose mean is called the training loss: one step's batch is too noisy to name
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Score the held-out text as trained and again with the layers in BF16, write sample and export, return the result.
+
+    Loss is in nats per token, bpb in bits per UTF-8 byte, memory in GiB; seconds are those of all updates, also those
+    before a resume.
+    """
+    config = run.config
+    held_out = held_out_windows(run.corpus.held_out, run.tokenizer, config.seq_len, config.final_eval_bytes)
+    trained = evaluate(run.model, held_out, run.rows, run.autocast, run.accelerator)
+    plain = trained
+    if config.recipe != "bf16":
+        with disabled(run.model):
+            plain = evaluate(run.model, held_out, run.rows, run.autocast, run.accelerator)
+    if not run.accelerator.is_main_process:
+        return {}
+    result = _result(run, trained, plain)
+    run.report.say(summary(result))
+    if config.sample_tokens:
+        _sample(run)
+    export(run.model, run.tokenizer, run.folder.export, config.export_dtype)
+    run.report.say(f"exported to {run.folder.export} (loads with transformers alone)")
+    run.folder.write_result(result)  # last: its presence says that the run is finished
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line of a result."""
+    bf16 = "" if result["recipe"] == "bf16" else f" ({result['val_bpb_bf16']:.4f} with the layers in BF16)"
+    loss = "none" if result["train_loss"] is None else f"{result['train_loss']:.4f}"
+    return (
+        f"{result['recipe']}: held-out {result['val_bpb']:.4f} bits per byte{bf16} on {result['val_bytes']:,} bytes, "
+        f"training loss {loss}, {rate(result['tokens_per_s'])} tok/s, {duration(result['seconds'])}, "
+        f"{result['peak_memory_gib']:.2f} GiB, {result['skipped_steps']} steps skipped"
+    )
+
+
+def _result(run: Run, trained: Score, plain: Score) -> dict[str, Any]:
+    rows = [row for row in log.read(run.folder.log) if "seconds" in row]
+    losses = [row["loss"] for row in rows[-LAST:] if row["loss"] is not None]
+    return {
+        "recipe": run.config.recipe,
+        "steps": run.config.steps,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "train_loss": statistics.fmean(losses) if losses else None,
+        "val_loss": trained.loss,
+        "val_bpb": trained.bits_per_byte,
+        "val_bpb_bf16": plain.bits_per_byte,
+        "val_tokens": trained.tokens,
+        "val_bytes": trained.size,
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "peak_memory_gib": max(row["memory_gib"] for row in rows),
+        "skipped_steps": sum(row["skipped"] for row in rows),
+        "corpus_sha256": run.corpus.sha256,
+        "config": to_fields(lasting(run.config)),
+    }
+
+
+def _sample(run: Run) -> None:
+    config = run.config
+    prompt = (
+        config.prompt if config.prompt is not None else run.corpus.held_out[0].text.lstrip().split("\n")[0][:80] + "\n"
+    )
+    with run.autocast():
+        text = sample(run.model, run.tokenizer, prompt, config.sample_tokens, config.seed)
+    write_text(run.folder.sample, prompt + text)
+    printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in f"{prompt}|{text}")
+    run.report.say(
+        "sample (the prompt ends at the bar):\n" + "\n".join(f"    {line}" for line in printable.split("\n"))
+    )

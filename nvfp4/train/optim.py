@@ -1,0 +1,57 @@
+"""AdamW with decay groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
+
+from nvfp4.train.config import TrainConfig
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices with ``weight_decay``; norms, biases and embeddings (tied ones too) with none.
+
+    Frozen parameters are in neither. Order follows ``named_parameters``.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    plain = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over ``decay_groups`` with the resolved config's settings; one fused kernel where the device has one."""
+    assert config.lr is not None
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+    groups = decay_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def learning_rates(config: TrainConfig) -> Callable[[int], float]:
+    """The learning rate of update 0, 1, ..., steps - 1, from transformers' schedules; never 0 within the run.
+
+    Their step 0 and their last step have rate 0 (or the minimum); ours are the steps between.
+    """
+    assert config.lr is not None
+    assert config.warmup is not None
+    peak, steps = config.lr, config.steps + 1
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a schedule wants an optimiser; we want its function
+    if config.schedule == "wsd":
+        schedule = get_wsd_schedule(
+            unused,
+            num_warmup_steps=config.warmup,
+            num_decay_steps=min(round(config.decay * config.steps), config.steps - config.warmup),
+            num_training_steps=steps,
+            decay_type="linear",
+            min_lr_ratio=config.min_lr,
+        )
+    else:
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            unused, num_warmup_steps=config.warmup, num_training_steps=steps, min_lr_rate=config.min_lr
+        )
+    factor = schedule.lr_lambdas[0]
+    return lambda step: peak * factor(step + 1)

@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM as a wish that the loop obeys between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopWish:
+    """Context manager: within it ``received`` is the number of the first signal that came, 0 before.
+
+    A second signal acts as it would without us (SIGINT raises KeyboardInterrupt, SIGTERM ends the process). Outside the
+    main thread, where Python allows no handlers, it does nothing.
+    """
+
+    received = 0
+
+    def __enter__(self) -> StopWish:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

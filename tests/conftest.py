@@ -1,0 +1,114 @@
+"""What every test gets: poisoned fresh memory, a seed of its own, reproducible hypothesis, reasons for skips."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from nvfp4.backends.registry import BACKENDS
+
+hypothesis.settings.register_profile(
+    "nvfp4",
+    derandomize=True,  # a red test is red again
+    deadline=None,  # a shared machine is slow now and then, and that is no bug
+    database=None,
+    max_examples=30,
+)
+hypothesis.settings.load_profile("nvfp4")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    if "s" not in config.option.reportchars:
+        config.option.reportchars += "s"  # a skipped test always says why
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers share the cores already
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
+
+
+def pytest_report_header() -> str:
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so no test on cuda is generated"
+    return f"nvfp4 backends: {', '.join(BACKENDS)}; CUDA device: {cuda}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for ``backend`` and ``device`` runs on every registered backend and every device there is."""
+    if not {"backend", "device"} <= set(metafunc.fixturenames):
+        return
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    cases = []
+    for name, backend in BACKENDS.items():
+        for device in devices:
+            reason = backend.unavailable(torch.device(device))
+            marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
+            cases.append(pytest.param(name, device, marks=marks, id=f"{name}-{device}"))
+    metafunc.parametrize(("backend", "device"), cases)
+
+
+POISON_BYTE = 0xA5
+"""Integers from torch.empty are filled with this byte: no valid index, sign pattern or count by luck."""
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill fresh memory with NaN, or with POISON_BYTE where the dtype has no NaN."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.fill_(float("nan"))
+    if tensor.is_contiguous():
+        tensor.view(-1).view(torch.uint8).fill_(POISON_BYTE)
+    return tensor
+
+
+with torch.device("meta"):  # torch remembers here which functions take a device; it has to see the real torch.empty
+    torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its relatives hand out NaN, so an element nobody wrote cannot pass by luck."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed that depends on the name of the test alone."""
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """Numbers for one test: the same on every run, different from every other test."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def torch_seed(seed: int) -> Iterator[Any]:
+    """torch's own generator starts each test from its seed, and no test disturbs another."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

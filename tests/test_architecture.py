@@ -1,0 +1,265 @@
+"""The house holds: floors, sizes, one home for every concept. Each rule has a test of the rule itself beside it.
+
+Python is read through its syntax tree, nothing is imported. Tests are exempt from sizes: they hold tables and prose.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nvfp4"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+FLOORS = [
+    ["formats", "rng", "hadamard", "layout"],
+    ["rounding", "codec"],
+    ["scaling", "qtensor"],
+    ["quantizers"],
+    ["recipes", "backends"],
+    ["ops", "library"],
+    ["linear"],
+    ["convert", "diagnostics", "export", "info"],
+    ["train"],
+    ["rl"],
+    ["cli", "__main__"],
+]
+"""From the ground up: a module imports from its own floor or one below, so the highest can be taken off at any time."""
+
+FLOOR_OF = {name: level for level, names in enumerate(FLOORS) for name in names}
+
+
+def module_name(path: Path) -> str:
+    """nvfp4/quantizers/rtn.py -> quantizers.rtn; a package's __init__ is the package; nvfp4/__init__.py is ''."""
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {module_name(path): path for path in FILES}
+INSIDE = {name: path for name, path in MODULES.items() if name}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+SOURCES = [
+    *FILES,
+    *sorted(path for suffix in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(suffix)),
+    *sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")),
+]
+
+by_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+by_module = pytest.mark.parametrize("name", sorted(INSIDE))
+
+
+def floor(name: str) -> int:
+    """The floor of a module is that of the file or folder it lies in; one without a floor hangs above the roof."""
+    return FLOOR_OF.get(name.split(".")[0], len(FLOORS))
+
+
+def imports(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
+    """Each module of ours that a module imports, with its line; '' is nvfp4/__init__.py. Relative ones too."""
+    package = name if name in PACKAGES else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "nvfp4":
+                    yield alias.name.removeprefix("nvfp4").lstrip("."), node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], node.module or ""]).strip(".")
+            elif node.module and node.module.split(".")[0] == "nvfp4":
+                base = node.module.removeprefix("nvfp4").lstrip(".")
+            else:
+                continue
+            for alias in node.names:  # `from package import module` is an import of the module
+                full = f"{base}.{alias.name}".lstrip(".")
+                yield (
+                    (full if base in PACKAGES and (full in MODULES or alias.name.startswith("_")) else base),
+                    node.lineno,
+                )
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def test_every_module_has_a_floor() -> None:
+    """A new concept chooses its floor here, in the open; a floor may gain files, a concept no second home."""
+    homeless = sorted({name.split(".")[0] for name in INSIDE} - FLOOR_OF.keys())
+    assert not homeless, f"give these a floor in FLOORS, and say why there: {homeless}"
+    assert len(INSIDE) > 15
+
+
+@by_module
+def test_imports_go_down(name: str) -> None:
+    """Never from a higher floor, and never from a package's __init__, which is a face and not a home."""
+    for imported, line in imports(parse(INSIDE[name]), name):
+        where = f"{INSIDE[name].relative_to(ROOT)}:{line}"
+        assert imported not in PACKAGES, f"{where} imports the package 'nvfp4.{imported}', name the module in it"
+        if imported.split(".")[-1].startswith("_"):
+            continue  # compiled code lies below every floor: it imports nothing
+        assert imported in MODULES, f"{where} imports nvfp4.{imported}, which does not exist"
+        assert floor(imported) <= floor(name), f"{where} imports upward, from nvfp4.{imported}"
+
+
+def test_no_circles() -> None:
+    """Also within a floor, and also through imports inside functions: whoever imports must be importable without us."""
+    graph = {name: {i for i, _ in imports(parse(path), name) if i in MODULES} for name, path in INSIDE.items()}
+    assert not find_circle(graph)
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names around a circle, or nothing."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for imported in sorted(graph.get(name, ())):
+            if circle := visit(imported, [*trail, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := visit(name, []))), [])
+
+
+def test_circles_are_found() -> None:
+    """The rule itself: a -> b -> c -> b."""
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_imports_are_seen() -> None:
+    """The rule itself: every form of import statement, also inside a function; third parties are not ours."""
+    source = """
+import numpy, nvfp4
+import nvfp4.ops as ops
+from nvfp4.formats import E2M1
+from nvfp4.quantizers import rtn, QUANTIZERS
+def f():
+    from . import sr
+    from ..ops import quantize
+"""
+    found = [name for name, _ in imports(ast.parse(source), "quantizers.base")]
+    assert found == ["", "ops", "formats", "quantizers.rtn", "quantizers", "quantizers.sr", "ops"]
+
+
+def test_the_face_defines_nothing() -> None:
+    """nvfp4/__init__.py: imports, dunder names, at most a lazy __getattr__. So are the other packages' __init__."""
+    for name in PACKAGES:
+        for node in parse(MODULES[name]).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) else []
+            if isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            assert all(re.fullmatch(r"__\w+__", n) for n in names), f"{MODULES[name]}:{node.lineno} defines {names}"
+
+
+@by_file
+def test_files_are_short(path: Path) -> None:
+    """At most 400 lines: what one can hold in mind."""
+    lines = path.read_text().count("\n")
+    assert lines <= MAX_FILE_LINES, f"{lines} lines, at most {MAX_FILE_LINES}: split it by concept"
+
+
+@by_file
+def test_functions_are_short(path: Path) -> None:
+    """At most 60 lines, docstring included. (C++ is left to its readers.)"""
+    if path.suffix != ".py":
+        return
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name}() has {length} lines"
+
+
+@by_module
+def test_no_environment_variables_below_train_and_cli(name: str) -> None:
+    """Behaviour comes from arguments: what a run does can be read off its call."""
+    if name.split(".")[0] in ("train", "rl", "cli"):
+        return
+    for node in ast.walk(parse(INSIDE[name])):
+        word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            word = next((alias.name for alias in node.names if alias.name in ("environ", "getenv", "putenv")), None)
+        assert word not in ("environ", "getenv", "putenv"), (
+            f"nvfp4.{name}:{getattr(node, 'lineno', '?')} reads os.{word}"
+        )
+
+
+GRID_TABLES = {
+    "the E2M1 grid": (1, 1.5, 2, 3, 4, 6),
+    "the E2M1 grid, doubled": (1, 2, 3, 4, 6, 8, 12),
+    "the midpoints of E2M1": (0.75, 1.25, 1.75, 2.5, 3.5, 5),
+}
+TABLE_HOMES = ("nvfp4/formats.py", "csrc/formats.h")
+
+
+def numbers(path_suffix: str, text: str) -> list[float]:
+    """Numeric literals in the order of the source, without comments and strings."""
+    if path_suffix == ".py":
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        literals = [token.string for token in tokens if token.type == tokenize.NUMBER]
+        return [float(ast.literal_eval(literal)) for literal in literals if "j" not in literal.lower()]
+    code = re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"", " ", text, flags=re.DOTALL)
+    return [float(n) for n in re.findall(r"(?<![\w.])(\d+\.?\d*|\.\d+)(?=[fFuUlL]*\b|[fF])(?![\w.]*x)", code)]
+
+
+def table_in(found: list[float]) -> str | None:
+    """The name of a grid table among these numbers, ascending or descending."""
+    for label, table in GRID_TABLES.items():
+        for wanted in (list(table), list(reversed(table))):
+            if any(found[i : i + len(wanted)] == wanted for i in range(len(found))):
+                return label
+    return None
+
+
+@by_file
+def test_number_tables_live_in_formats(path: Path) -> None:
+    """In the packages around us the E2M1 grid is typed out some 80 times, with four meanings of 'nearest'."""
+    if str(path.relative_to(ROOT)) in TABLE_HOMES:
+        return
+    table = table_in(numbers(path.suffix, path.read_text()))
+    assert table is None, f"{path.name} writes out {table}; take it from {' or '.join(TABLE_HOMES)}"
+
+
+def test_tables_are_found() -> None:
+    """The rule itself, in both languages; prose and comments may quote the grid."""
+    assert table_in(numbers(".py", "x = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]")) == "the E2M1 grid"
+    assert table_in(numbers(".h", "const float g[] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f};")) == "the E2M1 grid"
+    assert table_in(numbers(".cu", "int8_t t[] = {0, 1, 2, 3, 4, 6, 8, 12};")) == "the E2M1 grid, doubled"
+    assert table_in(numbers(".py", "if x < 5: pass\nbounds = (5.0, 3.5, 2.5, 1.75, 1.25, .75, .25)")) is not None
+    assert table_in(numbers(".py", '"""0, 0.5, 1, 1.5, 2, 3, 4, 6"""  # 1, 1.5, 2, 3, 4, 6')) is None
+    assert table_in(numbers(".h", "// 1, 1.5, 2, 3, 4, 6\n/* 1, 1.5, 2, 3, 4, 6 */ int x = 0x12;")) is None
+
+
+BANNED_WORDS = re.compile(r"(^|_)(utils?|helpers?|misc)(_|$)|^_*new_(?!_)|_v2$")
+
+
+@by_module
+def test_names_say_what_a_thing_is(name: str) -> None:
+    """No utils, helper, new_ or v2: they name a place to put things, or a moment."""
+    defined = [n.name for n in ast.walk(parse(INSIDE[name])) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    for word in [*name.split("."), *defined]:
+        assert not BANNED_WORDS.search(word), f"nvfp4.{name}: {word}"
+
+
+@by_module
+def test_public_things_have_docstrings(name: str) -> None:
+    """Modules, classes and functions without a leading underscore: at least the one sentence."""
+    tree = parse(INSIDE[name])
+    if not tree.body:
+        return
+    assert ast.get_docstring(tree), f"nvfp4.{name} has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"nvfp4.{name}:{node.lineno} {node.name} has no docstring"
