@@ -149,6 +149,13 @@ void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int elemen
 #endif
 }
 
+uint64_t fingerprint(uintptr_t data, int64_t bytes, int threads, const std::string& isa) {
+    require(data && bytes > 0 && threads > 0, "there is nothing to read");
+    const Kernels& k = kernels(isa);
+    py::gil_scoped_release release;
+    return k.fingerprint(reinterpret_cast<const void*>(data), bytes, threads);
+}
+
 uint64_t fold_in(uint64_t seed, const std::vector<uint64_t>& data) {
     for (const uint64_t datum : data) {
         uint32_t word[4];
@@ -176,6 +183,7 @@ PYBIND11_MODULE(_cpu, m) {
         }));
     m.def("quantize", &quantize);
     m.def("decode", &decode);
+    m.def("fingerprint", &fingerprint);
     m.def("has_matmul", &has_matmul);
     m.def("matmul", &matmul);
     m.def("fold_in", &fold_in);

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nvfp4.backends.registry import AUTO
 from nvfp4.hadamard import Rotation
-from nvfp4.ops import INPUT_DTYPES, dequantize, matmul, quantize_with, requantize_with, without_autocast
+from nvfp4.ops import INPUT_DTYPES, dequantize, fingerprint, matmul, quantize_with, requantize_with, without_autocast
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options
 from nvfp4.quantizers.registry import get_quantizer
@@ -103,23 +103,31 @@ class LinearState:
         return spec.checked(seed=seeds[side], rotation=rotation, sign_seed=sign_seed)
 
     def weight(self, weight: torch.Tensor) -> QTensor:
-        """The weight as fprop's operand: quantised in every call, or once inside ``fixed_weights``.
+        """The weight as fprop's operand, quantised once for as long as it stays the same.
 
-        Never kept without being asked: fused optimizers, writes through ``.data`` and custom kernels change a weight
-        without a trace in its version counter. Not kept under torch.distributed either, where FSDP refills the same
-        memory, nor for stochastic operands.
+        Where the backend can fingerprint memory, it is the bytes themselves that are compared: version counters miss
+        fused optimizers, writes through ``.data`` and custom kernels. Elsewhere codes are kept inside ``fixed_weights``
+        only. Stochastic operands are never kept, nor anything under torch.distributed, where memory may be sharded.
         """
-        spec = self.recipe.fprop.right
         distributed = dist.is_available() and dist.is_initialized()
-        if not self.keeps_weight or spec.noiseless is None or distributed or weight.is_inference():
+        kept = self.recipe.fprop.right.noiseless is not None and not distributed
+        key = self._weight_key(weight) if kept else None
+        if key is None:
             return self.operand(weight, "fprop", RIGHT, self.noise.calls)
-        # a weak reference, since a freed weight's address may be given to the next, as in .bfloat16().float()
-        memory = (StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), weight.stride())
-        key = (weight._version, *memory, weight.dtype, weight.shape, self.recipe, self.backend)
         if self.weight_codes is None or self.weight_codes[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
                 self.weight_codes = (key, self.operand(weight, "fprop", RIGHT, self.noise.calls))
         return self.weight_codes[1]
+
+    def _weight_key(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
+        """What the weight's codes are kept under, or None if there is no telling whether it changed."""
+        made_by = (weight.dtype, weight.shape, weight.device, self.recipe, self.backend)
+        if self.keeps_weight and not weight.is_inference():
+            # a weak reference, since a freed weight's address may be given to the next, as in .bfloat16().float()
+            memory = (StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), weight.stride())
+            return (weight._version, *memory, *made_by)
+        content = fingerprint(weight, backend=self.backend)
+        return None if content is None else (content, *made_by)
 
     def matmul(self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         """a @ b^T [a rows, b rows] on this layer's backend."""

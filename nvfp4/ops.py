@@ -122,6 +122,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
+    """A 64-bit number that changes whenever the bytes of x do, read at memory speed; None where x's backend has
+    none."""
+    return select(backend, "quantize", x.device).fingerprint(x)
+
+
 def explain(
     operation: Operation, device: torch.device | str = "cpu", quantizer: str | None = None, **options: Any
 ) -> str:

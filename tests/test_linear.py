@@ -1000,7 +1000,7 @@ def test_a_changed_weight_is_used_at_once(change: str, kept: bool) -> None:
 
 def test_fixed_weights_quantises_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside the context a weight is quantised by the first of several forwards, also of training ones, with no bit of
-    any result changed; outside, nested contexts included, by each."""
+    any result changed; outside, where the backend cannot compare bytes, by each, and where it can, by the first."""
     layer, (x, dy) = make("quartet2", 32, 16), tokens(20, 32, 16)
     want = [run(layer, x, dy) for _ in range(2)]
     nvfp4.load_noise_state(layer, {"": 0})
@@ -1019,9 +1019,10 @@ def test_fixed_weights_quantises_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for expected in want:
             same(run(layer, x, dy), expected, "fixed")
     spy.take()
-    assert [weights(), weights()] == [1, 1]
+    assert [weights(), weights()] == [1, 0]  # by its bytes
     with pytest.raises(KeyError), nvfp4.fixed_weights(layer):
         raise KeyError
+    layer.nvfp4.backend = "reference"
     assert [weights(), weights()] == [1, 1]
 
 

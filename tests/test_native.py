@@ -270,6 +270,29 @@ def test_fold_in_and_swizzle_are_the_same_functions() -> None:
         assert native.swizzled_offset(row, column, columns) == swizzled_offset(row, column, columns)
 
 
+def test_fingerprint_sees_every_change_and_is_the_same_everywhere() -> None:
+    """One flipped bit anywhere, all signs flipped, two neighbours or two far words exchanged, one byte more: each gives
+    another number; instruction sets and thread counts agree. A collision by chance has probability 2^-64."""
+    x = torch.randn(3 * 2**17 + 5)
+    seen = set()
+    for isa in ISAS:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.add(CpuBackend(isa).fingerprint(x))
+    assert len(seen) == 1
+    variants = [x.neg(), x.flip(0), x.roll(1), x.roll(128), x.roll(2**14), x[:-1].contiguous(), x.mul(2), x.add(0.5)]
+    for at in (0, 1, 127, 128, 2**14 - 1, 2**14, x.numel() - 1):
+        for bit in (0, 12, 22, 23, 31):
+            one = x.clone()
+            one.view(torch.int32)[at] ^= 1 << bit if bit < 31 else -(2**31)
+            variants.append(one)
+    pair = x.clone()
+    pair[[5, 5 + 128]] = x[[5 + 128, 5]]
+    values = [CpuBackend().fingerprint(v) for v in (*variants, pair)]
+    assert len({*values, *seen}) == len(values) + 1
+    assert CpuBackend().fingerprint(torch.randn(4, 4).t()) is None
+
+
 def test_bad_arguments_raise_and_touch_nothing() -> None:
     """The binding refuses what would read or write out of bounds."""
     x = torch.randn(4, 32)

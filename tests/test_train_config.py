@@ -144,7 +144,7 @@ def test_differences_name_what_changes_a_loss_and_nothing_else():
     free = dataclasses.replace(config, out="elsewhere", resume=True, keep=7, log_every=3, eval_every=1, prompt="x")
     assert differences(saved, free) == []
     changed = dataclasses.replace(config, steps=700, recipe="rtn")
-    assert differences(saved, changed) == ["steps: 600, now 700", "recipe: 'quartet2', now 'rtn'"]
+    assert differences(saved, changed) == ["steps: 1500, now 700", "recipe: 'quartet2', now 'rtn'"]
     assert differences(saved, dataclasses.replace(changed, allow_changes=("steps",))) == [
         "recipe: 'quartet2', now 'rtn'"
     ]

@@ -73,6 +73,15 @@ def test_a_sample_repeats_itself_and_leaves_the_random_state_alone():
     assert model.training
 
 
+def test_a_sample_may_be_longer_than_the_context(recwarn):
+    model = small(seq_len=16)
+    with torch.no_grad():
+        model.lm_head.weight[128:].fill_(0)
+        model.lm_head.weight[:128] *= 100  # ASCII only, so a byte is a character
+    assert len(sample(model, ByteTokenizer(), "a prompt that is itself longer", 50, seed=1)) == 50
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_export_loads_where_there_is_no_nvfp4(tmp_path, texts, dtype):
     config = tiny(tmp_path / "run", texts, recipe="quartet2", steps=3, export_dtype=dtype, tie_embeddings=True)

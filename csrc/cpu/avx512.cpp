@@ -3,9 +3,10 @@
 #define NVFP4_VECTOR_LANES 1
 #include "../lanes.h"
 #include "decode.h"
+#include "fingerprint.h"
 #include "quantize.h"
 
 namespace nvfp4 {
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = {"avx512", avx512::quantize, avx512::decode_matrix};
+const Kernels avx512_kernels = {"avx512", avx512::quantize, avx512::decode_matrix, avx512::fingerprint};
 }  // namespace nvfp4

@@ -75,6 +75,7 @@ struct Kernels {
     const char* name;
     void (*quantize)(const QuantizeArgs&);
     void (*decode)(const DecodeArgs&);
+    uint64_t (*fingerprint)(const void* data, int64_t bytes, int threads);
 };
 
 extern const Kernels portable_kernels;

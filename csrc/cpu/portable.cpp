@@ -3,9 +3,10 @@
 #define NVFP4_VECTOR_LANES 1
 #include "../lanes.h"
 #include "decode.h"
+#include "fingerprint.h"
 #include "quantize.h"
 
 namespace nvfp4 {
 extern const Kernels portable_kernels;
-const Kernels portable_kernels = {"portable", portable::quantize, portable::decode_matrix};
+const Kernels portable_kernels = {"portable", portable::quantize, portable::decode_matrix, portable::fingerprint};
 }  // namespace nvfp4

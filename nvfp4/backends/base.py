@@ -36,6 +36,10 @@ class Backend(ABC):
         """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""
         return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)
 
+    def fingerprint(self, x: torch.Tensor) -> int | None:
+        """A number that changes whenever the bytes of x do, or None where telling would cost a synchronisation."""
+        return None
+
     @abstractmethod
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor that q stands for, in its original shape; see ``QTensor.dequantize``."""

@@ -95,6 +95,12 @@ class CpuBackend(Backend):
         )
         return QTensor(codes, block_scale, global_scale, options.block, (rows, columns), -1, options.rotation)
 
+    def fingerprint(self, x: torch.Tensor) -> int | None:
+        if not x.is_contiguous() or x.numel() == 0:
+            return None
+        assert native is not None
+        return native.fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads(), self.isa)
+
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
         if q.rotation is not None or dtype not in _ELEMENTS or q.codes.numel() == 0:
             return q.dequantize(dtype)

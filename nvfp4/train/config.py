@@ -95,7 +95,7 @@ class TrainConfig:
     """JSONL field or Parquet column that holds the text."""
     tokenizer: str | None = None
     """Folder of a local Hugging Face tokenizer, or bytes (257 tokens); None: that of --model, without one bytes."""
-    holdout: Share = 0.02
+    holdout: Share = 0.03
     """Share of the documents held out, chosen by the SHA-256 of their relative path, so the same on every machine."""
     seed: Seed = 0
     """Seed of the initial weights, the data order and the stochastic rounding."""
@@ -107,7 +107,7 @@ class TrainConfig:
     """Sequences in one optimiser update, over all processes and accumulation steps."""
     micro_batch: Count | None = None
     """Sequences in one forward pass of one process; the rest is accumulated; None: no accumulation."""
-    steps: Count = 600
+    steps: Count = 1500
     """Optimiser updates."""
 
     # Optimiser
@@ -147,19 +147,19 @@ class TrainConfig:
     """Deterministic kernels, so that a resumed run repeats the uninterrupted one to the last bit."""
 
     # Cadence
-    log_every: Count = 10
+    log_every: Count = 50
     """Updates between printed lines; log.jsonl has every update."""
-    eval_every: CountOrZero = 100
+    eval_every: CountOrZero = 150
     """Updates between evaluations on held-out text; 0: only at the end."""
     eval_bytes: Count = 32768
     """Bytes of held-out text (UTF-8) in an evaluation during the run, of at least 16 documents if there are."""
     final_eval_bytes: CountOrZero = 131072
     """Bytes of held-out text (UTF-8) in the evaluation at the end; 0: all of it."""
-    save_every: CountOrZero = 100
+    save_every: CountOrZero = 250
     """Updates between checkpoints; 0: only at the end."""
     keep: Count = 2
     """Newest checkpoints kept."""
-    sample_tokens: CountOrZero = 200
+    sample_tokens: CountOrZero = 300
     """Tokens of the text sample at the end; 0: none."""
     prompt: str | None = None
     """Prompt of the text sample; None: the first line of a held-out document."""

@@ -51,25 +51,23 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
 def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
     """``tokens`` tokens that follow ``prompt``, drawn at temperature 0.8; ends early at the separator.
 
-    Leaves the global random state and the training mode as they were.
+    A text longer than the model's context goes on from its last half context. Leaves the global random state and the
+    training mode as they were.
     """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     ids = torch.tensor([[tokenizer.separator, *tokenizer.encode([prompt])[0].tolist()]], device=model.device)
+    start, end = ids.shape[1], ids.shape[1] + tokens
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)
-        out: Any = model.eval().generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=0.8,
-            use_cache=True,
-            pad_token_id=tokenizer.separator,
-            eos_token_id=tokenizer.separator,
-        )
-    model.train(training)
-    return tokenizer.decode(out[0, ids.shape[1] :].tolist())
+        model.eval()
+        while ids.shape[1] < end and (ids.shape[1] == start or ids[0, -1] != tokenizer.separator):
+            context = ids if ids.shape[1] < longest else ids[:, -(longest // 2) :]
+            count = min(end - ids.shape[1], longest - context.shape[1])
+            ids = torch.cat([ids, _continue(model, context, count, tokenizer.separator)], dim=1)
+        model.train(training)
+    return tokenizer.decode(ids[0, start:].tolist())
 
 
 def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
@@ -98,6 +96,22 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         raise TrainError(
             f"cannot export to {folder}: {error.strerror or error}; make room and run again with --resume"
         ) from error
+
+
+def _continue(model: PreTrainedModel, context: torch.Tensor, count: int, separator: int) -> torch.Tensor:
+    """At most ``count`` new tokens [1, n] after ``context`` [1, m]."""
+    generate: Any = model.generate
+    whole = generate(
+        context,
+        attention_mask=torch.ones_like(context),
+        max_new_tokens=count,
+        do_sample=True,
+        temperature=0.8,
+        use_cache=True,
+        pad_token_id=separator,
+        eos_token_id=separator,
+    )
+    return whole[:, context.shape[1] :]
 
 
 def _new(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:

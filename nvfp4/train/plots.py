@@ -25,6 +25,10 @@ def draw_comparison(report: dict[str, Any], path: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_losses(top, report)
     _draw_gaps(bottom, report)
+    first, count = report["runs"][0], report["runs"][0]["parameters"]
+    size = f"{count / 1e6:.1f} M parameters" if count >= 1e6 else f"{count / 1e3:.0f} k parameters"
+    title = f"NVFP4 recipes against {report['baseline']}: {size}, {first['steps']} updates"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.savefig(path)
 
 
@@ -64,8 +68,9 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
         )
         ends.append(float(curve[-1]))
         texts.append((f"{run['recipe']}  {run['val_bpb']:.3f}", colour))
-    curves = np.concatenate([_curve(run)[1] for run in report["runs"]])
-    low, high = np.nanmin(curves), max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
+    settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
+    low = float(np.nanquantile(np.concatenate(settled), 0.005))  # a single lucky batch shall not flatten the curves
+    high = max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axes.set_ylabel("loss, nats per token")
     axes.set_title(

@@ -1,0 +1,54 @@
+// Sixty-four bits that tell whether memory still holds the same bytes: how a cached quantised weight knows it is fresh,
+// whoever wrote to the weight and by whatever means. Reads at the speed of memory; the same value on every processor.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../lanes.h"
+
+NVFP4_BEGIN
+
+NVFP4_FN Word rotate_left(Word x, int by) { return x << by | x >> (32 - by); }
+
+// Eight sums of sixteen lanes, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is invertible, so one
+// changed word always shows; changes of several words of one lane escape with probability 2^-32, of several lanes 2^-64.
+inline uint64_t chunk_fingerprint(const uint8_t* bytes, int64_t count) {
+    constexpr int kSums = 8;
+    constexpr int64_t stride = kSums * static_cast<int64_t>(sizeof(Word));
+    Word sum[kSums] = {};
+    for (int64_t at = 0; at < count; at += stride) {
+        Word data[kSums] = {};
+        memcpy(data, bytes + at, static_cast<size_t>(std::min(stride, count - at)));
+#pragma GCC unroll 8
+        for (int j = 0; j < kSums; ++j) {
+            const Word mixed = rotate_left(data[j] * 0xcc9e2d51u, 15) * 0x1b873593u;
+            sum[j] = rotate_left(sum[j] ^ mixed, 13) * 5u + 0xe6546b64u;
+        }
+    }
+    uint64_t hash = static_cast<uint64_t>(count);
+    for (int j = 0; j < kSums; ++j)
+        for (int lane = 0; lane < kLanes; ++lane) {
+            hash = (hash ^ sum[j][lane]) * 0x9E3779B97F4A7C15u;
+            hash ^= hash >> 32;
+        }
+    return hash;
+}
+
+inline uint64_t fingerprint(const void* data, int64_t count, int threads) {
+    constexpr int64_t chunk = 1 << 16;
+    const int64_t chunks = (count + chunk - 1) / chunk;
+    std::vector<uint64_t> part(static_cast<size_t>(chunks));
+    const auto* bytes = static_cast<const uint8_t*>(data);
+#pragma omp parallel for schedule(static) num_threads(chunks < 16 ? 1 : threads)
+    for (int64_t i = 0; i < chunks; ++i)
+        part[static_cast<size_t>(i)] = chunk_fingerprint(bytes + i * chunk, std::min(chunk, count - i * chunk));
+    uint64_t hash = static_cast<uint64_t>(count);
+    for (const uint64_t p : part) {
+        hash = (hash ^ p) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
+NVFP4_END
