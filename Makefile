@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
-.PHONY: train test lint unit clean help
+.PHONY: train test lint unit sanitize bench clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -34,8 +34,21 @@ lint: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
+
+bench: $(READY) ## time the quantisers and the linear layer, and keep the figures
+	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
+	$(BIN)/python -m benchmarks.bench_linear --keep linear
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name '__pycache__' -prune -exec rm -rf {} + ; rm -f nvfp4/*.so
+
+# A copy of the package with instrumented kernels, so that the installed ones stay as they are.
+SANITIZED := build/sanitized
+sanitize: $(READY) ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r nvfp4 $(SANITIZED)/ && rm -f $(SANITIZED)/nvfp4/*.so
+	NVFP4_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize-objects --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py

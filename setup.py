@@ -3,6 +3,7 @@
 A failed build leaves a working package: everything then runs on the reference backend, and a warning says why.
 """
 
+import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,11 @@ class BuildExt(build_ext):
             print(f"warning: nvfp4 is installed without native CPU kernels: {error}", file=sys.stderr)
 
 
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+if os.environ.get("NVFP4_SANITIZE"):  # for `make sanitize`
+    PER_FILE = {name: [flag for flag in flags if flag != "-O3"] for name, flags in PER_FILE.items()}
+    COMMON += SANITIZE
+
 extension = Pybind11Extension(
     "nvfp4._cpu",
     SOURCES,
@@ -86,7 +92,7 @@ extension = Pybind11Extension(
         "-Wno-uninitialized",
     ],
     depends=[str(path) for path in Path("csrc").rglob("*.h")],
-    extra_link_args=["-fopenmp"],
+    extra_link_args=["-fopenmp", *(SANITIZE if os.environ.get("NVFP4_SANITIZE") else [])],
     optional=True,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

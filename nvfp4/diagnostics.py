@@ -47,13 +47,18 @@ class Report:
         return sum(layer.reason is None for layer in self.layers)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.converted} of {len(self.layers)} linear layers in NVFP4", title_justify="left")
-        for column in ("layer", "out x in", *GEMMS, "backend", "kept because"):
+        converted = {layer.recipe: layer.gemms for layer in self.layers if layer.recipe is not None}
+        caption = "\n".join(
+            f"{recipe}: " + "; ".join(f"{gemm} {operands}" for gemm, operands in zip(GEMMS, gemms, strict=True))
+            for recipe, gemms in converted.items()
+        )
+        title = f"{self.converted} of {len(self.layers)} linear layers in NVFP4"
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        for column in ("layer", "out x in", "recipe", "backend", "kept because"):
             table.add_column(column, overflow="fold")
         for layer in self.layers:
             size = f"{layer.out_features} x {layer.in_features}"
-            gemms = layer.gemms or ("",) * len(GEMMS)
-            table.add_row(layer.name or "(root)", size, *gemms, layer.backend or "", layer.reason or "")
+            table.add_row(layer.name or "(root)", size, layer.recipe or "", layer.backend or "", layer.reason or "")
         return table
 
     def __str__(self) -> str:

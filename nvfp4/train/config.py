@@ -187,7 +187,7 @@ class CompareConfig(TrainConfig):
 
     out: str = "runs/compare"
     """Folder of the comparison: compare.json, compare.png, and a run folder for each recipe. Finished runs are kept."""
-    recipes: Listed = ("bf16", "nvidia", "quartet2")
+    recipes: Listed = ("bf16", "nvidia", "quartet2", "search_eden")
     """Recipes to train (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl); gaps are to bf16."""
 
 
