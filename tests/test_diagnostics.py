@@ -116,10 +116,15 @@ def test_report_says_what_is_there() -> None:
 
 
 def test_report_prints_a_table() -> None:
-    """Every name, size, GEMM and reason is on the page, under the count."""
+    """Every name, size, recipe and reason is on the page, under the count, and each recipe's operands below."""
     text = str(nvfp4.report(nvfp4.convert(_model(), "nvidia", exclude="down", verbose=False)))
     assert text.startswith("1 of 3 linear layers in NVFP4")
-    for words in (["up", "48 x 32", "rtn / rtn_2d", "same codes"], ["down", "32 x 48", "excluded"], ["head", "8 x 32"]):
+    for words in (
+        ["up", "48 x 32", "nvidia"],
+        ["down", "32 x 48", "excluded"],
+        ["head", "8 x 32"],
+        ["nvidia: fprop rtn / rtn_2d", "dgrad sr_te / same codes"],
+    ):
         assert any(all(word in line for word in words) for line in text.splitlines()), words
 
 
