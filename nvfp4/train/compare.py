@@ -38,9 +38,9 @@ from nvfp4.train.signals import StopWish
 
 BASELINE = "bf16"
 
-# How long libgomp's threads spin before they sleep. By default they spin for milliseconds, which on cores that others use
-# too turns every parallel region into a wait: two busy neighbours on two cores took a run from 36k tokens/s to below 1k.
-# With this it keeps 20k, and alone it is as fast as before (2 cores, 0.5 M parameters).
+# How long libgomp's threads spin before they sleep. By default they spin for milliseconds, which on cores that others
+# use too turns every parallel region into a wait: two busy neighbours on two cores took a run of 0.5 M parameters from
+# 36k tokens/s to below 1k. With this it keeps 20k, and alone it is as fast as before.
 PATIENT = {"GOMP_SPINCOUNT": "1000"}
 
 

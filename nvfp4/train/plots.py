@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # files only: no display is needed, none is opened
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BASE_COLOUR = "#222222"
+BASE_COLOUR, RAW_COLOUR = "#222222", "#D4D4D4"
 # Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers, from dark to light.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SMOOTHING = 0.02  # standard deviation of the Gaussian, as a share of the run
@@ -60,7 +60,8 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     for run, colour in zip(report["runs"], _colours(report), strict=True):
         steps, raw = _curve(run)
         curve = smooth(raw)
-        axes.plot(steps, raw, color=colour, alpha=0.18, linewidth=0.6, zorder=1)
+        if run["recipe"] == report["baseline"]:  # the others' noise is that of the same batches: one says it
+            axes.plot(steps, raw, color=RAW_COLOUR, linewidth=0.5, zorder=1)
         axes.plot(steps, curve, color=colour, linewidth=1.6, zorder=2)
         scored = run["held_out"]
         axes.plot(
@@ -74,7 +75,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axes.set_ylabel("loss, nats per token")
     axes.set_title(
-        "Training loss (line: smoothed; dots: held out; labels: held-out bits per byte at the end)",
+        "Training loss (lines: smoothed; grey: each batch; dots: held out; labels: final held-out bits per byte)",
         fontsize=9.5,
         loc="left",
     )
@@ -101,7 +102,11 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_ylim(min(extremes) - margin, max(extremes) + margin)
     axes.set_ylabel(f"gap to {base['recipe']}, nats")
     axes.set_xlabel("optimiser update")
-    axes.set_title("Gap on the same batches (labels: held-out bits per byte at the end)", fontsize=9.5, loc="left")
+    axes.set_title(
+        "Gap on the same batches (dots: held out; labels: gap of the final held-out bits per byte)",
+        fontsize=9.5,
+        loc="left",
+    )
     _finish(axes)
     _label_ends(axes, ends, texts)
 
