@@ -179,6 +179,20 @@ def test_running_out_of_memory_names_the_knobs(tmp_path, texts, monkeypatch):
         pretrain(tiny(tmp_path / "run", texts))
 
 
+def test_a_compiler_that_fails_names_the_off_switch(tmp_path, texts, monkeypatch):
+    from torch._dynamo.exc import Unsupported
+
+    def fail(run, step, lr):
+        raise Unsupported("no C++ compiler")
+
+    monkeypatch.setattr(loop, "update", fail)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    with pytest.raises(
+        TrainError, match=r"compile: torch.compile failed here \(no C\+\+ compiler\); run with --no-compile"
+    ):
+        pretrain(tiny(tmp_path / "run", texts, compile=True))
+
+
 # Held-out score
 
 

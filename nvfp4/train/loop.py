@@ -43,6 +43,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
                 f"out of memory: {str(error).splitlines()[0]}; lower --micro-batch or --seq-len, or give --recompute; "
                 f"to go on from a checkpoint: --resume --allow-changes micro_batch recompute"
             ) from error
+        except Exception as error:
+            if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = str(error).strip().splitlines()[0]
+                raise TrainError(f"compile: torch.compile failed here ({reason}); run with --no-compile") from error
+            raise
 
 
 class Loop:
