@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.harness import gate, interleaved, show
 from benchmarks.shapes import SETS, Shape
 from nvfp4.convert import convert
-from nvfp4.linear import Linear
+from nvfp4.linear import Linear, invalidate
 from nvfp4.recipes import RECIPES
 
 
@@ -78,8 +78,7 @@ def main() -> None:
 
         def step(layer: nn.Linear, x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
             x.grad = layer.weight.grad = None
-            # an optimiser step lies between two calls in training: the weight is quantised anew
-            torch.autograd.graph.increment_version(layer.weight)
+            invalidate(layer)  # an optimiser step lies between two calls in training: the weight is quantised anew
             layer(x).backward(dy)
 
         ms = interleaved({r: (lambda r=r: step(layers[r])) for r in recipes}, args.seconds)  # noqa: B023
