@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from nvfp4.train import checkpoint, state
 from nvfp4.train.config import PretrainConfig, lasting, resolve, to_fields, to_yaml
@@ -35,7 +36,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if done is not None and done["config"] == to_fields(lasting(config)):
         print(f"{config.out} is finished: {summary(done)}")
         return done
-    with _deterministic(config.deterministic):
+    with _deterministic(config.deterministic), _process_group():
         try:
             return Loop(prepare(config)).run()
         except torch.OutOfMemoryError as error:
@@ -167,6 +168,17 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Leave a process group that the run made itself, once all are done: its threads must not outlive the interpreter."""
+    ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    yield
+    if ours and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)  # else a later run in this process finds a dead group
 
 
 def _machine(run: Run) -> dict[str, Any]:
