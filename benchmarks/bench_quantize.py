@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 
 import torch
 
@@ -25,6 +27,15 @@ CASES: dict[str, tuple[str, dict]] = {
     "ms_eden(2)": ("ms_eden", {"rounds": 2}),
     "ms_eden(2, search)": ("ms_eden", {"rounds": 2, "search": True}),
 }
+
+
+def peer(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """torchao's NVFP4 quantiser, amax included, where it is installed."""
+    try:
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+    except ImportError:
+        return {}
+    return {"torchao": lambda: NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().amax()))}
 
 
 def main() -> None:
@@ -57,6 +68,8 @@ def main() -> None:
                 "rows": lambda quantizer=quantizer, checked=checked: backend.quantize(x, quantizer, checked),
                 "columns": lambda quantizer=quantizer, checked=checked: backend.quantize(x.t(), quantizer, checked),
                 "again": lambda quantizer=quantizer, checked=checked: backend.requantize(saved, quantizer, checked),
+                "both": lambda pair=(quantizer, checked): backend.quantize_both(x, pair, pair),
+                **(peer(x) if name == "rtn" else {}),
             },
             args.seconds,
         )
@@ -68,7 +81,9 @@ def main() -> None:
                 "x copy": ms["rows"] / ms["copy"],
                 "transposed ms": ms["columns"],
                 "x copy (transposed)": ms["columns"] / ms["copy"],
+                "both ms": ms["both"],
                 "from codes ms": ms["again"],
+                "torchao ms": ms.get("torchao", math.nan),
             }
         )
     show(f"{args.size} x {args.size} {args.dtype}, backend {args.backend}", rows, args.keep)

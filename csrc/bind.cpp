@@ -92,8 +92,8 @@ struct Options {
     bool fixed = false;
 };
 
-void quantize(const Source& source, const Options& options, int64_t padded_columns, uintptr_t codes,
-              uintptr_t block_scale, uintptr_t global_scale, uintptr_t scratch, int threads, const std::string& isa) {
+QuantizeArgs quantize_args(const Source& source, const Options& options, int64_t padded_columns, uintptr_t codes,
+                           uintptr_t block_scale, uintptr_t global_scale, uintptr_t scratch, int threads) {
     const int unit = options.group ? options.group : kBlock;
     require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2, "unknown rule or metric");
     require(unit % 16 == 0 && unit <= 128 && options.rounds >= 1 && options.rounds <= 3, "bad rotation");
@@ -115,9 +115,24 @@ void quantize(const Source& source, const Options& options, int64_t padded_colum
     args.global_scale = reinterpret_cast<float*>(global_scale);
     args.scratch = reinterpret_cast<float*>(scratch);
     args.threads = threads;
+    return args;
+}
+
+void quantize(const QuantizeArgs& args, const std::string& isa) {
     const Kernels& k = kernels(isa);
     py::gil_scoped_release release;
     k.quantize(args);
+}
+
+void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down, const std::string& isa) {
+    const Source &a = across.source, &b = down.source;
+    require(a.element == b.element && a.element != Element::codes && a.data == b.data && a.rows == b.columns &&
+                a.columns == b.rows && (a.rows == 1 || a.row_stride == b.column_stride) &&
+                (a.columns == 1 || a.column_stride == b.row_stride),
+            "the two sources must be one matrix and its transpose");
+    const Kernels& k = kernels(isa);
+    py::gil_scoped_release release;
+    k.quantize_both(across, down);
 }
 
 void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int threads, const std::string& isa) {
@@ -181,7 +196,9 @@ PYBIND11_MODULE(_cpu, m) {
                          int rounds, uint64_t sign_seed, bool fixed) {
             return Options{rule, metric, tiles, row_scaled, search, seed, group, rounds, sign_seed, fixed};
         }));
+    py::class_<QuantizeArgs>(m, "QuantizeArgs").def(py::init(&quantize_args));
     m.def("quantize", &quantize);
+    m.def("quantize_both", &quantize_both);
     m.def("decode", &decode);
     m.def("fingerprint", &fingerprint);
     m.def("has_matmul", &has_matmul);

@@ -69,6 +69,18 @@ NVFP4_FN float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
 NVFP4_FN uint32_t truncate(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }  // 0 <= x < 2^31
 NVFP4_FN float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }     // n < 2^31
 
+NVFP4_FN uint32_t rotate_left(uint32_t x, int n) { return x << n | x >> (32 - n); }
+NVFP4_FN float with_sign(float magnitude, float x) { return from_bits((bits(magnitude) & 0x7fffffffu) | (bits(x) & 0x80000000u)); }
+NVFP4_FN float clamp_magnitude(float x, float limit) { return with_sign(smaller(magnitude(x), limit), x); }
+
+// c - a b of a product that is exact in float32, so that a fused operation gives the same.
+NVFP4_FN float less_product(float c, float a, float b) { return c - a * b; }
+
+// By |x| < 8: ``low`` below 2, ``middle`` from 2 on, ``high`` from 4 on.
+NVFP4_FN float by_magnitude(float x, float low, float middle, float high) {
+    return magnitude(x) < 2.0f ? low : magnitude(x) < 4.0f ? middle : high;
+}
+
 NVFP4_FN uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 NVFP4_FN uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 

@@ -11,11 +11,10 @@
 
 NVFP4_BEGIN
 
-// Sixteen signed codes, eight a word, low nibble first, and the block scale.
+// Sixteen signed codes, eight a word, low nibble first.
 template <class F>
 struct Packed {
     Int<F> low, high;
-    Int<F> scale_code;
 };
 
 // What a rule knows beside its elements.
@@ -47,30 +46,27 @@ NVFP4_FN F block_amax(const F (&x)[kBlock]) {
     return from_bits(largest);
 }
 
-// Codes of x[i] * multiplier with the signs of x. ``code(magnitude, i)`` leaves the code of the magnitude in its low three
-// bits; what is above them is masked away here.
-template <class F, class Code>
-NVFP4_FN void pack_codes(const F (&x)[kBlock], F multiplier, Packed<F>& out, Code code) {
+// Codes of x[i] * multiplier. ``round(scaled, i)`` returns bits that begin with the sign and end in the code of a magnitude;
+// turned left by one they end in the nibble with its sign last, which is put first in all eight at the end.
+template <class F, class Round>
+NVFP4_FN Packed<F> pack_codes(const F (&x)[kBlock], F multiplier, Round round) {
     Int<F> half[2];
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
         Int<F> word = {};
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
-            const F& element = x[8 * h + j];
-            const F scaled = smaller(magnitude(element) * multiplier, splat<F>(E2M1::max));
-            const Int<F> low = code(scaled, 8 * h + j) << (4 * j), sign = bits(element) >> (28 - 4 * j);
-            word = select_bits(15u << (4 * j), select_bits(E2M1::code_mask << (4 * j), low, sign), word);
+            const F scaled = clamp_magnitude(x[8 * h + j] * multiplier, E2M1::max);
+            word = select_bits(15u << (4 * j), rotate_left(round(scaled, 8 * h + j), 4 * j + 1), word);
         }
-        half[h] = word;
+        half[h] = select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
     }
-    out.low = half[0];
-    out.high = half[1];
+    return {half[0], half[1]};
 }
 
 template <class F>
-NVFP4_FN void pack_nearest(const F (&x)[kBlock], F multiplier, Packed<F>& out) {
-    pack_codes(x, multiplier, out, [](F a, int) { return nearest_code_bits<E2M1>(a); });
+NVFP4_FN Packed<F> pack_nearest(const F (&x)[kBlock], F multiplier) {
+    return pack_codes(x, multiplier, [](F scaled, int) { return e2m1_nearest(scaled); });
 }
 
 // min(fl(1 / fl(s * global_scale)), FLT_MAX): a non-zero block whose scale underflowed keeps FLT_MAX.
@@ -93,18 +89,18 @@ struct Plain {
     static constexpr float cap = E4M3::max;
 
     template <class F>
-    static NVFP4_FN Packed<F> apply(const F (&x)[kBlock], const Given<F>& given) {
+    static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
         const F base = smaller(base_scale(scope_amax<Scope>(x), given.encode), splat<F>(E4M3::max));
-        const Rounded<F> s = rounding == Rounding::stochastic_up ? up<E4M3>(base) : nearest<E4M3>(base);
-        const F multiplier = element_multiplier(s.value, given.global_scale);
-        Packed<F> out;
-        out.scale_code = s.code;
-        if constexpr (noisy) {
-            pack_codes(x, multiplier, out, [&](F a, int i) { return stochastic<E2M1>(a, given.noise[i]).code; });
-        } else {
-            pack_nearest(x, multiplier, out);
-        }
-        return out;
+        return rounding == Rounding::stochastic_up ? up<E4M3>(base) : nearest<E4M3>(base);
+    }
+
+    template <class F>
+    static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
+        const F multiplier = element_multiplier(scale, given.global_scale);
+        if constexpr (noisy)
+            return pack_codes(x, multiplier, [&](F scaled, int i) { return e2m1_stochastic(scaled, given.noise[i]); });
+        else
+            return pack_nearest(x, multiplier);
     }
 };
 
@@ -118,8 +114,8 @@ template <class Scope, Metric metric, class F>
 NVFP4_FN F candidate_error(const F (&scaled)[kBlock], F scale) {
     const F inverse = guarded_inverse(scale);
     const auto error = [&](int i) {
-        const F q = nearest_value<E2M1>(smaller(scaled[i] * inverse, splat<F>(E2M1::max)));
-        const F e = scaled[i] - q * scale;
+        const F q = e2m1_nearest_value(smaller(scaled[i] * inverse, splat<F>(E2M1::max)));
+        const F e = less_product(scaled[i], q, scale);  // six significant bits
         return metric == Metric::mse ? e * e : magnitude(e);
     };
     if constexpr (metric != Metric::abs_max) return Scope::template sum<F>(error);
@@ -137,14 +133,11 @@ NVFP4_FN void scaled_magnitudes(const F (&x)[kBlock], F encode, F (&scaled)[kBlo
 
 // The codes of x S on the scale that won.
 template <class F>
-NVFP4_FN Packed<F> finish(const F (&x)[kBlock], const F (&scaled)[kBlock], const Rounded<F>& scale) {
-    F signed_scaled[kBlock];
+NVFP4_FN Packed<F> pack_scaled(const F (&x)[kBlock], F scale, F encode) {
+    F scaled[kBlock];
 #pragma GCC unroll 16
-    for (int i = 0; i < kBlock; ++i) signed_scaled[i] = from_bits(bits(scaled[i]) | (bits(x[i]) & 0x80000000u));
-    Packed<F> out;
-    out.scale_code = scale.code;
-    pack_nearest(signed_scaled, guarded_inverse(scale.value), out);
-    return out;
+    for (int i = 0; i < kBlock; ++i) scaled[i] = x[i] * encode;
+    return pack_nearest(scaled, guarded_inverse(scale));
 }
 
 template <class Scope, Metric metric>
@@ -153,7 +146,12 @@ struct FourOverSix {
     static constexpr float cap = kSearchCap;
 
     template <class F>
-    static NVFP4_FN Packed<F> apply(const F (&x)[kBlock], const Given<F>& given) {
+    static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
+        return pack_scaled(x, scale, given.encode);
+    }
+
+    template <class F>
+    static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
         F scaled[kBlock];
         scaled_magnitudes(x, given.encode, scaled);
         const F base = base_scale(scope_amax<Scope>(x), given.encode);
@@ -161,8 +159,7 @@ struct FourOverSix {
         const Rounded<F> four = nearest<E4M3>(smaller(base * 1.5f, splat<F>(E4M3::max)));
         const auto better = candidate_error<Scope, metric>(scaled, four.value) <
                             candidate_error<Scope, metric>(scaled, six.value);
-        const Rounded<F> best = {select(better, four.code, six.code), select(better, four.value, six.value)};
-        return finish(x, scaled, best);
+        return {select(better, four.code, six.code), select(better, four.value, six.value)};
     }
 };
 
@@ -172,7 +169,12 @@ struct ScaleSearch {
     static constexpr float cap = kSearchCap;
 
     template <class F>
-    static NVFP4_FN Packed<F> apply(const F (&x)[kBlock], const Given<F>& given) {
+    static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
+        return pack_scaled(x, scale, given.encode);
+    }
+
+    template <class F>
+    static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
         constexpr int steps[] = {-2, -1, 1, 2, 3, 4, 5, 6};
         F scaled[kBlock];
         scaled_magnitudes(x, given.encode, scaled);
@@ -188,7 +190,7 @@ struct ScaleSearch {
             best = {select(better, code, best.code), select(better, value, best.value)};
             best_error = smaller(error, best_error);
         }
-        return finish(x, scaled, best);
+        return best;
     }
 
     // code + step within [1, 126]; a zero scale stays zero.
@@ -204,7 +206,7 @@ struct ScaleSearch {
 template <bool search>
 struct MsEden {
     template <class F>
-    static NVFP4_FN Packed<F> apply(const F (&y)[kBlock], F amax, F& length) {
+    static NVFP4_FN Packed<F> pack(const F (&y)[kBlock], F amax, F& length) {
         constexpr float full_scale = 0x1.849d64p+2f;  // fl(6 / 0.988125), arXiv 2601.22813
         constexpr float factors[] = {1.0f, 0.875f, 1.125f, 1.25f, 1.375f, 1.5f};
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
@@ -229,16 +231,13 @@ struct MsEden {
         length = a * best_t;
         F signed_unit[kBlock];
 #pragma GCC unroll 16
-        for (int i = 0; i < kBlock; ++i) signed_unit[i] = from_bits(bits(unit[i]) | (bits(y[i]) & 0x80000000u));
-        Packed<F> out;
-        out.scale_code = Int<F>{};
-        pack_nearest(signed_unit, best_c, out);
-        return out;
+        for (int i = 0; i < kBlock; ++i) signed_unit[i] = y[i] * inverse;
+        return pack_nearest(signed_unit, best_c);
     }
 
     template <class F>
     static NVFP4_FN F rounded(F unit, float c) {
-        return nearest_value<E2M1>(smaller(unit * c, splat<F>(E2M1::max)));
+        return e2m1_nearest_value(smaller(unit * c, splat<F>(E2M1::max)));
     }
 
     // t = fl(<v, v> / <v, q>) * fl(1 / c)

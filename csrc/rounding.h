@@ -37,24 +37,11 @@ NVFP4_FN U magic_bits(U e) {
     return e + (e >> (23 - Format::mantissa_bits)) + ((static_cast<uint32_t>(23 - Format::mantissa_bits) << 23) - start);
 }
 
-// bits of a sum whose low bits are the code of a, 0 <= a <= Format::max; what stands above ``code_mask`` is not part of it.
-template <class Format, class F>
-NVFP4_FN Int<F> nearest_code_bits(F a) {
-    return bits(a + from_bits(magic_bits<Format>(binade<Format>(a))));
-}
-
 template <class Format, class F>
 NVFP4_FN Rounded<F> nearest(F a) {
     const Int<F> e = binade<Format>(a);
     const F magic = from_bits(magic_bits<Format>(e)), sum = a + magic;
     return {bits(sum) & Format::code_mask, sum - magic};
-}
-
-// The same value without its code.
-template <class Format, class F>
-NVFP4_FN F nearest_value(F a) {
-    const F magic = from_bits(binade<Format>(a) + (static_cast<uint32_t>(23 - Format::mantissa_bits) << 23));
-    return (a + magic) - magic;
 }
 
 template <class Format, class F>
@@ -81,6 +68,34 @@ template <class Format, class F>
 NVFP4_FN Rounded<F> stochastic(F a, F u) {
     const Int<F> e = binade<Format>(a);
     return on_lattice<Format, F>(truncate(in_steps<Format>(a, e) + u), e);
+}
+
+// E2M1 is three lattices, of steps 1/2, 1 and 2 from 0, 2 and 4 on, so what depends on the binade is a choice of three.
+
+// The number to add, as above, to |x| <= 6.
+template <class F>
+NVFP4_FN F e2m1_magic(F x) {
+    return by_magnitude(x, 0x1p22f, 0x1p23f + 2.0f, 0x1p24f + 8.0f);
+}
+
+template <class F>
+NVFP4_FN F e2m1_nearest_value(F a) {
+    const F magic = e2m1_magic(a);
+    return (a + magic) - magic;
+}
+
+// Bits that begin with the sign of x and end in the code of |x| <= 6.
+template <class F>
+NVFP4_FN Int<F> e2m1_nearest(F x) {
+    return bits(x + with_sign(e2m1_magic(x), x));
+}
+
+// The same, rounded by u in (0, 1) as ``stochastic`` does.
+template <class F>
+NVFP4_FN Int<F> e2m1_stochastic(F x, F u) {
+    const F steps = magnitude(x) * by_magnitude(x, 2.0f, 1.0f, 0.5f);  // exact
+    const Int<F> start = bits(by_magnitude(x, from_bits(0u), from_bits(2u), from_bits(4u)));
+    return select_bits(0x80000000u, bits(x), truncate(steps + u) + start);
 }
 
 NVFP4_END

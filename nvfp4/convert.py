@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from nvfp4.backends.registry import AUTO, check_backend
-from nvfp4.linear import Linear, LinearState, Noise, layers
+from nvfp4.linear import Linear, LinearState, layers
+from nvfp4.noise import Noise
 from nvfp4.ops import INPUT_DTYPES
 from nvfp4.recipes import Recipe, as_recipe
 from nvfp4.rng import check_seed

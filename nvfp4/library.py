@@ -19,11 +19,6 @@ from nvfp4.quantizers.registry import get_quantizer
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def signed(seed: int) -> int:
-    """An unsigned 64-bit seed as the int64 of the same bits."""
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
 def _options(
     name: str,
     block_rows: int,
@@ -48,17 +43,6 @@ def _options(
         turn["metric"] = metric
     block = (block_rows, NVFP4.block_size)
     return quantizer, quantizer.check(block=block, row_scaled=row_scaled, seed=unsigned, **turn)
-
-
-def _empty(rows: int, columns: int, options: Options, like: torch.Tensor) -> Codes:
-    unit = NVFP4.block_size if options.rotation is None else options.rotation.group
-    padded = (columns + unit - 1) // unit * unit
-    scale_rows = (rows + options.block[0] - 1) // options.block[0]
-    return (
-        like.new_empty(rows, padded // 2, dtype=torch.uint8),
-        like.new_empty(scale_rows, padded // NVFP4.block_size, dtype=torch.uint8),
-        like.new_empty(rows if options.row_scaled else 1, dtype=torch.float32),
-    )
 
 
 @torch.library.custom_op("nvfp4::quantize", mutates_args=())
@@ -87,7 +71,41 @@ def _(
     search=False, seed=None, sign_seed=None,
 ):  # fmt: skip
     _, options = _options(quantizer, block_rows, row_scaled, metric, group, rounds, fixed, search, seed, sign_seed)
-    return _empty(x.shape[0], x.shape[1], options, x)
+    return QTensor.empty(tuple(x.shape), options.block, options.row_scaled, options.rotation, x.device).tensors
+
+
+@torch.library.custom_op("nvfp4::requantize", mutates_args=())
+def requantize(
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    columns: int,
+    quantizer: str,
+    backend: str = "auto",
+    block_rows: int = 1,
+    row_scaled: bool = False,
+    metric: str = "mse",
+    group: int = 0,
+    rounds: int = 1,
+    fixed: bool = False,
+    search: bool = False,
+    seed: int | None = None,
+    sign_seed: int | None = None,
+) -> Codes:
+    """The transpose [columns, M] of what unrotated codes stand for, quantised along M; see ``ops.requantize_with``."""
+    chosen, options = _options(quantizer, block_rows, row_scaled, metric, group, rounds, fixed, search, seed, sign_seed)
+    q = _record(codes, block_scale, global_scale, columns)
+    return ops.requantize_with(q, chosen, options, backend=backend).tensors
+
+
+@requantize.register_fake
+def _(
+    codes, block_scale, global_scale, columns, quantizer, backend="auto", block_rows=1, row_scaled=False, metric="mse",
+    group=0, rounds=1, fixed=False, search=False, seed=None, sign_seed=None,
+):  # fmt: skip
+    _, options = _options(quantizer, block_rows, row_scaled, metric, group, rounds, fixed, search, seed, sign_seed)
+    shape = (columns, codes.shape[0])
+    return QTensor.empty(shape, options.block, options.row_scaled, options.rotation, codes.device).tensors
 
 
 def _record(codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int) -> QTensor:

@@ -47,11 +47,7 @@ def quantize_with(
     x: torch.Tensor, quantizer: Quantizer, options: Options, *, axis: int = -1, backend: str = AUTO
 ) -> QTensor:
     """``quantize`` with the quantiser and its options already looked up and checked."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in INPUT_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INPUT_DTYPES)
-        raise TypeError(f"x must be one of {names}, got {x.dtype}; convert it first")
+    x = _checked_input(x)
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got {axis}")
     axis = axis % x.dim() - x.dim()
@@ -60,6 +56,22 @@ def quantize_with(
     matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
     q = select(backend, "quantize", x.device, quantizer, options).quantize(matrix, quantizer, options)
     return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation)
+
+
+def quantize_both(
+    x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options], *, backend: str = AUTO
+) -> tuple[QTensor, QTensor]:
+    """(x [M, K] along K, x^T [K, M] along M), each by its quantiser and options; a backend may read x only once.
+
+    Equal to two calls of ``quantize_with``. x: a matrix, float32, bfloat16 or float16, any strides.
+    """
+    x = _checked_input(x).detach()
+    if x.dim() != 2:
+        raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
+    chosen = select(backend, "quantize", x.device, *rows)
+    if chosen is not select(backend, "quantize", x.device, *columns):
+        return quantize_with(x, *rows, backend=backend), quantize_with(x.t(), *columns, backend=backend)
+    return chosen.quantize_both(x, rows, columns)
 
 
 def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backend: str = AUTO) -> QTensor:
@@ -116,8 +128,8 @@ def matmul(
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, which would round a float32 GEMM to BF16; nothing on devices that know no autocast (meta)."""
-    if not torch.amp.is_autocast_available(device.type):
+    """Autocast off, which would round a float32 GEMM to BF16; nothing where it is off or unknown to the device."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -140,6 +152,15 @@ def explain(
         picked = picked or reason is None
         lines.append(f"{backend.name}: {verdict}")
     return "\n".join(lines)
+
+
+def _checked_input(x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in INPUT_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INPUT_DTYPES)
+        raise TypeError(f"x must be one of {names}, got {x.dtype}; convert it first")
+    return x
 
 
 def _lead(q: QTensor) -> list[int]:

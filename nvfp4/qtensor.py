@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nvfp4.codec import e2m1_decode, e4m3_decode, pack, unpack
-from nvfp4.formats import NVFP4, TILE_BLOCK
+from nvfp4.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.scaling import spread
 
@@ -31,6 +31,25 @@ class QTensor:
     shape: tuple[int, ...]
     axis: int = -1
     rotation: Rotation | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        block: tuple[int, int] = ROW_BLOCK,
+        row_scaled: bool = False,
+        rotation: Rotation | None = None,
+        device: torch.device | str | None = None,
+    ) -> QTensor:
+        """Uninitialised codes and scales for a matrix [M, K] quantised along K."""
+        rows, columns = shape
+        unit = NVFP4.block_size if rotation is None else rotation.group
+        padded = (columns + unit - 1) // unit * unit
+        codes = torch.empty(rows, padded // 2, dtype=torch.uint8, device=device)
+        scale_shape = ((rows + block[0] - 1) // block[0], padded // NVFP4.block_size)
+        block_scale = torch.empty(scale_shape, dtype=torch.uint8, device=device)
+        global_scale = torch.empty(rows if row_scaled else 1, dtype=torch.float32, device=device)
+        return cls(codes, block_scale, global_scale, block, tuple(shape), -1, rotation)
 
     @property
     def rows(self) -> int:

@@ -9,14 +9,15 @@ With x [M, K] activations, w [N, K] weights, dy [M, N] the gradient of the outpu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 from nvfp4.formats import TILE_BLOCK
 from nvfp4.hadamard import Rotation
-from nvfp4.quantizers.base import Options
+from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 
 Source = Literal["tensor", "codes", "decoded"]
@@ -57,6 +58,24 @@ class Operand:
         quantizer = get_quantizer(self.quantizer)
         return quantizer.check(**options, rotation=rotation or self.rotation, seed=seed, sign_seed=sign_seed)
 
+    @cached_property
+    def rule(self) -> Quantizer:
+        """Its quantiser."""
+        assert self.quantizer is not None
+        return get_quantizer(self.quantizer)
+
+    @cached_property
+    def layout(self) -> Options:
+        """Its ``Options`` but for the seeds, which are 0: what says how codes and scales lie."""
+        return self.checked(seed=0)
+
+    def seeded(self, seed: int, sign_seed: int) -> Options:
+        """``checked`` for seeds of a call, the other options having been checked once: this one runs in every step."""
+        rotation = self.layout.rotation
+        if rotation is not None and not rotation.fixed:
+            rotation = Rotation(rotation.group, rotation.rounds, sign_seed)
+        return replace(self.layout, seed=seed, sign_seed=sign_seed, rotation=rotation)
+
     @property
     def quantized(self) -> bool:
         """Whether this operand reaches the GEMM as NVFP4."""
@@ -67,7 +86,7 @@ class Operand:
         """(group, rounds, fixed) of the rotation of its contraction axis, or None: must be equal on both operands."""
         if self.quantizer is None:
             return None
-        rotation = self.checked(seed=0).rotation
+        rotation = self.layout.rotation
         return None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
 
     @cached_property
@@ -75,7 +94,7 @@ class Operand:
         """Its ``Options`` if it needs no seed, neither for rounding nor for signs; None otherwise."""
         if self.quantizer is None:
             return None
-        deterministic = get_quantizer(self.quantizer).claims(self.checked(seed=0)).deterministic
+        deterministic = self.rule.claims(self.layout).deterministic
         random_signs = self.turned is not None and not self.turned[2]
         return self.checked(seed=None) if deterministic and not random_signs else None
 
@@ -176,6 +195,17 @@ class Recipe:
         pairs = {gemm: plain[gemm] for gemm in GEMMS if gemm in plain}
         gemms = {gemm: Gemm(**{side: _operand(spec) for side, spec in pair.items()}) for gemm, pair in pairs.items()}
         return cls(**{**plain, **gemms})
+
+    @cached_property
+    def key(self) -> str:
+        """Its name if that says everything, otherwise all of it as JSON; ``from_key`` is the inverse."""
+        return self.name if RECIPES.get(self.name) == self else json.dumps(self.to_dict())
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_key(key: str) -> Recipe:
+        """The recipe that has this ``key``."""
+        return RECIPES[key] if key in RECIPES else Recipe.from_dict(json.loads(key))
 
     def __str__(self) -> str:
         return f"{self.name}: " + "; ".join(f"{g} {getattr(self, g).left} / {getattr(self, g).right}" for g in GEMMS)

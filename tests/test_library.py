@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvfp4 import library, ops
+from nvfp4 import layer_ops, library, ops
+from nvfp4.gemms import stored_operands
+from nvfp4.hadamard import Rotation
+from nvfp4.noise import signed
+from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
 
 X = torch.randn(20, 70, generator=torch.Generator().manual_seed(0))
 CASES = [
     (("rtn",), {}),
     (("rtn_2d",), {"block_rows": 16}),
-    (("sr",), {"seed": library.signed(2**64 - 1), "row_scaled": True}),
+    (("sr",), {"seed": signed(2**64 - 1), "row_scaled": True}),
     (("sr_te",), {"seed": 3, "group": 16, "fixed": True}),
     (("four_over_six",), {"metric": "mae"}),
     (("ms_eden",), {"group": 128, "rounds": 2, "search": True, "seed": 5, "sign_seed": -7}),
@@ -26,9 +30,7 @@ def test_quantize_opcheck(args: tuple, kwargs: dict) -> None:
 
 def test_quantize_equals_ops() -> None:
     """The operator's codes are those of ``nvfp4.quantize``; signed seeds stand for the unsigned ones of equal bits."""
-    got = library.quantize(
-        X, "ms_eden", group=64, rounds=3, seed=library.signed(2**63 + 5), sign_seed=library.signed(9)
-    )
+    got = library.quantize(X, "ms_eden", group=64, rounds=3, seed=signed(2**63 + 5), sign_seed=signed(9))
     want = ops.quantize(X, "ms_eden", group=64, rounds=3, seed=2**63 + 5, sign_seed=9)
     assert all(torch.equal(a, b) for a, b in zip(got, want.tensors, strict=True))
 
@@ -55,3 +57,38 @@ def test_compiles_without_graph_breaks() -> None:
 
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X, X[:5]), product(X, X[:5]))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), CASES, ids=lambda value: str(value))
+def test_requantize_opcheck_and_value(args: tuple, kwargs: dict) -> None:
+    """The operator passes, and equals quantising the decoded transpose."""
+    q = ops.quantize(X, "four_over_six")
+    inputs = (*q.tensors, X.shape[1], *args)
+    torch.library.opcheck(library.requantize, inputs, kwargs)
+    want = library.quantize(ops.dequantize(q).t(), *args, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(library.requantize(*inputs, **kwargs), want, strict=True))
+
+
+ROTATED_X = Recipe(
+    "rotated_x",
+    Gemm(operand("rtn", rotation=Rotation(16)), operand("rtn", rotation=Rotation(16))),
+    Gemm(operand("sr"), operand("sr")),
+    Gemm(operand("ms_eden", group=32), operand("ms_eden", group=32)),
+)
+"""Draws signs in the forward for codes that the backward uses, which no named recipe does."""
+
+
+@pytest.mark.parametrize("recipe", [*(r for r in RECIPES.values() if r.quantized), ROTATED_X], ids=lambda r: r.name)
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]], ids=str)
+def test_layer_operators_opcheck(recipe: Recipe, needs: list[bool]) -> None:
+    """The layer's two operators pass torch's checks for every recipe and every subset of gradients."""
+    x, weight, bias, words = torch.randn(20, 70), torch.randn(33, 70), torch.randn(33), torch.tensor([-3, 2, 7])
+    f32 = torch.float32
+    forward = (x, weight, bias, words, recipe.key, "auto", f32, needs)
+    torch.library.opcheck(layer_ops.fprop, forward)
+    saved = layer_ops.fprop(*forward)[1:]
+    own = [
+        w for w, stored, need in zip((weight, x), stored_operands(recipe), needs, strict=False) if need and not stored
+    ]
+    backward = (torch.randn(20, 33), [*saved, *own], words, recipe.key, "auto", needs, 70, f32, f32, f32)
+    torch.library.opcheck(layer_ops.backward, backward)

@@ -197,10 +197,10 @@ class Spy:
     """Records what the layer quantises, and lets it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import nvfp4.linear as module
+        import nvfp4.gemms as module
 
         self.made: list[tuple[str, tuple[int, ...], Any]] = []
-        quantize, requantize = module.quantize_with, module.requantize_with
+        quantize, requantize, both = module.quantize_with, module.requantize_with, module.quantize_both
 
         def quantized(x: torch.Tensor, quantizer: Any, options: Any, **kwargs: Any) -> nvfp4.QTensor:
             self.made.append((quantizer.name, tuple(x.shape), options))
@@ -210,6 +210,12 @@ class Spy:
             self.made.append((quantizer.name, q.shape[::-1], options))
             return requantize(q, quantizer, options, **kwargs)
 
+        def quantized_both(x: torch.Tensor, rows: Any, columns: Any, **kwargs: Any) -> Any:
+            self.made.append((rows[0].name, tuple(x.shape), rows[1]))
+            self.made.append((columns[0].name, tuple(x.shape)[::-1], columns[1]))
+            return both(x, rows, columns, **kwargs)
+
+        monkeypatch.setattr(module, "quantize_both", quantized_both)
         monkeypatch.setattr(module, "quantize_with", quantized)
         monkeypatch.setattr(module, "requantize_with", requantized)
 
@@ -624,7 +630,7 @@ def test_33_frozen_weight_computes_no_wgrad(monkeypatch: pytest.MonkeyPatch) -> 
         layer.weight.requires_grad_(False)
         x = torch.randn(20, 32, requires_grad=True)
         y = layer(x)
-        assert [shape for _, shape, _ in spy.take()] == [(20, 32), (16, 32)], recipe
+        assert {shape for _, shape, _ in spy.take()} == {(20, 32), (16, 32)}, recipe
         y.sum().backward()
         shapes = [shape for _, shape, _ in spy.take()]
         assert len(shapes) == dgrad, recipe
@@ -1051,7 +1057,7 @@ def test_stochastic_weights_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> N
     with nvfp4.fixed_weights(layer):
         for _ in range(2):
             layer(x)
-            assert [shape for _, shape, _ in spy.take()][:2] == [(20, 32), (16, 32)]
+            assert (16, 32) in [shape for _, shape, _ in spy.take()]
 
 
 def test_kept_codes_stay_out_of_copies() -> None:

@@ -114,6 +114,38 @@ def test_quantize_equals_reference(isa: str, name: str, options: dict) -> None:
         assert_same(backend.quantize(x, quantizer, checked), quantizer.quantize(x, checked), note)
 
 
+BOTH = [
+    (("rtn", {}), ("rtn", {"rotation": Rotation(16, fixed=True)})),
+    (("sr_te", {}), ("sr_te", {"rotation": Rotation(16, fixed=True)})),
+    (("sr", {"rotation": Rotation(16, 1, 7)}), ("sr", {"rotation": Rotation(16, 1, 8)})),
+    (("ms_eden", {"rounds": 2}), ("ms_eden", {"rounds": 2, "search": True})),
+    (("four_over_six", {}), ("ms_eden", {"group": 16})),
+    (("ms_eden", {"group": 64}), ("scale_search", {"rotation": Rotation(32, 2, 3)})),
+    (("rtn", {"row_scaled": True}), ("rtn_2d", {})),
+    (("scale_search", {"block": (16, 16)}), ("sr", {"row_scaled": True, "rotation": Rotation(128, 1, 3)})),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("rows", "columns"), BOTH, ids=lambda v: f"{v[0]}{v[1]}")
+def test_quantize_both_equals_two_references(isa: str, rows: tuple, columns: tuple) -> None:
+    """x and x^T in one read: each as if it were alone, over shapes, data, dtypes, orientations and thread counts."""
+    rng = random.Random(f"{rows}{columns}")
+    backend = CpuBackend(isa)
+    pairs = [(QUANTIZERS[name], options) for name, options in (rows, columns)]
+    for shape in [*SHAPES, (260, 300)]:
+        kind, dtype, transposed = rng.choice(KINDS), rng.choice(DTYPES), rng.random() < 0.5
+        x = data(shape[::-1] if transposed else shape, kind, dtype, rng.randrange(2**31))
+        x = x.t() if transposed else x
+        torch.set_num_threads(rng.choice((1, 2, 3)))
+        checked = [(q, q.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **o)) for q, o in pairs]
+        got = backend.quantize_both(x, *checked)
+        for q, view, pair in zip(got, (x, x.t()), checked, strict=True):
+            assert_same(
+                q, ReferenceBackend().quantize(view, *pair), f"{shape} {kind} {dtype} transposed={transposed} {pair[1]}"
+            )
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bfloat16_and_float16_input_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
@@ -299,15 +331,18 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
     source = native.Source(x.data_ptr(), 0, 4, 32, 32, 1)
     options = native.Options(0, 0, False, False, False, 0, 0, 1, 0, True)
     with pytest.raises(ValueError, match="padded_columns"):
-        native.quantize(source, options, 48, 1, 1, 1, 0, 1, "")
+        native.QuantizeArgs(source, options, 48, 1, 1, 1, 0, 1)
     with pytest.raises(ValueError, match="stride"):
         native.Source(x.data_ptr(), 0, 4, 16, 32, 2)
     with pytest.raises(ValueError, match="empty"):
         native.Source(x.data_ptr(), 0, 0, 16, 32, 1)
     with pytest.raises(ValueError, match="instruction set"):
-        native.quantize(source, options, 32, 1, 1, 1, 0, 1, "sse9")
+        native.quantize(native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 1), "sse9")
     with pytest.raises(ValueError, match="scratch"):
-        native.quantize(source, native.Options(5, 0, False, False, False, 0, 16, 1, 0, False), 32, 1, 1, 1, 0, 1, "")
+        native.QuantizeArgs(source, native.Options(5, 0, False, False, False, 0, 16, 1, 0, False), 32, 1, 1, 1, 0, 1)
+    args = native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 1)
+    with pytest.raises(ValueError, match="one matrix and its transpose"):
+        native.quantize_both(args, args, "")
 
 
 def test_it_is_chosen_on_the_cpu_and_explained() -> None:

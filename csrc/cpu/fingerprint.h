@@ -9,7 +9,6 @@
 
 NVFP4_BEGIN
 
-NVFP4_FN Word rotate_left(Word x, int by) { return x << by | x >> (32 - by); }
 
 // Eight sums of sixteen lanes, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is invertible, so one
 // changed word always shows; changes of several words of one lane escape with probability 2^-32, of several lanes 2^-64.

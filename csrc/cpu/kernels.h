@@ -74,6 +74,7 @@ struct MatmulArgs {
 struct Kernels {
     const char* name;
     void (*quantize)(const QuantizeArgs&);
+    void (*quantize_both)(const QuantizeArgs&, const QuantizeArgs&);
     void (*decode)(const DecodeArgs&);
     uint64_t (*fingerprint)(const void* data, int64_t bytes, int threads);
 };

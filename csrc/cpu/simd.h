@@ -41,12 +41,29 @@ NVFP4_FN Word larger_bits(Word a, Word b) { return (Word)_mm512_max_epu32((__m51
 NVFP4_FN Word select_bits(uint32_t mask, Word a, Word b) {
     return (Word)_mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(mask)), (__m512i)a, (__m512i)b, 0xca);
 }
+NVFP4_FN Float with_sign(Float magnitude, Float x) { return from_bits(select_bits(0x80000000u, bits(x), bits(magnitude))); }
+NVFP4_FN Float clamp_magnitude(Float x, float limit) { return (Float)_mm512_range_ps((__m512)x, _mm512_set1_ps(limit), 2); }
+NVFP4_FN Float less_product(Float c, Float a, Float b) { return (Float)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+// One look-up by the integer part, negative ones from the end.
+NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
+    const Float table = {low,  low,  middle, middle, high, high,   high,   high,
+                         high, high, high,   high,   high, middle, middle, low};
+    return (Float)_mm512_permutexvar_ps(_mm512_cvttps_epi32((__m512)x), (__m512)table);
+}
 #else
 NVFP4_FN Float smaller(Float a, Float b) { return a < b ? a : b; }
 NVFP4_FN Float larger(Float a, Float b) { return a > b ? a : b; }
 NVFP4_FN Word larger_bits(Word a, Word b) { return a > b ? a : b; }
 NVFP4_FN Word select_bits(uint32_t mask, Word a, Word b) { return (a & mask) | (b & ~mask); }
+NVFP4_FN Float with_sign(Float magnitude, Float x) { return from_bits((bits(magnitude) & 0x7fffffffu) | (bits(x) & 0x80000000u)); }
+NVFP4_FN Float clamp_magnitude(Float x, float limit) { return with_sign(smaller(magnitude(x), Float{} + limit), x); }
+NVFP4_FN Float less_product(Float c, Float a, Float b) { return c - a * b; }
+NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
+    const Float a = magnitude(x);
+    return select(a < 2.0f, Float{} + low, select(a < 4.0f, Float{} + middle, Float{} + high));
+}
 #endif
+NVFP4_FN Word rotate_left(Word x, int n) { return x << n | x >> (32 - n); }
 
 // Sixteen 32-bit numbers as Philox wants them. With AVX-512 each has a 64-bit lane, even and odd lanes apart, so that the
 // wide product needs no shuffles; what lies above its low 32 bits is never looked at.

@@ -32,6 +32,12 @@ class Backend(ABC):
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along its last axis."""
 
+    def quantize_both(
+        self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+    ) -> tuple[QTensor, QTensor]:
+        """(quantize(x, *rows), quantize(x^T, *columns)); a backend may read x only once."""
+        return self.quantize(x, *rows), self.quantize(x.t(), *columns)
+
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""
         return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)

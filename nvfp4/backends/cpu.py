@@ -13,7 +13,7 @@ import torch
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import reference_matmul
-from nvfp4.formats import NVFP4, TILE_BLOCK
+from nvfp4.formats import TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
@@ -56,12 +56,23 @@ class CpuBackend(Backend):
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         if x.numel() == 0:
             return quantizer.quantize(x, options)
-        if 1 not in x.stride():
-            x = x.contiguous()
         assert native is not None
-        rows, columns = x.shape
-        source = native.Source(x.data_ptr(), _ELEMENTS[x.dtype], rows, columns, x.stride(0), x.stride(1))
-        return self._quantize(source, rows, columns, quantizer, options)
+        x = _readable(x)
+        args, q, _scratch = self._prepare(_source(x), x.shape, quantizer, options)
+        native.quantize(args, self.isa)
+        return q
+
+    def quantize_both(
+        self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+    ) -> tuple[QTensor, QTensor]:
+        if x.numel() == 0:
+            return super().quantize_both(x, rows, columns)
+        assert native is not None
+        x = _readable(x)
+        across, q_rows, _scratch_rows = self._prepare(_source(x), x.shape, *rows)
+        down, q_columns, _scratch_columns = self._prepare(_source(x.t()), x.t().shape, *columns)
+        native.quantize_both(across, down, self.isa)
+        return q_rows, q_columns
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         if q.rotation is not None or q.codes.numel() == 0:
@@ -69,31 +80,28 @@ class CpuBackend(Backend):
         assert native is not None
         q = _contiguous(q)
         source = native.Source(_matrix(q), q.contraction)
-        return self._quantize(source, q.contraction, q.rows, quantizer, options)
+        args, transposed, _scratch = self._prepare(source, (q.contraction, q.rows), quantizer, options)
+        native.quantize(args, self.isa)
+        return transposed
 
-    def _quantize(self, source: object, rows: int, columns: int, quantizer: Quantizer, options: Options) -> QTensor:
+    def _prepare(
+        self, source: object, shape: tuple[int, ...], quantizer: Quantizer, options: Options
+    ) -> tuple[object, QTensor, torch.Tensor | None]:
+        """What the kernel is told, the result it will fill, and its scratch memory, which must outlive the call."""
         assert native is not None
-        unit = NVFP4.block_size if options.rotation is None else options.rotation.group
-        padded = -(-columns // unit) * unit
-        width = padded // NVFP4.block_size
-        rule = _RULES[quantizer.name]
-        tiles = options.block == TILE_BLOCK
-        codes = torch.empty(rows, padded // 2, dtype=torch.uint8)
-        block_scale = torch.empty(-(-rows // options.block[0]), width, dtype=torch.uint8)
-        global_scale = torch.empty(rows if options.row_scaled else 1)
-        scratch = torch.empty(rows, width) if quantizer.rotates else None
-        native.quantize(
+        q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation)
+        scratch = torch.empty(q.block_scale.shape) if quantizer.rotates else None
+        args = native.QuantizeArgs(
             source,
-            _native_options(rule, tiles, options),
-            padded,
-            codes.data_ptr(),
-            block_scale.data_ptr(),
-            global_scale.data_ptr(),
+            _native_options(_RULES[quantizer.name], options),
+            q.padded_contraction,
+            q.codes.data_ptr(),
+            q.block_scale.data_ptr(),
+            q.global_scale.data_ptr(),
             0 if scratch is None else scratch.data_ptr(),
             torch.get_num_threads(),
-            self.isa,
         )
-        return QTensor(codes, block_scale, global_scale, options.block, (rows, columns), -1, options.rotation)
+        return args, q, scratch
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
         if not x.is_contiguous() or x.numel() == 0:
@@ -147,8 +155,8 @@ def _contiguous(q: QTensor) -> QTensor:
 
 
 def _matrix(q: QTensor, with_global: bool = True) -> object:
+    """What the kernels are told of q, which must be ``_contiguous``."""
     assert native is not None
-    assert all(t.is_contiguous() for t in q.tensors)
     return native.CodeMatrix(
         q.codes.data_ptr(),
         q.block_scale.data_ptr(),
@@ -161,13 +169,23 @@ def _matrix(q: QTensor, with_global: bool = True) -> object:
     )
 
 
-def _native_options(rule: int, tiles: bool, options: Options) -> object:
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it alive."""
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _source(x: torch.Tensor) -> object:
+    assert native is not None
+    return native.Source(x.data_ptr(), _ELEMENTS[x.dtype], *x.shape, *x.stride())
+
+
+def _native_options(rule: int, options: Options) -> object:
     assert native is not None
     rotation = options.rotation or Rotation(16, fixed=True)
     return native.Options(
         rule,
         METRICS.index(options.metric),
-        tiles,
+        options.block == TILE_BLOCK,
         options.row_scaled,
         options.search,
         options.seed or 0,

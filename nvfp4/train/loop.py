@@ -172,7 +172,7 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """Leave a process group that the run made itself, once all are done: its threads must not outlive the interpreter."""
+    """Leave a process group that the run made itself, once all are done: its threads must end before Python does."""
     ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     yield
     if ours and torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,0 +1,129 @@
+// The way through a matrix panel by panel, and its largest magnitudes: of a tensor, of each row, before and after rotation.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "panel.h"
+
+NVFP4_BEGIN
+
+constexpr int64_t kSerialElements = 1 << 15;  // below this, waking a thread costs more than it saves (measured)
+
+NVFP4_FN int threads_for(const QuantizeArgs& args) {
+    return args.source.rows * args.padded_columns < kSerialElements ? 1 : args.threads;
+}
+
+NVFP4_FN int64_t band_of(const Source& source) { return reads_across(source) ? kBand : 1; }
+
+// Calls visit(panel, row, column, columns) for every panel; columns of one row band in ascending order, on one thread.
+template <class Visit>
+void for_panels(const QuantizeArgs& args, Visit visit) {
+    const int64_t panels = (args.source.rows + kLanes - 1) / kLanes, band = band_of(args.source);
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(args))
+    for (int64_t first = 0; first < panels; first += band) {
+        Panel panel[kBand];
+        const int count = static_cast<int>(std::min(band, panels - first));
+        for (int64_t column = 0; column < args.padded_columns; column += kPanel) {
+            const int columns = static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
+            load_panels(args.source, first * kLanes, column, columns, count, panel);
+            for (int p = 0; p < count; ++p) visit(panel[p], (first + p) * kLanes, column, columns);
+        }
+    }
+}
+
+NVFP4_FN void raise(std::atomic<uint32_t>& to, uint32_t value) {
+    uint32_t seen = to.load(std::memory_order_relaxed);
+    while (seen < value && !to.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {}
+}
+
+// Largest |x| as bits over contiguous elements; NaN comes out largest.
+template <Element element>
+uint32_t line_amax(const typename Reader<element>::Type* p, int64_t count) {
+    uint32_t largest = 0;
+    int64_t i = 0;
+    if constexpr (element == Element::bfloat16) {  // the order of the magnitudes is that of their 16 bits
+        typedef uint16_t Halves __attribute__((vector_size(64)));
+        Halves most[4] = {};
+        for (; i + 128 <= count; i += 128) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                Halves h;
+                memcpy(&h, p + i + 32 * j, sizeof h);
+                h = h & static_cast<uint16_t>(0x7fff);
+                most[j] = h > most[j] ? h : most[j];
+            }
+        }
+        for (int j = 0; j < 4; ++j)
+            for (int k = 0; k < 32; ++k) largest = larger_bits(largest, static_cast<uint32_t>(most[j][k]) << 16);
+    } else {
+        Word most[4] = {};
+        for (; i + 64 <= count; i += 64) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j)
+                most[j] = larger_bits(most[j], bits(Reader<element>::read(p + i + 16 * j)) & 0x7fffffffu);
+        }
+        for (int j = 0; j < 4; ++j) largest = larger_bits(largest, lane_max_bits(from_bits(most[j])));
+    }
+    for (; i < count; i += kLanes)
+        largest = larger_bits(largest, lane_max_bits(magnitude(read_some<element>(p + i, count - i))));
+    return largest;
+}
+
+template <Element element>
+uint32_t dense_amax(const QuantizeArgs& args) {
+    const Source& source = args.source;
+    const bool direct = source.row_stride == 1;
+    const int64_t length = direct ? source.rows : source.columns, stride = direct ? source.column_stride : source.row_stride;
+    const int64_t lines = direct ? source.columns : source.rows;
+    const auto* data = static_cast<const typename Reader<element>::Type*>(source.data);
+    uint32_t largest = 0;
+#pragma omp parallel for schedule(static) num_threads(threads_for(args)) reduction(max : largest)
+    for (int64_t line = 0; line < lines; ++line)
+        largest = larger_bits(largest, line_amax<element>(data + line * stride, length));
+    return largest;
+}
+
+NVFP4_FN Word panel_amax(const Panel& panel, int columns) {
+    Word most = {};
+    for (int c = 0; c < columns; ++c) most = larger_bits(most, bits(panel[c]) & 0x7fffffffu);
+    return most;
+}
+
+// Bits of the largest |x| of each operand row, rotated.
+inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
+    const Rotation rotation(args.turn);
+    std::vector<uint32_t> largest(static_cast<size_t>((args.source.rows + kLanes - 1) / kLanes * kLanes), 0u);
+    for_panels(args, [&](Panel& panel, int64_t row, int64_t, int columns) {
+        rotation.apply(panel, columns);
+        Word most;
+        memcpy(&most, &largest[static_cast<size_t>(row)], sizeof most);
+        store(&largest[static_cast<size_t>(row)], larger_bits(most, panel_amax(panel, columns)));
+    });
+    return largest;
+}
+
+// Bits of the largest |x|, as it comes and after the operand's rotation.
+struct Amax {
+    uint32_t dense, turned;
+};
+
+inline Amax tensor_amax(const QuantizeArgs& args) {
+    if (args.turn.group == 0 && args.source.element != Element::codes) {
+        const uint32_t largest = args.source.element == Element::float32    ? dense_amax<Element::float32>(args)
+                                 : args.source.element == Element::bfloat16 ? dense_amax<Element::bfloat16>(args)
+                                                                            : dense_amax<Element::float16>(args);
+        return {largest, largest};
+    }
+    const Rotation rotation(args.turn);
+    std::atomic<uint32_t> dense{0}, turned{0};
+    for_panels(args, [&](Panel& panel, int64_t, int64_t, int columns) {
+        raise(dense, lane_max_bits(from_bits(panel_amax(panel, columns))));
+        if (args.turn.group == 0) return;
+        rotation.apply(panel, columns);
+        raise(turned, lane_max_bits(from_bits(panel_amax(panel, columns))));
+    });
+    return {dense, args.turn.group == 0 ? dense.load() : turned.load()};
+}
+
+NVFP4_END

@@ -1,0 +1,204 @@
+"""fprop, dgrad and wgrad of one layer call, as functions of tensors; no autograd, no module, no device.
+
+Nothing but FP4 codes and scales is kept for the backward, unless the recipe leaves a GEMM in high precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+
+from nvfp4.hadamard import Rotation
+from nvfp4.noise import LEFT, RIGHT, gemm_seeds, signed
+from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, without_autocast
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.recipes import Gemm, Operand, Recipe
+
+Saved = torch.Tensor | QTensor | None
+
+
+class Call(NamedTuple):
+    """One call of a layer: its recipe, the backend, and ``Noise.words`` as integers."""
+
+    recipe: Recipe
+    backend: str
+    words: tuple[int, int, int]
+
+    def operand(self, x: torch.Tensor | QTensor, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
+        """Matrix x [rows, contraction] (any strides) as the recipe's operand of a GEMM.
+
+        A QTensor stands for the transpose of what it decodes to: x-hat^T or w-hat^T, quantised again.
+        partner: the rotation of the other operand, if that one was made in an earlier call; its signs are used again.
+        """
+        quantizer, options = self.quantizer(gemm, side, partner)
+        if isinstance(x, QTensor):
+            return requantize_with(x, quantizer, options, backend=self.backend)
+        return quantize_with(x, quantizer, options, backend=self.backend)
+
+    def quantizer(self, gemm: str, side: int, partner: Rotation | None = None) -> tuple[Quantizer, Options]:
+        """The quantiser of an operand, with the seeds of this call in its options."""
+        spec = _side(getattr(self.recipe, gemm), side)
+        if spec.noiseless is not None:
+            return spec.rule, spec.noiseless
+        sign_seed, seeds = gemm_seeds(self.words, gemm)
+        if partner is not None and partner.sign_seed is not None:
+            sign_seed = partner.sign_seed
+        return spec.rule, spec.seeded(seeds[side], sign_seed)
+
+    def matmul(self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """a @ b^T [a rows, b rows] on this call's backend."""
+        return matmul(a, b, dtype, bias=bias, backend=self.backend)
+
+
+def _side(gemm: Gemm, side: int) -> Operand:
+    return gemm.right if side == RIGHT else gemm.left
+
+
+def fprop(
+    call: Call,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+    w_codes: QTensor | None = None,
+) -> tuple[torch.Tensor, Saved, Saved]:
+    """y = x w^T + bias [M, N] in ``dtype``, and what (dgrad, wgrad) will need of (w, x) if ``needs`` says so.
+
+    w_codes: the weight's operand, where it is known already.
+    """
+    recipe = call.recipe
+    keep = stored_operands(recipe)
+    if not recipe.fprop.quantized:
+        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        x_codes = w_codes = x_transposed = None
+    else:
+        x_codes, x_transposed = _x_operands(call, x, needs[1] and keep[1] is recipe.wgrad.right)
+        w_codes = call.operand(weight, "fprop", RIGHT) if w_codes is None else w_codes
+        y = call.matmul(x_codes, w_codes, dtype, bias)
+    saved_w: Saved = None if not needs[0] else weight if keep[0] is None else w_codes
+    saved_x: Saved = None if not needs[1] else x if keep[1] is None else x_codes
+    if needs[1] and keep[1] is not None and keep[1] is recipe.wgrad.right:
+        saved_x = call.operand(x.t(), "wgrad", RIGHT) if x_transposed is None else x_transposed
+    return y, saved_w, saved_x
+
+
+def _x_operands(call: Call, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
+    """x for fprop and, where wgrad wants x^T itself and not fprop's codes, that one as well."""
+    if not both:
+        return call.operand(x, "fprop", LEFT), None
+    rows, columns = call.quantizer("fprop", LEFT), call.quantizer("wgrad", RIGHT)
+    return quantize_both(x, rows, columns, backend=call.backend)
+
+
+def backward(
+    call: Call,
+    dy: torch.Tensor,
+    saved_w: Saved,
+    saved_x: Saved,
+    needs: Sequence[bool],
+    dtypes: Sequence[torch.dtype | None],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(dx [M, K], dw [N, K], dbias [N]) of dy [M, N], each in its dtype, or None where it is not needed."""
+    recipe = call.recipe
+    dx = dw = db = None
+    with without_autocast(dy.device):
+        w = _dgrad_operand(call, saved_w) if needs[0] and recipe.dgrad.quantized else None
+        x = _wgrad_operand(call, saved_x) if needs[1] and recipe.wgrad.quantized else None
+        dy_rows, dy_columns = _dy_operands(call, dy, w, x)
+        if needs[0]:
+            dx = _product(call, dy, dy_rows, w, saved_w, dtypes[0])
+        if needs[1]:
+            dw = _product(call, dy.t(), dy_columns, x, saved_x, dtypes[1])
+        if needs[2]:
+            db = dy.sum(0, dtype=torch.float32).to(dtypes[2])
+    return dx, dw, db
+
+
+def _dgrad_operand(call: Call, saved: Saved) -> QTensor:
+    """w^T [K, N], contracted along N."""
+    if call.recipe.dgrad.right.source == "codes":
+        return cast(QTensor, saved).transpose()
+    return call.operand(saved if isinstance(saved, QTensor) else cast(torch.Tensor, saved).t(), "dgrad", RIGHT)
+
+
+def _wgrad_operand(call: Call, saved: Saved) -> QTensor:
+    """x^T [K, M], contracted along the tokens."""
+    q, source = cast(QTensor, saved), call.recipe.wgrad.right.source
+    if source == "decoded":
+        return call.operand(q, "wgrad", RIGHT)
+    return q.transpose() if source == "codes" else q
+
+
+def _dy_operands(
+    call: Call, dy: torch.Tensor, w: QTensor | None, x: QTensor | None
+) -> tuple[QTensor | None, QTensor | None]:
+    """dy for dgrad and dy^T for wgrad, as far as their partners exist; read together where both do.
+
+    An x^T quantised in the forward keeps the signs of that call, and dy^T has to meet it under the same.
+    """
+    if w is not None and x is not None:
+        rows, columns = call.quantizer("dgrad", LEFT), call.quantizer("wgrad", LEFT, partner=x.rotation)
+        return quantize_both(dy, rows, columns, backend=call.backend)
+    return (
+        None if w is None else call.operand(dy, "dgrad", LEFT),
+        None if x is None else call.operand(dy.t(), "wgrad", LEFT, partner=x.rotation),
+    )
+
+
+def _product(
+    call: Call, dy: torch.Tensor, left: QTensor | None, right: QTensor | None, saved: Saved, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """In FP4 or, where the recipe says so, dy @ saved in dy's dtype, or in BF16 of a decoded forward operand."""
+    assert dtype is not None
+    if left is not None and right is not None:
+        return call.matmul(left, right, dtype)
+    if isinstance(saved, QTensor):
+        return (dy.to(torch.bfloat16) @ dequantize(saved, torch.bfloat16)).to(dtype)
+    return (dy @ cast(torch.Tensor, saved).to(dy.dtype)).to(dtype)
+
+
+def stored_operands(recipe: Recipe) -> tuple[Operand | None, Operand | None]:
+    """Which codes a forward keeps of (w, x) for the backward; None: the tensor itself, which costs nothing for w."""
+    w, x = recipe.dgrad.right, recipe.wgrad.right
+    return (
+        None if w.source == "tensor" else recipe.fprop.right,
+        recipe.fprop.left if x.source != "tensor" else x if x.quantized else None,
+    )
+
+
+def flatten(saved: Saved) -> tuple[torch.Tensor, ...]:
+    """The tensors of codes to save for the backward.
+
+    The seed of drawn signs travels with the codes that they turned: under activation checkpointing both must be the
+    recomputation's, since a layer used twice may have finished a backward since its first forward.
+    """
+    if not isinstance(saved, QTensor):
+        return ()
+    if saved.rotation is None or saved.rotation.sign_seed is None:
+        return saved.tensors
+    return *saved.tensors, torch.tensor(signed(saved.rotation.sign_seed), device="cpu")
+
+
+def unflatten(tensors: Iterator[torch.Tensor], stored: Operand, shape: tuple[int, int]) -> QTensor:
+    """The inverse of ``flatten`` for the matrix of ``shape`` that ``stored`` quantised, taking tensors in order."""
+    layout = stored.layout
+    codes, block_scale, global_scale = next(tensors), next(tensors), next(tensors)
+    rotation = layout.rotation
+    if rotation is not None and not rotation.fixed:
+        rotation = replace(rotation, sign_seed=int(next(tensors)) % 2**64)
+    return QTensor(codes, block_scale, global_scale, layout.block, shape, -1, rotation)
+
+
+def empty_codes(stored: Operand, shape: tuple[int, int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Uninitialised tensors as ``flatten`` makes them, on the device of ``like``; for shape inference."""
+    layout = stored.layout
+    tensors = QTensor.empty(shape, layout.block, layout.row_scaled, layout.rotation, like.device).tensors
+    if layout.rotation is None or layout.rotation.fixed:
+        return tensors
+    return *tensors, torch.empty((), dtype=torch.int64, device="cpu")

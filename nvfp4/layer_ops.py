@@ -1,0 +1,114 @@
+"""The layer's operators ``nvfp4::linear_fprop`` and ``nvfp4::linear_backward``, which compiled graphs call.
+
+A compiled graph quantises its weights in every call: codes are kept in eager mode only. Recipes travel as ``Recipe.key``, noise as ``Noise.words``, and nothing else tells one layer from another, so that equal
+blocks share one compiled graph. Tested with ``torch.library.opcheck``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4.gemms import Call, Saved, empty_codes, flatten, stored_operands, unflatten
+from nvfp4.gemms import backward as backward_gemms
+from nvfp4.gemms import fprop as fprop_gemm
+from nvfp4.recipes import Recipe
+
+
+def _call(words: torch.Tensor, recipe: str, backend: str) -> Call:
+    seed, layer, calls = words.tolist()
+    return Call(Recipe.from_key(recipe), backend, (seed, layer, calls))
+
+
+@torch.library.custom_op("nvfp4::linear_fprop", mutates_args=())
+def fprop(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    words: torch.Tensor,
+    recipe: str,
+    backend: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """y = x w^T + bias [M, N] in ``dtype``, then the codes of w and of x that the backward needs."""
+    y, saved_w, saved_x = fprop_gemm(_call(words, recipe, backend), x, weight, bias, dtype, needs)
+    return [y, *flatten(saved_w), *flatten(saved_x)]
+
+
+@fprop.register_fake
+def _(x, weight, bias, words, recipe, backend, dtype, needs):
+    chosen = Recipe.from_key(recipe)
+    made = [x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)]
+    for need, stored, shape in zip(needs, stored_operands(chosen), _shapes(chosen, x, weight), strict=False):
+        if need and stored is not None:
+            made += empty_codes(stored, shape, x)
+    return made
+
+
+def _shapes(recipe: Recipe, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the stored matrices of w and x; x lies transposed where wgrad quantises it itself."""
+    (m, k), n = x.shape, weight.shape[0]
+    return (n, k), (k, m) if stored_operands(recipe)[1] is recipe.wgrad.right else (m, k)
+
+
+@torch.library.custom_op("nvfp4::linear_backward", mutates_args=())
+def backward(
+    dy: torch.Tensor,
+    saved: list[torch.Tensor],
+    words: torch.Tensor,
+    recipe: str,
+    backend: str,
+    needs: list[bool],
+    features: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    b_dtype: torch.dtype | None,
+) -> list[torch.Tensor]:
+    """Those of dx [M, K], dw [N, K], dbias [N] that ``needs`` asks for."""
+    return backward_eagerly(dy, saved, words, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype)
+
+
+@backward.register_fake
+def _(dy, saved, words, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype):
+    (m, n), k = dy.shape, features
+    shapes = ((m, k), x_dtype), ((n, k), w_dtype), ((n,), b_dtype)
+    return [dy.new_empty(shape, dtype=dtype) for need, (shape, dtype) in zip(needs, shapes, strict=True) if need]
+
+
+def backward_eagerly(
+    dy: torch.Tensor,
+    saved: list[torch.Tensor],
+    words: torch.Tensor,
+    recipe: str,
+    backend: str,
+    needs: list[bool],
+    features: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    b_dtype: torch.dtype | None,
+) -> list[torch.Tensor]:
+    """What the operator does, without the dispatcher."""
+    call = _call(words, recipe, backend)
+    saved_w, saved_x = _restore(call.recipe, saved, needs, dy.shape, features)
+    made = backward_gemms(call, dy, saved_w, saved_x, needs, (x_dtype, w_dtype, b_dtype))
+    return [gradient for gradient in made if gradient is not None]
+
+
+def _restore(
+    recipe: Recipe, saved: list[torch.Tensor], needs: list[bool], shape: torch.Size, features: int
+) -> tuple[Saved, Saved]:
+    """(w, x) from the tensors saved by a forward: codes of w, codes of x, then w or x themselves."""
+    stored_w, stored_x = stored_operands(recipe)
+    tensors = iter(saved)
+    w: Saved = None
+    x: Saved = None
+    (m, n), k = shape, features
+    if needs[0] and stored_w is not None:
+        w = unflatten(tensors, stored_w, (n, k))
+    if needs[1] and stored_x is not None:
+        x = unflatten(tensors, stored_x, (k, m) if stored_x is recipe.wgrad.right else (m, k))
+    if needs[0] and stored_w is None:
+        w = next(tensors)
+    if needs[1] and stored_x is None:
+        x = next(tensors)
+    return w, x
