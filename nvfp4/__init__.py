@@ -11,8 +11,8 @@ q.codes, q.block_scale, q.global_scale, q.dequantize()
 from typing import Any
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.convert import ConvertWarning, convert, disabled, revert
-from nvfp4.diagnostics import health, observe, report
+from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert
+from nvfp4.diagnostics import check, health, observe, report
 from nvfp4.hadamard import Rotation, rotate
 from nvfp4.linear import Linear, fixed_weights, invalidate, load_noise_state, noise_state
 from nvfp4.ops import dequantize, explain, matmul, quantize
@@ -31,11 +31,13 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Rotation",
+    "check",
     "convert",
     "dequantize",
     "disabled",
     "explain",
     "fixed_weights",
+    "forward_precision",
     "health",
     "info",
     "invalidate",

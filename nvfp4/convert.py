@@ -6,92 +6,36 @@ aliases and ties stay as they were, and no weight is copied.
 
 from __future__ import annotations
 
-import math
+import copy
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from nvfp4.backends.registry import AUTO, check_backend
 from nvfp4.linear import Linear, LinearState, layers
 from nvfp4.noise import Noise
-from nvfp4.ops import INPUT_DTYPES
-from nvfp4.recipes import Recipe, as_recipe
+from nvfp4.policy import ALREADY, ModuleFilter, Patterns, Plan, Recipes, make_policy
+from nvfp4.recipes import Recipe
 from nvfp4.rng import check_seed
 
-OUTPUT_NAMES = ("lm_head", "output", "head", "embed_out")
-"""Last name part of an output embedding where the model does not say which it is."""
-
-ModuleFilter = Callable[[nn.Module, str], bool]
+PRECISIONS = ("nvfp4", "bf16")
 
 
 class ConvertWarning(UserWarning):
     """A conversion that did less than its arguments suggest: a name that matches nothing, or no layer converted."""
 
 
-@dataclass(frozen=True)
-class _Policy:
-    """Who is converted; the reasons are the machine-readable words that ``report`` shows."""
-
-    filter_fn: ModuleFilter | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    kept_blocks: dict[str, str]
-    output: nn.Module | None
-    knows_output: bool
-    embeddings: frozenset[int]
-
-    def reason_to_keep(self, module: nn.Linear, name: str) -> str | None:
-        """Why this layer stays as it is, or None if it is to be converted."""
-        accepted = self.filter_fn is None or self.filter_fn(module, name)
-        return self._cannot(module) or self._should_not(module, name) or (None if accepted else "filter_fn")
-
-    def _cannot(self, module: nn.Linear) -> str | None:
-        if isinstance(module, Linear):
-            return "already_converted"
-        if parametrize.is_parametrized(module):
-            return "parametrized"
-        if type(module) is not nn.Linear:
-            return "subclass"
-        if "forward" in vars(module):
-            return "forward_replaced"
-        if module.weight.dtype not in INPUT_DTYPES:
-            return "dtype"
-        if isinstance(module.weight, nn.UninitializedParameter):
-            return "uninitialized"
-        return "empty" if module.weight.numel() == 0 else None
-
-    def _should_not(self, module: nn.Linear, name: str) -> str | None:
-        if id(module.weight) in self.embeddings:
-            return "tied_to_embedding"
-        if any(part.startswith("lora_") for part in name.split(".")):
-            return "adapter"
-        if any(_matches(pattern, name) for pattern in self.exclude):
-            return "excluded"
-        if self.include:
-            if not any(_matches(pattern, name) for pattern in self.include):
-                return "not_included"
-        elif self._is_output(module, name):
-            return "output_embedding"
-        return next((why for block, why in self.kept_blocks.items() if f"{name}.".startswith(f"{block}.")), None)
-
-    def _is_output(self, module: nn.Linear, name: str) -> bool:
-        return module is self.output if self.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES
-
-
 def convert(
     model: nn.Module,
-    recipe: str | Recipe = "search_eden",
+    recipe: Recipes = "search_eden",
     *,
     filter_fn: ModuleFilter | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     keep_first: int | float = 0,
     keep_last: int | float = 0,
     backend: str = AUTO,
@@ -101,40 +45,42 @@ def convert(
 ) -> nn.Module:
     """Make the linear layers of ``model`` compute in NVFP4; changes it in place and returns the same object.
 
-    recipe: a name (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl) or a ``Recipe``.
-    filter_fn(module, name): convert only where it returns True; called once per dotted name of every linear.
-    include, exclude: globs over whole dotted name parts: "layers.1" matches "model.layers.1.mlp.up", never "layers.10".
-    ``include`` also overrules the default of keeping the output embedding. keep_first, keep_last: numbered blocks left
-    alone at either end of each stack, a count or, if a float below 1, a share rounded up. backend: "auto" or a name.
-    seed: of all noise, in [0, 2^64); by default the one given to ``torch.manual_seed``. strict: raise ValueError where
-    there would be a warning. verbose: print a one-line summary.
+    recipe: a name (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl), a ``Recipe``, or a mapping
+    from globs to these, of which the first that matches a layer counts. filter_fn(module, name): convert only where it
+    returns True; called once per dotted name of every linear. include, exclude: globs, as in the mapping over whole
+    dotted name parts: "layers.1" matches "model.layers.1.mlp.up", never "layers.10". ``include`` also overrules the
+    default of keeping the output embedding. keep_first, keep_last: numbered blocks left alone at either end of each
+    outermost stack, a count or, if a float below 1, a share rounded up. backend: "auto" or a name. seed: of all noise,
+    in [0, 2^64); by default the one given to ``torch.manual_seed``. strict: raise ValueError where there would be a
+    warning. verbose: print a one-line summary.
 
     Kept as they are, with the reason in ``nvfp4.report``: the output embedding, layers tied to an embedding, subclasses
-    of nn.Linear, parametrised layers, LoRA adapters, other dtypes, replaced forwards. Converting twice changes nothing.
+    of nn.Linear, parametrised layers, LoRA adapters, weights that are tensor subclasses (but for DTensor), other
+    dtypes, replaced forwards, and the layers that ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` use
+    without calling. Converting twice changes nothing, except that deep copies of converted layers, made to be further
+    layers of ``model``, get noise of their own.
     Raises ValueError for unknown names, ``BackendUnavailable`` with the reason for a backend that cannot run here.
     """
-    chosen = as_recipe(recipe)
+    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last)
     check_backend(backend, _device(model))
     seed = torch.initial_seed() % 2**64 if seed is None else check_seed(seed)
-    linears = _linears(model)
-    names = [name for _, paths in linears for name in paths]
-    policy = _policy(model, names, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last)
-    _complain(_unmatched(policy, names), strict)
-    reasons = [_first_reason(policy, module, paths) for module, paths in linears]  # all decided before any is changed
-    if None not in reasons and "already_converted" not in reasons:
-        _complain([f"no layer was converted: the model has {len(linears)} linear layers, {_count(reasons)}"], strict)
-    index = 1 + max((layer.nvfp4.noise.layer for layer in layers(model).values()), default=-1)
-    for (module, _), reason in zip(linears, reasons, strict=True):
-        if reason is None:
-            if chosen.quantized:
-                module.__class__ = Linear
-                module.nvfp4 = LinearState(chosen, Noise(seed, index), backend)  # type: ignore[assignment]
-                vars(module).pop("nvfp4_kept", None)
-                index += 1
-        elif reason != "already_converted":
-            module.nvfp4_kept = reason  # type: ignore[assignment]
+    plan = policy.plan(model)  # all is decided before any layer is changed
+    complain(plan, strict)
+    separated = _separate_noise(model)
+    index = _next_index(model)
+    for decision in plan.decisions:
+        module = decision.module
+        if decision.recipe is not None:
+            module.__class__ = Linear
+            module.nvfp4 = LinearState(decision.recipe, Noise(seed, index), backend)  # type: ignore[assignment]
+            vars(module).pop("nvfp4_kept", None)
+            index += 1
+        elif decision.reason != ALREADY:
+            module.nvfp4_kept = decision.reason  # type: ignore[assignment]
     if verbose:
-        print(_summary(chosen, reasons, policy.kept_blocks))
+        names = ", ".join(dict.fromkeys(chosen.name for _, chosen in policy.recipes))
+        copies = f"; copied layers given noise of their own: {', '.join(separated)}" if separated else ""
+        print(f"nvfp4: recipe {names}, {plan.summary()}{copies}")
     return model
 
 
@@ -161,118 +107,82 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             state.enabled = enabled
 
 
-def _linears(model: nn.Module) -> list[tuple[nn.Linear, list[str]]]:
-    """Each linear layer once, in the order of the walk, with every dotted name that reaches it."""
-    found: dict[int, tuple[nn.Linear, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            found.setdefault(id(module), (module, []))[1].append(name)
-    return list(found.values())
+class _Switched(AbstractContextManager[nn.Module]):
+    """What ``forward_precision`` changed; leaving it as a context puts that back."""
+
+    def __init__(self, model: nn.Module, before: list[tuple[LinearState, Recipe, Recipe | None]]) -> None:
+        self._model, self._before = model, before
+
+    def __enter__(self) -> nn.Module:
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for state, recipe, full_recipe in self._before:
+            state.recipe, state.full_recipe = recipe, full_recipe
 
 
-def _policy(
-    model: nn.Module,
-    names: list[str],
-    filter_fn: ModuleFilter | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    keep_first: int | float,
-    keep_last: int | float,
-) -> _Policy:
-    ask = getattr(model, "get_output_embeddings", None)
-    embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
-    return _Policy(
-        filter_fn,
-        include,
-        exclude,
-        _kept_blocks(model, names, keep_first, keep_last),
-        ask() if ask is not None else None,
-        ask is not None,
-        frozenset(id(weight) for weight in embeddings),
-    )
+def forward_precision(model: nn.Module, precision: str) -> AbstractContextManager[nn.Module]:
+    """Switch the forward GEMM of every converted layer to high precision ("bf16") or back ("nvfp4"), from now on.
+
+    For the end of a training: most of the gap to BF16 comes from the forward pass; in arXiv 2509.25149 a BF16 forward
+    with an NVFP4 backward over the last part brought it from 1.5 % to 0.5 %. "bf16" stands for the dtype that
+    ``F.linear`` would use; the backward quantises x and w themselves, with the recipe's quantisers and noise, where it
+    used the codes of the forward. A recipe whose backward is not quantised (rl) then computes as a plain layer.
+
+    As a plain call it lasts; ``with forward_precision(...):`` ends it. It travels with copies and pickles of the model
+    and shows in its ``repr`` and ``report``, but is no part of ``noise_state``: after resuming, call it again.
+    ``revert`` drops it. Raises ValueError for another precision; warns if the model has no converted layer.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    states = [layer.nvfp4 for layer in layers(model).values()]
+    if not states:
+        warnings.warn("forward_precision: the model has no converted layer", ConvertWarning, stacklevel=2)
+    before = [(state, state.recipe, state.full_recipe) for state in states]
+    for state, recipe, full_recipe in before:
+        if precision == "bf16" and full_recipe is None:
+            state.recipe, state.full_recipe = recipe.with_dense_forward(), recipe
+        elif precision == "nvfp4" and full_recipe is not None:
+            state.recipe, state.full_recipe = full_recipe, None
+    return _Switched(model, before)
 
 
-def _first_reason(policy: _Policy, module: nn.Linear, paths: list[str]) -> str | None:
-    """A layer with several names is converted only if every name is."""
-    reasons = [policy.reason_to_keep(module, path) for path in paths]
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _kept_blocks(model: nn.Module, names: list[str], first: int | float, last: int | float) -> dict[str, str]:
-    """Dotted names of the blocks to keep, with the reason; a stack is an outermost ModuleList that holds linears."""
-    first_check, last_check = _check_share("keep_first", first), _check_share("keep_last", last)
-    if not first_check and not last_check:
-        return {}
-    stacks: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside = any(not prefix or f"{name}.".startswith(f"{prefix}.") for prefix, _ in stacks)
-        if isinstance(module, nn.ModuleList) and not inside and any(_under(name, linear) for linear in names):
-            stacks.append((name, module))
-    if not stacks:
-        raise ValueError("keep_first and keep_last count the blocks of an nn.ModuleList, but the model has none")
-    kept: dict[str, str] = {}
-    for name, stack in stacks:
-        blocks = [f"{name}.{i}" if name else str(i) for i in range(len(stack))]
-        kept |= dict.fromkeys(blocks[: _share(first, len(blocks))], "keep_first")
-        kept |= dict.fromkeys(blocks[len(blocks) - _share(last, len(blocks)) :], "keep_last")
-    return kept
-
-
-def _check_share(name: str, value: int | float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < (1 if isinstance(value, float) else math.inf):
-        raise ValueError(f"{name} must be a number of blocks (int >= 0) or a share (0 <= float < 1), got {value!r}")
-    return value > 0
-
-
-def _share(value: int | float, count: int) -> int:
-    # the share is a decimal number in the user's mind: 0.28 of 25 blocks is 7, though 0.28 * 25 > 7 in binary
-    return min(count, value if isinstance(value, int) else math.ceil(round(value * count, 9)))
-
-
-def _under(prefix: str, name: str) -> bool:
-    return not prefix or f"{name}.".startswith(f"{prefix}.")
-
-
-def _patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether the parts of the pattern match a run of whole parts of the dotted name."""
-    wanted, parts = pattern.split("."), name.split(".")
-    return any(
-        all(fnmatchcase(part, glob) for part, glob in zip(parts[start:], wanted, strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
-    )
-
-
-def _unmatched(policy: _Policy, names: list[str]) -> list[str]:
-    return [
-        f"{argument} {pattern!r} matches no linear layer; names look like {names[:3]}"
-        for argument, patterns in (("include", policy.include), ("exclude", policy.exclude))
-        for pattern in patterns
-        if not any(_matches(pattern, name) for name in names)
-    ]
-
-
-def _complain(messages: list[str], strict: bool) -> None:
-    for message in messages:
+def complain(plan: Plan, strict: bool, stacklevel: int = 3) -> None:
+    """Warn of what is wrong with a plan, or raise ValueError; of what no argument can change, only warn."""
+    for message in plan.complaints:
         if strict:
             raise ValueError(message)
-        warnings.warn(message, ConvertWarning, stacklevel=3)
+        warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
+    experts = next((kind for kind in plan.not_linear if "expert" in kind), None)
+    if experts is not None:
+        message = f"{experts}: fused experts are no linear layers and stay in high precision"
+        warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
 
 
-def _count(reasons: list[str | None]) -> str:
-    kept = Counter(reason for reason in reasons if reason is not None)
-    detail = ", ".join(f"{reason}: {count}" for reason, count in kept.most_common())
-    return f"kept {sum(kept.values())}" + (f" ({detail})" if detail else "")
+def _separate_noise(model: nn.Module) -> Sequence[str]:
+    """Give converted layers that share seed and index, which only copies do, an index of their own; returns names.
+
+    Two layers of one model with the same noise make errors that add up instead of averaging out. A copy that stands
+    alone, as a moving average or a reference does, is not met here and keeps its noise.
+    """
+    seen: set[tuple[int, int]] = set()
+    renamed = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            noise = module.nvfp4.noise
+            if (noise.seed, noise.layer) in seen:
+                index = _next_index(model)
+                module.nvfp4 = copy.deepcopy(module.nvfp4)  # a shallow copy of a layer shares its state
+                module.nvfp4.noise.layer = index
+                renamed.append(name)
+            seen.add((module.nvfp4.noise.seed, module.nvfp4.noise.layer))
+    return renamed
 
 
-def _summary(recipe: Recipe, reasons: list[str | None], kept_blocks: dict[str, str]) -> str:
-    blocks = f"; blocks kept: {', '.join(kept_blocks)}" if kept_blocks else ""
-    converted = reasons.count(None) if recipe.quantized else 0
-    return f"nvfp4: recipe {recipe.name}, converted {converted}, {_count(reasons)}{blocks}"
+def _next_index(model: nn.Module) -> int:
+    return 1 + max((layer.nvfp4.noise.layer for layer in layers(model).values()), default=-1)
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from nvfp4.backends.registry import select
+from nvfp4.backends.registry import AUTO, check_backend, select
 from nvfp4.codec import e2m1_decode, e4m3_decode, unpack
+from nvfp4.convert import complain
 from nvfp4.formats import E2M1, NVFP4
 from nvfp4.linear import Linear, layers
 from nvfp4.ops import dequantize, quantize_with
+from nvfp4.policy import Decision, ModuleFilter, Patterns, Recipes, make_policy, not_linear
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import get_quantizer
-from nvfp4.recipes import GEMMS
+from nvfp4.recipes import GEMMS, Operand, Recipe
 from nvfp4.scaling import spread
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer. recipe and backend are None where it was kept, and ``reason`` says why."""
+    """One linear layer. recipe and backend are None where it was kept, and ``reason`` says why.
+
+    gemms: the operands of fprop, dgrad and wgrad. precisions: "nvfp4" or "bf16" for each.
+    """
 
     name: str
     in_features: int
@@ -33,32 +39,63 @@ class LayerReport:
     gemms: tuple[str, ...]
     backend: str | None
     reason: str | None
+    precisions: tuple[str, ...] = ()
+
+    def cells(self) -> tuple[str, ...]:
+        """Its row of the table; the operands are in the caption."""
+        size, gemms = f"{self.out_features} x {self.in_features}", self.precisions or ("",) * len(GEMMS)
+        return (self.name or "(root)", size, self.recipe or "", *gemms, self.backend or "", self.reason or "")
+
+
+@dataclass(frozen=True)
+class LayerCheck(LayerReport):
+    """One linear layer that ``convert`` would meet.
+
+    padding: multiply-adds spent on padding by fprop and dgrad, as a share of the needed ones; wgrad pads the tokens,
+    which a model does not tell. nvfp4_bytes, bf16_bytes: of the weight as fprop reads it; equal where it is kept.
+    """
+
+    padding: float = 0.0
+    nvfp4_bytes: int = 0
+    bf16_bytes: int = 0
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a report, and what it costs."""
+        padding = f"{self.padding:.1%}" if self.padding else ""
+        return (*super().cells(), padding, f"{self.nvfp4_bytes:,}", f"{self.bf16_bytes:,}")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every linear layer of a model; prints as a table."""
+    """Every linear layer of a model; prints as a table. not_linear: what else multiplies by weights, counted."""
 
     layers: tuple[LayerReport, ...]
+    not_linear: tuple[str, ...] = ()
 
     @property
     def converted(self) -> int:
-        """Number of layers that compute in NVFP4."""
+        """Number of layers that compute in NVFP4, or of those that ``convert`` would convert."""
         return sum(layer.reason is None for layer in self.layers)
 
+    def _title(self) -> str:
+        return f"{self.converted} of {len(self.layers)} linear layers in NVFP4"
+
+    def _columns(self) -> tuple[str, ...]:
+        return ("layer", "out x in", "recipe", *GEMMS, "backend", "kept because")
+
     def __rich__(self) -> Table:
-        converted = {layer.recipe: layer.gemms for layer in self.layers if layer.recipe is not None}
-        caption = "\n".join(
+        used = dict.fromkeys((layer.recipe, layer.gemms) for layer in self.layers if layer.recipe is not None)
+        lines = [
             f"{recipe}: " + "; ".join(f"{gemm} {operands}" for gemm, operands in zip(GEMMS, gemms, strict=True))
-            for recipe, gemms in converted.items()
-        )
-        title = f"{self.converted} of {len(self.layers)} linear layers in NVFP4"
-        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-        for column in ("layer", "out x in", "recipe", "backend", "kept because"):
+            for recipe, gemms in used
+        ]
+        if self.not_linear:
+            lines.append(f"not linear, so not converted: {', '.join(self.not_linear)}")
+        table = Table(title=self._title(), title_justify="left", caption="\n".join(lines), caption_justify="left")
+        for column in self._columns():
             table.add_column(column, overflow="fold")
         for layer in self.layers:
-            size = f"{layer.out_features} x {layer.in_features}"
-            table.add_row(layer.name or "(root)", size, layer.recipe or "", layer.backend or "", layer.reason or "")
+            table.add_row(*layer.cells())
         return table
 
     def __str__(self) -> str:
@@ -68,20 +105,132 @@ class Report:
         return capture.get()
 
 
+@dataclass(frozen=True)
+class Check(Report):
+    """What ``convert`` would do to a model; prints as a table with the cost of every layer."""
+
+    layers: tuple[LayerCheck, ...]
+
+    @property
+    def nvfp4_bytes(self) -> int:
+        """Of all linear weights as their forward GEMMs would read them."""
+        return sum(layer.nvfp4_bytes for layer in self.layers)
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Of all linear weights in BF16."""
+        return sum(layer.bf16_bytes for layer in self.layers)
+
+    def _title(self) -> str:
+        sizes = f"weights {self.nvfp4_bytes:,} bytes, {self.bf16_bytes:,} in BF16"
+        return f"{self.converted} of {len(self.layers)} linear layers would be converted; {sizes}"
+
+    def _columns(self) -> tuple[str, ...]:
+        return (*super()._columns(), "padding", "NVFP4 bytes", "BF16 bytes")
+
+
 def report(model: nn.Module) -> Report:
     """Every ``nn.Linear`` of ``model`` with its recipe and backend, or the reason why ``convert`` kept it."""
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            recipe = backend = None
-            gemms: tuple[str, ...] = ()
+        if isinstance(module, Linear):
+            rows.append(LayerReport(**_described(name, module, module.nvfp4.recipe, _backend(module), None)))
+        elif isinstance(module, nn.Linear):
             reason = getattr(module, "nvfp4_kept", "not_converted")
-            if isinstance(module, Linear):
-                state, reason = module.nvfp4, None
-                recipe, backend = state.recipe.name, _backend(module)
-                gemms = tuple(f"{getattr(state.recipe, g).left} / {getattr(state.recipe, g).right}" for g in GEMMS)
-            rows.append(LayerReport(name, module.in_features, module.out_features, recipe, gemms, backend, reason))
-    return Report(tuple(rows))
+            rows.append(LayerReport(**_described(name, module, None, None, reason)))
+    return Report(tuple(rows), not_linear(model))
+
+
+def check(
+    model_or_shapes: nn.Module | Mapping[str, tuple[int, int]],
+    recipe: Recipes = "search_eden",
+    *,
+    filter_fn: ModuleFilter | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keep_first: int | float = 0,
+    keep_last: int | float = 0,
+    backend: str = AUTO,
+    strict: bool = False,
+) -> Check:
+    """What ``convert`` with these arguments would do, and what it costs; changes nothing and needs no weights.
+
+    model_or_shapes: a model, also on the meta device, or a mapping from dotted names to (out_features, in_features).
+    Of shapes it can only know what names and sizes tell: no ties, hooks or subclasses. The other arguments are those
+    of ``convert``, and so are the warnings and, when ``strict``, the errors; a backend is checked for its name alone.
+    Raises ValueError or TypeError for what ``convert`` refuses, and for a shape that is not two positive integers.
+    """
+    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last)
+    check_backend(backend)
+    model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else _skeleton(model_or_shapes)
+    plan = policy.plan(model)
+    complain(plan, strict)
+    return Check(tuple(_checked(decision, backend) for decision in plan.decisions), plan.not_linear)
+
+
+def _checked(decision: Decision, backend: str) -> LayerCheck:
+    module, recipe = decision.module, decision.recipe
+    if isinstance(module, Linear):
+        recipe, backend = module.nvfp4.recipe, module.nvfp4.backend
+    described = _described(decision.names[0], module, recipe, None if recipe is None else backend, decision.reason)
+    rows, columns = module.out_features, module.in_features
+    size = 2 * rows * columns
+    if recipe is None:
+        return LayerCheck(**described, nvfp4_bytes=size, bf16_bytes=size)
+    padded = (_padded(recipe.fprop.right, columns) / columns + _padded(recipe.dgrad.left, rows) / rows) / 2
+    codes = _stored_bytes(recipe.fprop.right, rows, columns) if recipe.fprop.quantized else size
+    return LayerCheck(**described, padding=padded - 1, nvfp4_bytes=codes, bf16_bytes=size)
+
+
+def _described(
+    name: str, layer: nn.Linear, recipe: Recipe | None, backend: str | None, reason: str | None
+) -> dict[str, Any]:
+    """The fields of a ``LayerReport``."""
+    gemms = () if recipe is None else tuple(getattr(recipe, gemm) for gemm in GEMMS)
+    return {
+        "name": name,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "recipe": None if recipe is None else recipe.name,
+        "gemms": tuple(f"{gemm.left} / {gemm.right}" for gemm in gemms),
+        "backend": backend,
+        "reason": reason,
+        "precisions": tuple("nvfp4" if gemm.quantized else "bf16" for gemm in gemms),
+    }
+
+
+def _padded(spec: Operand, length: int) -> int:
+    """How long a contraction of this length gets in NVFP4."""
+    if spec.quantizer is None:
+        return length
+    rotation = spec.checked(seed=0).rotation
+    unit = NVFP4.block_size if rotation is None else rotation.group
+    return -(-length // unit) * unit
+
+
+def _stored_bytes(spec: Operand, rows: int, columns: int) -> int:
+    """Of the codes (two a byte), block scales (one byte) and global scales (four) of a matrix [rows, columns]."""
+    options, padded = spec.checked(seed=0), _padded(spec, columns)
+    scales = -(-rows // options.block[0]) * (padded // NVFP4.block_size)
+    return rows * padded // 2 + scales + 4 * (rows if options.row_scaled else 1)
+
+
+def _skeleton(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
+    """A model on the meta device that has linear layers of these names and sizes, and nothing else."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"the shape of {name!r} must be (out_features, in_features), positive, got {shape!r}")
+        *parents, last = name.split(".")
+        owner = root
+        for parent in parents:
+            if parent not in dict(owner.named_children()):
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        if not last or hasattr(owner, last):
+            raise ValueError(f"{name!r} cannot name a layer: it is empty, holds other layers, or nn.Module has it")
+        owner.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16))
+    return root
 
 
 def _backend(layer: Linear) -> str:

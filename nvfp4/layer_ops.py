@@ -1,7 +1,8 @@
 """The layer's operators ``nvfp4::linear_fprop`` and ``nvfp4::linear_backward``, which compiled graphs call.
 
-A compiled graph quantises its weights in every call: codes are kept in eager mode only. Recipes travel as ``Recipe.key``, noise as ``Noise.words``, and nothing else tells one layer from another, so that equal
-blocks share one compiled graph. Tested with ``torch.library.opcheck``.
+A compiled graph quantises its weights in every call: codes are kept in eager mode only. Recipes travel as
+``Recipe.key``, noise as ``Noise.words``, and nothing else tells one layer from another, so that equal blocks share one
+compiled graph. Tested with ``torch.library.opcheck``.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class LinearState:
     noise: Noise
     backend: str = AUTO
     enabled: bool = True
+    full_recipe: Recipe | None = None  # the one to come back to, while forward_precision keeps the forward in BF16
     keeps_weight: bool = field(default=False, repr=False, compare=False)
     weight_codes: tuple[tuple[Any, ...], QTensor] | None = field(default=None, repr=False, compare=False)
 
@@ -146,6 +147,12 @@ class Linear(nn.Linear):
     """
 
     nvfp4: LinearState
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        raise TypeError(
+            "nvfp4.Linear has no constructor, since seed and index of its noise belong to a model: make an nn.Linear "
+            "and convert it, or the model that holds it, with nvfp4.convert"
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y = x w^T + bias of x = ``input``, the name it has in ``nn.Linear``.

@@ -39,6 +39,10 @@ class Noise:
         """Index of the layer in conversion order."""
         return int(self.words[1])
 
+    @layer.setter
+    def layer(self, layer: int) -> None:
+        self.words[1] = layer
+
     @property
     def calls(self) -> int:
         """Backward passes finished so far."""
@@ -47,6 +51,11 @@ class Noise:
     @calls.setter
     def calls(self, calls: int) -> None:
         self.words[2] = calls
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Noise) and torch.equal(self.words, other.words)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
 
     def __repr__(self) -> str:
         return f"Noise(seed={self.seed}, layer={self.layer}, calls={self.calls})"

@@ -171,6 +171,12 @@ class Recipe:
         """Whether any GEMM runs on NVFP4 operands."""
         return any(getattr(self, gemm).quantized for gemm in GEMMS)
 
+    def with_dense_forward(self) -> Recipe:
+        """This recipe with fprop in high precision: its backward quantises w and x themselves, not their codes."""
+        dgrad = Gemm(self.dgrad.left, _of_tensor(self.dgrad.right, self.fprop.right))
+        wgrad = Gemm(self.wgrad.left, _of_tensor(self.wgrad.right, self.fprop.left))
+        return Recipe(f"{self.name}+bf16_forward", Gemm(), dgrad, wgrad)
+
     @classmethod
     def from_name(cls, name: str) -> Recipe:
         """The named recipe; ValueError lists the known names."""
@@ -209,6 +215,13 @@ class Recipe:
 
     def __str__(self) -> str:
         return f"{self.name}: " + "; ".join(f"{g} {getattr(self, g).left} / {getattr(self, g).right}" for g in GEMMS)
+
+
+def _of_tensor(spec: Operand, forward: Operand) -> Operand:
+    """An operand of the backward that does without the codes of the forward: quantised as they were, or as before."""
+    if spec.source == "codes":  # 16x16 tiles: the transpose has the same codes and scales
+        return Operand(forward.quantizer, forward.options)
+    return Operand(spec.quantizer, spec.options, rotation=spec.rotation)
 
 
 def _operand(plain: Mapping[str, Any]) -> Operand:

@@ -27,7 +27,7 @@ FLOORS = [
     ["recipes", "backends"],
     ["noise", "ops", "library"],
     ["gemms", "layer_ops", "linear"],
-    ["convert", "diagnostics", "export", "info"],
+    ["policy", "convert", "diagnostics", "export", "info"],
     ["train"],
     ["rl"],
     ["cli", "__main__"],

@@ -1,415 +1,24 @@
-"""convert and revert: statements 1 to 22 of the contract, one test each or more, and the traps its peers fell into."""
+"""convert beside its contract: policies, switches, what cannot be converted, errors, seeds, real models."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+import composition
 import pytest
 import torch
 from assertions import assert_floats_bitwise
+from composition import Noise, Op, operands, product
+from conversion import TOKENS, Block, Model, assert_untouched, converted, gradients, quiet, reasons, snapshot
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
-from torch.optim.swa_utils import AveragedModel
 
 import nvfp4
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class Model(nn.Module):
-    """A small language model: embedding, numbered blocks, an output embedding by name."""
-
-    def __init__(self, blocks: int = 2, *, tied: bool = False, device: str | None = None) -> None:
-        super().__init__()
-        with torch.device(device or "cpu"):
-            self.embed = nn.Embedding(20, 16)
-            self.layers = nn.ModuleList(Block() for _ in range(blocks))
-            self.lm_head = nn.Linear(16, 20, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
-
-
-TOKENS = torch.arange(12).view(3, 4)
-
-
-def quiet(model: nn.Module, recipe: Any = "quartet2", **kwargs: Any) -> nn.Module:
-    return nvfp4.convert(model, recipe, verbose=False, seed=5, **kwargs)
-
-
-def converted(model: nn.Module) -> list[str]:
-    """Names of the converted layers, by type alone: without asking nvfp4."""
-    return [name for name, module in model.named_modules() if type(module) is nvfp4.Linear]
-
-
-def reasons(model: nn.Module) -> dict[str, str | None]:
-    return {layer.name: layer.reason for layer in nvfp4.report(model).layers}
-
-
-def gradients(model: nn.Module) -> list[torch.Tensor]:
-    model.zero_grad()
-    model(TOKENS).square().mean().backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def assert_same_training(a: nn.Module, b: nn.Module) -> None:
-    """Outputs and gradients of both models are bitwise equal."""
-    assert_floats_bitwise(a(TOKENS), b(TOKENS), "logits")
-    for i, (x, y) in enumerate(zip(gradients(a), gradients(b), strict=True)):
-        assert_floats_bitwise(x, y, f"gradient {i}")
-
-
-def assert_untouched(model: nn.Module, before: dict[int, dict[str, Any]]) -> None:
-    """Every module has the class and the attributes that ``snapshot`` saw."""
-    for module in model.modules():
-        kind, attributes = before[id(module)]["class"], before[id(module)]["vars"]
-        assert type(module) is kind
-        assert vars(module).keys() == attributes
-
-
-def snapshot(model: nn.Module) -> dict[int, dict[str, Any]]:
-    return {id(m): {"class": type(m), "vars": vars(m).keys() | set()} for m in model.modules()}
-
-
-# --- conversion
-
-
-def test_01_returns_the_same_object() -> None:
-    """1: in place, and the model comes back for one-liners; the output embedding is kept."""
-    model = Model()
-    modules = dict(model.named_modules())
-    assert nvfp4.convert(model, verbose=False) is model
-    assert dict(model.named_modules()) == modules
-    assert converted(model) == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
-    assert model.layers[0].up.nvfp4.recipe.name == "search_eden"
-
-
-def test_02_a_root_linear_is_converted() -> None:
-    """2: a bare nn.Linear is converted and returned; being in place, it is even the same object."""
-    layer = nn.Linear(8, 8)
-    assert quiet(layer) is layer
-    assert converted(layer) == [""]
-
-
-def test_03_twice_changes_nothing_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """3: the second call leaves class, state, noise and even another recipe's request alone, and prints why."""
-    model = quiet(Model())
-    states = [copy.copy(model.get_submodule(name).nvfp4) for name in converted(model)]
-    before = snapshot(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        nvfp4.convert(model, "rtn", seed=99)
-    assert "converted 0, kept 5 (already_converted: 4, output_embedding: 1)" in capsys.readouterr().out
-    assert [model.get_submodule(name).nvfp4 for name in converted(model)] == states
-    assert_untouched(model, before)
-
-
-def test_03_a_second_call_may_convert_more() -> None:
-    """3: what the first call was told to keep, a second may convert; layer indices go on where they stopped."""
-    model = quiet(Model(), exclude="layers.1")
-    assert reasons(model)["layers.1.up"] == "excluded"
-    quiet(model)
-    assert reasons(model)["layers.1.up"] is None
-    indices = [model.get_submodule(name).nvfp4.noise.layer for name in converted(model)]
-    assert indices == [0, 1, 2, 3]
-
-
-def test_04_filter_fn_sees_each_linear_path_once() -> None:
-    """4: the dotted name without a leading dot, only linears, once per path (a shared layer has two), and its word
-    counts."""
-    model = Model()
-    model.alias = model.layers[0].up
-    seen: list[tuple[nn.Module, str]] = []
-
-    def only_up(module: nn.Module, name: str) -> bool:
-        seen.append((module, name))
-        return name.endswith("up")
-
-    quiet(model, filter_fn=only_up)
-    names = [name for _, name in seen]
-    assert sorted(names) == sorted(["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head", "alias"])
-    assert all(model.get_submodule(name) is module for module, name in seen)
-    assert converted(model) == ["layers.1.up"]  # layers.0.up is "alias" too, and that name was refused
-    assert reasons(model)["layers.0.down"] == reasons(model)["layers.0.up"] == "filter_fn"
-
-
-def test_05_globs_match_whole_parts() -> None:
-    """5: layers.1 is not layers.10; a pattern matches a run of parts anywhere; * stays within a part."""
-    model = Model(12)
-    quiet(model, exclude="layers.1")
-    assert "layers.10.up" in converted(model)
-    assert "layers.11.up" in converted(model)
-    assert {name for name, reason in reasons(model).items() if reason == "excluded"} == {"layers.1.up", "layers.1.down"}
-    for patterns, expected in (
-        ("layers.*.up", [f"layers.{i}.up" for i in range(12)]),
-        (["layers.1?.down", "layers.3"], ["layers.3.up", "layers.3.down", "layers.10.down", "layers.11.down"]),
-        ("[02].up", ["layers.0.up", "layers.2.up"]),
-        ("layers.*", [n for i in range(12) for n in (f"layers.{i}.up", f"layers.{i}.down")]),
-    ):
-        assert converted(quiet(Model(12), include=patterns)) == expected
-    with pytest.warns(nvfp4.ConvertWarning, match="matches no linear layer"):
-        assert converted(quiet(Model(12), include=["layers*up", "3.up"])) == ["layers.3.up"]
-
-
-def test_05_include_overrules_the_output_embedding() -> None:
-    """5: naming lm_head converts it; exclude wins over include."""
-    assert converted(quiet(Model(), include="lm_head")) == ["lm_head"]
-    assert converted(quiet(Model(), include=["lm_head", "layers.0"], exclude="down")) == ["layers.0.up", "lm_head"]
-    assert reasons(quiet(Model(), include="layers.0"))["layers.1.up"] == "not_included"
-
-
-@pytest.mark.parametrize("argument", ["include", "exclude"])
-def test_06_unmatched_names_are_reported(argument: str) -> None:
-    """6: a pattern that matches nothing warns with the argument, the pattern and real names; an error when strict,
-    which leaves the model untouched."""
-    patterns = ["layers.0", "layers.7.upp"]
-    with pytest.warns(
-        nvfp4.ConvertWarning, match=rf"{argument} 'layers\.7\.upp' matches no .*'layers\.0\.up'"
-    ) as caught:
-        quiet(Model(), **{argument: patterns})
-    assert len(caught) == 1
-    assert caught[0].filename == __file__  # the warning points at the call of convert's caller
-    model = Model()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=argument):
-        quiet(model, strict=True, **{argument: patterns})
-    assert_untouched(model, before)
-
-
-class OwnForward(nn.Linear):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) * 2
-
-
-class SaysItsOutput(Model):
-    """Like a transformers model: says which layer the output embedding is, under a name no list knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unembed, self.output = self.lm_head, nn.Linear(16, 16)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.unembed
-
-
-class Odd(nn.Module):
-    """One layer for each reason to keep one, and two layers without any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plain = nn.Linear(16, 16)
-        self.another = nn.Linear(3, 17, bias=False)
-        self.embed = nn.Embedding(20, 16)
-        self.tied = nn.Linear(16, 20, bias=False)
-        self.tied.weight = self.embed.weight
-        self.attention = nn.MultiheadAttention(16, 2)
-        self.own = OwnForward(16, 16)
-        self.double = nn.Linear(16, 16, dtype=torch.float64)
-        self.normed = parametrizations.weight_norm(nn.Linear(16, 16))
-        self.lazy = nn.LazyLinear(16)
-        self.nothing = nn.Linear(16, 0)
-        self.patched = nn.Linear(16, 16)
-        self.patched.forward = lambda x: x  # type: ignore[method-assign]
-        self.lora_A = nn.Linear(16, 4)
-        self.q_proj = nn.ModuleDict({"lora_B": nn.Linear(4, 16)})
-        self.head = nn.Linear(16, 20)
-
-
-ODD = {
-    "plain": None,
-    "another": None,
-    "tied": "tied_to_embedding",
-    "attention.out_proj": "subclass",
-    "own": "subclass",
-    "double": "dtype",
-    "normed": "parametrized",
-    "lazy": "subclass",
-    "nothing": "empty",
-    "patched": "forward_replaced",
-    "lora_A": "adapter",
-    "q_proj.lora_B": "adapter",
-    "head": "output_embedding",
-}
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_07_08_default_skips_and_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    """7, 8: each kind of layer that is kept has its one reason, in the report and summed up in one printed line."""
-    model = Odd()
-    nvfp4.convert(model, "quartet2")
-    assert reasons(model) == ODD
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert "recipe quartet2, converted 2, kept 11 (" in out
-    for reason in set(ODD.values()) - {None}:
-        assert f"{reason}: {list(ODD.values()).count(reason)}" in out
-
-
-@pytest.mark.parametrize("name", ["lm_head", "output", "head", "embed_out"])
-def test_07_output_embedding_by_name(name: str) -> None:
-    """7: without get_output_embeddings() the last part of the name decides, whole."""
-    model = nn.ModuleDict({"decoder": nn.ModuleDict({name: nn.Linear(8, 8), f"{name}_norm": nn.Linear(8, 8)})})
-    assert converted(quiet(model)) == [f"decoder.{name}_norm"]
-
-
-def test_07_output_embedding_by_question() -> None:
-    """7: a model that knows its output embedding is believed, and then no name is special."""
-    model = quiet(SaysItsOutput())
-    assert reasons(model)["lm_head"] == "output_embedding"  # the same layer as "unembed"
-    assert reasons(model)["output"] is None
-
-
-def test_07_tied_weights_on_meta() -> None:
-    """7: a tie is an identity of parameters, so it is seen, and survives, on the meta device."""
-    model = Model(tied=True, device="meta")
-    assert model.embed.weight.is_meta
-    model.lm_head = nn.Sequential(model.lm_head)  # no name, no question: only the tie tells
-    quiet(model)
-    assert reasons(model)["lm_head.0"] == "tied_to_embedding"
-    assert model.lm_head[0].weight is model.embed.weight
-    assert len(converted(model)) == 4
-
-
-def test_07_linears_tied_to_each_other_are_converted() -> None:
-    """7: two layers that share a weight are converted, keep the tie, and their gradients add up."""
-    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
-    model[1].weight = model[0].weight
-    quiet(model)
-    assert len(converted(model)) == 2
-    assert model[0].weight is model[1].weight
-    model(torch.randn(4, 16)).sum().backward()
-    assert len(list(model.parameters())) == 1
-
-
-def test_09_nothing_converted_warns_or_raises() -> None:
-    """9: a model without candidates warns with the count by reason; strict raises and changes nothing."""
-    for model, text in ((nn.ReLU(), "0 linear layers"), (Model(tied=True, blocks=0), r"1 .*tied_to_embedding: 1")):
-        with pytest.warns(nvfp4.ConvertWarning, match=f"no layer was converted.*{text}"):
-            quiet(model)
-        fresh = copy.deepcopy(model)
-        nvfp4.revert(fresh)
-        before = snapshot(fresh)
-        with pytest.raises(ValueError, match="no layer was converted"):
-            quiet(fresh, strict=True)
-        assert_untouched(fresh, before)
-
-
-def test_09_bf16_is_no_mistake() -> None:
-    """9: the recipe bf16 converts nothing on purpose: no warning, and the model is untouched."""
-    model = Model()
-    before = snapshot(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quiet(model, "bf16", include="layers", strict=True)
-    assert converted(model) == []
-    nvfp4.revert(model)  # all there is to remove is the noted reason why lm_head would have been kept
-    assert_untouched(model, before)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "arguments", "kept"),
-    [
-        (20, {"keep_last": 0.15}, [17, 18, 19]),
-        (25, {"keep_last": 0.28}, [18, 19, 20, 21, 22, 23, 24]),  # 0.28 * 25 is 7.000000000000001 in binary
-        (7, {"keep_last": 0.15}, [5, 6]),  # ceil(1.05)
-        (3, {"keep_last": 0.15}, [2]),
-        (5, {"keep_first": 1, "keep_last": 2}, [0, 3, 4]),
-        (5, {"keep_first": 0.2}, [0]),
-        (5, {"keep_first": 99}, [0, 1, 2, 3, 4]),
-        (12, {"keep_first": 2}, [0, 1]),  # not 10 and 11
-    ],
-)
-def test_10_keep_first_and_last(
-    blocks: int, arguments: dict[str, float], kept: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """10: counts and shares (rounded up) of the numbered blocks stay in high precision, and the printed line names
-    them."""
-    model = Model(blocks)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # keeping all 5 of 5 warns, rightly
-        nvfp4.convert(model, **arguments)
-    expected = [f"layers.{i}.{part}" for i in range(blocks) if i not in kept for part in ("up", "down")]
-    assert converted(model) == expected
-    out = capsys.readouterr().out
-    assert f"blocks kept: {', '.join(f'layers.{i}' for i in kept)}\n" in out
-    named = reasons(model)
-    assert all(named[f"layers.{i}.up"] in ("keep_first", "keep_last") for i in kept)
-
-
-def test_10_every_stack_is_counted_and_inner_lists_are_not() -> None:
-    """10: encoder and decoder each lose their last block; a list of experts inside a block is no stack of its own."""
-
-    def stack() -> nn.ModuleList:
-        experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))}) for _ in range(2)]
-        return nn.ModuleList(experts)
-
-    model = quiet(nn.ModuleDict({"encoder": stack(), "decoder": stack()}), keep_last=1)
-    assert converted(model) == [f"{side}.0.experts.{i}" for side in ("encoder", "decoder") for i in range(3)]
-
-
-@pytest.mark.parametrize("value", [-1, 1.0, 1.5, -0.1, True, "2", float("nan"), np.int64(2), None])
-def test_10_wrong_shares_are_refused(value: Any) -> None:
-    """10: neither a count nor a share: ValueError with the argument and the value, and nothing is converted."""
-    for argument in ("keep_first", "keep_last"):
-        model = Model()
-        with pytest.raises(ValueError, match=f"{argument} must be a number of blocks"):
-            quiet(model, **{argument: value})
-        assert converted(model) == []
-
-
-def test_10_without_blocks_it_is_an_error() -> None:
-    """10: counting blocks of a model that has none is refused."""
-    with pytest.raises(ValueError, match=r"keep_first and keep_last count the blocks of an nn\.ModuleList"):
-        quiet(nn.Sequential(nn.Linear(8, 8)), keep_last=1)
-
-
-def test_11_subclasses_keep_their_forward() -> None:
-    """11: a subclass with its own forward computes as before; so does one that overrides nothing."""
-
-    class Mine(nn.Linear):
-        pass
-
-    model = nn.Sequential(OwnForward(8, 8), Mine(8, 8), nn.Linear(8, 8))
-    x = torch.randn(3, 8)
-    want = model[:2](x)
-    quiet(model)
-    assert [type(module) for module in model] == [OwnForward, Mine, nvfp4.Linear]
-    assert torch.equal(model[:2](x), want)
-
-
-def test_12_two_names_one_layer() -> None:
-    """12: a layer with two names is converted once, both names reach it, and keeping either name keeps it."""
-    model = Model()
-    model.shortcut = model.layers[0].up
-    quiet(model)
-    assert model.shortcut is model.layers[0].up
-    assert type(model.shortcut) is nvfp4.Linear
-    assert [m.nvfp4.noise.layer for m in model.modules() if isinstance(m, nvfp4.Linear)] == [0, 1, 2, 3]
-    assert nvfp4.report(model).converted == 4
-    other = Model()
-    other.shortcut = other.layers[0].up
-    quiet(other, exclude="shortcut")
-    assert reasons(other)["layers.0.up"] == "excluded"
+from nvfp4.recipes import Recipe
 
 
 class LoraLinear(nn.Module):
@@ -463,241 +72,6 @@ def test_13_peft(first: str) -> None:
     model(TOKENS).sum().backward()
     merged = model.merge_and_unload()
     assert len(converted(merged)) == 4
-
-
-# --- identity and state
-
-
-def test_14_still_an_nn_linear() -> None:
-    """14: isinstance, sizes and bias as before."""
-    for bias in (True, False):
-        layer = quiet(nn.Linear(5, 7, bias=bias))
-        assert isinstance(layer, nn.Linear)
-        assert (layer.in_features, layer.out_features, layer.bias is not None) == (5, 7, bias)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_15_parameters_keep_their_identity(device: str) -> None:
-    """15: the same Parameter objects over the same memory, on every device."""
-    layer = nn.Linear(8, 8, device=device)
-    weight, bias, pointer = layer.weight, layer.bias, layer.weight.data_ptr()
-    quiet(layer)
-    assert layer.weight is weight
-    assert layer.bias is bias
-    assert layer.weight.data_ptr() == pointer
-    assert layer.weight.device.type == device
-
-
-def test_15_no_tensor_is_made_at_convert() -> None:
-    """15: converting touches no parameter and makes nothing but three integers a layer, let alone a second weight."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Refuse(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert not any(isinstance(arg, nn.Parameter) for arg in args), f"convert ran {func} on a parameter"
-            made = func(*args, **(kwargs or {}))
-            assert not isinstance(made, torch.Tensor) or made.numel() <= 3, (
-                f"convert made {tuple(made.shape)} by {func}"
-            )
-            return made
-
-    model = Model()
-    with Refuse():
-        quiet(model)
-        nvfp4.revert(model)
-
-
-def test_16_state_dict_is_that_of_the_plain_model() -> None:
-    """16: the same keys in the same order, shapes, dtypes and values; strict loading works both ways."""
-    plain, model = Model(), quiet(Model())
-    a, b = plain.state_dict(), model.state_dict()
-    assert [(k, v.shape, v.dtype) for k, v in a.items()] == [(k, v.shape, v.dtype) for k, v in b.items()]
-    model.load_state_dict(a, strict=True)
-    assert torch.equal(model.layers[1].up.weight, plain.layers[1].up.weight)
-    plain.load_state_dict(b, strict=True)
-    fresh = quiet(Model(device="meta"))
-    fresh.load_state_dict(a, strict=True, assign=True)
-    assert_floats_bitwise(fresh(TOKENS), model(TOKENS), "after load_state_dict(assign=True)")
-
-
-def test_17_attributes_survive() -> None:
-    """17: requires_grad, training mode, dtype, hooks and user attributes are as they were, and hooks run."""
-    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
-    layer.weight.requires_grad_(False)
-    layer.weight.tag = "sharded"  # type: ignore[attr-defined]
-    layer.note = {"any": "thing"}  # type: ignore[assignment]
-    layer.register_buffer("steps", torch.tensor(3))
-    layer.eval()
-    ran: list[str] = []
-    layer.register_forward_pre_hook(lambda *_: ran.append("pre"))
-    layer.register_forward_hook(lambda *_: ran.append("forward"))
-    layer.register_full_backward_hook(lambda *_: ran.append("backward"))
-    layer.bias.register_hook(lambda g: ran.append("bias"))
-    quiet(layer)
-    assert (layer.weight.requires_grad, layer.bias.requires_grad, layer.training) == (False, True, False)
-    assert (layer.weight.dtype, layer.weight.tag, layer.note) == (torch.bfloat16, "sharded", {"any": "thing"})
-    assert layer.steps == 3
-    layer(torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    assert sorted(ran) == ["backward", "bias", "forward", "pre"]
-
-
-def test_17_parametrised_layers_are_kept() -> None:
-    """17: a parametrised layer is kept with its reason and computes what it did."""
-    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 8))
-    x = torch.randn(2, 8)
-    want = model[0](x)
-    quiet(model)
-    assert reasons(model) == {"0": "parametrized", "1": None}
-    assert parametrize.is_parametrized(model[0])
-    assert torch.equal(model[0](x), want)
-
-
-def test_18_an_optimizer_from_before_steps_the_model() -> None:
-    """18: an optimizer made before converting moves the parameters that the converted layers use."""
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    quiet(model)
-    before = model(TOKENS)
-    gradients(model)
-    weight = model.layers[0].up.weight.detach().clone()
-    optimizer.step()
-    assert not torch.equal(model.layers[0].up.weight, weight)
-    assert not torch.equal(model(TOKENS), before)
-
-
-def _torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": _torch_save,
-}
-
-
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("recipe", ["nvidia", "search_eden"])
-def test_19_copies_train_alike_and_apart(how: str, recipe: str) -> None:
-    """19: a copy, also of a model that has trained, gives the same bits in forward and backward, and then goes its own
-    way: its noise, its weights and its switches are not the original's."""
-    model = quiet(Model(), recipe)
-    gradients(model)
-    twin = COPIES[how](model)
-    assert converted(twin) == converted(model)
-    assert nvfp4.noise_state(twin) == nvfp4.noise_state(model) != nvfp4.noise_state(quiet(Model()))
-    assert_same_training(model, twin)
-    gradients(twin)
-    assert nvfp4.noise_state(twin) != nvfp4.noise_state(model)
-    with nvfp4.disabled(twin):
-        assert not torch.equal(twin(TOKENS), model(TOKENS))
-    with torch.no_grad():
-        twin.layers[0].up.weight.zero_()
-    assert model.layers[0].up.weight.any()
-
-
-def test_19_averaged_model() -> None:
-    """19: an exponential moving average holds converted layers, follows, and can be evaluated."""
-    model = quiet(Model())
-    average = AveragedModel(model, avg_fn=lambda old, new, _: 0.5 * old + 0.5 * new)
-    average.update_parameters(model)
-    start = model.layers[0].up.weight.detach().clone()
-    with torch.no_grad():
-        model.layers[0].up.weight.add_(1)
-    average.update_parameters(model)
-    assert_floats_bitwise(average.module.layers[0].up.weight, 0.5 * start + 0.5 * (start + 1), "average")
-    assert len(converted(average)) == 4
-    plain = Model()
-    plain.load_state_dict(average.module.state_dict())
-    assert_floats_bitwise(average(TOKENS), quiet(plain)(TOKENS), "logits")
-
-
-def test_20_revert_is_bit_equal() -> None:
-    """20: plain nn.Linears over the same Parameters, not one attribute left over, and the old bits."""
-    model = Model()
-    want, parameters, before = model(TOKENS).detach(), list(model.parameters()), snapshot(model)
-    quiet(model, exclude="down")
-    assert not torch.equal(model(TOKENS), want)
-    assert nvfp4.revert(model) is model
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert_untouched(model, before)
-    assert_floats_bitwise(model(TOKENS), want, "logits")
-    assert converted(quiet(model)) == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
-
-
-def test_20_revert_of_a_part() -> None:
-    """20: reverting one block leaves the others converted."""
-    model = quiet(Model())
-    nvfp4.revert(model.layers[0])
-    assert converted(model) == ["layers.1.up", "layers.1.down"]
-
-
-def test_20_disabled_is_the_plain_model_and_ends() -> None:
-    """20: within disabled() outputs and gradients are the plain model's bits; it nests, and ends after an exception."""
-    plain, model = Model(), Model()
-    model.load_state_dict(plain.state_dict())
-    quiet(model)
-    quantised = model(TOKENS).detach()
-    with nvfp4.disabled(model) as same:
-        assert same is model
-        with nvfp4.disabled(model.layers[0]):
-            pass
-        assert_same_training(model, plain)
-        assert "disabled" in repr(model.layers[0].up)
-    assert nvfp4.noise_state(model) == dict.fromkeys(converted(model), 0)
-    with pytest.raises(KeyError), nvfp4.disabled(model):
-        raise KeyError
-    assert_floats_bitwise(model(TOKENS), quantised, "logits")
-    with nvfp4.disabled(model.layers[0]):
-        assert [m.nvfp4.enabled for m in model.modules() if isinstance(m, nvfp4.Linear)] == [False, False, True, True]
-
-
-@pytest.mark.parametrize("move", ["half", "bfloat16", "float", "to_empty", "to", "share_memory"])
-def test_21_moves_behave_as_for_nn_linear(move: str) -> None:
-    """21: dtypes, devices and values after a move are those of the plain layer, and the layer still runs."""
-    plain, layer = nn.Linear(8, 8), nn.Linear(8, 8)
-    layer.load_state_dict(plain.state_dict())
-    quiet(layer)
-
-    def moved(module: nn.Module) -> nn.Module:
-        if move == "to_empty":
-            return module.to("meta").to_empty(device="cpu")
-        return module.to("cpu", torch.bfloat16) if move == "to" else getattr(module, move)()
-
-    assert moved(layer) is layer
-    moved(plain)
-    assert (layer.weight.dtype, layer.weight.device) == (plain.weight.dtype, plain.weight.device)
-    if move == "to_empty":
-        layer.load_state_dict(nn.Linear(8, 8).state_dict())
-    else:
-        assert torch.equal(layer.weight, plain.weight)
-    x = torch.randn(3, 8, dtype=layer.weight.dtype, requires_grad=True)
-    y = layer(x)
-    y.sum().backward()
-    assert type(layer) is nvfp4.Linear
-    assert y.dtype == layer.weight.grad.dtype == x.dtype
-    assert y.isfinite().all()
-
-
-def test_21_a_layer_cast_to_float64_says_why_not() -> None:
-    """21: double() works as a move; the forward then names the dtype instead of computing something else."""
-    layer = quiet(nn.Linear(8, 8)).double()
-    with pytest.raises(TypeError, match=r"float32, bfloat16 or float16, got torch\.float64"):
-        layer(torch.randn(3, 8, dtype=torch.float64))
-
-
-def test_22_repr() -> None:
-    """22: sizes, bias, recipe, backend; after revert the plain line."""
-    layer = quiet(nn.Linear(8, 4, bias=False), "nvidia", backend="reference")
-    want = "Linear(in_features=8, out_features=4, bias=False"
-    assert repr(layer) == f"{want}, recipe=nvidia, backend=reference)"
-    assert repr(nvfp4.revert(layer)) == f"{want})"
-
-
-# --- errors, seeds, real models
 
 
 def _raising_filter(module: nn.Module, name: str) -> bool:
@@ -818,3 +192,494 @@ def test_gpt2_has_no_linears(transformers: Any) -> None:
         model = quiet(transformers.GPT2LMHeadModel(config))
     with pytest.raises(ValueError, match="no layer was converted"):
         quiet(model, strict=True)
+
+
+@pytest.mark.filterwarnings("default::nvfp4.ConvertWarning")
+def test_gpt2_names_its_conv1d(transformers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The warning names what GPT-2 is made of, and so do the summary and the report of a model that has both; a
+    convolution of rank 3 is none of these."""
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.warns(nvfp4.ConvertWarning, match=r"no layer was converted.*not_linear: Conv1D x 8"):
+        quiet(model)
+    both = nn.ModuleDict({"gpt": model, "up": nn.Linear(16, 16), "conv": nn.Conv1d(3, 3, 3)})
+    nvfp4.convert(both, "rtn")
+    assert capsys.readouterr().out == (
+        "nvfp4: recipe rtn, converted 1, kept 1 (tied_to_embedding: 1); not_linear: Conv1D x 8\n"
+    )
+    assert "not linear, so not converted: Conv1D x 8" in str(nvfp4.report(both))
+    assert nvfp4.check(both, strict=True).not_linear == ("Conv1D x 8",)
+
+
+class Conv1D(nn.Conv1d):
+    """A convolution in one dimension, which happens to have the name of GPT-2's transposed linear."""
+
+
+def test_a_convolution_of_that_name_is_none() -> None:
+    """Conv1D is told by its name and its weight of rank 2: a convolution's has rank 3."""
+    assert nvfp4.report(nn.ModuleList([Conv1D(3, 3, 3), nn.Linear(3, 3)])).not_linear == ()
+
+
+class Experts(nn.Module):
+    """Fused experts as transformers 5 keeps them: parameters of rank 3, no linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 32, 16))
+        self.down_proj = nn.Parameter(torch.randn(4, 16, 16))
+        self.scale = nn.Parameter(torch.ones(4, 16))
+
+
+def test_fused_experts_are_counted_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameters of rank 3 of experts are no linears: a warning and the summary say how many there are; strict is about
+    arguments and does not raise; other parameters of rank 3 (a position embedding) are not counted."""
+    model = nn.ModuleDict({"attention": nn.Linear(16, 16), "moe": Experts()})
+    model.register_parameter("position", nn.Parameter(torch.zeros(1, 8, 16)))
+    with pytest.warns(
+        nvfp4.ConvertWarning, match="3-D expert parameter x 2: fused experts .* high precision"
+    ) as caught:
+        nvfp4.convert(model, "rtn", strict=True)
+    assert caught[0].filename == __file__
+    assert capsys.readouterr().out == "nvfp4: recipe rtn, converted 1, kept 0; not_linear: 3-D expert parameter x 2\n"
+
+
+def test_mixtral(transformers: Any) -> None:
+    """A transformers Mixtral: attention is converted, its fused experts are counted, and it trains."""
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    fused = [p for n, p in model.named_parameters() if "experts" in n and p.dim() == 3]
+    if not fused:
+        pytest.skip(f"transformers {transformers.__version__} keeps Mixtral's experts as linears")
+    with pytest.warns(nvfp4.ConvertWarning, match=f"3-D expert parameter x {len(fused)}"):
+        quiet(model)
+    assert {name.rsplit(".", 1)[1] for name in converted(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    tokens = torch.arange(20).view(2, 10)
+    assert model(input_ids=tokens, labels=tokens).loss.isfinite()
+
+
+# recipes by pattern
+
+
+def recipes(model: nn.Module) -> dict[str, str | None]:
+    return {layer.name: layer.recipe for layer in nvfp4.report(model).layers}
+
+
+def test_recipes_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first pattern in order wins, names and Recipes mix, "bf16" and no match keep a layer with their reasons, the
+    output embedding stays kept, and the printed line counts each recipe."""
+    mine = Recipe("mine", fprop=nvfp4.RECIPES["rtn"].fprop)
+    model = Model(4)
+    nvfp4.convert(model, {"layers.0": "bf16", "layers.[12].up": "nvidia", "up": mine, "layers.1": "quartet2"})
+    assert recipes(model) == {
+        "layers.0.up": None,
+        "layers.0.down": None,
+        "layers.1.up": "nvidia",
+        "layers.1.down": "quartet2",
+        "layers.2.up": "nvidia",
+        "layers.2.down": None,
+        "layers.3.up": "mine",
+        "layers.3.down": None,
+        "lm_head": None,
+    }
+    assert {name: why for name, why in reasons(model).items() if why} == {
+        "layers.0.up": "bf16",
+        "layers.0.down": "bf16",
+        "layers.2.down": "no_recipe",
+        "layers.3.down": "no_recipe",
+        "lm_head": "output_embedding",
+    }
+    assert capsys.readouterr().out == (
+        "nvfp4: recipe bf16, nvidia, mine, quartet2, converted 4 (nvidia: 2, quartet2: 1, mine: 1), "
+        "kept 5 (bf16: 2, no_recipe: 2, output_embedding: 1)\n"
+    )
+    assert len(gradients(model)) == len(list(model.parameters()))
+
+
+def test_recipes_by_pattern_meet_the_other_policies() -> None:
+    """exclude, include and keep_last decide whether, the mapping decides what; a layer with two names takes the first
+    pattern that fits either."""
+    model = Model(3)
+    model.alias = model.layers[0].up
+    quiet(model, {"alias": "rtn", "*": "nvidia"}, include=["layers", "alias", "lm_head"], keep_last=1, exclude="1.down")
+    assert {n: r for n, r in recipes(model).items() if r} == {
+        "layers.0.up": "rtn",
+        "layers.0.down": "nvidia",
+        "layers.1.up": "nvidia",
+        "lm_head": "nvidia",
+    }
+
+
+def test_recipes_by_pattern_that_match_nothing() -> None:
+    """A pattern without a layer warns, or raises when strict; so does a mapping under which nothing is converted,
+    unless that is what it says."""
+    patterns = {"layers.9": "rtn", "up": "nvidia"}
+    with pytest.warns(nvfp4.ConvertWarning, match=r"recipe 'layers\.9' matches no linear layer"):
+        quiet(Model(), patterns)
+    model = Model()
+    before = snapshot(model)
+    for recipe, words in ((patterns, "recipe 'layers.9' matches no"), ({}, "no layer was converted.*no_recipe: 4")):
+        with pytest.raises(ValueError, match=words):
+            quiet(model, recipe, strict=True)
+        assert_untouched(model, before)
+    quiet(model, {"layers": "bf16"}, strict=True)
+    with pytest.raises(TypeError, match="goes from name patterns to recipes, got the pattern 3"):
+        quiet(Model(), {3: "rtn"})
+    with pytest.raises(ValueError, match="unknown recipe 'quartet3'"):
+        quiet(Model(), {"up": "quartet3"})
+
+
+# what cannot, or should not, be converted
+
+
+def encoder_layer(**kwargs: Any) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **kwargs)
+
+
+def test_fast_path_layers_are_kept() -> None:
+    """In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel: converted linears would be bypassed
+    without a word, so they are kept with the reason, and nothing changes, also with padding."""
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(encoder_layer(), 2), "out": nn.Linear(16, 16)}).eval()
+    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    with torch.no_grad():
+        want = [model["encoder"](x), model["encoder"](x, src_key_padding_mask=padding)]
+        quiet(model)
+        got = [model["encoder"](x), model["encoder"](x, src_key_padding_mask=padding)]
+    for a, b in zip(got, want, strict=True):
+        assert_floats_bitwise(a, b, "encoder")
+    linears = {name: why for name, why in reasons(model).items() if "encoder" in name}
+    assert sorted(set(linears.values()) - {None}) == ["fast_path", "subclass"]
+    assert all(why == "fast_path" for name, why in linears.items() if "linear" in name)
+    assert converted(model) == ["out"]
+
+
+class OwnEncoderLayer(nn.TransformerEncoderLayer):
+    """Calls its linears itself."""
+
+    def forward(self, src: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.linear2(torch.relu(self.linear1(src)))
+
+
+@pytest.fixture
+def without_fast_path() -> Iterator[None]:
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def assert_uses_what_it_converted(layer: nn.Module, x: torch.Tensor) -> None:
+    """linear1 and linear2 are converted, and in eval mode without gradients the output shows it."""
+    quiet(layer.eval())
+    assert [type(layer.linear1), type(layer.linear2)] == [nvfp4.Linear] * 2
+    with torch.no_grad():
+        got = layer(x)
+        with nvfp4.disabled(layer):
+            assert not torch.equal(got, layer(x))
+
+
+def test_layers_that_cannot_take_the_fast_path_are_converted() -> None:
+    """A sequence-first layer, which is torch's default, a forward of one's own, and a decoder layer."""
+    sequence_first = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    assert_uses_what_it_converted(sequence_first, torch.randn(5, 2, 16))
+    assert_uses_what_it_converted(OwnEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16))
+    decoder = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    quiet(decoder)
+    assert type(decoder.linear1) is nvfp4.Linear
+
+
+@pytest.mark.usefixtures("without_fast_path")
+def test_the_fast_path_can_be_switched_off() -> None:
+    """torch's own switch, thrown before convert, lets everything be converted and used."""
+    assert_uses_what_it_converted(encoder_layer(), torch.randn(2, 5, 16))
+
+
+def test_attention_that_reads_a_weight_is_bypassed() -> None:
+    """nn.MultiheadAttention never calls out_proj, whatever its class: kept, with its reason."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "up": nn.Linear(16, 16)})
+    model["attention"].out_proj = nn.Linear(16, 16)
+    assert reasons(quiet(model)) == {"attention.out_proj": "bypassed", "up": None}
+
+
+class Packed(torch.Tensor):
+    """A weight with arithmetic of its own, as quantisation packages make them."""
+
+
+def test_tensor_subclasses_are_kept() -> None:
+    """A weight or bias that is a tensor subclass has other plans for F.linear: kept, with its reason."""
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("weight", "bias", "plain")})
+    model["weight"].weight = nn.Parameter(torch.randn(16, 16).as_subclass(Packed))
+    model["bias"].bias = nn.Parameter(torch.randn(16).as_subclass(Packed))
+    assert type(model["weight"].weight) is Packed
+    assert reasons(quiet(model)) == {"weight": "tensor_subclass", "bias": "tensor_subclass", "plain": None}
+
+
+def test_sharded_parameters_are_converted() -> None:
+    """A DTensor is a parameter in several places: converted, and still that very parameter."""
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer = nn.Linear(16, 16)
+        mesh = init_device_mesh("cpu", (1,))
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+        weight = layer.weight
+        assert type(weight).__name__ == "DTensor"
+        assert type(quiet(layer)) is nvfp4.Linear
+        assert layer.weight is weight
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_fake_parameters_are_converted() -> None:
+    """A model made under FakeTensorMode, as planners make it, is converted like one on meta."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = Model()
+    assert converted(quiet(model)) == converted(quiet(Model()))
+
+
+def test_weights_that_are_gathered_when_needed_are_converted() -> None:
+    """DeepSpeed's ZeRO-3 leaves an empty parameter behind until the forward: the sizes of the layer count."""
+    layer = nn.Linear(16, 16)
+    full, layer.weight.data = layer.weight.data, torch.empty(0)
+    layer.register_forward_pre_hook(lambda module, _: setattr(module.weight, "data", full))
+    assert type(quiet(layer)) is nvfp4.Linear
+    assert layer(torch.randn(2, 16)).isfinite().all()
+
+
+def test_weights_made_by_hooks_are_kept() -> None:
+    """The older weight_norm computes its weight in a hook, so that it is no Parameter: kept as parametrised."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model[0])
+    assert reasons(quiet(model)) == {"0": "parametrized", "1": None}
+
+
+def test_linear_is_made_by_convert_alone() -> None:
+    """Constructing the class is refused at once, with the way to do it; copies and pickles construct nothing."""
+    with pytest.raises(TypeError, match=r"no constructor.*nvfp4\.convert"):
+        nvfp4.Linear(8, 8)
+    layer = quiet(nn.Linear(8, 8))
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(torch.ones(1, 8)), layer(torch.ones(1, 8)))
+
+
+# copies of layers
+
+
+def noises(model: nn.Module) -> list[tuple[int, int]]:
+    return [(m.nvfp4.noise.seed, m.nvfp4.noise.layer) for m in model.modules() if isinstance(m, nvfp4.Linear)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_copied_layers_get_noise_of_their_own(copied: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers copied, deeply or not, to be further layers of the same model draw the first ones' noise, until convert,
+    called again, gives them indices of their own and says so; the first keep theirs, and a third call finds nothing."""
+    model = quiet(Model())
+    gradients(model)
+    block = Block()
+    block.up, block.down = copied(model.layers[1].up), copied(model.layers[1].down)
+    model.layers.append(block)
+    assert noises(model) == [(5, 0), (5, 1), (5, 2), (5, 3), (5, 2), (5, 3)]
+    nvfp4.convert(model, "quartet2")
+    assert noises(model) == [(5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5)]
+    assert "; copied layers given noise of their own: layers.2.up, layers.2.down\n" in capsys.readouterr().out
+    assert {int(calls) for calls in nvfp4.noise_state(model).values()} == {1}
+    x, dy = torch.randn(4, 16), torch.randn(4, 32)
+    grads = []
+    for layer in (model.layers[1].up, model.layers[2].up):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).backward(dy)
+        grads.append(leaf.grad)
+    assert not torch.equal(*grads)
+    assert [int(calls) for calls in nvfp4.noise_state(model).values()] == [1, 1, 2, 1, 2, 1]  # counted apart
+    nvfp4.convert(model, "quartet2")
+    assert "copied layers" not in capsys.readouterr().out
+    assert noises(model) == [(5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5)]
+
+
+def test_a_copy_that_stands_alone_keeps_its_noise() -> None:
+    """A deep copy of the whole model, a moving average or a reference, has the original's noise, and convert, called on
+    either of them, leaves it so."""
+    model = quiet(Model())
+    reference = copy.deepcopy(model)
+    for again in (model, reference):
+        quiet(again)
+        assert noises(again) == [(5, 0), (5, 1), (5, 2), (5, 3)]
+
+
+# forward_precision
+
+
+def layer_and_plain(recipe: str) -> tuple[nn.Linear, nn.Linear]:
+    layer = nn.Linear(48, 32)
+    plain = copy.deepcopy(layer)
+    return nvfp4.convert(layer, recipe, seed=5, verbose=False), plain
+
+
+def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    y.backward(dy)
+    return [y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad]
+
+
+def assert_equal_steps(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    for name, a, b in zip(("y", "dx", "dw", "db"), got, want, strict=True):
+        assert_floats_bitwise(a, b, name)
+
+
+def _of_tensors(table: dict[str, tuple[Op, Op]]) -> dict[str, tuple[Op, Op]]:
+    """The definition of a recipe with its backward made of x and w themselves, written by hand from its words."""
+    fprop, dgrad, wgrad = table["fprop"], table["dgrad"], table["wgrad"]
+
+    def of_tensor(op: Op, forward: Op) -> Op:
+        return forward if op.source == "codes" else op._replace(source="x")
+
+    dgrad, wgrad = (dgrad[0], of_tensor(dgrad[1], fprop[1])), (wgrad[0], of_tensor(wgrad[1], fprop[0]))
+    return {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden"])
+def test_bf16_forward_is_the_plain_forward_and_an_nvfp4_backward(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y is F.linear's to the bit; dx and dw are NVFP4 products of dy with w and x themselves, quantised by the recipe's
+    quantisers with its noise, put together by hand; and back again it is the recipe as if nothing had happened."""
+    layer, plain = layer_and_plain(recipe)
+    untouched = copy.deepcopy(layer)
+    x, dy = torch.randn(37, 48), torch.randn(37, 32)
+    nvfp4.forward_precision(layer, "bf16")
+    monkeypatch.setitem(composition.TABLE, "switched", _of_tensors(composition.TABLE[recipe]))
+    for call in range(2):
+        y, dx, dw, db = step(layer, x, dy)
+        exact = step(plain, x, dy)
+        pairs = operands("switched", x, layer.weight.detach(), dy, Noise(5, call=call))
+        assert_equal_steps(
+            [y, dx, dw, db],
+            [exact[0], product(pairs["dgrad"], torch.float32), product(pairs["wgrad"], torch.float32), exact[3]],
+        )
+        assert not torch.equal(dw, exact[2])
+        step(untouched, x, dy)
+    nvfp4.forward_precision(layer, "nvfp4")
+    assert layer.nvfp4 == untouched.nvfp4
+    assert_equal_steps(step(layer, x, dy), step(untouched, x, dy))
+
+
+@pytest.mark.parametrize("recipe", nvfp4.RECIPES.values(), ids=lambda r: r.name)
+def test_bf16_forward_is_a_recipe_like_any_other(recipe: Recipe) -> None:
+    """Its rules hold, it survives to_dict and it needs no codes of a forward that has none."""
+    switched = recipe.with_dense_forward()
+    assert Recipe.from_dict(switched.to_dict()) == switched
+    assert not switched.fprop.quantized
+    backward = [operand for gemm in (switched.dgrad, switched.wgrad) for operand in (gemm.left, gemm.right)]
+    assert {operand.source for operand in backward} == {"tensor"}
+    assert switched.quantized == (recipe.name not in ("bf16", "rl"))
+
+
+def test_bf16_forward_of_rl_is_the_plain_layer() -> None:
+    """rl quantises nothing but the forward, so without it nothing is quantised."""
+    layer, plain = layer_and_plain("rl")
+    x, dy = torch.randn(7, 48), torch.randn(7, 32)
+    with nvfp4.forward_precision(layer, "bf16"):
+        assert_equal_steps(step(layer, x, dy), step(plain, x, dy))
+
+
+def test_forward_precision_as_a_call_and_as_a_context() -> None:
+    """A call lasts, and again changes nothing; a context ends, also after an exception, nests, and puts back what it
+    found, be that a switch made before."""
+    model = quiet(Model())
+    nvfp4_y = model(TOKENS).detach()
+    with nvfp4.disabled(model):
+        dense_y = model(TOKENS).detach()
+    with nvfp4.forward_precision(model, "bf16") as same:
+        assert same is model
+        assert_floats_bitwise(model(TOKENS), dense_y, "inside")
+        with nvfp4.forward_precision(model.layers[0], "nvfp4"):
+            assert not torch.equal(model(TOKENS), dense_y)
+        assert_floats_bitwise(model(TOKENS), dense_y, "inside again")
+    assert_floats_bitwise(model(TOKENS), nvfp4_y, "after")
+    for _ in range(2):
+        nvfp4.forward_precision(model, "bf16")
+    with nvfp4.forward_precision(model, "nvfp4"):
+        assert_floats_bitwise(model(TOKENS), nvfp4_y, "nvfp4 inside bf16")
+    with pytest.raises(KeyError), nvfp4.forward_precision(model, "nvfp4"):
+        raise KeyError
+    assert_floats_bitwise(model(TOKENS), dense_y, "still bf16")
+    nvfp4.forward_precision(model, "nvfp4")
+    assert_floats_bitwise(model(TOKENS), nvfp4_y, "back")
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_forward_precision_travels_and_shows(how: Any) -> None:
+    """A copy and a pickle carry the switch and can be switched back, apart from the original; repr and report name it;
+    revert leaves nothing of it."""
+    model = quiet(Model(), "nvidia")
+    plain = snapshot(nvfp4.revert(copy.deepcopy(model)))
+    nvfp4.forward_precision(model, "bf16")
+    twin = how(model)
+    assert "recipe=nvidia+bf16_forward" in repr(twin.layers[0].up)
+    row = nvfp4.report(twin).layers[0]
+    assert (row.recipe, row.precisions) == ("nvidia+bf16_forward", ("bf16", "nvfp4", "nvfp4"))
+    assert "nvidia+bf16_forward: fprop high precision / high precision; dgrad sr_te / rtn_2d" in str(nvfp4.report(twin))
+    assert_floats_bitwise(twin(TOKENS), model(TOKENS), "copy")
+    nvfp4.forward_precision(twin, "nvfp4")
+    assert "recipe=nvidia," in repr(twin.layers[0].up)
+    assert "bf16_forward" in repr(model.layers[0].up)
+    nvfp4.revert(model)
+    assert [vars(m).keys() for m in model.modules()] == [p["vars"] for p in plain.values()]
+
+
+def test_a_switched_training_resumes_bit_for_bit() -> None:
+    """Noise state and state_dict resume a training that has switched, given the same switch; without it they do not."""
+
+    def train(model: nn.Module, steps: int) -> nn.Module:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(TOKENS).square().mean().backward()
+            optimizer.step()
+        return model
+
+    start = Model().state_dict()
+
+    def fresh() -> nn.Module:
+        model = quiet(Model())
+        model.load_state_dict(start)
+        return model
+
+    straight = train(fresh(), 2)
+    nvfp4.forward_precision(straight, "bf16")
+    train(straight, 1)
+    saved, noise = copy.deepcopy(straight.state_dict()), nvfp4.noise_state(straight)
+    noise = {name: int(calls) for name, calls in noise.items()}
+    train(straight, 2)
+    for switched in (True, False):
+        resumed = quiet(Model())
+        resumed.load_state_dict(saved)
+        nvfp4.load_noise_state(resumed, noise)
+        if switched:
+            nvfp4.forward_precision(resumed, "bf16")
+        train(resumed, 2)
+        same = all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
+        assert same == switched
+
+
+def test_forward_precision_says_what_is_wrong() -> None:
+    """Another precision is refused with the choice; a model without converted layers is warned of."""
+    with pytest.raises(ValueError, match=r"precision must be one of \('nvfp4', 'bf16'\), got 'fp8'"):
+        nvfp4.forward_precision(quiet(Model()), "fp8")
+    with pytest.warns(nvfp4.ConvertWarning, match="no converted layer") as caught:
+        nvfp4.forward_precision(Model(), "bf16")
+    assert caught[0].filename == __file__

@@ -108,7 +108,7 @@ def test_report_says_what_is_there() -> None:
     chosen = next(line.split(":")[0] for line in nvfp4.explain("matmul").splitlines() if line.endswith("chosen"))
     gemms = ("rtn / rtn_2d", "sr_te / same codes", "rot16 sr_te / rot16 rtn")
     assert report.layers == (
-        LayerReport("up", 32, 48, "nvidia", gemms, chosen, None),
+        LayerReport("up", 32, 48, "nvidia", gemms, chosen, None, ("nvfp4",) * 3),
         LayerReport("down", 48, 32, None, (), None, "excluded"),
         LayerReport("head", 32, 8, None, (), None, "output_embedding"),
     )
@@ -120,7 +120,8 @@ def test_report_prints_a_table() -> None:
     text = str(nvfp4.report(nvfp4.convert(_model(), "nvidia", exclude="down", verbose=False)))
     assert text.startswith("1 of 3 linear layers in NVFP4")
     for words in (
-        ["up", "48 x 32", "nvidia"],
+        ["layer", "out x in", "recipe", "fprop", "dgrad", "wgrad", "backend", "kept because"],
+        ["up", "48 x 32", "nvidia", "nvfp4"],
         ["down", "32 x 48", "excluded"],
         ["head", "8 x 32"],
         ["nvidia: fprop rtn / rtn_2d", "dgrad sr_te / same codes"],
@@ -144,6 +145,140 @@ def test_report_at_every_stage() -> None:
     ]
     named = nvfp4.convert(_model(), backend="reference", verbose=False)
     assert nvfp4.report(named).layers[0].backend == "reference"
+
+
+def test_report_of_a_recipe_in_part() -> None:
+    """A GEMM that a recipe leaves alone is "bf16" in its column, and two recipes of one name have a line each."""
+    mine = [Recipe("mine", fprop=nvfp4.RECIPES[name].fprop) for name in ("rtn", "quartet2")]
+    model = nvfp4.convert(_model(), {"up": mine[0], "down": mine[1]}, verbose=False)
+    report = nvfp4.report(model)
+    assert [layer.precisions for layer in report.layers] == [("nvfp4", "bf16", "bf16")] * 2 + [()]
+    lines = [line for line in str(report).splitlines() if line.startswith("mine: fprop")]
+    assert [("four_over_six" in line) for line in lines] == [False, True]
+
+
+SHAPES = {f"layers.{i}.{name}": size for i in range(4) for name, size in (("up", (72, 40)), ("down", (40, 72)))}
+SHAPES["lm_head"] = (100, 40)
+
+
+def _of_shapes(device: str) -> nn.Module:
+    with torch.device(device):
+        blocks = [nn.ModuleDict({"up": nn.Linear(40, 72), "down": nn.Linear(72, 40)}) for _ in range(4)]
+        return nn.ModuleDict({"layers": nn.ModuleList(blocks), "lm_head": nn.Linear(40, 100)})
+
+
+POLICIES: list[dict[str, Any]] = [
+    {},
+    {"recipe": "nvidia", "keep_last": 0.3, "exclude": "layers.0.up"},
+    {"recipe": {"up": "rl", "layers.2": "bf16"}, "include": ["layers", "lm_head"]},
+    {"filter_fn": lambda module, name: module.in_features > 40, "keep_first": 1, "backend": "reference"},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "+".join(policy))
+def test_check_foretells_convert(policy: dict[str, Any]) -> None:
+    """A model, the same on meta, and bare shapes have the same check; it is what convert then does, and until then not
+    a class, an attribute or the random generator has changed."""
+    model, state = _of_shapes("cpu"), torch.get_rng_state()
+    before = [(type(m), dict(vars(m))) for m in model.modules()]
+    check = nvfp4.check(model, **policy)
+    assert [(type(m), dict(vars(m))) for m in model.modules()] == before
+    assert nvfp4.check(_of_shapes("meta"), **policy) == nvfp4.check(SHAPES, **policy) == check
+    assert torch.equal(torch.get_rng_state(), state)
+    nvfp4.convert(model, **policy, verbose=False)
+    done = nvfp4.report(model)
+    for foretold, found in zip(check.layers, done.layers, strict=True):
+        for field in ("name", "in_features", "out_features", "recipe", "gemms", "reason", "precisions"):
+            assert getattr(foretold, field) == getattr(found, field), field
+    assert check.converted == done.converted
+
+
+ROW_SCALED = Recipe("rows", Gemm(operand("rtn"), operand("rtn", row_scaled=True)))
+
+
+@pytest.mark.parametrize(
+    "recipe", [*(r for r in nvfp4.RECIPES.values() if r.quantized), ROW_SCALED], ids=lambda r: r.name
+)
+@pytest.mark.parametrize("shape", [(72, 40), (48, 64), (17, 3)])
+def test_check_counts_the_bytes_that_quantize_makes(recipe: Recipe, shape: tuple[int, int]) -> None:
+    """NVFP4 bytes are those of the stored tensors of the weight under its recipe's fprop; BF16 bytes two an element."""
+    spec = recipe.fprop.right
+    q = nvfp4.quantize(torch.randn(shape), spec.quantizer or "", **dict(spec.options))
+    (layer,) = nvfp4.check({"up": shape}, recipe).layers
+    assert layer.nvfp4_bytes == sum(t.numel() * t.element_size() for t in q.tensors)
+    assert layer.bf16_bytes == torch.empty(shape, dtype=torch.bfloat16).nbytes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "padding"),
+    [
+        ("rtn", (48, 64), 0.0),
+        ("rtn", (48, 40), 0.5 * (48 / 40 - 1)),  # fprop contracts 40, padded to 48
+        ("rtn", (40, 64), 0.5 * (48 / 40 - 1)),  # dgrad contracts 40
+        ("rtn", (17, 3), 0.5 * (16 / 3 + 32 / 17) - 1),
+        ("quartet2", (48, 64), 0.5 * (128 / 48 - 1)),  # dgrad pads to a group of 128, fprop needs no more than 16
+        ("tetrajet2", (40, 64), 0.5 * (48 / 40 - 1)),
+        ("rl", (40, 40), 0.5 * (48 / 40 - 1)),  # its dgrad is not quantised, so it is not padded
+    ],
+)
+def test_check_counts_padding(recipe: str, shape: tuple[int, int], padding: float) -> None:
+    """Padding is the share of extra multiply-adds of fprop (in_features) and dgrad (out_features), counted by hand."""
+    (layer,) = nvfp4.check({"up": shape}, recipe).layers
+    assert math.isclose(layer.padding, padding, abs_tol=1e-12)
+
+
+def test_check_prints_a_table() -> None:
+    """Each layer with its cost, the totals above, each recipe's operands below; a kept layer costs what BF16 does."""
+    text = str(nvfp4.check(SHAPES, "nvidia", keep_last=1))
+    check = nvfp4.check(SHAPES, "nvidia", keep_last=1)
+    assert text.startswith("6 of 9 linear layers would be converted; weights ")
+    kept = 2 * (2 * 72 * 40 + 100 * 40)
+    up, down = check.layers[0].nvfp4_bytes, check.layers[1].nvfp4_bytes
+    assert check.nvfp4_bytes == 3 * (up + down) + kept
+    assert f"weights {check.nvfp4_bytes:,} bytes, {check.bf16_bytes:,} in BF16" in text
+    for words in (
+        ["padding", "NVFP4 bytes", "BF16 bytes"],
+        ["layers.0.up", "72 x 40", "nvidia", "auto", "15.6%", f"{up:,}", "5,760"],  # (48 / 40 + 80 / 72) / 2 - 1
+        ["layers.3.up", "keep_last", "5,760"],
+        ["lm_head", "output_embedding", "8,000"],
+        ["nvidia: fprop rtn / rtn_2d"],
+    ):
+        assert any(all(word in line for word in words) for line in text.splitlines()), words
+
+
+def test_check_of_a_converted_model() -> None:
+    """Nothing is left to convert; each layer costs what its own recipe costs, whatever is asked for now."""
+    model = nvfp4.convert(_of_shapes("cpu"), "quartet2", backend="reference", verbose=False)
+    fresh, again = nvfp4.check(SHAPES, "quartet2", backend="reference"), nvfp4.check(model, "nvidia")
+    assert again.converted == 0
+    assert {layer.reason for layer in again.layers} == {"already_converted", "output_embedding"}
+    for field in ("recipe", "gemms", "backend", "padding", "nvfp4_bytes"):
+        assert [getattr(layer, field) for layer in again.layers] == [getattr(layer, field) for layer in fresh.layers]
+
+
+def test_check_warns_and_raises_as_convert_does() -> None:
+    """Patterns that match nothing, nothing to convert, unknown names: the warning points here, strict raises."""
+    with pytest.warns(nvfp4.ConvertWarning, match=r"exclude 'layers\.9' matches no linear layer") as caught:
+        nvfp4.check(SHAPES, exclude="layers.9")
+    assert caught[0].filename == __file__
+    for arguments, words in (
+        ({"exclude": "layers.9", "strict": True}, "matches no linear layer"),
+        ({"include": "lm_head", "exclude": "lm_head", "strict": True}, "no layer was converted"),
+        ({"recipe": "quartet3"}, "unknown recipe"),
+        ({"backend": "nonsense"}, "unknown backend"),
+        ({"keep_first": -1}, "keep_first must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            nvfp4.check(SHAPES, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"up": (3,)}, {"up": (0, 4)}, {"up": (3, 4.0)}, {"": (3, 4)}, {"a.b": (3, 4), "a": (3, 4)}]
+)
+def test_check_refuses_what_is_no_shape(shapes: Any) -> None:
+    """A shape that is not two positive integers, an empty name, and a layer inside which another lies."""
+    with pytest.raises(ValueError, match=r"must be|cannot name a layer"):
+        nvfp4.check(shapes)
 
 
 @pytest.mark.parametrize("recipe", ["nvidia", "quartet2", "search_eden", "rl"])

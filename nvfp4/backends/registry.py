@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.cpu import CpuBackend
 from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.backends.selfcheck import find_fault
 from nvfp4.quantizers.base import Options, Quantizer
 
 _ORDER: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
@@ -39,7 +42,7 @@ def candidates(
     operation: Operation, device: torch.device, quantizer: Quantizer | None = None, options: Options | None = None
 ) -> list[tuple[Backend, str | None]]:
     """Every backend in order of preference with None, or the reason why it cannot do this operation here."""
-    return [(b, b.unavailable(device) or b.refuses(operation, quantizer, options)) for b in BACKENDS.values()]
+    return [(backend, _obstacle(backend, operation, device, quantizer, options)) for backend in BACKENDS.values()]
 
 
 def select(
@@ -49,14 +52,54 @@ def select(
     quantizer: Quantizer | None = None,
     options: Options | None = None,
 ) -> Backend:
-    """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one cannot."""
+    """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one cannot.
+
+    Says once for each kind of device that only the reference is left, and why.
+    """
     if name == AUTO:
         for backend in BACKENDS.values():
-            if backend.unavailable(device) is None and backend.refuses(operation, quantizer, options) is None:
+            if _obstacle(backend, operation, device, quantizer, options) is None:
+                if backend is BACKENDS["reference"] and device.type not in _SAID:
+                    _say_why(operation, device, quantizer, options)
                 return backend
     check_backend(name, device)
     backend = BACKENDS[name]
-    reason = backend.refuses(operation, quantizer, options)
+    reason = _obstacle(backend, operation, device, quantizer, options)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot {operation} here: {reason}; use backend={AUTO!r}")
     return backend
+
+
+_FAULTS: dict[tuple[Backend, Operation, torch.device, str | None], str | None] = {}
+_SAID = {"meta"}  # where nothing is computed
+"""What this process found out and said: verdicts of the self-check, and devices on which a fallback was announced."""
+
+
+def _obstacle(
+    backend: Backend,
+    operation: Operation,
+    device: torch.device,
+    quantizer: Quantizer | None,
+    options: Options | None,
+) -> str | None:
+    """Why this backend cannot, or must not be trusted to, do the operation; the first question runs a self-check."""
+    reason = backend.unavailable(device) or backend.refuses(operation, quantizer, options)
+    if reason is not None or isinstance(backend, ReferenceBackend) or device.type == "meta":
+        return reason
+    key = (backend, operation, device, None if quantizer is None else quantizer.name)
+    if key not in _FAULTS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # a graph can be captured only after a warm-up, which has asked already
+        _FAULTS[key] = find_fault(backend, operation, device, quantizer)
+    return _FAULTS[key]
+
+
+def _say_why(operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None) -> None:
+    _SAID.add(device.type)
+    reasons = [f"{b.name}: {why}" for b, why in candidates(operation, device, quantizer, options) if why is not None]
+    if reasons:
+        warnings.warn(
+            f"nvfp4 computes on {device.type} with the reference backend, exactly but slowly ({'; '.join(reasons)})",
+            RuntimeWarning,
+            stacklevel=4,
+        )
