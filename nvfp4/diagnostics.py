@@ -23,6 +23,7 @@ from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import GEMMS, Operand, Recipe
 from nvfp4.scaling import spread
+from nvfp4.sharding import values_here
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,7 @@ def observe(model: nn.Module) -> Iterator[dict[str, Health]]:
     """Within this context every forward records the health of each converted layer's x and w under its fprop recipe.
 
     Yields a dict that fills with "layer/x" and "layer/w"; the last forward wins. Costs a second quantisation.
+    Under tensor parallelism it looks at this process's part; a weight gathered in FP4 has no values and is left out.
     """
     seen: dict[str, Health] = {}
     found = layers(model).items()
@@ -304,8 +306,9 @@ def _observer(name: str, seen: dict[str, Health]):
     def record(layer: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         assert isinstance(layer, Linear)
         fprop, x = layer.nvfp4.recipe.fprop, args[0] if args else kwargs["input"]
-        for key, tensor, spec in (("x", x, fprop.left), ("w", layer.weight, fprop.right)):
-            if spec.quantizer is not None and spec.turned is None and tensor.numel():
+        for key, given, spec in (("x", x, fprop.left), ("w", layer.weight, fprop.right)):
+            tensor = values_here(given)
+            if tensor is not None and spec.quantizer is not None and spec.turned is None and tensor.numel():
                 q = quantize_with(tensor.detach(), get_quantizer(spec.quantizer), spec.checked(seed=0))
                 seen[f"{name}/{key}"] = health(tensor, q)
 

@@ -18,16 +18,18 @@ from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requanti
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.recipes import Gemm, Operand, Recipe
+from nvfp4.sharding import Shards
 
 Saved = torch.Tensor | QTensor | None
 
 
 class Call(NamedTuple):
-    """One call of a layer: its recipe, the backend, and ``Noise.words`` as integers."""
+    """One call of a layer: its recipe, the backend, ``Noise.words`` as integers, and which operands are cut."""
 
     recipe: Recipe
     backend: str
-    words: tuple[int, int, int]
+    words: tuple[int, int, int, int]
+    shards: Shards | None = None
 
     def operand(self, x: torch.Tensor | QTensor, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
         """Matrix x [rows, contraction] (any strides) as the recipe's operand of a GEMM.
@@ -36,6 +38,8 @@ class Call(NamedTuple):
         partner: the rotation of the other operand, if that one was made in an earlier call; its signs are used again.
         """
         quantizer, options = self.quantizer(gemm, side, partner)
+        if self.shards is not None and self.shards.needs_amax(gemm, side, options):
+            return self.shards.quantize(x, quantizer, options, self.backend)
         if isinstance(x, QTensor):
             return requantize_with(x, quantizer, options, backend=self.backend)
         return quantize_with(x, quantizer, options, backend=self.backend)
@@ -90,7 +94,7 @@ def fprop(
 
 def _x_operands(call: Call, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
     """x for fprop and, where wgrad wants x^T itself and not fprop's codes, that one as well."""
-    if not both:
+    if not both or call.shards is not None:
         return call.operand(x, "fprop", LEFT), None
     rows, columns = call.quantizer("fprop", LEFT), call.quantizer("wgrad", RIGHT)
     return quantize_both(x, rows, columns, backend=call.backend)
@@ -142,7 +146,7 @@ def _dy_operands(
 
     An x^T quantised in the forward keeps the signs of that call, and dy^T has to meet it under the same.
     """
-    if w is not None and x is not None:
+    if w is not None and x is not None and call.shards is None:
         rows, columns = call.quantizer("dgrad", LEFT), call.quantizer("wgrad", LEFT, partner=x.rotation)
         return quantize_both(dy, rows, columns, backend=call.backend)
     return (

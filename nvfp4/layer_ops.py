@@ -7,6 +7,8 @@ compiled graph. Tested with ``torch.library.opcheck``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nvfp4.gemms import Call, Saved, empty_codes, flatten, stored_operands, unflatten
@@ -16,8 +18,7 @@ from nvfp4.recipes import Recipe
 
 
 def _call(words: torch.Tensor, recipe: str, backend: str) -> Call:
-    seed, layer, calls = words.tolist()
-    return Call(Recipe.from_key(recipe), backend, (seed, layer, calls))
+    return Call(Recipe.from_key(recipe), backend, tuple(words.tolist()))
 
 
 @torch.library.custom_op("nvfp4::linear_fprop", mutates_args=())
@@ -66,7 +67,7 @@ def backward(
     b_dtype: torch.dtype | None,
 ) -> list[torch.Tensor]:
     """Those of dx [M, K], dw [N, K], dbias [N] that ``needs`` asks for."""
-    return backward_eagerly(dy, saved, words, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype)
+    return eager_backward(_call(words, recipe, backend), dy, saved, needs, features, (x_dtype, w_dtype, b_dtype))
 
 
 @backward.register_fake
@@ -76,27 +77,22 @@ def _(dy, saved, words, recipe, backend, needs, features, x_dtype, w_dtype, b_dt
     return [dy.new_empty(shape, dtype=dtype) for need, (shape, dtype) in zip(needs, shapes, strict=True) if need]
 
 
-def backward_eagerly(
+def eager_backward(
+    call: Call,
     dy: torch.Tensor,
-    saved: list[torch.Tensor],
-    words: torch.Tensor,
-    recipe: str,
-    backend: str,
-    needs: list[bool],
+    saved: Sequence[torch.Tensor],
+    needs: Sequence[bool],
     features: int,
-    x_dtype: torch.dtype,
-    w_dtype: torch.dtype,
-    b_dtype: torch.dtype | None,
+    dtypes: Sequence[torch.dtype | None],
 ) -> list[torch.Tensor]:
     """What the operator does, without the dispatcher."""
-    call = _call(words, recipe, backend)
     saved_w, saved_x = _restore(call.recipe, saved, needs, dy.shape, features)
-    made = backward_gemms(call, dy, saved_w, saved_x, needs, (x_dtype, w_dtype, b_dtype))
+    made = backward_gemms(call, dy, saved_w, saved_x, needs, dtypes)
     return [gradient for gradient in made if gradient is not None]
 
 
 def _restore(
-    recipe: Recipe, saved: list[torch.Tensor], needs: list[bool], shape: torch.Size, features: int
+    recipe: Recipe, saved: Sequence[torch.Tensor], needs: Sequence[bool], shape: torch.Size, features: int
 ) -> tuple[Saved, Saved]:
     """(w, x) from the tensors saved by a forward: codes of w, codes of x, then w or x themselves."""
     stored_w, stored_x = stored_operands(recipe)

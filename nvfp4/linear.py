@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from nvfp4 import layer_ops
 from nvfp4.backends.registry import AUTO
 from nvfp4.gemms import Call, flatten, fprop, stored_operands
 from nvfp4.noise import RIGHT, Noise
-from nvfp4.ops import INPUT_DTYPES, fingerprint
+from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
 from nvfp4.qtensor import QTensor
 from nvfp4.recipes import Recipe
+from nvfp4.sharding import GatheredWeight, Shards
 
 
 @dataclass
@@ -37,6 +38,7 @@ class LinearState:
     full_recipe: Recipe | None = None  # the one to come back to, while forward_precision keeps the forward in BF16
     keeps_weight: bool = field(default=False, repr=False, compare=False)
     weight_codes: tuple[tuple[Any, ...], QTensor] | None = field(default=None, repr=False, compare=False)
+    shards: Shards | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"keeps_weight": False, "weight_codes": None}  # a copy or a pickle is outside the scope
@@ -49,8 +51,7 @@ class LinearState:
 
     def call(self) -> Call:
         """The next call of this layer."""
-        seed, layer, calls = self.noise.words.tolist()
-        return Call(self.recipe, self.backend, (seed, layer, calls))
+        return Call(self.recipe, self.backend, tuple(self.noise.words.tolist()), self.shards)
 
     def fprop(
         self,
@@ -76,6 +77,8 @@ class LinearState:
         fused optimizers, writes through ``.data`` and custom kernels. Elsewhere codes are kept inside ``fixed_weights``
         only. Stochastic operands are never kept, nor anything under torch.distributed, where memory may be sharded.
         """
+        if isinstance(weight, GatheredWeight):
+            return weight.codes
         if self.recipe.fprop.right.noiseless is None or (dist.is_available() and dist.is_initialized()):
             return None
         key = self._weight_key(weight)
@@ -112,7 +115,7 @@ class _LinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         y, *codes = state.fprop(x, weight, bias, dtype, needs)
         ctx.words = state.noise.words  # not a saved tensor: other backward passes may advance it before this one
-        ctx.key, ctx.backend, ctx.needs = state.key, state.backend, needs
+        ctx.key, ctx.backend, ctx.shards, ctx.needs = state.key, state.backend, state.shards, needs
         ctx.features = x.shape[1]
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         if needs[0] and state.saves_weight:
@@ -130,10 +133,14 @@ class _LinearFunction(torch.autograd.Function):
                 "nvfp4 layers have no second derivative: differentiate without create_graph=True, or compute this "
                 "forward under nvfp4.disabled(model)"
             )
-        run = layer_ops.backward if compiling else layer_ops.backward_eagerly
         saved, needs = list(ctx.saved_tensors), list(ctx.needs)
-        made = iter(run(dy, saved, ctx.words, ctx.key, ctx.backend, needs, ctx.features, *ctx.dtypes))
-        dx, dw, db = [next(made) if need else None for need in ctx.needs]
+        if compiling:
+            made = layer_ops.backward(dy, saved, ctx.words, ctx.key, ctx.backend, needs, ctx.features, *ctx.dtypes)
+        else:
+            call = Call(Recipe.from_key(ctx.key), ctx.backend, tuple(ctx.words.tolist()), ctx.shards)
+            made = layer_ops.eager_backward(call, dy, saved, needs, ctx.features, ctx.dtypes)
+        gradients = iter(made)
+        dx, dw, db = [next(gradients) if need else None for need in needs]
         ctx.words[2] += 1
         return dx, dw, db, None, None
 
@@ -143,7 +150,8 @@ class Linear(nn.Linear):
 
     Parameters, keys of ``state_dict``, hooks and dtypes are those of ``nn.Linear``. x: [..., in_features] in float32,
     bfloat16 or float16, any rank from 1, any number of tokens; y: [..., out_features] in the dtype ``F.linear`` would
-    give (under autocast, the autocast dtype). NaN or Inf in x or the weight make the output NaN.
+    give (under autocast, the autocast dtype). NaN or Inf in x or the weight make the output NaN. With DTensors, as
+    ``parallelize_module`` makes them, y is a DTensor: see ``tensor_parallel.py``.
     """
 
     nvfp4: LinearState
@@ -162,15 +170,31 @@ class Linear(nn.Linear):
         x, state = input, self.nvfp4
         if not (state.enabled and state.recipe.quantized):
             return F.linear(x, self.weight, self.bias)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be [..., in_features={self.in_features}], got {tuple(x.shape)}")
+        if is_dtensor(self.weight) or is_dtensor(x):
+            return self._sharded(x)
+        return self._compute(x, self.weight, self.bias, state)
+
+    def _sharded(self, x: torch.Tensor) -> torch.Tensor:
+        """This process's part of y, as a DTensor, of DTensors x and weight."""
+        from nvfp4.tensor_parallel import layout
+
+        where = layout(x, self.weight)
+        self.nvfp4.noise.rank = where.noise_rank
+        state = replace(self.nvfp4, shards=where.shards)
+        return where.whole(self._compute(*where.local(x, self.weight, self.bias), state), self.out_features)
+
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: LinearState
+    ) -> torch.Tensor:
+        if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")
         dtype = self._output_dtype(x)
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, weight.shape[1])
         if torch.is_grad_enabled():
-            y = _LinearFunction.apply(rows, self.weight, self.bias, state, dtype)
+            y = _LinearFunction.apply(rows, weight, bias, state, dtype)
         else:
-            y = state.fprop(rows, self.weight, self.bias, dtype, (False, False, False))[0]
-        return y.view(*x.shape[:-1], self.out_features)
+            y = state.fprop(rows, weight, bias, dtype, (False, False, False))[0]
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     def _output_dtype(self, x: torch.Tensor) -> torch.dtype:
         if x.dtype not in INPUT_DTYPES or self.weight.dtype not in INPUT_DTYPES:

@@ -23,11 +23,13 @@ class Noise:
 
     seed: the user's, in [0, 2^64). layer: index in conversion order. calls: backward passes finished so far; it
     advances at the end of a backward, so that recomputing a forward (activation checkpointing) meets the same noise.
-    words: the three as int64 [3] on the CPU, which compiled graphs read and advance.
+    rank: the process to round for; None is this one. words: the four as int64 [4] on the CPU, None as -1, which
+    compiled graphs read and advance.
     """
 
-    def __init__(self, seed: int, layer: int, calls: int = 0) -> None:
-        self.words = torch.tensor([signed(check_seed(seed)), layer, calls], dtype=torch.int64, device="cpu")
+    def __init__(self, seed: int, layer: int, calls: int = 0, rank: int | None = None) -> None:
+        words = [signed(check_seed(seed)), layer, calls, -1 if rank is None else rank]
+        self.words = torch.tensor(words, dtype=torch.int64, device="cpu")
 
     @property
     def seed(self) -> int:
@@ -52,22 +54,40 @@ class Noise:
     def calls(self, calls: int) -> None:
         self.words[2] = calls
 
+    @property
+    def rank(self) -> int | None:
+        """The process to round for, None for this one."""
+        rank = int(self.words[3])
+        return None if rank < 0 else rank
+
+    @rank.setter
+    def rank(self, rank: int | None) -> None:
+        self.words[3] = -1 if rank is None else rank
+
+    def seeds(self, gemm: str, call: int | None = None) -> tuple[int, tuple[int, int]]:
+        """(sign seed, rounding seeds of the left and the right operand) of a GEMM in a call, by default the next."""
+        seed, layer, calls, rank = self.words.tolist()
+        return gemm_seeds((seed, layer, calls if call is None else call, rank), gemm)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Noise) and torch.equal(self.words, other.words)
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
     def __repr__(self) -> str:
-        return f"Noise(seed={self.seed}, layer={self.layer}, calls={self.calls})"
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"Noise(seed={self.seed}, layer={self.layer}, calls={self.calls}{rank})"
 
 
-def gemm_seeds(words: tuple[int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
+def gemm_seeds(words: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
     """(sign seed, rounding seeds of the left and the right operand) of one GEMM for ``Noise.words`` as integers.
 
     Signs are equal on all ranks, since both operands must rotate alike wherever they come from; rounding differs.
     """
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return _gemm_seeds(*words, GEMMS.index(gemm), rank)
+    *call, rank = words
+    if rank < 0:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return _gemm_seeds(*call, GEMMS.index(gemm), rank)
 
 
 @lru_cache(maxsize=8)  # the two operands of a GEMM ask one after the other

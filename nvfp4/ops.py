@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,7 +52,6 @@ def quantize_with(
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got {axis}")
     axis = axis % x.dim() - x.dim()
-    x = x.detach()
     moved = x if axis == -1 else x.movedim(axis, -1)
     matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
     q = select(backend, "quantize", x.device, quantizer, options).quantize(matrix, quantizer, options)
@@ -65,7 +65,7 @@ def quantize_both(
 
     Equal to two calls of ``quantize_with``. x: a matrix, float32, bfloat16 or float16, any strides.
     """
-    x = _checked_input(x).detach()
+    x = _checked_input(x)
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
     chosen = select(backend, "quantize", x.device, *rows)
@@ -127,6 +127,22 @@ def matmul(
     return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
 
 
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or what a collective that has not ended yet will make of it; TypeError for a DTensor."""
+    collectives = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives is not None and isinstance(x, collectives.AsyncCollectiveTensor):
+        return x.wait()
+    if is_dtensor(x):
+        raise TypeError("x is a DTensor, spread over processes: quantise x.to_local() or x.full_tensor()")
+    return x
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether x is a DTensor; where none was made their module is not loaded, which would take half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off, which would round a float32 GEMM to BF16; nothing where it is off or unknown to the device."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
@@ -160,7 +176,7 @@ def _checked_input(x: torch.Tensor) -> torch.Tensor:
     if x.dtype not in INPUT_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INPUT_DTYPES)
         raise TypeError(f"x must be one of {names}, got {x.dtype}; convert it first")
-    return x
+    return _in_memory(x.detach())
 
 
 def _lead(q: QTensor) -> list[int]:

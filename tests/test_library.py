@@ -82,7 +82,7 @@ ROTATED_X = Recipe(
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]], ids=str)
 def test_layer_operators_opcheck(recipe: Recipe, needs: list[bool]) -> None:
     """The layer's two operators pass torch's checks for every recipe and every subset of gradients."""
-    x, weight, bias, words = torch.randn(20, 70), torch.randn(33, 70), torch.randn(33), torch.tensor([-3, 2, 7])
+    x, weight, bias, words = torch.randn(20, 70), torch.randn(33, 70), torch.randn(33), torch.tensor([-3, 2, 7, -1])
     f32 = torch.float32
     forward = (x, weight, bias, words, recipe.key, "auto", f32, needs)
     torch.library.opcheck(layer_ops.fprop, forward)
