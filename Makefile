@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CLIENTS := $(VENV)/.clients
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
@@ -23,6 +24,11 @@ $(READY): $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
 	@touch $@
 
+# the libraries that are tested together with nvfp4 and that it does not need: trl, peft, lightning-fabric
+$(CLIENTS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	@touch $@
+
 train: $(READY) ## pretrain a small model on real text in BF16 and in NVFP4, side by side
 	$(BIN)/nvfp4 compare $(ARGS)
 
@@ -33,12 +39,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(READY)
+unit: $(CLIENTS)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
 
 bench: $(READY) ## time the quantisers and the linear layer, and keep the figures
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
 	$(BIN)/python -m benchmarks.bench_linear --keep linear
+	$(BIN)/python -m benchmarks.bench_memory --keep memory
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -28,6 +28,7 @@ __all__ = [
     "BackendUnavailable",
     "ConvertWarning",
     "Linear",
+    "NVFP4TrainingConfig",
     "QTensor",
     "Recipe",
     "Rotation",
@@ -58,4 +59,9 @@ def __getattr__(name: str) -> Any:
 
         globals()["info"] = info
         return info
+    if name == "NVFP4TrainingConfig":  # on first use, because transformers takes seconds to import
+        from nvfp4.integrations.transformers import NVFP4TrainingConfig
+
+        globals()["NVFP4TrainingConfig"] = NVFP4TrainingConfig
+        return NVFP4TrainingConfig
     raise AttributeError(f"module 'nvfp4' has no attribute {name!r}")

@@ -65,7 +65,7 @@ class _Facts:
     """What has to be known of the whole model before one of its layers can be judged."""
 
     kept_blocks: dict[str, str]
-    output: nn.Module | None
+    output: frozenset[int]
     knows_output: bool
     embeddings: frozenset[int]
     bypassed: dict[int, str]
@@ -87,9 +87,10 @@ class Policy:
         linears = _linears(model)
         names = [name for _, paths in linears for name in paths]
         ask = getattr(model, "get_output_embeddings", None)
+        output = None if ask is None else ask()
         facts = _Facts(
             _kept_blocks(model, names, self.keep_first, self.keep_last),
-            ask() if ask is not None else None,
+            frozenset() if output is None else frozenset(map(id, output.modules())),  # PEFT wraps the layer
             ask is not None,
             frozenset(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)),
             _bypassed(model),
@@ -124,7 +125,7 @@ class Policy:
         if self.include:
             if not any(matches(pattern, name) for pattern in self.include):
                 return "not_included"
-        elif module is facts.output if facts.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES:
+        elif id(module) in facts.output if facts.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES:
             return "output_embedding"
         return next((why for block, why in facts.kept_blocks.items() if f"{name}.".startswith(f"{block}.")), None)
 

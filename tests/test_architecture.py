@@ -29,6 +29,7 @@ FLOORS = [
     ["sharding", "tensor_parallel"],
     ["gemms", "layer_ops", "linear"],
     ["policy", "convert", "distributed", "diagnostics", "export", "info"],
+    ["integrations"],
     ["train"],
     ["rl"],
     ["cli", "__main__"],

@@ -72,7 +72,7 @@ PROOFS: dict[int, tuple[str, ...]] = {
         "test_linear.py::test_layer_used_twice_in_one_graph",
     ),
     38: (f"{HERE}::test_38_*",),
-    39: ("test_distributed.py::test_39_*",),
+    39: ("test_distributed.py::test_on_two_processes",),
     40: (f"{HERE}::test_40_*",),
     41: ("test_library.py::test_quantize_opcheck", "test_library.py::test_dequantize_and_matmul_opcheck"),
     42: ("test_clients.py::test_42_*",),

@@ -1,0 +1,35 @@
+"""Hugging Face ``Trainer``, and TRL's: a callback for exact resumption. They need nothing else from us."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from nvfp4.linear import load_noise_state, noise_state
+
+
+class NoiseCallback(TrainerCallback, ExportableState):
+    """``Trainer(..., callbacks=[NoiseCallback()])``: checkpoints hold the noise state, so that resuming is bit for bit.
+
+    The model has to be converted with the same arguments and the same ``seed`` before resuming.
+    """
+
+    model: nn.Module | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore what the checkpoint holds, if this is a resumption."""
+        self.model = kwargs["model"]
+        stored: Any = state.stateful_callbacks  # a dict here, on resumption that of trainer_state.json
+        calls = stored.get(type(self).__name__, self.state())["attributes"]["calls"]
+        if calls:
+            load_noise_state(kwargs["model"], calls)
+
+    def state(self) -> dict[str, Any]:
+        """For trainer_state.json: the backward passes finished by each converted layer."""
+        calls = {} if self.model is None else noise_state(self.model)
+        return {"args": {}, "attributes": {"calls": calls}}
