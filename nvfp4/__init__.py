@@ -11,7 +11,7 @@ q.codes, q.block_scale, q.global_scale, q.dequantize()
 from typing import Any
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert
+from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
 from nvfp4.diagnostics import check, health, observe, report
 from nvfp4.hadamard import Rotation, rotate
 from nvfp4.linear import Linear, fixed_weights, invalidate, load_noise_state, noise_state
@@ -50,6 +50,7 @@ __all__ = [
     "report",
     "revert",
     "rotate",
+    "share_amax",
 ]
 
 

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
-from nvfp4.linear import Linear, LinearState, layers
+from nvfp4.linear import Linear, LinearState, SharedAmax, layers
 from nvfp4.noise import Noise
 from nvfp4.policy import ALREADY, ModuleFilter, Patterns, Plan, Recipes, make_policy
 from nvfp4.recipes import Recipe
 from nvfp4.rng import check_seed
 
 PRECISIONS = ("nvfp4", "bf16")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Layers that inference engines fuse into one matrix, by the names that Llama and its relatives give them."""
 
 
 class ConvertWarning(UserWarning):
@@ -85,7 +87,16 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn converted layers back into plain ``nn.Linear``s with the same parameters; in place, returns ``model``."""
+    """Turn converted layers back into plain ``nn.Linear``s with the same parameters; in place, returns ``model``.
+
+    RuntimeError for a layer that ``fully_shard`` was called on itself, which has changed its class since.
+    """
+    changed = next((type(m) for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear), None)
+    if changed is not None:
+        raise RuntimeError(
+            f"a converted layer has become a {changed.__name__}: revert before fully_shard, or shard the blocks that "
+            f"hold the layers; nvfp4.disabled(model) computes in high precision either way"
+        )
     for module in model.modules():
         vars(module).pop("nvfp4_kept", None)
         if isinstance(module, Linear):
@@ -147,6 +158,41 @@ def forward_precision(model: nn.Module, precision: str) -> AbstractContextManage
         elif precision == "nvfp4" and full_recipe is not None:
             state.recipe, state.full_recipe = full_recipe, None
     return _Switched(model, before)
+
+
+def share_amax(model: nn.Module, groups: Sequence[Sequence[str]] = FUSED) -> list[tuple[str, ...]]:
+    """Scale the weights of layers that servers fuse, such as q, k and v, by the largest magnitude of all of them.
+
+    Their global scales are then equal, as inference engines want them of a fused matrix, so that what is exported is
+    what was trained (with 16x16 blocks, where rows come in multiples of 16). groups: last name parts of layers that one module holds side by side; () ends the sharing.
+    Returns the groups found, by dotted name; layers that are not converted join none. Raises ValueError if a recipe's
+    weight has no single scale that follows from its amax, or if recipes differ within a group.
+    """
+    found: list[tuple[str, ...]] = []
+    for layer in layers(model).values():
+        layer.nvfp4.shared = None
+    for prefix, module in model.named_modules():
+        for group in groups:
+            members = {name: getattr(module, name, None) for name in group}
+            linears = {name: m for name, m in members.items() if isinstance(m, Linear)}
+            if len(linears) < 2:
+                continue
+            names = tuple(f"{prefix}.{name}" if prefix else name for name in linears)
+            _check_shared(names, [layer.nvfp4 for layer in linears.values()])
+            shared = SharedAmax(list(linears.values()))
+            for layer in linears.values():
+                layer.nvfp4.shared = shared
+            found.append(names)
+    return found
+
+
+def _check_shared(names: tuple[str, ...], states: list[LinearState]) -> None:
+    specs = [state.recipe.fprop.right for state in states]
+    options = specs[0].noiseless if specs[0].quantized else None
+    if any(spec != specs[0] for spec in specs):
+        raise ValueError(f"{', '.join(names)} have different recipes for their weights, so no scale can serve them all")
+    if options is None or options.rotation is not None or options.row_scaled:
+        raise ValueError(f"{', '.join(names)}: weights under {specs[0]} have no single scale that follows from amax")
 
 
 def complain(plan: Plan, strict: bool, stacklevel: int = 3) -> None:

@@ -146,6 +146,8 @@ def _reason_against(parameter: Any) -> str | None:
         return f"recipe {state.recipe.name}: dgrad needs w in high precision"
     if not state.enabled:
         return "layer is disabled"
+    if state.shared is not None:
+        return "its scale is shared with other layers"
     if parameter._module_info.shared_modules:
         return "weight is tied"
     if parameter.is_dtensor:

@@ -18,7 +18,7 @@ from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requanti
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.recipes import Gemm, Operand, Recipe
-from nvfp4.sharding import Shards
+from nvfp4.sharding import Shards, quantize_with_amax
 
 Saved = torch.Tensor | QTensor | None
 
@@ -54,6 +54,12 @@ class Call(NamedTuple):
             sign_seed = partner.sign_seed
         return spec.rule, spec.seeded(seeds[side], sign_seed)
 
+    def weight(self, weight: torch.Tensor, amax: torch.Tensor | None) -> QTensor:
+        """fprop's weight operand, scaled by ``amax`` [1] if other layers share it."""
+        if amax is None:
+            return self.operand(weight, "fprop", RIGHT)
+        return quantize_with_amax(weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend)
+
     def matmul(self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         """a @ b^T [a rows, b rows] on this call's backend."""
         return matmul(a, b, dtype, bias=bias, backend=self.backend)
@@ -70,11 +76,12 @@ def fprop(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     needs: Sequence[bool],
+    w_amax: torch.Tensor | None = None,
     w_codes: QTensor | None = None,
 ) -> tuple[torch.Tensor, Saved, Saved]:
     """y = x w^T + bias [M, N] in ``dtype``, and what (dgrad, wgrad) will need of (w, x) if ``needs`` says so.
 
-    w_codes: the weight's operand, where it is known already.
+    w_amax: what to scale the weight by, if not by its own. w_codes: the weight's operand, where it is known already.
     """
     recipe = call.recipe
     keep = stored_operands(recipe)
@@ -83,7 +90,7 @@ def fprop(
         x_codes = w_codes = x_transposed = None
     else:
         x_codes, x_transposed = _x_operands(call, x, needs[1] and keep[1] is recipe.wgrad.right)
-        w_codes = call.operand(weight, "fprop", RIGHT) if w_codes is None else w_codes
+        w_codes = call.weight(weight, w_amax) if w_codes is None else w_codes
         y = call.matmul(x_codes, w_codes, dtype, bias)
     saved_w: Saved = None if not needs[0] else weight if keep[0] is None else w_codes
     saved_x: Saved = None if not needs[1] else x if keep[1] is None else x_codes

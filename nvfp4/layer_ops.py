@@ -31,14 +31,15 @@ def fprop(
     backend: str,
     dtype: torch.dtype,
     needs: list[bool],
+    w_amax: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """y = x w^T + bias [M, N] in ``dtype``, then the codes of w and of x that the backward needs."""
-    y, saved_w, saved_x = fprop_gemm(_call(words, recipe, backend), x, weight, bias, dtype, needs)
+    y, saved_w, saved_x = fprop_gemm(_call(words, recipe, backend), x, weight, bias, dtype, needs, w_amax)
     return [y, *flatten(saved_w), *flatten(saved_x)]
 
 
 @fprop.register_fake
-def _(x, weight, bias, words, recipe, backend, dtype, needs):
+def _(x, weight, bias, words, recipe, backend, dtype, needs, w_amax=None):
     chosen = Recipe.from_key(recipe)
     made = [x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)]
     for need, stored, shape in zip(needs, stored_operands(chosen), _shapes(chosen, x, weight), strict=False):

@@ -20,11 +20,41 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nvfp4 import layer_ops
 from nvfp4.backends.registry import AUTO
 from nvfp4.gemms import Call, flatten, fprop, stored_operands
-from nvfp4.noise import RIGHT, Noise
+from nvfp4.noise import Noise
 from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
 from nvfp4.qtensor import QTensor
 from nvfp4.recipes import Recipe
 from nvfp4.sharding import GatheredWeight, Shards
+
+
+class SharedAmax:
+    """Layers whose weights are scaled by the largest magnitude of all of them; see ``nvfp4.share_amax``."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self._known: dict[int, tuple[Any, torch.Tensor]] = {}  # by position: what a weight was, and its magnitude
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_known": {}}
+
+    def amax(self, backend: str) -> torch.Tensor:
+        """Float32 [1]; of each weight it is worked out anew only when its bytes have changed."""
+        found = []
+        for position, layer in enumerate(self.layers):
+            weight = layer.weight.detach()
+            if type(layer.weight) is not nn.Parameter and type(weight) is not torch.Tensor:
+                raise RuntimeError(
+                    "layers that share their amax must hold their weights at the same time, in high precision: shard "
+                    "the block that holds them as one, or call nvfp4.share_amax(model, ())"
+                )
+            content = None if torch.compiler.is_compiling() else fingerprint(weight, backend=backend)
+            known = self._known.get(position)
+            if known is None or content is None or known[0] != content:
+                known = (content, weight.abs().amax().to(torch.float32).view(1))
+                if content is not None:
+                    self._known[position] = known
+            found.append(known[1])
+        return torch.cat(found).amax(dim=0, keepdim=True)
 
 
 @dataclass
@@ -39,6 +69,7 @@ class LinearState:
     keeps_weight: bool = field(default=False, repr=False, compare=False)
     weight_codes: tuple[tuple[Any, ...], QTensor] | None = field(default=None, repr=False, compare=False)
     shards: Shards | None = field(default=None, repr=False, compare=False)
+    shared: SharedAmax | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"keeps_weight": False, "weight_codes": None}  # a copy or a pickle is outside the scope
@@ -62,15 +93,17 @@ class LinearState:
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
         """y [M, N], and the codes that backward will need where ``needs`` asks for dx and dw."""
+        quantized = self.recipe.fprop.quantized
+        w_amax = self.shared.amax(self.backend) if quantized and self.shared is not None else None
         if torch.compiler.is_compiling():
             words = self.noise.words
-            return layer_ops.fprop(x, weight, bias, words, self.key, self.backend, dtype, list(needs))
+            return layer_ops.fprop(x, weight, bias, words, self.key, self.backend, dtype, list(needs), w_amax)
         call = self.call()
-        w_codes = self._weight(weight, call) if self.recipe.fprop.quantized else None
-        y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_codes)
+        w_codes = self._weight(weight, w_amax, call) if quantized else None
+        y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_amax, w_codes)
         return [y, *flatten(saved_w), *flatten(saved_x)]
 
-    def _weight(self, weight: torch.Tensor, call: Call) -> QTensor | None:
+    def _weight(self, weight: torch.Tensor, amax: torch.Tensor | None, call: Call) -> QTensor | None:
         """The weight as fprop's operand, quantised once for as long as it stays the same; None: not to be kept.
 
         Where the backend can fingerprint memory, it is the bytes themselves that are compared: version counters miss
@@ -84,9 +117,10 @@ class LinearState:
         key = self._weight_key(weight)
         if key is None:
             return None
+        key = (*key, None if amax is None else amax.item())
         if self.weight_codes is None or self.weight_codes[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
-                self.weight_codes = (key, call.operand(weight, "fprop", RIGHT))
+                self.weight_codes = (key, call.weight(weight, amax))
         return self.weight_codes[1]
 
     def _weight_key(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
@@ -209,8 +243,9 @@ class Linear(nn.Linear):
     def extra_repr(self) -> str:
         """Sizes, bias, recipe and backend."""
         state = self.nvfp4
+        shared = "" if state.shared is None else f", amax shared by {len(state.shared.layers)}"
         off = "" if state.enabled else ", disabled"
-        return f"{super().extra_repr()}, recipe={state.recipe.name}, backend={state.backend}{off}"
+        return f"{super().extra_repr()}, recipe={state.recipe.name}, backend={state.backend}{shared}{off}"
 
 
 def layers(model: nn.Module) -> dict[str, Linear]:

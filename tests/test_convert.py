@@ -683,3 +683,12 @@ def test_forward_precision_says_what_is_wrong() -> None:
     with pytest.warns(nvfp4.ConvertWarning, match="no converted layer") as caught:
         nvfp4.forward_precision(Model(), "bf16")
     assert caught[0].filename == __file__
+
+
+def test_revert_refuses_a_layer_whose_class_has_changed() -> None:
+    """``fully_shard(layer)`` gives the layer itself another class, which reverting would drop: nothing is changed."""
+    model = nvfp4.convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "rtn", verbose=False)
+    model[1].__class__ = type("FSDPLinear", (nvfp4.Linear,), {})
+    with pytest.raises(RuntimeError, match="FSDPLinear: revert before fully_shard"):
+        nvfp4.revert(model)
+    assert type(model[0]) is nvfp4.Linear
