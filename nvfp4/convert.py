@@ -164,9 +164,10 @@ def share_amax(model: nn.Module, groups: Sequence[Sequence[str]] = FUSED) -> lis
     """Scale the weights of layers that servers fuse, such as q, k and v, by the largest magnitude of all of them.
 
     Their global scales are then equal, as inference engines want them of a fused matrix, so that what is exported is
-    what was trained (with 16x16 blocks, where rows come in multiples of 16). groups: last name parts of layers that one module holds side by side; () ends the sharing.
-    Returns the groups found, by dotted name; layers that are not converted join none. Raises ValueError if a recipe's
-    weight has no single scale that follows from its amax, or if recipes differ within a group.
+    what was trained (with 16x16 blocks, where rows come in multiples of 16). groups: last name parts of layers that one
+    module holds side by side; () ends the sharing. Returns the groups found, by dotted name; layers that are not
+    converted join none. Raises ValueError if a recipe's weight has no single scale that follows from its amax, or if
+    recipes differ within a group.
     """
     found: list[tuple[str, ...]] = []
     for layer in layers(model).values():
@@ -187,7 +188,7 @@ def share_amax(model: nn.Module, groups: Sequence[Sequence[str]] = FUSED) -> lis
 
 
 def _check_shared(names: tuple[str, ...], states: list[LinearState]) -> None:
-    specs = [state.recipe.fprop.right for state in states]
+    specs = [(state.full_recipe or state.recipe).fprop.right for state in states]
     options = specs[0].noiseless if specs[0].quantized else None
     if any(spec != specs[0] for spec in specs):
         raise ValueError(f"{', '.join(names)} have different recipes for their weights, so no scale can serve them all")
