@@ -69,8 +69,9 @@ class CpuBackend(Backend):
             return super().quantize_both(x, rows, columns)
         assert native is not None
         x = _readable(x)
-        across, q_rows, _scratch_rows = self._prepare(_source(x), x.shape, *rows)
+        # x^T is what a forward keeps: made first, it leaves no hole in the heap when the other one goes
         down, q_columns, _scratch_columns = self._prepare(_source(x.t()), x.t().shape, *columns)
+        across, q_rows, _scratch_rows = self._prepare(_source(x), x.shape, *rows)
         native.quantize_both(across, down, self.isa)
         return q_rows, q_columns
 
