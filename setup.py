@@ -31,6 +31,12 @@ PER_FILE = {
     "csrc/cpu/matmul.cpp": [*AVX512, "-mavx512bf16"],
     "csrc/cpu/avx512.cpp": AVX512,
 }
+# for `make sanitize`; they come after the flags of a file, so that -O1 wins
+SANITIZE = (
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+    if os.environ.get("NVFP4_SANITIZE")
+    else []
+)
 SOURCES = ["csrc/bind.cpp", "csrc/cpu/portable.cpp"]
 if X86:
     SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/matmul.cpp"]
@@ -44,7 +50,7 @@ class BuildExt(build_ext):
         compile_one = compiler._compile
 
         def with_flags(obj, src, extension, cc_args, extra_postargs, pp_opts) -> None:
-            compile_one(obj, src, extension, cc_args, [*extra_postargs, *PER_FILE.get(src, [])], pp_opts)
+            compile_one(obj, src, extension, cc_args, [*extra_postargs, *PER_FILE.get(src, []), *SANITIZE], pp_opts)
 
         def compile_all(
             sources,
@@ -73,11 +79,6 @@ class BuildExt(build_ext):
             print(f"warning: nvfp4 is installed without native CPU kernels: {error}", file=sys.stderr)
 
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
-if os.environ.get("NVFP4_SANITIZE"):  # for `make sanitize`
-    PER_FILE = {name: [flag for flag in flags if flag != "-O3"] for name, flags in PER_FILE.items()}
-    COMMON += SANITIZE
-
 extension = Pybind11Extension(
     "nvfp4._cpu",
     SOURCES,
@@ -92,7 +93,7 @@ extension = Pybind11Extension(
         "-Wno-uninitialized",
     ],
     depends=[str(path) for path in Path("csrc").rglob("*.h")],
-    extra_link_args=["-fopenmp", *(SANITIZE if os.environ.get("NVFP4_SANITIZE") else [])],
+    extra_link_args=["-fopenmp", *SANITIZE],
     optional=True,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
