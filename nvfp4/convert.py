@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -63,6 +64,8 @@ def convert(
     layers of ``model``, get noise of their own.
     Raises ValueError for unknown names, ``BackendUnavailable`` with the reason for a backend that cannot run here.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last)
     check_backend(backend, _device(model))
     seed = torch.initial_seed() % 2**64 if seed is None else check_seed(seed)
@@ -166,29 +169,46 @@ def share_amax(model: nn.Module, groups: Sequence[Sequence[str]] = FUSED) -> lis
     Their global scales are then equal, as inference engines want them of a fused matrix, so that what is exported is
     what was trained (with 16x16 blocks, where rows come in multiples of 16). groups: last name parts of layers that one
     module holds side by side; () ends the sharing. Returns the groups found, by dotted name; layers that are not
-    converted join none. Raises ValueError if a recipe's weight has no single scale that follows from its amax, or if
-    recipes differ within a group.
+    converted join none. A copy of one of them alone takes the others along.
+    Raises ValueError, and changes nothing, if a recipe's weight has no single scale that follows from its amax, if
+    recipes or dtypes differ within a group, or if groups overlap.
     """
-    found: list[tuple[str, ...]] = []
-    for layer in layers(model).values():
-        layer.nvfp4.shared = None
+    if any(isinstance(group, str) for group in groups):
+        raise TypeError(f"groups must be a sequence of sequences of names, got {groups!r}")
+    found: dict[tuple[str, ...], list[Linear]] = {}
     for prefix, module in model.named_modules():
         for group in groups:
             members = {name: getattr(module, name, None) for name in group}
             linears = {name: m for name, m in members.items() if isinstance(m, Linear)}
-            if len(linears) < 2:
-                continue
-            names = tuple(f"{prefix}.{name}" if prefix else name for name in linears)
-            _check_shared(names, [layer.nvfp4 for layer in linears.values()])
-            shared = SharedAmax(list(linears.values()))
-            for layer in linears.values():
-                layer.nvfp4.shared = shared
-            found.append(names)
-    return found
+            if len(linears) > 1:
+                names = tuple(f"{prefix}.{name}" if prefix else name for name in linears)
+                found[names] = list(linears.values())
+    _check_shared(found)
+    for layer in layers(model).values():
+        layer.nvfp4.shared = None
+    for group_layers in found.values():
+        shared = SharedAmax(group_layers)
+        for layer in group_layers:
+            layer.nvfp4.shared = shared
+    return list(found)
 
 
-def _check_shared(names: tuple[str, ...], states: list[LinearState]) -> None:
+def _check_shared(groups: dict[tuple[str, ...], list[Linear]]) -> None:
+    """All is checked before anything is changed."""
+    seen: dict[int, tuple[str, ...]] = {}
+    for names, members in groups.items():
+        _check_group(names, members)
+        for layer in members:
+            if id(layer) in seen:
+                raise ValueError(f"groups overlap: {', '.join(seen[id(layer)])} and {', '.join(names)} share a layer")
+            seen[id(layer)] = names
+
+
+def _check_group(names: tuple[str, ...], members: list[Linear]) -> None:
+    states = [layer.nvfp4 for layer in members]
     specs = [(state.full_recipe or state.recipe).fprop.right for state in states]
+    if len({layer.weight.dtype for layer in members}) > 1:
+        raise ValueError(f"{', '.join(names)} have weights of different dtypes, so no scale can serve them all")
     options = specs[0].noiseless if specs[0].quantized else None
     if any(spec != specs[0] for spec in specs):
         raise ValueError(f"{', '.join(names)} have different recipes for their weights, so no scale can serve them all")
@@ -221,7 +241,8 @@ def _separate_noise(model: nn.Module) -> Sequence[str]:
             noise = module.nvfp4.noise
             if (noise.seed, noise.layer) in seen:
                 index = _next_index(model)
-                module.nvfp4 = copy.deepcopy(module.nvfp4)  # a shallow copy of a layer shares its state
+                # a shallow copy of a layer shares its state; what the state refers to stays what it is
+                module.nvfp4 = replace(module.nvfp4, noise=copy.deepcopy(noise), weight_codes=None)
                 module.nvfp4.noise.layer = index
                 renamed.append(name)
             seen.add((module.nvfp4.noise.seed, module.nvfp4.noise.layer))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nvfp4 import layer_ops
@@ -47,7 +48,7 @@ class SharedAmax:
                     "layers that share their amax must hold their weights at the same time, in high precision: shard "
                     "the block that holds them as one, or call nvfp4.share_amax(model, ())"
                 )
-            content = None if torch.compiler.is_compiling() else fingerprint(weight, backend=backend)
+            content = None if _as_operator(weight) else fingerprint(weight, backend=backend)
             known = self._known.get(position)
             if known is None or content is None or known[0] != content:
                 known = (content, weight.abs().amax().to(torch.float32).view(1))
@@ -95,7 +96,12 @@ class LinearState:
         """y [M, N], and the codes that backward will need where ``needs`` asks for dx and dw."""
         quantized = self.recipe.fprop.quantized
         w_amax = self.shared.amax(self.backend) if quantized and self.shared is not None else None
-        if torch.compiler.is_compiling():
+        if _as_operator(x):
+            if self.shards is not None:
+                raise RuntimeError(
+                    "torch.compile, and other tracing, cannot see that a layer of parallelize_module is one part of a "
+                    "whole: run such layers eagerly, for example with torch.compiler.disable"
+                )
             words = self.noise.words
             return layer_ops.fprop(x, weight, bias, words, self.key, self.backend, dtype, list(needs), w_amax)
         call = self.call()
@@ -118,10 +124,11 @@ class LinearState:
         if key is None:
             return None
         key = (*key, None if amax is None else amax.item())
-        if self.weight_codes is None or self.weight_codes[0] != key:
+        kept = self.weight_codes  # read once: another thread may end ``fixed_weights``
+        if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
-                self.weight_codes = (key, call.weight(weight, amax))
-        return self.weight_codes[1]
+                kept = self.weight_codes = (key, call.weight(weight, amax))
+        return kept[1]
 
     def _weight_key(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
         """What the weight's codes are kept under, or None if there is no telling whether it changed."""
@@ -132,6 +139,14 @@ class LinearState:
             return (weight._version, *memory, *made_by)
         content = fingerprint(weight, backend=self.backend)
         return None if content is None else (content, *made_by)
+
+
+def _as_operator(x: torch.Tensor) -> bool:
+    """Whether somebody watches the operators that run: a compiler, or a dispatch mode such as selective checkpointing.
+
+    To them a layer must be one operator: kernels write to memory that they would take for uninitialised and exchange.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -161,14 +176,13 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and torch.is_grad_enabled():  # only create_graph=True leaves it on in here
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only create_graph=True leaves it on in here
             raise RuntimeError(
                 "nvfp4 layers have no second derivative: differentiate without create_graph=True, or compute this "
                 "forward under nvfp4.disabled(model)"
             )
         saved, needs = list(ctx.saved_tensors), list(ctx.needs)
-        if compiling:
+        if _as_operator(dy):
             made = layer_ops.backward(dy, saved, ctx.words, ctx.key, ctx.backend, needs, ctx.features, *ctx.dtypes)
         else:
             call = Call(Recipe.from_key(ctx.key), ctx.backend, tuple(ctx.words.tolist()), ctx.shards)
@@ -202,6 +216,8 @@ class Linear(nn.Linear):
         Raises ValueError if x has another last dimension, TypeError if the dtypes do not fit.
         """
         x, state = input, self.nvfp4
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace cannot record an nvfp4 layer: use torch.export or torch.compile")
         if not (state.enabled and state.recipe.quantized):
             return F.linear(x, self.weight, self.bias)
         if is_dtensor(self.weight) or is_dtensor(x):

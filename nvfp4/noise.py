@@ -28,8 +28,14 @@ class Noise:
     """
 
     def __init__(self, seed: int, layer: int, calls: int = 0, rank: int | None = None) -> None:
-        words = [signed(check_seed(seed)), layer, calls, -1 if rank is None else rank]
-        self.words = torch.tensor(words, dtype=torch.int64, device="cpu")
+        self.__setstate__([signed(check_seed(seed)), layer, calls, -1 if rank is None else rank])
+
+    def __getstate__(self) -> list[int]:
+        return self.words.tolist()  # integers, which no map_location moves
+
+    def __setstate__(self, words: list[int]) -> None:
+        with torch.inference_mode(False):  # a model converted for a rollout may train later
+            self.words = torch.tensor(words, dtype=torch.int64, device="cpu")
 
     @property
     def seed(self) -> int:

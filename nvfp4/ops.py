@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nvfp4.backends.base import Operation
 from nvfp4.backends.registry import AUTO, candidates, select
@@ -54,7 +55,8 @@ def quantize_with(
     axis = axis % x.dim() - x.dim()
     moved = x if axis == -1 else x.movedim(axis, -1)
     matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
-    q = select(backend, "quantize", x.device, quantizer, options).quantize(matrix, quantizer, options)
+    with unseen():
+        q = select(backend, "quantize", x.device, quantizer, options).quantize(matrix, quantizer, options)
     return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation)
 
 
@@ -71,7 +73,8 @@ def quantize_both(
     chosen = select(backend, "quantize", x.device, *rows)
     if chosen is not select(backend, "quantize", x.device, *columns):
         return quantize_with(x, *rows, backend=backend), quantize_with(x.t(), *columns, backend=backend)
-    return chosen.quantize_both(x, rows, columns)
+    with unseen():
+        return chosen.quantize_both(x, rows, columns)
 
 
 def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backend: str = AUTO) -> QTensor:
@@ -82,12 +85,14 @@ def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backe
     """
     if len(q.shape) != 2 or q.axis != -1:
         raise ValueError(f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}")
-    return select(backend, "quantize", q.device, quantizer, options).requantize(q, quantizer, options)
+    with unseen():
+        return select(backend, "quantize", q.device, quantizer, options).requantize(q, quantizer, options)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> torch.Tensor:
     """The tensor that q stands for, of its original shape, in ``dtype``; see ``QTensor.dequantize``."""
-    return select(backend, "dequantize", q.device).dequantize(q, dtype)
+    with unseen():
+        return select(backend, "dequantize", q.device).dequantize(q, dtype)
 
 
 def matmul(
@@ -121,7 +126,7 @@ def matmul(
         raise ValueError(f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}")
     if out_dtype not in INPUT_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    with without_autocast(a.device):
+    with unseen(), without_autocast(a.device):
         y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
     shape = (*_lead(a), *_lead(b))
     return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
@@ -141,6 +146,13 @@ def is_dtensor(x: object) -> bool:
     """Whether x is a DTensor; where none was made their module is not loaded, which would take half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
+
+
+def unseen() -> AbstractContextManager[object]:
+    """No dispatch mode within, such as selective checkpointing: what kernels write to memory would pass it by, and it
+    would take the memory for uninitialised. A mode that records sees constants; the operators of ``library`` it sees.
+    """
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

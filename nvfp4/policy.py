@@ -153,6 +153,8 @@ def make_policy(
         recipes: tuple[tuple[str | None, Recipe], ...] = tuple((glob, as_recipe(r)) for glob, r in recipe.items())
     else:
         recipes = ((None, as_recipe(recipe)),)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}")
     for argument, value in (("keep_first", keep_first), ("keep_last", keep_last)):
         _check_share(argument, value)
     return Policy(recipes, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last)
@@ -297,4 +299,9 @@ def _share(value: int | float, count: int) -> int:
 
 
 def _patterns(patterns: Patterns) -> tuple[str, ...]:
-    return () if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = () if patterns is None else patterns if isinstance(patterns, Sequence) else (patterns,)
+    found = (found,) if isinstance(found, str) else tuple(found)
+    wrong = next((pattern for pattern in found if not isinstance(pattern, str)), None)
+    if wrong is not None:
+        raise TypeError(f"include and exclude take names with globs, such as 'layers.0', got {wrong!r}")
+    return found

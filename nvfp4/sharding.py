@@ -60,7 +60,7 @@ def shared_amax(x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = Fa
     """Largest magnitude over the parts x [M, K] of a process group: float32 [1], or [M]; Inf if any is NaN or Inf."""
     magnitude = x.detach().abs()
     if magnitude.numel() == 0:
-        amax = torch.zeros(x.shape[0] if row_scaled else 1, device=x.device)
+        amax = torch.zeros(x.shape[0] if row_scaled else 1, dtype=torch.float32, device=x.device)
     else:
         amax = (magnitude.amax(dim=1) if row_scaled else magnitude.amax().view(1)).to(torch.float32)
     amax = torch.where(amax.isfinite(), amax, torch.inf)  # backends differ in what the maximum of a NaN is
@@ -134,7 +134,8 @@ class GatheredWeight(torch.Tensor):
             return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         raise RuntimeError(
             f"{func} needs the values of a weight that was gathered in FP4: to compute in high precision, as under "
-            f"nvfp4.disabled(model), call nvfp4.distributed.fp4_all_gather(model, False) first"
+            f"nvfp4.disabled(model), or in a graph of torch.compile, call nvfp4.distributed.fp4_all_gather(model, "
+            f"False) first"
         )
 
 

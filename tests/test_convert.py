@@ -692,3 +692,20 @@ def test_revert_refuses_a_layer_whose_class_has_changed() -> None:
     with pytest.raises(RuntimeError, match="FSDPLinear: revert before fully_shard"):
         nvfp4.revert(model)
     assert type(model[0]) is nvfp4.Linear
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exclude": [0]}, "names with globs.*got 0"),
+        ({"include": 3.5}, "include"),
+        ({"filter_fn": "q_proj"}, "filter_fn must be callable"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_named(arguments: dict[str, Any], message: str) -> None:
+    """A TypeError says which argument, what was expected and what came; so does one for the model."""
+    with pytest.raises(TypeError, match=message):
+        nvfp4.convert(nn.Linear(8, 8), "rtn", **arguments)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        nvfp4.convert("model", "rtn")  # type: ignore[arg-type]

@@ -123,3 +123,31 @@ def test_what_cannot_share_is_refused() -> None:
         nvfp4.share_amax(converted(stochastic))
     assert nvfp4.share_amax(converted(exclude="q_proj")) == [(f"{i}.k_proj", f"{i}.v_proj") for i in (0, 1)]
     assert nvfp4.share_amax(converted(include="q_proj")) == []
+
+
+def test_sharing_survives_what_convert_does_to_copies() -> None:
+    """A copied block that is converted again gets noise of its own and goes on sharing among its own layers."""
+    model = converted()
+    nvfp4.share_amax(model)
+    model.append(copy.deepcopy(model[0]))
+    nvfp4.convert(model, "quartet2", verbose=False)
+    block = model[2]
+    assert block.q_proj.nvfp4.noise.layer not in {m.q_proj.nvfp4.noise.layer for m in model[:2]}
+    assert block.q_proj.nvfp4.shared.layers == (block.q_proj, block.k_proj, block.v_proj)
+    block.k_proj.weight.data.mul_(10)
+    assert torch.equal(codes_of(block.q_proj).global_scale, codes_of(block.k_proj).global_scale)
+
+
+def test_a_refusal_changes_nothing() -> None:
+    """Overlapping groups, mixed dtypes, names instead of groups: an error, and the sharing that was there stays."""
+    model = converted()
+    nvfp4.share_amax(model)
+    before = [layer.nvfp4.shared for layer in nvfp4.linear.layers(model).values()]
+    with pytest.raises(ValueError, match="overlap"):
+        nvfp4.share_amax(model, [("q_proj", "k_proj"), ("k_proj", "v_proj")])
+    with pytest.raises(TypeError, match="sequence of sequences"):
+        nvfp4.share_amax(model, ("q_proj", "k_proj"))
+    model[1].q_proj.half()
+    with pytest.raises(ValueError, match="different dtypes"):
+        nvfp4.share_amax(model)
+    assert [layer.nvfp4.shared for layer in nvfp4.linear.layers(model).values()] == before

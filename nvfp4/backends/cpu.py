@@ -90,8 +90,8 @@ class CpuBackend(Backend):
     ) -> tuple[object, QTensor, torch.Tensor | None]:
         """What the kernel is told, the result it will fill, and its scratch memory, which must outlive the call."""
         assert native is not None
-        q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation)
-        scratch = torch.empty(q.block_scale.shape) if quantizer.rotates else None
+        q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
+        scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
         args = native.QuantizeArgs(
             source,
             _native_options(_RULES[quantizer.name], options),
@@ -120,7 +120,7 @@ class CpuBackend(Backend):
     def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
         assert native is not None
         q = _contiguous(q)
-        out = torch.empty(q.rows, columns, dtype=dtype)
+        out = torch.empty(q.rows, columns, dtype=dtype, device="cpu")
         matrix = _matrix(q, with_global)
         native.decode(matrix, columns, _ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
         return out
@@ -130,7 +130,7 @@ class CpuBackend(Backend):
         if not _HAS_MATMUL or self.isa not in ("", "avx512") or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
         a, b = _contiguous(a), _contiguous(b)
-        out = torch.empty(a.rows, b.rows, dtype=out_dtype)
+        out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         pointer = 0 if bias is None else bias.data_ptr()
         threads = torch.get_num_threads()
@@ -172,7 +172,9 @@ def _matrix(q: QTensor, with_global: bool = True) -> object:
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it alive."""
-    return x if 1 in x.stride() else x.contiguous()
+    if 1 in x.stride():
+        return x
+    return x.reshape(-1).as_strided((1, 1), (1, 1)) if x.numel() == 1 else x.contiguous()  # one element always is
 
 
 def _source(x: torch.Tensor) -> object:

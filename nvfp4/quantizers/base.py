@@ -166,7 +166,7 @@ def _empty(padded: torch.Tensor, shape: tuple[int, ...], options: Options) -> QT
     return QTensor(
         codes=torch.zeros(rows, columns // 2, dtype=torch.uint8, device=padded.device),
         block_scale=torch.zeros(scale_shape, dtype=torch.uint8, device=padded.device),
-        global_scale=torch.ones(rows if options.row_scaled else 1, device=padded.device),
+        global_scale=torch.ones(rows if options.row_scaled else 1, dtype=torch.float32, device=padded.device),
         block=options.block,
         shape=shape,
         rotation=options.rotation,
