@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -40,6 +40,28 @@ class Compare(CompareConfig):
 @dataclass(frozen=True)
 class Info:
     """Say which backends run on this machine, and why the others do not."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Predict what a recipe's layers cost on machines that need not be here, beside what is measured on this one."""
+
+    benchmark: tyro.conf.Positional[Literal["roofline"]] = "roofline"
+    """Bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach."""
+    devices: tuple[str, ...] = ("B200", "RTX 5090", "H200", "cpu")
+    """Machines, by the names of the table that is printed first; cpu is the one at hand."""
+    models: tuple[str, ...] = ("800M", "3B", "7B", "22B")
+    """Blocks whose layers are counted; kernels are listed for the last."""
+    recipe: str = "search_eden"
+    """Recipe to hold beside BF16."""
+    tokens: int = 16384
+    """Tokens in a step."""
+    json: str | None = None
+    """Keep the figures here."""
+    plot: str | None = None
+    """Draw the speed-up over tokens here (PNG, SVG or PDF)."""
+    measure_cpu: bool = False
+    """Also time the layers on the processor at hand; a GPU at hand is timed whenever it is among the devices."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,11 +122,30 @@ def _info(command: Info) -> None:
     print(info())
 
 
+def _bench(command: Bench) -> None:
+    from nvfp4.devices import find_device
+    from nvfp4.recipes import Recipe
+    from nvfp4.roofline_report import report
+
+    try:
+        report(
+            Recipe.from_name(command.recipe),
+            command.models,
+            [find_device(name) for name in command.devices],
+            command.tokens,
+            command.json,
+            command.plot,
+            command.measure_cpu,
+        )
+    except (ValueError, OSError) as error:
+        raise TrainError(str(error)) from error
+
+
 def _without_file(kind: type, command: Any) -> Any:
     return kind(**{field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
 
 
-RUNNERS: dict[type, Callable[[Any], None]] = {Pretrain: _pretrain, Compare: _compare, Info: _info}
+RUNNERS: dict[type, Callable[[Any], None]] = {Pretrain: _pretrain, Compare: _compare, Info: _info, Bench: _bench}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FLOORS = [
     ["noise", "ops", "library"],
     ["sharding", "tensor_parallel"],
     ["gemms", "layer_ops", "linear"],
-    ["policy", "convert", "distributed", "diagnostics", "export", "info"],
+    ["policy", "convert", "distributed", "diagnostics", "export", "info", "devices", "roofline", "roofline_report"],
     ["integrations"],
     ["train"],
     ["rl"],

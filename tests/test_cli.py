@@ -37,7 +37,7 @@ def test_help_lists_every_option_with_a_sentence_and_its_default(command, kind, 
 def test_help_names_the_commands(capsys):
     code, said = said_by(["--help"], capsys)
     assert code == 0
-    assert all(name in said.out for name in ("pretrain", "compare", "info", "NVFP4 4-bit training"))
+    assert all(name in said.out for name in ("pretrain", "compare", "info", "bench", "NVFP4 4-bit training"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""What it takes to compile one kernel ahead of time, as data; a module of kernels lists its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """One specialisation of a Triton kernel.
+
+    name: for the table. kernel: the function under ``triton.jit``. types: Triton's type of every argument that is not
+    constant ("*u8", "i32", ...), by name. constants: the value of every other argument. instruction: a regular
+    expression that the PTX must match, or None. exact: whether float32 products and sums must stay apart (no FMA).
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    instruction: str | None = None
+    exact: bool = True

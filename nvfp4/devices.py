@@ -1,0 +1,156 @@
+"""What machines can do at best, from their data sheets, and what share of it programs are assumed to reach."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that kernels are assumed to reach, and where the assumption comes from."""
+
+    fp4: float
+    bf16: float
+    memory: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense peaks in FLOP/s (fp4 None: no such units, NVFP4 is decoded to 16 bits), bytes/s, bytes of L2, seconds.
+
+    launch: from the end of a kernel to the start of the next in one stream.
+    """
+
+    name: str
+    fp4: float | None
+    fp8: float | None
+    bf16: float
+    bandwidth: float
+    l2: float
+    launch: float
+    source: str
+    efficiency: Efficiency
+
+    def gemm_rate(self, fp4: bool) -> float:
+        """FLOP/s that a GEMM is assumed to run at, on NVFP4 operands or on BF16 ones."""
+        if fp4 and self.fp4 is not None:
+            return self.fp4 * self.efficiency.fp4
+        return self.bf16 * self.efficiency.bf16
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes/s that a kernel which only moves data is assumed to reach."""
+        return self.bandwidth * self.efficiency.memory
+
+
+_LAUNCH = 3e-6
+"""Assumed: between dependent kernels of a stream without graphs, 2 to 4 microseconds are commonly measured."""
+
+_TWO_PASSES = "memory: what Quartet II's RTX 5090 times leave beside its GEMMs is 0.5 to 0.6 of peak"
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        Device(
+            "B200",
+            fp4=9e15,
+            fp8=4.5e15,
+            bf16=2.25e15,
+            bandwidth=8e12,
+            l2=126e6,
+            launch=_LAUNCH,
+            source="NVIDIA HGX B200 data sheet (1000 W; an eighth of it, dense); L2: Blackwell tuning guide",
+            efficiency=Efficiency(
+                fp4=0.56,
+                bf16=0.72,
+                memory=0.6,
+                source="FP4: mean of the 4720 to 5342 TFLOP/s that Quartet II publishes for its GEMMs; BF16: assumed, "
+                "1.6 PFLOP/s; " + _TWO_PASSES,
+            ),
+        ),
+        Device(
+            "RTX 5090",
+            fp4=1676e12,
+            fp8=419e12,
+            bf16=209.5e12,
+            bandwidth=1.792e12,
+            l2=96 * 2**20,
+            launch=_LAUNCH,
+            source="NVIDIA RTX Blackwell GPU architecture white paper, appendix A (dense, FP32 accumulation)",
+            efficiency=Efficiency(
+                fp4=0.72,
+                bf16=1.05,
+                memory=0.6,
+                source="FP4: mean of the 1162 to 1241 TFLOP/s that Quartet II publishes for its GEMMs; BF16: 210 to "
+                "230 TFLOP/s follow from its times and speed-ups at 16384 tokens, above the peak at the nominal clock; "
+                + _TWO_PASSES,
+            ),
+        ),
+        Device(
+            "H200",
+            fp4=None,
+            fp8=1979e12,
+            bf16=989.5e12,
+            bandwidth=4.8e12,
+            l2=50e6,
+            launch=_LAUNCH,
+            source="NVIDIA H200 data sheet (SXM, dense: half of the figures with sparsity); L2: H100 white paper",
+            efficiency=Efficiency(
+                fp4=0.72, bf16=0.72, memory=0.6, source="assumed as on B200; decoding codes is taken to be free"
+            ),
+        ),
+    )
+}
+
+
+def this_cpu(seconds: float = 0.2) -> Device:
+    """The processor at hand: peaks measured now, by a BF16 GEMM and a copy, the best of what fits into ``seconds``."""
+    n = 1024
+    a, b = torch.ones(n, n, dtype=torch.bfloat16), torch.ones(n, n, dtype=torch.bfloat16)
+    source = torch.ones(2**26, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    flops = 2 * n**3 / _best(lambda: a @ b, seconds)
+    bandwidth = 2 * source.numel() / _best(lambda: target.copy_(source), seconds)
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+    l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
+    assumed = Efficiency(1.0, 1.0, 1.0, "peaks are measured; rounding is taken to be free, so times are lower bounds")
+    threads = torch.get_num_threads()
+    said = f"measured now: torch BF16 GEMM of {n}, copy of {source.numel() >> 20} MiB, {threads} threads"
+    return Device("CPU", None, None, flops, bandwidth, float(max(l2, 0)), 0.0, said, assumed)
+
+
+def _best(run: Callable[[], Any], seconds: float) -> float:
+    run()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def find_device(name: str) -> Device:
+    """By its name in ``DEVICES``, case and spaces aside ("rtx5090"), or "cpu" for the one at hand; else ValueError."""
+    wanted = name.lower().replace(" ", "").replace("_", "")
+    if wanted == "cpu":
+        return this_cpu()
+    for device in DEVICES.values():
+        if device.name.lower().replace(" ", "") == wanted:
+            return device
+    raise ValueError(f"unknown device {name!r}; known: {', '.join(DEVICES)}, cpu")
+
+
+def at_hand() -> Device | None:
+    """The GPU of this machine, if the table has it."""
+    if not torch.cuda.is_available():
+        return None
+    return next((device for device in DEVICES.values() if device.name in torch.cuda.get_device_name()), None)

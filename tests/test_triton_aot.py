@@ -1,0 +1,92 @@
+"""What Triton makes of our kernels for cards that are not here: the instructions, and that they fit.
+
+``make test`` compiles a few kernels for three cards, ``make aot`` all of them for eight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from nvfp4.backends.triton import aot  # noqa: E402
+from nvfp4.backends.triton.gemm import TILES, choose_tile, family, kernel_variants  # noqa: E402
+
+if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
+    pytest.skip("this Triton has no CUDA tools in its wheel", allow_module_level=True)
+
+TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+FP4 = {100: "kind::mxf4nvf4.block_scale", 120: "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"}
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_kernels_compile_to_tensor_cores_and_fit(capability):
+    """Native FP4 on both Blackwells, FP16 on Hopper; no spill, no fused rounding, shared memory within the card's."""
+    rows = list(aot.reports([capability], few=True))
+    assert {row.fault for row in rows} == {None}
+    gemms = [row for row in rows if row.kernel.startswith("gemm")]
+    assert len(gemms) == 2
+    for row in gemms:
+        assert row.instruction.startswith(TENSOR_CORES[capability])
+        assert FP4.get(capability, "f32.f16.f16") in row.instruction
+        assert 32 <= row.registers <= 255
+        assert 0 < row.shared_bytes <= aot.CARDS[capability].shared_block
+        assert 0 < row.occupancy <= 1
+        assert row.sass_instructions > 300
+
+
+def test_the_one_cast_rounds_to_nearest():
+    """float32 to BF16, which the interpreter cannot show."""
+    assert "cvt.rn.bf16" in aot.compile_variant(kernel_variants(90, few=True)[0], 90).asm["ptx"]
+
+
+def test_faults_are_found():
+    """The rules themselves, on a kernel made worse: 128 x 256 sums on 4 warps spill and exceed what sm_120 shares."""
+    variant = kernel_variants(100, few=True)[0]
+    worse = replace(variant, num_warps=4, num_stages=6, instruction="dp4a")
+    fault = aot.inspect(worse, 120, aot.compile_variant(worse, 120)).fault
+    for words in ("no dp4a in the PTX", "spills", "bytes of shared memory, 101376 allowed"):
+        assert words in fault
+    adds = kernel_variants(90, few=True)[1]
+    fused = aot.compile_variant(replace(adds, exact=False), 90)
+    assert aot.inspect(adds, 90, fused).fault == "float32 products and sums are fused"
+
+
+def test_occupancy_counts_whole_blocks():
+    """By hand: 128 registers x 256 threads fit twice, 100 KB of shared memory twice, 512 columns once."""
+    card = aot.CARDS[100]
+    assert aot.occupancy(128, 0, 8, card) == 2 * 8 / 64
+    assert aot.occupancy(32, 100 * 1024, 8, card) == 2 * 8 / 64
+    assert aot.occupancy(32, card.shared_total // 2 - 512, 8, card) == 8 / 64, "each block takes a KB more"
+    assert aot.occupancy(32, 0, 8, card, tensor_columns=512) == 8 / 64
+    assert aot.occupancy(32, 0, 1, card) == 32 / 64
+    assert aot.occupancy(129, 0, 8, card) == 8 / 64  # allotted as 136
+
+
+def test_an_interpreting_process_cannot_compile(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        next(aot.reports([90], few=True))
+
+
+def test_families_and_tiles():
+    """Native only where Triton has FP4 instructions; few rows get low tiles, many rows large ones."""
+    kinds = {
+        80: "mma",
+        86: "mma",
+        89: "mma",
+        90: "wgmma",
+        100: "tcgen05",
+        103: "tcgen05",
+        120: "mma_fp4",
+        121: "mma_fp4",
+    }
+    assert {capability: family(capability) for capability in aot.CARDS} == kinds
+    assert {family(capability, native=False) for capability in (100, 120)} == {"mma"}
+    assert choose_tile(16, 4096, "mma_fp4", 170).m == 16
+    assert choose_tile(16384, 16384, "mma_fp4", 170) == TILES["mma_fp4"][0]
+    assert choose_tile(16384, 16384, "tcgen05", 148) == TILES["tcgen05"][0]
+    assert choose_tile(16384, 16384, "tcgen05", 148, residual=True) == TILES["tcgen05"][1]
