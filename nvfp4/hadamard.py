@@ -60,7 +60,7 @@ class Rotation:
         for i in reversed(range(self.rounds)):
             signs = rotation_signs(self._seed(), i, self.group, y.device)
             # H H = group * I, so the inverse scale is 1 / (group * scale of the forward round)
-            groups = fwht(groups) * (1 / (self.group * _round_scale(i, self.rounds, self.group))) * signs
+            groups = fwht(groups) * (1 / (self.group * round_scale(i, self.rounds, self.group))) * signs
         return groups.reshape(y.shape)
 
     def _seed(self) -> int:
@@ -103,7 +103,7 @@ def rotate(x: torch.Tensor, sign_seed: int, *, rounds: int = 1, group: int = 128
     groups = _split(moved, group)
     for i in range(rounds):
         signs = rotation_signs(sign_seed, i, group, x.device)
-        groups = fwht(groups * signs) * _round_scale(i, rounds, group)
+        groups = fwht(groups * signs) * round_scale(i, rounds, group)
     return groups.reshape(moved.shape).movedim(-1, axis)
 
 
@@ -117,7 +117,7 @@ def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
     return (fwht(groups) * 0.25).to(torch.bfloat16).to(torch.float32).reshape(x.shape)
 
 
-def _round_scale(i: int, rounds: int, group: int) -> float:
+def round_scale(i: int, rounds: int, group: int) -> float:
     """Scale of round i: powers of two that pair up to 1/group over two rounds, fl(group^-1/2) for a last even round."""
     log2 = group.bit_length() - 1
     if i == rounds - 1 and i % 2 == 0:

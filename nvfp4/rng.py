@@ -15,9 +15,9 @@ ELEMENT_STREAM = 1
 BLOCK_SCALE_STREAM = 2
 FOLD_STREAM = 3
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # M0, M1 of Philox4x32 (SC 2011, table 2)
-_WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)
-_ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # M0, M1 of Philox4x32 (SC 2011, table 2)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)
+ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _SEED_LIMIT = 2**64
 _CHUNK = 2**15  # counters at a time: keeps the int64 temporaries of one round inside the L2 cache
@@ -45,10 +45,10 @@ def philox(seed: int, index: Word, stream: int) -> tuple[Word, Word, Word, Word]
     """
     k0, k1 = seed & _MASK, seed >> 32
     c0, c1, c2, c3 = index & _MASK, (index >> 32) & _MASK, (index & 0) + stream, index & 0
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + WEYL[0]) & _MASK, (k1 + WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 

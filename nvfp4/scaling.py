@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nvfp4.formats import E2M1, FLOAT32_MAX
 
-_SIXTH = torch.tensor(1 / E2M1.max, dtype=torch.float32).item()
+SIXTH = torch.tensor(1 / E2M1.max, dtype=torch.float32).item()
 """fl(1/6): TransformerEngine multiplies by it where one would divide by 6, and the last bit of a scale depends on
 it."""
 
@@ -60,4 +60,4 @@ def base_scale(block_amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
     block_amax: [m, k]; scale: the encode scale S, [1, 1] or [m, 1].
     """
-    return (block_amax * (scale * _SIXTH)).clamp_(max=FLOAT32_MAX)
+    return (block_amax * (scale * SIXTH)).clamp_(max=FLOAT32_MAX)

@@ -22,6 +22,10 @@ class Backend(ABC):
     def unavailable(self, device: torch.device) -> str | None:
         """None if this backend can run on ``device`` on this machine, otherwise the reason in words."""
 
+    def automatic(self, device: torch.device) -> bool:
+        """Whether "auto" may choose it on ``device``; otherwise it runs there only when it is named."""
+        return True
+
     def refuses(
         self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
     ) -> str | None:

@@ -10,9 +10,10 @@ from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.cpu import CpuBackend
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.selfcheck import find_fault
+from nvfp4.backends.triton.backend import TritonBackend
 from nvfp4.quantizers.base import Options, Quantizer
 
-_ORDER: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+_ORDER: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 """Fastest first; the reference comes last and refuses nothing."""
 
@@ -41,8 +42,8 @@ def check_backend(name: str, device: torch.device | None = None) -> str:
 def candidates(
     operation: Operation, device: torch.device, quantizer: Quantizer | None = None, options: Options | None = None
 ) -> list[tuple[Backend, str | None]]:
-    """Every backend in order of preference with None, or the reason why it cannot do this operation here."""
-    return [(backend, _obstacle(backend, operation, device, quantizer, options)) for backend in BACKENDS.values()]
+    """Every backend in order of preference with None, or the reason why "auto" does not choose it here."""
+    return [(backend, _objection(backend, operation, device, quantizer, options)) for backend in BACKENDS.values()]
 
 
 def select(
@@ -58,7 +59,7 @@ def select(
     """
     if name == AUTO:
         for backend in BACKENDS.values():
-            if _obstacle(backend, operation, device, quantizer, options) is None:
+            if _objection(backend, operation, device, quantizer, options) is None:
                 if backend is BACKENDS["reference"] and device.type not in _SAID:
                     _say_why(operation, device, quantizer, options)
                 return backend
@@ -92,6 +93,19 @@ def _obstacle(
             return None  # a graph can be captured only after a warm-up, which has asked already
         _FAULTS[key] = find_fault(backend, operation, device, quantizer)
     return _FAULTS[key]
+
+
+def _objection(
+    backend: Backend,
+    operation: Operation,
+    device: torch.device,
+    quantizer: Quantizer | None,
+    options: Options | None,
+) -> str | None:
+    """Why "auto" passes over this backend."""
+    if not backend.automatic(device):
+        return backend.unavailable(device) or "it runs here only when named"
+    return _obstacle(backend, operation, device, quantizer, options)
 
 
 def _say_why(operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None) -> None:

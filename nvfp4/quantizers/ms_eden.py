@@ -29,24 +29,30 @@ _FULL_SCALE = float.fromhex("0x1.849d64p+2")
 2601.22813)."""
 FACTORS = (1.0,)
 SEARCH_FACTORS = (1.0, 0.875, 1.125, 1.25, 1.375, 1.5)
-_SMALLEST_AMAX = 2.0**-120
+SMALLEST_AMAX = 2.0**-120
 """Blocks below are zeros: keeps 1/a and a/448 finite and non-zero in float32."""
+
+
+def element_scale(factor: float) -> tuple[float, float]:
+    """c = fl(6/0.988125 / factor), which brings a block of maximum 1 to the grid of the elements, and fl(1 / c)."""
+    c = torch.tensor(_FULL_SCALE, dtype=torch.float32, device="cpu") / factor
+    return c.item(), (1 / c).item()
 
 
 def _candidate(unit: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes' values [m, k, 16], t [m, k]) for one factor; q * t approximates the unit-maximum block ``unit``."""
-    c = (torch.tensor(_FULL_SCALE, dtype=torch.float32) / factor).item()
+    c, inverse = element_scale(factor)
     v = unit * c
     q = nearest(v, E2M1)
     numerator, denominator = tree_sum(v * v), tree_sum(v * q)
     correction = torch.where(denominator == 0, 1.0, numerator / denominator)
-    return q, correction * (1 / torch.tensor(c, dtype=torch.float32)).item()
+    return q, correction * inverse
 
 
 def rule(blocks: Blocks) -> Quantized:
     """Blocks come rotated; see the head of this file."""
     amax = blocks.amax()
-    amax = torch.where(amax < _SMALLEST_AMAX, 0.0, amax)
+    amax = torch.where(amax < SMALLEST_AMAX, 0.0, amax)
     inverse = torch.where(amax == 0, 0.0, 1 / amax)
     unit = blocks.values * inverse[..., None]
     values, length = _candidate(unit, FACTORS[0])

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from nvfp4.backends.triton.variants import KernelVariant
 
-KERNEL_MODULES = ("nvfp4.backends.triton.gemm",)
+KERNEL_MODULES = ("nvfp4.backends.triton.gemm", "nvfp4.backends.triton.quantize_variants")
 """Modules with ``kernel_variants(capability, few) -> list[KernelVariant]``."""
 
 
@@ -74,7 +74,11 @@ def compile_variant(variant: KernelVariant, capability: int) -> Any:
     names = variant.kernel.arg_names
     types = {name: variant.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name] != "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types[name] != "constexpr" and not variant.kernel.params[i].do_not_specialize
+    }
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     options |= {"enable_fp_fusion": not variant.exact}
     source = ASTSource(variant.kernel, types, constants, aligned)
@@ -89,12 +93,14 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> Report:
     sass = _tool("cuobjdump", compiled.asm["cubin"], "-sass")
     shared = compiled.metadata.shared
     card = CARDS[capability]
+    fused = re.search(r"\bfma\.", ptx) if variant.divides else re.search(r"\bFFMA", sass)
+    flushed = re.search(r"\.ftz\.", ptx) if variant.divides else re.search(r"\bF(MUL|ADD|FMA)\S*\.FTZ", sass)
     faults = [
         "" if found or not variant.instruction else f"no {variant.instruction} in the PTX",
         f"spills {spilled} bytes" if spilled else "",
         f"{shared} bytes of shared memory, {card.shared_block} allowed" if shared > card.shared_block else "",
-        "float32 products and sums are fused" if variant.exact and re.search(r"\bFFMA", sass) else "",
-        "float32 subnormals are flushed" if variant.exact and re.search(r"\bF(MUL|ADD|FMA)\S*\.FTZ", sass) else "",
+        "float32 products and sums are fused" if variant.exact and fused else "",
+        "float32 subnormals are flushed" if variant.exact and flushed else "",
     ]
     return Report(
         kernel=variant.name,

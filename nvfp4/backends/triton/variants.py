@@ -13,6 +13,7 @@ class KernelVariant:
     name: for the table. kernel: the function under ``triton.jit``. types: Triton's type of every argument that is not
     constant ("*u8", "i32", ...), by name. constants: the value of every other argument. instruction: a regular
     expression that the PTX must match, or None. exact: whether float32 products and sums must stay apart (no FMA).
+    divides: whether it divides, for which ptxas uses FMAs of its own, so that only the PTX can tell.
     """
 
     name: str
@@ -23,3 +24,4 @@ class KernelVariant:
     num_stages: int = 3
     instruction: str | None = None
     exact: bool = True
+    divides: bool = False

@@ -1,0 +1,217 @@
+"""The arithmetic of the kernels on tensors of any shape: twin of ``rng``, ``rounding``, ``codec`` and ``scaling``.
+
+Integers wherever a float could surprise: FP8 types do not compile below sm_89, maxima of NaN depend on the compiler.
+Divisions are ``div_rn`` (``/`` is approximate on GPUs), sums are explicit trees (the order of ``tl.sum`` is open except
+between two elements).
+"""
+
+import triton
+import triton.language as tl
+
+from nvfp4.formats import E2M1 as _E2M1
+from nvfp4.formats import E4M3 as _E4M3
+from nvfp4.formats import FLOAT32_MAX as _FLOAT32_MAX
+from nvfp4.formats import ElementFormat
+from nvfp4.rng import MULTIPLIERS, WEYL
+from nvfp4.rng import ROUNDS as _ROUNDS
+from nvfp4.scaling import SIXTH as _SIXTH
+
+
+def _constants(fmt: ElementFormat) -> tuple[int, int, float]:
+    return fmt.mantissa_bits, fmt.min_exponent, fmt.max
+
+
+E2M1 = tl.constexpr(_constants(_E2M1))
+E4M3 = tl.constexpr(_constants(_E4M3))
+"""(mantissa bits, exponent of the smallest normal, maximum) of a format."""
+FLOAT32_MAX = tl.constexpr(_FLOAT32_MAX)
+SIXTH = tl.constexpr(_SIXTH)
+INFINITY_BITS = tl.constexpr(0x7F800000)
+NAN_BITS = tl.constexpr(0x7FC00000)
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
+_W0, _W1 = (tl.constexpr(w) for w in WEYL)
+_PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
+
+
+@triton.constexpr_function
+def log2(n: int) -> int:
+    """Logarithm of a power of two."""
+    return n.bit_length() - 1
+
+
+@triton.jit
+def bits(x):
+    """The bits of float32 as int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def from_bits(x):
+    """The float32 with these bits."""
+    return x.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Bits of |x|: as integers they order like the magnitudes, with Inf and then NaN above everything."""
+    return bits(x) & _MAGNITUDE
+
+
+@triton.jit
+def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
+    """Four uint32 words of Philox4x32-10 at counter ``index`` (int64) of a stream; the seed as two int32."""
+    k0, k1 = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
+    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    c2, c3 = tl.full(index.shape, STREAM, tl.uint32), tl.full(index.shape, 0, tl.uint32)
+    for _ in tl.static_range(_PHILOX_ROUNDS):
+        high0, low0 = tl.umulhi(c0, _M0), c0 * _M0
+        high1, low1 = tl.umulhi(c2, _M1), c2 * _M1
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + _W0, k1 + _W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def centred_uniform(draw):
+    """u = (k + 1/2) / 2^16 of 16 random bits k; both operations are exact."""
+    STEP: tl.constexpr = 2.0**-16
+    return (draw.to(tl.float32) + 0.5) * STEP
+
+
+@triton.jit
+def uniforms(seed_low, seed_high, counter, STREAM: tl.constexpr):
+    """The eight centred uniforms of each counter [...], [..., 8]: word 0 first, low half first."""
+    w0, w1, w2, w3 = philox(seed_low, seed_high, counter, STREAM)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2, 2], row-major 0, 1, 2, 3
+    draws = tl.join(words & 0xFFFF, words >> 16)
+    return centred_uniform(draws)
+
+
+@triton.jit
+def uniform(seed_low, seed_high, index, STREAM: tl.constexpr):
+    """The centred uniform of draw number ``index`` (int64)."""
+    w0, w1, w2, w3 = philox(seed_low, seed_high, index >> 3, STREAM)
+    which = (index >> 1) & 3
+    word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+    return centred_uniform(tl.where((index & 1) == 0, word & 0xFFFF, word >> 16))
+
+
+@triton.jit
+def _binade(a, F: tl.constexpr):
+    """Exponent field of max(a, smallest normal), in place: in that binade the lattice step is 2^(E - m)."""
+    SMALLEST: tl.constexpr = (127 + F[1]) << 23
+    return tl.maximum(bits(a), SMALLEST) & INFINITY_BITS
+
+
+@triton.jit
+def nearest(a, F: tl.constexpr):
+    """(code, value) of the grid value nearest to 0 <= a <= max, ties to the even code.
+
+    What is added is a power of two whose last place is the lattice step, plus as many steps as the codes below the
+    binade (an even number, so ties stay right): the last bits of the sum are the code.
+    """
+    START: tl.constexpr = ((23 - F[0]) << 23) - ((127 + F[1]) << F[0])
+    binade = _binade(a, F)
+    magic = from_bits(binade + (binade >> (23 - F[0])) + START)
+    total = a + magic
+    return bits(total) & 0x7F, total - magic
+
+
+@triton.jit
+def _on_lattice(n, binade, F: tl.constexpr):
+    """The code of n steps in a binade."""
+    return n + (binade >> (23 - F[0])) - ((127 + F[1]) << F[0])
+
+
+@triton.jit
+def _in_steps(a, binade, F: tl.constexpr):
+    """a / step, exact: the step is a power of two; the two terms keep the integers below 2^31."""
+    return a * from_bits(((127 << 23) - binade) + ((127 + F[0]) << 23))
+
+
+@triton.jit
+def up(a, F: tl.constexpr):
+    """Code of the smallest grid value not below 0 <= a <= max."""
+    binade = _binade(a, F)
+    steps = _in_steps(a, binade, F)
+    n = steps.to(tl.int32)
+    return _on_lattice(tl.where(n.to(tl.float32) < steps, n + 1, n), binade, F)
+
+
+@triton.jit
+def stochastic(a, u, F: tl.constexpr):
+    """Code of one of the neighbours of 0 <= a <= max, by u in (0, 1)."""
+    binade = _binade(a, F)
+    return _on_lattice((_in_steps(a, binade, F) + u).to(tl.int32), binade, F)
+
+
+@triton.jit
+def decode(code, F: tl.constexpr):
+    """Float32 value of a code without sign: the format's exponent and mantissa read as float32, subnormals included."""
+    SCALE: tl.constexpr = 2.0 ** (126 + F[1])
+    return from_bits(code << (23 - F[0])) * SCALE
+
+
+@triton.jit
+def decode_scale(byte):
+    """Float32 value of an E4M3 byte 0..127; 127 is NaN."""
+    code = byte.to(tl.int32)
+    return tl.where(code == 127, from_bits(tl.full(code.shape, NAN_BITS, tl.int32)), decode(code, E4M3))
+
+
+@triton.jit
+def decode_element(code):
+    """Float32 value of a code 0..15 (int32); 8 is -0."""
+    return from_bits(bits(decode(code & 7, E2M1)) | ((code & 8) << 28))
+
+
+@triton.jit
+def round_to_bf16(x):
+    """x rounded to the nearest BF16 (ties to even), as float32; NaN stays NaN."""
+    b = bits(x)
+    rounded = (b + 0x7FFF + ((b >> 16) & 1)) & -65536
+    return from_bits(tl.where((b & _MAGNITUDE) > INFINITY_BITS, NAN_BITS, rounded))
+
+
+@triton.jit
+def encode_scale(amax, CAP: tl.constexpr):
+    """S = min(fl(6 cap / amax), FLT_MAX), 1 where amax is 0."""
+    FULL: tl.constexpr = E2M1[2] * CAP
+    scale = tl.minimum(tl.math.div_rn(tl.full(amax.shape, FULL, tl.float32), amax), FLOAT32_MAX)
+    return tl.where(amax == 0.0, 1.0, scale)
+
+
+@triton.jit
+def reciprocal(x):
+    """fl(1 / x)."""
+    return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
+def guarded_reciprocal(x):
+    """fl(1 / x), 0 where x is 0."""
+    return tl.where(x == 0.0, 0.0, reciprocal(x))
+
+
+@triton.jit
+def tree_sum(x):
+    """Sum of each block of x [m, rows, k, 16] in the fixed order x[i] + x[i + n/2], row-major: [m, k].
+
+    Each ``tl.sum`` adds two elements, so its order cannot matter.
+    """
+    M: tl.constexpr = x.shape[0]
+    ROWS: tl.constexpr = x.shape[1]
+    K: tl.constexpr = x.shape[2]
+    for s in tl.static_range(log2(ROWS)):
+        x = tl.sum(tl.reshape(x, (M, 2, ROWS >> (s + 1), K, 16)), axis=1)
+    x = tl.reshape(x, (M, K, 16))
+    for s in tl.static_range(4):
+        x = tl.sum(tl.reshape(x, (M, K, 2, 8 >> s)), axis=2)
+    return tl.reshape(x, (M, K))
+
+
+@triton.jit
+def over_elements(scale):
+    """One number a block [m, k] beside its elements [m, rows, k, 16]."""
+    return tl.expand_dims(tl.expand_dims(scale, 1), 3)

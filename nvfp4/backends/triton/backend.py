@@ -1,0 +1,258 @@
+"""The Triton backend: one family of kernels for every NVIDIA GPU, equal to the reference to the last bit.
+
+Nothing here waits for the device, so everything can be captured in a CUDA graph; launches go to the current stream.
+Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, to be tested and debugged, and only when named.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.reference import reference_matmul
+from nvfp4.formats import NVFP4
+from nvfp4.layout import TILE_COLUMNS, TILE_ROWS
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+
+try:
+    from triton import JITFunction, cdiv
+
+    from nvfp4.backends.triton import kernels
+    from nvfp4.backends.triton.gemm import gemm
+    from nvfp4.backends.triton.rules import RULES, SEARCHES, Coded, Policy, Tile, scaled_by_amax
+
+    _MISSING = None
+    INTERPRETED = not isinstance(kernels.quantize_kernel, JITFunction)
+except ImportError as error:
+    _MISSING = f"triton does not load: {error}; install triton>=3.6"
+    INTERPRETED = False
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAUNCH = {"enable_fp_fusion": False}
+"""Every kernel is compiled so: the reference rounds a product before it adds to it."""
+
+
+def tile_along(policy: Policy) -> Tile:
+    """For operands whose rows are contiguous: a thread reads 16 bytes of BF16 at once and holds whole blocks, a quarter
+    of a rotation group of 128, or one block alone where candidates are compared."""
+    if policy.search or policy.rule in SEARCHES:
+        return Tile(16, 128, False, 8, 2, 4)
+    wide = policy.group == 128 and bool(policy.round_scales)
+    return Tile(16, 256, False, 32, 4, 4) if wide else Tile(16, 256, False, 8, 2, 4)
+
+
+def tile_down(policy: Policy) -> Tile:
+    """For operands whose columns are contiguous: whole blocks in a thread, whole rotation groups in a warp."""
+    if policy.search or policy.rule in SEARCHES:
+        return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
+    return Tile(16, 128, True, 4, 1, 1) if policy.round_scales else Tile(32, 128, True, 4, 1, 2)
+
+
+def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
+    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both."""
+    height, width = max(columns.group, 32), max(rows.group, 64)
+    along, down = tile_along(rows), tile_down(columns)
+    warps = height * width // (32 * 16 * down.run)
+    return (
+        Tile(height, width, False, min(along.run, width), along.pieces, warps),
+        Tile(width, height, True, down.run, 1, warps),
+    )
+
+
+DECODING = (16, 256, 4)
+SCALES = (16, 64, 4)
+"""Rows, columns and warps for decoding, and for kernels on block scales."""
+
+
+def _grid(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int]:
+    """Programs for a matrix in tiles of [tile[0], tile[1]], all on the first axis, which alone takes 2^31 of them."""
+    return (cdiv(shape[0], tile[0]) * cdiv(shape[1], tile[1]),)
+
+
+class _Source(NamedTuple):
+    """Arguments of ``load_tile``: an operand in memory."""
+
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    global_scale: torch.Tensor | None
+    rows: int
+    columns: int
+    stride_row: int
+    stride_column: int
+
+    @classmethod
+    def dense(cls, x: torch.Tensor) -> _Source:
+        return cls(x, None, None, *x.shape, *x.stride())
+
+    @classmethod
+    def transposed_codes(cls, q: QTensor) -> _Source:
+        codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
+        return cls(codes, block_scale, global_scale, q.contraction, q.rows, 1, codes.shape[1])
+
+
+class _Target:
+    """The result a kernel fills, and what it needs beside it."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        quantizer: Quantizer,
+        options: Options,
+        device: torch.device,
+        swizzled: bool = False,
+    ) -> None:
+        self.policy = Policy.of(quantizer, options)
+        self.scaled_by_amax = scaled_by_amax(self.policy.rule)
+        self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
+        self.codes = self.q.codes.view(torch.int32)
+        self.padded = self.q.padded_contraction
+        self.peak = torch.zeros(self.q.global_scale.shape, dtype=torch.int32, device=device)
+        self.scale = self.q.block_scale
+        if not self.scaled_by_amax:
+            self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
+        self.swizzled = torch.zeros(_swizzled_bytes(self.q), dtype=torch.uint8, device=device) if swizzled else None
+        self.seed = halves(options.seed or 0)
+        self.signs = halves((options.rotation and options.rotation.sign_seed) or 0)
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """peak, codes, block scale, global scale, as the kernels take them."""
+        return self.peak, self.codes, self.scale, self.q.global_scale
+
+    def finish(self) -> QTensor:
+        """The result; for rules that scale by what came out, their scales are made now."""
+        if not self.scaled_by_amax:
+            shape = self.scale.shape
+            rows, columns, warps = SCALES
+            kernels.finish_kernel[_grid(shape, SCALES)](
+                self.scale, self.peak, self.codes, self.q.block_scale, self.q.global_scale, self.swizzled,
+                *shape, *self.seed, rows, columns, num_warps=warps, **LAUNCH,
+            )  # fmt: skip
+        return self.q
+
+
+class TritonBackend(Backend):
+    """Quantises and decodes without FP8 or FP4 hardware, multiplies in FP4 where there is some, on NVIDIA GPUs."""
+
+    name = "triton"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if _MISSING is not None:
+            return _MISSING
+        if device.type == "cpu":
+            return None if INTERPRETED else "it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
+        if device.type != "cuda":
+            return f"it runs on cuda, not on {device.type}"
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "there is no NVIDIA GPU that torch can use"
+        return None
+
+    def automatic(self, device: torch.device) -> bool:
+        return not INTERPRETED
+
+    def refuses(
+        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+    ) -> str | None:
+        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
+            return f"it has no kernel for {quantizer.name}"
+        return None
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if x.numel() == 0:
+            return quantizer.quantize(x, options)
+        return self._quantize(_Source.dense(x), None, _Target(tuple(x.shape), quantizer, options, x.device))
+
+    def quantize_swizzled(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options
+    ) -> tuple[QTensor, torch.Tensor]:
+        """``quantize``, and its block scales, one a row, in the layout of ``layout.swizzle``; x may not be empty."""
+        target = _Target(tuple(x.shape), quantizer, options, x.device, swizzled=True)
+        q = self._quantize(_Source.dense(x), None, target)
+        assert target.swizzled is not None
+        return q, target.swizzled
+
+    def quantize_both(
+        self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+    ) -> tuple[QTensor, QTensor]:
+        if x.numel() == 0 or rows[1].search or columns[1].search:  # a search is bound by arithmetic, not by reading x
+            return super().quantize_both(x, rows, columns)
+        across = _Target(tuple(x.shape), *rows, x.device)
+        down = _Target(tuple(x.t().shape), *columns, x.device)
+        policies = (across.policy, down.policy)
+        tiles = tiles_of_both(*policies)
+        grid, options = _grid(tuple(x.shape), tiles[0]), {"num_warps": tiles[0].warps, **LAUNCH}
+        with _on(x.device):
+            if across.scaled_by_amax or down.scaled_by_amax:
+                peaks = [value for t in (across, down) for value in (t.peak, *t.signs)]
+                kernels.amax_both_kernel[grid](x, *x.shape, *x.stride(), *peaks, *policies, *tiles, **options)
+            operands = [value for t in (across, down) for value in (*t.stored, t.padded, *t.seed, *t.signs)]
+            kernels.quantize_both_kernel[grid](x, *x.shape, *x.stride(), *operands, *policies, *tiles, **options)
+            return across.finish(), down.finish()
+
+    def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
+            return super().requantize(q, quantizer, options)
+        target = _Target((q.contraction, q.rows), quantizer, options, q.device)
+        return self._quantize(_Source.transposed_codes(q), Coded.of(q), target)
+
+    def _quantize(self, source: _Source, coded: Coded | None, target: _Target) -> QTensor:
+        down = coded is not None or source.stride_row == 1 != source.stride_column
+        tile = tile_down(target.policy) if down else tile_along(target.policy)
+        grid = _grid((source.rows, source.columns), tile)
+        constants = (target.policy, coded, tile)
+        options = {"num_warps": tile.warps, **LAUNCH}
+        with _on(source.x.device):
+            if target.scaled_by_amax:
+                kernels.amax_kernel[grid](*source, target.peak, *target.signs, *constants, **options)
+            seeds = (*target.seed, *target.signs)
+            kernels.quantize_kernel[grid](
+                *source, *target.stored, target.swizzled, target.padded, *seeds, *constants, **options
+            )
+            return target.finish()
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        if q.rotation is not None or dtype not in DTYPES or q.codes.numel() == 0:
+            return q.dequantize(dtype)
+        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
+        out = self._decode(q, q.contraction, dtype, with_global=True)
+        return out.view(*lead, q.contraction).movedim(-1, q.axis)
+
+    def decode_blocks(self, q: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32 alike."""
+        return self._decode(q, q.padded_contraction, dtype, with_global=False)
+
+    def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+        codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
+        out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
+        tile_rows, tile_columns, warps = DECODING
+        with _on(q.device):
+            kernels.decode_kernel[_grid((q.rows, columns), DECODING)](
+                codes, block_scale, global_scale if with_global else None, out, q.rows, columns, codes.shape[1],
+                Coded.of(q), tile_rows, tile_columns, num_warps=warps, **LAUNCH,
+            )  # fmt: skip
+        return out
+
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if a.codes.numel() == 0 or b.codes.numel() == 0:
+            return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+        return gemm(a, b, out_dtype, bias)
+
+
+def halves(seed: int) -> tuple[int, int]:
+    """The low and the high 32 bits of a seed, each as a signed number, so that every seed has the same type."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return (low ^ 1 << 31) - (1 << 31), (high ^ 1 << 31) - (1 << 31)
+
+
+def _swizzled_bytes(q: QTensor) -> int:
+    blocks = q.padded_contraction // NVFP4.block_size
+    return cdiv(q.rows, TILE_ROWS) * cdiv(blocks, TILE_COLUMNS) * TILE_ROWS * TILE_COLUMNS
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device; make that the one the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

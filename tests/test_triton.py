@@ -1,0 +1,336 @@
+"""The Triton kernels against the reference: equal to the last bit, over quantisers, options, dtypes, orientations and
+difficult data; and what the compiler makes of them.
+
+The kernels run on a GPU where there is one. Everywhere else Triton's interpreter runs them, in a process of its own
+(``test_in_the_interpreter``), because a kernel is interpreted or compiled from its definition on.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_native import BOTH, CASES, DTYPES, KINDS, assert_same, data, same
+
+from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.backends.registry import BACKENDS, BackendUnavailable, select
+from nvfp4.backends.triton.backend import _MISSING, INTERPRETED, TritonBackend, halves
+from nvfp4.hadamard import Rotation
+from nvfp4.layout import swizzle
+from nvfp4.ops import explain
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.registry import QUANTIZERS
+from nvfp4.rng import ELEMENT_STREAM, philox
+from nvfp4.scaling import spread
+
+pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+runs = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no CUDA device: test_in_the_interpreter runs it in another process",
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+BACKEND = TritonBackend()
+SHAPES = [(17, 33), (5, 270), (33, 20), (20, 130)]
+
+
+@pytest.fixture(autouse=True)
+def quiet_interpreter() -> Iterator[None]:
+    """The interpreter is numpy, which warns of the infinities that the rules clamp."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def check_quantize(name: str, options: dict, x: torch.Tensor, rng: random.Random, note: str) -> None:
+    """Both backends on x under random seeds."""
+    quantizer = QUANTIZERS[name]
+    checked = quantizer.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **options)
+    got = BACKEND.quantize(x.to(DEVICE), quantizer, checked)
+    assert_same(got.to("cpu"), quantizer.quantize(x, checked), f"{name} {options} {tuple(x.shape)} {x.dtype} {note}")
+
+
+@compiles
+def test_in_the_interpreter() -> None:
+    """Every test of this file that runs kernels, under TRITON_INTERPRET=1."""
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert child.returncode == 0, child.stdout[-20000:] + child.stderr[-2000:]
+    assert int(re.findall(r"(\d+) passed", child.stdout)[0]) > 100
+
+
+@runs
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: str(v))
+def test_quantize_equals_reference(name: str, options: dict, transposed: bool) -> None:
+    """Every rule and option in both orientations, over shapes, kinds of data, dtypes and seeds drawn at random."""
+    rng = random.Random(f"{name}{options}{transposed}")
+    shape, kind = rng.choice(SHAPES), rng.choice(("normal", "wide", "rows", "sparse"))
+    x = data(shape[::-1] if transposed else shape, kind, rng.choice(DTYPES), rng.randrange(2**31))
+    check_quantize(name, options, x.t() if transposed else x, rng, f"{kind} transposed={transposed}")
+
+
+@runs
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*QUANTIZERS, "row_scaled", "tiles", "rotated"])
+def test_difficult_data(name: str, kind: str) -> None:
+    """Zeros, denormals, overflow, NaN, Inf and ties under every rule."""
+    variants = {
+        "row_scaled": ("sr", {"row_scaled": True}),
+        "tiles": ("four_over_six", {"block": (16, 16)}),
+        "rotated": ("rtn", {"rotation": Rotation(16, fixed=True)}),
+    }
+    rule, options = variants.get(name, (name, {}))
+    rng = random.Random(f"{name}{kind}")
+    for shape in ((3, 40), (1, 1)):
+        check_quantize(rule, options, data(shape, kind, rng.choice(DTYPES), rng.randrange(2**31)), rng, kind)
+
+
+@runs
+def test_strides_of_neither_kind() -> None:
+    """Every second column, rows in reverse order of a view, one row broadcast: addresses come from both strides."""
+    rng = random.Random(0)
+    x = torch.randn(20, 80)
+    for view in (x[:, ::2], x[::3, 1::2], x[:1].expand(5, 80), x.t()[::2, ::2]):
+        check_quantize("rtn", {}, view, rng, f"strides {view.stride()}")
+
+
+@runs
+@pytest.mark.parametrize(("rows", "columns"), BOTH, ids=lambda v: f"{v[0]}{v[1]}")
+def test_quantize_both_equals_two_references(rows: tuple, columns: tuple) -> None:
+    """x and x^T from one read: each as if it were alone."""
+    rng = random.Random(f"{rows}{columns}")
+    pairs = [(QUANTIZERS[name], options) for name, options in (rows, columns)]
+    for shape in ((1, 1), (17, 33)):
+        kind, transposed = rng.choice(KINDS), rng.random() < 0.5
+        x = data(shape[::-1] if transposed else shape, kind, rng.choice(DTYPES), rng.randrange(2**31))
+        x = x.t() if transposed else x
+        checked = [(q, q.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **o)) for q, o in pairs]
+        got = BACKEND.quantize_both(x.to(DEVICE), *checked)
+        want = ReferenceBackend().quantize_both(x, *checked)
+        for side, a, b in zip(("rows", "columns"), got, want, strict=True):
+            assert_same(a.to("cpu"), b, f"{side} of {shape} {kind} {x.dtype} transposed={transposed}")
+
+
+@runs
+@pytest.mark.parametrize("kind", ["normal", "wide", "nan"])
+@pytest.mark.parametrize("saved", [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})], ids=str)
+def test_requantize_equals_reference(saved: tuple, kind: str) -> None:
+    """Codes decoded in float32, cut, transposed, quantised: no decoded copy in between."""
+    first = QUANTIZERS[saved[0]]
+    rng = random.Random(f"{saved}{kind}")
+    seconds = [("ms_eden", {"rounds": 2}), ("sr", {"rotation": Rotation(16, 1, 9)}), ("rtn", {}), ("rtn_2d", {})]
+    for (name, options), shape in zip(seconds, [(1, 1), (17, 33), (40, 70), (20, 37)], strict=True):
+        q = first.quantize(data(shape, kind, torch.float32, rng.randrange(2**31)), first.check(**saved[1]))
+        second = QUANTIZERS[name]
+        checked = second.check(seed=3, sign_seed=None if "rotation" in options else 4, **options)
+        want = second.quantize(q.dequantize().t(), checked)
+        assert_same(BACKEND.requantize(q.to(DEVICE), second, checked).to("cpu"), want, f"{shape} {kind} {name}")
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_equals_reference(dtype: torch.dtype) -> None:
+    """Decoding with the global scale, per tensor, per row and per tile, rounded once to the dtype."""
+    for i, kind in enumerate(KINDS):
+        for name, options in (("rtn", {"row_scaled": True}), ("rtn_2d", {}), ("four_over_six", {})):
+            quantizer = QUANTIZERS[name]
+            q = quantizer.quantize(data((19, 37), kind, torch.float32, i), quantizer.check(**options))
+            assert same(BACKEND.dequantize(q.to(DEVICE), dtype).cpu(), q.dequantize(dtype)), f"{kind} {name}"
+
+
+@runs
+def test_every_code_and_scale_decodes_to_its_product() -> None:
+    """All 16 codes on all 128 scales without the global scale: exact in BF16; the NaN byte decodes to NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(128, 1)
+    scales = torch.arange(128, dtype=torch.uint8)[:, None].expand(-1, 32).contiguous()
+    q = QTensor(codes, scales, torch.ones(1), (1, 16), (128, 512))
+    for dtype in DTYPES:
+        got = BACKEND.decode_blocks(q.to(DEVICE), dtype).cpu()
+        assert same(got, q.decode_blocks().to(dtype))
+        assert same(got.float(), q.decode_blocks())
+
+
+@runs
+@pytest.mark.parametrize("name", ["rtn", "rtn_2d", "ms_eden"])
+def test_swizzled_scales(name: str) -> None:
+    """The scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major ones are unchanged."""
+    quantizer = QUANTIZERS[name]
+    checked = quantizer.check(seed=5, **({"group": 16} if name == "ms_eden" else {}))
+    for shape in ((1, 1), (130, 90), (16, 300)):
+        x = data(shape, "normal", torch.bfloat16, 1)
+        q, swizzled = BACKEND.quantize_swizzled(x.to(DEVICE), quantizer, checked)
+        want = quantizer.quantize(x, checked)
+        assert_same(q.to("cpu"), want, f"{shape}")
+        assert torch.equal(swizzled.cpu(), swizzle(spread(want.block_scale, want.block, want.rows)))
+
+
+@runs
+@pytest.mark.parametrize("seed", [0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
+def test_seeds_of_every_size(seed: int) -> None:
+    """The halves of a seed are signed on their way to the kernel; no bit of it is lost."""
+    x = data((2, 32), "normal", torch.float32, 0)
+    for name in ("sr", "ms_eden"):
+        quantizer = QUANTIZERS[name]
+        checked = quantizer.check(seed=seed, sign_seed=seed ^ 2**63 ^ 2**31)
+        assert_same(BACKEND.quantize(x.to(DEVICE), quantizer, checked).to("cpu"), quantizer.quantize(x, checked), name)
+
+
+def test_halves_fit_their_type() -> None:
+    """Every seed gives two numbers of 32 bits, so none is a reason to compile again."""
+    for seed in (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1):
+        low, high = halves(seed)
+        assert -(2**31) <= low < 2**31
+        assert -(2**31) <= high < 2**31
+        assert (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32 == seed
+
+
+@runs
+def test_noise_beyond_32_bits() -> None:
+    """Draw numbers above 2^35 use the second word of the counter."""
+    import triton_kernels
+
+    index = torch.tensor([0, 7, 2**31, 2**32 + 5, 2**35, 2**40 + 3, 2**52 + 6, 2**62 + 1], dtype=torch.int64)
+    got = triton_kernels.draws(index.to(DEVICE), 2**63 + 7).cpu()
+    words = torch.stack(philox(2**63 + 7, index >> 3, ELEMENT_STREAM))
+    word = words.gather(0, ((index & 7) >> 1)[None])[0]
+    assert torch.equal(got, ((word >> (index & 1) * 16 & 0xFFFF).float() + 0.5) * 2.0**-16)
+
+
+@runs
+@pytest.mark.skipif(not INTERPRETED, reason="takes memory that is never touched, which a GPU does not have")
+def test_rows_further_apart_than_32_bits() -> None:
+    """Rows 2^31 bytes apart, along and down, are read at the right place: offsets are 64-bit."""
+    memory = np.zeros(2**31 + 64, dtype=np.int16)  # pages appear only where they are touched
+    x = torch.from_numpy(memory).view(torch.bfloat16).as_strided((3, 64), (2**30, 1))
+    values = torch.randn(3, 64).bfloat16()
+    x.copy_(values)
+    quantizer = QUANTIZERS["rtn"]
+    for far, near in ((x, values), (x.t(), values.t())):
+        assert_same(
+            BACKEND.quantize(far, quantizer, quantizer.check()), quantizer.quantize(near, quantizer.check()), "far rows"
+        )
+
+
+@pytest.mark.cuda
+@compiles
+@pytest.mark.parametrize(("name", "options"), [("sr", {}), ("ms_eden", {"rounds": 2}), ("rtn", {"row_scaled": True})])
+def test_nothing_waits_and_a_graph_replays(name: str, options: dict) -> None:
+    """No synchronisation, and a captured graph reads the new contents of x, NaN included."""
+    quantizer = QUANTIZERS[name]
+    checked = quantizer.check(seed=1, **options)
+    x = torch.randn(130, 260, device="cuda")
+    BACKEND.quantize(x, quantizer, checked)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            q = BACKEND.quantize(x, quantizer, checked)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for kind in ("normal", "nan", "wide"):
+        fresh = data((130, 260), kind, torch.float32, 3)
+        x.copy_(fresh)
+        graph.replay()
+        assert_same(q.to("cpu"), quantizer.quantize(fresh, checked), kind)
+
+
+def test_it_is_never_chosen_on_the_cpu() -> None:
+    """In the interpreter it runs when it is named; "auto" passes it over and says why."""
+    cpu = torch.device("cpu")
+    assert select("auto", "quantize", cpu).name != "triton"
+    first = explain("quantize", "cpu").splitlines()[0]
+    if INTERPRETED:
+        assert select("triton", "quantize", cpu, QUANTIZERS["rtn"]) is BACKENDS["triton"]
+        assert first == "triton: it runs here only when named"
+    else:
+        assert first == "triton: it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
+        with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
+            select("triton", "quantize", cpu)
+
+
+def test_what_it_refuses_has_a_reason() -> None:
+    """Other devices; nothing else."""
+    assert BACKEND.refuses("matmul") is None
+    assert BACKEND.refuses("quantize", QUANTIZERS["ms_eden"]) is None
+    assert "not on mps" in str(BACKEND.unavailable(torch.device("mps")))
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU" in str(BACKEND.unavailable(torch.device("cuda")))
+
+
+REPRESENTATIVE = [
+    "amax_kernel: sr_rotation=16x1 of codes",
+    "amax_kernel: rtn_rotation=nvidia of bfloat16^T",
+    "quantize_kernel: rtn of bfloat16",
+    "quantize_kernel: rtn_2d of float32^T",
+    "quantize_kernel: sr_row_scaled=True of float16",
+    "quantize_kernel: sr_te_rotation=nvidia of bfloat16^T",
+    "quantize_kernel: four_over_six of bfloat16",
+    "quantize_kernel: scale_search of bfloat16^T",
+    "quantize_kernel: ms_eden_rounds=2 of bfloat16",
+    "quantize_kernel: ms_eden_rounds=2_search=True of tile_codes",
+    "quantize_both_kernel: rtn and rtn_rotation=nvidia^T of bfloat16",
+    "finish_kernel: ms_eden, swizzled scales",
+    "decode_kernel: tensor of 16x16 to bfloat16, no global",
+    "decode_kernel: rows of 1x16 to float16",
+]
+
+
+@compiles
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_compiled_code(name: str, tmp_path: Path) -> None:
+    """For sm_90, without a GPU: nothing is fused, flushed or approximated, no FP8 type, no register spilled."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from nvfp4.backends.triton.quantize_variants import all_variants
+
+    variant = {v.name: v for v in all_variants()}[name]
+    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attrs)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=variant.options)
+    assert not compiled.metadata.enable_fp_fusion  # ptxas is told --fmad=false
+    found = set(re.findall(r"fma\.\w+|\.ftz|div\.full|div\.approx|rcp\.\w+|e4m3|e2m1|\.local", compiled.asm["ptx"]))
+    assert not found, f"{name} has {found}"
+    usage = resource_usage(compiled.asm["cubin"])
+    assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL, ... of the one kernel in a cubin, as cuobjdump counts them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", text)}
+
+
+@compiles
+def test_variants_cover_every_kernel() -> None:
+    """Every kernel of the family is listed, under names that differ, with every parameter typed."""
+    from nvfp4.backends.triton import kernels
+    from nvfp4.backends.triton.quantize_variants import all_variants
+
+    variants = list(all_variants())
+    family = {value for key, value in vars(kernels).items() if key.endswith("_kernel")}
+    assert {v.kernel for v in variants} == family
+    assert len({v.name for v in variants}) == len(variants)
+    for v in variants:
+        assert list(v.signature) == v.kernel.arg_names
+        assert {k for k, kind in v.signature.items() if kind == "constexpr"} == set(v.constexprs)
