@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from nvfp4.codec import e2m1_decode, e4m3_decode, pack, unpack
+from nvfp4.codec import e2m1_decode, e4m3_decode, unpack
 from nvfp4.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.scaling import spread
@@ -126,11 +126,14 @@ class QTensor:
                 f"transpose() needs an unrotated matrix with block={TILE_BLOCK}, got block={self.block}, "
                 f"rotation={self.rotation}, shape={self.shape}; quantise the transposed tensor instead"
             )
-        codes = unpack(self.codes)[:, : self.contraction].t()
-        codes = F.pad(codes, (0, -self.rows % NVFP4.block_size))
+        rows = F.pad(self.codes, (0, 0, 0, -self.rows % NVFP4.block_size))
+        upper, lower = rows[0::2], rows[1::2]  # of each 2x2 square of codes, two bytes
+        codes = torch.empty(self.padded_contraction, rows.shape[0] // 2, dtype=torch.uint8, device=self.device)
+        codes[0::2] = ((upper & 15) | (lower << 4)).t()
+        codes[1::2] = ((upper >> 4) | (lower & 240)).t()
         return replace(
             self,
-            codes=pack(codes).contiguous(),
+            codes=codes[: self.contraction],
             block_scale=self.block_scale.t().contiguous(),
             axis=-1 - self.axis % 2,
         )
