@@ -42,15 +42,16 @@ def fprop(
 def _(x, weight, bias, words, recipe, backend, dtype, needs, w_amax=None):
     chosen = Recipe.from_key(recipe)
     made = [x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)]
-    for need, stored, shape in zip(needs, stored_operands(chosen), _shapes(chosen, x, weight), strict=False):
+    (m, k), n = x.shape, weight.shape[0]
+    shapes = _stored_shapes(chosen, m, k, n)
+    for need, stored, shape in zip(needs, stored_operands(chosen), shapes, strict=False):
         if need and stored is not None:
             made += empty_codes(stored, shape, x)
     return made
 
 
-def _shapes(recipe: Recipe, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the stored matrices of w and x; x lies transposed where wgrad quantises it itself."""
-    (m, k), n = x.shape, weight.shape[0]
+def _stored_shapes(recipe: Recipe, m: int, k: int, n: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the stored matrices of w [N, K] and x [M, K]; x lies transposed where wgrad quantises it itself."""
     return (n, k), (k, m) if stored_operands(recipe)[1] is recipe.wgrad.right else (m, k)
 
 
@@ -100,11 +101,11 @@ def _restore(
     tensors = iter(saved)
     w: Saved = None
     x: Saved = None
-    (m, n), k = shape, features
+    w_shape, x_shape = _stored_shapes(recipe, shape[0], features, shape[1])
     if needs[0] and stored_w is not None:
-        w = unflatten(tensors, stored_w, (n, k))
+        w = unflatten(tensors, stored_w, w_shape)
     if needs[1] and stored_x is not None:
-        x = unflatten(tensors, stored_x, (k, m) if stored_x is recipe.wgrad.right else (m, k))
+        x = unflatten(tensors, stored_x, x_shape)
     if needs[0] and stored_w is None:
         w = next(tensors)
     if needs[1] and stored_x is None:
