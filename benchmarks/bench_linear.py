@@ -10,52 +10,12 @@ import argparse
 import torch
 from torch import nn
 
-from benchmarks.harness import gate, interleaved, show
-from benchmarks.shapes import SETS, Shape
-from nvfp4.convert import convert
-from nvfp4.linear import Linear, invalidate
+from benchmarks.harness import gate, show
+from nvfp4.bench.cases import SETS
+from nvfp4.bench.layers import check, layer_for, saved_bytes
+from nvfp4.bench.timing import interleaved
+from nvfp4.linear import invalidate
 from nvfp4.recipes import RECIPES
-
-
-def layer_for(shape: Shape, recipe: str, backend: str) -> nn.Linear:
-    """A BF16 linear layer of that shape, converted unless the recipe is bf16."""
-    torch.manual_seed(0)
-    layer = nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=torch.bfloat16)
-    if recipe != "bf16":
-        convert(layer, recipe, backend=backend, seed=0, verbose=False)
-    return layer
-
-
-def saved_bytes(layer: nn.Linear, x: torch.Tensor) -> int:
-    """Bytes that a forward keeps for backward beside what the layer holds anyway: its weight, and the weight's
-    codes."""
-    sizes: list[int] = []
-    layer(x)
-    held = {layer.weight.data_ptr()}
-    if isinstance(layer, Linear) and layer.nvfp4.weight_codes is not None:
-        held |= {tensor.data_ptr() for tensor in layer.nvfp4.weight_codes[1].tensors}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in held:
-            sizes.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(sizes)
-
-
-def check(layer: nn.Linear, exact: nn.Linear, x: torch.Tensor) -> bool:
-    """Whether output and weight gradient are near those of BF16: quantised, but of the right things."""
-    gradients = []
-    for module in (layer, exact):
-        module.weight.grad = None
-        y = module(x)
-        y.backward(torch.ones_like(y))
-        gradients.append((y.detach().float(), module.weight.grad.float()))
-        module.weight.grad = None
-    # each operand's relative error is at most 0.15 in norm (relative MSE 22e-3), so 0.3 bounds the product's
-    return all((a - b).norm() < 0.3 * b.norm() for a, b in zip(*gradients, strict=True))
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ import sys
 
 import torch
 
-from benchmarks.bench_linear import layer_for
 from benchmarks.harness import show
-from benchmarks.shapes import Shape
+from nvfp4.bench.cases import Shape
+from nvfp4.bench.layers import layer_for
 from nvfp4.recipes import RECIPES
 
 SHALLOW, DEEP = 4, 12

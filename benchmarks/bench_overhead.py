@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import nvfp4.backends.cpu as cpu
-from benchmarks.bench_linear import layer_for
-from benchmarks.harness import interleaved, show
-from benchmarks.shapes import Shape
+from benchmarks.harness import show
+from nvfp4.bench.cases import Shape
+from nvfp4.bench.layers import layer_for
+from nvfp4.bench.timing import interleaved
 from nvfp4.recipes import RECIPES
 
 KERNELS = ("quantize", "quantize_both", "matmul", "decode", "fingerprint")

@@ -8,25 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import copier, gate, interleaved, show
+from benchmarks.harness import gate, show
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.hadamard import Rotation
+from nvfp4.bench.cases import QUANTISERS
+from nvfp4.bench.timing import copier, interleaved
 from nvfp4.quantizers.registry import get_quantizer
-
-CASES: dict[str, tuple[str, dict]] = {
-    "rtn": ("rtn", {}),
-    "rtn_2d": ("rtn_2d", {}),
-    "rtn row-scaled": ("rtn", {"row_scaled": True}),
-    "sr": ("sr", {}),
-    "sr_te": ("sr_te", {}),
-    "rot16 sr_te": ("sr_te", {"rotation": Rotation(16, fixed=True)}),
-    "four_over_six": ("four_over_six", {}),
-    "four_over_six 16x16": ("four_over_six", {"block": (16, 16)}),
-    "scale_search": ("scale_search", {}),
-    "ms_eden(1)": ("ms_eden", {}),
-    "ms_eden(2)": ("ms_eden", {"rounds": 2}),
-    "ms_eden(2, search)": ("ms_eden", {"rounds": 2, "search": True}),
-}
 
 
 def peer(x: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -56,7 +42,7 @@ def main() -> None:
     one_read = int(elements * (x.element_size() + 9 / 16))
     saved = backend.quantize(x, get_quantizer("rtn"), get_quantizer("rtn").check())
     rows = []
-    for name, (quantizer_name, options) in CASES.items():
+    for name, (quantizer_name, options) in QUANTISERS.items():
         quantizer = get_quantizer(quantizer_name)
         checked = quantizer.check(seed=1, sign_seed=2, **options)
         q, expected = backend.quantize(x, quantizer, checked), reference.quantize(x, quantizer, checked)

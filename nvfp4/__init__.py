@@ -10,6 +10,7 @@ q.codes, q.block_scale, q.global_scale, q.dequantize()
 
 from typing import Any
 
+from nvfp4.after_step import after_step
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
 from nvfp4.diagnostics import check, health, observe, report
@@ -32,6 +33,7 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Rotation",
+    "after_step",
     "check",
     "convert",
     "dequantize",

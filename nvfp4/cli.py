@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,24 +45,34 @@ class Info:
 
 @dataclass(frozen=True)
 class Bench:
-    """Predict what a recipe's layers cost on machines that need not be here, beside what is measured on this one."""
+    """Measure everything on this machine (all), or predict what layers cost on machines that need not be here
+    (roofline)."""
 
-    benchmark: tyro.conf.Positional[Literal["roofline"]] = "roofline"
-    """Bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach."""
+    benchmark: tyro.conf.Positional[Literal["roofline", "all"]] = "roofline"
+    """roofline: bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach. all: check every
+    backend against the reference, then time quantisers, GEMMs, layers and memory; nothing is timed if one is wrong."""
+    report: str | None = None
+    """all: write the tables here as Markdown, with device, clocks and versions, and beside it as JSON."""
+    quick: bool = False
+    """all: small shapes, less than a minute on a processor."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """all: where to measure; auto is the GPU if there is one."""
+    seconds: float | None = None
+    """all: time for each candidate; by default 0.5, and 0.02 when quick."""
     devices: tuple[str, ...] = ("B200", "RTX 5090", "H200", "cpu")
-    """Machines, by the names of the table that is printed first; cpu is the one at hand."""
+    """roofline: machines, by the names of the table that is printed first; cpu is the one at hand."""
     models: tuple[str, ...] = ("800M", "3B", "7B", "22B")
-    """Blocks whose layers are counted; kernels are listed for the last."""
+    """roofline: blocks whose layers are counted; kernels are listed for the last."""
     recipe: str = "search_eden"
-    """Recipe to hold beside BF16."""
+    """roofline: recipe to hold beside BF16."""
     tokens: int = 16384
-    """Tokens in a step."""
+    """roofline: tokens in a step."""
     json: str | None = None
-    """Keep the figures here."""
+    """roofline: keep the figures here."""
     plot: str | None = None
-    """Draw the speed-up over tokens here (PNG, SVG or PDF)."""
+    """roofline: draw the speed-up over tokens here (PNG, SVG or PDF)."""
     measure_cpu: bool = False
-    """Also time the layers on the processor at hand; a GPU at hand is timed whenever it is among the devices."""
+    """roofline: also time the layers on the processor at hand; a GPU at hand is timed if it is among the devices."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +134,22 @@ def _info(command: Info) -> None:
 
 
 def _bench(command: Bench) -> None:
+    (_bench_all if command.benchmark == "all" else _roofline)(command)
+
+
+def _bench_all(command: Bench) -> None:
+    from nvfp4.bench.everything import bench_all
+    from nvfp4.bench.gates import WrongResults
+
+    try:
+        bench_all(command.report, command.device, command.quick, command.seconds)
+    except (ValueError, OSError, WrongResults) as error:
+        raise TrainError(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(signal.SIGINT, "bench interrupted; the report, if one was asked for, is written") from error
+
+
+def _roofline(command: Bench) -> None:
     from nvfp4.devices import find_device
     from nvfp4.recipes import Recipe
     from nvfp4.roofline_report import report

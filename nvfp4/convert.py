@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
-from nvfp4.linear import Linear, LinearState, SharedAmax, layers
+from nvfp4.experts import STACKS, Experts, convert_experts, revert_experts
+from nvfp4.linear import Linear, LinearState, layers, states, stored_weights
 from nvfp4.noise import Noise
 from nvfp4.policy import ALREADY, ModuleFilter, Patterns, Plan, Recipes, make_policy
 from nvfp4.recipes import Recipe
 from nvfp4.rng import check_seed
+from nvfp4.shared_amax import SharedAmax
 
 PRECISIONS = ("nvfp4", "bf16")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -43,6 +45,7 @@ def convert(
     keep_last: int | float = 0,
     backend: str = AUTO,
     seed: int | None = None,
+    experts: bool = False,
     strict: bool = False,
     verbose: bool = True,
 ) -> nn.Module:
@@ -54,7 +57,9 @@ def convert(
     dotted name parts: "layers.1" matches "model.layers.1.mlp.up", never "layers.10". ``include`` also overrules the
     default of keeping the output embedding. keep_first, keep_last: numbered blocks left alone at either end of each
     outermost stack, a count or, if a float below 1, a share rounded up. backend: "auto" or a name. seed: of all noise,
-    in [0, 2^64); by default the one given to ``torch.manual_seed``. strict: raise ValueError where there would be a
+    in [0, 2^64); by default the one given to ``torch.manual_seed``. experts: convert stacked experts too, as
+    transformers 5 keeps those of Mixtral, Qwen3-MoE and others (see ``experts.py``); names are those of the modules
+    that hold them, and ``filter_fn`` is not asked about them. strict: raise ValueError where there would be a
     warning. verbose: print a one-line summary.
 
     Kept as they are, with the reason in ``nvfp4.report``: the output embedding, layers tied to an embedding, subclasses
@@ -66,13 +71,22 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last)
+    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last, experts)
     check_backend(backend, _device(model))
     seed = torch.initial_seed() % 2**64 if seed is None else check_seed(seed)
     plan = policy.plan(model)  # all is decided before any layer is changed
     complain(plan, strict)
     separated = _separate_noise(model)
-    index = _next_index(model)
+    _carry_out(plan, seed, _next_index(model), backend)
+    if verbose:
+        names = ", ".join(dict.fromkeys(chosen.name for _, chosen in policy.recipes))
+        copies = f"; copied layers given noise of their own: {', '.join(separated)}" if separated else ""
+        print(f"nvfp4: recipe {names}, {plan.summary()}{copies}")
+    return model
+
+
+def _carry_out(plan: Plan, seed: int, index: int, backend: str) -> None:
+    """Change the modules of a plan; ``index``: of the first one's noise."""
     for decision in plan.decisions:
         module = decision.module
         if decision.recipe is not None:
@@ -82,17 +96,17 @@ def convert(
             index += 1
         elif decision.reason != ALREADY:
             module.nvfp4_kept = decision.reason  # type: ignore[assignment]
-    if verbose:
-        names = ", ".join(dict.fromkeys(chosen.name for _, chosen in policy.recipes))
-        copies = f"; copied layers given noise of their own: {', '.join(separated)}" if separated else ""
-        print(f"nvfp4: recipe {names}, {plan.summary()}{copies}")
-    return model
+    for found in plan.experts:
+        if found.recipe is not None:
+            convert_experts(found.module, found.recipe, seed, index, backend)
+            index += len(STACKS)
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn converted layers back into plain ``nn.Linear``s with the same parameters; in place, returns ``model``.
+    """Turn converted layers back into plain ``nn.Linear``s with the same parameters, experts into what they were.
 
-    RuntimeError for a layer that ``fully_shard`` was called on itself, which has changed its class since.
+    In place; returns ``model``. RuntimeError for a layer that ``fully_shard`` was called on itself, which has changed
+    its class since.
     """
     changed = next((type(m) for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear), None)
     if changed is not None:
@@ -105,13 +119,15 @@ def revert(model: nn.Module) -> nn.Module:
         if isinstance(module, Linear):
             del module.nvfp4
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif isinstance(module, Experts):
+            revert_experts(module)
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the converted layers of ``model`` compute as plain ``nn.Linear``s, e.g. to evaluate."""
-    before = [(layer.nvfp4, layer.nvfp4.enabled) for layer in layers(model).values()]
+    before = [(state, state.enabled) for state in states(model).values()]
     for state, _ in before:
         state.enabled = False
     try:
@@ -151,10 +167,10 @@ def forward_precision(model: nn.Module, precision: str) -> AbstractContextManage
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    states = [layer.nvfp4 for layer in layers(model).values()]
-    if not states:
+    found = list(states(model).values())
+    if not found:
         warnings.warn("forward_precision: the model has no converted layer", ConvertWarning, stacklevel=2)
-    before = [(state, state.recipe, state.full_recipe) for state in states]
+    before = [(state, state.recipe, state.full_recipe) for state in found]
     for state, recipe, full_recipe in before:
         if precision == "bf16" and full_recipe is None:
             state.recipe, state.full_recipe = recipe.with_dense_forward(), recipe
@@ -224,7 +240,9 @@ def complain(plan: Plan, strict: bool, stacklevel: int = 3) -> None:
         warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
     experts = next((kind for kind in plan.not_linear if "expert" in kind), None)
     if experts is not None:
-        message = f"{experts}: fused experts are no linear layers and stay in high precision"
+        why = ", ".join(sorted({decision.reason for decision in plan.experts if decision.reason is not None}))
+        hint = f" ({why})" if plan.experts else "; experts=True converts those it knows"
+        message = f"{experts}: fused experts are no linear layers and stay in high precision{hint}"
         warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
 
 
@@ -236,21 +254,21 @@ def _separate_noise(model: nn.Module) -> Sequence[str]:
     """
     seen: set[tuple[int, int]] = set()
     renamed = []
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            noise = module.nvfp4.noise
-            if (noise.seed, noise.layer) in seen:
-                index = _next_index(model)
-                # a shallow copy of a layer shares its state; what the state refers to stays what it is
-                module.nvfp4 = replace(module.nvfp4, noise=copy.deepcopy(noise), weight_codes=None)
-                module.nvfp4.noise.layer = index
-                renamed.append(name)
-            seen.add((module.nvfp4.noise.seed, module.nvfp4.noise.layer))
+    for name, stored in stored_weights(model).items():
+        noise = stored.state.noise
+        if (noise.seed, noise.layer) in seen:
+            index = _next_index(model)
+            # a shallow copy of a layer shares its state; what the state refers to stays what it is
+            noise = copy.deepcopy(noise)
+            noise.layer = index
+            stored.put(replace(stored.state, noise=noise, weight_codes=None))
+            renamed.append(name)
+        seen.add((noise.seed, noise.layer))
     return renamed
 
 
 def _next_index(model: nn.Module) -> int:
-    return 1 + max((layer.nvfp4.noise.layer for layer in layers(model).values()), default=-1)
+    return 1 + max((state.noise.layer for state in states(model).values()), default=-1)
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import nn
 from nvfp4.backends.registry import AUTO, check_backend, select
 from nvfp4.codec import e2m1_decode, e4m3_decode, unpack
 from nvfp4.convert import complain
+from nvfp4.experts import STACKS, Experts
 from nvfp4.formats import E2M1, NVFP4
-from nvfp4.linear import Linear, layers
+from nvfp4.linear import Linear, layers, stored_weights
 from nvfp4.ops import dequantize, quantize_with
-from nvfp4.policy import Decision, ModuleFilter, Patterns, Recipes, make_policy, not_linear
+from nvfp4.policy import Decision, ExpertsDecision, ModuleFilter, Patterns, Recipes, make_policy, not_linear
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import GEMMS, Operand, Recipe
@@ -131,14 +132,22 @@ class Check(Report):
 
 
 def report(model: nn.Module) -> Report:
-    """Every ``nn.Linear`` of ``model`` with its recipe and backend, or the reason why ``convert`` kept it."""
+    """Every ``nn.Linear`` of ``model`` with its recipe and backend, or the reason why ``convert`` kept it; and every
+    converted stack of experts, the size that of one expert."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            rows.append(LayerReport(**_described(name, module, module.nvfp4.recipe, _backend(module), None)))
+            backend = _backend(module.nvfp4.backend, module.weight.device)
+            rows.append(LayerReport(**_described(name, module, module.nvfp4.recipe, backend, None)))
         elif isinstance(module, nn.Linear):
             reason = getattr(module, "nvfp4_kept", "not_converted")
             rows.append(LayerReport(**_described(name, module, None, None, reason)))
+    for name, stored in stored_weights(model).items():
+        if isinstance(stored.owner, Experts):
+            state, (_, outputs, inputs) = stored.state, stored.weight.shape
+            like = nn.Linear(inputs, outputs, bias=False, device="meta")
+            backend = _backend(state.backend, stored.weight.device)
+            rows.append(LayerReport(**_described(name, like, state.recipe, backend, None)))
     return Report(tuple(rows), not_linear(model))
 
 
@@ -152,6 +161,7 @@ def check(
     keep_first: int | float = 0,
     keep_last: int | float = 0,
     backend: str = AUTO,
+    experts: bool = False,
     strict: bool = False,
 ) -> Check:
     """What ``convert`` with these arguments would do, and what it costs; changes nothing and needs no weights.
@@ -161,12 +171,24 @@ def check(
     of ``convert``, and so are the warnings and, when ``strict``, the errors; a backend is checked for its name alone.
     Raises ValueError or TypeError for what ``convert`` refuses, and for a shape that is not two positive integers.
     """
-    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last)
+    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last, experts)
     check_backend(backend)
     model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else _skeleton(model_or_shapes)
     plan = policy.plan(model)
     complain(plan, strict)
-    return Check(tuple(_checked(decision, backend) for decision in plan.decisions), plan.not_linear)
+    rows = [_checked(decision, backend) for decision in plan.decisions]
+    rows += [row for decision in plan.experts for row in _checked_experts(decision, backend)]
+    return Check(tuple(rows), plan.not_linear)
+
+
+def _checked_experts(decision: ExpertsDecision, backend: str) -> Iterator[LayerCheck]:
+    """A row for each stack: the size is that of one expert, the bytes are those of all."""
+    for name in STACKS:
+        stack = getattr(decision.module, name)
+        one = nn.Linear(stack.shape[2], stack.shape[1], bias=False, device="meta", dtype=torch.bfloat16)
+        row = _checked(Decision(one, (f"{decision.names[0]}.{name}",), decision.recipe, decision.reason), backend)
+        count = stack.shape[0]
+        yield replace(row, nvfp4_bytes=count * row.nvfp4_bytes, bf16_bytes=count * row.bf16_bytes)
 
 
 def _checked(decision: Decision, backend: str) -> LayerCheck:
@@ -234,9 +256,8 @@ def _skeleton(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
     return root
 
 
-def _backend(layer: Linear) -> str:
-    device = layer.weight.device
-    return layer.nvfp4.backend if device.type == "meta" else select(layer.nvfp4.backend, "matmul", device).name
+def _backend(backend: str, device: torch.device) -> str:
+    return backend if device.type == "meta" else select(backend, "matmul", device).name
 
 
 @dataclass(frozen=True)

@@ -83,20 +83,36 @@ def fprop(
 
     w_amax: what to scale the weight by, if not by its own. w_codes: the weight's operand, where it is known already.
     """
+    x_codes, w_codes, saved_w, saved_x = forward_operands(call, x, weight, needs, w_amax, w_codes)
+    if x_codes is None or w_codes is None:
+        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    else:
+        y = call.matmul(x_codes, w_codes, dtype, bias)
+    return y, saved_w, saved_x
+
+
+def forward_operands(
+    call: Call,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    w_amax: torch.Tensor | None = None,
+    w_codes: QTensor | None = None,
+) -> tuple[QTensor | None, QTensor | None, Saved, Saved]:
+    """What fprop multiplies, (x, w) or None where it is dense, and what (dgrad, wgrad) will need of (w, x)."""
     recipe = call.recipe
     keep = stored_operands(recipe)
+    x_codes = x_transposed = None
     if not recipe.fprop.quantized:
-        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        x_codes = w_codes = x_transposed = None
+        w_codes = None
     else:
         x_codes, x_transposed = _x_operands(call, x, needs[1] and keep[1] is recipe.wgrad.right)
         w_codes = call.weight(weight, w_amax) if w_codes is None else w_codes
-        y = call.matmul(x_codes, w_codes, dtype, bias)
     saved_w: Saved = None if not needs[0] else weight if keep[0] is None else w_codes
     saved_x: Saved = None if not needs[1] else x if keep[1] is None else x_codes
     if needs[1] and keep[1] is not None and keep[1] is recipe.wgrad.right:
         saved_x = call.operand(x.t(), "wgrad", RIGHT) if x_transposed is None else x_transposed
-    return y, saved_w, saved_x
+    return x_codes, w_codes, saved_w, saved_x
 
 
 def _x_operands(call: Call, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
@@ -116,19 +132,26 @@ def backward(
     dtypes: Sequence[torch.dtype | None],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx [M, K], dw [N, K], dbias [N]) of dy [M, N], each in its dtype, or None where it is not needed."""
-    recipe = call.recipe
     dx = dw = db = None
     with without_autocast(dy.device):
-        w = _dgrad_operand(call, saved_w) if needs[0] and recipe.dgrad.quantized else None
-        x = _wgrad_operand(call, saved_x) if needs[1] and recipe.wgrad.quantized else None
-        dy_rows, dy_columns = _dy_operands(call, dy, w, x)
+        dy_rows, w, dy_columns, x = backward_operands(call, dy, saved_w, saved_x, needs)
         if needs[0]:
-            dx = _product(call, dy, dy_rows, w, saved_w, dtypes[0])
+            dx = product(call, dy, dy_rows, w, saved_w, dtypes[0])
         if needs[1]:
-            dw = _product(call, dy.t(), dy_columns, x, saved_x, dtypes[1])
+            dw = product(call, dy.t(), dy_columns, x, saved_x, dtypes[1])
         if needs[2]:
             db = dy.sum(0, dtype=torch.float32).to(dtypes[2])
     return dx, dw, db
+
+
+def backward_operands(
+    call: Call, dy: torch.Tensor, saved_w: Saved, saved_x: Saved, needs: Sequence[bool]
+) -> tuple[QTensor | None, QTensor | None, QTensor | None, QTensor | None]:
+    """dgrad's (dy, w^T) and wgrad's (dy^T, x^T), each None where it is not needed or not quantised."""
+    w = _dgrad_operand(call, saved_w) if needs[0] and call.recipe.dgrad.quantized else None
+    x = _wgrad_operand(call, saved_x) if needs[1] and call.recipe.wgrad.quantized else None
+    dy_rows, dy_columns = _dy_operands(call, dy, w, x)
+    return dy_rows, w, dy_columns, x
 
 
 def _dgrad_operand(call: Call, saved: Saved) -> QTensor:
@@ -162,7 +185,7 @@ def _dy_operands(
     )
 
 
-def _product(
+def product(
     call: Call, dy: torch.Tensor, left: QTensor | None, right: QTensor | None, saved: Saved, dtype: torch.dtype | None
 ) -> torch.Tensor:
     """In FP4 or, where the recipe says so, dy @ saved in dy's dtype, or in BF16 of a decoded forward operand."""

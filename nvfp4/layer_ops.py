@@ -88,12 +88,12 @@ def eager_backward(
     dtypes: Sequence[torch.dtype | None],
 ) -> list[torch.Tensor]:
     """What the operator does, without the dispatcher."""
-    saved_w, saved_x = _restore(call.recipe, saved, needs, dy.shape, features)
+    saved_w, saved_x = restore(call.recipe, saved, needs, dy.shape, features)
     made = backward_gemms(call, dy, saved_w, saved_x, needs, dtypes)
     return [gradient for gradient in made if gradient is not None]
 
 
-def _restore(
+def restore(
     recipe: Recipe, saved: Sequence[torch.Tensor], needs: Sequence[bool], shape: torch.Size, features: int
 ) -> tuple[Saved, Saved]:
     """(w, x) from the tensors saved by a forward: codes of w, codes of x, then w or x themselves."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,36 +26,7 @@ from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
 from nvfp4.qtensor import QTensor
 from nvfp4.recipes import Recipe
 from nvfp4.sharding import GatheredWeight, Shards
-
-
-class SharedAmax:
-    """Layers whose weights are scaled by the largest magnitude of all of them; see ``nvfp4.share_amax``."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.layers = tuple(layers)
-        self._known: dict[int, tuple[Any, torch.Tensor]] = {}  # by position: what a weight was, and its magnitude
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": {}}
-
-    def amax(self, backend: str) -> torch.Tensor:
-        """Float32 [1]; of each weight it is worked out anew only when its bytes have changed."""
-        found = []
-        for position, layer in enumerate(self.layers):
-            weight = layer.weight.detach()
-            if type(layer.weight) is not nn.Parameter and type(weight) is not torch.Tensor:
-                raise RuntimeError(
-                    "layers that share their amax must hold their weights at the same time, in high precision: shard "
-                    "the block that holds them as one, or call nvfp4.share_amax(model, ())"
-                )
-            content = None if _as_operator(weight) else fingerprint(weight, backend=backend)
-            known = self._known.get(position)
-            if known is None or content is None or known[0] != content:
-                known = (content, weight.abs().amax().to(torch.float32).view(1))
-                if content is not None:
-                    self._known[position] = known
-            found.append(known[1])
-        return torch.cat(found).amax(dim=0, keepdim=True)
+from nvfp4.shared_amax import SharedAmax
 
 
 @dataclass
@@ -68,7 +39,7 @@ class LinearState:
     enabled: bool = True
     full_recipe: Recipe | None = None  # the one to come back to, while forward_precision keeps the forward in BF16
     keeps_weight: bool = field(default=False, repr=False, compare=False)
-    weight_codes: tuple[tuple[Any, ...], QTensor] | None = field(default=None, repr=False, compare=False)
+    weight_codes: tuple[tuple[Any, ...], tuple[QTensor, ...]] | None = field(default=None, repr=False, compare=False)
     shards: Shards | None = field(default=None, repr=False, compare=False)
     shared: SharedAmax | None = field(default=None, repr=False, compare=False)
 
@@ -105,19 +76,19 @@ class LinearState:
             words = self.noise.words
             return layer_ops.fprop(x, weight, bias, words, self.key, self.backend, dtype, list(needs), w_amax)
         call = self.call()
-        w_codes = self._weight(weight, w_amax, call) if quantized else None
-        y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_amax, w_codes)
+        kept = self.operands(weight, w_amax, call) if quantized else None
+        y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_amax, None if kept is None else kept[0])
         return [y, *flatten(saved_w), *flatten(saved_x)]
 
-    def _weight(self, weight: torch.Tensor, amax: torch.Tensor | None, call: Call) -> QTensor | None:
-        """The weight as fprop's operand, quantised once for as long as it stays the same; None: not to be kept.
+    def operands(self, weight: torch.Tensor, amax: torch.Tensor | None, call: Call) -> tuple[QTensor, ...] | None:
+        """The weight as fprop's operands, quantised once for as long as it stays the same; None: not to be kept.
 
         Where the backend can fingerprint memory, it is the bytes themselves that are compared: version counters miss
         fused optimizers, writes through ``.data`` and custom kernels. Elsewhere codes are kept inside ``fixed_weights``
         only. Stochastic operands are never kept, nor anything under torch.distributed, where memory may be sharded.
         """
         if isinstance(weight, GatheredWeight):
-            return weight.codes
+            return (weight.codes,)
         if self.recipe.fprop.right.noiseless is None or (dist.is_available() and dist.is_initialized()):
             return None
         key = self._weight_key(weight)
@@ -127,18 +98,48 @@ class LinearState:
         kept = self.weight_codes  # read once: another thread may end ``fixed_weights``
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
-                kept = self.weight_codes = (key, call.weight(weight, amax))
+                kept = self.weight_codes = (key, self.made(weight, amax, call))
         return kept[1]
 
     def _weight_key(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
         """What the weight's codes are kept under, or None if there is no telling whether it changed."""
-        made_by = (weight.dtype, weight.shape, weight.device, self.key, self.backend)
+        content = self.content(weight)
+        return (
+            None if content is None else (*content, weight.dtype, weight.shape, weight.device, self.key, self.backend)
+        )
+
+    def content(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
+        """What changes when the weight does: its bytes or, inside ``fixed_weights``, version and place; None if
+        unknown."""
+        if _as_operator(weight):
+            return None
         if self.keeps_weight and not weight.is_inference():
             # a weak reference, since a freed weight's address may be given to the next, as in .bfloat16().float()
-            memory = (StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), weight.stride())
-            return (weight._version, *memory, *made_by)
-        content = fingerprint(weight, backend=self.backend)
-        return None if content is None else (content, *made_by)
+            return weight._version, StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), weight.stride()
+        found = fingerprint(weight, backend=self.backend)
+        return None if found is None else (found,)
+
+    def made(self, weight: torch.Tensor, amax: torch.Tensor | None, call: Call) -> tuple[QTensor, ...]:
+        """The operands that fprop needs of a weight: one, or for stacked experts one each."""
+        return (call.weight(weight, amax),)
+
+    def renew(self, weight: torch.Tensor) -> None:
+        """Quantise the weight now, as the next forward would; codes kept before are overwritten where they lie.
+
+        So what was captured in a CUDA graph reads the new ones, and a backward that still waits for the old ones is
+        told so by autograd, as it would be of the weight itself.
+        """
+        old, self.weight_codes = self.weight_codes, None
+        w_amax = self.shared.amax(self.backend) if self.recipe.fprop.quantized and self.shared is not None else None
+        new = self.operands(weight, w_amax, self.call()) if self.recipe.fprop.quantized else None
+        if new is None or old is None or [q.record for q in old[1]] != [q.record for q in new]:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for kept, made in zip(old[1], new, strict=True):
+                for target, source in zip(kept.tensors, made.tensors, strict=True):
+                    target.copy_(source)
+        assert self.weight_codes is not None
+        self.weight_codes = (self.weight_codes[0], old[1])
 
 
 def _as_operator(x: torch.Tensor) -> bool:
@@ -147,6 +148,15 @@ def _as_operator(x: torch.Tensor) -> bool:
     To them a layer must be one operator: kernels write to memory that they would take for uninitialised and exchange.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
+
+
+def refuse_second_derivative() -> None:
+    """RuntimeError in a backward that is to be differentiated."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only create_graph=True leaves it on in there
+        raise RuntimeError(
+            "nvfp4 layers have no second derivative: differentiate without create_graph=True, or compute this "
+            "forward under nvfp4.disabled(model)"
+        )
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -176,11 +186,7 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only create_graph=True leaves it on in here
-            raise RuntimeError(
-                "nvfp4 layers have no second derivative: differentiate without create_graph=True, or compute this "
-                "forward under nvfp4.disabled(model)"
-            )
+        refuse_second_derivative()
         saved, needs = list(ctx.saved_tensors), list(ctx.needs)
         if _as_operator(dy):
             made = layer_ops.backward(dy, saved, ctx.words, ctx.key, ctx.backend, needs, ctx.features, *ctx.dtypes)
@@ -238,23 +244,13 @@ class Linear(nn.Linear):
     ) -> torch.Tensor:
         if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")
-        dtype = self._output_dtype(x)
+        dtype = output_dtype(x, weight)
         rows = x.reshape(-1, weight.shape[1])
         if torch.is_grad_enabled():
             y = _LinearFunction.apply(rows, weight, bias, state, dtype)
         else:
             y = state.fprop(rows, weight, bias, dtype, (False, False, False))[0]
         return y.view(*x.shape[:-1], weight.shape[0])
-
-    def _output_dtype(self, x: torch.Tensor) -> torch.dtype:
-        if x.dtype not in INPUT_DTYPES or self.weight.dtype not in INPUT_DTYPES:
-            raise TypeError(f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {self.weight.dtype}")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        if x.dtype != self.weight.dtype:
-            raise TypeError(f"x is {x.dtype} but weight is {self.weight.dtype}; cast one, or run under torch.autocast")
-        return x.dtype
 
     def extra_repr(self) -> str:
         """Sizes, bias, recipe and backend."""
@@ -264,10 +260,61 @@ class Linear(nn.Linear):
         return f"{super().extra_repr()}, recipe={state.recipe.name}, backend={state.backend}{shared}{off}"
 
 
+def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that ``F.linear`` gives, also under autocast; TypeError if theirs do not fit."""
+    if x.dtype not in INPUT_DTYPES or weight.dtype not in INPUT_DTYPES:
+        raise TypeError(f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}")
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
+    return x.dtype
+
+
 def layers(model: nn.Module) -> dict[str, Linear]:
     """The converted layers of a model by dotted name, each once, in conversion order."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     return dict(sorted(found.items(), key=lambda item: item[1].nvfp4.noise.layer))
+
+
+class Stored(NamedTuple):
+    """A weight that is quantised: its state, the module that holds it and the name of the parameter there."""
+
+    state: LinearState
+    owner: nn.Module
+    parameter: str
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The parameter as it is now."""
+        return getattr(self.owner, self.parameter)
+
+    def put(self, state: LinearState) -> None:
+        """Give the weight another state."""
+        if isinstance(self.owner.nvfp4, dict):
+            self.owner.nvfp4 = {**self.owner.nvfp4, self.parameter: state}  # type: ignore[assignment]
+        else:
+            self.owner.nvfp4 = state  # type: ignore[assignment]
+
+
+def stored_weights(model: nn.Module) -> dict[str, Stored]:
+    """Every quantised weight of a model, each once, in conversion order, by the name of its layer; of stacked experts
+    by the name of the parameter."""
+    found = {}
+    for name, module in model.named_modules():
+        state = vars(module).get("nvfp4")
+        if isinstance(state, LinearState):
+            found[name] = Stored(state, module, "weight")
+        elif isinstance(state, dict):
+            of_stack = {p: s for p, s in state.items() if isinstance(s, LinearState)}
+            found |= {f"{name}.{p}" if name else p: Stored(s, module, p) for p, s in of_stack.items()}
+    return dict(sorted(found.items(), key=lambda item: item[1].state.noise.layer))
+
+
+def states(model: nn.Module) -> dict[str, LinearState]:
+    """The state of every quantised weight of a model, named and ordered as in ``stored_weights``."""
+    return {name: stored.state for name, stored in stored_weights(model).items()}
 
 
 @contextmanager
@@ -277,34 +324,36 @@ def fixed_weights(model: nn.Module) -> Iterator[nn.Module]:
     No result changes. Ordinary in-place changes of a weight are noticed. A fused optimizer (``fused=True``), a write
     through ``.data`` or a custom kernel leaves no trace: end the context before it, or call ``invalidate`` after it.
     """
-    states = [layer.nvfp4 for layer in layers(model).values() if not layer.nvfp4.keeps_weight]
-    for state in states:
+    fixed = [state for state in states(model).values() if not state.keeps_weight]
+    for state in fixed:
         state.keeps_weight = True
     try:
         yield model
     finally:
-        for state in states:
+        for state in fixed:
             state.keeps_weight, state.weight_codes = False, None
 
 
 def invalidate(model: nn.Module) -> None:
     """Forget every quantised weight; needed only inside ``fixed_weights``, after a write that leaves no trace."""
-    for layer in layers(model).values():
-        layer.nvfp4.weight_codes = None
+    for state in states(model).values():
+        state.weight_codes = None
+        if state.shared is not None:
+            state.shared.forget()
 
 
 def noise_state(model: nn.Module) -> dict[str, int]:
     """Backward passes finished by each converted layer, by name; with ``state_dict`` it resumes bit for bit."""
-    return {name: layer.nvfp4.noise.calls for name, layer in layers(model).items()}
+    return {name: state.noise.calls for name, state in states(model).items()}
 
 
 def load_noise_state(model: nn.Module, calls: Mapping[str, int]) -> None:
     """Restore ``noise_state``; KeyError-free: raises ValueError naming layers that are missing or unexpected."""
-    found = layers(model)
+    found = states(model)
     if found.keys() != calls.keys():
         raise ValueError(
             f"noise state does not fit the model: missing {sorted(found.keys() - calls.keys())}, "
             f"unexpected {sorted(calls.keys() - found.keys())}; convert the model with the same options first"
         )
-    for name, layer in found.items():
-        layer.nvfp4.noise.calls = int(calls[name])
+    for name, state in found.items():
+        state.noise.calls = int(calls[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -110,6 +111,38 @@ def matmul(
     Raises ValueError if lengths, padding or rotations differ, or the devices do, or the shape of ``bias`` is not [N];
     TypeError for an ``out_dtype`` other than float32, bfloat16 and float16.
     """
+    _check_product(a, b, out_dtype)
+    if bias is not None and (bias.shape != (b.rows,) or bias.device != b.device):
+        raise ValueError(f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}")
+    with unseen(), without_autocast(a.device):
+        y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
+    shape = (*_lead(a), *_lead(b))
+    return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
+
+
+def grouped_matmul(
+    a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype = torch.float32, *, backend: str = AUTO
+) -> list[torch.Tensor]:
+    """a[e] @ b[e]^T of every group e, each as ``matmul`` defines it; where the hardware can, in one launch.
+
+    a, b: matrices, each with scales of its own, such as the tokens and the weight of every expert (fprop, dgrad: a
+    differs in rows from group to group) or dy^T and x^T of its tokens (wgrad: both differ in their contraction). A
+    group may be empty. Errors are those of ``matmul``; ValueError if the numbers of groups differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} groups and b {len(b)}")
+    for left, right in zip(a, b, strict=True):
+        _check_product(left, right, out_dtype)
+    devices = {q.device for q in a}
+    if len(devices) > 1:
+        raise ValueError(f"groups are on different devices: {', '.join(map(str, devices))}")
+    if not a:
+        return []
+    with unseen(), without_autocast(a[0].device):
+        return select(backend, "grouped_matmul", a[0].device).grouped_matmul(a, b, out_dtype)
+
+
+def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
     if (a.contraction, a.padded_contraction) != (b.contraction, b.padded_contraction):
         raise ValueError(
             f"operands contract different lengths: {a.contraction} (padded {a.padded_contraction}) and "
@@ -122,14 +155,8 @@ def matmul(
         )
     if a.device != b.device:
         raise ValueError(f"operands are on different devices: {a.device} and {b.device}")
-    if bias is not None and (bias.shape != (b.rows,) or bias.device != b.device):
-        raise ValueError(f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}")
     if out_dtype not in INPUT_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    with unseen(), without_autocast(a.device):
-        y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
-    shape = (*_lead(a), *_lead(b))
-    return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
 
 
 def _in_memory(x: torch.Tensor) -> torch.Tensor:

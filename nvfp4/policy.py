@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
+from nvfp4.experts import STACKS, Experts, objection
 from nvfp4.linear import Linear
 from nvfp4.ops import INPUT_DTYPES
 from nvfp4.recipes import Recipe, as_recipe
@@ -42,6 +43,16 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class ExpertsDecision:
+    """The same of one module that holds stacked experts."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    recipe: Recipe | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every decision about a model, and what its owner should hear. not_linear: what no linear layer computes."""
 
@@ -49,6 +60,7 @@ class Plan:
     kept_blocks: tuple[str, ...]
     not_linear: tuple[str, ...]
     complaints: tuple[str, ...]
+    experts: tuple[ExpertsDecision, ...] = ()
 
     def summary(self) -> str:
         """One line: recipes, how many layers are converted, how many are kept by reason, and the blocks kept."""
@@ -57,6 +69,9 @@ class Plan:
         extra = f"; not_linear: {', '.join(self.not_linear)}" if self.not_linear else ""
         blocks = f"; blocks kept: {', '.join(self.kept_blocks)}" if self.kept_blocks else ""
         by_recipe = f" ({counts})" if len(recipes) > 1 else ""
+        if self.experts:
+            done = sum(d.recipe is not None for d in self.experts)
+            blocks = f"; experts: converted {done}, {_kept(self.experts)}{blocks}"
         return f"converted {recipes.total()}{by_recipe}, {_kept(self.decisions)}{extra}{blocks}"
 
 
@@ -81,11 +96,13 @@ class Policy:
     exclude: tuple[str, ...]
     keep_first: int | float
     keep_last: int | float
+    experts: bool = False
 
     def plan(self, model: nn.Module) -> Plan:
         """Decide about every linear layer of ``model``, each once, in the order of the walk."""
         linears = _linears(model)
-        names = [name for _, paths in linears for name in paths]
+        stacks = _stacks(model) if self.experts else []
+        names = [name for _, paths in (*linears, *stacks) for name in paths]
         ask = getattr(model, "get_output_embeddings", None)
         output = None if ask is None else ask()
         facts = _Facts(
@@ -96,20 +113,29 @@ class Policy:
             _bypassed(model),
         )
         decisions = tuple(self._decide(facts, module, paths) for module, paths in linears)
-        unfit = not_linear(model)
-        complaints = [*self._unmatched(names), *_nothing_converted(decisions, unfit)]
-        return Plan(decisions, tuple(facts.kept_blocks), unfit, tuple(complaints))
+        experts = tuple(self._decide_experts(facts, module, paths) for module, paths in stacks)
+        unfit = not_linear(model, {id(d.module) for d in experts if d.recipe is not None})
+        complaints = [*self._unmatched(names), *_nothing_converted((*decisions, *experts), unfit)]
+        return Plan(decisions, tuple(facts.kept_blocks), unfit, tuple(complaints), experts)
 
     def _decide(self, facts: _Facts, module: nn.Linear, paths: list[str]) -> Decision:
         """A layer with several names is converted only if every name is; the first pattern that fits any gives the
         recipe."""
         reasons = [self._reason_to_keep(facts, module, path) for path in paths]
+        return Decision(module, tuple(paths), *self._verdict(paths, reasons))
+
+    def _decide_experts(self, facts: _Facts, module: nn.Module, paths: list[str]) -> ExpertsDecision:
+        """As for a layer, by the name of the module; ``filter_fn`` is not asked, which expects linears."""
+        reasons = [objection(module) or self._left_out(facts, path) for path in paths]
+        return ExpertsDecision(module, tuple(paths), *self._verdict(paths, reasons))
+
+    def _verdict(self, paths: list[str], reasons: list[str | None]) -> tuple[Recipe | None, str | None]:
         reason = next((reason for reason in reasons if reason is not None), None)
         fitting = (r for glob, r in self.recipes if glob is None or any(matches(glob, path) for path in paths))
         recipe = next(fitting, None)
         if reason is None:
             reason = "no_recipe" if recipe is None else None if recipe.quantized else ON_PURPOSE
-        return Decision(module, tuple(paths), recipe if reason is None else None, reason)
+        return recipe if reason is None else None, reason
 
     def _reason_to_keep(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
         accepted = self.filter_fn is None or self.filter_fn(module, name)  # asked about every name, whatever else holds
@@ -120,12 +146,16 @@ class Policy:
             return "tied_to_embedding"
         if any(part.startswith("lora_") for part in name.split(".")):
             return "adapter"
+        is_output = id(module) in facts.output if facts.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES
+        return self._left_out(facts, name, is_output)
+
+    def _left_out(self, facts: _Facts, name: str, is_output: bool = False) -> str | None:
         if any(matches(pattern, name) for pattern in self.exclude):
             return "excluded"
         if self.include:
             if not any(matches(pattern, name) for pattern in self.include):
                 return "not_included"
-        elif id(module) in facts.output if facts.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES:
+        elif is_output:
             return "output_embedding"
         return next((why for block, why in facts.kept_blocks.items() if f"{name}.".startswith(f"{block}.")), None)
 
@@ -144,6 +174,7 @@ def make_policy(
     exclude: Patterns = None,
     keep_first: int | float = 0,
     keep_last: int | float = 0,
+    experts: bool = False,
 ) -> Policy:
     """Check the arguments that ``convert`` and ``check`` share; ValueError or TypeError names the wrong one."""
     if isinstance(recipe, Mapping):
@@ -157,7 +188,7 @@ def make_policy(
         raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}")
     for argument, value in (("keep_first", keep_first), ("keep_last", keep_last)):
         _check_share(argument, value)
-    return Policy(recipes, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last)
+    return Policy(recipes, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last, experts)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -169,12 +200,16 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
-def not_linear(model: nn.Module) -> tuple[str, ...]:
-    """What multiplies by weights without being an ``nn.Linear``, counted: GPT-2's Conv1D, fused expert parameters."""
+def not_linear(model: nn.Module, converted: Collection[int] = ()) -> tuple[str, ...]:
+    """What multiplies by weights without being an ``nn.Linear``, counted: GPT-2's Conv1D, fused expert parameters.
+
+    converted: modules, by id, that are about to be; experts that are already do not count either.
+    """
     conv1d = sum(type(m).__name__ == "Conv1D" and _rank(getattr(m, "weight", None)) == 2 for m in model.modules())
     experts = 0
     for name, module in model.named_modules():
-        if "expert" in f"{name} {type(module).__name__}".lower():
+        done = isinstance(module, Experts) or id(module) in converted
+        if not done and "expert" in f"{name} {type(module).__name__}".lower():
             experts += sum(_rank(parameter) == 3 for parameter in module.parameters(recurse=False))
     counted = ((conv1d, "Conv1D"), (experts, "3-D expert parameter"))
     return tuple(f"{what} x {count}" for count, what in counted if count)
@@ -182,6 +217,15 @@ def not_linear(model: nn.Module) -> tuple[str, ...]:
 
 def _rank(tensor: object) -> int | None:
     return tensor.dim() if isinstance(tensor, torch.Tensor) else None
+
+
+def _stacks(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Each module with stacked experts once, with every dotted name that reaches it."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if all(_rank(getattr(module, stack, None)) == 3 for stack in STACKS):
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return list(found.values())
 
 
 def _linears(model: nn.Module) -> list[tuple[nn.Linear, list[str]]]:
@@ -245,14 +289,14 @@ def _may_take_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     return torchs and layer.self_attn.batch_first and torch.backends.mha.get_fastpath_enabled()
 
 
-def _nothing_converted(decisions: Sequence[Decision], unfit: tuple[str, ...]) -> Iterator[str]:
+def _nothing_converted(decisions: Sequence[Decision | ExpertsDecision], unfit: tuple[str, ...]) -> Iterator[str]:
     fine = {None, ALREADY, ON_PURPOSE}
     if not any(decision.reason in fine for decision in decisions):
         extra = f"; not_linear: {', '.join(unfit)}" if unfit else ""
         yield f"no layer was converted: the model has {len(decisions)} linear layers, {_kept(decisions)}{extra}"
 
 
-def _kept(decisions: Sequence[Decision]) -> str:
+def _kept(decisions: Sequence[Decision | ExpertsDecision]) -> str:
     kept = Counter(decision.reason for decision in decisions if decision.reason is not None)
     detail = ", ".join(f"{reason}: {count}" for reason, count in kept.most_common())
     return f"kept {kept.total()}" + (f" ({detail})" if detail else "")

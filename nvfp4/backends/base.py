@@ -1,8 +1,9 @@
-"""What a backend is: three operations on matrices, and an honest answer to whether it can do them."""
+"""What a backend is: operations on matrices, and an honest answer to whether it can do them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,13 +11,15 @@ import torch
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 
-Operation = Literal["quantize", "dequantize", "matmul"]
+Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul"]
 
 
 class Backend(ABC):
     """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and scales bit for bit."""
 
     name: str
+    operations: tuple[Operation, ...] = ("quantize", "dequantize", "matmul", "grouped_matmul")
+    """What it implements; the rest is left to "auto" where this backend is named."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
@@ -58,3 +61,7 @@ class Backend(ABC):
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         """decode(a) @ decode(b)^T [a.rows, b.rows]: contraction in float32 without the global scales, then
         fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast to ``out_dtype``."""
+
+    def grouped_matmul(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> list[torch.Tensor]:
+        """``matmul`` of every pair; a backend may do it in one launch."""
+        return [self.matmul(left, right, out_dtype) for left, right in zip(a, b, strict=True)]

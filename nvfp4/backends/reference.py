@@ -38,7 +38,14 @@ def reference_matmul(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The GEMM of operands already decoded without their global scales, float32 [rows, Kp] each."""
-    y = (a_blocks @ b_blocks.t()).mul_(a.global_scale.view(-1, 1)).mul_(b.global_scale)
+    return apply_globals(a_blocks @ b_blocks.t(), a, b, out_dtype, bias)
+
+
+def apply_globals(
+    y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What follows the contraction y (float32, overwritten): global scales in their order, bias, one cast."""
+    y = y.mul_(a.global_scale.view(-1, 1)).mul_(b.global_scale)
     if bias is not None:
         y = y.add_(bias)
     return y.to(out_dtype)

@@ -9,11 +9,12 @@ import torch
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.cpu import CpuBackend
 from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.backends.scaled_mm import ScaledMmBackend
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.backends.triton.backend import TritonBackend
 from nvfp4.quantizers.base import Options, Quantizer
 
-_ORDER: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
+_ORDER: tuple[Backend, ...] = (ScaledMmBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 """Fastest first; the reference comes last and refuses nothing."""
 
@@ -55,15 +56,16 @@ def select(
 ) -> Backend:
     """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one cannot.
 
+    A backend that only multiplies leaves the rest to "auto" when it is named.
     Says once for each kind of device that only the reference is left, and why.
     """
-    if name == AUTO:
+    check_backend(name, device)
+    if name == AUTO or operation not in BACKENDS[name].operations:
         for backend in BACKENDS.values():
             if _objection(backend, operation, device, quantizer, options) is None:
                 if backend is BACKENDS["reference"] and device.type not in _SAID:
                     _say_why(operation, device, quantizer, options)
                 return backend
-    check_backend(name, device)
     backend = BACKENDS[name]
     reason = _obstacle(backend, operation, device, quantizer, options)
     if reason is not None:

@@ -10,21 +10,29 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.codec import e4m3_encode
+from nvfp4.formats import E2M1, NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 
 _REFERENCE = ReferenceBackend()
 _ROWS, _COLUMNS = 16, 128  # one tile high, one rotation group of any quantiser wide
+_INPUTS, _OUTPUTS = 136, 152
+_CONTRACTION = 208
+"""Of the GEMM: scales in 2 x 4 tiles of 128 x 4, the last ones ragged; neither side a multiple of what a library asks
+for (32 codes of the contraction, 16 output columns)."""
+_HEIGHTS = (5, 130, 16)
+_GRID = torch.tensor(E2M1.grid, device="cpu")
 
 
 def find_fault(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> str | None:
     """None if ``backend`` reproduces the reference bit for bit on ``device``, otherwise what went wrong.
 
-    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements; or a product that is
+    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements; or products that are
     exact in float32 in every order of summation. Waits for the device; draws no random number.
     """
-    probe = {"quantize": _quantized, "dequantize": _dequantized, "matmul": _multiplied}[operation]
+    probe = _PROBES[operation]
     chosen = quantizer or get_quantizer("rtn")
     # the first use may lie under anything: a dispatch mode that counts or replays operators must not see these
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -51,11 +59,46 @@ def _dequantized(backend: Backend, device: torch.device, quantizer: Quantizer) -
 
 
 def _multiplied(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
-    # at most 128 products of multiples of 1/4 below 36, times equal scales: 15 bits
-    grid = torch.tensor([-6, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 6], device="cpu")
-    a, b = (grid[_noise(_ROWS, _COLUMNS, multiplier) % len(grid)] for multiplier in (40503, 48271))
-    a[:, ::16] = b[:, ::16] = 6
-    return [backend.matmul(_stored(a, device), _stored(b, device), torch.float32)]
+    bias = _GRID[_noise(1, _OUTPUTS, 30269)[0] % len(_GRID)].to(torch.bfloat16)
+    made = []
+    for block, by_row in ((ROW_BLOCK, False), (TILE_BLOCK, True)):
+        a = _exact(device, _INPUTS, 1.5, 40503, by_row=by_row)
+        b = _exact(device, _OUTPUTS, 1.25, 48271, block)
+        made.append(backend.matmul(a, b, torch.float32))
+        made.append(backend.matmul(a, b, torch.bfloat16, None if by_row else bias.to(device)))
+    return made
+
+
+def _multiplied_in_groups(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    """Groups of unequal height, one of them beyond a tile of scales; the columns are what every path takes."""
+    a = [_exact(device, rows, scale, 40503 + rows) for rows, scale in zip(_HEIGHTS, (1.5, 1.25, 3), strict=True)]
+    b = [_exact(device, 32, scale, 48271 + rows) for rows, scale in zip(_HEIGHTS, (1.25, 3, 1.5), strict=True)]
+    return [*backend.grouped_matmul(a, b, torch.bfloat16), *backend.grouped_matmul(a, b, torch.float32)]
+
+
+def _exact(
+    device: torch.device,
+    rows: int,
+    scale: float,
+    multiplier: int,
+    block: tuple[int, int] = ROW_BLOCK,
+    by_row: bool = False,
+) -> QTensor:
+    """[rows, _CONTRACTION] of any codes; no two neighbouring blocks, rows or tiles of scales alike.
+
+    With block scales of 1/2, 1 and 2 a product is a multiple of 1/16 below 144, and a sum of them, times both global
+    scales, one of 1/128 below 2^16 (or 1/64 below 2^17): exact in float32 in any order, with the global scales applied
+    in any way. Wrong places of scales, a missing global scale, zeros and leftovers of memory all show.
+    """
+    codes = (_noise(rows, _CONTRACTION // 2, multiplier) >> 8).to(torch.uint8)
+    shape = (-(-rows // block[0]), _CONTRACTION // NVFP4.block_size)
+    exponents = (_noise(*shape, multiplier + 2) >> 5) % 3 - 1
+    block_scale = e4m3_encode(torch.exp2(exponents.to(torch.float32)))
+    global_scale = torch.full((rows if by_row else 1,), scale, dtype=torch.float32, device="cpu")
+    if by_row:
+        global_scale[::3] = 1
+    tensors = [tensor.to(device) for tensor in (codes, block_scale, global_scale)]
+    return QTensor(tensors[0], tensors[1], tensors[2], block, (rows, _CONTRACTION))
 
 
 def _stored(x: torch.Tensor, device: torch.device) -> QTensor:
@@ -75,3 +118,11 @@ def _matrix(rows: int = _ROWS, columns: int = _COLUMNS) -> torch.Tensor:
 def _noise(rows: int, columns: int, multiplier: int) -> torch.Tensor:
     """Integers in [0, 65536) without any generator's help."""
     return (torch.arange(1, rows * columns + 1, device="cpu") * multiplier % 65536).view(rows, columns)
+
+
+_PROBES = {
+    "quantize": _quantized,
+    "dequantize": _dequantized,
+    "matmul": _multiplied,
+    "grouped_matmul": _multiplied_in_groups,
+}

@@ -38,6 +38,7 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
     keep_last: int | float = 0
     backend: str = "auto"
     seed: int | None = None
+    experts: bool = False
     strict: bool = False
     verbose: bool = True
     quant_method: str = field(default=METHOD, kw_only=True)  # type: ignore[assignment]  # theirs comes first

@@ -1,0 +1,176 @@
+"""The cuBLASLt backend: NVFP4 GEMMs through ``torch.nn.functional.scaled_mm``, on Blackwell. It only multiplies.
+
+What is exact and what is not. float32 output, and every product with row scales, is the contraction alone, multiplied
+by the global scales afterwards in their order: the bits of the definition, up to the order of summation. 16-bit output
+hands both scales to cuBLASLt, which multiplies by fl(global_a * global_b). That saves a float32 matrix that would be
+written and read three times (predicted, not measured: on B200 longer than the GEMM itself at 4096^3); it costs one
+float32 rounding, 2^-16 of a BF16 one, and bits of results whose global_a * global_b lies below 2^-126. Nothing here
+has run on a GPU of its kind so far; what a card makes of it is checked at first use (``selfcheck.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+
+from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.reference import apply_globals, reference_matmul
+from nvfp4.formats import NVFP4
+from nvfp4.layout import TILE_COLUMNS, TILE_ROWS, swizzle
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.scaling import spread
+
+MAJORS = (10, 12)
+"""Compute capabilities with NVFP4 units that cuBLASLt programs. torch itself lets Hopper through, to fail late."""
+
+GROUPED_MAJORS = (10,)
+"""Those that ``scaled_grouped_mm`` accepts for FP4 (and 9, which has no FP4)."""
+
+CONTRACTION_UNIT = 32
+"""Bytes of a row of codes must be a multiple of 16: checked by torch's ``_scaled_mm_v2``."""
+
+COLUMN_UNIT = 16
+"""Columns of the result (rows of b) must be a multiple of this: checked there too."""
+
+
+class ScaledMmBackend(Backend):
+    """scaled_mm, scaled_grouped_mm: torch's functions of these names, or in tests what stands in for them."""
+
+    name = "scaled_mm"
+    operations = ("matmul", "grouped_matmul")
+
+    def __init__(
+        self,
+        scaled_mm: Callable[..., torch.Tensor] | None = None,
+        scaled_grouped_mm: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        self._mm = scaled_mm or getattr(F, "scaled_mm", None)
+        self._grouped_mm = scaled_grouped_mm or getattr(F, "scaled_grouped_mm", None)
+        self._swizzled: WeakKeyDictionary[QTensor, tuple[int, torch.Tensor]] = WeakKeyDictionary()
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if self._mm is None:
+            return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm; it came with 2.10"
+        if device.type != "cuda":
+            return f"it runs on cuda, not on {device.type}"
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "there is no NVIDIA GPU that torch can use"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major not in MAJORS:
+            return f"compute capability {major}.{minor} has no FP4 units that cuBLASLt knows; it needs 10.x or 12.x"
+        return None
+
+    def refuses(
+        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+    ) -> str | None:
+        return None if operation in self.operations else "it only multiplies"
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        raise NotImplementedError("the scaled_mm backend only multiplies")
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        raise NotImplementedError("the scaled_mm backend only multiplies")
+
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if a.codes.numel() == 0 or b.codes.numel() == 0:
+            return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+        fused = _may_scale_inside(a, b, out_dtype) and (bias is None or bias.dtype == out_dtype)
+        dtype = out_dtype if fused else torch.float32
+        if fused and bias is not None:
+            bias = F.pad(bias, (0, -b.rows % COLUMN_UNIT))
+        assert self._mm is not None
+        y = self._mm(
+            _codes(a),
+            _codes(b, COLUMN_UNIT).t(),
+            self._scales(a, fused),
+            _recipe(fused),
+            self._scales(b, fused),
+            _recipe(fused),
+            _swizzles(fused),
+            _swizzles(fused),
+            bias=bias if fused else None,
+            output_dtype=dtype,
+        )
+        y = y[:, : b.rows].contiguous()
+        return y if fused else apply_globals(y, a, b, out_dtype, bias)
+
+    def grouped_matmul(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> list[torch.Tensor]:
+        if not self._fits_grouped(a, b, out_dtype):
+            return super().grouped_matmul(a, b, out_dtype)
+        assert self._grouped_mm is not None
+        ends = torch.tensor([q.rows for q in a]).cumsum(0).to(torch.int32)  # known here: no one waits for the device
+        blocks = -(-a[0].padded_contraction // NVFP4.block_size // TILE_COLUMNS) * TILE_COLUMNS
+        y = self._grouped_mm(
+            torch.cat([_codes(q).view(torch.uint8) for q in a]).view(torch.float4_e2m1fn_x2),
+            torch.stack([_codes(q).view(torch.uint8) for q in b]).view(torch.float4_e2m1fn_x2).transpose(1, 2),
+            # each group's scales are swizzled by themselves and start at a tile: over all of M they would be others'
+            [torch.cat([self._scale(q) for q in a]).view(-1, blocks), torch.cat([q.global_scale for q in a])],
+            _recipe(True),
+            [torch.stack([self._scale(q) for q in b]), torch.cat([q.global_scale for q in b])],
+            _recipe(True),
+            _swizzles(True),
+            _swizzles(True),
+            offs=ends.to(a[0].device, non_blocking=True),
+            output_dtype=torch.bfloat16,
+        )
+        return list(y.split([q.rows for q in a]))
+
+    def _fits_grouped(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> bool:
+        """Whether torch's grouped GEMM takes it: BF16, a's ragged in rows alone, b's alike, on its hardware."""
+        if self._grouped_mm is None or len(a) < 2 or out_dtype != torch.bfloat16:
+            return False
+        device = a[0].device
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in GROUPED_MAJORS:
+            return False
+        return (
+            len({(q.rows, q.padded_contraction) for q in b}) == 1
+            and b[0].rows % COLUMN_UNIT == 0
+            and all(_may_scale_inside(left, right, out_dtype) for left, right in zip(a, b, strict=True))
+            and all(q.codes.numel() > 0 for q in (*a, *b))
+        )
+
+    def _scales(self, q: QTensor, with_global: bool) -> list[torch.Tensor]:
+        return [self._scale(q), q.global_scale] if with_global else [self._scale(q)]
+
+    def _scale(self, q: QTensor) -> torch.Tensor:
+        """Block scales, one a row, swizzled; kept as long as q lives, so that a weight's are swizzled once."""
+        capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        kept = None if capturing else self._swizzled.get(q)  # a graph must swizzle at every replay, and keeps nothing
+        if kept is None or kept[0] != q.block_scale._version:
+            made = swizzle(spread(q.block_scale, q.block, q.rows)).view(torch.float8_e4m3fn)
+            if capturing or q.block_scale.is_inference():
+                return made
+            kept = self._swizzled[q] = (q.block_scale._version, made)
+        return kept[1]
+
+
+def _may_scale_inside(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> bool:
+    """Whether cuBLASLt may apply the global scales: one each, and an output too coarse to show how."""
+    return out_dtype != torch.float32 and not a.row_scaled and not b.row_scaled
+
+
+def _codes(q: QTensor, row_unit: int = 1) -> torch.Tensor:
+    """Codes in memory as torch wants them, filled up with zeros: their scales are 0, or they are never read.
+
+    The swizzled scales need no filling: they come in tiles of 4 columns and 128 rows, and both units divide those.
+    """
+    width = q.codes.shape[1]
+    padding = (0, -width % (CONTRACTION_UNIT // 2), 0, -q.rows % row_unit)
+    codes = F.pad(q.codes, padding) if any(padding) else q.codes.contiguous()
+    return codes.view(torch.float4_e2m1fn_x2)
+
+
+def _recipe(with_global: bool) -> list[F.ScalingType]:
+    return [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise][: 1 + with_global]
+
+
+def _swizzles(with_global: bool) -> list[F.SwizzleType]:
+    return [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE][: 1 + with_global]
+
+
+assert TILE_ROWS % COLUMN_UNIT == 0
+assert TILE_COLUMNS * NVFP4.block_size % CONTRACTION_UNIT == 0
