@@ -7,7 +7,7 @@ CLIENTS := $(VENV)/.clients
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
-.PHONY: train test lint unit sanitize bench aot clean help
+.PHONY: train test lint unit sanitize bench gpu aot clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -46,6 +46,9 @@ bench: $(READY) ## time the quantisers and the linear layer, and keep the figure
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
 	$(BIN)/python -m benchmarks.bench_linear --keep linear
 	$(BIN)/python -m benchmarks.bench_memory --keep memory
+
+gpu: ## on a machine with a GPU, torch and triton: check everything, time it, judge it, in ten minutes
+	$(PYTHON) -m benchmarks.on_gpu --out build/on_gpu $(ARGS)
 
 aot: $(READY) ## compile every Triton kernel for eight kinds of GPU, none needed: instructions, registers, spills
 	$(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot.json

@@ -72,8 +72,17 @@ def test_an_interpreting_process_cannot_compile(monkeypatch):
         next(aot.reports([90], few=True))
 
 
-def test_families_and_tiles():
+@pytest.mark.parametrize(("version", "native"), [("3.6.0", False), ("3.9.0", True), ("3.10.1", True)])
+def test_an_old_triton_decodes_on_sm_121(version, native, monkeypatch):
+    """Its compiler fails on FP4 products there; sm_120 and sm_100 have them since 3.6."""
+    monkeypatch.setattr(triton, "__version__", version)
+    assert family(121) == ("mma_fp4" if native else "mma")
+    assert (family(120), family(100)) == ("mma_fp4", "tcgen05")
+
+
+def test_families_and_tiles(monkeypatch):
     """Native only where Triton has FP4 instructions; few rows get low tiles, many rows large ones."""
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
     kinds = {
         80: "mma",
         86: "mma",

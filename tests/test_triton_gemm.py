@@ -203,6 +203,27 @@ def test_on_a_gpu_every_tile_gives_the_exact_product(m, n, k, native, rng):
             assert torch.equal(got.cpu(), (y + bias + residual).to(torch.float16)), tile
 
 
+def test_codes_at_an_odd_address_are_moved(monkeypatch):
+    """The kernel reads words of codes, and a GPU faults on a word that begins between two."""
+    from nvfp4.backends.triton import gemm as module
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(args)
+
+    monkeypatch.setattr(module, "gemm_kernel", Kernel())
+    q = quantize(torch.randn(8, 64), "rtn")
+    codes = torch.empty(q.codes.numel() + 1, dtype=torch.uint8)[1:].view(q.codes.shape).copy_(q.codes)
+    assert codes.data_ptr() % 4
+    module.gemm(QTensor(codes, *q.tensors[1:], *q.record), q, torch.float32)
+    (args,) = launched
+    assert all(t.data_ptr() % 16 == 0 for t in args[:6])
+    assert torch.equal(args[0], q.codes)
+    assert args[3].data_ptr() == q.codes.data_ptr(), "what lies well is not copied"
+
+
 def test_what_does_not_fit_is_refused(interpreter, rng):
     a, b = exact_operand(rng, 4, 32), exact_operand(rng, 6, 32)
     for message, arguments in (

@@ -20,10 +20,11 @@ def update(run: Run, step: int, lr: float) -> Row:
     """
     config, accelerator, parts = run.config, run.accelerator, run.parts
     batch = run.windows.batch_at(step)[accelerator.process_index :: accelerator.num_processes]
+    batch = batch.to(accelerator.device)  # all at once: a copy in the loop would wait for the part before it
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for i, rows in enumerate(batch.split(run.rows)):
         with nullcontext() if i == parts - 1 else accelerator.no_sync(run.forward):
-            loss = next_token_loss(run, rows.to(accelerator.device)) / parts
+            loss = next_token_loss(run, rows) / parts
             loss.backward()
         total += loss.detach().double()
     trained = [parameter for parameter in run.model.parameters() if parameter.grad is not None]

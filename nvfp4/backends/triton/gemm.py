@@ -60,11 +60,12 @@ INSTRUCTIONS = {
 def family(capability: int, native: bool = True) -> str:
     """The kind of tensor core that a card of this compute capability (90, 120, ...) is programmed for, of ``TILES``.
 
-    Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false.
+    Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false. On 121 Triton 3.6
+    cannot compile it (its passes fail; 3.9.0's do not), so there codes are decoded until 3.9.
     """
     if native and capability in (100, 103):
         return "tcgen05"
-    if native and capability in (120, 121):
+    if native and (capability == 120 or (capability == 121 and _version() >= (3, 9))):
         return "mma_fp4"
     return "wgmma" if capability == 90 else "mma"
 
@@ -87,7 +88,12 @@ def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, residu
 def fuses_sums(capability: int) -> bool:
     """Whether this Triton rounds a product and a sum once against our will: 3.6 on Blackwell, whose ptxas
     (12.9) makes FFMA2 of mul.rn.f32x2 and add.rn.f32x2 even under --fmad=false. (3.7.1, 3.8.0 and 3.9.0 do not.)"""
-    return capability >= 100 and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+    return capability >= 100 and _version() < (3, 7)
+
+
+def _version() -> tuple[int, ...]:
+    """Triton's, major and minor."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @lru_cache(maxsize=64)
@@ -131,7 +137,7 @@ def gemm(
     if native is None:
         native = kind in ("tcgen05", "mma_fp4")
     grid = (triton.cdiv(a.rows, tile.m) * triton.cdiv(b.rows, tile.n),)
-    tensors = [t if t is None else t.contiguous() for t in (*a.tensors, *b.tensors, bias, residual)]
+    tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias, residual)]
     with torch.cuda.device_of(a.codes):
         gemm_kernel[grid](
             *tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size,
@@ -139,6 +145,12 @@ def gemm(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    """t contiguous and at an address of whole words, as the kernel reads codes; a view of a file may begin anywhere."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _check(

@@ -39,6 +39,8 @@ from nvfp4.rng import BLOCK_SCALE_STREAM as _BLOCK_SCALE_STREAM
 
 BLOCK_SCALE_STREAM = tl.constexpr(_BLOCK_SCALE_STREAM)
 SEEDS = ("seed_low", "seed_high", "sign_low", "sign_high")
+BOTH_SEEDS = tuple(f"{seed}_{side}" for side in ("rows", "columns") for seed in SEEDS)
+"""Triton ignores names that a kernel does not have, and compiles anew for a seed that happens to divide by 16."""
 
 
 @triton.jit
@@ -173,7 +175,7 @@ def quantize_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SEEDS)
+@triton.jit(do_not_specialize=BOTH_SEEDS)
 def amax_both_kernel(
     x, rows, columns, stride_row, stride_column, peak_rows, sign_low_rows, sign_high_rows,
     peak_columns, sign_low_columns, sign_high_columns,
@@ -193,7 +195,7 @@ def amax_both_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SEEDS)
+@triton.jit(do_not_specialize=BOTH_SEEDS)
 def quantize_both_kernel(
     x, rows, columns, stride_row, stride_column,
     peak_rows, codes_rows, block_scale_rows, global_scale_rows, padded_rows,
