@@ -14,8 +14,8 @@ from benchmarks.harness import gate, show
 from nvfp4.bench.cases import SETS
 from nvfp4.bench.layers import check, layer_for, saved_bytes
 from nvfp4.bench.timing import interleaved
-from nvfp4.linear import invalidate
 from nvfp4.recipes import RECIPES
+from nvfp4.weights import invalidate
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ from benchmarks.on_gpu import ROOT, Report
 from nvfp4.bench.cases import QUANTISERS, Shape
 from nvfp4.bench.layers import layer_for, saved_bytes
 from nvfp4.bench.timing import copier, interleaved
-from nvfp4.linear import invalidate
 from nvfp4.ops import matmul, quantize_both, quantize_with
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import get_quantizer
+from nvfp4.weights import invalidate
 
 Run = Callable[[], Any]
 RECIPES = ("nvidia", "quartet2", "search_eden")

@@ -15,11 +15,12 @@ from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
 from nvfp4.diagnostics import check, health, observe, report
 from nvfp4.hadamard import Rotation, rotate
-from nvfp4.linear import Linear, fixed_weights, invalidate, load_noise_state, noise_state
+from nvfp4.linear import Linear
 from nvfp4.ops import dequantize, explain, matmul, quantize
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import QUANTIZERS
 from nvfp4.recipes import RECIPES, Recipe
+from nvfp4.weights import capturable, fixed_weights, invalidate, load_noise_state, noise_state
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Recipe",
     "Rotation",
     "after_step",
+    "capturable",
     "check",
     "convert",
     "dequantize",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvfp4.linear import Stored, stored_weights
 from nvfp4.shared_amax import SharedAmax
+from nvfp4.weights import Stored, stored_weights
 
 
 class AfterStep:
@@ -19,7 +19,7 @@ class AfterStep:
         self._weights = list(stored_weights(model).values())
         self._mine = [stored for stored in self._weights if not stored.state.keeps_weight]
         for stored in self._mine:
-            stored.state.keeps_weight = True
+            stored.state.keeps_weight = stored.state.renews_weight = True
         self._hook = optimizer.register_step_post_hook(self._stepped)
         self.renew()
 
@@ -35,7 +35,8 @@ class AfterStep:
         """Forward passes quantise their weights again; what was kept is forgotten."""
         self._hook.remove()
         for stored in self._mine:
-            stored.state.keeps_weight, stored.state.weight_codes = False, None
+            stored.state.keeps_weight = stored.state.renews_weight = False
+            stored.state.weight_codes = None
         self._mine = []
 
     def __enter__(self) -> AfterStep:

@@ -18,12 +18,13 @@ from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
 from nvfp4.experts import STACKS, Experts, convert_experts, revert_experts
-from nvfp4.linear import Linear, LinearState, layers, states, stored_weights
+from nvfp4.linear import Linear, LinearState
 from nvfp4.noise import Noise
 from nvfp4.policy import ALREADY, ModuleFilter, Patterns, Plan, Recipes, make_policy
 from nvfp4.recipes import Recipe
 from nvfp4.rng import check_seed
 from nvfp4.shared_amax import SharedAmax
+from nvfp4.weights import layers, states, stored_weights
 
 PRECISIONS = ("nvfp4", "bf16")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -17,7 +17,7 @@ from nvfp4.codec import e2m1_decode, e4m3_decode, unpack
 from nvfp4.convert import complain
 from nvfp4.experts import STACKS, Experts
 from nvfp4.formats import E2M1, NVFP4
-from nvfp4.linear import Linear, layers, stored_weights
+from nvfp4.linear import Linear
 from nvfp4.ops import dequantize, quantize_with
 from nvfp4.policy import Decision, ExpertsDecision, ModuleFilter, Patterns, Recipes, make_policy, not_linear
 from nvfp4.qtensor import QTensor
@@ -25,6 +25,7 @@ from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import GEMMS, Operand, Recipe
 from nvfp4.scaling import spread
 from nvfp4.sharding import values_here
+from nvfp4.weights import layers, stored_weights
 
 
 @dataclass(frozen=True)

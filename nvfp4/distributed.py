@@ -22,12 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from nvfp4.formats import TILE_BLOCK
-from nvfp4.linear import Linear, LinearState, layers
+from nvfp4.linear import Linear, LinearState
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import Recipe
 from nvfp4.sharding import GatheredWeight, quantize_with_amax, shared_amax
+from nvfp4.weights import layers
 
 _BEFORE, _AFTER = "fsdp_pre_all_gather", "fsdp_post_all_gather"
 """FSDP2's extension points, looked up on the sharded tensor; torchao's FP8 all-gather uses them too."""

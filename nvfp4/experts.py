@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from nvfp4.gemms import Call, Saved, backward_operands, flatten, forward_operands, product
 from nvfp4.layer_ops import restore
 from nvfp4.linear import LinearState, output_dtype, refuse_second_derivative
-from nvfp4.noise import Noise, signed
+from nvfp4.noise import CALLS, HostWords, Noise, signed
 from nvfp4.ops import INPUT_DTYPES, grouped_matmul, is_dtensor, without_autocast
 from nvfp4.qtensor import QTensor
 from nvfp4.recipes import Recipe
@@ -31,8 +31,9 @@ STACKS = ("gate_up_proj", "down_proj")
 
 def expert_call(call: Call, expert: int) -> Call:
     """The call of one expert, from that of its stack."""
+    assert isinstance(call.words, HostWords), "experts read on the host how many tokens they got"
     seed, layer, calls, rank = call.words
-    return call._replace(words=(signed(fold_in(seed % 2**64, layer)), expert, calls, rank))
+    return call._replace(words=HostWords((signed(fold_in(seed % 2**64, layer)), expert, calls, rank)))
 
 
 class ExpertsState(LinearState):
@@ -159,7 +160,7 @@ class _GroupedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        recipe = Recipe.from_key(ctx.key)
+        call = Call(Recipe.from_key(ctx.key), ctx.backend, HostWords(ctx.words.tolist()))
         tensors = list(ctx.saved_tensors)
         x = tensors.pop() if ctx.dense[1] else None
         weight = tensors.pop() if ctx.dense[0] else None
@@ -171,11 +172,10 @@ class _GroupedFunction(torch.autograd.Function):
         for i, (e, size) in enumerate(active):
             own = tensors[i * each : (i + 1) * each]
             own += ([] if weight is None else [weight[e]]) + (groups[i : i + 1])
-            saved.append(restore(recipe, own, ctx.needs, torch.Size((size, outputs)), features))
-        call = Call(recipe, ctx.backend, tuple(ctx.words.tolist()))
+            saved.append(restore(call, own, ctx.needs, torch.Size((size, outputs)), features))
         with without_autocast(dy.device):
             dx, dw = _backward(call, dy, ctx.sizes, saved, ctx.needs, ctx.shape, ctx.dtypes)
-        ctx.words[2] += 1
+        ctx.words[CALLS].add_(1)
         return dx, dw, None, None, None
 
 

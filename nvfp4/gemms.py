@@ -13,22 +13,23 @@ import torch
 import torch.nn.functional as F
 
 from nvfp4.hadamard import Rotation
-from nvfp4.noise import LEFT, RIGHT, gemm_seeds, signed
+from nvfp4.noise import LEFT, RIGHT, DeviceWords, Words, signed
 from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, without_autocast
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.recipes import Gemm, Operand, Recipe
+from nvfp4.rng import DeviceSeed
 from nvfp4.sharding import Shards, quantize_with_amax
 
 Saved = torch.Tensor | QTensor | None
 
 
 class Call(NamedTuple):
-    """One call of a layer: its recipe, the backend, ``Noise.words`` as integers, and which operands are cut."""
+    """One call of a layer: its recipe, the backend, its ``Noise.words``, and which operands are cut."""
 
     recipe: Recipe
     backend: str
-    words: tuple[int, int, int, int]
+    words: Words
     shards: Shards | None = None
 
     def operand(self, x: torch.Tensor | QTensor, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
@@ -49,7 +50,7 @@ class Call(NamedTuple):
         spec = _side(getattr(self.recipe, gemm), side)
         if spec.noiseless is not None:
             return spec.rule, spec.noiseless
-        sign_seed, seeds = gemm_seeds(self.words, gemm)
+        sign_seed, seeds = self.words.seeds(gemm)
         if partner is not None and partner.sign_seed is not None:
             sign_seed = partner.sign_seed
         return spec.rule, spec.seeded(seeds[side], sign_seed)
@@ -216,23 +217,33 @@ def flatten(saved: Saved) -> tuple[torch.Tensor, ...]:
         return ()
     if saved.rotation is None or saved.rotation.sign_seed is None:
         return saved.tensors
-    return *saved.tensors, torch.tensor(signed(saved.rotation.sign_seed), device="cpu")
+    seed = saved.rotation.sign_seed
+    if isinstance(seed, DeviceSeed):
+        return *saved.tensors, seed.bits.clone()  # two results of an operator may not share memory
+    return *saved.tensors, torch.tensor(signed(seed), device="cpu")
 
 
-def unflatten(tensors: Iterator[torch.Tensor], stored: Operand, shape: tuple[int, int]) -> QTensor:
-    """The inverse of ``flatten`` for the matrix of ``shape`` that ``stored`` quantised, taking tensors in order."""
+def unflatten(tensors: Iterator[torch.Tensor], stored: Operand, shape: tuple[int, int], words: Words) -> QTensor:
+    """The inverse of ``flatten`` for the matrix of ``shape`` that ``stored`` quantised, taking tensors in order.
+
+    words: of the call, which say whether a seed is a number or lies on a device.
+    """
     layout = stored.layout
     codes, block_scale, global_scale = next(tensors), next(tensors), next(tensors)
     rotation = layout.rotation
     if rotation is not None and not rotation.fixed:
-        rotation = replace(rotation, sign_seed=int(next(tensors)) % 2**64)
+        bits = next(tensors)
+        sign_seed = DeviceSeed(bits) if isinstance(words, DeviceWords) else int(bits) % 2**64
+        rotation = replace(rotation, sign_seed=sign_seed)
     return QTensor(codes, block_scale, global_scale, layout.block, shape, -1, rotation)
 
 
-def empty_codes(stored: Operand, shape: tuple[int, int], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def empty_codes(
+    stored: Operand, shape: tuple[int, int], like: torch.Tensor, capturable: bool
+) -> tuple[torch.Tensor, ...]:
     """Uninitialised tensors as ``flatten`` makes them, on the device of ``like``; for shape inference."""
     layout = stored.layout
     tensors = QTensor.empty(shape, layout.block, layout.row_scaled, layout.rotation, like.device).tensors
     if layout.rotation is None or layout.rotation.fixed:
         return tensors
-    return *tensors, torch.empty((), dtype=torch.int64, device="cpu")
+    return *tensors, torch.empty((), dtype=torch.int64, device=like.device if capturable else "cpu")

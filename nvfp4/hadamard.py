@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nvfp4.rng import SIGN_STREAM, check_seed, philox
+from nvfp4.rng import SIGN_STREAM, DeviceSeed, Seed, check_seed, philox
 
 GROUPS = (16, 32, 64, 128)
 MAX_ROUNDS = 3
@@ -32,7 +32,7 @@ class Rotation:
 
     group: int = 128
     rounds: int = 1
-    sign_seed: int | None = None
+    sign_seed: Seed | None = None
     fixed: bool = False
 
     def __post_init__(self) -> None:
@@ -63,15 +63,19 @@ class Rotation:
             groups = fwht(groups) * (1 / (self.group * round_scale(i, self.rounds, self.group))) * signs
         return groups.reshape(y.shape)
 
-    def _seed(self) -> int:
+    def _seed(self) -> Seed:
         if self.sign_seed is None:
             raise ValueError("this rotation has random signs: give it a sign_seed")
         return self.sign_seed
 
 
-def rotation_signs(sign_seed: int, round_index: int, group: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def rotation_signs(sign_seed: Seed, round_index: int, group: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Signs of one round: float32 [group] of +-1. Bit j of the 128 Philox bits set means -1 at position j."""
     words = philox(sign_seed, round_index, SIGN_STREAM)
+    if isinstance(sign_seed, DeviceSeed):
+        position = torch.arange(group, device=device)
+        bits = torch.stack(words)[position // 32] >> position % 32 & 1  # type: ignore[arg-type]
+        return 1.0 - 2.0 * bits.to(torch.float32)
     signs = [-1.0 if words[j // 32] >> (j % 32) & 1 else 1.0 for j in range(group)]
     return torch.tensor(signs, dtype=torch.float32, device=device)
 
@@ -88,7 +92,7 @@ def fwht(x: torch.Tensor) -> torch.Tensor:
     return lead.view(n, -1).t().reshape(x.shape)
 
 
-def rotate(x: torch.Tensor, sign_seed: int, *, rounds: int = 1, group: int = 128, axis: int = -1) -> torch.Tensor:
+def rotate(x: torch.Tensor, sign_seed: Seed, *, rounds: int = 1, group: int = 128, axis: int = -1) -> torch.Tensor:
     """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled Walsh-Hadamard transform.
 
     x: float32, float16 or bfloat16, any rank; the axis is zero-padded to a multiple of ``group`` (16, 32, 64 or 128).

@@ -6,10 +6,9 @@ as long as the weight stays the same; a compiled graph calls the operators of ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nvfp4 import layer_ops
 from nvfp4.backends.registry import AUTO
 from nvfp4.gemms import Call, flatten, fprop, stored_operands
-from nvfp4.noise import Noise
+from nvfp4.noise import CALLS, Noise, capturing, words_of
 from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
 from nvfp4.qtensor import QTensor
 from nvfp4.recipes import Recipe
@@ -39,12 +38,17 @@ class LinearState:
     enabled: bool = True
     full_recipe: Recipe | None = None  # the one to come back to, while forward_precision keeps the forward in BF16
     keeps_weight: bool = field(default=False, repr=False, compare=False)
+    renews_weight: bool = field(default=False, repr=False, compare=False)  # codes stay where they lie: see ``renew``
     weight_codes: tuple[tuple[Any, ...], tuple[QTensor, ...]] | None = field(default=None, repr=False, compare=False)
     shards: Shards | None = field(default=None, repr=False, compare=False)
     shared: SharedAmax | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"keeps_weight": False, "weight_codes": None}  # a copy or a pickle is outside the scope
+        return vars(self) | {
+            "keeps_weight": False,
+            "renews_weight": False,
+            "weight_codes": None,
+        }  # a copy or a pickle is outside the scope
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -54,7 +58,8 @@ class LinearState:
 
     def call(self) -> Call:
         """The next call of this layer."""
-        return Call(self.recipe, self.backend, tuple(self.noise.words.tolist()), self.shards)
+        words = words_of(self.noise.words, self.noise.capturable, self.backend)
+        return Call(self.recipe, self.backend, words, self.shards)
 
     def fprop(
         self,
@@ -65,16 +70,19 @@ class LinearState:
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
         """y [M, N], and the codes that backward will need where ``needs`` asks for dx and dw."""
-        quantized = self.recipe.fprop.quantized
+        quantized, noise = self.recipe.fprop.quantized, self.noise
+        if noise.capturable and noise.words.device != x.device:
+            raise RuntimeError(
+                f"x is on {x.device}, but the noise of this layer was put on {noise.words.device} by "
+                f"nvfp4.capturable(model): call it again, now that the model has moved"
+            )
         w_amax = self.shared.amax(self.backend) if quantized and self.shared is not None else None
         if _as_operator(x):
-            if self.shards is not None:
-                raise RuntimeError(
-                    "torch.compile, and other tracing, cannot see that a layer of parallelize_module is one part of a "
-                    "whole: run such layers eagerly, for example with torch.compiler.disable"
-                )
-            words = self.noise.words
-            return layer_ops.fprop(x, weight, bias, words, self.key, self.backend, dtype, list(needs), w_amax)
+            _check_whole(self.shards)
+            key, backend = self.key, self.backend
+            return layer_ops.fprop(
+                x, weight, bias, noise.words, key, backend, dtype, list(needs), w_amax, noise.capturable
+            )
         call = self.call()
         kept = self.operands(weight, w_amax, call) if quantized else None
         y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_amax, None if kept is None else kept[0])
@@ -86,16 +94,20 @@ class LinearState:
         Where the backend can fingerprint memory, it is the bytes themselves that are compared: version counters miss
         fused optimizers, writes through ``.data`` and custom kernels. Elsewhere codes are kept inside ``fixed_weights``
         only. Stochastic operands are never kept, nor anything under torch.distributed, where memory may be sharded.
+        A CUDA graph takes codes that ``after_step`` renews where they lie; others would be freed or grow old under it,
+        and its own hold nothing before a replay.
         """
         if isinstance(weight, GatheredWeight):
             return (weight.codes,)
         if self.recipe.fprop.right.noiseless is None or (dist.is_available() and dist.is_initialized()):
             return None
         key = self._weight_key(weight)
-        if key is None:
+        if key is None or (amax is not None and capturing()):  # amax could not be read
             return None
         key = (*key, None if amax is None else amax.item())
         kept = self.weight_codes  # read once: another thread may end ``fixed_weights``
+        if capturing():
+            return kept[1] if self.renews_weight and kept is not None and kept[0] == key else None
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
                 kept = self.weight_codes = (key, self.made(weight, amax, call))
@@ -142,6 +154,15 @@ class LinearState:
         self.weight_codes = (self.weight_codes[0], old[1])
 
 
+def _check_whole(shards: Shards | None) -> None:
+    """RuntimeError for a part of a layer where operators are watched: they know of no other processes."""
+    if shards is not None:
+        raise RuntimeError(
+            "torch.compile, and other tracing, cannot see that a layer of parallelize_module is one part of a whole: "
+            "run such layers eagerly, for example with torch.compiler.disable"
+        )
+
+
 def _as_operator(x: torch.Tensor) -> bool:
     """Whether somebody watches the operators that run: a compiler, or a dispatch mode such as selective checkpointing.
 
@@ -174,6 +195,7 @@ class _LinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         y, *codes = state.fprop(x, weight, bias, dtype, needs)
         ctx.words = state.noise.words  # not a saved tensor: other backward passes may advance it before this one
+        ctx.capturable = state.noise.capturable
         ctx.key, ctx.backend, ctx.shards, ctx.needs = state.key, state.backend, state.shards, needs
         ctx.features = x.shape[1]
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -189,13 +211,16 @@ class _LinearFunction(torch.autograd.Function):
         refuse_second_derivative()
         saved, needs = list(ctx.saved_tensors), list(ctx.needs)
         if _as_operator(dy):
-            made = layer_ops.backward(dy, saved, ctx.words, ctx.key, ctx.backend, needs, ctx.features, *ctx.dtypes)
+            _check_whole(ctx.shards)
+            what = (ctx.key, ctx.backend, needs, ctx.features)
+            made = layer_ops.backward(dy, saved, ctx.words, *what, *ctx.dtypes, ctx.capturable)
         else:
-            call = Call(Recipe.from_key(ctx.key), ctx.backend, tuple(ctx.words.tolist()), ctx.shards)
+            words = words_of(ctx.words, ctx.capturable, ctx.backend)
+            call = Call(Recipe.from_key(ctx.key), ctx.backend, words, ctx.shards)
             made = layer_ops.eager_backward(call, dy, saved, needs, ctx.features, ctx.dtypes)
         gradients = iter(made)
         dx, dw, db = [next(gradients) if need else None for need in needs]
-        ctx.words[2] += 1
+        ctx.words[CALLS].add_(1)
         return dx, dw, db, None, None
 
 
@@ -270,90 +295,3 @@ def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
     return x.dtype
-
-
-def layers(model: nn.Module) -> dict[str, Linear]:
-    """The converted layers of a model by dotted name, each once, in conversion order."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    return dict(sorted(found.items(), key=lambda item: item[1].nvfp4.noise.layer))
-
-
-class Stored(NamedTuple):
-    """A weight that is quantised: its state, the module that holds it and the name of the parameter there."""
-
-    state: LinearState
-    owner: nn.Module
-    parameter: str
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The parameter as it is now."""
-        return getattr(self.owner, self.parameter)
-
-    def put(self, state: LinearState) -> None:
-        """Give the weight another state."""
-        if isinstance(self.owner.nvfp4, dict):
-            self.owner.nvfp4 = {**self.owner.nvfp4, self.parameter: state}  # type: ignore[assignment]
-        else:
-            self.owner.nvfp4 = state  # type: ignore[assignment]
-
-
-def stored_weights(model: nn.Module) -> dict[str, Stored]:
-    """Every quantised weight of a model, each once, in conversion order, by the name of its layer; of stacked experts
-    by the name of the parameter."""
-    found = {}
-    for name, module in model.named_modules():
-        state = vars(module).get("nvfp4")
-        if isinstance(state, LinearState):
-            found[name] = Stored(state, module, "weight")
-        elif isinstance(state, dict):
-            of_stack = {p: s for p, s in state.items() if isinstance(s, LinearState)}
-            found |= {f"{name}.{p}" if name else p: Stored(s, module, p) for p, s in of_stack.items()}
-    return dict(sorted(found.items(), key=lambda item: item[1].state.noise.layer))
-
-
-def states(model: nn.Module) -> dict[str, LinearState]:
-    """The state of every quantised weight of a model, named and ordered as in ``stored_weights``."""
-    return {name: stored.state for name, stored in stored_weights(model).items()}
-
-
-@contextmanager
-def fixed_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context each weight is quantised once: for generation, or the micro-batches of one optimizer step.
-
-    No result changes. Ordinary in-place changes of a weight are noticed. A fused optimizer (``fused=True``), a write
-    through ``.data`` or a custom kernel leaves no trace: end the context before it, or call ``invalidate`` after it.
-    """
-    fixed = [state for state in states(model).values() if not state.keeps_weight]
-    for state in fixed:
-        state.keeps_weight = True
-    try:
-        yield model
-    finally:
-        for state in fixed:
-            state.keeps_weight, state.weight_codes = False, None
-
-
-def invalidate(model: nn.Module) -> None:
-    """Forget every quantised weight; needed only inside ``fixed_weights``, after a write that leaves no trace."""
-    for state in states(model).values():
-        state.weight_codes = None
-        if state.shared is not None:
-            state.shared.forget()
-
-
-def noise_state(model: nn.Module) -> dict[str, int]:
-    """Backward passes finished by each converted layer, by name; with ``state_dict`` it resumes bit for bit."""
-    return {name: state.noise.calls for name, state in states(model).items()}
-
-
-def load_noise_state(model: nn.Module, calls: Mapping[str, int]) -> None:
-    """Restore ``noise_state``; KeyError-free: raises ValueError naming layers that are missing or unexpected."""
-    found = states(model)
-    if found.keys() != calls.keys():
-        raise ValueError(
-            f"noise state does not fit the model: missing {sorted(found.keys() - calls.keys())}, "
-            f"unexpected {sorted(calls.keys() - found.keys())}; convert the model with the same options first"
-        )
-    for name, state in found.items():
-        state.noise.calls = int(calls[name])

@@ -1,16 +1,27 @@
-"""Where a layer's random bits come from: a function of (seed, layer, call, GEMM, operand, rank) and of nothing else."""
+"""Where a layer's random bits come from: a function of (seed, layer, call, GEMM, operand, rank) and of nothing else.
+
+On the host, where seeds are numbers that kernels get as arguments; or, for a layer that is ``capturable``, in the
+memory of its device, where the kernels of a CUDA graph find new ones at every replay.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nvfp4.ops import draw_seeds
 from nvfp4.recipes import GEMMS
-from nvfp4.rng import check_seed, fold_in
+from nvfp4.rng import DeviceSeed, Seed, check_seed, fold_in
 
 LEFT, RIGHT = 0, 1
+CALLS = 2
+"""Place of the call counter in ``Noise.words``."""
+
+GemmSeeds = tuple[Seed, tuple[Seed, Seed]]
+"""Sign seed, rounding seeds of the left and the right operand."""
 
 
 def signed(seed: int) -> int:
@@ -23,8 +34,8 @@ class Noise:
 
     seed: the user's, in [0, 2^64). layer: index in conversion order. calls: backward passes finished so far; it
     advances at the end of a backward, so that recomputing a forward (activation checkpointing) meets the same noise.
-    rank: the process to round for; None is this one. words: the four as int64 [4] on the CPU, None as -1, which
-    compiled graphs read and advance.
+    rank: the process to round for; None is this one. words: the four as int64 [4], None as -1, which compiled graphs
+    read and advance; on the CPU or, if ``capturable``, on the layer's device, where to read one of them here waits.
     """
 
     def __init__(self, seed: int, layer: int, calls: int = 0, rank: int | None = None) -> None:
@@ -34,8 +45,22 @@ class Noise:
         return self.words.tolist()  # integers, which no map_location moves
 
     def __setstate__(self, words: list[int]) -> None:
+        self.place(torch.tensor(words, dtype=torch.int64, device="cpu"), "cpu", capturable=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Noise:
+        made = Noise.__new__(Noise)
+        made.place(self.words, self.words.device, self.capturable)
+        return made
+
+    def place(self, words: torch.Tensor, device: torch.device | str, capturable: bool) -> None:
+        """Keep a copy of ``words`` on ``device``, whose memory stays the same from then on."""
         with torch.inference_mode(False):  # a model converted for a rollout may train later
-            self.words = torch.tensor(words, dtype=torch.int64, device="cpu")
+            self.words = words.to(device, copy=True)
+        self.capturable = capturable
+        if capturable:  # a compiled backward advances it, which CUDA graphs allow at fixed addresses only
+            from torch._dynamo import mark_static_address  # takes seconds to import
+
+            mark_static_address(self.words)
 
     @property
     def seed(self) -> int:
@@ -54,11 +79,11 @@ class Noise:
     @property
     def calls(self) -> int:
         """Backward passes finished so far."""
-        return int(self.words[2])
+        return int(self.words[CALLS])
 
     @calls.setter
     def calls(self, calls: int) -> None:
-        self.words[2] = calls
+        self.words[CALLS] = calls
 
     @property
     def rank(self) -> int | None:
@@ -76,7 +101,7 @@ class Noise:
         return gemm_seeds((seed, layer, calls if call is None else call, rank), gemm)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Noise) and torch.equal(self.words, other.words)
+        return isinstance(other, Noise) and self.words.tolist() == other.words.tolist()
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
@@ -85,15 +110,66 @@ class Noise:
         return f"Noise(seed={self.seed}, layer={self.layer}, calls={self.calls}{rank})"
 
 
+class HostWords(tuple[int, int, int, int]):
+    """``Noise.words`` as integers."""
+
+    __slots__ = ()
+
+    def seeds(self, gemm: str) -> GemmSeeds:
+        """The seeds of one GEMM of this call; RuntimeError where a CUDA graph would repeat them for ever."""
+        if capturing():
+            raise RuntimeError(
+                "a CUDA graph would replay this layer with the same noise for ever: call nvfp4.capturable(model) "
+                "before the capture, and before its warm-up; every replay then draws its own"
+            )
+        return gemm_seeds(self, gemm)
+
+
+class DeviceWords:
+    """``Noise.words`` on their device, and the seeds of one call, which are made there when first asked for.
+
+    words: int64 [4]. backend: of the layer.
+    """
+
+    def __init__(self, words: torch.Tensor, backend: str) -> None:
+        self._words, self._backend = words, backend
+        self._table: torch.Tensor | None = None
+        self._seeds: dict[str, GemmSeeds] = {}
+
+    def seeds(self, gemm: str) -> GemmSeeds:
+        """The seeds of one GEMM of this call, the same objects each time: both operands must see equal signs."""
+        if gemm not in self._seeds:
+            if self._table is None:
+                self._table = draw_seeds(self._words, _process(), len(GEMMS), backend=self._backend)
+            sign_seed, left, right = map(DeviceSeed, self._table[GEMMS.index(gemm)].unbind())
+            self._seeds[gemm] = sign_seed, (left, right)
+        return self._seeds[gemm]
+
+
+Words = HostWords | DeviceWords
+
+
+def capturing() -> bool:
+    """Whether what is computed now goes into a CUDA graph instead of being computed."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def words_of(words: torch.Tensor, capturable: bool, backend: str) -> Words:
+    """``Noise.words`` for one call: read, unless they are on a device for good."""
+    return DeviceWords(words, backend) if capturable else HostWords(words.tolist())
+
+
 def gemm_seeds(words: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
     """(sign seed, rounding seeds of the left and the right operand) of one GEMM for ``Noise.words`` as integers.
 
     Signs are equal on all ranks, since both operands must rotate alike wherever they come from; rounding differs.
     """
     *call, rank = words
-    if rank < 0:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return _gemm_seeds(*call, GEMMS.index(gemm), rank)
+    return _gemm_seeds(*call, GEMMS.index(gemm), _process() if rank < 0 else rank)
+
+
+def _process() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @lru_cache(maxsize=8)  # the two operands of a GEMM ask one after the other

@@ -195,6 +195,12 @@ def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
     return select(backend, "quantize", x.device).fingerprint(x)
 
 
+def draw_seeds(words: torch.Tensor, rank: int, gemms: int, *, backend: str = AUTO) -> torch.Tensor:
+    """The seeds of one call of a layer, made where its words are; see ``Backend.draw_seeds``."""
+    with unseen():
+        return select(backend, "quantize", words.device).draw_seeds(words, rank, gemms)
+
+
 def explain(
     operation: Operation, device: torch.device | str = "cpu", quantizer: str | None = None, **options: Any
 ) -> str:

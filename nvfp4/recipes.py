@@ -19,6 +19,7 @@ from nvfp4.formats import TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
+from nvfp4.rng import Seed
 
 Source = Literal["tensor", "codes", "decoded"]
 GEMMS = ("fprop", "dgrad", "wgrad")
@@ -69,7 +70,7 @@ class Operand:
         """Its ``Options`` but for the seeds, which are 0: what says how codes and scales lie."""
         return self.checked(seed=0)
 
-    def seeded(self, seed: int, sign_seed: int) -> Options:
+    def seeded(self, seed: Seed, sign_seed: Seed) -> Options:
         """``checked`` for seeds of a call, the other options having been checked once: this one runs in every step."""
         rotation = self.layout.rotation
         if rotation is not None and not rotation.fixed:

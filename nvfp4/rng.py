@@ -6,7 +6,8 @@ key = (seed mod 2^32, seed div 2^32) and counter = (i mod 2^32, i div 2^32, stre
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,26 +25,46 @@ _CHUNK = 2**15  # counters at a time: keeps the int64 temporaries of one round i
 
 Word = TypeVar("Word", int, torch.Tensor)
 
+
+@dataclass(frozen=True, eq=False)
+class DeviceSeed:
+    """A seed that lies in the memory of a device, where every replay of a CUDA graph may find another.
+
+    bits: int64 [], the unsigned seed's bits. Equal to itself alone, since comparing two would wait for the device.
+    """
+
+    bits: torch.Tensor
+
+
+Seed = int | DeviceSeed
+SeedKind = TypeVar("SeedKind", bound=Seed)
+"""A seed as a number in [0, 2^64), or one that only the device knows."""
+
 try:
     from nvfp4._cpu import fold_in as _native_fold_in  # a layer asks six times a step, and Python takes 8 us each time
 except ImportError:
     _native_fold_in = None
 
 
-def check_seed(seed: int, name: str = "seed") -> int:
-    """Return ``seed`` if it is an integer in [0, 2^64), otherwise raise ``ValueError`` naming the argument."""
+def check_seed(seed: SeedKind, name: str = "seed") -> SeedKind:
+    """Return ``seed`` if it is an integer in [0, 2^64), or lies on a device; otherwise raise ``ValueError`` naming the
+    argument."""
+    if isinstance(seed, DeviceSeed):
+        return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:
         raise ValueError(f"{name} must be an integer in [0, 2**64), got {seed!r}")
     return seed
 
 
-def philox(seed: int, index: Word, stream: int) -> tuple[Word, Word, Word, Word]:
+def philox(seed: Seed, index: Word, stream: int) -> tuple[Word, Word, Word, Word]:
     """Four 32-bit words of Philox4x32-10 at counter ``index`` of ``stream``.
 
     index: an int in [0, 2^64), or an int64 tensor of any shape; the words come back as the same type, each in [0,
     2^32). Products wrap modulo 2^64 in int64 exactly as the unsigned ones do, so one body serves integers and tensors.
+    From a seed on a device they come as tensors there.
     """
-    k0, k1 = seed & _MASK, seed >> 32
+    key: Any = seed.bits if isinstance(seed, DeviceSeed) else seed
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
     c0, c1, c2, c3 = index & _MASK, (index >> 32) & _MASK, (index & 0) + stream, index & 0
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
@@ -63,7 +84,20 @@ def fold_in(seed: int, *data: int) -> int:
     return seed
 
 
-def draw16(seed: int, stream: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
+    """``fold_in`` where the seed's bits lie, int64 of any shape; data: int64, of a shape that broadcasts."""
+    for datum in data:
+        low, high, _, _ = philox(DeviceSeed(seed), datum, FOLD_STREAM)
+        seed = low | high << 32
+    return seed
+
+
+def number(seed: Seed | None) -> int:
+    """The seed as a number, 0 for none; of one on a device, whose memory the host must be able to read, it waits."""
+    return int(seed.bits) % _SEED_LIMIT if isinstance(seed, DeviceSeed) else seed or 0
+
+
+def draw16(seed: Seed, stream: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The first ``count`` 16-bit draws of a stream, int64 [count], each in [0, 2^16).
 
     Draw n comes from the words of counter n div 8: word (n mod 8) div 2, low half first.
@@ -79,7 +113,7 @@ def draw16(seed: int, stream: int, count: int, device: torch.device | str = "cpu
     return out.view(-1)[:count]
 
 
-def uniform(seed: int, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+def uniform(seed: Seed, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
     """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, draws in row-major order.
 
     Never 0 or 1, so stochastic rounding leaves representable values alone; the mean of u is exactly 1/2.

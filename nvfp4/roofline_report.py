@@ -17,7 +17,6 @@ from torch import nn
 
 from nvfp4.convert import convert
 from nvfp4.devices import Device, at_hand
-from nvfp4.linear import invalidate
 from nvfp4.recipes import GEMMS, RECIPES, Recipe
 from nvfp4.roofline import (
     MODELS,
@@ -32,6 +31,7 @@ from nvfp4.roofline import (
     speedup,
     step_seconds,
 )
+from nvfp4.weights import invalidate
 
 PREDICTED = "predicted, not measured"
 

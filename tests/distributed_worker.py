@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nvfp4
 from nvfp4.distributed import fp4_all_gather, share_noise
-from nvfp4.linear import layers
 from nvfp4.sharding import GatheredWeight
+from nvfp4.weights import layers
 
 RECIPES = ("search_eden", "quartet2", "nvidia", "rtn", "rl")
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

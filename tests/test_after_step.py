@@ -12,7 +12,7 @@ from torch import nn
 
 import nvfp4
 from nvfp4 import gemms
-from nvfp4.linear import layers, stored_weights
+from nvfp4.weights import layers, stored_weights
 
 RECIPES = ["nvidia", "quartet2", "search_eden", "rl"]
 

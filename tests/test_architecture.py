@@ -27,7 +27,7 @@ FLOORS = [
     ["recipes", "backends"],
     ["noise", "ops", "library"],
     ["sharding", "tensor_parallel"],
-    ["gemms", "layer_ops", "shared_amax", "linear", "experts"],
+    ["gemms", "layer_ops", "shared_amax", "linear", "weights", "experts"],
     [
         "policy",
         "convert",

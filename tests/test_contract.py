@@ -732,6 +732,7 @@ def test_38_cuda_graphs_draw_new_noise_at_every_replay() -> None:
         pytest.skip("no native backend runs on this CUDA device, and capture is promised of native ones")
     layer = quiet(nn.Linear(256, 128, device=device), "quartet2", backend=native[0])
     twin = copy.deepcopy(layer)
+    nvfp4.capturable(layer)
     x = torch.randn(128, 256, device=device, requires_grad=True)
     dy = torch.randn(128, 128, device=device)
 

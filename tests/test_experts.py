@@ -19,10 +19,10 @@ from torch import nn
 import nvfp4
 from nvfp4.experts import Experts, ExpertsState, expert_call, grouped_linear
 from nvfp4.gemms import Call
-from nvfp4.linear import stored_weights
-from nvfp4.noise import Noise, gemm_seeds
+from nvfp4.noise import HostWords, Noise, gemm_seeds
 from nvfp4.recipes import RECIPES, Recipe
 from nvfp4.rng import fold_in
+from nvfp4.weights import stored_weights
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -74,7 +74,7 @@ def test_noise_is_nobodys_twice():
     seen = set()
     for layer in range(4):
         for calls in range(4):
-            call = Call(RECIPES["quartet2"], "auto", (3, layer, calls, 0))
+            call = Call(RECIPES["quartet2"], "auto", HostWords((3, layer, calls, 0)))
             words = [expert_call(call, e).words for e in range(4)]
             if layer < 2:
                 words = [call.words]  # layers 0 and 1 are ordinary, 2 and 3 stacks

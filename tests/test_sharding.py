@@ -10,6 +10,7 @@ import torch
 from assertions import assert_qtensor_equal
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import nvfp4
 from nvfp4.hadamard import Rotation
@@ -119,6 +120,19 @@ def test_a_gathered_weight_has_a_shape_and_no_values():
     for read in (lambda: weight + 1, lambda: torch.nn.functional.linear(torch.ones(1, 32), weight)):
         with pytest.raises(RuntimeError, match="gathered in FP4"):
             read()
+
+
+def test_a_part_is_refused_where_operators_are_watched():
+    """In the backward as in the forward: an operator knows of no other process, and would scale by its part alone."""
+    layer = nvfp4.convert(torch.nn.Linear(16, 16), "rtn", verbose=False)
+    layer.nvfp4.shards = Shards(None, {})
+    x = torch.randn(4, 16, requires_grad=True)
+    y = layer(x)
+    for step in (lambda: layer(x), lambda: y.sum().backward()):
+        with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="run such layers eagerly"):
+            step()
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_a_layer_keeps_its_noise_rank_when_copied():

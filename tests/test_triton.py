@@ -15,12 +15,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_capturable import calls, no_host_read, pair
+from test_linear import CUSTOM, tokens
+from test_linear import same as same_results
 from test_native import BOTH, CASES, DTYPES, KINDS, assert_same, data, same
 
+import nvfp4
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.registry import BACKENDS, BackendUnavailable, select
 from nvfp4.backends.triton.backend import _MISSING, INTERPRETED, TritonBackend, halves
@@ -42,6 +47,13 @@ runs = pytest.mark.skipif(
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 BACKEND = TritonBackend()
 SHAPES = [(17, 33), (5, 270), (33, 20), (20, 130)]
+CONVERTED = [
+    ("rtn", {}),
+    ("four_over_six", {}),
+    ("four_over_six", {"block": (16, 16)}),
+    ("scale_search", {}),
+    ("ms_eden", {"group": 16, "search": True}),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +190,33 @@ def test_swizzled_scales(name: str) -> None:
 
 
 @runs
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU from sm_100 on takes this path in every test, others never")
+@pytest.mark.parametrize("kind", ["normal", "wide", "ties", "nan"])
+@pytest.mark.parametrize(("name", "options"), CONVERTED, ids=str)
+def test_conversions_of_the_hardware(name: str, options: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for Blackwell, where ``cvt`` rounds to E2M1, with that instruction as the PTX ISA has it: the
+    same codes in the same order; values, too, where candidates are compared."""
+    import ptx
+    import triton.language as tl
+
+    from nvfp4.backends.triton import backend
+
+    seen = []
+
+    def run(asm: str, *args: Any, **kwargs: Any) -> Any:
+        seen.append(asm)
+        return ptx.inline_asm_elementwise(asm, *args, **kwargs)
+
+    monkeypatch.setattr(backend, "_converts", lambda device: True)
+    monkeypatch.setattr(tl, "inline_asm_elementwise", run)
+    rng = random.Random(f"{name}{options}{kind}")
+    x = data((5, 70), kind, torch.float32, rng.randrange(2**31))
+    check_quantize(name, options, x, rng, kind)
+    assert any("mov.b32 $0, {a, b, c, d}" in asm for asm in seen)
+    assert any("cvt.f32.f16" in asm for asm in seen) == (name != "rtn")
+
+
+@runs
 @pytest.mark.parametrize("seed", [0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
 def test_seeds_of_every_size(seed: int) -> None:
     """The halves of a seed are signed on their way to the kernel; no bit of it is lost."""
@@ -186,6 +225,31 @@ def test_seeds_of_every_size(seed: int) -> None:
         quantizer = QUANTIZERS[name]
         checked = quantizer.check(seed=seed, sign_seed=seed ^ 2**63 ^ 2**31)
         assert_same(BACKEND.quantize(x.to(DEVICE), quantizer, checked).to("cpu"), quantizer.quantize(x, checked), name)
+
+
+@runs
+@pytest.mark.parametrize("recipe", ["nvidia", "quartet2", CUSTOM], ids=lambda r: getattr(r, "name", r))
+def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, twice, of a capturable layer: the bits of one whose seeds are arguments; nothing is read
+    back. Words whose every half has its top bit set."""
+    layer, there = (layer.to(DEVICE) for layer in pair(recipe, 32, 16, "triton"))
+    layer.nvfp4.noise.calls = there.nvfp4.noise.calls = 2**63 - 2**31 - 9
+    nvfp4.capturable(there)
+    x, dy = (t.to(DEVICE) for t in tokens(5, 32, 16))
+    wants = calls(layer, x, dy)
+    with no_host_read(monkeypatch):
+        gots = calls(there, x, dy)
+    for got, want in zip(gots, wants, strict=True):
+        same_results(got, want, str(recipe))
+    assert not same(wants[0].dw, wants[1].dw)
+
+
+@runs
+def test_seeds_folded_on_the_device() -> None:
+    """Every bit of seed, layer, call and rank; a rank of its own or the process's."""
+    for words in ([5, 3, 2, -1], [-7, 2**40, 2**33 + 1, 3], [-(2**63), 0, 0, 0], [2**63 - 1, 9, 8, 2**31]):
+        made = BACKEND.draw_seeds(torch.tensor(words).to(DEVICE), 6, 3)
+        assert torch.equal(made.cpu(), ReferenceBackend().draw_seeds(torch.tensor(words), 6, 3))
 
 
 def test_halves_fit_their_type() -> None:
@@ -252,12 +316,12 @@ def test_it_is_never_chosen_on_the_cpu() -> None:
     """In the interpreter it runs when it is named; "auto" passes it over and says why."""
     cpu = torch.device("cpu")
     assert select("auto", "quantize", cpu).name != "triton"
-    first = explain("quantize", "cpu").splitlines()[0]
+    said = explain("quantize", "cpu").splitlines()
     if INTERPRETED:
         assert select("triton", "quantize", cpu, QUANTIZERS["rtn"]) is BACKENDS["triton"]
-        assert first == "triton: it runs here only when named"
+        assert "triton: it runs here only when named" in said
     else:
-        assert first == "triton: it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
+        assert "triton: it runs on cuda, and on the cpu only under TRITON_INTERPRET=1" in said
         with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
             select("triton", "quantize", cpu)
 

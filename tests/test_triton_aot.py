@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ triton = pytest.importorskip("triton")
 
 from nvfp4.backends.triton import aot  # noqa: E402
 from nvfp4.backends.triton.gemm import TILES, choose_tile, family, kernel_variants  # noqa: E402
+from nvfp4.backends.triton.quantize_variants import kernel_variants as quantizers  # noqa: E402
 
 if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
     pytest.skip("this Triton has no CUDA tools in its wheel", allow_module_level=True)
@@ -24,8 +27,9 @@ FP4 = {100: "kind::mxf4nvf4.block_scale", 120: "kind::mxf4nvf4.block_scale.scale
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 def test_kernels_compile_to_tensor_cores_and_fit(capability):
-    """Native FP4 on both Blackwells, FP16 on Hopper; no spill, no fused rounding, shared memory within the card's."""
-    rows = list(aot.reports([capability], few=True))
+    """Native FP4 on both Blackwells, FP16 on Hopper; E2M1 by the hardware's conversion; no spill, no fused rounding,
+    shared memory within the card's."""
+    rows = list(aot.reports(aot.places([capability], few=True)))
     assert {row.fault for row in rows} == {None}
     gemms = [row for row in rows if row.kernel.startswith("gemm")]
     assert len(gemms) == 2
@@ -36,6 +40,17 @@ def test_kernels_compile_to_tensor_cores_and_fit(capability):
         assert 0 < row.shared_bytes <= aot.CARDS[capability].shared_block
         assert 0 < row.occupancy <= 1
         assert row.sass_instructions > 300
+    nearest = [row for row in rows if row.kernel.startswith(("quantize_kernel: rtn", "quantize_kernel: ms_eden"))]
+    assert {row.instruction for row in nearest} == {"cvt.rn.satfinite.e2m1x2.f32" if capability >= 100 else "-"}
+    assert any("seeds in memory" in row.kernel for row in rows)
+
+
+@pytest.mark.parametrize("capability", [103, 121])
+def test_a_conversion_packs_two_elements(capability):
+    """In the machine code: one instruction for two of the 32 elements of a thread, and the packing is in it."""
+    variant = quantizers(capability, few=True)[0]
+    sass = aot.machine_code(aot.compile_variant(variant, capability).asm["cubin"])
+    assert len(re.findall(r"F2FP\.SATFINITE\.E2M1\.F32\.PACK_AB_MERGE_C", sass)) == 32 // 2
 
 
 def test_the_one_cast_rounds_to_nearest():
@@ -55,6 +70,16 @@ def test_faults_are_found():
     assert aot.inspect(adds, 90, fused).fault == "float32 products and sums are fused"
 
 
+def test_another_process_reports_the_same():
+    """A kernel finds its way there by name; and the table that is kept has a kernel a line under columns named once."""
+    found = [place for place in aot.places([90], few=True) if "quantize" in place.module][-2:-1]
+    rows = list(aot.reports(found, jobs=2))
+    assert rows == list(aot.reports(found))
+    kept = json.loads(aot.as_json(rows))
+    assert [aot.Report(*row) for row in kept["rows"]] == rows
+    assert kept["columns"][0] == "kernel"
+
+
 def test_occupancy_counts_whole_blocks():
     """By hand: 128 registers x 256 threads fit twice, 100 KB of shared memory twice, 512 columns once."""
     card = aot.CARDS[100]
@@ -69,7 +94,7 @@ def test_occupancy_counts_whole_blocks():
 def test_an_interpreting_process_cannot_compile(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        next(aot.reports([90], few=True))
+        next(aot.reports(aot.places([90], few=True)))
 
 
 @pytest.mark.parametrize(("version", "native"), [("3.6.0", False), ("3.9.0", True), ("3.10.1", True)])

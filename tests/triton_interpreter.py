@@ -52,14 +52,13 @@ class Interpreter:
         self.process.wait(30)
 
 
-def gemm(a: tuple, b: tuple, dtype: Any, tile: tuple, native: bool, fuses: bool = False, **extras: Any) -> Any:
-    """``nvfp4.backends.triton.gemm.gemm`` of two QTensors given as (tensors, record); fuses: as if ``fuses_sums``."""
+def gemm(a: tuple, b: tuple, dtype: Any, tile: tuple, native: bool, **extras: Any) -> Any:
+    """``nvfp4.backends.triton.gemm.gemm`` of two QTensors given as (tensors, record)."""
     from nvfp4.backends.triton import gemm as module
     from nvfp4.qtensor import QTensor
 
     left, right = (QTensor(*map(guarded, tensors), *record) for tensors, record in (a, b))
     extras = {name: guarded(tensor) for name, tensor in extras.items()}
-    module._device = lambda device: ("mma", 1, fuses)
     return module.gemm(left, right, dtype, tile=module.Tile(*tile, 4, 2), native=native, **extras)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.rng import fold_in_there
 
 Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul"]
 
@@ -48,6 +49,17 @@ class Backend(ABC):
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""
         return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)
+
+    def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
+        """The seeds of one call of a layer, int64 [gemms, 3] of their bits: for signs, the left and the right operand.
+
+        words: ``Noise.words``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for; rank: counts
+        where words[3] is negative. Equal to ``noise.gemm_seeds``.
+        """
+        signs = fold_in_there(words[0], words[1], words[2], torch.arange(gemms, device=words.device))
+        sides = torch.arange(1, 3, device=words.device)
+        rounding = fold_in_there(signs[:, None], sides, torch.where(words[3] < 0, rank, words[3]))
+        return torch.cat((signs[:, None], rounding), dim=1)
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
         """A number that changes whenever the bytes of x do, or None where telling would cost a synchronisation."""

@@ -17,6 +17,7 @@ from nvfp4.formats import TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
+from nvfp4.rng import number
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
@@ -191,9 +192,9 @@ def _native_options(rule: int, options: Options) -> object:
         options.block == TILE_BLOCK,
         options.row_scaled,
         options.search,
-        options.seed or 0,
+        number(options.seed),
         0 if options.rotation is None else rotation.group,
         rotation.rounds,
-        rotation.sign_seed or 0,
+        number(rotation.sign_seed),
         rotation.fixed,
     )

@@ -18,10 +18,10 @@ from nvfp4.bench.layers import layer_for, normal, saved_bytes
 from nvfp4.bench.timing import copier, interleaved
 from nvfp4.devices import Device
 from nvfp4.formats import ROW_BLOCK
-from nvfp4.linear import invalidate
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import RECIPES
 from nvfp4.roofline import CODE_BITS, SCALE_BITS, Layer, step_seconds
+from nvfp4.weights import invalidate
 
 Row = dict[str, Any]
 

@@ -16,7 +16,7 @@ from nvfp4.codec import e2m1_encode, e4m3_encode, pack
 from nvfp4.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.qtensor import QTensor
-from nvfp4.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, check_seed, uniform
+from nvfp4.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, Seed, check_seed, uniform
 from nvfp4.scaling import from_blocks, to_blocks
 
 METRICS = ("mse", "mae", "abs_max")
@@ -53,8 +53,8 @@ class Options:
     search: bool = False
     group: int = 128
     rotation: Rotation | None = None
-    seed: int | None = None
-    sign_seed: int | None = None
+    seed: Seed | None = None
+    sign_seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Blocks:
         """Uniforms of stream 2 for each block scale, [m, k]; draw n = row * (Kp/16) + block column."""
         return uniform(self._seed(), BLOCK_SCALE_STREAM, tuple(self.values.shape[:2]), self.values.device)
 
-    def _seed(self) -> int:
+    def _seed(self) -> Seed:
         assert self.options.seed is not None, "Quantizer.check lets no stochastic rule run without a seed"
         return self.options.seed
 

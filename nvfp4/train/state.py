@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from nvfp4.linear import load_noise_state, noise_state
 from nvfp4.train.checkpoint import Snapshot
 from nvfp4.train.errors import TrainError
+from nvfp4.weights import load_noise_state, noise_state
 
 Tensors = dict[str, torch.Tensor]
 

@@ -1,6 +1,7 @@
 """Compile every kernel for every card ahead of time, without one: what instructions, registers and memory it takes.
 
-``python -m nvfp4.backends.triton.aot --json PATH``, or ``make aot``.
+``python -m nvfp4.backends.triton.aot --json PATH``, or ``make aot``. Half an hour of one core, shared among processes;
+Triton keeps what it has compiled, so a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -90,10 +95,12 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> Report:
     ptx = compiled.asm["ptx"]
     found = re.search(variant.instruction, ptx) if variant.instruction else None
     registers, spilled = _resources(compiled.asm["cubin"])
-    sass = _tool("cuobjdump", compiled.asm["cubin"], "-sass")
+    sass = machine_code(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     card = CARDS[capability]
-    fused = re.search(r"\bfma\.", ptx) if variant.divides else re.search(r"\bFFMA", sass)
+    # dividing takes FFMAs, but none of two numbers at once: those come of our own products and sums
+    own = re.search(r"\bfma\.", ptx) or re.search(r"\bFFMA2", sass)
+    fused = own if variant.divides else re.search(r"\bFFMA", sass)
     flushed = re.search(r"\.ftz\.", ptx) if variant.divides else re.search(r"\bF(MUL|ADD|FMA)\S*\.FTZ", sass)
     faults = [
         "" if found or not variant.instruction else f"no {variant.instruction} in the PTX",
@@ -128,38 +135,68 @@ def occupancy(registers: int, shared: int, warps: int, card: Card, tensor_column
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, bytes spilled a thread): ptxas counts spills as the stack frame, which Triton never uses."""
-    text = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    text = _inspected(cubin, "--dump-resource-usage")
     numbers = [int(n) for n in re.findall(r"(?:REG|STACK|LOCAL):(\d+)", text)]
     if len(numbers) != 3:
         raise RuntimeError(f"cuobjdump --dump-resource-usage printed something else than one kernel: {text!r}")
     return numbers[0], numbers[1] + numbers[2]
 
 
-def _tool(name: str, cubin: bytes, option: str) -> str:
-    """What a tool of Triton's wheel says about this machine code."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def machine_code(cubin: bytes) -> str:
+    """SASS, an instruction a line."""
+    return _inspected(cubin, "-sass")
+
+
+def _inspected(cubin: bytes, option: str) -> str:
+    """What ``cuobjdump`` of Triton's wheel says about this machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         return subprocess.run([str(tool), option, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def reports(capabilities: Iterable[int], few: bool = False) -> Iterator[Report]:
-    """Every listed kernel on every card; RuntimeError where Triton only interprets in this process."""
+class Place(NamedTuple):
+    """Where a kernel is listed: what another process needs to know of it."""
+
+    module: str
+    capability: int
+    few: bool
+    position: int
+
+    def variants(self) -> list[KernelVariant]:
+        """The list it is in."""
+        listed: list[KernelVariant] = importlib.import_module(self.module).kernel_variants(self.capability, self.few)
+        return listed
+
+    def report(self) -> Report:
+        """Compile and inspect it."""
+        variant = self.variants()[self.position]
+        return inspect(variant, self.capability, compile_variant(variant, self.capability))
+
+
+def places(capabilities: Iterable[int], few: bool = False) -> list[Place]:
+    """Every listed kernel for every card."""
+    lists = [Place(module, capability, few, 0) for capability in capabilities for module in KERNEL_MODULES]
+    return [place._replace(position=i) for place in lists for i in range(len(place.variants()))]
+
+
+def reports(found: Iterable[Place], jobs: int = 1) -> Iterator[Report]:
+    """Of these kernels, in order, by this process or several; RuntimeError where Triton only interprets."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled")
-    for capability in capabilities:
-        for module in KERNEL_MODULES:
-            variants: Callable[[int, bool], list[KernelVariant]] = importlib.import_module(module).kernel_variants
-            for variant in variants(capability, few):
-                yield inspect(variant, capability, compile_variant(variant, capability))
+    if jobs == 1:
+        yield from map(Place.report, found)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(Place.report, found)
 
 
 def show(rows: list[Report]) -> None:
     """A table, a kernel and card a line."""
     table = Table(title=f"compiled by Triton {triton.__version__}, run on nothing", title_justify="left")
-    for column in ("sm", "kernel", "tensor core instruction", "registers", "spills", "shared", "occupancy", "SASS"):
-        table.add_column(column, justify="left" if column in ("kernel", "tensor core instruction") else "right")
+    for column in ("sm", "kernel", "instruction", "registers", "spills", "shared", "occupancy", "SASS"):
+        table.add_column(column, justify="left" if column in ("kernel", "instruction") else "right")
     for r in rows:
         counts = (r.registers, r.spill_bytes, r.shared_bytes, f"{r.occupancy:.0%}", r.sass_instructions)
         cells = (r.capability, r.kernel, r.instruction, *counts)
@@ -171,18 +208,26 @@ def show(rows: list[Report]) -> None:
             console.print(f"sm_{r.capability} {r.kernel}: {r.fault}", style="red", markup=False)
 
 
+def as_json(rows: list[Report]) -> str:
+    """The table, a kernel and card a line; columns are named once."""
+    names = json.dumps([field.name for field in fields(Report)])
+    lines = ",\n".join(f"  {json.dumps(astuple(row))}" for row in rows)
+    return f'{{\n "triton": "{triton.__version__}",\n "columns": {names},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, show, keep; 1 if any kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=list(CARDS), choices=list(CARDS))
     parser.add_argument("--few", action="store_true", help="the few kernels that the tests compile")
     parser.add_argument("--json", type=Path, help="keep the table here")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args(arguments)
-    rows = list(reports(args.capabilities, args.few))
+    found = places(args.capabilities, args.few)
+    rows = list(track(reports(found, args.jobs), "compiling", len(found)))
     show(rows)
     if args.json:
-        kept = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+        args.json.write_text(as_json(rows))
     return int(any(row.fault for row in rows))
 
 

@@ -12,9 +12,13 @@ from nvfp4.formats import E2M1 as _E2M1
 from nvfp4.formats import E4M3 as _E4M3
 from nvfp4.formats import FLOAT32_MAX as _FLOAT32_MAX
 from nvfp4.formats import ElementFormat
+from nvfp4.rng import FOLD_STREAM as _FOLD_STREAM
 from nvfp4.rng import MULTIPLIERS, WEYL
 from nvfp4.rng import ROUNDS as _ROUNDS
 from nvfp4.scaling import SIXTH as _SIXTH
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether the kernels of this process are interpreted, on CPU tensors; decided when they are defined."""
 
 
 def _constants(fmt: ElementFormat) -> tuple[int, int, float]:
@@ -32,6 +36,25 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(w) for w in WEYL)
 _PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
+FOLD_STREAM = tl.constexpr(_FOLD_STREAM)
+
+
+_FUSES = tl.constexpr(not INTERPRETED and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7))
+
+
+@triton.jit
+def product(a, b):
+    """fl(a * b), to be added to something.
+
+    For Blackwell, Triton 3.6 makes two products one mul.rn.f32x2, and its ptxas (12.9) makes one FFMA2 of that and
+    add.rn.f32x2, even under --fmad=false; a product spelt out stays alone. (3.7.1, 3.8.0 and 3.9.0 fuse nothing.)
+    """
+    if _FUSES:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return a * b
 
 
 @triton.constexpr_function
@@ -73,10 +96,27 @@ def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
 
 
 @triton.jit
+def seed_halves(low, high):
+    """The two int32 of a seed: the arguments themselves or, where ``high`` is None, of the int64 at pointer ``low``."""
+    if high is None:
+        seed = tl.load(low)
+        return seed.to(tl.int32), (seed >> 32).to(tl.int32)
+    else:
+        return low, high
+
+
+@triton.jit
+def fold_in(low, high, datum):
+    """Halves of the seed that comes of a seed's halves and ``datum`` (int64): twin of ``rng.fold_in``."""
+    w0, w1, _, _ = philox(low, high, datum, FOLD_STREAM)
+    return w0.to(tl.int32, bitcast=True), w1.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def centred_uniform(draw):
     """u = (k + 1/2) / 2^16 of 16 random bits k; both operations are exact."""
     STEP: tl.constexpr = 2.0**-16
-    return (draw.to(tl.float32) + 0.5) * STEP
+    return product(draw.to(tl.float32) + 0.5, STEP)
 
 
 @triton.jit
@@ -119,6 +159,28 @@ def nearest(a, F: tl.constexpr):
 
 
 @triton.jit
+def converted_value(a):
+    """Grid value nearest to 0 <= a, at most 6, by the hardware of sm_100 and later; see ``tiles.converted_words``."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b8 codes;
+        .reg .b32 halves;
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e2m1x2.f32 codes, $3, $2;
+        cvt.rn.f16x2.e2m1x2 halves, codes;
+        mov.b32 {low, high}, halves;
+        cvt.f32.f16 $0, low;
+        cvt.f32.f16 $1, high;
+        }""",
+        "=f,=f,f,f",
+        [a],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def _on_lattice(n, binade, F: tl.constexpr):
     """The code of n steps in a binade."""
     return n + (binade >> (23 - F[0])) - ((127 + F[1]) << F[0])
@@ -127,7 +189,7 @@ def _on_lattice(n, binade, F: tl.constexpr):
 @triton.jit
 def _in_steps(a, binade, F: tl.constexpr):
     """a / step, exact: the step is a power of two; the two terms keep the integers below 2^31."""
-    return a * from_bits(((127 << 23) - binade) + ((127 + F[0]) << 23))
+    return product(a, from_bits(((127 << 23) - binade) + ((127 + F[0]) << 23)))
 
 
 @triton.jit

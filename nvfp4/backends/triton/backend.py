@@ -7,6 +7,7 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, to be tested and d
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,17 @@ from nvfp4.formats import NVFP4
 from nvfp4.layout import TILE_COLUMNS, TILE_ROWS
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.rng import DeviceSeed, Seed
 
 try:
-    from triton import JITFunction, cdiv
+    from triton import cdiv, next_power_of_2
 
     from nvfp4.backends.triton import kernels
+    from nvfp4.backends.triton.arithmetic import INTERPRETED
     from nvfp4.backends.triton.gemm import gemm
     from nvfp4.backends.triton.rules import RULES, SEARCHES, Coded, Policy, Tile, scaled_by_amax
 
     _MISSING = None
-    INTERPRETED = not isinstance(kernels.quantize_kernel, JITFunction)
 except ImportError as error:
     _MISSING = f"triton does not load: {error}; install triton>=3.6"
     INTERPRETED = False
@@ -45,11 +47,16 @@ def tile_along(policy: Policy) -> Tile:
     return Tile(16, 256, False, 32, 4, 4) if wide else Tile(16, 256, False, 8, 2, 4)
 
 
-def tile_down(policy: Policy) -> Tile:
-    """For operands whose columns are contiguous: whole blocks in a thread, whole rotation groups in a warp."""
+def tile_down(policy: Policy, coded: bool = False) -> Tile:
+    """For operands whose columns are contiguous: whole blocks in a thread, whole rotation groups in a warp. With 128
+    columns, groups of 16 would take 168 registers, and sr of codes spill on sm_100; groups of 128 take half the rows
+    if the source is ``coded``, for the same reason."""
     if policy.search or policy.rule in SEARCHES:
         return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
-    return Tile(16, 128, True, 4, 1, 1) if policy.round_scales else Tile(32, 128, True, 4, 1, 2)
+    if policy.round_scales:
+        small = policy.group == 16
+        return Tile(8 if coded and not small else 16, 64 if small else 128, True, 4, 1, 1)
+    return Tile(32, 128, True, 4, 1, 2)
 
 
 def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
@@ -61,6 +68,11 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
         Tile(height, width, False, min(along.run, width), along.pieces, warps),
         Tile(width, height, True, down.run, 1, warps),
     )
+
+
+def converts(capability: int) -> bool:
+    """Whether a card of this compute capability (90, 120, ...) rounds float32 to E2M1 by itself."""
+    return capability in (100, 103, 120, 121)
 
 
 DECODING = (16, 256, 4)
@@ -105,7 +117,7 @@ class _Target:
         device: torch.device,
         swizzled: bool = False,
     ) -> None:
-        self.policy = Policy.of(quantizer, options)
+        self.policy = Policy.of(quantizer, options, _converts(device))
         self.scaled_by_amax = scaled_by_amax(self.policy.rule)
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
         self.codes = self.q.codes.view(torch.int32)
@@ -115,8 +127,8 @@ class _Target:
         if not self.scaled_by_amax:
             self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
         self.swizzled = torch.zeros(_swizzled_bytes(self.q), dtype=torch.uint8, device=device) if swizzled else None
-        self.seed = halves(options.seed or 0)
-        self.signs = halves((options.rotation and options.rotation.sign_seed) or 0)
+        self.seed = seed_arguments(options.seed)
+        self.signs = seed_arguments(None if options.rotation is None else options.rotation.sign_seed)
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
@@ -201,7 +213,7 @@ class TritonBackend(Backend):
 
     def _quantize(self, source: _Source, coded: Coded | None, target: _Target) -> QTensor:
         down = coded is not None or source.stride_row == 1 != source.stride_column
-        tile = tile_down(target.policy) if down else tile_along(target.policy)
+        tile = tile_down(target.policy, coded is not None) if down else tile_along(target.policy)
         grid = _grid((source.rows, source.columns), tile)
         constants = (target.policy, coded, tile)
         options = {"num_warps": tile.warps, **LAUNCH}
@@ -213,6 +225,12 @@ class TritonBackend(Backend):
                 *source, *target.stored, target.swizzled, target.padded, *seeds, *constants, **options
             )
             return target.finish()
+
+    def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
+        seeds = torch.empty(gemms, 3, dtype=torch.int64, device=words.device)
+        with _on(words.device):
+            kernels.seeds_kernel[(1,)](words, seeds, rank, gemms, next_power_of_2(gemms), num_warps=1, **LAUNCH)
+        return seeds
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
         if q.rotation is not None or dtype not in DTYPES or q.codes.numel() == 0:
@@ -242,6 +260,11 @@ class TritonBackend(Backend):
         return gemm(a, b, out_dtype, bias)
 
 
+def seed_arguments(seed: Seed | None) -> tuple[int, int] | tuple[torch.Tensor, None]:
+    """A seed as two arguments of a kernel: its halves, or where on the device it lies."""
+    return (seed.bits, None) if isinstance(seed, DeviceSeed) else halves(seed or 0)
+
+
 def halves(seed: int) -> tuple[int, int]:
     """The low and the high 32 bits of a seed, each as a signed number, so that every seed has the same type."""
     low, high = seed & 0xFFFFFFFF, seed >> 32
@@ -251,6 +274,14 @@ def halves(seed: int) -> tuple[int, int]:
 def _swizzled_bytes(q: QTensor) -> int:
     blocks = q.padded_contraction // NVFP4.block_size
     return cdiv(q.rows, TILE_ROWS) * cdiv(blocks, TILE_COLUMNS) * TILE_ROWS * TILE_COLUMNS
+
+
+@lru_cache(maxsize=64)
+def _converts(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return converts(10 * major + minor)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

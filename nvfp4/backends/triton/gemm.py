@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 
+from nvfp4.backends.triton.arithmetic import INTERPRETED
 from nvfp4.backends.triton.gemm_kernel import gemm_kernel
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.formats import NVFP4
@@ -85,25 +86,19 @@ def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, residu
     return min((tile for tile in TILES[kind] if tile.n < 256 or not residual), key=cost)
 
 
-def fuses_sums(capability: int) -> bool:
-    """Whether this Triton rounds a product and a sum once against our will: 3.6 on Blackwell, whose ptxas
-    (12.9) makes FFMA2 of mul.rn.f32x2 and add.rn.f32x2 even under --fmad=false. (3.7.1, 3.8.0 and 3.9.0 do not.)"""
-    return capability >= 100 and _version() < (3, 7)
-
-
 def _version() -> tuple[int, ...]:
     """Triton's, major and minor."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @lru_cache(maxsize=64)
-def _device(device: torch.device) -> tuple[str, int, bool]:
-    """(family, multiprocessors, ``fuses_sums``); on a CPU, where only Triton's interpreter runs, the smallest."""
+def _device(device: torch.device) -> tuple[str, int]:
+    """(family, multiprocessors); on a CPU, where only Triton's interpreter runs, the smallest."""
     if device.type != "cuda":
-        return "mma", 1, False
+        return "mma", 1
     major, minor = torch.cuda.get_device_capability(device)
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return family(10 * major + minor), count, fuses_sums(10 * major + minor)
+    return family(10 * major + minor), count
 
 
 def gemm(
@@ -123,15 +118,11 @@ def gemm(
     makes its output NaN. Raises ValueError for other dtypes or shapes that do not fit.
     """
     _check(a, b, out_dtype, bias, residual)
-    kind, multiprocessors, fuses = _device(a.device)
-    if fuses and (bias is not None or residual is not None):
-        y = gemm(a, b, torch.float32, tile=tile, native=native)
-        for term in (bias, residual):
-            y = y if term is None else y.add_(term)
-        return y.to(out_dtype)
-    out = torch.empty(a.rows, b.rows, dtype=out_dtype, device=a.device)
+    kind, multiprocessors = _device(a.device)
+    # the interpreter's casts to BF16 truncate
+    out = torch.empty(a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device)
     if out.numel() == 0:
-        return out
+        return out.to(out_dtype)
     if tile is None:
         tile = choose_tile(a.rows, b.rows, kind, multiprocessors, residual is not None)
     if native is None:
@@ -144,7 +135,7 @@ def gemm(
             a.block[0], b.block[0], a.row_scaled, b.row_scaled, native, tile.m, tile.n, tile.k, GROUP,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+    return out.to(out_dtype)
 
 
 def _readable(t: torch.Tensor) -> torch.Tensor:
@@ -170,15 +161,15 @@ def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
 
     few: the largest tile and one with all options only.
     """
-    kind, adds = family(capability), not fuses_sums(capability)
+    kind = family(capability)
     plain = [_variant(kind, tile) for tile in TILES[kind]]
-    rich = _variant(kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, extras=adds)
+    rich = _variant(kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, extras=True)
     if few:
         return [plain[0], rich]
     widest = choose_tile(8192, 8192, kind, multiprocessors=1, residual=True)
     options = [
         _variant(kind, TILES[kind][0], torch.float16, by_row=True),
-        _variant(kind, widest, torch.float32, tall=NVFP4.block_size, extras=adds),
+        _variant(kind, widest, torch.float32, tall=NVFP4.block_size, extras=True),
     ]
     other = family(capability, native=False)
     decoded = [] if other == kind else [_variant(other, tile) for tile in TILES[other][:1]]

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nvfp4.backends.triton.arithmetic import product
+
 BLOCK = tl.constexpr(16)
 """Elements that share a block scale; ``formats.NVFP4.block_size``, which a kernel cannot import."""
 
@@ -69,7 +71,7 @@ def _write(acc, out, a_global, b_global, bias, residual, rows, columns, M, N,
     row_inside, column_inside = rows < M, columns < N
     a_scale = tl.load(a_global + rows, row_inside, other=0.0)[:, None] if A_ROWS else tl.load(a_global)
     b_scale = tl.load(b_global + columns, column_inside, other=0.0)[None, :] if B_ROWS else tl.load(b_global)
-    y = acc * a_scale * b_scale
+    y = product(acc * a_scale, b_scale)
     inside = row_inside[:, None] & column_inside[None, :]
     places = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if bias is not None:

@@ -2,8 +2,8 @@
 
 One family: what differs between quantisers is the ``Policy`` a kernel is compiled for, what differs between sources is
 how a tile is loaded. Nothing waits for the device: the amax stays there, and each program makes the scales from it.
-Seeds come as halves of 32 bits that no kernel is specialised on. All of them must be launched with
-``enable_fp_fusion=False``: a * b + c is rounded twice.
+Seeds come as halves of 32 bits that no kernel is specialised on, or as pointers, for CUDA graphs. All of them must be
+launched with ``enable_fp_fusion=False``: a * b + c is rounded twice.
 """
 
 import triton
@@ -15,11 +15,13 @@ from nvfp4.backends.triton.arithmetic import (
     NAN_BITS,
     bits,
     encode_scale,
+    fold_in,
     from_bits,
     magnitude_bits,
     over_elements,
     reciprocal,
     round_to_bf16,
+    seed_halves,
     stochastic,
     uniform,
 )
@@ -151,6 +153,7 @@ def amax_kernel(
     P: tl.constexpr, CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """Largest magnitude of the (rotated) operand [rows, columns], or of each row, as bits; ``peak`` starts at 0."""
+    sign_low, sign_high = seed_halves(sign_low, sign_high)
     row_tile, column_tile = tile_of(columns, T.columns)
     tile = load_tile(
         x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column, CODED, T
@@ -165,6 +168,8 @@ def quantize_kernel(
     P: tl.constexpr, CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """Codes and scales of the operand [rows, columns], by its amax."""
+    seed_low, seed_high = seed_halves(seed_low, seed_high)
+    sign_low, sign_high = seed_halves(sign_low, sign_high)
     row_tile, column_tile = tile_of(columns, T.columns)
     tile = load_tile(
         x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column, CODED, T
@@ -184,6 +189,8 @@ def amax_both_kernel(
 ):  # fmt: skip
     """``amax_kernel`` of x and of x^T, where their rules want one."""
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
+    sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
+    sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     if scaled_by_amax(P_ROWS.rule):
         tile = load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS)
         find_peak(tile, positions(row_tile, T_ROWS.rows), rows, peak_rows, sign_low_rows, sign_high_rows, P_ROWS)
@@ -210,6 +217,10 @@ def quantize_both_kernel(
     Each orientation loads the tile in the order that suits it, which costs less than moving it between threads: the
     memory is read once, the second load comes out of the cache.
     """
+    seed_low_rows, seed_high_rows = seed_halves(seed_low_rows, seed_high_rows)
+    sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
+    seed_low_columns, seed_high_columns = seed_halves(seed_low_columns, seed_high_columns)
+    sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
     tile = load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS)
     quantize_tile(
@@ -233,6 +244,7 @@ def finish_kernel(
 
     Codes were written before anything was known to be non-finite; then they are cleared here.
     """
+    seed_low, seed_high = seed_halves(seed_low, seed_high)
     row_tile, column_tile = tile_of(row_blocks, C)
     row, block = positions(row_tile, R), positions(column_tile, C)
     inside = (row[:, None] < rows) & (block[None, :] < row_blocks)
@@ -253,6 +265,27 @@ def finish_kernel(
     tl.store(global_scale + tl.arange(0, 1), tl.reshape(global_value, (1,)), mask=first)
     for half in tl.static_range(2):
         tl.store(codes + index * 2 + half, tl.full(index.shape, 0, tl.int32), mask=inside & (finite == 0))
+
+
+@triton.jit(do_not_specialize=("rank",))
+def seeds_kernel(words, seeds, rank, GEMMS: tl.constexpr, COUNT: tl.constexpr):
+    """Seeds [GEMMS, 3] of one call from ``Noise.words``; see ``Backend.draw_seeds``. COUNT: GEMMS to a power of two."""
+    gemm, side = tl.arange(0, COUNT), tl.arange(0, 2)
+    low, high = seed_halves(words, None)
+    low, high = fold_in(low, high, tl.load(words + 1))
+    low, high = fold_in(low, high, tl.load(words + 2))
+    low, high = fold_in(low, high, gemm.to(tl.int64))
+    store_seeds(seeds + gemm * 3, low, high, gemm < GEMMS)
+    low, high = fold_in(low[:, None], high[:, None], (1 + side[None, :]).to(tl.int64))
+    given = tl.load(words + 3)
+    low, high = fold_in(low, high, tl.where(given < 0, rank, given))
+    store_seeds(seeds + gemm[:, None] * 3 + 1 + side[None, :], low, high, gemm[:, None] < GEMMS)
+
+
+@triton.jit
+def store_seeds(pointers, low, high, inside):
+    """Seeds from their halves."""
+    tl.store(pointers, (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64), mask=inside)
 
 
 @triton.jit

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
+from triton import next_power_of_2
+
 from nvfp4.backends.triton import kernels
-from nvfp4.backends.triton.backend import DECODING, LAUNCH, SCALES, tile_along, tile_down, tiles_of_both
+from nvfp4.backends.triton.backend import DECODING, LAUNCH, SCALES, converts, tile_along, tile_down, tiles_of_both
 from nvfp4.backends.triton.rules import Coded, Policy, scaled_by_amax
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.formats import TILE_BLOCK
 from nvfp4.hadamard import Rotation
 from nvfp4.quantizers.registry import QUANTIZERS
+from nvfp4.recipes import GEMMS
 
 ELEMENTS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _POINTERS = {
@@ -24,6 +27,8 @@ _POINTERS = {
     "global_scale": "*fp32",
     "swizzled": "*u8",
     "lengths": "*fp32",
+    "words": "*i64",
+    "seeds": "*i64",
 }
 _SIZES = ("rows", "columns", "stride_row", "stride_column", "padded", "row_bytes", "row_blocks")
 _FIXED = Rotation(16, fixed=True)
@@ -45,8 +50,8 @@ class Variant(NamedTuple):
         return {"num_warps": self.num_warps, **LAUNCH}
 
 
-def policies() -> dict[str, Policy]:
-    """The policies compiled for: every rule with each of its options, and the rotations of the recipes."""
+def policies(capability: int) -> dict[str, Policy]:
+    """The policies compiled for on a card: every rule with each of its options, and the rotations of the recipes."""
     options: list[tuple[str, dict[str, Any]]] = [("rtn_2d", {})]
     for name in ("rtn", "sr", "sr_te"):
         options += [
@@ -63,7 +68,8 @@ def policies() -> dict[str, Policy]:
     table = {}
     for name, chosen in options:
         label = "_".join([name, *(f"{key}={_label(value)}" for key, value in chosen.items())])
-        table[label] = Policy.of(QUANTIZERS[name], QUANTIZERS[name].check(seed=0, sign_seed=0, **chosen))
+        checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **chosen)
+        table[label] = Policy.of(QUANTIZERS[name], checked, converts(capability))
     return table
 
 
@@ -88,18 +94,24 @@ COMPILED = (
 )
 """Policies of the named recipes; all policies on all cards would compile for hours."""
 
+CONVERSION = r"cvt\.rn\.satfinite\.e2m1x2\.f32"
+"""How PTX writes the rounding of two numbers to E2M1."""
+
 
 def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     """What ``aot`` compiles: policies of the recipes on BF16, its transpose, codes, and both orientations; or a few."""
-    table = policies()
+    table = policies(capability)
     chosen: list[Variant] = []
     for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
         for source in ("bfloat16",) if few else ("bfloat16", "bfloat16^T", "tile_codes"):
             chosen += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
     if not few:
-        chosen += (v for v in _both() if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel)
+        chosen += (
+            v for v in _both(table) if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
+        )
     chosen += list(_scales())[:1]
     chosen += list(_decoding())[:1]
+    chosen += (v for v in _seeds(table) if v.kernel is not kernels.amax_kernel)
     return [
         KernelVariant(
             variant.name,
@@ -107,27 +119,37 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
             {name: kind for name, kind in variant.signature.items() if kind != "constexpr"},
             variant.constexprs,
             variant.num_warps,
+            instruction=CONVERSION if _converted(variant) else None,
             divides=True,
         )
         for variant in chosen
     ]
 
 
+def _converted(variant: Variant) -> bool:
+    """Whether an operand of this kernel is rounded to nearest, on a card that does so by itself."""
+    operands = [value for value in variant.constexprs.values() if isinstance(value, Policy)]
+    return any(policy.converts and policy.rule not in ("sr", "sr_te") for policy in operands)
+
+
 def all_variants() -> Iterator[Variant]:
-    """All of them: each policy on each kind of source, pairs of orientations, decoding."""
-    for label, policy in policies().items():
+    """All of them: each policy on each kind of source, pairs of orientations, decoding; the same for every card."""
+    table = policies(capability=90)
+    for label, policy in table.items():
         for source in (*ELEMENTS, *(f"{name}^T" for name in ELEMENTS), "codes", "tile_codes", "row_scaled_codes"):
             yield from _single(label, policy, source)
-    yield from _both()
+    yield from _both(table)
     yield from _scales()
     yield from _decoding()
+    yield from _seeds(table)
 
 
-def _single(label: str, policy: Policy, source: str) -> Iterator[Variant]:
-    """amax and quantise of one orientation; source: a dtype, a dtype with ^T, or a kind of codes."""
+def _single(label: str, policy: Policy, source: str, in_memory: bool = False) -> Iterator[Variant]:
+    """amax and quantise of one orientation; source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are
+    on the device, as CUDA graphs want them."""
     coded = Coded(16 if source == "tile_codes" else 1, source == "row_scaled_codes") if "codes" in source else None
     down = coded is not None or source.endswith("^T")
-    tile = tile_down(policy) if down else tile_along(policy)
+    tile = tile_down(policy, coded is not None) if down else tile_along(policy)
     constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile, "swizzled": None}
     constants |= {"stride_row" if down else "stride_column": 1}
     if coded is None:
@@ -135,13 +157,16 @@ def _single(label: str, policy: Policy, source: str) -> Iterator[Variant]:
     pointers = {"x": "*u8" if coded is not None else ELEMENTS[source.removesuffix("^T")]}
     if not scaled_by_amax(policy.rule):
         pointers["block_scale"] = "*fp32"
+    if in_memory:
+        pointers |= dict.fromkeys(("seed_low", "sign_low"), "*i64")
+        constants |= dict.fromkeys(("seed_high", "sign_high"))
     for kernel in (kernels.amax_kernel, kernels.quantize_kernel):
         if kernel is kernels.quantize_kernel or scaled_by_amax(policy.rule):
-            yield _variant(f"{label} of {source}", kernel, tile.warps, pointers, constants)
+            name = f"{label} of {source}{', seeds in memory' if in_memory else ''}"
+            yield _variant(name, kernel, tile.warps, pointers, constants)
 
 
-def _both() -> Iterator[Variant]:
-    table = policies()
+def _both(table: dict[str, Policy]) -> Iterator[Variant]:
     pairs = [
         ("rtn", "rtn"),
         ("rtn", "rtn_rotation=nvidia"),
@@ -174,6 +199,13 @@ def _scales() -> Iterator[Variant]:
         yield _variant(name, kernels.finish_kernel, warps, {}, constants)
 
 
+def _seeds(table: dict[str, Policy]) -> Iterator[Variant]:
+    """What CUDA graphs need: seeds made on the device, and one kernel that finds its own there."""
+    gemms = len(GEMMS)
+    yield _variant("of three GEMMs", kernels.seeds_kernel, 1, {}, {"GEMMS": gemms, "COUNT": next_power_of_2(gemms)})
+    yield from _single("sr_rotation=16x1", table["sr_rotation=16x1"], "bfloat16", in_memory=True)
+
+
 def _decoding() -> Iterator[Variant]:
     rows, columns, warps = DECODING
     for (dtype, element), tile, row_scaled, with_global in product(
@@ -196,6 +228,7 @@ def _variant(name: str, kernel: Any, warps: int, pointers: dict[str, str], const
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (key, kind) in enumerate(signature.items())
-        if kind[0] == "*" or (kind == "i32" and key.removesuffix("_rows").removesuffix("_columns") in _SIZES)
+        if (kind[0] == "*" and key not in kernels.SEEDS)
+        or (kind == "i32" and key.removesuffix("_rows").removesuffix("_columns") in _SIZES)
     }
     return Variant(f"{kernel.__name__}: {name}", kernel, signature, constants, attrs, warps)

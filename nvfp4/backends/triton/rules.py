@@ -13,12 +13,14 @@ from nvfp4.backends.triton.arithmetic import (
     E4M3,
     FLOAT32_MAX,
     SIXTH,
+    converted_value,
     decode,
     from_bits,
     guarded_reciprocal,
     magnitude_bits,
     nearest,
     over_elements,
+    product,
     reciprocal,
     stochastic,
     tree_sum,
@@ -60,7 +62,8 @@ class Policy(NamedTuple):
     """What a kernel is compiled for.
 
     tile: rows of a block. round_scales: the scale of each round of the rotation (none: no rotation). fixed: NVIDIA's
-    rotation. The rest as in ``Options``.
+    rotation. converts: whether the card rounds to E2M1 by itself (sm_100 and later), to the same bits. The rest as in
+    ``Options``.
     """
 
     rule: str
@@ -71,9 +74,10 @@ class Policy(NamedTuple):
     group: int = 16
     round_scales: tuple[float, ...] = ()
     fixed: bool = False
+    converts: bool = False
 
     @classmethod
-    def of(cls, quantizer: Quantizer, options: Options) -> "Policy":
+    def of(cls, quantizer: Quantizer, options: Options, converts: bool = False) -> "Policy":
         """The policy of a quantiser under these options."""
         rotation = options.rotation or Rotation(16, fixed=True)
         rounds = rotation.rounds if options.rotation is not None else 0
@@ -87,6 +91,7 @@ class Policy(NamedTuple):
             rotation.group,
             scales,
             rounds > 0 and rotation.fixed,
+            converts,
         )
 
 
@@ -136,10 +141,23 @@ def clamped(x):
 
 
 @triton.jit
-def nearest_codes(x):
-    """Signed codes of x rounded to nearest."""
-    code, _ = nearest(clamped(x), E2M1)
-    return signed(code, x)
+def nearest_codes(x, P: tl.constexpr):
+    """Signed codes of x rounded to nearest; x itself where ``store_codes`` will have the hardware round it."""
+    if P.converts:
+        return x
+    else:
+        code, _ = nearest(clamped(x), E2M1)
+        return signed(code, x)
+
+
+@triton.jit
+def nearest_value(a, P: tl.constexpr):
+    """Grid value nearest to a >= 0, at most 6."""
+    if P.converts:
+        return converted_value(a)
+    else:
+        _, value = nearest(tl.minimum(a, E2M1[2]), E2M1)
+        return value
 
 
 @triton.jit
@@ -153,7 +171,7 @@ def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
     multiplier = tl.minimum(reciprocal(decode(byte, E4M3) * global_scale), FLOAT32_MAX)
     scaled = x * over_elements(multiplier)
     if P.rule == "rtn":
-        return nearest_codes(scaled), byte
+        return nearest_codes(scaled, P), byte
     else:
         return signed(stochastic(clamped(scaled), noise, E2M1), scaled), byte
 
@@ -161,10 +179,10 @@ def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
 @triton.jit
 def candidate_error(scaled, scale, P: tl.constexpr):
     """Error [m, k] of blocks |x| S on a candidate scale."""
-    _, value = nearest(tl.minimum(scaled * over_elements(guarded_reciprocal(scale)), E2M1[2]), E2M1)
-    error = scaled - value * over_elements(scale)
+    value = nearest_value(scaled * over_elements(guarded_reciprocal(scale)), P)
+    error = scaled - product(value, over_elements(scale))
     if P.metric == "mse":
-        return tree_sum(error * error)
+        return tree_sum(product(error, error))
     elif P.metric == "mae":
         return tree_sum(from_bits(magnitude_bits(error)))
     else:
@@ -190,7 +208,7 @@ def searched(x, amax, encode, P: tl.constexpr):
             error = candidate_error(size, decode(byte, E4M3), P)
             best = tl.where(error < best_error, byte, best)
             best_error = tl.where(error < best_error, error, best_error)
-    return nearest_codes(scaled * over_elements(guarded_reciprocal(decode(best, E4M3)))), best
+    return nearest_codes(scaled * over_elements(guarded_reciprocal(decode(best, E4M3))), P), best
 
 
 @triton.jit
@@ -204,21 +222,21 @@ def element_scale_of(k):
 
 
 @triton.jit
-def candidate_length(size, c, inverse):
+def candidate_length(size, c, inverse, P: tl.constexpr):
     """t = fl(fl(<v, v> / <v, q>) fl(1 / c)) of blocks |z| that c scales to the elements."""
     v = size * c
-    _, q = nearest(tl.minimum(v, E2M1[2]), E2M1)
-    numerator, denominator = tree_sum(v * v), tree_sum(v * q)
+    q = nearest_value(v, P)
+    numerator, denominator = tree_sum(product(v, v)), tree_sum(product(v, q))
     correction = tl.where(denominator == 0.0, 1.0, tl.math.div_rn(numerator, denominator))
     return correction * inverse
 
 
 @triton.jit
-def length_error(size, length, c):
+def length_error(size, length, c, P: tl.constexpr):
     """Sum of (|z| - q t)^2 of blocks |z| that c scales to the elements."""
-    _, q = nearest(tl.minimum(size * c, E2M1[2]), E2M1)
-    error = size - q * over_elements(length)
-    return tree_sum(error * error)
+    q = nearest_value(size * c, P)
+    error = size - product(q, over_elements(length))
+    return tree_sum(product(error, error))
 
 
 @triton.jit
@@ -227,16 +245,16 @@ def ms_eden(y, amax, P: tl.constexpr):
     amax = tl.where(amax < SMALLEST_AMAX, 0.0, amax)
     unit = y * over_elements(guarded_reciprocal(amax))
     size = from_bits(magnitude_bits(unit))
-    best_length = candidate_length(size, ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1])
+    best_length = candidate_length(size, ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1], P)
     best_scale = tl.full(amax.shape, ELEMENT_SCALES[0][0], tl.float32)
     if P.search:
-        best_error = length_error(size, best_length, ELEMENT_SCALES[0][0])
+        best_error = length_error(size, best_length, ELEMENT_SCALES[0][0], P)
         for k in tl.range(1, FACTOR_COUNT):  # unrolled, it needs more registers than there are
             c, inverse = element_scale_of(k)
-            length = candidate_length(size, c, inverse)
-            error = length_error(size, length, c)
+            length = candidate_length(size, c, inverse, P)
+            error = length_error(size, length, c, P)
             better = error < best_error
             best_scale = tl.where(better, c, best_scale)
             best_length = tl.where(better, length, best_length)
             best_error = tl.where(better, error, best_error)
-    return nearest_codes(unit * over_elements(best_scale)), amax * best_length
+    return nearest_codes(unit * over_elements(best_scale), P), amax * best_length
