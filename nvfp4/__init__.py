@@ -14,6 +14,7 @@ from nvfp4.after_step import after_step
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
 from nvfp4.diagnostics import check, health, observe, report
+from nvfp4.fusion import fuse, rms_norm_linear, swiglu_linear
 from nvfp4.hadamard import Rotation, rotate
 from nvfp4.linear import Linear
 from nvfp4.ops import dequantize, explain, matmul, quantize
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "fixed_weights",
     "forward_precision",
+    "fuse",
     "health",
     "info",
     "invalidate",
@@ -53,8 +55,10 @@ __all__ = [
     "quantize",
     "report",
     "revert",
+    "rms_norm_linear",
     "rotate",
     "share_amax",
+    "swiglu_linear",
 ]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
 from nvfp4.experts import STACKS, Experts, convert_experts, revert_experts
+from nvfp4.fusion import fuse
 from nvfp4.linear import Linear, LinearState
 from nvfp4.noise import Noise
 from nvfp4.policy import ALREADY, ModuleFilter, Patterns, Plan, Recipes, make_policy
@@ -106,8 +107,8 @@ def _carry_out(plan: Plan, seed: int, index: int, backend: str) -> None:
 def revert(model: nn.Module) -> nn.Module:
     """Turn converted layers back into plain ``nn.Linear``s with the same parameters, experts into what they were.
 
-    In place; returns ``model``. RuntimeError for a layer that ``fully_shard`` was called on itself, which has changed
-    its class since.
+    In place; returns ``model``; undoes ``fuse`` as well. RuntimeError for a layer that ``fully_shard`` was called on
+    itself, which has changed its class since.
     """
     changed = next((type(m) for m in model.modules() if isinstance(m, Linear) and type(m) is not Linear), None)
     if changed is not None:
@@ -115,6 +116,7 @@ def revert(model: nn.Module) -> nn.Module:
             f"a converted layer has become a {changed.__name__}: revert before fully_shard, or shard the blocks that "
             f"hold the layers; nvfp4.disabled(model) computes in high precision either way"
         )
+    fuse(model, False)
     for module in model.modules():
         vars(module).pop("nvfp4_kept", None)
         if isinstance(module, Linear):

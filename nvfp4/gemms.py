@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
+from nvfp4.deferred import Deferred
 from nvfp4.hadamard import Rotation
 from nvfp4.noise import LEFT, RIGHT, DeviceWords, Words, signed
 from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, without_autocast
@@ -118,6 +119,9 @@ def forward_operands(
 
 def _x_operands(call: Call, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
     """x for fprop and, where wgrad wants x^T itself and not fprop's codes, that one as well."""
+    if isinstance(x, Deferred):
+        columns = call.quantizer("wgrad", RIGHT) if both else None
+        return x.operands(call.quantizer("fprop", LEFT), columns, call.backend)
     if not both or call.shards is not None:
         return call.operand(x, "fprop", LEFT), None
     rows, columns = call.quantizer("fprop", LEFT), call.quantizer("wgrad", RIGHT)

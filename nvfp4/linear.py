@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nvfp4 import layer_ops
 from nvfp4.backends.registry import AUTO
+from nvfp4.deferred import Deferred
 from nvfp4.gemms import Call, flatten, fprop, stored_operands
 from nvfp4.noise import CALLS, Noise, capturing, words_of
 from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
@@ -60,6 +61,11 @@ class LinearState:
         """The next call of this layer."""
         words = words_of(self.noise.words, self.noise.capturable, self.backend)
         return Call(self.recipe, self.backend, words, self.shards)
+
+    def takes(self, x: Deferred) -> bool:
+        """Whether the next call can quantise x without its being written to memory, which nothing else asked for."""
+        whole = self.shards is None and not _as_operator(x)
+        return whole and self.recipe.fprop.quantized and not self.saves_input and not x.in_memory
 
     def fprop(
         self,
@@ -271,6 +277,8 @@ class Linear(nn.Linear):
             raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")
         dtype = output_dtype(x, weight)
         rows = x.reshape(-1, weight.shape[1])
+        if isinstance(rows, Deferred) and not state.takes(rows):
+            rows = rows.written()
         if torch.is_grad_enabled():
             y = _LinearFunction.apply(rows, weight, bias, state, dtype)
         else:

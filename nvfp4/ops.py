@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nvfp4.activations import Activation
 from nvfp4.backends.base import Operation
-from nvfp4.backends.registry import AUTO, candidates, select
+from nvfp4.backends.registry import AUTO, able, candidates, select
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
@@ -76,6 +77,36 @@ def quantize_both(
         return quantize_with(x, *rows, backend=backend), quantize_with(x.t(), *columns, backend=backend)
     with unseen():
         return chosen.quantize_both(x, rows, columns)
+
+
+def quantize_activation(
+    activation: Activation,
+    rows: tuple[Quantizer, Options],
+    columns: tuple[Quantizer, Options] | None = None,
+    *,
+    backend: str = AUTO,
+) -> tuple[QTensor, QTensor | None]:
+    """An activation [M, K] along K and, if ``columns`` is given, its transpose along M.
+
+    Equal to ``quantize_both`` of ``activation.values()``; a backend need not write these to memory.
+    """
+    device = activation[0].device
+    chosen = select(backend, "activation", device)
+    if not all(able(chosen, "quantize", device, *how) for how in (rows, columns) if how is not None):
+        x = activation.values()
+        if columns is None:
+            return quantize_with(x, *rows, backend=backend), None
+        return quantize_both(x, rows, columns, backend=backend)
+    with unseen(), without_autocast(device):
+        return chosen.quantize_activation(activation, rows, columns)
+
+
+def activation_gradients(
+    activation: Activation, dy: torch.Tensor, *, backend: str = AUTO
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the activation's two inputs, each in its dtype, from that of its result, dy [M, K]."""
+    with unseen(), without_autocast(dy.device):
+        return select(backend, "activation", dy.device).activation_gradients(activation, dy)
 
 
 def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backend: str = AUTO) -> QTensor:

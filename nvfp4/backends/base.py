@@ -8,18 +8,19 @@ from typing import Literal
 
 import torch
 
+from nvfp4.activations import Activation
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.rng import fold_in_there
 
-Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul"]
+Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation"]
 
 
 class Backend(ABC):
     """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and scales bit for bit."""
 
     name: str
-    operations: tuple[Operation, ...] = ("quantize", "dequantize", "matmul", "grouped_matmul")
+    operations: tuple[Operation, ...] = ("quantize", "dequantize", "matmul", "grouped_matmul", "activation")
     """What it implements; the rest is left to "auto" where this backend is named."""
 
     @abstractmethod
@@ -45,6 +46,21 @@ class Backend(ABC):
     ) -> tuple[QTensor, QTensor]:
         """(quantize(x, *rows), quantize(x^T, *columns)); a backend may read x only once."""
         return self.quantize(x, *rows), self.quantize(x.t(), *columns)
+
+    def quantize_activation(
+        self,
+        activation: Activation,
+        rows: tuple[Quantizer, Options],
+        columns: tuple[Quantizer, Options] | None = None,
+    ) -> tuple[QTensor, QTensor | None]:
+        """``quantize_both`` of ``activation.values()`` (without ``columns``: ``quantize`` and None); a backend need not
+        write these to memory."""
+        x = activation.values()
+        return (self.quantize(x, *rows), None) if columns is None else self.quantize_both(x, rows, columns)
+
+    def activation_gradients(self, activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``activation.gradients(dy)`` of dy [M, K], float32, float16 or bfloat16."""
+        return activation.gradients(dy)
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""

@@ -73,6 +73,11 @@ def select(
     return backend
 
 
+def able(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer, options: Options) -> bool:
+    """Whether this backend can do the operation here, whether or not "auto" would choose it."""
+    return _obstacle(backend, operation, device, quantizer, options) is None
+
+
 _FAULTS: dict[tuple[Backend, Operation, torch.device, str | None], str | None] = {}
 _SAID = {"meta"}  # where nothing is computed
 """What this process found out and said: verdicts of the self-check, and devices on which a fallback was announced."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nvfp4.activations import RMSNorm, SwiGLU
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.codec import e4m3_encode
@@ -29,8 +30,9 @@ _GRID = torch.tensor(E2M1.grid, device="cpu")
 def find_fault(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> str | None:
     """None if ``backend`` reproduces the reference bit for bit on ``device``, otherwise what went wrong.
 
-    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements; or products that are
-    exact in float32 in every order of summation. Waits for the device; draws no random number.
+    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements; products that are exact
+    in float32 in every order of summation; or activations with their gradients. Waits for the device; draws no random
+    number.
     """
     probe = _PROBES[operation]
     chosen = quantizer or get_quantizer("rtn")
@@ -101,6 +103,16 @@ def _exact(
     return QTensor(tensors[0], tensors[1], tensors[2], block, (rows, _CONTRACTION))
 
 
+def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    x, other = ((_noise(_ROWS, _COLUMNS, multiplier) - 32768).to(device) / 8192 for multiplier in (40503, 48271))
+    x, other, options = x.to(torch.bfloat16), other.to(torch.bfloat16), quantizer.check(seed=1)
+    made = []
+    for activation in (RMSNorm(x, other[0], 1e-6), SwiGLU(x, other)):
+        codes, _ = backend.quantize_activation(activation, (quantizer, options))
+        made += [*codes.tensors, *backend.activation_gradients(activation, other)]
+    return made
+
+
 def _stored(x: torch.Tensor, device: torch.device) -> QTensor:
     """The reference's quantisation of x, on ``device``."""
     rtn = get_quantizer("rtn")
@@ -125,4 +137,5 @@ _PROBES = {
     "dequantize": _dequantized,
     "matmul": _multiplied,
     "grouped_matmul": _multiplied_in_groups,
+    "activation": _activated,
 }

@@ -30,7 +30,11 @@ from triton.compiler import ASTSource
 
 from nvfp4.backends.triton.variants import KernelVariant
 
-KERNEL_MODULES = ("nvfp4.backends.triton.gemm", "nvfp4.backends.triton.quantize_variants")
+KERNEL_MODULES = (
+    "nvfp4.backends.triton.gemm",
+    "nvfp4.backends.triton.quantize_variants",
+    "nvfp4.backends.triton.fused_variants",
+)
 """Modules with ``kernel_variants(capability, few) -> list[KernelVariant]``."""
 
 

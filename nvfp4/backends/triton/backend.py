@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from nvfp4.activations import Activation
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.formats import NVFP4
@@ -23,7 +24,7 @@ from nvfp4.rng import DeviceSeed, Seed
 try:
     from triton import cdiv, next_power_of_2
 
-    from nvfp4.backends.triton import kernels
+    from nvfp4.backends.triton import fused, kernels
     from nvfp4.backends.triton.arithmetic import INTERPRETED
     from nvfp4.backends.triton.gemm import gemm
     from nvfp4.backends.triton.rules import RULES, SEARCHES, Coded, Policy, Tile, scaled_by_amax
@@ -73,6 +74,16 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
 def converts(capability: int) -> bool:
     """Whether a card of this compute capability (90, 120, ...) rounds float32 to E2M1 by itself."""
     return capability in (100, 103, 120, 121)
+
+
+def tiles_of_activation(rows: Policy, columns: Policy | None, gated: bool) -> tuple[Tile, Tile | None]:
+    """``tile_along`` or ``tiles_of_both`` where the elements are computed first, which takes registers: on more
+    warps."""
+    if columns is None:
+        return tile_along(rows), None
+    across, down = tiles_of_both(rows, columns)
+    warps = across.warps * (8 if gated else 2)
+    return across._replace(warps=warps), down._replace(warps=warps)
 
 
 DECODING = (16, 256, 4)
@@ -205,6 +216,27 @@ class TritonBackend(Backend):
             kernels.quantize_both_kernel[grid](x, *x.shape, *x.stride(), *operands, *policies, *tiles, **options)
             return across.finish(), down.finish()
 
+    def quantize_activation(
+        self,
+        activation: Activation,
+        rows: tuple[Quantizer, Options],
+        columns: tuple[Quantizer, Options] | None = None,
+    ) -> tuple[QTensor, QTensor | None]:
+        x = activation[0]
+        if x.numel() == 0:
+            return super().quantize_activation(activation, rows, columns)
+        across = _Target(tuple(x.shape), *rows, x.device)
+        down = None if columns is None else _Target(tuple(x.t().shape), *columns, x.device)
+        with _on(x.device):
+            fused.fill(activation, across, down, tiles_of_activation, LAUNCH)
+            return across.finish(), None if down is None else down.finish()
+
+    def activation_gradients(self, activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if dy.numel() == 0:
+            return super().activation_gradients(activation, dy)
+        with _on(dy.device):
+            return fused.gradients(activation, dy, LAUNCH)
+
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
             return super().requantize(q, quantizer, options)
@@ -260,7 +292,7 @@ class TritonBackend(Backend):
         return gemm(a, b, out_dtype, bias)
 
 
-def seed_arguments(seed: Seed | None) -> tuple[int, int] | tuple[torch.Tensor, None]:
+def seed_arguments(seed: Seed | None) -> fused.SeedArguments:
     """A seed as two arguments of a kernel: its halves, or where on the device it lies."""
     return (seed.bits, None) if isinstance(seed, DeviceSeed) else halves(seed or 0)
 
