@@ -7,7 +7,7 @@ CLIENTS := $(VENV)/.clients
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
-.PHONY: train test lint unit sanitize bench gpu aot clean help
+.PHONY: train test lint unit sanitize bench gpu aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -52,6 +52,10 @@ gpu: ## on a machine with a GPU, torch and triton: check everything, time it, ju
 
 aot: $(READY) ## compile every Triton kernel for eight kinds of GPU, none needed: instructions, registers, spills
 	$(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot.json
+
+cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and say what they take
+	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m nvfp4.backends.cuda_build --json benchmarks/results/cuda.json
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

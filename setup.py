@@ -1,11 +1,16 @@
-"""Builds nvfp4._cpu, the native CPU kernels: plain pybind11 and C++17, no torch at build time.
+"""Builds nvfp4._cpu and nvfp4._cuda, the native kernels: plain pybind11 and C++17, no torch at build time.
 
-A failed build leaves a working package: everything then runs on the reference backend, and a warning says why.
+A failed build leaves a working package: everything then runs on other backends, and a warning says why. The CUDA
+kernels, minutes of work for nvcc, are built where there is nvcc and the driver of a GPU; NVFP4_CUDA=1 builds them
+without a driver, NVFP4_CUDA=0 never.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,10 +47,43 @@ if X86:
     SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/matmul.cpp"]
 
 
+CUDA_TARGETS = ("90a", "100a", "103a", "120a", "121a")
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("plain", "searched", "eden", "fused", "scales")]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",  # as for the processor: no contraction, true quotients, subnormals kept
+    "-prec-div=true",
+    "-prec-sqrt=true",
+    "-ftz=false",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+]
+
+
+def find_nvcc():
+    """nvcc on PATH or under CUDA_HOME, or None."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def wants_cuda() -> bool:
+    """Whether to build the CUDA kernels here."""
+    asked = os.environ.get("NVFP4_CUDA", "")
+    has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    return asked != "0" and find_nvcc() is not None and (asked == "1" or has_driver)
+
+
 class BuildExt(build_ext):
     """Compiles the files of an extension side by side, each with its own instruction set."""
 
     def build_extension(self, ext) -> None:
+        if ext.name == "nvfp4._cuda":
+            try:
+                self.build_cuda(ext)
+            except Exception as error:
+                print(f"warning: nvfp4 is installed without CUDA kernels: {error}", file=sys.stderr)
+            return
         compiler = self.compiler
         compile_one = compiler._compile
 
@@ -78,6 +116,25 @@ class BuildExt(build_ext):
         except Exception as error:
             print(f"warning: nvfp4 is installed without native CPU kernels: {error}", file=sys.stderr)
 
+    def build_cuda(self, ext) -> None:
+        """One binary for all targets, linked with the static runtime: it loads where there is no driver."""
+        nvcc, folder = find_nvcc(), Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
+        include = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
+
+        def compile_one(source) -> str:
+            target = folder / f"{Path(source).name}.o"
+            options = codes if source.endswith(".cu") else include
+            subprocess.run([nvcc, *CUDA_FLAGS, *options, "-c", source, "-o", str(target)], check=True)
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)], check=True)
+
 
 extension = Pybind11Extension(
     "nvfp4._cpu",
@@ -96,4 +153,11 @@ extension = Pybind11Extension(
     extra_link_args=["-fopenmp", *SANITIZE],
     optional=True,
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+cuda_extension = Pybind11Extension(
+    "nvfp4._cuda",
+    ["csrc/bind_cuda.cpp", *CUDA_SOURCES],
+    depends=[str(path) for path in Path("csrc").rglob("*.h")],
+    optional=True,
+)
+extensions = [extension, cuda_extension] if wants_cuda() else [extension]
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})

@@ -1,4 +1,5 @@
-// Codes to values; the twin of nvfp4/codec.py. The way from values to codes is part of rounding.h.
+// Codes to values; the twin of nvfp4/codec.py. The way from values to codes is part of rounding.h. And the 16-bit formats
+// of what comes in and goes out, on processors that have none or round them in their own way.
 #pragma once
 
 #include "formats.h"
@@ -21,6 +22,35 @@ NVFP4_FN F decode(Int<F> code) {
 template <class F>
 NVFP4_FN Int<F> sign_bit(F x) {
     return (bits(x) >> 28) & 8u;
+}
+
+// Round to BF16, ties to even; NaN stays NaN.
+template <class F>
+NVFP4_FN F to_bfloat16(F x) {
+    const Int<F> b = bits(x);
+    const Int<F> rounded = (b + 0x7fffu + (b >> 16 & 1u)) & 0xffff0000u;
+    return from_bits(select((b & 0x7fffffffu) > kInfinityBits, b | 0x400000u, rounded));
+}
+
+// The float32 of 16 bits of float16. Shifted into place the exponent is 112 too small, for subnormals too; its top value
+// means Inf or NaN.
+template <class F>
+NVFP4_FN F from_float16(Int<F> h) {
+    const Int<F> finite = bits(from_bits((h & 0x7fffu) << 13) * 0x1p112f);
+    const Int<F> magnitude_bits = select((h & 0x7c00u) == 0x7c00u, finite | kInfinityBits, finite);
+    return from_bits(magnitude_bits | (h & 0x8000u) << 16);
+}
+
+// float32 to float16, ties to even, for outputs with a global scale; Inf beyond its range.
+NVFP4_FN uint16_t to_float16(float x) {
+    const uint32_t sign = bits(x) >> 16 & 0x8000u;
+    const float a = magnitude(x);
+    if (!(a == a)) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (a >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00u);
+    const uint32_t e = bits(larger(a, 0x1p-14f)) & kInfinityBits;
+    const uint32_t magic = e + (13u << 23);  // its unit in the last place is float16's at a
+    const uint32_t n = bits(a + from_bits(magic)) - magic;
+    return static_cast<uint16_t>(sign | (n + ((e >> 13) - (113u << 10))));
 }
 
 NVFP4_END

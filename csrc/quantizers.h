@@ -8,6 +8,9 @@
 #include "philox.h"
 #include "rounding.h"
 #include "scaling.h"
+#if defined(__CUDACC__)
+#include "cuda/e2m1.h"
+#endif
 
 NVFP4_BEGIN
 
@@ -41,7 +44,7 @@ enum class Metric { mse, mae, abs_max };
 template <class F>
 NVFP4_FN F block_amax(const F (&x)[kBlock]) {
     Int<F> largest = bits(x[0]) & 0x7fffffffu;  // as integers, so that NaN is larger than anything
-#pragma GCC unroll 16
+NVFP4_UNROLL(16)
     for (int i = 1; i < kBlock; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
     return from_bits(largest);
 }
@@ -51,10 +54,10 @@ NVFP4_FN F block_amax(const F (&x)[kBlock]) {
 template <class F, class Round>
 NVFP4_FN Packed<F> pack_codes(const F (&x)[kBlock], F multiplier, Round round) {
     Int<F> half[2];
-#pragma GCC unroll 2
+NVFP4_UNROLL(2)
     for (int h = 0; h < 2; ++h) {
         Int<F> word = {};
-#pragma GCC unroll 8
+NVFP4_UNROLL(8)
         for (int j = 0; j < 8; ++j) {
             const F scaled = clamp_magnitude(x[8 * h + j] * multiplier, E2M1::max);
             word = select_bits(15u << (4 * j), rotate_left(round(scaled, 8 * h + j), 4 * j + 1), word);
@@ -66,7 +69,11 @@ NVFP4_FN Packed<F> pack_codes(const F (&x)[kBlock], F multiplier, Round round) {
 
 template <class F>
 NVFP4_FN Packed<F> pack_nearest(const F (&x)[kBlock], F multiplier) {
+#if defined(NVFP4_CONVERTS)
+    return {cuda::convert_eight(x, multiplier), cuda::convert_eight(x + 8, multiplier)};
+#else
     return pack_codes(x, multiplier, [](F scaled, int) { return e2m1_nearest(scaled); });
+#endif
 }
 
 // min(fl(1 / fl(s * global_scale)), FLT_MAX): a non-zero block whose scale underflowed keeps FLT_MAX.
@@ -120,14 +127,14 @@ NVFP4_FN F candidate_error(const F (&scaled)[kBlock], F scale) {
     };
     if constexpr (metric != Metric::abs_max) return Scope::template sum<F>(error);
     F largest = error(0);
-#pragma GCC unroll 16
+NVFP4_UNROLL(16)
     for (int i = 1; i < kBlock; ++i) largest = larger(largest, error(i));
     return Scope::amax(largest);
 }
 
 template <class F>
 NVFP4_FN void scaled_magnitudes(const F (&x)[kBlock], F encode, F (&scaled)[kBlock]) {
-#pragma GCC unroll 16
+NVFP4_UNROLL(16)
     for (int i = 0; i < kBlock; ++i) scaled[i] = magnitude(x[i]) * encode;
 }
 
@@ -135,7 +142,7 @@ NVFP4_FN void scaled_magnitudes(const F (&x)[kBlock], F encode, F (&scaled)[kBlo
 template <class F>
 NVFP4_FN Packed<F> pack_scaled(const F (&x)[kBlock], F scale, F encode) {
     F scaled[kBlock];
-#pragma GCC unroll 16
+NVFP4_UNROLL(16)
     for (int i = 0; i < kBlock; ++i) scaled[i] = x[i] * encode;
     return pack_nearest(scaled, guarded_inverse(scale));
 }
@@ -175,14 +182,13 @@ struct ScaleSearch {
 
     template <class F>
     static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
-        constexpr int steps[] = {-2, -1, 1, 2, 3, 4, 5, 6};
         F scaled[kBlock];
         scaled_magnitudes(x, given.encode, scaled);
         const F base = base_scale(scope_amax<Scope>(x), given.encode);
         const Rounded<F> first = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
         Rounded<F> best = first;
         F best_error = candidate_error<Scope, Metric::mse>(scaled, first.value);
-        for (const int step : steps) {
+        for (int step = -2; step <= 6; step += step == -1 ? 2 : 1) {  // all but 0
             const Int<F> code = neighbour<F>(first.code, step);
             const F value = decode<E4M3, F>(code);
             const F error = candidate_error<Scope, Metric::mse>(scaled, value);
@@ -212,12 +218,13 @@ struct MsEden {
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
         const F inverse = guarded_inverse(a);
         F unit[kBlock];
-#pragma GCC unroll 16
+NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) unit[i] = magnitude(y[i]) * inverse;
         F best_c = splat<F>(full_scale);
         F best_t = candidate_length(unit, full_scale);
         if constexpr (search) {
             F best_error = error(unit, full_scale, best_t);
+            NVFP4_UNROLL(1)  // nvcc unrolls: factors that a loop indexes would lie in memory
             for (int k = 1; k < 6; ++k) {
                 const float c = full_scale / factors[k];
                 const F t = candidate_length(unit, c);
@@ -230,7 +237,7 @@ struct MsEden {
         }
         length = a * best_t;
         F signed_unit[kBlock];
-#pragma GCC unroll 16
+NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) signed_unit[i] = y[i] * inverse;
         return pack_nearest(signed_unit, best_c);
     }

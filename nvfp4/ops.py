@@ -229,7 +229,7 @@ def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
 def draw_seeds(words: torch.Tensor, rank: int, gemms: int, *, backend: str = AUTO) -> torch.Tensor:
     """The seeds of one call of a layer, made where its words are; see ``Backend.draw_seeds``."""
     with unseen():
-        return select(backend, "quantize", words.device).draw_seeds(words, rank, gemms)
+        return select(backend, "draw_seeds", words.device).draw_seeds(words, rank, gemms)
 
 
 def explain(

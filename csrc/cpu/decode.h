@@ -24,18 +24,6 @@ inline const Products& products() {
     return table;
 }
 
-// float32 to float16, ties to even, for outputs with a global scale; Inf beyond its range.
-inline uint16_t to_float16(float x) {
-    const uint32_t sign = bits(x) >> 16 & 0x8000u;
-    const float a = magnitude(x);
-    if (!(a == a)) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (a >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00u);
-    const uint32_t e = bits(larger(a, 0x1p-14f)) & kInfinityBits;
-    const uint32_t magic = e + (13u << 23);  // its unit in the last place is float16's at a
-    const uint32_t n = bits(a + from_bits(magic)) - magic;
-    return static_cast<uint16_t>(sign | (n + ((e >> 13) - (113u << 10))));
-}
-
 NVFP4_FN void emit(float* out, Float x) { store(out, x); }
 NVFP4_FN void emit_bfloat(uint16_t* out, Float x) {
     const Half h = __builtin_convertvector(bits(to_bfloat16(x)) >> 16, Half);

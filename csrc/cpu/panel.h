@@ -38,13 +38,7 @@ struct Reader<Element::bfloat16> {
 template <>
 struct Reader<Element::float16> {
     using Type = uint16_t;
-    // Shifted into place the exponent is 112 too small, for subnormals too; its top value means Inf or NaN.
-    static NVFP4_FN Float read(const uint16_t* p) {
-        const Word h = widen(p);
-        const Word finite = bits(from_bits((h & 0x7fffu) << 13) * 0x1p112f);
-        const Word magnitude_bits = select((h & 0x7c00u) == 0x7c00u, finite | kInfinityBits, finite);
-        return from_bits(magnitude_bits | (h & 0x8000u) << 16);
-    }
+    static NVFP4_FN Float read(const uint16_t* p) { return from_float16<Float>(widen(p)); }
 };
 
 // Sixteen elements at p of which ``count`` exist; the others are zero.
@@ -168,13 +162,6 @@ inline void load_panels(const Source& source, int64_t row, int64_t column, int c
         case Element::float16: return load_elements<Element::float16>(source, row, column, columns, panels, panel);
         case Element::codes: return load_codes(source, row, column, columns, panels, panel);
     }
-}
-
-// Round to BF16, ties to even; NaN stays NaN.
-NVFP4_FN Float to_bfloat16(Float x) {
-    const Word b = bits(x);
-    const Word rounded = (b + 0x7fffu + (b >> 16 & 1u)) & 0xffff0000u;
-    return from_bits(select((b & 0x7fffffffu) > kInfinityBits, b | 0x400000u, rounded));
 }
 
 // The signs, scales and stages of a rotation, worked out once for a tensor.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -13,14 +13,14 @@ from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.rng import fold_in_there
 
-Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation"]
+Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds"]
 
 
 class Backend(ABC):
     """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and scales bit for bit."""
 
     name: str
-    operations: tuple[Operation, ...] = ("quantize", "dequantize", "matmul", "grouped_matmul", "activation")
+    operations: tuple[Operation, ...] = get_args(Operation)
     """What it implements; the rest is left to "auto" where this backend is named."""
 
     @abstractmethod

@@ -8,13 +8,14 @@ import torch
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.cpu import CpuBackend
+from nvfp4.backends.cuda import CudaBackend
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.scaled_mm import ScaledMmBackend
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.backends.triton.backend import TritonBackend
 from nvfp4.quantizers.base import Options, Quantizer
 
-_ORDER: tuple[Backend, ...] = (ScaledMmBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
+_ORDER: tuple[Backend, ...] = (ScaledMmBackend(), CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 """Fastest first; the reference comes last and refuses nothing."""
 

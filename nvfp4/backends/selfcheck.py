@@ -113,6 +113,11 @@ def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
     return made
 
 
+def _drawn(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    words = torch.tensor([[-(2**63) + 5, 2, 3, -1], [2**40 + 1, 7, 2**33, 6]], device="cpu").to(device)
+    return [backend.draw_seeds(row, 4, 3) for row in words]
+
+
 def _stored(x: torch.Tensor, device: torch.device) -> QTensor:
     """The reference's quantisation of x, on ``device``."""
     rtn = get_quantizer("rtn")
@@ -138,4 +143,5 @@ _PROBES = {
     "matmul": _multiplied,
     "grouped_matmul": _multiplied_in_groups,
     "activation": _activated,
+    "draw_seeds": _drawn,
 }

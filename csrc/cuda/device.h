@@ -1,0 +1,50 @@
+// The words that kernels are written in: CUDA's own, or where another compiler reads this, those of simt.h, under which the
+// same sources run whole blocks on a processor.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "../lanes.h"
+
+#if !defined(__CUDACC__)
+#include "simt.h"
+
+#define NVFP4_DEVICE inline
+#else
+#include <cuda_runtime.h>
+
+#define NVFP4_DEVICE __device__ __forceinline__
+
+#define NVFP4_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace nvfp4 {
+
+inline void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+inline void zero(void* to, size_t bytes, void* stream) {
+    check(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+// On the current device, in ``stream``; nothing here waits or allocates, so that all of it can be captured in a graph.
+template <class... P>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void* stream, P... arguments) {
+    if (blocks <= 0 || blocks > 0x7fffffff) throw std::invalid_argument("the matrix has more tiles than a grid has blocks");
+    if (shared_bytes > (48 << 10)) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    check(cudaGetLastError());
+}
+
+}  // namespace nvfp4
+#endif
+
+namespace nvfp4 {
+
+// Raises what several blocks raise. Most find it high enough already, and a read does not queue as an addition does.
+NVFP4_DEVICE void raise(uint32_t* to, uint32_t value) {
+    if (*static_cast<volatile uint32_t*>(to) < value) atomicMax(to, value);
+}
+
+}  // namespace nvfp4

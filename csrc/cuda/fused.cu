@@ -1,0 +1,38 @@
+// Both orientations of one read, for the pairs that recipes have.
+#include "quantize.h"
+
+namespace nvfp4::cuda {
+namespace {
+
+template <class Scope>
+using Nearest = Plain<Scope, Rounding::to_nearest>;
+template <class Scope>
+using Up = Plain<Scope, Rounding::stochastic_up>;
+template <class Scope>
+using Clipped = Plain<Scope, Rounding::stochastic_te>;
+template <class Scope>
+using Squares = FourOverSix<Scope, Metric::mse>;
+
+template <template <class> class Rows, template <class> class Columns>
+Variant pair(bool wide) {
+    return variant_of<Scaled<Rows, false>, Scaled<Columns, false>>(wide);
+}
+
+bool simple(const Operand& operand) { return !operand.tiles && !operand.search && operand.metric == 0; }
+
+}  // namespace
+
+Variant fused_variant(const Operand& rows, const Operand& columns, bool wide) {
+    if (!simple(rows) || !simple(columns)) return {};
+    if (rows.rule == Rule::four_over_six && columns.rule == Rule::rtn) return pair<Squares, Nearest>(wide);
+    if (rows.rule != columns.rule) return {};
+    switch (rows.rule) {
+        case Rule::rtn: return pair<Nearest, Nearest>(wide);
+        case Rule::sr: return pair<Up, Up>(wide);
+        case Rule::sr_te: return pair<Clipped, Clipped>(wide);
+        case Rule::ms_eden: return eden_pair_variant(wide);
+        default: return {};
+    }
+}
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,30 @@
+// Rules that round to one scale: rtn, sr, sr_te.
+#include "quantize.h"
+
+namespace nvfp4::cuda {
+namespace {
+
+template <class Scope>
+using Nearest = Plain<Scope, Rounding::to_nearest>;
+template <class Scope>
+using Up = Plain<Scope, Rounding::stochastic_up>;
+template <class Scope>
+using Clipped = Plain<Scope, Rounding::stochastic_te>;
+
+template <bool tiled>
+Variant choose(const Operand& operand, bool down, bool wide) {
+    switch (operand.rule) {
+        case Rule::rtn: return variant_of<Scaled<Nearest, tiled>>(down, wide);
+        case Rule::sr: return variant_of<Scaled<Up, tiled>>(down, wide);
+        case Rule::sr_te: return variant_of<Scaled<Clipped, tiled>>(down, wide);
+        default: return {};
+    }
+}
+
+}  // namespace
+
+Variant plain_variant(const Operand& operand, bool down, bool wide) {
+    return operand.tiles ? choose<true>(operand, down, wide) : choose<false>(operand, down, wide);
+}
+
+}  // namespace nvfp4::cuda

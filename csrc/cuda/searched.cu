@@ -1,0 +1,31 @@
+// Rules that compare scales: four_over_six, scale_search.
+#include "quantize.h"
+
+namespace nvfp4::cuda {
+namespace {
+
+template <class Scope>
+using Squares = FourOverSix<Scope, Metric::mse>;
+template <class Scope>
+using Magnitudes = FourOverSix<Scope, Metric::mae>;
+template <class Scope>
+using Largest = FourOverSix<Scope, Metric::abs_max>;
+
+template <bool tiled>
+Variant choose(const Operand& operand, bool down, bool wide) {
+    if (operand.rule == Rule::scale_search) return variant_of<Scaled<ScaleSearch, tiled>>(down, wide);
+    if (operand.rule != Rule::four_over_six) return {};
+    switch (operand.metric) {
+        case 0: return variant_of<Scaled<Squares, tiled>>(down, wide);
+        case 1: return variant_of<Scaled<Magnitudes, tiled>>(down, wide);
+        default: return variant_of<Scaled<Largest, tiled>>(down, wide);
+    }
+}
+
+}  // namespace
+
+Variant searched_variant(const Operand& operand, bool down, bool wide) {
+    return operand.tiles ? choose<true>(operand, down, wide) : choose<false>(operand, down, wide);
+}
+
+}  // namespace nvfp4::cuda

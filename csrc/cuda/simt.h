@@ -1,0 +1,60 @@
+// CUDA's execution model on a processor, for tests: the threads of a block are fibres, and a barrier or a shuffle is where
+// they wait for each other. Blocks run one after the other, in an order and with an interleaving that ``set_order`` picks.
+//
+// What a GPU would leave undefined is an error here: threads that end or wait elsewhere while others are at a barrier, lanes
+// missing from a shuffle. Shared memory is filled with NaN before each block and fenced by bytes that no one may change.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+
+namespace nvfp4::simt {
+
+struct Index {
+    unsigned x = 0;
+};
+
+enum class Wait { none, barrier, shuffle, done };
+
+// Suspends the running thread until all that it waits for have come to the same place.
+void wait_for_others(Wait kind);
+
+// The value that the lane ``distance`` away (exclusive or) brought to the same shuffle.
+uint32_t exchange(uint32_t value, int distance);
+
+unsigned char* shared_memory();
+
+// Even: in ascending order; odd: descending, both of blocks and of warps.
+void set_order(int order);
+
+void run(const std::function<void()>& body, int64_t blocks, int threads, int shared_bytes);
+
+}  // namespace nvfp4::simt
+
+extern thread_local nvfp4::simt::Index threadIdx, blockIdx, blockDim, gridDim;
+
+#define __global__
+#define __launch_bounds__(...)
+#define NVFP4_SHARED(name) unsigned char* const name = nvfp4::simt::shared_memory()
+
+inline void __syncthreads() { nvfp4::simt::wait_for_others(nvfp4::simt::Wait::barrier); }
+
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int distance) {
+    if (mask != ~0u) throw std::logic_error("every shuffle here is of whole warps");
+    return nvfp4::simt::exchange(value, distance);
+}
+
+inline void atomicMax(uint32_t* to, uint32_t value) { *to = *to < value ? value : *to; }
+
+namespace nvfp4 {
+
+inline void zero(void* to, size_t bytes, void*) { memset(to, 0, bytes); }
+
+template <class... P>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void*, P... arguments) {
+    simt::run([&] { kernel(arguments...); }, blocks, threads, shared_bytes);
+}
+
+}  // namespace nvfp4
