@@ -7,7 +7,7 @@ CLIENTS := $(VENV)/.clients
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
-.PHONY: train test lint unit sanitize bench gpu aot cuda clean help
+.PHONY: train rl test lint unit sanitize bench benchrl gpu aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -32,6 +32,9 @@ $(CLIENTS): $(READY)
 train: $(READY) ## pretrain a small model on real text in BF16 and in NVFP4, side by side
 	$(BIN)/nvfp4 compare $(ARGS)
 
+rl: $(READY) ## reinforcement learning in full precision and in NVFP4, side by side, with a control
+	$(BIN)/nvfp4 rl --preset sort $(ARGS)
+
 test: lint unit ## style, types and all tests
 
 lint: $(READY)
@@ -46,6 +49,9 @@ bench: $(READY) ## time the quantisers and the linear layer, and keep the figure
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
 	$(BIN)/python -m benchmarks.bench_linear --keep linear
 	$(BIN)/python -m benchmarks.bench_memory --keep memory
+
+benchrl: $(READY) ## the comparison of make rl, kept as data
+	$(BIN)/python -m benchmarks.bench_rl --keep rl
 
 gpu: ## on a machine with a GPU, torch and triton: check everything, time it, judge it, in ten minutes
 	$(PYTHON) -m benchmarks.on_gpu --out build/on_gpu $(ARGS)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nvfp4.gemms import Call, Saved, backward_operands, flatten, forward_operands, product
+from nvfp4.gemms import Call, Saved, backward_operands, dense_forward, flatten, forward_operands, product
 from nvfp4.layer_ops import restore
 from nvfp4.linear import LinearState, output_dtype, refuse_second_derivative
 from nvfp4.noise import CALLS, HostWords, Noise, signed
@@ -71,7 +71,7 @@ def _fprop(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y, and of every expert with tokens the codes that its backward needs, flattened, equally many of each."""
     call = state.call()
-    kept = state.operands(weight, None, call) if state.recipe.fprop.quantized else None
+    kept = state.operands(weight, None, call) if state.recipe.fprop.right.quantized else None
     left: list[QTensor] = []
     right: list[QTensor] = []
     saved: list[torch.Tensor] = []
@@ -83,7 +83,7 @@ def _fprop(
         )
         saved += [*flatten(saved_w), *flatten(saved_x)]
         if x_codes is None or w_codes is None:
-            dense.append(F.linear(rows.to(dtype), weight[e].to(dtype)))
+            dense.append(dense_forward(call, rows, weight[e] if w_codes is None else w_codes, None, dtype))
         else:
             left.append(x_codes)
             right.append(w_codes)

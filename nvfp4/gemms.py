@@ -87,10 +87,18 @@ def fprop(
     """
     x_codes, w_codes, saved_w, saved_x = forward_operands(call, x, weight, needs, w_amax, w_codes)
     if x_codes is None or w_codes is None:
-        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = dense_forward(call, x, weight if w_codes is None else w_codes, bias, dtype)
     else:
         y = call.matmul(x_codes, w_codes, dtype, bias)
     return y, saved_w, saved_x
+
+
+def dense_forward(
+    call: Call, x: torch.Tensor, w: torch.Tensor | QTensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """x w^T + bias in ``dtype``; of w, what its codes stand for where the recipe quantises w alone."""
+    w = dequantize(w, dtype, backend=call.backend) if isinstance(w, QTensor) else w.to(dtype)
+    return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
 
 
 def forward_operands(
@@ -101,15 +109,16 @@ def forward_operands(
     w_amax: torch.Tensor | None = None,
     w_codes: QTensor | None = None,
 ) -> tuple[QTensor | None, QTensor | None, Saved, Saved]:
-    """What fprop multiplies, (x, w) or None where it is dense, and what (dgrad, wgrad) will need of (w, x)."""
+    """What fprop multiplies, (x, w), each None where it is dense, and what (dgrad, wgrad) will need of (w, x)."""
     recipe = call.recipe
     keep = stored_operands(recipe)
     x_codes = x_transposed = None
-    if not recipe.fprop.quantized:
+    if not recipe.fprop.right.quantized:
         w_codes = None
-    else:
+    elif w_codes is None:
+        w_codes = call.weight(weight, w_amax)
+    if recipe.fprop.quantized:
         x_codes, x_transposed = _x_operands(call, x, needs[1] and keep[1] is recipe.wgrad.right)
-        w_codes = call.weight(weight, w_amax) if w_codes is None else w_codes
     saved_w: Saved = None if not needs[0] else weight if keep[0] is None else w_codes
     saved_x: Saved = None if not needs[1] else x if keep[1] is None else x_codes
     if needs[1] and keep[1] is not None and keep[1] is recipe.wgrad.right:

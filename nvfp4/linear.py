@@ -76,7 +76,7 @@ class LinearState:
         needs: Sequence[bool],
     ) -> list[torch.Tensor]:
         """y [M, N], and the codes that backward will need where ``needs`` asks for dx and dw."""
-        quantized, noise = self.recipe.fprop.quantized, self.noise
+        quantized, noise = self.recipe.fprop.right.quantized, self.noise
         if noise.capturable and noise.words.device != x.device:
             raise RuntimeError(
                 f"x is on {x.device}, but the noise of this layer was put on {noise.words.device} by "
@@ -148,8 +148,10 @@ class LinearState:
         told so by autograd, as it would be of the weight itself.
         """
         old, self.weight_codes = self.weight_codes, None
-        w_amax = self.shared.amax(self.backend) if self.recipe.fprop.quantized and self.shared is not None else None
-        new = self.operands(weight, w_amax, self.call()) if self.recipe.fprop.quantized else None
+        w_amax = (
+            self.shared.amax(self.backend) if self.recipe.fprop.right.quantized and self.shared is not None else None
+        )
+        new = self.operands(weight, w_amax, self.call()) if self.recipe.fprop.right.quantized else None
         if new is None or old is None or [q.record for q in old[1]] != [q.record for q in new]:
             return
         with torch.inference_mode(False), torch.no_grad():

@@ -125,9 +125,9 @@ class Gemm:
 class Recipe:
     """Three GEMMs by name. Immutable; equal recipes compare equal; round-trips through ``to_dict`` and ``from_dict``.
 
-    Raises ValueError naming the GEMM when a rule between fields is broken: both operands quantised or neither; equal
-    rotations; "codes" only where fprop has 16x16 blocks; "decoded" only of what fprop quantised; gradients come as
-    tensors.
+    Raises ValueError naming the GEMM when a rule between fields is broken: both operands quantised or neither (fprop
+    may quantise w alone); equal rotations; "codes" only where fprop has 16x16 blocks; "decoded" only of what fprop
+    quantised; gradients come as tensors.
     """
 
     name: str
@@ -156,7 +156,8 @@ class Recipe:
                 )
 
     def _check_gemm(self, name: str, gemm: Gemm) -> None:
-        if gemm.left.quantized != gemm.right.quantized:
+        weights_only = name == "fprop" and gemm.right.quantized
+        if gemm.left.quantized != gemm.right.quantized and not weights_only:
             raise ValueError(f"{self.name}: {name} quantises one operand only ({gemm.left} / {gemm.right})")
         if gemm.left.turned != gemm.right.turned:
             raise ValueError(
@@ -169,8 +170,8 @@ class Recipe:
 
     @property
     def quantized(self) -> bool:
-        """Whether any GEMM runs on NVFP4 operands."""
-        return any(getattr(self, gemm).quantized for gemm in GEMMS)
+        """Whether any GEMM runs on NVFP4 operands, or on weights that went through NVFP4."""
+        return self.fprop.right.quantized or any(getattr(self, gemm).quantized for gemm in GEMMS)
 
     def with_dense_forward(self) -> Recipe:
         """This recipe with fprop in high precision: its backward quantises w and x themselves, not their codes."""
@@ -292,3 +293,6 @@ RECIPES: dict[str, Recipe] = {
 }
 """Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527; quartet2, 2601.22813;
 search_eden and rl are ours."""
+
+W4A16 = Recipe("w4a16", Gemm(operand(None), operand("four_over_six")), _DEQUANTISED, Gemm())
+"""Weights only, as QeRL has it (arXiv 2510.11696): x stays as it is, and the GEMMs are not NVFP4's."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from nvfp4.train import checkpoint, state
@@ -36,7 +37,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if done is not None and done["config"] == to_fields(lasting(config)):
         print(f"{config.out} is finished: {summary(done)}")
         return done
-    with _deterministic(config.deterministic), _process_group():
+    with deterministic(config.deterministic), process_group():
         try:
             return Loop(prepare(config)).run()
         except torch.OutOfMemoryError as error:
@@ -64,7 +65,7 @@ class Loop:
         if snapshot is not None:
             state.restore(snapshot, run.model, run.optimizer, run.accelerator)
             self.step, self.bad_in_a_row = snapshot.state["step"], snapshot.state["bad_in_a_row"]
-            for note in _other_machine(snapshot.state["machine"], _machine(run)):
+            for note in other_machine(snapshot.state["machine"], machine(run.accelerator)):
                 run.report.say(note)
         parameters = sum(p.numel() for p in run.model.parameters())
         run.report.say(
@@ -135,7 +136,7 @@ class Loop:
             "bad_in_a_row": self.bad_in_a_row,
             "config": to_fields(lasting(self.config)),
             "corpus_sha256": run.corpus.sha256,
-            "machine": _machine(run),
+            "machine": machine(run.accelerator),
         }
         snapshot = state.capture(run.model, run.optimizer, run.accelerator, plain)
         if self.log is not None:
@@ -155,7 +156,7 @@ class Loop:
 
 
 @contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
+def deterministic(wanted: bool) -> Iterator[None]:
     """Deterministic kernels within; a kernel that has no such form warns. The settings before come back afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -171,7 +172,7 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _process_group() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Leave a process group that the run made itself, once all are done: its threads must end before Python does."""
     ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     yield
@@ -181,19 +182,20 @@ def _process_group() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)  # else a later run in this process finds a dead group
 
 
-def _machine(run: Run) -> dict[str, Any]:
+def machine(accelerator: Accelerator) -> dict[str, Any]:
     """What the last bits of a sum may depend on."""
-    device = run.accelerator.device
+    device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
-        "processes": run.accelerator.num_processes,
+        "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def _other_machine(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+def other_machine(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """A note for the user if these differ, or nothing."""
     changed = [f"{key} {saved[key]}, now {present[key]}" for key in present if saved.get(key) != present[key]]
     if not changed:
         return []

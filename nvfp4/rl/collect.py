@@ -1,0 +1,117 @@
+"""The completions of one step: problems, rollouts, rewards; groups that teach nothing are replaced, if asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nvfp4.rl.batches import join
+from nvfp4.rl.norm_noise import noisy_norms, sigma_at
+from nvfp4.rl.objectives.advantages import has_spread
+from nvfp4.rl.rollout import Sampling, rollout
+from nvfp4.rl.samples import Samples
+from nvfp4.rl.setup import Run
+from nvfp4.rl.tasks.base import Problem
+from nvfp4.rng import fold_in
+from nvfp4.train.errors import TrainError
+from nvfp4.weights import fixed_weights
+
+PROBLEMS, DRAWS, COINS, NOISE = 11, 12, 13, 14
+"""Folded into the seed: what each kind of random number of a step comes from."""
+
+TASK_REWARD, RAW_REWARD = "task_reward", "raw_reward"
+"""In ``Samples.extra``: the verifier's word, and the reward before the objective's penalties."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """samples: this process's, in groups. problems, texts: of each sample. drawn: completions that were drawn for it,
+    over all processes. zero_std: share of groups of equal rewards, before any were replaced."""
+
+    samples: Samples
+    problems: list[Problem]
+    texts: list[str]
+    sampling: Sampling
+    drawn: int
+    zero_std: float
+    sigma: float
+
+
+def collect(run: Run, step: int) -> Collected:
+    """Draw completions with the weights as they are, for step ``step`` (0 for the first).
+
+    Everything random is a function of (seed, step) and of the prompt's place in the step, so processes draw what one
+    alone would draw. ``TrainError`` if ``max_batches`` rounds do not yield enough groups that the objective keeps.
+    """
+    config, accelerator = run.config, run.accelerator
+    assert config.group is not None
+    wanted = config.prompts // accelerator.num_processes * config.group
+    sampling = run.sampling()
+    parts: list[Samples] = []
+    problems: list[Problem] = []
+    texts: list[str] = []
+    sigma = sigma_at(step, config.steps, config.aqn_stages, config.aqn_start, config.aqn_end)
+    flat = seen = drawn = 0
+    while len(problems) < wanted and drawn < config.max_batches:
+        batch = _batch(run, step, drawn, sigma, sampling)
+        drawn += 1
+        rewarded = batch.samples.rewards, batch.samples.groups
+        flat, seen = flat + int((~has_spread(*rewarded)).sum()), seen + len(batch.samples)
+        kept = run.objective.keep(batch.samples).nonzero()[:, 0][: wanted - len(problems)]
+        shaped = replace(batch.samples, rewards=run.objective.shape_rewards(batch.samples))
+        parts.append(shaped.select(kept))
+        problems += [batch.problems[i] for i in kept.tolist()]
+        texts += [batch.texts[i] for i in kept.tolist()]
+    if len(problems) < wanted:
+        raise TrainError(
+            f"step {step + 1}: {drawn} rounds of {config.prompts} prompts gave {len(problems)} of {wanted} completions "
+            f"that {config.objective} keeps; raise --max-batches or --group, or choose easier or harder problems"
+        )
+    samples = join([part for part in parts if len(part)], run.stops.pad)
+    total = drawn * config.prompts * config.group
+    return Collected(samples, problems, texts, sampling, total, flat / seen, sigma)
+
+
+def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) -> Collected:
+    """One round: this process's share of ``prompts`` groups, with raw rewards."""
+    config = run.config
+    assert config.group is not None
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    every = run.task.problems(config.prompts, fold_in(config.seed, PROBLEMS, step, batch), held_out=False)
+    numbers = list(range(rank, config.prompts, world))
+    prompts = [run.text.prompt(every[number].prompt) for number in numbers]
+    seed = fold_in(config.seed, DRAWS, step, batch)
+    noise = noisy_norms(run.model, sigma, fold_in(config.seed, NOISE, step))
+    with torch.no_grad(), noise, fixed_weights(run.model), run.autocast():
+        samples = rollout(run.model, prompts, numbers, config.group, sampling, run.stops, seed, config.rollout_rows)
+    if not bool(torch.isfinite(samples.sampler_logprobs).all()):
+        raise TrainError(f"step {step + 1}: the model's log-probabilities are NaN or Inf; lower --lr or --clip")
+    problems = [every[number] for number in numbers for _ in range(config.group)]
+    texts = completions(run, samples)
+    task = rewards(run, problems, texts, samples.truncated)
+    raw = _coins(run, step, batch, numbers).to(task) if config.reward == "random" else task
+    groups = samples.groups + batch * config.prompts
+    samples = replace(samples, groups=groups, rewards=raw, extra={TASK_REWARD: task, RAW_REWARD: raw})
+    return Collected(samples, problems, texts, sampling, 0, 0.0, sigma)
+
+
+def completions(run: Run, samples: Samples) -> list[str]:
+    """The texts of completions, without what ended them."""
+    rows, lengths = samples.ids[:, samples.prompt_length :].tolist(), samples.lengths.tolist()
+    return [run.text.completion(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def rewards(run: Run, problems: list[Problem], texts: list[str], truncated: torch.Tensor) -> torch.Tensor:
+    """The verifier's rewards, float32 [S]; of truncated completions only a share."""
+    found = [verdict.reward for verdict in run.task.verdicts(problems, texts)]
+    whole = torch.tensor(found, dtype=torch.float32, device=truncated.device)
+    return torch.where(truncated, whole * run.config.truncated_reward, whole)
+
+
+def _coins(run: Run, step: int, batch: int, numbers: list[int]) -> torch.Tensor:
+    assert run.config.group is not None
+    size = run.config.group
+    generator = torch.Generator().manual_seed(fold_in(run.config.seed, COINS, step, batch) >> 1)
+    coins = torch.randint(0, 2, (run.config.prompts, size), generator=generator)
+    return coins[numbers].flatten().float()

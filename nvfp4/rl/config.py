@@ -1,0 +1,358 @@
+"""The config of a reinforcement learning run: one dataclass for command line, config file and run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from nvfp4.recipes import RECIPES, W4A16, Recipe
+from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.objectives.registry import OBJECTIVES
+from nvfp4.rl.tasks.base import Task
+from nvfp4.rl.tasks.registry import load_task
+from nvfp4.train import config as train_config
+from nvfp4.train.config import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    Flag,
+    Fraction,
+    Listed,
+    Names,
+    NotNegative,
+    Positive,
+    Seed,
+    TrainConfig,
+)
+from nvfp4.train.errors import TrainError
+
+
+def _split_numbers(value: Any) -> Any:
+    return tuple(int(part) for part in value.split(",")) if isinstance(value, str) else value
+
+
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split_numbers)]
+AboveZero = Annotated[float, Field(gt=0, le=1)]
+
+
+def _pairs(value: Any) -> Any:
+    """{name: value} of a config file as the command line has it, name=value."""
+    if isinstance(value, dict):
+        return tuple(
+            f"{name}={yaml.safe_dump(v, default_flow_style=True).split(chr(10))[0]}" for name, v in value.items()
+        )
+    return value
+
+
+Options = Annotated[Names, BeforeValidator(_pairs)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """Config of ``nvfp4 rl``. Construct it freely; ``resolve`` checks it and fills in what was left open."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    # Run folder
+    out: str = "runs/rl"
+    """Run folder: config.yaml, log.jsonl, completions.jsonl, plots, checkpoints/, export/, base/, result.json."""
+    overwrite: Flag = False
+    """Delete what an earlier run left in --out and start again."""
+    resume: Flag = False
+    """Go on from the newest good checkpoint in --out; from the start if there is none yet."""
+    resume_from: str | None = None
+    """Go on from exactly this checkpoint folder; an error if it is damaged or of another run."""
+    allow_changes: Names = ()
+    """Fields that may differ from the checkpoint's config on resume, e.g. steps lr; then it is another run."""
+
+    # Task
+    task: str = "sort"
+    """Whose problems are drawn and whose verifier rewards: a name (an unknown one lists all), a .jsonl file of
+    problems, or a class of yours as module:Class or file.py:Class."""
+    task_options: Options = ()
+    """Options of the task as name=value; an unknown name lists all."""
+    reward: Literal["task", "random"] = "task"
+    """What is maximised; random: coins, the control that a gain has to beat."""
+    truncated_reward: Fraction = 0.0
+    """Share of its reward that a completion keeps when the length limit cuts it off."""
+
+    # Model
+    model: str | None = None
+    """Folder of a local Hugging Face causal LM to train; None: a new model from the fields below, warmed up."""
+    tokenizer: str | None = None
+    """symbols (32), bytes (272), or the folder of a local Hugging Face tokenizer; None: that of --model, for a new
+    model the smallest that can spell the task."""
+    chat: Flag = False
+    """Put prompts through the tokenizer's chat template."""
+    architecture: Literal["llama", "qwen3"] = "llama"
+    """Architecture of a new model."""
+    depth: Count = 4
+    """Layers of a new model."""
+    width: Count | None = None
+    """Hidden size of a new model; None: 128."""
+    heads: Count | None = None
+    """Attention heads of a new model; None: width / 32."""
+    context: Count = 128
+    """Longest sequence of a new model, prompt and completion, in tokens."""
+    attention: Literal["auto", "float64", "sdpa"] = "auto"
+    """float64: sums that do not depend on the batch, so that rollouts over a KV cache equal the trainer to the bit;
+    sdpa: PyTorch's kernels; auto: float64 on the CPU."""
+
+    # Warm start
+    warm_steps: CountOrZero | None = None
+    """Supervised updates on demonstrations before the first rollout; None: 300 for a new model, 0 for --model."""
+    warm_batch: Count = 128
+    """Demonstrations in one supervised update."""
+    warm_lr: Positive = 2e-3
+    """Peak learning rate of the supervised updates."""
+    warm_noise: Fraction = 0.5
+    """Share of the demonstrations that are corrupted: what reinforcement learning is to unlearn."""
+
+    # Quantisation
+    recipe: str = "rl"
+    """Recipe of the linears: rl, w4a16 (weights only), bf16 (none) or any of nvfp4.convert."""
+    keep_first: int | float = 0
+    """Blocks at the start kept in high precision: a count, or if below 1 a share of them, rounded up."""
+    keep_last: int | float = 0
+    """Blocks at the end kept in high precision: a count, or if below 1 a share of them, rounded up."""
+    include: Names = ()
+    """Only linears whose names match one of these globs are converted; empty: all but the output embedding."""
+    exclude: Names = ()
+    """Linears whose names match one of these globs stay in high precision."""
+    backend: str = "auto"
+    """Backend of the NVFP4 layers; auto: the fastest that runs here."""
+
+    # Rollouts
+    prompts: Count = 32
+    """Prompts of a step, over all processes."""
+    group: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Completions of each prompt; None: what the objective's authors use, else 8."""
+    max_new_tokens: Count = 16
+    """Longest completion in tokens, with its end-of-text token."""
+    temperature: Positive | None = None
+    """Temperature of sampling, and of all log-probabilities; None: what the objective's authors use, else 1."""
+    top_k: CountOrZero = 0
+    """Draw among the most likely tokens only; 0: among all."""
+    top_p: AboveZero = 1.0
+    """Draw among the fewest tokens that together have this probability."""
+    rollout_rows: Count | None = None
+    """Completions drawn at a time in one process; None: all."""
+    max_batches: Count = 10
+    """Rounds of rollouts to look for groups that the objective keeps (dynamic sampling), before the run stops."""
+    aqn_stages: CountOrZero = 0
+    """Adaptive noise on the sampler's norms (QeRL): parts of its schedule, e.g. 10; 0: no noise."""
+    aqn_start: Positive = 1e-2
+    """Standard deviation of that noise in its second stage; the first has none."""
+    aqn_end: Positive = 5e-4
+    """Standard deviation of that noise in its last stage."""
+
+    # Objective
+    objective: str = "grpo"
+    """What is maximised; an unknown name lists all."""
+    objective_options: Options = ()
+    """Options of the objective as name=value; an unknown name lists all."""
+    minibatches: Count = 1
+    """Updates for each pass over the completions of a step."""
+    epochs: Count = 1
+    """Passes over the completions of a step."""
+    micro_batch: Count | None = None
+    """Completions in one forward of one process, the rest is accumulated; None: all of an update."""
+    track_kl: Flag = False
+    """Score with the model of the beginning too, so that the log has the KL even if the objective does not ask."""
+
+    # Optimiser
+    steps: Count = 60
+    """Steps: rollouts and the updates on them."""
+    lr: Positive | None = None
+    """Peak learning rate of AdamW; None: 1e-4 for a new model, 1e-6 for --model."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """After the warm-up: constant then linear decay over the last --decay share (wsd), or cosine."""
+    warmup: CountOrZero = 0
+    """Steps over which the learning rate rises linearly."""
+    decay: Fraction = 0.0
+    """Share of all steps over which wsd decays."""
+    min_lr: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    beta1: BelowOne = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: BelowOne = 0.95
+    """AdamW's decay rate of the second moment."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    clip: NotNegative = 1.0
+    """Largest L2 norm of the gradient; 0: no clipping."""
+    max_bad_steps: Count = 5
+    """Steps in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run stops."""
+
+    # Compute
+    seed: Seed = 0
+    """Seed of the problems, the draws, the order of updates, the initial weights and the stochastic rounding."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto: the first accelerator, else the CPU. Under torchrun one process per device, data parallel."""
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """Compute dtype of everything around the NVFP4 layers; bf16 (autocast) costs the exactness of rollouts."""
+    deterministic: Flag = True
+    """Deterministic kernels, so that a resumed run repeats the uninterrupted one to the last bit."""
+    strict: Flag = True
+    """Stop if sampler and trainer differ by a bit on equal shapes, which would be a defect."""
+    check_every: CountOrZero = 10
+    """Steps between those checks, each a forward without gradient; 0: never."""
+
+    # Evaluation and cadence
+    eval_problems: Count = 256
+    """Problems of an evaluation, the same each time and never those of training."""
+    eval_samples: Count = 16
+    """Completions of each of them; pass@k is estimated for k = 1, 2, 4, ... up to this."""
+    eval_every: CountOrZero = 0
+    """Steps between evaluations; 0: only at the beginning and at the end."""
+    log_every: Count = 10
+    """Steps between printed lines; log.jsonl has every step."""
+    log_completions: CountOrZero = 8
+    """Completions of each step kept in completions.jsonl."""
+    save_every: CountOrZero = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Count = 2
+    """Newest checkpoints kept."""
+    export_dtype: Literal["bf16", "fp32"] = "fp32"
+    """Dtype of the exported Hugging Face model."""
+
+    # Comparison
+    seeds: Seeds = ()
+    """Train once for each of these seeds (0,1,2) from one warm start, and compare; empty: one run, of --seed."""
+    recipes: Listed = ()
+    """Train once in each of these recipes (bf16,rl), and compare; empty: only --recipe."""
+    control: Flag = False
+    """Add a run with random rewards to the comparison."""
+    workers: Count | None = None
+    """Runs of a comparison at the same time, each with one thread on the CPU; None: one for each core."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sort": {
+        "out": "runs/rl-sort",
+        "task": "sort",
+        "max_new_tokens": 8,
+        "context": 32,
+        "steps": 80,
+        "objective_options": ("aggregation=dapo",),
+        "recipes": ("bf16", "rl"),
+        "seeds": (0, 1, 2),
+        "control": True,
+    },
+}
+"""Named sets of options, which the other options then change."""
+
+RL_RECIPES: dict[str, Recipe] = {**RECIPES, W4A16.name: W4A16}
+
+FREE_ON_RESUME = ("strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers")
+"""Fields that cannot change what is learnt, besides those of pretraining: a run may be resumed with other values."""
+
+OWN_MEANING = {"tokenizer", "micro_batch", "out", "resume", "resume_from", "allow_changes"}
+"""Fields that both trainers have, and that say something else in pretraining."""
+
+
+def resolve(config: RLConfig) -> RLConfig:
+    """The same config with every derived value filled in; ``TrainError`` naming each field that is wrong."""
+    config = cast(Any, train_config.from_fields)(RLConfig, dataclasses.asdict(config), "config")
+    if config.objective not in OBJECTIVES:
+        raise TrainError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {config.objective!r}")
+    for name in (config.recipe, *config.recipes):
+        if name not in RL_RECIPES:
+            raise TrainError(f"recipe: expected one of {', '.join(RL_RECIPES)}, got {name!r}")
+    _check_together(config)
+    kind = OBJECTIVES[config.objective]
+    new = config.model is None
+    left_open: dict[str, Any] = {
+        "warm_steps": 300 if new else 0,
+        "lr": 1e-4 if new else 1e-6,
+        "group": kind.default_group or 8,
+        "temperature": kind.default_temperature or 1.0,
+        "tokenizer": make_task(config).vocabulary if new else config.model,
+    }
+    missing: dict[str, Any] = {name: value for name, value in left_open.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def make_task(config: RLConfig) -> Task:
+    """The config's task; ``TrainError`` if its name or an option is wrong."""
+    return load_task(config.task, **_values(config.task_options, "task_options"))
+
+
+def make_objective(config: RLConfig) -> Objective:
+    """The config's objective; ``TrainError`` lists what it takes if an option is wrong."""
+    kind: Any = OBJECTIVES[config.objective]
+    values = _values(config.objective_options, "objective_options")
+    known = {f.name: f.default for f in dataclasses.fields(kind)}
+    listed = ", ".join(f"{name}={default}" for name, default in known.items())
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise TrainError(f"objective_options: {config.objective} has no {', '.join(unknown)}; it takes {listed}")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise TrainError(f"objective_options: {reason}; {config.objective} takes {listed}") from error
+
+
+def _values(given: tuple[str, ...], field: str) -> dict[str, Any]:
+    """name=value pairs with values as YAML reads them, and 1e-3 as the number that it is."""
+    values = {}
+    for pair in given:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise TrainError(f"{field}: expected name=value, got {pair!r}")
+        value = yaml.safe_load(text)
+        with suppress(ValueError):
+            value = float(value) if isinstance(value, str) else value
+        values[name.strip().replace("-", "_")] = value
+    return values
+
+
+def kept_fields(config: RLConfig) -> dict[str, Any]:
+    """Names and values as JSON and YAML have them, without what concerns one start of the run only."""
+    return train_config.to_fields(train_config.lasting(cast(Any, config)))
+
+
+def to_yaml(config: RLConfig) -> str:
+    """A config as a YAML file that ``--config`` reads back."""
+    return train_config.to_yaml(cast(Any, config))
+
+
+def training_fields(config: RLConfig) -> TrainConfig:
+    """What the parts that both trainers share (model, tokenizer, optimiser, schedule) need of a resolved config."""
+    both = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(RLConfig)}
+    fields = {name: getattr(config, name) for name in both - OWN_MEANING}
+    if config.model is None:
+        width = config.width or 128
+        fields |= {"width": width, "heads": config.heads or max(1, width // 32), "seq_len": config.context}
+    else:
+        fields |= {"width": None, "heads": None, "seq_len": 2}
+    return train_config.resolve(TrainConfig(**fields))
+
+
+def _check_together(config: RLConfig) -> None:
+    if config.prompts % config.minibatches:
+        raise TrainError(f"minibatches: must divide prompts = {config.prompts}, got {config.minibatches}")
+    if config.warmup >= config.steps:
+        raise TrainError(f"warmup: must be below steps = {config.steps}, got {config.warmup}")
+    if config.aqn_stages == 1:
+        raise TrainError("aqn_stages: the first has no noise, so at least 2 are needed; 0 for none")
+    if config.resume_from is not None and (config.resume or config.overwrite):
+        raise TrainError("resume_from: names one checkpoint, so leave out --resume and --overwrite")
+    if config.resume and config.overwrite:
+        raise TrainError("overwrite: deletes the run that --resume would go on with; give one of the two")
+    unknown = set(config.allow_changes) - {field.name for field in dataclasses.fields(config)}
+    if unknown:
+        raise TrainError(f"allow_changes: no such field: {', '.join(sorted(unknown))}; see --help for the fields")
+    if config.model is not None and (config.width or config.heads):
+        raise TrainError(f"width, heads: {config.model} brings its own sizes; leave them out")
+    if config.reward == "random" and config.control:
+        raise TrainError("control: adds a run with random rewards to one with the task's; leave out --reward random")

@@ -1,0 +1,70 @@
+"""The end of a run: held-out score, plot, export, result.json."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from nvfp4.rl.config import kept_fields
+from nvfp4.rl.evaluate import evaluate
+from nvfp4.rl.plots import draw_run
+from nvfp4.rl.setup import Run
+from nvfp4.train import log
+from nvfp4.train.model import export
+from nvfp4.train.progress import duration, rate
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate as trained, draw the plot, export the model, write the result and return it ({} in other processes)."""
+    after, shown = evaluate(run)
+    if not run.accelerator.is_main_process:
+        return {}
+    rows = log.read(run.folder.log)
+    before = {key: value for key, value in rows[0].items() if key.startswith("eval/")}
+    result = _result(run, rows[1:], before, after)
+    result["completions"] = shown
+    run.report.say(summary(result))
+    draw_run(rows, result, run.folder.plot)
+    export(run.model, run.text, run.folder.export, run.config.export_dtype)
+    run.report.say(f"exported to {run.folder.export} (loads with transformers alone); plot: {run.folder.plot}")
+    run.folder.write_result(result)  # last: its presence says that the run is finished
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line of a result."""
+    before, after = result["before"], result["after"]
+    last = max((key for key in after if key.count("/") == 1 and "@" in key), key=lambda key: int(key.split("@")[1]))
+    name = last.removeprefix("eval/")
+    return (
+        f"{result['recipe']}: held-out pass@1 {before['eval/pass@1']:.3f} -> {after['eval/pass@1']:.3f} "
+        f"[{after['eval/pass@1/low']:.3f}, {after['eval/pass@1/high']:.3f}], {name} {before[last]:.3f} -> "
+        f"{after[last]:.3f}, greedy {before['eval/greedy']:.3f} -> {after['eval/greedy']:.3f}; mismatch at most "
+        f"{result['mismatch']['max']:.2g}, {rate(result['tokens_per_s'])} tok/s, {duration(result['seconds'])}"
+    )
+
+
+def _result(run: Run, rows: list[log.Row], before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    checked = [row["mismatch/same_shape"] for row in rows if row["mismatch/same_shape"] is not None]
+    return {
+        "recipe": run.config.recipe,
+        "task": run.task.name,
+        "objective": run.config.objective,
+        "reward": run.config.reward,
+        "seed": run.config.seed,
+        "steps": run.config.steps,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "before": before,
+        "after": after,
+        "mismatch": {
+            "max": max(row["mismatch/max"] for row in rows),
+            "token_mult_prob_error": max(row["mismatch/token_mult_prob_error"] for row in rows),
+            "quantile_999": max(row["mismatch/quantile_999"] for row in rows),
+            "same_shape": max(checked, default=None),
+        },
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
+        "seconds": sum(row["step_time"] for row in rows),
+        "peak_memory_gib": max(row["memory_gib"] for row in rows),
+        "skipped_steps": sum(row["skipped"] for row in rows),
+        "config": kept_fields(run.config),
+    }

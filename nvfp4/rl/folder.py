@@ -1,0 +1,42 @@
+"""The folder of a reinforcement learning run: that of any run, and completions, plots and the warm start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from nvfp4.rl.config import FREE_ON_RESUME, RLConfig
+from nvfp4.train import log
+from nvfp4.train.checkpoint import Snapshot
+from nvfp4.train.folder import RunFolder
+
+
+class RLFolder(RunFolder):
+    """Paths below ``out``."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(out)
+        self.completions = self.root / "completions.jsonl"
+        self.plot = self.root / "run.png"
+        self.base = self.root / "base"
+
+    def clear(self) -> None:
+        """Delete what a run has written, and nothing else; the warm start stays, a config of another makes another."""
+        super().clear()
+        for path in (self.completions, self.plot):
+            path.unlink(missing_ok=True)
+
+    def ready(self, config: RLConfig, problems: str) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
+        """``open``, for the problems of this SHA-256; completions after the snapshot are dropped as rows are."""
+        if config.resume_from is None:
+            config = replace(config, allow_changes=(*config.allow_changes, *FREE_ON_RESUME))
+        found, notes = self.open(cast(Any, config), problems)
+        log.cut(self.completions, -1 if found is None else found[1].state["step"])
+        return found, notes
+
+    def release(self) -> None:
+        """Let others train here, before this process ends."""
+        lock = vars(self).pop("_lock", None)
+        if lock is not None:
+            lock.close()

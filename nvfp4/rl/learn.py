@@ -1,0 +1,166 @@
+"""The updates on the completions of one step; their sum does not depend on micro-batches or processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from nvfp4.rl.objectives.base import Metrics
+from nvfp4.rl.samples import Samples, Scores, Totals
+from nvfp4.rl.score import score
+from nvfp4.rl.setup import Run
+from nvfp4.train.errors import TrainError
+from nvfp4.weights import fixed_weights
+
+
+@dataclass
+class Learned:
+    """samples: this process's, as the objective prepared them. old, entropy: of the scores before the updates, [S, T].
+
+    reference: log-probabilities by the reference model, if there is one. metrics: means over the updates and processes;
+    grad_norm before clipping. skipped: an update had NaN or Inf. shape_gap: largest difference between sampler and
+    trainer on equal shapes, None if it was not looked at.
+    """
+
+    samples: Samples
+    old: torch.Tensor
+    entropy: torch.Tensor
+    reference: torch.Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    skipped: bool = False
+    shape_gap: float | None = None
+
+
+def learn(run: Run, samples: Samples, temperature: float, lr: float, check: bool) -> Learned:
+    """Do the updates that the config asks for on this process's ``samples``; check: compare sampler and trainer."""
+    config = run.config
+    rows = config.micro_batch or len(samples)
+    alone = config.minibatches == config.epochs == 1 and rows >= len(samples)
+    gap, live = None, None
+    with fixed_weights(run.model):
+        if alone:  # a single forward makes a single update: it is the policy before the update too
+            live = run.score(run.forward, samples, temperature)
+            extra = run.objective.remember(samples, _detached(live), "old")
+            samples, old = replace(samples, extra={**samples.extra, **extra}), _detached(live)
+        else:
+            samples, old = scored(run, run.model, samples, temperature, rows, "old")
+        if check:
+            first = samples.select(slice(0, rows))
+            trained = live if live is not None else run.score(run.forward, first, temperature)
+            gap = shape_gap(run, first, temperature, trained)
+    samples = replace(samples, old_logprobs=old.logprobs)
+    reference = None
+    if run.reference is not None:
+        samples, scores = scored(run, run.reference, samples, temperature, rows, "reference")
+        reference = scores.logprobs
+        samples = replace(samples, ref_logprobs=reference)
+    with torch.no_grad():
+        samples = run.objective.prepare(samples, old)
+    learned = Learned(samples, old.logprobs, old.entropy, reference, shape_gap=gap)
+    parts = list(_minibatches(run, samples))
+    norms = []
+    for part in parts:
+        metrics, norm = _update(run, part, live, rows, temperature, lr)
+        live = None
+        learned.skipped |= norm is None
+        norms.append(norm)
+        for name, value in metrics.items():
+            learned.metrics[name] = learned.metrics.get(name, 0.0) + value / len(parts)
+    finite = [norm for norm in norms if norm is not None]
+    learned.metrics["grad_norm"] = sum(finite) / len(finite) if finite else math.nan
+    return learned
+
+
+def scored(
+    run: Run,
+    model: torch.nn.Module,
+    samples: Samples,
+    temperature: float,
+    rows: int,
+    source: Literal["old", "reference"],
+) -> tuple[Samples, Scores]:
+    """Scores by ``model`` without gradient, ``rows`` samples at a time, and the samples with what the objective wants
+    to remember of each part; logits are not kept."""
+    found: list[Scores] = []
+    extras: list[dict[str, torch.Tensor]] = []
+    with torch.no_grad(), fixed_weights(model):
+        for start in range(0, len(samples), rows):
+            part = samples.select(slice(start, start + rows))
+            scores = run.score(model, part, temperature)
+            extras.append(run.objective.remember(part, scores, source))
+            found.append(replace(scores, logits=None))
+    joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
+    names = [name for name, value in vars(found[0]).items() if value is not None]
+    whole: dict[str, torch.Tensor] = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
+    scores = Scores(**whole)
+    return replace(samples, extra={**samples.extra, **joined}), scores
+
+
+def _detached(scores: Scores) -> Scores:
+    detached: dict[str, Any] = {k: value if value is None else value.detach() for k, value in vars(scores).items()}
+    return Scores(**detached)
+
+
+def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -> float:
+    """Largest |difference| of log-probabilities between the trainer's forward and the sampler's model, equal shapes.
+
+    0 or a defect: ``TrainError`` under ``strict``.
+    """
+    with torch.no_grad(), run.autocast():
+        sampled = score(run.model, samples, temperature)
+    gap = float((sampled.logprobs - trained.logprobs.detach()).abs().max())
+    if gap != 0 and run.config.strict:
+        raise TrainError(
+            f"sampler and trainer differ by up to {gap:.3g} in the log-probabilities of the same tokens in the same "
+            f"shapes: the forward is not deterministic here; look at the recipe, or go on with --no-strict"
+        )
+    return gap
+
+
+def _minibatches(run: Run, samples: Samples) -> Iterator[Samples]:
+    """The samples of each update: as many groups in each, the same groups whatever the number of processes."""
+    size = len(samples) // run.config.minibatches
+    for _ in range(run.config.epochs):
+        for start in range(0, len(samples), size):
+            yield samples.select(slice(start, start + size))
+
+
+def _update(
+    run: Run, samples: Samples, live: Scores | None, rows: int, temperature: float, lr: float
+) -> tuple[dict[str, float], float | None]:
+    """One optimiser update; the metrics over all processes, and the norm of the gradient or None if it was skipped."""
+    accelerator, world = run.accelerator, run.accelerator.num_processes
+    counts = torch.tensor([float(samples.mask.sum()), float(len(samples))], device=accelerator.device)
+    tokens, count = accelerator.reduce(counts, reduction="sum").tolist()
+    totals = Totals(max(tokens, 1.0), count, samples.limit)
+    starts = range(0, len(samples), rows)
+    sums: Metrics = {}
+    with fixed_weights(run.model):
+        for start in starts:
+            part = samples.select(slice(start, start + rows))
+            with nullcontext() if start == starts[-1] else accelerator.no_sync(run.forward):
+                scores = live if live is not None else run.score(run.forward, part, temperature)
+                loss, metrics = run.objective.loss(part, scores, totals)
+                (loss * world).backward()  # processes average their gradients, and ours are to be added
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+    names = sorted(sums)
+    values = accelerator.reduce(torch.stack([sums[name].reshape(()) for name in names]), reduction="sum").tolist()
+    found = dict(zip(names, values, strict=True))
+    trained = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
+    total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if run.config.clip:
+        torch.nn.utils.clip_grads_with_norm_(trained, run.config.clip, total_norm)
+    norm = float(total_norm)
+    good = math.isfinite(norm) and math.isfinite(found["loss"])
+    if good:
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return found, norm if good else None

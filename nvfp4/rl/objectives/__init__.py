@@ -1,0 +1,1 @@
+"""What is maximised: one small file for each published objective, over one loop."""

@@ -1,0 +1,106 @@
+"""From rewards to advantages: the baseline of a group, and what it is divided by. Groups may come in any order."""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4.rl.objectives.base import AllSum, one_process
+
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation (TRL)."""
+
+VARIANCE_FLOOR = 1e-8
+"""Least variance that REINFORCE++ divides by (NeMo RL)."""
+
+
+class _Groups:
+    """Values of samples as a table, float64 [groups, largest group]: sums along its rows do not depend on the order of
+    atomic additions, so they are the same on every run of every device."""
+
+    def __init__(self, values: torch.Tensor, groups: torch.Tensor) -> None:
+        _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+        order = torch.argsort(row, stable=True)
+        column = torch.zeros_like(row)
+        column[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+        self.where, self.counts = (row, column), counts[:, None].double()
+        self.filled = torch.zeros(len(counts), int(counts.max()), dtype=torch.bool, device=row.device)
+        self.filled[self.where] = True
+        self.values = torch.zeros(self.filled.shape, dtype=torch.float64, device=row.device)
+        self.values[self.where] = values.double()
+
+    def sum(self, table: torch.Tensor) -> torch.Tensor:
+        """Of each group, [groups, 1]."""
+        return torch.where(self.filled, table, 0.0).sum(dim=1, keepdim=True)
+
+    def spread(self) -> torch.Tensor:
+        """Whether a group has two different values, bool [groups, 1]."""
+        return ((self.values != self.values[:, :1]) & self.filled).any(dim=1, keepdim=True)
+
+    def deviations(self) -> torch.Tensor:
+        """value - mean of the group, [groups, largest group]; exactly 0 where all are equal: their mean may round."""
+        return torch.where(self.spread(), self.values - self.sum(self.values) / self.counts, 0.0)
+
+    def std(self, deviations: torch.Tensor, correction: int) -> torch.Tensor:
+        """Standard deviation [groups, 1], the squares divided by (size - correction)."""
+        return (self.sum(deviations**2) / (self.counts - correction).clamp(min=1)).sqrt()
+
+    def samples(self, table: torch.Tensor) -> torch.Tensor:
+        """The table's entries in the order of the samples [S]; a column is repeated."""
+        return table.expand_as(self.filled)[self.where]
+
+
+def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, divide_by_std: bool) -> torch.Tensor:
+    """r - mean of its group, float32 [S], as Dr. GRPO has it (arXiv 2503.20783); divided by (sample standard deviation
+    + 1e-4) as GRPO has it (arXiv 2402.03300; the constant is TRL's). A group of equal rewards gives exact zeros."""
+    table = _Groups(rewards, groups)
+    deviations = table.deviations()
+    if divide_by_std:
+        deviations = deviations / (table.std(deviations, correction=1) + STD_EPSILON)
+    return table.samples(deviations).float()
+
+
+def population_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / population standard deviation of its group, float32 [S]; exact zeros where all are equal."""
+    table = _Groups(rewards, groups)
+    deviations = table.deviations()
+    std = torch.where(table.spread(), table.std(deviations, correction=0), 1.0)
+    return table.samples(deviations / std).float()
+
+
+def leave_one_out_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """r - mean of the others of its group = G / (G - 1) * (r - mean), float32 [S] (RLOO, arXiv 2402.14740): a baseline
+    that does not depend on the sample, so the gradient is unbiased. A group of one has no others and gives 0."""
+    table = _Groups(rewards, groups)
+    return table.samples(table.deviations() * table.counts / (table.counts - 1).clamp(min=1)).float()
+
+
+def normalise_over_batch(advantages: torch.Tensor, mask: torch.Tensor, all_sum: AllSum = one_process) -> torch.Tensor:
+    """REINFORCE++ (arXiv 2501.03262): advantages [S] on all tokens of mask [S, T], minus their mean, divided by
+    sqrt(max(variance, 1e-8)); both over the tokens of the whole batch. float32 [S, T], 0 outside mask.
+
+    A group of equal rewards comes out at minus the mean of the batch, not at 0: dynamic sampling removes it before.
+    """
+    tokens, exact = mask.sum(dim=1).double(), advantages.double()
+    count, total = all_sum(torch.stack((tokens.sum(), (tokens * exact).sum()))).unbind()
+    centred = exact - total / count.clamp(min=1)
+    variance = all_sum((tokens * centred**2).sum()) / count.clamp(min=1)
+    return on_tokens((centred / variance.clamp(min=VARIANCE_FLOOR).sqrt()).float(), mask)
+
+
+def on_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """values [S] on every token of mask [S, T], 0 outside."""
+    return torch.where(mask, values[:, None], 0.0)
+
+
+def has_spread(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """bool [S]: not all rewards of the sample's group are equal, so that the group says something."""
+    table = _Groups(rewards, groups)
+    return table.samples(table.spread())
+
+
+def distinctness(completions: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """1 / (how often the completion occurs in its group), float32 [S]: the mean over a group is its share of distinct
+    completions. completions: int64 [S, T], mask: bool [S, T], groups: int64 [S]."""
+    rows = torch.cat((groups[:, None], torch.where(mask, completions, -1)), dim=1)
+    _, index, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    return 1.0 / counts[index].float()

@@ -1,0 +1,21 @@
+"""BroRL: when more steps no longer help, more rollouts for each prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nvfp4.rl.objectives.prorl import ProRLv2
+
+
+@dataclass(kw_only=True)
+class BroRL(ProRLv2):
+    """Broadened reinforcement learning (arXiv 2510.01180): ProRL with 512 completions for each prompt instead of 16.
+
+    A prompt that is solved with probability p says nothing with probability p^G + (1 - p)^G, so hard and easy prompts
+    come back; the variance of the gradient falls with 1 / G. Advantages are made over whole groups before the loss, so
+    a group may be larger than a micro-batch.
+    """
+
+    name: ClassVar[str] = "brorl"
+    default_group: ClassVar[int | None] = 512

@@ -1,0 +1,20 @@
+"""GRPO: the group's mean in place of a critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nvfp4.rl.objectives.policy_gradient import PolicyGradient
+
+
+@dataclass(kw_only=True)
+class GRPO(PolicyGradient):
+    """Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300).
+
+    A = (r - mean) / (std + 1e-4) of the group, standard deviation of the sample; clip 0.2; mean over the tokens of a
+    completion, then over completions; plus kl_coef * k3 to a frozen reference. kl_coef is 0 here as in TRL, where the
+    paper has 0.04; DeepSeek-R1 (arXiv 2501.12948) has 0.001 with clips of 10, by TRL's paper index.
+    """
+
+    name: ClassVar[str] = "grpo"

@@ -1,0 +1,44 @@
+"""Long completions: penalties, which truncated ones are excused, and a length limit that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def overlong_penalty(lengths: torch.Tensor, limit: int, share: float) -> torch.Tensor:
+    """DAPO's soft punishment (arXiv 2503.14476), float32 [S] in [-1, 0]: 0 up to (1 - share) * limit tokens, from there
+    linear to -1 at limit, -1 beyond. share: in (0, 1]; the paper's 4096 of 20480 tokens are 0.2."""
+    cache = share * limit
+    return ((limit - cache - lengths.double()) / cache).clamp(-1.0, 0.0).float()
+
+
+def cosine_penalty(lengths: torch.Tensor, limit: int) -> torch.Tensor:
+    """-(1 - cos(pi * length / limit)) / 2, float32 [S] in [-1, 0]: flat for short ones, -1 at the limit and beyond."""
+    share = (lengths.float() / limit).clamp(max=1.0)
+    return (torch.cos(torch.pi * share) - 1) / 2
+
+
+def ends_in_loop(completions: torch.Tensor, lengths: torch.Tensor, window: int) -> torch.Tensor:
+    """bool [S]: the last ``window`` tokens equal the ``window`` before them. completions: int64 [S, T]. A completion
+    shorter than twice the window does not loop."""
+    offsets = torch.arange(window, device=completions.device)
+    last = (lengths[:, None] - window + offsets).clamp(min=0)
+    before = (last - window).clamp(min=0)
+    same = (completions.gather(1, last) == completions.gather(1, before)).all(dim=1)
+    return same & (lengths >= 2 * window)
+
+
+def excused(
+    truncated: torch.Tensor, incorrect: torch.Tensor, looping: torch.Tensor, draws: torch.Tensor, share: float
+) -> torch.Tensor:
+    """MicroCoder's M (arXiv 2603.07777), bool [S]: cut by the limit, not incorrect for another reason, not looping, and
+    drawn: draws, uniform in (0, 1), below share. share 0 excuses none, share 1 all that pass the other three."""
+    return truncated & ~incorrect & ~looping & (draws < share)
+
+
+def staged(step: int, starts: Sequence[int], values: Sequence[int], before: int) -> int:
+    """The value of the latest stage whose start is at or before step; ``before`` ahead of the first."""
+    reached = [value for start, value in zip(starts, values, strict=True) if start <= step]
+    return reached[-1] if reached else before

@@ -1,0 +1,104 @@
+"""The clipped policy gradient over groups, of which GRPO and its relatives are settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from nvfp4.rl.objectives.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    normalise_over_batch,
+    on_tokens,
+)
+from nvfp4.rl.objectives.aggregation import Aggregation, aggregate, token_mean
+from nvfp4.rl.objectives.base import Metrics
+from nvfp4.rl.objectives.divergence import Estimator, kl_estimate
+from nvfp4.rl.objectives.rewarded import RewardedObjective
+from nvfp4.rl.objectives.surrogate import Ratio, clip_metrics, clipped_loss, log_ratio
+from nvfp4.rl.samples import Samples, Scores, Totals
+
+Advantage = Literal["group_std", "group_mean", "leave_one_out", "reinforce_plus_plus"]
+
+
+@dataclass(kw_only=True)
+class PolicyGradient(RewardedObjective):
+    """loss = aggregate(-w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)) + kl_coef * aggregate(KL estimate).
+
+    rho is the ratio of the policy to the one before the updates, w the importance weight of the sampler's mismatch.
+    """
+
+    advantage: Advantage = "group_std"
+    """(r - mean) / std of the group; r - mean; r - mean of the others; r - mean, then normalised over the batch."""
+    aggregation: Aggregation = "grpo"
+    """Mean over a completion then over samples (grpo); over all tokens (dapo); by the length limit (dr_grpo)."""
+    ratio: Ratio = "token"
+    """Ratio to the old policy: of each token; its geometric mean over the completion; one (forced on-policy)."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - this."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + this; larger than --clip-low ("clip-higher") keeps rare tokens alive."""
+    dual_clip: float | None = None
+    """Bound on the ratio of tokens with a negative advantage; None: no bound."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference model; 0: no reference is needed."""
+    kl: Estimator = "k3"
+    """Estimator of the KL from the drawn tokens."""
+    kl_importance: bool = False
+    """Multiply the estimate by the ratio, which makes the gradient of k1 and k3 that of the KL."""
+    kl_log_ratio_clamp: float | None = None
+    """Clamp of the log-ratio to the reference; None: none."""
+    kl_value_clamp: float | None = None
+    """Clamp of the estimate; None: none."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only a KL term reads it."""
+        return self.kl_coef != 0
+
+    @property
+    def upper_clip(self) -> float:
+        """clip_high at this moment; kinds that control it say otherwise."""
+        return self.clip_high
+
+    def advantages(self, samples: Samples) -> torch.Tensor:
+        """As --advantage says."""
+        if self.advantage == "leave_one_out":
+            return on_tokens(leave_one_out_advantages(samples.rewards, samples.groups), samples.mask)
+        divide_by_std = self.advantage == "group_std"
+        advantages = group_advantages(samples.rewards, samples.groups, divide_by_std=divide_by_std)
+        if self.advantage == "reinforce_plus_plus":
+            return normalise_over_batch(advantages, samples.mask, self.all_sum)
+        return on_tokens(advantages, samples.mask)
+
+    def loss(self, samples: Samples, scores: Scores, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+        """The share of this micro-batch in the class's formula."""
+        assert samples.old_logprobs is not None, "prepare puts them there"
+        assert samples.advantages is not None, "prepare puts them there"
+        mask, advantages = samples.mask, samples.advantages
+        logprobs = torch.where(mask, scores.logprobs, 0.0)  # the mask may have shrunk since the scores were made
+        ratios = log_ratio(logprobs, samples.old_logprobs, mask, self.ratio)
+        clips = (self.clip_low, self.upper_clip)
+        token_loss = self.corrected(clipped_loss(ratios, advantages, *clips, self.dual_clip), samples)
+        loss = aggregate(token_loss, mask, totals, self.aggregation)
+        metrics = {
+            **clip_metrics(ratios, advantages, mask, *clips, totals),
+            "entropy": token_mean(scores.entropy, mask, totals),
+            "policy_loss": loss.detach(),
+            "policy_loss/magnitude": aggregate(token_loss.detach().abs(), mask, totals, self.aggregation),
+        }
+        if self.kl_coef:
+            kl = self._kl(samples, logprobs, ratios)
+            kl_loss = self.kl_coef * aggregate(kl, mask, totals, self.aggregation)
+            loss = loss + kl_loss
+            metrics |= {"kl": token_mean(kl.detach(), mask, totals), "kl_loss": kl_loss.detach()}
+        return loss, metrics
+
+    def _kl(self, samples: Samples, logprobs: torch.Tensor, ratios: torch.Tensor) -> torch.Tensor:
+        if samples.ref_logprobs is None:
+            raise ValueError(f"{self.name} with kl_coef {self.kl_coef} needs ref_logprobs of a reference model")
+        clamps = {"log_ratio_clamp": self.kl_log_ratio_clamp, "value_clamp": self.kl_value_clamp}
+        kl = kl_estimate(logprobs, samples.ref_logprobs, self.kl, **clamps)
+        return kl * ratios.exp() if self.kl_importance else kl

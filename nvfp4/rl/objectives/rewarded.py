@@ -1,0 +1,85 @@
+"""What most objectives do with a rollout before their loss: truncated completions, filters, foreign samplers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from nvfp4.rl.objectives.advantages import has_spread
+from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.objectives.corrections import Correction, importance_weights, out_of_bounds
+from nvfp4.rl.objectives.lengths import overlong_penalty
+from nvfp4.rl.samples import Samples, Scores
+
+IMPORTANCE = "importance"
+"""Key of ``Samples.extra``: weights [S, T] of the correction, where there is one."""
+
+
+@dataclass(kw_only=True)
+class RewardedObjective(Objective):
+    """An objective over rewarded groups of completions; ``advantages`` and ``loss`` are left to its kinds."""
+
+    truncated: Literal["keep", "mask", "scale"] = "keep"
+    """Completions cut by the length limit: keep them; mask them out of the loss; scale their reward."""
+    truncated_scale: float = 0.0
+    """What the reward of a cut completion is multiplied by with --truncated scale ("stop properly")."""
+    overlong_share: float = 0.0
+    """Last share of the length limit, over which a penalty falls from 0 to -1; 0: no penalty."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal by others."""
+    correction: Correction = "none"
+    """Importance weights for a sampler that is not the trainer: TIS is token_truncate, MIS and IcePop token_mask."""
+    correction_low: float = 0.5
+    """Lower bound of the kinds of --correction that mask."""
+    correction_high: float = 2.0
+    """Upper bound of the kinds of --correction that truncate or mask."""
+
+    def shape_rewards(self, samples: Samples) -> torch.Tensor:
+        """Truncated ones scaled, and then without a penalty, as in NeMo RL; else minus the overlong penalty."""
+        if self.truncated == "scale":
+            return torch.where(samples.truncated, samples.rewards * self.truncated_scale, samples.rewards)
+        if not self.overlong_share:
+            return samples.rewards
+        return samples.rewards + overlong_penalty(samples.lengths, samples.limit, self.overlong_share)
+
+    def keep(self, samples: Samples) -> torch.Tensor:
+        """Groups with at least two different rewards, if sampling is dynamic."""
+        return has_spread(samples.rewards, samples.groups) if self.dynamic_sampling else super().keep(samples)
+
+    def advantages(self, samples: Samples) -> torch.Tensor:
+        """float32 [S, T], 0 outside the mask."""
+        raise NotImplementedError
+
+    def prepare(self, samples: Samples, old: Scores) -> Samples:
+        """With old log-probabilities, advantages and importance weights, computed once and over whole groups."""
+        if samples.old_logprobs is None:
+            samples = replace(samples, old_logprobs=old.logprobs.detach())
+        if self.truncated == "mask":
+            samples = samples.within(~samples.truncated[:, None])
+        samples = replace(samples, advantages=self.advantages(samples))
+        if self.correction == "none":
+            return samples
+        return replace(samples, extra={**samples.extra, IMPORTANCE: importance_weights(*self._mismatch(samples))})
+
+    def corrected(self, token_loss: torch.Tensor, samples: Samples) -> torch.Tensor:
+        """token_loss [S, T] times the importance weights, if there are any."""
+        weights = samples.extra.get(IMPORTANCE)
+        return token_loss if weights is None else token_loss * weights
+
+    def describe(self, samples: Samples) -> dict[str, float]:
+        """Share of samples in groups without spread, and the importance weights: mean, extremes, share out of bounds
+        (NeMo RL's is_oob_ratio)."""
+        found = {"frac_reward_zero_std": 1.0 - has_spread(samples.rewards, samples.groups).float().mean().item()}
+        if IMPORTANCE in samples.extra and samples.mask.any():
+            weights = samples.extra[IMPORTANCE][samples.mask]
+            statistics = {"mean": weights.mean(), "min": weights.min(), "max": weights.max()}
+            found |= {f"sampling/importance_sampling_ratio/{name}": v.item() for name, v in statistics.items()}
+            found["is_oob_ratio"] = out_of_bounds(*self._mismatch(samples))[samples.mask].float().mean().item()
+        return found
+
+    def _mismatch(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Correction, float, float]:
+        assert samples.old_logprobs is not None, "prepare puts them there"
+        bounds = (self.correction, self.correction_low, self.correction_high)
+        return samples.old_logprobs, samples.sampler_logprobs, samples.mask, *bounds

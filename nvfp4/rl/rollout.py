@@ -1,0 +1,192 @@
+"""Completions drawn by the model that is trained, each with random numbers of its own.
+
+A completion is a function of (weights, prompt, seed, group, place in the group): neither the size of the batch nor the
+company in it enters. With ``attention.py`` that holds to the bit up to the output embedding, whose float32 product adds
+in another order for a few rows than for many; elsewhere last bits move FP4 codes, and a draw now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from nvfp4.rl.samples import Samples
+from nvfp4.rl.score import log_probabilities, positions
+from nvfp4.rng import ELEMENT_STREAM, philox
+
+_PLACE_BITS = 24  # of a counter, for the place of a token; the others are the number of the sample
+_SPARSE = 0.75  # below this share of unfinished rows the others leave the batch: a copy of the cache, then less work
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature: 0 for the most likely token each time. top_k: 0 for all. top_p: the fewest tokens that together have
+    this probability. max_new_tokens: the longest completion, with its end-of-text token."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """The temperature of log-probabilities; those of greedy completions are at 1."""
+        return self.temperature or 1.0
+
+
+@dataclass(frozen=True)
+class Stops:
+    """ids: tokens that end a completion. pad: what stands where no token is."""
+
+    ids: tuple[int, ...]
+    pad: int
+
+
+def rollout(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[int],
+    size: int,
+    sampling: Sampling,
+    stops: Stops,
+    seed: int,
+    rows: int | None = None,
+) -> Samples:
+    """``size`` completions of each prompt, in the order of prompts; log-probabilities before any top-k or top-p cut.
+
+    model: a causal LM of transformers in eval mode. prompts: token ids, each at least one. groups: the number of each
+    prompt, which with ``seed`` in [0, 2^64) decides its random numbers. rows: completions drawn at a time; None: all.
+    """
+    flat = [prompt for prompt in range(len(prompts)) for _ in range(size)]
+    numbers = torch.tensor([groups[p] * size + i for p in range(len(prompts)) for i in range(size)])
+    # prompts of like length together: little padding within a batch, none where there are enough of each
+    order = sorted(range(len(flat)), key=lambda i: len(prompts[flat[i]]))
+    width, length = max(map(len, prompts)), sampling.max_new_tokens
+    device = model.device
+    ids = torch.full((len(flat), width + length), stops.pad, device=device)
+    attention = torch.zeros(ids.shape, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(len(flat), length, device=device)
+    lengths = torch.zeros(len(flat), dtype=torch.int64, device=device)
+    truncated = torch.zeros(len(flat), dtype=torch.bool, device=device)
+    for start in range(0, len(flat), rows or len(flat)):
+        chosen = order[start : start + (rows or len(flat))]
+        distinct = sorted({flat[i] for i in chosen})
+        part = _Batch(model, [prompts[p] for p in distinct], stops, sampling)
+        part.draw([distinct.index(flat[i]) for i in chosen], numbers[chosen], seed)
+        where = torch.tensor(chosen, device=device)
+        ids[where, width:], logprobs[where] = part.tokens, part.logprobs
+        lengths[where], truncated[where] = part.lengths, part.unfinished
+    for row, prompt in enumerate(flat):
+        ids[row, width - len(prompts[prompt]) : width] = torch.tensor(prompts[prompt], device=device)
+        attention[row, width - len(prompts[prompt]) : width] = True
+    mask = torch.arange(length, device=device) < lengths[:, None]
+    attention[:, width:] = mask
+    longest = width + max(1, int(lengths.max()))
+    return Samples(
+        ids=ids[:, :longest],
+        attention=attention[:, :longest],
+        mask=mask[:, : longest - width],
+        groups=torch.tensor(groups, device=device).repeat_interleave(size),
+        rewards=torch.full((len(flat),), float("nan"), device=device),
+        truncated=truncated,
+        sampler_logprobs=logprobs[:, : longest - width],
+        max_new_tokens=length,
+    )
+
+
+def uniforms(seed: int, numbers: torch.Tensor, place: int) -> torch.Tensor:
+    """float64 in (0, 1), one for each sample number (int64, below 2^39): its draw for the token at ``place``."""
+    high, low, _, _ = philox(seed, (numbers << _PLACE_BITS) + place, ELEMENT_STREAM)
+    return (((high >> 5) << 26 | low >> 6).double() + 0.5) * 2.0**-53  # 27 and 26 bits, and never an end
+
+
+def pick(logprobs: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.Tensor:
+    """The token of each row of ``logprobs`` [R, V] that the uniform ``u`` [R] points at; int64 [R].
+
+    The inverse of the distribution function over tokens in the order of their ids, in float64. Top-k keeps all tokens
+    as likely as the k-th; top-p counts within what top-k left.
+    """
+    if sampling.temperature == 0:
+        return logprobs.argmax(dim=-1)
+    p = logprobs.double().exp()
+    if 0 < sampling.top_k < p.shape[-1]:
+        least = p.topk(sampling.top_k, dim=-1).values[:, -1:]
+        p = torch.where(p < least, 0.0, p)
+    if sampling.top_p < 1:
+        ordered, index = p.sort(dim=-1, descending=True, stable=True)
+        before = (ordered.cumsum(dim=-1) - ordered) / ordered.sum(dim=-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, index, torch.where(before < sampling.top_p, ordered, 0.0))
+    total = p.cumsum(dim=-1)
+    return (total <= u[:, None] * total[:, -1:]).sum(dim=-1).clamp(max=p.shape[-1] - 1)
+
+
+class _Batch:
+    """Completions drawn together over one cache; prompts on the left, padded on their left."""
+
+    def __init__(self, model: Any, prompts: list[Sequence[int]], stops: Stops, sampling: Sampling) -> None:
+        self.model, self.stops, self.sampling = model, stops, sampling
+        width = max(map(len, prompts))
+        rows = [[stops.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        self.ids = torch.tensor(rows, device=model.device)
+        counts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        self.attention = torch.arange(width, device=model.device) >= width - counts[:, None]
+        self.padded = len(set(map(len, prompts))) > 1
+
+    def draw(self, which: list[int], numbers: torch.Tensor, seed: int) -> None:
+        """Draw a completion of prompt ``which[i]`` for each i with the random numbers of ``numbers[i]``.
+
+        Leaves tokens, logprobs [S, T], lengths [S] and unfinished [S]. Each prompt is read once for all of its
+        completions.
+        """
+        count, length, device = len(which), self.sampling.max_new_tokens, self.model.device
+        self.tokens = torch.full((count, length), self.stops.pad, device=device)
+        self.logprobs = torch.zeros(count, length, device=device)
+        self.lengths = torch.full((count,), length, device=device)
+        self.unfinished = torch.ones(count, dtype=torch.bool, device=device)
+        stops = torch.tensor(self.stops.ids, device=device)
+        numbers = numbers.to(device)
+        self.cache = DynamicCache(config=self.model.config)
+        logits = self._forward(self.ids, positions(self.attention))
+        here = torch.arange(count, device=device)  # the samples still in the batch
+        logits = logits[self._choose(torch.tensor(which, device=device))]
+        for place in range(length):
+            every = log_probabilities(logits, self.sampling.scale)
+            token = pick(every, self.sampling, uniforms(seed, numbers[here], place))
+            active = self.unfinished[here]
+            rows = here[active]
+            self.tokens[rows, place] = token[active]
+            self.logprobs[rows, place] = every.gather(-1, token[:, None])[active, 0]
+            ended = here[active & torch.isin(token, stops)]
+            self.unfinished[ended], self.lengths[ended] = False, place + 1
+            active = self.unfinished[here]
+            left = int(active.sum())
+            if left == 0 or place + 1 == length:
+                break
+            if left <= _SPARSE * len(here):
+                kept = active.nonzero()[:, 0]
+                self._choose(kept)
+                here, token = here[kept], token[kept]
+            self.attention = torch.cat([self.attention, self.attention.new_ones(len(here), 1)], dim=1)
+            logits = self._forward(token[:, None], self.attention.sum(dim=1, keepdim=True) - 1)
+
+    def _choose(self, rows: torch.Tensor) -> torch.Tensor:
+        """Let these rows, of which one may come often, be the batch from now on; returns them."""
+        self.cache.batch_select_indices(rows)
+        self.attention = self.attention[rows]
+        return rows
+
+    def _forward(self, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Logits of the last position, [R, V]."""
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.attention if self.padded else None,
+            position_ids=where if self.padded else None,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]

@@ -1,0 +1,175 @@
+"""Everything a run is made of, built from the config; what can be refused is refused here, before the first step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from nvfp4.backends.registry import BackendUnavailable
+from nvfp4.convert import ConvertWarning, convert
+from nvfp4.rl.attention import register
+from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, training_fields
+from nvfp4.rl.folder import RLFolder
+from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.progress import Progress
+from nvfp4.rl.rollout import Sampling, Stops
+from nvfp4.rl.samples import Samples, Scores
+from nvfp4.rl.score import score
+from nvfp4.rl.tasks.base import Task
+from nvfp4.rl.text import Text
+from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.warmstart import warm_start
+from nvfp4.train import checkpoint
+from nvfp4.train.checkpoint import Snapshot
+from nvfp4.train.errors import TrainError
+from nvfp4.train.model import build_model
+from nvfp4.train.optim import adamw
+
+
+@dataclass
+class Run:
+    """The objects of one run in one process. Only models, optimiser, objective and the log change while it trains.
+
+    model: the policy, which samples and is scored. forward: the same one, wrapped to average gradients over processes.
+    reference: a frozen copy from the beginning, or from the last reset, if it is needed.
+    """
+
+    config: RLConfig
+    accelerator: Accelerator
+    report: Progress
+    folder: RLFolder
+    task: Task
+    objective: Objective
+    text: Text
+    stops: Stops
+    model: PreTrainedModel
+    forward: Any
+    reference: PreTrainedModel | None
+    optimizer: torch.optim.AdamW
+
+    def sampling(self) -> Sampling:
+        """How the next completions are drawn in training; the objective may have a say."""
+        config, objective = self.config, self.objective
+        assert config.temperature is not None
+        length = objective.max_new_tokens(config.max_new_tokens)
+        return Sampling(length, objective.temperature(config.temperature), config.top_k, config.top_p)
+
+    def autocast(self) -> AbstractContextManager:
+        """The compute dtype, the same for sampler, trainer and reference."""
+        if self.config.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+
+    def score(self, forward: Any, samples: Samples, temperature: float) -> Scores:
+        """``score`` with what the objective asks for."""
+        wishes = {"logits": self.objective.needs_logits, "hidden": self.objective.needs_hidden}
+        with self.autocast():
+            return score(forward, samples, temperature, **wishes)
+
+
+def prepare(config: RLConfig) -> Run:
+    """Build a run from a resolved config: task, objective, warm start, converted model, optimiser.
+
+    ``TrainError`` for anything in the config that cannot work here.
+    """
+    accelerator = _accelerator(config)
+    report = Progress(config.recipe, config.steps, config.log_every, accelerator.is_main_process)
+    task, objective = make_task(config), make_objective(config)
+    if accelerator.num_processes > 1:
+        objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"))
+    folder = RLFolder(config.out)
+    assert config.tokenizer is not None
+    text = Text(load_vocabulary(config.tokenizer), config.chat)
+    shared = training_fields(config)
+    if config.model is None and config.warm_steps:
+        if accelerator.is_main_process:
+            warm_start(config, folder.base, report)
+        accelerator.wait_for_everyone()
+        shared = training_fields(from_base(config, folder.base))
+    model = build_model(shared, text).eval()  # without dropout: the sampler has none
+    _set_attention(model, config, accelerator)
+    model.to(accelerator.device)
+    _convert(model, config, accelerator.is_main_process)
+    reference = None
+    if objective.needs_reference or config.track_kl:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    forward = accelerator.prepare(model)
+    optimizer = adamw(model, shared)
+    stops = text.stops(model)
+    return Run(config, accelerator, report, folder, task, objective, text, stops, model, forward, reference, optimizer)
+
+
+def from_base(config: RLConfig, folder: Path) -> RLConfig:
+    """The config with the warm start in ``folder`` as its model."""
+    return dataclasses.replace(config, model=str(folder), warm_steps=0, width=None, heads=None)
+
+
+def open_folder(run: Run) -> Snapshot | None:
+    """Make the run folder ready (main process) and give every process the snapshot to go on from, or None."""
+    path: list[Any] = [None]
+    snapshot = None
+    if run.accelerator.is_main_process:
+        found, notes = run.folder.ready(run.config, getattr(run.task, "sha256", ""))
+        for note in notes:
+            run.report.say(note)
+        if found is not None:
+            path, snapshot = [found[0]], found[1]
+    if run.accelerator.num_processes > 1:
+        path = broadcast_object_list(path)
+        if path[0] is not None and snapshot is None:
+            snapshot = checkpoint.load(path[0])
+    return snapshot
+
+
+def _accelerator(config: RLConfig) -> Accelerator:
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    kind, count = accelerator.device.type, accelerator.num_processes
+    if config.device not in ("auto", kind):
+        raise TrainError(
+            f"device: {config.device} was asked for, but only {kind} is here; give --device auto or {kind}"
+        )
+    if config.prompts % (config.minibatches * count):
+        raise TrainError(
+            f"prompts: must be a multiple of minibatches x processes = {config.minibatches} x {count}, "
+            f"got {config.prompts}"
+        )
+    return accelerator
+
+
+def _set_attention(model: PreTrainedModel, config: RLConfig, accelerator: Accelerator) -> None:
+    wanted = config.attention
+    if wanted == "auto":
+        wanted = "float64" if accelerator.device.type == "cpu" else "sdpa"
+    if wanted == "float64":
+        model.set_attn_implementation(register())
+
+
+def _convert(model: PreTrainedModel, config: RLConfig, main: bool) -> None:
+    quantized = config.recipe != "bf16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if quantized and main else "ignore", ConvertWarning)
+        try:
+            convert(
+                model,
+                RL_RECIPES[config.recipe],
+                seed=config.seed,
+                include=config.include or None,
+                exclude=config.exclude or None,
+                keep_first=config.keep_first,
+                keep_last=config.keep_last,
+                backend=config.backend,
+                strict=quantized,  # a run that is called NVFP4 must be
+                verbose=main,
+            )
+        except (ValueError, BackendUnavailable) as error:
+            raise TrainError(f"recipe {config.recipe}: {error}") from error

@@ -1,0 +1,1 @@
+"""Problems with verifiable answers; a task of your own is one class."""

@@ -1,0 +1,102 @@
+"""Arithmetic tasks: addition written from the units, sums and products modulo a number, countdown."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from nvfp4.rl.tasks.base import Problem, Task
+from nvfp4.rl.tasks.digits import ExactTask
+from nvfp4.rl.tasks.expressions import ExpressionError, evaluate
+
+_OPERATORS = "+-*"
+_TRIES = 1000
+
+
+@dataclass
+class Addition(ExactTask):
+    """``a407+058>`` -> ``5640``: of fixed width and reversed, so that each digit needs only digits already written."""
+
+    name: ClassVar[str] = "addition"
+    digits: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 9:
+            raise ValueError(f"digits must be from 1 to 9, got {self.digits}")
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        a, b = (int(n) for n in rng.integers(0, 10**self.digits, 2))
+        return Problem(f"a{a:0{self.digits}}+{b:0{self.digits}}>", f"{a + b:0{self.digits + 1}}"[::-1])
+
+
+@dataclass
+class Modular(ExactTask):
+    """``m7*8%5>`` -> ``1``: +, - or * of two numbers below the modulus, which is from 2 to ``largest``."""
+
+    name: ClassVar[str] = "modular"
+    largest: int = 19
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.largest < 10**9:
+            raise ValueError(f"largest must be from 2 to 10**9 - 1, got {self.largest}")
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        modulus = int(rng.integers(2, self.largest + 1))
+        a, b = (int(n) for n in rng.integers(0, modulus, 2))
+        operator = _OPERATORS[rng.integers(len(_OPERATORS))]
+        value = {"+": a + b, "-": a - b, "*": a * b}[operator]
+        return Problem(f"m{a}{operator}{b}%{modulus}>", str(value % modulus))
+
+
+@dataclass
+class Countdown(Task):
+    """``c3,7,2=13>`` -> ``3*2+7``: reach the target with each number once; there are often several ways.
+
+    The numbers are from 1 to 9, the target from 0 to ``largest``; a right answer without parentheses always exists.
+    Answers may use + - * / and parentheses; intermediate results may be negative or fractions.
+    """
+
+    name: ClassVar[str] = "countdown"
+    vocabulary: ClassVar[str] = "symbols"
+    numbers: int = 3
+    largest: int = 99
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.numbers <= 9 or self.largest < 9:
+            raise ValueError(
+                f"numbers must be from 1 to 9 and largest at least 9, got {self.numbers} and {self.largest}"
+            )
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        for _ in range(_TRIES):
+            numbers = [int(n) for n in rng.integers(1, 10, self.numbers)]
+            answer = _joined(numbers, rng)
+            target = evaluate(answer)[0]
+            if 0 <= target <= self.largest:
+                break
+        else:  # a chance below 1e-100 for any setting above: a single small product or sum is common
+            numbers, answer, target = [1] * self.numbers, "*".join("1" * self.numbers), evaluate("1")[0]
+        shown = ",".join(str(numbers[i]) for i in rng.permutation(self.numbers))
+        return Problem(f"c{shown}={target}>", answer, {"numbers": sorted(numbers), "target": int(target)})
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        try:
+            value, used = evaluate(completion)
+        except ExpressionError:
+            return 0.0
+        return float(value == problem.data["target"] and sorted(used) == problem.data["numbers"])
+
+    def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
+        """The same numbers in any order with any operators: mostly wrong."""
+        numbers = re.findall(r"\d+", problem.answer)
+        return _joined([int(numbers[i]) for i in rng.permutation(len(numbers))], rng)
+
+
+def _joined(numbers: list[int], rng: np.random.Generator) -> str:
+    text = str(numbers[0])
+    for number in numbers[1:]:
+        text += f"{_OPERATORS[rng.integers(len(_OPERATORS))]}{number}"
+    return text

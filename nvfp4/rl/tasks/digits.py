@@ -1,0 +1,96 @@
+"""Tasks on strings of digits: sorting, reversing, parity with scratch work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from nvfp4.rl.tasks.base import Problem, Task
+
+
+def replace_digit(text: str, rng: np.random.Generator) -> str:
+    """``text`` with one of its digits, drawn, replaced by another one, drawn; a text without digits stays."""
+    places = [i for i, character in enumerate(text) if character in "0123456789"]
+    if not places:
+        return text
+    place = places[rng.integers(len(places))]
+    return f"{text[:place]}{(int(text[place]) + rng.integers(1, 10)) % 10}{text[place + 1 :]}"
+
+
+@dataclass
+class ExactTask(Task):
+    """A task with one right answer: reward 1 for it to the letter, else 0; the noisy teacher gets a digit wrong."""
+
+    vocabulary: ClassVar[str] = "symbols"
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        return float(completion == problem.answer)
+
+    def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
+        return replace_digit(problem.answer, rng)
+
+
+@dataclass
+class DigitsTask(ExactTask):
+    """``shortest`` to ``longest`` digits, the length drawn first."""
+
+    shortest: int = 3
+    longest: int = 6
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(f"shortest must be from 1 to longest, got {self.shortest} and {self.longest}")
+
+    def digits(self, rng: np.random.Generator, base: int = 10) -> str:
+        """Digits below ``base``."""
+        length = rng.integers(self.shortest, self.longest + 1)
+        return "".join(map(str, rng.integers(0, base, length)))
+
+
+@dataclass
+class Sort(DigitsTask):
+    """``s52907>`` -> ``02579``."""
+
+    name: ClassVar[str] = "sort"
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        digits = self.digits(rng)
+        return Problem(f"s{digits}>", "".join(sorted(digits)))
+
+
+@dataclass
+class Reverse(DigitsTask):
+    """``r4821>`` -> ``1284``."""
+
+    name: ClassVar[str] = "reverse"
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        digits = self.digits(rng)
+        return Problem(f"r{digits}>", digits[::-1])
+
+
+@dataclass
+class Parity(DigitsTask):
+    """``p1011>`` -> ``11011011=1``: each bit, the parity so far, and after "=" that of all, which alone is rewarded."""
+
+    name: ClassVar[str] = "parity"
+    shortest: int = 7
+    longest: int = 7
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        bits = self.digits(rng, base=2)
+        parities = [bits[: i + 1].count("1") % 2 for i in range(len(bits))]
+        scratch = "".join(f"{bit}{parity}" for bit, parity in zip(bits, parities, strict=True))
+        return Problem(f"p{bits}>", f"{scratch}={parities[-1]}")
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        return float(completion.rpartition("=")[1:] == problem.answer.rpartition("=")[1:])
+
+    def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
+        """One scratch bit or parity is wrong, and so is what follows from it: the final parity."""
+        scratch, _, parity = problem.answer.partition("=")
+        place = rng.integers(len(scratch))
+        wrong = scratch[:place] + str(1 - int(scratch[place])) + scratch[place + 1 :]
+        return f"{wrong}={1 - int(parity)}"

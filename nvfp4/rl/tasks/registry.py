@@ -1,0 +1,76 @@
+"""Tasks by name, by file of problems, and by the place of a class of one's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from nvfp4.rl.tasks.arithmetic import Addition, Countdown, Modular
+from nvfp4.rl.tasks.base import Task
+from nvfp4.rl.tasks.digits import Parity, Reverse, Sort
+from nvfp4.rl.tasks.fill_in import FillIn
+from nvfp4.rl.tasks.jsonl import Jsonl
+from nvfp4.train.corpus import JSONL
+from nvfp4.train.errors import TrainError
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Sort, Reverse, Parity, Addition, Modular, Countdown, FillIn)
+}
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """A task: a name of ``TASKS``, a .jsonl file of problems, or a class of yours, "module:Class" or "file.py:Class".
+
+    options: the arguments of the class. ``TrainError`` says what is wrong with the name, the class or the options.
+    """
+    if name.endswith(JSONL):
+        kind: type[Task] = Jsonl
+        options = {"path": name, **options}
+    elif ":" in name:
+        kind = _class(name)
+    elif name in TASKS:
+        kind = TASKS[name]
+    else:
+        raise TrainError(
+            f"task: expected one of {', '.join(TASKS)}, a file {' or '.join(JSONL)}, module:Class or file.py:Class, "
+            f"got {name!r}"
+        )
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise TrainError(f"task {name}: {error}; it takes {inspect.signature(kind)}") from error
+
+
+def _class(name: str) -> type[Task]:
+    where, _, attribute = name.rpartition(":")
+    try:
+        module = _file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # whatever the user's module raises
+        raise TrainError(f"task: {where} cannot be imported: {type(error).__name__}: {error}") from error
+    kind = getattr(module, attribute, None)
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise TrainError(f"task: {where} has no class {attribute!r} derived from nvfp4.rl.tasks.base.Task")
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise TrainError(f"task: {attribute} of {where} does not define {missing}")
+    return kind
+
+
+def _file(path: Path) -> Any:
+    """The module of a file, known to ``sys.modules`` as dataclasses and pickles want it."""
+    key = f"nvfp4_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module

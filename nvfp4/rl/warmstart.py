@@ -1,0 +1,89 @@
+"""The warm start: supervised learning from a teacher that is often wrong, so that there is something left to learn.
+
+Clean demonstrations would saturate a small task, and without any a new model never finds a reward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from nvfp4.rl.batches import demonstrations
+from nvfp4.rl.config import RLConfig, make_task, training_fields
+from nvfp4.rl.samples import Samples
+from nvfp4.rl.score import score
+from nvfp4.rl.tasks.base import Task
+from nvfp4.rl.text import Text
+from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rng import fold_in
+from nvfp4.train.files import write_json
+from nvfp4.train.model import build_model, export
+from nvfp4.train.optim import adamw, learning_rates
+from nvfp4.train.progress import Reporter
+
+_STREAM = 10  # folded into the seed; the streams of ``collect.py`` and ``evaluate.py`` are others
+MARK = "warm_start.json"
+
+RELEVANT = (
+    *("task", "task_options", "tokenizer", "architecture", "depth", "width", "heads", "context"),
+    *("warm_steps", "warm_batch", "warm_lr", "warm_noise", "seed"),
+)
+
+
+def warm_start(config: RLConfig, folder: Path, report: Reporter) -> Path:
+    """Train a new model on demonstrations, in full precision on the CPU, and export it to ``folder``; returns that.
+
+    A folder that an equal config has filled before is used again. The end of a text is learnt with the answer.
+    """
+    fields = {name: getattr(config, name) for name in RELEVANT}
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    mark = folder / MARK
+    if mark.is_file() and mark.read_text(encoding="utf-8") == _as_json(fields):
+        return folder
+    assert config.warm_steps is not None
+    shared = dataclasses.replace(
+        training_fields(config), steps=config.warm_steps, lr=config.warm_lr, warmup=config.warm_steps // 10, decay=0.5
+    )
+    assert config.tokenizer is not None
+    text, task = Text(load_vocabulary(config.tokenizer)), make_task(config)
+    model = build_model(shared, text).eval()
+    optimizer, rates = adamw(model, shared), learning_rates(shared)
+    loss = torch.zeros(())
+    for step in range(config.warm_steps):
+        batch = demonstrated(task, text, config.warm_batch, config.warm_noise, fold_in(config.seed, _STREAM, step))
+        loss = supervised_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rates(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 100 == 0 or step + 1 == config.warm_steps:
+            report.say(f"warm start {step + 1}/{config.warm_steps}  loss {float(loss.detach()):.4f}")
+    export(model, text, folder, "fp32")
+    write_json(mark, fields)  # last: it says that the folder is complete
+    return folder
+
+
+def demonstrated(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:
+    """``count`` problems with an answer each, of which a share ``noise`` on average is corrupted."""
+    rng = np.random.default_rng(fold_in(seed, 1))
+    problems = task.problems(count, fold_in(seed, 0), held_out=False)
+    shown = [task.corrupt(problem, rng) if rng.random() < noise else problem.answer for problem in problems]
+    prompts = [text.prompt(problem.prompt) for problem in problems]
+    return demonstrations(prompts, [text.answer(answer) for answer in shown], text.vocabulary.pad_id)
+
+
+def supervised_loss(model: PreTrainedModel, samples: Samples) -> torch.Tensor:
+    """Mean negative log-likelihood of the tokens of the answers, in nats."""
+    return -score(model, samples, 1.0).logprobs.sum() / samples.mask.sum()
+
+
+def _as_json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2, allow_nan=False) + "\n"
