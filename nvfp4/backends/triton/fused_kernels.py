@@ -24,7 +24,7 @@ from nvfp4.backends.triton.fused_arithmetic import (
     sigmoid,
     silu,
 )
-from nvfp4.backends.triton.kernels import BOTH_SEEDS, find_peak, quantize_tile, tile_of
+from nvfp4.backends.triton.kernels import BOTH_SEEDS, find_peak, quantize_tile, raise_peak, tile_of
 from nvfp4.backends.triton.tiles import load_dense, positions, rotate
 
 
@@ -70,7 +70,7 @@ def rms_kernel(
             if P_ROWS.row_scaled:
                 tl.store(peak_rows + row, largest, mask=row < rows)
             else:
-                tl.atomic_max(peak_rows, tl.max(largest, axis=0), sem="relaxed")
+                raise_peak(peak_rows, tl.max(largest, axis=0))
 
 
 @triton.jit(do_not_specialize=BOTH_SEEDS)

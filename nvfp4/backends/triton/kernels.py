@@ -68,13 +68,22 @@ def load_tile(
 
 
 @triton.jit
+def raise_peak(peak, largest):
+    """Raise the number at ``peak`` to ``largest``; what is read first may be old, but then it is smaller.
+
+    Thousands of programs would queue at one address; after the first few, hardly any of them has something to add.
+    """
+    tl.atomic_max(peak, largest, mask=largest > tl.load(peak), sem="relaxed")
+
+
+@triton.jit
 def find_peak(x, row, rows, peak, sign_low, sign_high, P: tl.constexpr):
     """Raise ``peak`` (bits of float32, one number or one a row) to the largest magnitude of tile x [R, C]."""
     largest = tl.max(magnitude_bits(rotate(x, sign_low, sign_high, P)), axis=1)
     if P.row_scaled:
         tl.atomic_max(peak + row, largest, mask=row < rows, sem="relaxed")
     else:
-        tl.atomic_max(peak, tl.max(largest, axis=0), sem="relaxed")
+        raise_peak(peak, tl.max(largest, axis=0))
 
 
 @triton.jit
@@ -128,7 +137,7 @@ def quantize_tile(
         amax = tl.max(tl.max(magnitude_bits(x), axis=3), axis=1)
         chosen, scale = ms_eden(x, from_bits(amax), P)
         largest = tl.where(amax < INFINITY_BITS, bits(scale), NAN_BITS)
-        tl.atomic_max(peak, tl.max(tl.max(largest, axis=1), axis=0), sem="relaxed")
+        raise_peak(peak, tl.max(tl.max(largest, axis=1), axis=0))
     else:
         finite, encode, global_value = global_scales(peak, row, rows, P)
         x = tl.where(over_elements(finite), x, 0.0)
