@@ -979,10 +979,12 @@ def test_trap_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
     )
+    model = transformers.LlamaForCausalLM(config)
     names = {
         "torch": torch,
         "nvfp4": nvfp4,
-        "model": transformers.LlamaForCausalLM(config),
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
         "x": torch.randn(8, 128),
         "w": torch.randn(16, 128),
     }

@@ -119,7 +119,7 @@ def bench_all(
         _write(found, paths)
         if paths is not None:
             said = "" if found.complete else ", interrupted: what was measured until then"
-            console.print(f"written: {paths[0]}, {paths[1]}{said}")
+            console.print(f"written: {paths[0]}, {paths[1]}{said}", soft_wrap=True)
     return found
 
 
