@@ -20,7 +20,7 @@ from nvfp4.linear import Linear
 from nvfp4.ops import dequantize, explain, matmul, quantize
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import QUANTIZERS
-from nvfp4.recipes import RECIPES, Recipe
+from nvfp4.recipes import RECIPES, W4A16, Recipe
 from nvfp4.weights import capturable, fixed_weights, invalidate, load_noise_state, noise_state
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QUANTIZERS",
     "RECIPES",
+    "W4A16",
     "BackendUnavailable",
     "ConvertWarning",
     "Linear",

@@ -16,6 +16,7 @@ gives zeros if eps > 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from nvfp4.scaling import tree_sum
 
 LANES = 256
 """Columns that ``row_sum`` adds side by side: what a GPU program holds of a row at once."""
+STRETCH = 2**16
+"""Elements that a CPU's core works out at a time: what some thirty passes over them leave in its cache."""
 SLAB = 16
 """Rows whose part of a weight's gradient is summed first."""
 
@@ -90,22 +93,46 @@ class SwiGLU(NamedTuple):
 
     def values(self) -> torch.Tensor:
         """The activation [M, K]."""
-        gate = self.gate.to(torch.float32)
-        return (self._silu(gate, exp_negative(gate)) * self.up.to(torch.float32)).to(self.dtype)
+        made = torch.empty(self.gate.shape, dtype=self.dtype, device=self.gate.device)
+        for out, gate, up in _stretches(made, self.gate, self.up):
+            wide = gate.to(torch.float32)
+            out.copy_(_silu(gate.dtype, wide, _sigmoid(wide)).mul_(up))
+        return made
 
     def gradients(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(dgate, dup) of dy, all [M, K], s the sigmoid of gate:
 
         dgate = (dy up) (s (1 + gate (1 - s))), dup = dy round_gate(silu(gate)).
         """
-        gate, up, dy = (t.to(torch.float32) for t in (self.gate, self.up, dy))
-        e = exp_negative(gate)
-        s = torch.where(gate >= 0, torch.ones_like(e), e) / (1 + e)
-        dgate = (dy * up) * (s * (1 + gate * (1 - s)))
-        return dgate.to(self.gate.dtype), (dy * self._silu(gate, e)).to(self.up.dtype)
+        dgate, dup = torch.empty_like(self.gate), torch.empty_like(self.up)
+        for d_gate, d_up, gate, up, g in _stretches(dgate, dup, self.gate, self.up, dy):
+            wide, g = gate.to(torch.float32), g.to(torch.float32)
+            top, bottom = _sigmoid(wide)
+            s = top / bottom
+            d_gate.copy_((g * up.to(torch.float32)).mul_((1 - s).mul_(wide).add_(1).mul_(s)))
+            d_up.copy_(_silu(gate.dtype, wide, (top, bottom)).mul_(g))
+        return dgate, dup
 
-    def _silu(self, gate: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        return (torch.where(gate >= 0, gate, gate * e) / (1 + e)).to(self.gate.dtype).to(torch.float32)
+
+def _sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator and denominator of the sigmoid of float32 x: (1 or e) / (1 + e), e = exp(-|x|)."""
+    e = exp_negative(x)
+    return torch.maximum(e, (x >= 0).to(torch.float32)), 1 + e  # as torch.where, which is slow on CPUs: e <= 1
+
+
+def _silu(dtype: torch.dtype, gate: torch.Tensor, sigmoid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """silu(gate) of float32 gate, rounded to ``dtype``, in float32."""
+    top, bottom = sigmoid
+    return (gate * top).div_(bottom).to(dtype).to(torch.float32)
+
+
+def _stretches(*matrices: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Rows [m, K] of all matrices [M, K] at a time: on a CPU as many as stay in its caches, elsewhere all."""
+    rows, columns = matrices[0].shape
+    if matrices[0].device.type != "cpu":
+        return (matrices,)
+    few = max(STRETCH * torch.get_num_threads() // max(columns, 1), 1)
+    return zip(*(matrix.split(few) for matrix in matrices), strict=True) if rows else ()
 
 
 Activation = RMSNorm | SwiGLU
@@ -130,19 +157,19 @@ def _root(x: torch.Tensor) -> torch.Tensor:
 
 def exp_negative(x: torch.Tensor) -> torch.Tensor:
     """e^-|x| of float32 x, within two units in the last place: 2^n times a series; a subnormal is rounded once more."""
-    t = (-x.abs()).clamp(min=EXP_FLOOR)
-    n = (t * LOG2_E + ROUNDER) - ROUNDER
-    r = (t - n * LN2_HIGH) - n * LN2_LOW
+    t = x.abs().neg_().clamp_(min=EXP_FLOOR)
+    n = (t * LOG2_E).add_(ROUNDER).sub_(ROUNDER)
+    r = t.sub_(n * LN2_HIGH).sub_(n * LN2_LOW)
     total = torch.full_like(r, EXP_TERMS[-1])
     for term in reversed(EXP_TERMS[:-1]):
-        total = total * r + term
-    exponent = torch.where(n.isnan(), 0.0, n).to(torch.int32)
+        total.mul_(r).add_(term)
+    exponent = n.nan_to_num_().to(torch.int32)
     half = exponent >> 1
-    return total * _power(half) * _power(exponent - half)
+    return total.mul_(_power(half)).mul_(_power(exponent - half))
 
 
 def _power(exponent: torch.Tensor) -> torch.Tensor:
-    return ((exponent + 127) << 23).view(torch.float32)
+    return (exponent + 127).bitwise_left_shift_(23).view(torch.float32)
 
 
 def row_sum(x: torch.Tensor) -> torch.Tensor:

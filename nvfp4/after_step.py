@@ -37,6 +37,8 @@ class AfterStep:
         for stored in self._mine:
             stored.state.keeps_weight = stored.state.renews_weight = False
             stored.state.weight_codes = None
+            if stored.state.shared is not None:
+                stored.state.shared.forget()
         self._mine = []
 
     def __enter__(self) -> AfterStep:

@@ -18,7 +18,7 @@ from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
 from nvfp4.experts import STACKS, Experts, convert_experts, revert_experts
-from nvfp4.fusion import fuse
+from nvfp4.fusion import fuse, unfused
 from nvfp4.linear import Linear, LinearState
 from nvfp4.noise import Noise
 from nvfp4.policy import ALREADY, ModuleFilter, Patterns, Plan, Recipes, make_policy
@@ -53,7 +53,8 @@ def convert(
 ) -> nn.Module:
     """Make the linear layers of ``model`` compute in NVFP4; changes it in place and returns the same object.
 
-    recipe: a name (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl), a ``Recipe``, or a mapping
+    recipe: a name (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl), a ``Recipe`` (such as
+    ``W4A16``, weights only), or a mapping
     from globs to these, of which the first that matches a layer counts. filter_fn(module, name): convert only where it
     returns True; called once per dotted name of every linear. include, exclude: globs, as in the mapping over whole
     dotted name parts: "layers.1" matches "model.layers.1.mlp.up", never "layers.10". ``include`` also overrules the
@@ -129,12 +130,16 @@ def revert(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the converted layers of ``model`` compute as plain ``nn.Linear``s, e.g. to evaluate."""
+    """Within this context the converted layers of ``model`` compute as plain ``nn.Linear``s, e.g. to evaluate.
+
+    What ``fuse`` changed computes as before, too: to the bit the model that it was, with derivatives of every order.
+    """
     before = [(state, state.enabled) for state in states(model).values()]
     for state, _ in before:
         state.enabled = False
     try:
-        yield model
+        with unfused(model):
+            yield model
     finally:
         for state, enabled in before:
             state.enabled = enabled

@@ -7,6 +7,7 @@ tensor with the same values, written on first use.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class Deferred(torch.Tensor):
                 source.check()
                 with without_autocast(self.device):
                     source.values = _Write.apply(self.as_subclass(torch.Tensor), source.activation)
-            return source.values.view(self.shape)
+            # not a view of it where it fits: hooks and retain_grad must reach what layers use
+            return source.values if source.values.shape == self.shape else source.values.view(self.shape)
 
     def operands(self, rows: Spec, columns: Spec | None, backend: str) -> tuple[QTensor, QTensor | None]:
         """The matrix [M, K] along K and, if ``columns`` is given, its transpose along M; made once for equal specs."""
@@ -148,6 +150,9 @@ def _matrix(
 
 
 def _describe(graph: torch.Tensor, source: Source) -> Deferred:
+    dynamo = sys.modules.get("torch._dynamo.config")  # takes seconds to import; where nothing is compiled it is not
+    if dynamo is not None and Deferred not in dynamo.nontraceable_tensor_subclasses:
+        dynamo.nontraceable_tensor_subclasses.add(Deferred)  # a module compiled by itself breaks its graph to read it
     deferred = graph.as_subclass(Deferred)
     deferred.source = source
     return deferred

@@ -72,6 +72,8 @@ def fixed_weights(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for state in fixed:
             state.keeps_weight, state.weight_codes = False, None
+            if state.shared is not None:  # versions tell nothing of what happens to weights out there
+                state.shared.forget()
 
 
 def invalidate(model: nn.Module) -> None:

@@ -136,3 +136,25 @@ def test_what_is_not_finite_stays_visible() -> None:
 def test_division_is_true_division() -> None:
     """x / 3, not x * fl(1/3): they differ for 5."""
     assert activations._over(torch.tensor([5.0]), 3).item() == np.float32(5) / np.float32(3)
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (3, 1), (0, 5), (2, 70_000)])
+def test_stretches_are_the_whole(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SwiGLU a few rows at a time, as on a CPU, and at once: equal bits, with strides of any kind."""
+    gate, up, dy = (torch.randn(shape[::-1]).t() * 20 for _ in range(3))
+    pair = SwiGLU(gate, up.bfloat16())
+    got = [pair.values(), *pair.gradients(dy)]
+    monkeypatch.setattr(activations, "_stretches", lambda *matrices: (matrices,))
+    assert all(map(torch.equal, got, [pair.values(), *pair.gradients(dy)]))
+
+
+@pytest.mark.parametrize("name", ["values", "gradients"])
+def test_a_swiglu_takes_little_memory_on_a_cpu(name: str) -> None:
+    """Beside its results, some 20 float32 matrices of ``STRETCH`` elements a thread at most; not of its own size."""
+    gate = torch.randn(64 * torch.get_num_threads(), activations.STRETCH // 2).bfloat16()
+    pair = SwiGLU(gate, gate)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        made = pair.values() if name == "values" else pair.gradients(gate)
+    held = np.cumsum([e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"])
+    results = gate.nbytes * (1 if isinstance(made, torch.Tensor) else len(made))
+    assert results <= held.max() <= results + 20 * 4 * activations.STRETCH * torch.get_num_threads()

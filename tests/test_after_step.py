@@ -170,3 +170,16 @@ def test_nothing_is_left_behind():
     first.remove()
     assert not any(stored.state.keeps_weight for stored in stored_weights(model).values())
     assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("scope", ["fixed_weights", "after_step"])
+def test_shared_magnitudes_end_with_the_scope(scope):
+    """A fused step between two scopes leaves no trace in version counters: magnitudes known in the first must not serve
+    in the second."""
+    model = model_of("four_over_six", shared=True)
+    optimizer, x = optimizer_of(model), torch.randn(24, 32)
+    with nvfp4.fixed_weights(model) if scope == "fixed_weights" else nvfp4.after_step(optimizer, model):
+        model(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad(), nvfp4.fixed_weights(model):
+        assert torch.equal(model(x), copy.deepcopy(model)(x)), "a copy knows no magnitudes yet"

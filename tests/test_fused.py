@@ -352,6 +352,56 @@ def test_compiled_graphs_compute_as_without() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("path", ["mlp.down_proj", "self_attn.q_proj", "self_attn"])
+def test_a_part_that_is_compiled_by_itself_reads_what_is_deferred(path: str) -> None:
+    """Its graph breaks there; before, tracing met memory that does not exist. The same bits, and gradients."""
+    model = causal_lm(num_hidden_layers=1)
+    nvfp4.fuse(model)
+    want = loss_and_gradients(model)
+    model.model.layers[0].get_submodule(path).compile(backend="eager")
+    for _ in range(2):
+        assert_equal(loss_and_gradients(model), want)
+    torch.compiler.reset()
+
+
+def test_disabled_is_the_model_that_it_was() -> None:
+    """To the bit, with second derivatives and under torch.func, all of which fused modules refuse; fused again after
+    it, also when it ends in an error."""
+    model = causal_lm(num_hidden_layers=1)
+    block, x = model.model.layers[0], inputs()[0]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return block.mlp(block.post_attention_layernorm(x)).float().square().sum()
+
+    def derivatives() -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(run(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), leaf)
+        return [run(leaf), first, second, torch.func.grad(run)(x)]
+
+    with nvfp4.disabled(model):
+        want = derivatives()
+    nvfp4.fuse(model)
+    with nvfp4.disabled(model):
+        assert_equal(derivatives(), want)
+    with pytest.raises(KeyError), nvfp4.disabled(model):
+        raise KeyError
+    assert type(block.input_layernorm(x)) is Deferred
+
+
+@pytest.mark.parametrize("use", ["layer", "arithmetic"])
+def test_hooks_of_the_activation_itself_run(use: str) -> None:
+    """register_hook and retain_grad write it; what is then used is what they were put on."""
+    stack = layers("nvidia", 32)
+    x, _, weight = inputs()
+    y, seen = rms_norm(x.requires_grad_(), weight, 1e-6), []
+    y.register_hook(lambda dy: seen.append(dy))
+    y.retain_grad()
+    (stack[0](y) if use == "layer" else 2 * y).sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(y.grad, seen[0])
+
+
 class PlusOneRMSNorm(nn.Module):
     """Gemma's: the weight is an offset from 1."""
 
