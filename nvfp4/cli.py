@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nvfp4.rl.config import PRESETS, RLConfig
+from nvfp4.rl.gvendi import GVendiConfig
 from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, from_fields, read_config_file
 from nvfp4.train.errors import Interrupted, TrainError
 
@@ -48,6 +49,11 @@ class RL(RLConfig):
     on a CPU."""
     config: str | None = None
     """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command line wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GVendi(GVendiConfig):
+    """Measure how diverse the problems of tasks are, as a model sees them (G-Vendi, arXiv 2505.20161)."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,17 @@ def parse(arguments: list[str]) -> Any:
     """The command as an object of its class; a wrong option ends the process (2), a wrong file is a TrainError."""
     defaults = _defaults(arguments)
     commands: list[Any] = [
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=defaults.get(kind, kind()))]
-        for kind in RUNNERS
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **_default(kind, defaults))] for kind in RUNNERS
     ]
     union: Any = reduce(or_, commands)
     return tyro.cli(union, args=arguments, prog="nvfp4", description=DESCRIPTION)
+
+
+def _default(kind: type, defaults: dict[type, Any]) -> dict[str, Any]:
+    """The command that the given options change; none for one that cannot do without options."""
+    if any(f.default is dataclasses.MISSING for f in dataclasses.fields(kind)):
+        return {}
+    return {"default": defaults.get(kind, kind())}
 
 
 def _defaults(arguments: list[str]) -> dict[type, Any]:
@@ -156,6 +168,12 @@ def _rl(command: RL) -> None:
         from nvfp4.rl.loop import rl
 
         rl(config)
+
+
+def _gvendi(command: GVendi) -> None:
+    from nvfp4.rl.gvendi import report
+
+    report(command)
 
 
 def _info(command: Info) -> None:
@@ -207,6 +225,7 @@ RUNNERS: dict[type, Callable[[Any], None]] = {
     Pretrain: _pretrain,
     Compare: _compare,
     RL: _rl,
+    GVendi: _gvendi,
     Info: _info,
     Bench: _bench,
 }

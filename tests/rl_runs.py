@@ -81,3 +81,17 @@ def model_of(recipe: str | Recipe = "rl", attention: str = "float64", spread: fl
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """What log.jsonl says that must not depend on the clock or the machine."""
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in log.read(out / "log.jsonl")]
+
+
+class Failing(Sevens):
+    """Rewards that fail for every completion with a seven in it, and are odd for those without."""
+
+    name: ClassVar[str] = "failing"
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        if "7" in completion:
+            raise RuntimeError("a seven")
+        return float("nan") if "8" in completion else 0.5
+
+
+FAILING = f"{Path(__file__)}:Failing"

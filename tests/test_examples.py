@@ -14,6 +14,7 @@ PROMISES = {
     "convert_a_model.py": "the same weights in high precision",
     "look_at_a_quantiser.py": "4.50 bits",
     "pretrain_tiny.py": "",
+    "rl_own_task.py": "held-out pass@1:",
     "train_with_hf_trainer.py": "loaded with transformers alone",
 }
 

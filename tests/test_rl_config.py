@@ -22,6 +22,9 @@ from nvfp4.rl import compare as comparing
 from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, resolve, to_yaml
 from nvfp4.rl.gates import verdicts
 from nvfp4.rl.loop import rl
+from nvfp4.rl.tasks.registry import TASKS
+from nvfp4.rl.text import Text
+from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rl.warmstart import MARK, warm_start
 from nvfp4.train import log
 from nvfp4.train.errors import TrainError
@@ -54,6 +57,26 @@ def test_the_objective_has_a_say_where_the_config_is_open():
     assert (resolve(RLConfig(objective="dapo", group=4)).group, resolve(RLConfig()).group) == (4, 8)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_runs_as_it_comes(name):
+    """Every answer fits the length limit with its end, every problem the context of a new model."""
+    config = resolve(RLConfig(task=name))
+    text = Text(load_vocabulary(config.tokenizer))
+    problems = make_task(config).problems(300, 5)
+    assert max(len(text.answer(problem.answer)) for problem in problems) <= config.max_new_tokens
+    assert max(len(text.prompt(problem.prompt)) for problem in problems) + config.max_new_tokens <= config.context
+    given = resolve(RLConfig(task=name, max_new_tokens=3, context=77))
+    assert (given.max_new_tokens, given.context) == (3, 77)
+
+
+def test_a_context_that_is_too_small_is_refused(tmp_path):
+    """Before the first update of the warm start, and before the first rollout of a model without one."""
+    small = {"task": "sort", "context": 8, "max_new_tokens": 8, "device": "cpu", "width": 32, "depth": 1}
+    for warm in (3, 0):
+        with pytest.raises(TrainError, match=r"context: a prompt and its completion may have .* at most 8"):
+            rl(RLConfig(out=str(tmp_path), warm_steps=warm, overwrite=True, **small))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -65,6 +88,7 @@ def test_the_objective_has_a_say_where_the_config_is_open():
         ({"minibatches": 3}, "minibatches: must divide prompts = 32, got 3"),
         ({"warmup": 60}, "warmup: must be below steps = 60, got 60"),
         ({"aqn_stages": 1}, "aqn_stages: .* at least 2 are needed"),
+        ({"sampler_recipe": "int4"}, "recipe: expected one of .*, got 'int4'"),
         ({"group": 1}, "group: expected greater than or equal to 2, got 1"),
         ({"top_p": 0.0}, "top_p: expected greater than 0, got 0.0"),
         ({"model": "m", "width": 64}, "width, heads: m brings its own sizes"),

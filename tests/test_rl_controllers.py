@@ -22,6 +22,9 @@ def test_overlong_penalty() -> None:
     """0 up to the cache, -1 at the limit and beyond, linear between, at every length of a limit of 10."""
     found = overlong_penalty(torch.arange(13), limit=10, share=0.4).tolist()
     assert found == [0.0] * 7 + [-0.25, -0.5, -0.75, -1.0, -1.0, -1.0]
+    # hardly any room: the last fifth of 8 tokens is one, and of 4 none
+    assert overlong_penalty(torch.arange(10), limit=8, share=0.2).tolist() == [0.0] * 8 + [-1.0] * 2
+    assert overlong_penalty(torch.arange(6), limit=4, share=0.2).tolist() == [0.0] * 6
 
 
 def test_cosine_penalty() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nvfp4.cli import main
 from nvfp4.rl.gvendi import GVendiConfig, g_vendi, gradient_features, measure, project, signs
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.rl.tokens import Symbols
 from nvfp4.rng import philox
+from nvfp4.train.errors import TrainError
 
 
 def tiny() -> Any:
@@ -107,13 +110,38 @@ def test_a_mixture_is_more_diverse_than_one_task() -> None:
     assert g_vendi(exact["alone"].repeat(2, 1)) == pytest.approx(values["alone"], rel=1e-9)
 
 
-def test_measure_reads_a_folder(tmp_path: Path) -> None:
+def test_measure_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same number as by hand, from a saved model and vocabulary."""
     model = tiny()
     model.save_pretrained(tmp_path)
     Symbols().save(tmp_path)
     want = g_vendi(gradient_features(model, [*examples("sort", 3), *examples("parity", 3)], dimensions=128))
-    assert measure(GVendiConfig(str(tmp_path), ("sort", "parity"), count=3, dimensions=128)) == pytest.approx(want)
+    config = GVendiConfig(model=str(tmp_path), tasks=("sort", "parity"), count=3, dimensions=128)
+    found = measure(config)
+    assert found["all"] == pytest.approx(want)
+    assert found["sort"] == pytest.approx(g_vendi(gradient_features(model, examples("sort", 3), dimensions=128)))
+    out = tmp_path / "figures.json"
+    command = ["gvendi", "--model", str(tmp_path), "--tasks", "sort", "parity", "--count", "3", "--dimensions", "128"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["g_vendi"] == found
+    assert capsys.readouterr().out.splitlines()[-1] == f"G-Vendi {found['all']:8.2f} of at most 6   all"
+
+
+def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    """No model, no answer, options that the projection refuses: an error of one line each."""
+    with pytest.raises(TrainError, match="model: expected the folder"):
+        measure(GVendiConfig(model=str(tmp_path / "absent"), tasks=("sort",)))
+    tiny().save_pretrained(tmp_path)
+    Symbols().save(tmp_path)
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1=", "reward": {"regex": "2"}}\n')
+    for task, count, dimensions, message in (
+        (str(tmp_path / "bare.jsonl"), 2, 128, "has no answer"),
+        ("sort", 2, 100, "multiple of 128"),
+        ("sort", 0, 128, "at least one"),
+        ("fill_in", 2, 128, "use bytes|not among"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            measure(GVendiConfig(model=str(tmp_path), tasks=(task,), count=count, dimensions=dimensions))
 
 
 @pytest.mark.parametrize(

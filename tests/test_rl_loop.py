@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from rl_runs import SEVENS, rows_of, tiny
+from rl_runs import FAILING, SEVENS, rows_of, tiny
 from safetensors.torch import load_file
+from training import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nvfp4.rl import learn as learning
 from nvfp4.rl import loop as loops
 from nvfp4.rl.collect import collect
-from nvfp4.rl.config import resolve
+from nvfp4.rl.config import resolve, to_yaml
 from nvfp4.rl.learn import learn
 from nvfp4.rl.loop import Loop, rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import prepare
 from nvfp4.rl.tokens import Symbols
-from nvfp4.train import log
+from nvfp4.train import checkpoint, log
 from nvfp4.train.errors import Interrupted, TrainError
+
+TIS = ("correction=token_truncate", "correction_high=1.0001")
+NAN_TASK = """
+from nvfp4.rl.tasks.base import Problem, Task
+class Nan(Task):
+    name, vocabulary = "nan", "symbols"
+    def problem(self, rng): return Problem(f"{rng.integers(1000)}>", "1")
+    def reward(self, problem, completion): return float("nan")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +113,59 @@ def test_a_finished_run_is_returned_and_not_overwritten(finished):
         rl(dataclasses.replace(config, group=8, resume=True))
 
 
+def test_what_would_stop_a_run_stops_it_before_the_warm_start(finished, tmp_path):
+    """A folder that cannot be written, one that holds a run (whose base/ stays), problems too few to hold any out."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1>", "answer": "1"}\n')
+    for fields, message in (
+        ({"out": str(tmp_path / "file" / "run")}, "out: cannot write in"),
+        ({"out": finished[0].out}, "holds an earlier run"),
+        ({"task": str(tmp_path / "one.jsonl")}, "task jsonl: none of 1000 problems is"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            rl(dataclasses.replace(tiny(tmp_path / "new", warm_steps=3, warm_batch=4), **fields))
+        assert not (tmp_path / "new" / "base").exists()
+    assert not (Path(finished[0].out) / "base").exists()
+
+
+def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(finished, tmp_path, monkeypatch):
+    """The second checkpoint finds no space: one clear error, the first stays whole, and the end is as without it."""
+    original, calls = checkpoint._write, []
+
+    def full(folder, snapshot):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(folder, snapshot)
+
+    config = dataclasses.replace(finished[0], out=str(tmp_path / "full"))
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(TrainError, match=r"No space left .* last good checkpoint is .*step-00000002"):
+        rl(config)
+    monkeypatch.undo()
+    rl(dataclasses.replace(config, resume=True))
+    assert rows_of(tmp_path / "full") == rows_of(Path(finished[0].out))
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(finished, tmp_path):
+    """SIGKILL as soon as the third step is in the log, between two checkpoints; resumed, all rows are the same."""
+    out = tmp_path / "killed"
+    given = tmp_path / "given.yaml"
+    given.write_text(to_yaml(dataclasses.replace(resolve(finished[0]), out=str(out))))
+    command = [sys.executable, "-m", "nvfp4.cli", "rl", "--config", str(given)]
+    child = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    for _ in range(1200):
+        if len(log.read(out / "log.jsonl")) >= 4 or child.poll() is not None:
+            break
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    assert len(log.read(out / "log.jsonl")) >= 4
+    (out / "result.json").unlink(missing_ok=True)  # where the kill came after the end
+    rl(dataclasses.replace(finished[0], out=str(out), resume=True))
+    assert rows_of(out) == rows_of(Path(finished[0].out))
+
+
 def test_the_export_needs_no_nvfp4(finished):
     """transformers alone loads weights and tokenizer, and they are those of the last checkpoint."""
     export = f"{finished[0].out}/export"
@@ -157,6 +224,51 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path):
     assert found[1] == pytest.approx(found[0], rel=2e-5)
     assert found[2] == pytest.approx(found[0], rel=2e-5)
     assert found[0][0] > 0.01
+
+
+def test_failed_rewards_are_logged_with_their_reasons_and_training_goes_on(tmp_path):
+    """By count and reason for each step; the completions of each reason are kept, though only one is asked for."""
+    rl(tiny(tmp_path, task=FAILING, reward="task", log_completions=1, steps=2))
+    rows = rows_of(tmp_path)[1:]
+    reasons = {"RuntimeError: a seven", "the reward must be a number in [0, 1], got nan"}
+    assert {reason for row in rows for reason in row["rewards/failures"]} == reasons
+    assert all(row["rewards/failed"] == sum(row["rewards/failures"].values()) for row in rows)
+    shown = [row for row in log.read(tmp_path / "completions.jsonl") if "evaluation" not in row]
+    assert {row.get("reason") for row in shown} >= reasons
+    assert all(row["reward"] == 0 for row in shown if "reason" in row)
+
+
+def test_every_reward_may_fail(tmp_path):
+    """No gradient, no step lost, a model that is still the one of the beginning."""
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "1>", "answer": "1", "reward": 7}\n')
+    with pytest.raises(TrainError, match=r"odd\.jsonl:1: expected 'reward'"):
+        rl(tiny(tmp_path / "run", task=str(tmp_path / "odd.jsonl"), reward="task"))
+    (tmp_path / "nan.py").write_text(NAN_TASK)
+    result = rl(tiny(tmp_path / "run", task=f"{tmp_path / 'nan.py'}:Nan", reward="task", steps=2))
+    rows = rows_of(tmp_path / "run")[1:]
+    assert [(row["rewards/failed"], row["grad_norm"], row["fp4/codes_changed"]) for row in rows] == [(16, 0, 0)] * 2
+    assert (result["skipped_steps"], result["after"]["eval/pass@1"]) == (0, 0)
+
+
+def test_a_foreign_sampler_is_measured_and_corrected(tmp_path):
+    """The sampler in full precision on the weights of the NVFP4 policy, in every step: the mismatch is there, the
+    corrections act on it, and equal shapes stay equal within the trainer. The same with the trainer as sampler: none.
+    """
+    run = prepare(resolve(tiny(tmp_path / "x", sampler_recipe="bf16", objective_options=TIS)))
+    pairs = zip(run.model.named_parameters(), run.sampler.named_parameters(), strict=True)
+    assert run.model is not run.sampler
+    assert all(names == other and weight is shared for (names, weight), (other, shared) in pairs)
+    rl(tiny(tmp_path / "foreign", sampler_recipe="bf16", objective_options=TIS, steps=2))
+    rl(tiny(tmp_path / "own", objective_options=TIS, steps=2))
+    foreign, own = (rows_of(tmp_path / name)[1:] for name in ("foreign", "own"))
+    for row in foreign:
+        assert row["mismatch/token_mult_prob_error"] > 1.001
+        assert row["mismatch/same_shape"] == 0
+        assert row["sampling/importance_sampling_ratio/min"] < 0.999
+        assert row["sampling/importance_sampling_ratio/max"] < 1.00011
+        assert 0 < row["is_oob_ratio"] < 1
+    assert all(abs(row["sampling/importance_sampling_ratio/min"] - 1) < 1e-5 for row in own)
+    assert all(row["is_oob_ratio"] == 0 for row in own)
 
 
 def test_a_difference_on_equal_shapes_stops_the_run(tmp_path, monkeypatch):

@@ -71,6 +71,7 @@ def measure(config: RLConfig, variant: Variant, spread: float | None, prompts: i
     differ by more, and same_shape, the largest difference between two scorings of the same batch.
     """
     assert config.tokenizer is not None
+    assert config.max_new_tokens is not None
     text = Text(load_vocabulary(config.tokenizer), config.chat)
     model: Any = build_model(training_fields(config), text).eval()
     if spread is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,9 @@ TASK_REWARD, RAW_REWARD = "task_reward", "raw_reward"
 @dataclass(frozen=True)
 class Collected:
     """samples: this process's, in groups. problems, texts: of each sample. drawn: completions that were drawn for it,
-    over all processes. zero_std: share of groups of equal rewards, before any were replaced."""
+    over all processes. zero_std: share of groups of equal rewards, before any were replaced. reasons: of each sample,
+    why its reward is 0 for want of a proper one, else None. failures: how often each reason came in this process, with
+    samples that were replaced."""
 
     samples: Samples
     problems: list[Problem]
@@ -36,6 +39,8 @@ class Collected:
     drawn: int
     zero_std: float
     sigma: float
+    reasons: list[str | None]
+    failures: Counter[str]
 
 
 def collect(run: Run, step: int) -> Collected:
@@ -51,11 +56,14 @@ def collect(run: Run, step: int) -> Collected:
     parts: list[Samples] = []
     problems: list[Problem] = []
     texts: list[str] = []
+    reasons: list[str | None] = []
+    failures: Counter[str] = Counter()
     sigma = sigma_at(step, config.steps, config.aqn_stages, config.aqn_start, config.aqn_end)
     flat = seen = drawn = 0
     while len(problems) < wanted and drawn < config.max_batches:
         batch = _batch(run, step, drawn, sigma, sampling)
         drawn += 1
+        failures += batch.failures
         rewarded = batch.samples.rewards, batch.samples.groups
         flat, seen = flat + int((~has_spread(*rewarded)).sum()), seen + len(batch.samples)
         kept = run.objective.keep(batch.samples).nonzero()[:, 0][: wanted - len(problems)]
@@ -63,6 +71,7 @@ def collect(run: Run, step: int) -> Collected:
         parts.append(shaped.select(kept))
         problems += [batch.problems[i] for i in kept.tolist()]
         texts += [batch.texts[i] for i in kept.tolist()]
+        reasons += [batch.reasons[i] for i in kept.tolist()]
     if len(problems) < wanted:
         raise TrainError(
             f"step {step + 1}: {drawn} rounds of {config.prompts} prompts gave {len(problems)} of {wanted} completions "
@@ -70,7 +79,7 @@ def collect(run: Run, step: int) -> Collected:
         )
     samples = join([part for part in parts if len(part)], run.stops.pad)
     total = drawn * config.prompts * config.group
-    return Collected(samples, problems, texts, sampling, total, flat / seen, sigma)
+    return Collected(samples, problems, texts, sampling, total, flat / seen, sigma, reasons, failures)
 
 
 def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) -> Collected:
@@ -82,18 +91,19 @@ def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) ->
     numbers = list(range(rank, config.prompts, world))
     prompts = [run.text.prompt(every[number].prompt) for number in numbers]
     seed = fold_in(config.seed, DRAWS, step, batch)
-    noise = noisy_norms(run.model, sigma, fold_in(config.seed, NOISE, step))
-    with torch.no_grad(), noise, fixed_weights(run.model), run.autocast():
-        samples = rollout(run.model, prompts, numbers, config.group, sampling, run.stops, seed, config.rollout_rows)
+    noise = noisy_norms(run.sampler, sigma, fold_in(config.seed, NOISE, step))
+    with torch.no_grad(), noise, fixed_weights(run.sampler), run.autocast():
+        samples = rollout(run.sampler, prompts, numbers, config.group, sampling, run.stops, seed, config.rollout_rows)
     if not bool(torch.isfinite(samples.sampler_logprobs).all()):
         raise TrainError(f"step {step + 1}: the model's log-probabilities are NaN or Inf; lower --lr or --clip")
     problems = [every[number] for number in numbers for _ in range(config.group)]
     texts = completions(run, samples)
-    task = rewards(run, problems, texts, samples.truncated)
+    task, reasons = rewards(run, problems, texts, samples.truncated)
     raw = _coins(run, step, batch, numbers).to(task) if config.reward == "random" else task
     groups = samples.groups + batch * config.prompts
     samples = replace(samples, groups=groups, rewards=raw, extra={TASK_REWARD: task, RAW_REWARD: raw})
-    return Collected(samples, problems, texts, sampling, 0, 0.0, sigma)
+    failures = Counter(reason for reason in reasons if reason is not None)
+    return Collected(samples, problems, texts, sampling, 0, 0.0, sigma, reasons, failures)
 
 
 def completions(run: Run, samples: Samples) -> list[str]:
@@ -102,11 +112,14 @@ def completions(run: Run, samples: Samples) -> list[str]:
     return [run.text.completion(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
-def rewards(run: Run, problems: list[Problem], texts: list[str], truncated: torch.Tensor) -> torch.Tensor:
-    """The verifier's rewards, float32 [S]; of truncated completions only a share."""
-    found = [verdict.reward for verdict in run.task.verdicts(problems, texts)]
-    whole = torch.tensor(found, dtype=torch.float32, device=truncated.device)
-    return torch.where(truncated, whole * run.config.truncated_reward, whole)
+def rewards(
+    run: Run, problems: list[Problem], texts: list[str], truncated: torch.Tensor
+) -> tuple[torch.Tensor, list[str | None]]:
+    """The verifier's rewards, float32 [S], of truncated completions only a share; and the reasons of failed ones."""
+    verdicts = run.task.verdicts(problems, texts)
+    whole = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32, device=truncated.device)
+    reasons = [verdict.reason for verdict in verdicts]
+    return torch.where(truncated, whole * run.config.truncated_reward, whole), reasons
 
 
 def _coins(run: Run, step: int, batch: int, numbers: list[int]) -> torch.Tensor:

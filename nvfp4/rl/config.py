@@ -12,10 +12,13 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from nvfp4.recipes import RECIPES, W4A16, Recipe
+from nvfp4.rl import sizes
 from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.registry import load_task
+from nvfp4.rl.text import Text
+from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.train import config as train_config
 from nvfp4.train.config import (
     BelowOne,
@@ -98,15 +101,16 @@ class RLConfig:
     """Hidden size of a new model; None: 128."""
     heads: Count | None = None
     """Attention heads of a new model; None: width / 32."""
-    context: Count = 128
-    """Longest sequence of a new model, prompt and completion, in tokens."""
+    context: Count | None = None
+    """Longest sequence of a new model, prompt and completion, in tokens; None: what the task's problems need."""
     attention: Literal["auto", "float64", "sdpa"] = "auto"
     """float64: sums that do not depend on the batch, so that rollouts over a KV cache equal the trainer to the bit;
     sdpa: PyTorch's kernels; auto: float64 on the CPU."""
 
     # Warm start
     warm_steps: CountOrZero | None = None
-    """Supervised updates on demonstrations before the first rollout; None: 300 for a new model, 0 for --model."""
+    """Supervised updates on demonstrations before the first rollout; None: what the task says (300) for a new model,
+    0 for --model."""
     warm_batch: Count = 128
     """Demonstrations in one supervised update."""
     warm_lr: Positive = 2e-3
@@ -117,6 +121,9 @@ class RLConfig:
     # Quantisation
     recipe: str = "rl"
     """Recipe of the linears: rl, w4a16 (weights only), bf16 (none) or any of nvfp4.convert."""
+    sampler_recipe: str | None = None
+    """Recipe of the sampler where it is to differ from the trainer, as a foreign inference engine would: then see
+    mismatch/* and correct with --objective-options correction=token_truncate; None: the sampler is the trainer."""
     keep_first: int | float = 0
     """Blocks at the start kept in high precision: a count, or if below 1 a share of them, rounded up."""
     keep_last: int | float = 0
@@ -133,8 +140,9 @@ class RLConfig:
     """Prompts of a step, over all processes."""
     group: Annotated[int, Field(ge=2, strict=True)] | None = None
     """Completions of each prompt; None: what the objective's authors use, else 8."""
-    max_new_tokens: Count = 16
-    """Longest completion in tokens, with its end-of-text token."""
+    max_new_tokens: Count | None = None
+    """Longest completion in tokens, with its end-of-text token; None: what the task's answers need, with --model at
+    least 64."""
     temperature: Positive | None = None
     """Temperature of sampling, and of all log-probabilities; None: what the objective's authors use, else 1."""
     top_k: CountOrZero = 0
@@ -264,21 +272,37 @@ def resolve(config: RLConfig) -> RLConfig:
     config = cast(Any, train_config.from_fields)(RLConfig, dataclasses.asdict(config), "config")
     if config.objective not in OBJECTIVES:
         raise TrainError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {config.objective!r}")
-    for name in (config.recipe, *config.recipes):
-        if name not in RL_RECIPES:
+    for name in (config.recipe, *config.recipes, config.sampler_recipe):
+        if name is not None and name not in RL_RECIPES:
             raise TrainError(f"recipe: expected one of {', '.join(RL_RECIPES)}, got {name!r}")
     _check_together(config)
-    kind = OBJECTIVES[config.objective]
+    kind, task = OBJECTIVES[config.objective], make_task(config)
     new = config.model is None
     left_open: dict[str, Any] = {
-        "warm_steps": 300 if new else 0,
+        "warm_steps": task.warm_steps if new else 0,
         "lr": 1e-4 if new else 1e-6,
         "group": kind.default_group or 8,
         "temperature": kind.default_temperature or 1.0,
-        "tokenizer": make_task(config).vocabulary if new else config.model,
+        "tokenizer": task.vocabulary if new else config.model,
     }
-    missing: dict[str, Any] = {name: value for name, value in left_open.items() if getattr(config, name) is None}
+    return _with_sizes(_filled(config, left_open), task)
+
+
+def _filled(config: RLConfig, values: dict[str, Any]) -> RLConfig:
+    missing: dict[str, Any] = {name: value for name, value in values.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
+
+
+def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
+    """With max_new_tokens and the context of a new model, as the task's problems need them."""
+    new = config.model is None
+    if config.max_new_tokens is not None and (config.context is not None or not new):
+        return config
+    assert config.tokenizer is not None
+    prompt, answer = sizes.lengths(task, Text(load_vocabulary(config.tokenizer), config.chat))
+    config = _filled(config, {"max_new_tokens": sizes.completion_tokens(answer, new)})
+    assert config.max_new_tokens is not None
+    return _filled(config, {"context": sizes.context_tokens(prompt, config.max_new_tokens)}) if new else config
 
 
 def make_task(config: RLConfig) -> Task:

@@ -28,6 +28,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """
     config = run.config
     assert config.temperature is not None
+    assert config.max_new_tokens is not None
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     problems = run.task.problems(config.eval_problems, _SEED, held_out=True)
     numbers = list(range(rank, len(problems), world))
@@ -64,7 +65,7 @@ def _drawn(run: Run, problems: list[Any], numbers: list[int], size: int, samplin
         rows = run.config.rollout_rows or _ROWS
         samples = rollout(run.model, prompts, numbers, size, sampling, run.stops, _SEED, rows)
     texts = completions(run, samples)
-    found = rewards(run, [problems[number] for number in numbers for _ in range(size)], texts, samples.truncated)
+    found, _ = rewards(run, [problems[number] for number in numbers for _ in range(size)], texts, samples.truncated)
     return {
         "reward": found.cpu().numpy().reshape(-1, size),
         "text": np.array(texts, dtype=object).reshape(-1, size),

@@ -21,6 +21,19 @@ class RLFolder(RunFolder):
         self.plot = self.root / "run.png"
         self.base = self.root / "base"
 
+    def claim(self, config: RLConfig) -> None:
+        """Before a warm start, which takes minutes and replaces base/: ``TrainError`` if the run could not begin then.
+
+        The folder is this process's from now on.
+        """
+        self.lock()
+        self.refuse_earlier(cast(Any, config))
+
+    def lock(self) -> None:
+        """As that of any run; a second call does nothing."""
+        if "_lock" not in vars(self):
+            super().lock()
+
     def clear(self) -> None:
         """Delete what a run has written, and nothing else; the warm start stays, a config of another makes another."""
         super().clear()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nvfp4.rl.tasks.registry import load_task
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.tokens import Vocabulary, load_vocabulary
 from nvfp4.rng import check_seed, philox
 from nvfp4.train.errors import TrainError
+from nvfp4.train.files import write_json
+from nvfp4.train.model import load_model
 
 DIMENSIONS = 1024
 SIGNS = 5  # a stream of Philox, after those of the quantisers and the one that orders documents
@@ -25,39 +28,72 @@ _CHUNK = 2**13  # parameters projected at a time: 32 MiB of signs
 _HELD = 2**28  # bytes of gradients held between two projections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GVendiConfig:
-    """Measure the diversity of problems as a model sees them.
-
-    model: folder of a causal LM. tasks: names, files or classes, as ``load_task`` takes them; the problems of all of
-    them are measured together. vocabulary: "symbols", "bytes" or the folder of a tokenizer; by default the model's own.
-    """
+    """Measure how diverse the problems of tasks are, as a model sees them: before a day of training on them."""
 
     model: str
+    """Folder of a local Hugging Face causal LM, e.g. the export/ or base/ of a run."""
     tasks: tuple[str, ...]
+    """Names, .jsonl files or classes, as --task of nvfp4 rl takes them; each is measured, and all together."""
     count: int = 128
+    """Problems of each task."""
     seed: int = 0
+    """Seed of the problems and of the projection."""
     dimensions: int = DIMENSIONS
+    """Of the projected gradients, a multiple of 128."""
     vocabulary: str | None = None
+    """symbols, bytes, or the folder of a tokenizer; None: the model's own."""
+    out: str | None = None
+    """Keep the figures in this JSON file."""
 
 
-def measure(config: GVendiConfig) -> float:
-    """G-Vendi of ``count`` problems of each task; ``TrainError`` for what does not load."""
-    from transformers import AutoModelForCausalLM
+def measure(config: GVendiConfig) -> dict[str, float]:
+    """G-Vendi of ``count`` problems of each task, by name, and of all together ("all", if there are several).
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise TrainError(f"model: {config.model} does not load: {str(error).splitlines()[0]}") from error
+    ``TrainError`` for what does not load, and for tasks without answers: their gradients would say nothing.
+    """
+    if not config.tasks or config.count < 1:
+        raise TrainError(f"tasks, count: expected at least one of each, got {config.tasks} and {config.count}")
+    model = load_model(config.model)
     vocabulary = load_vocabulary(config.vocabulary or config.model)
-    examples = []
-    for name in config.tasks:
-        task = load_task(name)
-        for problem in task.problems(config.count, config.seed):
-            answer = [*vocabulary.encode(problem.answer), vocabulary.eos_id]
-            examples.append((vocabulary.encode(problem.prompt), answer))
+    features = {}
+    for name in dict.fromkeys(config.tasks):
+        examples = _examples(name, config, vocabulary)
+        try:
+            found = gradient_features(model, examples, seed=config.seed, dimensions=config.dimensions)
+            g_vendi(found)
+        except ValueError as error:
+            raise TrainError(f"task {name}: {error}") from error
+        features[name] = found
+    values = {name: g_vendi(rows) for name, rows in features.items()}
+    return values if len(values) == 1 else {**values, "all": g_vendi(torch.cat(list(features.values())))}
+
+
+def report(config: GVendiConfig) -> dict[str, float]:
+    """Measure, print a line for each figure, keep them if ``out`` is given; returns what ``measure`` does."""
+    values = measure(config)
+    for name, value in values.items():
+        count = config.count * (len(values) - 1 if name == "all" else 1)
+        print(f"G-Vendi {value:8.2f} of at most {min(count, config.dimensions)}   {name}")
+    if config.out is not None:
+        fields = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(config).items()}
+        write_json(Path(config.out), {"g_vendi": values, "config": fields})
+    return values
+
+
+def _examples(name: str, config: GVendiConfig, vocabulary: Vocabulary) -> list[tuple[list[int], list[int]]]:
+    task = load_task(name)
+    try:
+        problems = task.problems(config.count, config.seed)
+        bare = next((problem for problem in problems if not problem.answer), None)
+        if bare is not None:
+            raise TrainError(f"task {name}: the problem {bare.prompt[:40]!r} has no answer to take a gradient of")
+        return [(vocabulary.encode(p.prompt), [*vocabulary.encode(p.answer), vocabulary.eos_id]) for p in problems]
+    except ValueError as error:
+        raise TrainError(f"task {name}: {error}") from error
+    finally:
         task.close()
-    return g_vendi(gradient_features(model, examples, seed=config.seed, dimensions=config.dimensions))
 
 
 def gradient_features(

@@ -145,14 +145,17 @@ class Loop:
         return dict(row)
 
     def _show(self, collected: Collected) -> None:
-        """The first completions of the step, for people."""
+        """The first completions of the step, and the first for each reason why a reward failed, for people."""
         if self.texts is None:
             return
-        samples = collected.samples
-        for i in range(min(self.config.log_completions, len(samples))):
+        samples, reasons = collected.samples, collected.reasons
+        first = {reason: i for i, reason in reversed(list(enumerate(reasons))) if reason is not None}
+        count = min(self.config.log_completions, len(samples))
+        for i in sorted({*range(count), *(first.values() if count else ())}):
             problem = collected.problems[i]
             row = {"prompt": problem.prompt, "answer": problem.answer, "completion": collected.texts[i]}
-            self.texts.write({"step": self.step, **row, "reward": _finite(float(samples.rewards[i]))})
+            row |= {"reward": _finite(float(samples.rewards[i]))} | ({"reason": reasons[i]} if reasons[i] else {})
+            self.texts.write({"step": self.step, **row})
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)

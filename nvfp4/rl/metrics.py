@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from nvfp4.rl.meter import mismatch
 from nvfp4.rl.samples import Samples
 from nvfp4.rl.setup import Run
 from nvfp4.train.log import Row
+
+REASONS = 5
+"""Of failed rewards, written for each step."""
 
 
 def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
@@ -26,6 +30,7 @@ def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
         "reward": float(rewards.mean()),
         "reward_std": float(_group_std(rewards, data["groups"]).mean()),
         **_rewards_by_function(run, data),
+        **_failures(run, collected.failures),
         "frac_reward_zero_std": collected.zero_std,
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -77,6 +82,14 @@ def _rewards_by_function(run: Run, data: dict[str, torch.Tensor]) -> Row:
     for name, values in functions.items():
         row |= {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": float(values.std())}
     return row
+
+
+def _failures(run: Run, mine: Counter[str]) -> Row:
+    """How many rewards failed in the step, and the most frequent reasons; nothing for a task that cannot fail."""
+    parts = [mine] if run.accelerator.num_processes == 1 else gather_object([mine])
+    every: Counter[str] = sum(parts, Counter())
+    row: Row = {"rewards/failed": every.total()}
+    return {**row, "rewards/failures": dict(every.most_common(REASONS))} if every else row
 
 
 def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

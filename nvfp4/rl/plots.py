@@ -26,8 +26,10 @@ def draw_run(rows: list[Row], result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 6.4), dpi=130, layout="constrained")
     axes = figure.subplots(2, 3)
     x = np.array([row["step"] for row in steps])
-    _band(axes[0, 0], x, _column(steps, "reward"), _column(steps, "reward_std"))
-    _finish(axes[0, 0], "reward (band: standard deviation in a group)")
+    axes[0, 0].plot(x, _column(steps, "reward"), color="#BBBBBB", linewidth=0.7)
+    axes[0, 0].plot(x, smooth(_column(steps, "reward")), color=COLOURS[0], linewidth=1.6, label="mean, smoothed")
+    _lines(axes[0, 0], x, steps, {"reward_std": "standard deviation in a group"}, first=1)
+    _finish(axes[0, 0], "reward")
     passes(axes[0, 1], [("before", result["before"], BASE_COLOUR), ("after", result["after"], COLOURS[0])])
     _lines(axes[0, 2], x, steps, {"entropy": "entropy", "kl": "KL to the reference"})
     _finish(axes[0, 2], "entropy of a token, nats")
@@ -38,7 +40,12 @@ def draw_run(rows: list[Row], result: dict[str, Any], path: Path) -> None:
     _finish(axes[1, 1], "length of a completion, tokens")
     _lines(axes[1, 2], x, steps, {"fp4/codes_changed": "FP4 codes that the step changed"}, scale=100)
     _lines(axes[1, 2], x, steps, {"frac_reward_zero_std": "groups of equal rewards"}, scale=100, first=1)
-    axes[1, 2].set_yscale("log")
+    if any(row.get("rewards/failed") for row in steps):
+        failed = [{"failed": row["rewards/failed"] / row["samples_drawn"]} for row in steps]
+        _lines(axes[1, 2], x, failed, {"failed": "rewards that failed"}, scale=100, first=2)
+    axes[1, 2].set_yscale("symlog", linthresh=1)  # zeros are common, and a share of codes may be a thousandth
+    axes[1, 2].set_ylim(bottom=0)
+    axes[1, 2].yaxis.set_major_formatter("{x:g}")
     _finish(axes[1, 2], "shares, %")
     title = f"{result['task']}: {result['objective']} in {result['recipe']}, seed {result['seed']}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -119,7 +126,7 @@ def mismatches(axes: Axes, lines: list[tuple[str, np.ndarray, np.ndarray, str]])
     ticks = [FLOOR, 1e-7, 1e-5, 1e-3, 1e-1]
     axes.set_yticks(ticks, ["exactly 0", *(f"$10^{{{int(np.log10(tick))}}}$" for tick in ticks[1:])])
     total = sum(len(x) for _, x, _, _ in lines)
-    _finish(axes, f"sampler against trainer, largest gap, nats ({zeros} of {total} exactly 0)")
+    _finish(axes, f"sampler - trainer, nats ({zeros} of {total} steps exactly 0)")
 
 
 def _mark_ablation(axes: Axes, ablation: list[dict[str, Any]]) -> None:
@@ -144,12 +151,6 @@ def _colours(groups: dict[str, Any]) -> dict[str, str]:
 
 def _column(rows: list[Row], key: str) -> np.ndarray:
     return np.array([row.get(key) for row in rows], dtype=np.float64)  # None becomes NaN
-
-
-def _band(axes: Axes, x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    axes.fill_between(x, mean - std, mean + std, color=COLOURS[0], alpha=0.15, linewidth=0)
-    axes.plot(x, mean, color="#BBBBBB", linewidth=0.7)
-    axes.plot(x, smooth(mean), color=COLOURS[0], linewidth=1.6)
 
 
 def _lines(axes: Axes, x: np.ndarray, rows: list[Row], names: dict[str, str], scale: float = 1, first: int = 0) -> None:

@@ -41,6 +41,8 @@ def line(row: Row, steps: int, eta: str) -> str:
     parts.append(f"{rate(row['tokens_per_s'])} tok/s")
     if "eval/pass@1" in row:
         parts.append(f"held-out pass@1 {row['eval/pass@1']:.3f}")
+    if row["rewards/failed"]:
+        parts.append(f"{row['rewards/failed']} rewards failed: {next(iter(row['rewards/failures']))}")
     parts.append("SKIPPED: not finite" if row["skipped"] else f"eta {eta}")
     return "  ".join(parts)
 

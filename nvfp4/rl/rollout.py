@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from nvfp4.rl.samples import Samples
 from nvfp4.rl.score import log_probabilities, positions
 from nvfp4.rng import ELEMENT_STREAM, philox
+from nvfp4.train.errors import TrainError
 
 _PLACE_BITS = 24  # of a counter, for the place of a token; the others are the number of the sample
 _SPARSE = 0.75  # below this share of unfinished rows the others leave the batch: a copy of the cache, then less work
@@ -66,6 +67,7 @@ def rollout(
     # prompts of like length together: little padding within a batch, none where there are enough of each
     order = sorted(range(len(flat)), key=lambda i: len(prompts[flat[i]]))
     width, length = max(map(len, prompts)), sampling.max_new_tokens
+    check_fits(model, width + length)
     device = model.device
     ids = torch.full((len(flat), width + length), stops.pad, device=device)
     attention = torch.zeros(ids.shape, dtype=torch.bool, device=device)
@@ -96,6 +98,16 @@ def rollout(
         sampler_logprobs=logprobs[:, : longest - width],
         max_new_tokens=length,
     )
+
+
+def check_fits(model: Any, tokens: int) -> None:
+    """``TrainError`` if a sequence of so many tokens is longer than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise TrainError(
+            f"context: a prompt and its completion may have {tokens} tokens, the model takes at most {context}; lower "
+            f"--max-new-tokens, leave out long problems, or give a new model a larger --context"
+        )
 
 
 def uniforms(seed: int, numbers: torch.Tensor, place: int) -> torch.Tensor:

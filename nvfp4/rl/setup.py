@@ -40,8 +40,9 @@ from nvfp4.train.optim import adamw
 class Run:
     """The objects of one run in one process. Only models, optimiser, objective and the log change while it trains.
 
-    model: the policy, which samples and is scored. forward: the same one, wrapped to average gradients over processes.
-    reference: a frozen copy from the beginning, or from the last reset, if it is needed.
+    model: the policy, which is scored. forward: the same one, wrapped to average gradients over processes. sampler: the
+    same one too, or another model on the same weights, in a recipe of its own. reference: a frozen copy from the
+    beginning, or from the last reset, if it is needed.
     """
 
     config: RLConfig
@@ -53,6 +54,7 @@ class Run:
     text: Text
     stops: Stops
     model: PreTrainedModel
+    sampler: PreTrainedModel
     forward: Any
     reference: PreTrainedModel | None
     optimizer: torch.optim.AdamW
@@ -61,6 +63,7 @@ class Run:
         """How the next completions are drawn in training; the objective may have a say."""
         config, objective = self.config, self.objective
         assert config.temperature is not None
+        assert config.max_new_tokens is not None
         length = objective.max_new_tokens(config.max_new_tokens)
         return Sampling(length, objective.temperature(config.temperature), config.top_k, config.top_p)
 
@@ -88,6 +91,9 @@ def prepare(config: RLConfig) -> Run:
     if accelerator.num_processes > 1:
         objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"))
     folder = RLFolder(config.out)
+    _check_problems(task)
+    if accelerator.is_main_process:
+        folder.claim(config)
     assert config.tokenizer is not None
     text = Text(load_vocabulary(config.tokenizer), config.chat)
     shared = training_fields(config)
@@ -99,14 +105,36 @@ def prepare(config: RLConfig) -> Run:
     model = build_model(shared, text).eval()  # without dropout: the sampler has none
     _set_attention(model, config, accelerator)
     model.to(accelerator.device)
-    _convert(model, config, accelerator.is_main_process)
+    sampler = model
+    if config.sampler_recipe is not None:
+        sampler = on_the_same_weights(model)
+        _convert(sampler, config, config.sampler_recipe, accelerator.is_main_process)
+    _convert(model, config, config.recipe, accelerator.is_main_process)
     reference = None
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)
     forward = accelerator.prepare(model)
     optimizer = adamw(model, shared)
     stops = text.stops(model)
-    return Run(config, accelerator, report, folder, task, objective, text, stops, model, forward, reference, optimizer)
+    return Run(
+        *(config, accelerator, report, folder, task, objective, text, stops),
+        *(model, sampler, forward, reference, optimizer),
+    )
+
+
+def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of the same class whose parameters are those of ``model``, not copies of them."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared)  # what the memo already holds is not copied
+
+
+def _check_problems(task: Task) -> None:
+    """``TrainError`` now, not after a warm start, if training or evaluation would have no problems."""
+    try:
+        for held_out in (False, True):
+            task.problems(1, 0, held_out=held_out)
+    except ValueError as error:
+        raise TrainError(f"{error}; an eighth of the problems, by hash, is held out") from error
 
 
 def from_base(config: RLConfig, folder: Path) -> RLConfig:
@@ -154,14 +182,14 @@ def _set_attention(model: PreTrainedModel, config: RLConfig, accelerator: Accele
         model.set_attn_implementation(register())
 
 
-def _convert(model: PreTrainedModel, config: RLConfig, main: bool) -> None:
-    quantized = config.recipe != "bf16"
+def _convert(model: PreTrainedModel, config: RLConfig, recipe: str, main: bool) -> None:
+    quantized = recipe != "bf16"
     with warnings.catch_warnings():
         warnings.simplefilter("default" if quantized and main else "ignore", ConvertWarning)
         try:
             convert(
                 model,
-                RL_RECIPES[config.recipe],
+                RL_RECIPES[recipe],
                 seed=config.seed,
                 include=config.include or None,
                 exclude=config.exclude or None,
@@ -172,4 +200,4 @@ def _convert(model: PreTrainedModel, config: RLConfig, main: bool) -> None:
                 verbose=main,
             )
         except (ValueError, BackendUnavailable) as error:
-            raise TrainError(f"recipe {config.recipe}: {error}") from error
+            raise TrainError(f"recipe {recipe}: {error}") from error

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from nvfp4.rl.batches import demonstrations
 from nvfp4.rl.config import RLConfig, make_task, training_fields
+from nvfp4.rl.rollout import check_fits
 from nvfp4.rl.samples import Samples
 from nvfp4.rl.score import score
 from nvfp4.rl.tasks.base import Task
@@ -57,6 +58,7 @@ def warm_start(config: RLConfig, folder: Path, report: Reporter) -> Path:
     loss = torch.zeros(())
     for step in range(config.warm_steps):
         batch = demonstrated(task, text, config.warm_batch, config.warm_noise, fold_in(config.seed, _STREAM, step))
+        check_fits(model, batch.ids.shape[1])
         loss = supervised_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -67,12 +67,7 @@ class RunFolder:
         self.lock()
         if config.overwrite:
             self.clear()
-        present = [p.name for p in (self.config, self.log, self.checkpoints, self.result) if p.exists()]
-        if present and not config.resume and config.resume_from is None:
-            raise TrainError(
-                f"out: {self.root} holds an earlier run ({', '.join(present)}); give --resume to go on with it, "
-                f"--overwrite to delete it, or another --out"
-            )
+        self.refuse_earlier(config)
         found, notes = self._find(config)
         if found is not None:
             _check_fits(found[1], config, corpus_sha256)
@@ -80,6 +75,15 @@ class RunFolder:
         self.result.unlink(missing_ok=True)
         log.cut(self.log, -1 if found is None else found[1].state["step"])
         return found, notes
+
+    def refuse_earlier(self, config: PretrainConfig) -> None:
+        """``TrainError`` if another run's files are in the way of this config."""
+        present = [p.name for p in (self.config, self.log, self.checkpoints, self.result) if p.exists()]
+        if present and not (config.overwrite or config.resume or config.resume_from is not None):
+            raise TrainError(
+                f"out: {self.root} holds an earlier run ({', '.join(present)}); give --resume to go on with it, "
+                f"--overwrite to delete it, or another --out"
+            )
 
     def _find(self, config: PretrainConfig) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
         if config.resume_from is not None:

@@ -30,7 +30,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = _load(config.model) if config.model is not None else _new(config, tokenizer)
+        model = load_model(config.model) if config.model is not None else _new(config, tokenizer)
     text = model.config.get_text_config()
     if text.vocab_size < tokenizer.vocab_size:
         raise TrainError(
@@ -133,7 +133,8 @@ def _new(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def _load(path: str) -> PreTrainedModel:
+def load_model(path: str) -> PreTrainedModel:
+    """The causal LM in a local folder, float32, on the CPU; ``TrainError`` if it does not load."""
     if not Path(path).is_dir():
         raise TrainError(f"model: expected the folder of a local Hugging Face causal LM, got {path!r}")
     try:

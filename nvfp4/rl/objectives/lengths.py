@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 
 def overlong_penalty(lengths: torch.Tensor, limit: int, share: float) -> torch.Tensor:
-    """DAPO's soft punishment (arXiv 2503.14476), float32 [S] in [-1, 0]: 0 up to (1 - share) * limit tokens, from there
-    linear to -1 at limit, -1 beyond. share: in (0, 1]; the paper's 4096 of 20480 tokens are 0.2."""
-    cache = share * limit
+    """DAPO's soft punishment (arXiv 2503.14476), float32 [S] in [-1, 0]: 0 up to limit - cache tokens, from there
+    linear to -1 at limit, -1 beyond. cache: share * limit in whole tokens, rounded down, since a limit with hardly any
+    room to spare is not to punish right answers; no penalty below one token. The paper's 4096 of 20480 are 0.2."""
+    cache = math.floor(share * limit + 1e-9)  # 0.29 * 100 is 28.999...
+    if not cache:
+        return torch.zeros(lengths.shape, device=lengths.device)
     return ((limit - cache - lengths.double()) / cache).clamp(-1.0, 0.0).float()
 
 

@@ -40,6 +40,9 @@ class Task(ABC):
     vocabulary: ClassVar[str] = "bytes"
     """The smallest vocabulary of ``nvfp4.rl.tokens`` that can spell every prompt and answer."""
 
+    warm_steps: ClassVar[int] = 300
+    """Supervised updates with which a new model learns the form of the answers, where the config leaves them open."""
+
     @abstractmethod
     def problem(self, rng: np.random.Generator) -> Problem:
         """One problem, determined by the generator alone."""
