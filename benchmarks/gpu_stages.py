@@ -27,7 +27,6 @@ from nvfp4.bench.cases import QUANTISERS, Shape
 from nvfp4.bench.layers import layer_for, saved_bytes
 from nvfp4.bench.timing import copier, interleaved
 from nvfp4.ops import matmul, quantize_both, quantize_with
-from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.weights import invalidate
 
@@ -173,7 +172,7 @@ def gemm(job: Job) -> None:
         qa, qb = (quantize_with(x, quantizer, quantizer.check()) for x in (a, b))
         runs: dict[str, Run] = {"bf16": lambda a=a, b=b: a @ b.t()}
         runs |= {"auto": lambda qa=qa, qb=qb: matmul(qa, qb, torch.bfloat16)}
-        runs |= {"decode, then BF16": lambda qa=qa, qb=qb: _decoded_product(BACKENDS["triton"], qa, qb, job.dry)}
+        runs |= {"decode, then BF16": lambda qa=qa, qb=qb: BACKENDS["triton"].matmul_decoded(qa, qb, torch.bfloat16)}
         tiles = fp4.TILES[kind][-1:] if job.dry else fp4.TILES[kind]
         for tile in tiles:
             label = f"{kind} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
@@ -181,13 +180,6 @@ def gemm(job: Job) -> None:
         ms = medians(job, runs, 1.0)
         for what, value in ms.items():
             job.add(size=n, gemm=what, ms=value, TFLOPs=2 * n**3 / value / 1e9, **{"x bf16": value / ms["bf16"]})
-
-
-def _decoded_product(backend: Any, a: QTensor, b: QTensor, dry: bool) -> torch.Tensor:
-    """decode(a) decode(b)^T by torch: exact operands in BF16, float32 sums, both global scales, one cast."""
-    left, right = backend.decode_blocks(a), backend.decode_blocks(b).t()
-    y = left.float() @ right.float() if dry else torch.mm(left, right, out_dtype=torch.float32)
-    return y.mul_(a.global_scale.view(-1, 1)).mul_(b.global_scale).to(torch.bfloat16)
 
 
 def linear(job: Job) -> None:

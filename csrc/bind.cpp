@@ -93,13 +93,14 @@ struct Options {
 };
 
 QuantizeArgs quantize_args(const Source& source, const Options& options, int64_t padded_columns, uintptr_t codes,
-                           uintptr_t block_scale, uintptr_t global_scale, uintptr_t scratch, int threads) {
+                           uintptr_t block_scale, uintptr_t global_scale, uintptr_t scratch, uintptr_t amax, int threads) {
     const int unit = options.group ? options.group : kBlock;
     require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2, "unknown rule or metric");
     require(unit % 16 == 0 && unit <= 128 && options.rounds >= 1 && options.rounds <= 3, "bad rotation");
     require(padded_columns == (source.columns + unit - 1) / unit * unit, "padded_columns does not fit the source");
     require(codes && block_scale && global_scale && threads > 0, "missing output");
     require(options.rule != 5 || (scratch && !options.tiles && !options.row_scaled), "ms_eden needs scratch and 1x16 blocks");
+    require(!amax || (options.rule != 5 && !options.group), "an amax of rotated values cannot be given");
     QuantizeArgs args{};
     args.source = source;
     args.turn = {options.group, options.rounds, options.sign_seed, options.fixed};
@@ -114,6 +115,7 @@ QuantizeArgs quantize_args(const Source& source, const Options& options, int64_t
     args.block_scale = reinterpret_cast<uint8_t*>(block_scale);
     args.global_scale = reinterpret_cast<float*>(global_scale);
     args.scratch = reinterpret_cast<float*>(scratch);
+    args.amax = reinterpret_cast<const float*>(amax);
     args.threads = threads;
     return args;
 }

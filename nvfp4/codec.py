@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4.constants import constant
 from nvfp4.formats import E2M1, E4M3
+
+_E2M1_VALUES = (*E2M1.grid, *(-value for value in E2M1.grid))
+_E4M3_VALUES = (*E4M3.grid, float("nan"))
+"""By code."""
 
 
 def e2m1_encode(values: torch.Tensor) -> torch.Tensor:
@@ -20,8 +25,7 @@ def e2m1_encode(values: torch.Tensor) -> torch.Tensor:
 
 def e2m1_decode(codes: torch.Tensor) -> torch.Tensor:
     """Float32 values of codes 0..15 (integers of any shape); code 8 is -0."""
-    table = torch.tensor([*E2M1.grid, *(-value for value in E2M1.grid)], dtype=torch.float32, device=codes.device)
-    return table[codes.to(torch.int32)]
+    return constant(_E2M1_VALUES, codes.device)[codes.to(torch.int32)]
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -49,5 +53,4 @@ def e4m3_encode(values: torch.Tensor) -> torch.Tensor:
 
 def e4m3_decode(codes: torch.Tensor) -> torch.Tensor:
     """Float32 values of E4M3 bytes 0..126 (uint8 of any shape); 127 is NaN. The sign bit is not used by NVFP4."""
-    table = torch.tensor([*E4M3.grid, float("nan")], dtype=torch.float32, device=codes.device)
-    return table[codes.to(torch.int32)]
+    return constant(_E4M3_VALUES, codes.device)[codes.to(torch.int32)]

@@ -71,7 +71,7 @@ def _fprop(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y, and of every expert with tokens the codes that its backward needs, flattened, equally many of each."""
     call = state.call()
-    kept = state.operands(weight, None, call) if state.recipe.fprop.right.quantized else None
+    kept = state.operands(weight, call) if state.recipe.fprop.right.quantized else None
     left: list[QTensor] = []
     right: list[QTensor] = []
     saved: list[torch.Tensor] = []

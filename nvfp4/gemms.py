@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from nvfp4.deferred import Deferred
 from nvfp4.hadamard import Rotation
 from nvfp4.noise import LEFT, RIGHT, DeviceWords, Words, signed
-from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, without_autocast
+from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, transpose, without_autocast
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.recipes import Gemm, Operand, Recipe
@@ -171,7 +171,7 @@ def backward_operands(
 def _dgrad_operand(call: Call, saved: Saved) -> QTensor:
     """w^T [K, N], contracted along N."""
     if call.recipe.dgrad.right.source == "codes":
-        return cast(QTensor, saved).transpose()
+        return transpose(cast(QTensor, saved), backend=call.backend)
     return call.operand(saved if isinstance(saved, QTensor) else cast(torch.Tensor, saved).t(), "dgrad", RIGHT)
 
 
@@ -180,7 +180,7 @@ def _wgrad_operand(call: Call, saved: Saved) -> QTensor:
     q, source = cast(QTensor, saved), call.recipe.wgrad.right.source
     if source == "decoded":
         return call.operand(q, "wgrad", RIGHT)
-    return q.transpose() if source == "codes" else q
+    return transpose(q, backend=call.backend) if source == "codes" else q
 
 
 def _dy_operands(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nvfp4.constants import constant
 from nvfp4.rng import SIGN_STREAM, DeviceSeed, Seed, check_seed, philox
 
 GROUPS = (16, 32, 64, 128)
@@ -55,7 +56,7 @@ class Rotation:
         """The inverse rotation of float32 y [..., K]: exact but for float32 rounding (and BF16 rounding when fixed)."""
         groups = _split(y, self.group)
         if self.fixed:
-            signs = torch.tensor(NVIDIA_SIGNS, dtype=torch.float32, device=y.device)
+            signs = constant(NVIDIA_SIGNS, y.device)
             return ((fwht(groups) * 0.25) * signs).reshape(y.shape)
         for i in reversed(range(self.rounds)):
             signs = rotation_signs(self._seed(), i, self.group, y.device)
@@ -116,7 +117,7 @@ def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
 
     x: [..., K], K a multiple of 16. Returns float32 that holds BF16 values.
     """
-    signs = torch.tensor(NVIDIA_SIGNS, dtype=torch.float32, device=x.device)
+    signs = constant(NVIDIA_SIGNS, x.device)
     groups = _split(x.to(torch.bfloat16).to(torch.float32), 16) * signs
     return (fwht(groups) * 0.25).to(torch.bfloat16).to(torch.float32).reshape(x.shape)
 

@@ -26,7 +26,8 @@ from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
 from nvfp4.qtensor import QTensor
 from nvfp4.recipes import Recipe
 from nvfp4.sharding import GatheredWeight, Shards
-from nvfp4.shared_amax import SharedAmax
+from nvfp4.shared_amax import Contents, SharedAmax
+from nvfp4.streams import Done
 
 
 @dataclass
@@ -40,7 +41,9 @@ class LinearState:
     full_recipe: Recipe | None = None  # the one to come back to, while forward_precision keeps the forward in BF16
     keeps_weight: bool = field(default=False, repr=False, compare=False)
     renews_weight: bool = field(default=False, repr=False, compare=False)  # codes stay where they lie: see ``renew``
-    weight_codes: tuple[tuple[Any, ...], tuple[QTensor, ...]] | None = field(default=None, repr=False, compare=False)
+    weight_codes: tuple[tuple[Any, ...], tuple[QTensor, ...], Done] | None = field(
+        default=None, repr=False, compare=False
+    )
     shards: Shards | None = field(default=None, repr=False, compare=False)
     shared: SharedAmax | None = field(default=None, repr=False, compare=False)
 
@@ -82,49 +85,53 @@ class LinearState:
                 f"x is on {x.device}, but the noise of this layer was put on {noise.words.device} by "
                 f"nvfp4.capturable(model): call it again, now that the model has moved"
             )
-        w_amax = self.shared.amax(self.backend) if quantized and self.shared is not None else None
+        shared = self.shared if quantized else None
+        among = () if shared is None else shared.contents()
         if _as_operator(x):
             _check_whole(self.shards)
+            w_amax = None if shared is None else shared.amax(among)
             key, backend = self.key, self.backend
             return layer_ops.fprop(
                 x, weight, bias, noise.words, key, backend, dtype, list(needs), w_amax, noise.capturable
             )
         call = self.call()
-        kept = self.operands(weight, w_amax, call) if quantized else None
+        kept = self.operands(weight, call, among) if quantized else None
+        w_amax = shared.amax(among) if shared is not None and kept is None else None
         y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_amax, None if kept is None else kept[0])
         return [y, *flatten(saved_w), *flatten(saved_x)]
 
-    def operands(self, weight: torch.Tensor, amax: torch.Tensor | None, call: Call) -> tuple[QTensor, ...] | None:
+    def operands(self, weight: torch.Tensor, call: Call, among: Contents = ()) -> tuple[QTensor, ...] | None:
         """The weight as fprop's operands, quantised once for as long as it stays the same; None: not to be kept.
 
         Where the backend can fingerprint memory, it is the bytes themselves that are compared: version counters miss
         fused optimizers, writes through ``.data`` and custom kernels. Elsewhere codes are kept inside ``fixed_weights``
         only. Stochastic operands are never kept, nor anything under torch.distributed, where memory may be sharded.
         A CUDA graph takes codes that ``after_step`` renews where they lie; others would be freed or grow old under it,
-        and its own hold nothing before a replay.
+        and its own hold nothing before a replay. among: ``SharedAmax.contents``, if the weight is scaled by others too.
         """
         if isinstance(weight, GatheredWeight):
             return (weight.codes,)
         if self.recipe.fprop.right.noiseless is None or (dist.is_available() and dist.is_initialized()):
             return None
-        key = self._weight_key(weight)
-        if key is None or (amax is not None and capturing()):  # amax could not be read
+        key = self._weight_key(weight, among)
+        if key is None:
             return None
-        key = (*key, None if amax is None else amax.item())
         kept = self.weight_codes  # read once: another thread may end ``fixed_weights``
         if capturing():
             return kept[1] if self.renews_weight and kept is not None and kept[0] == key else None
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
-                kept = self.weight_codes = (key, self.made(weight, amax, call))
+                amax = None if self.shared is None else self.shared.amax(among)
+                kept = self.weight_codes = (key, self.made(weight, amax, call), Done(weight.device))
+        kept[2].before_reading(tensor for q in kept[1] for tensor in q.tensors)
         return kept[1]
 
-    def _weight_key(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
-        """What the weight's codes are kept under, or None if there is no telling whether it changed."""
+    def _weight_key(self, weight: torch.Tensor, among: Contents) -> tuple[Any, ...] | None:
+        """What the weight's codes are kept under, or None if there is no telling whether they would change."""
         content = self.content(weight)
-        return (
-            None if content is None else (*content, weight.dtype, weight.shape, weight.device, self.key, self.backend)
-        )
+        if content is None or any(other is None for other in among):
+            return None
+        return (*content, weight.dtype, weight.shape, weight.device, self.key, self.backend, among)
 
     def content(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
         """What changes when the weight does: its bytes or, inside ``fixed_weights``, version and place; None if
@@ -148,10 +155,8 @@ class LinearState:
         told so by autograd, as it would be of the weight itself.
         """
         old, self.weight_codes = self.weight_codes, None
-        w_amax = (
-            self.shared.amax(self.backend) if self.recipe.fprop.right.quantized and self.shared is not None else None
-        )
-        new = self.operands(weight, w_amax, self.call()) if self.recipe.fprop.right.quantized else None
+        among = () if self.shared is None else self.shared.contents()
+        new = self.operands(weight, self.call(), among) if self.recipe.fprop.right.quantized else None
         if new is None or old is None or [q.record for q in old[1]] != [q.record for q in new]:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -159,7 +164,7 @@ class LinearState:
                 for target, source in zip(kept.tensors, made.tensors, strict=True):
                     target.copy_(source)
         assert self.weight_codes is not None
-        self.weight_codes = (self.weight_codes[0], old[1])
+        self.weight_codes = (self.weight_codes[0], old[1], Done(weight.device))
 
 
 def _check_whole(shards: Shards | None) -> None:

@@ -48,9 +48,18 @@ def quantize(
 
 
 def quantize_with(
-    x: torch.Tensor, quantizer: Quantizer, options: Options, *, axis: int = -1, backend: str = AUTO
+    x: torch.Tensor,
+    quantizer: Quantizer,
+    options: Options,
+    *,
+    axis: int = -1,
+    backend: str = AUTO,
+    amax: torch.Tensor | None = None,
 ) -> QTensor:
-    """``quantize`` with the quantiser and its options already looked up and checked."""
+    """``quantize`` with the quantiser and its options already looked up and checked.
+
+    amax: of a larger tensor that x is a part of, to be scaled by; see ``Backend.quantize_with_amax``.
+    """
     x = _checked_input(x)
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got {axis}")
@@ -58,7 +67,11 @@ def quantize_with(
     moved = x if axis == -1 else x.movedim(axis, -1)
     matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
     with unseen():
-        q = select(backend, "quantize", x.device, quantizer, options).quantize(matrix, quantizer, options)
+        chosen = select(backend, "quantize", x.device, quantizer, options)
+        if amax is None:
+            q = chosen.quantize(matrix, quantizer, options)
+        else:
+            q = chosen.quantize_with_amax(matrix, quantizer, options, amax)
     return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation)
 
 
@@ -119,6 +132,12 @@ def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backe
         raise ValueError(f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}")
     with unseen():
         return select(backend, "quantize", q.device, quantizer, options).requantize(q, quantizer, options)
+
+
+def transpose(q: QTensor, *, backend: str = AUTO) -> QTensor:
+    """The same codes and tile scales with rows and contraction exchanged; see ``QTensor.transpose``."""
+    with unseen():
+        return select(backend, "transpose", q.device).transpose(q)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> torch.Tensor:

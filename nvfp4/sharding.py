@@ -7,15 +7,13 @@ tiles: the rows too). So an all-reduce of one number gives every part the codes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from nvfp4.backends.registry import AUTO
-from nvfp4.formats import NVFP4
 from nvfp4.ops import dequantize, is_dtensor, quantize_with
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
@@ -38,31 +36,20 @@ def quantize_with_amax(
         raise ValueError(f"codes of {quantizer.name} under {options} are not a function of x and amax")
     if x.numel() == 0:
         return quantize_with(x, quantizer, options, backend=backend)
-    # A block beyond x's own holds amax while x is quantised, and is then dropped; it costs a copy of x.
-    rows, columns = x.shape
-    if options.row_scaled:
-        larger = F.pad(x, (0, -columns % NVFP4.block_size + NVFP4.block_size))
-        larger[:, -NVFP4.block_size] = amax
-    else:
-        larger = F.pad(x, (0, 0, 0, -rows % options.block[0] + 1))
-        larger[-1, 0] = amax[0]
-    q = quantize_with(larger, quantizer, options, backend=backend)
-    blocks = -(-columns // NVFP4.block_size)
-    return replace(
-        q,
-        codes=q.codes[:rows, : blocks * NVFP4.block_size // 2].contiguous(),
-        block_scale=q.block_scale[: -(-rows // options.block[0]), :blocks].contiguous(),
-        shape=(rows, columns),
-    )
+    return quantize_with(x, quantizer, options, backend=backend, amax=amax)
+
+
+def magnitude(x: torch.Tensor, row_scaled: bool = False) -> torch.Tensor:
+    """Largest magnitude of x [M, K], or of each row: float32 [1], or [M]; 0 of nothing; no copy of x is made."""
+    if x.numel() == 0:
+        return torch.zeros(x.shape[0] if row_scaled else 1, dtype=torch.float32, device=x.device)
+    low, high = x.aminmax(dim=1) if row_scaled else x.aminmax()
+    return torch.maximum(low.abs(), high.abs()).to(torch.float32).view(-1)
 
 
 def shared_amax(x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = False) -> torch.Tensor:
     """Largest magnitude over the parts x [M, K] of a process group: float32 [1], or [M]; Inf if any is NaN or Inf."""
-    magnitude = x.detach().abs()
-    if magnitude.numel() == 0:
-        amax = torch.zeros(x.shape[0] if row_scaled else 1, dtype=torch.float32, device=x.device)
-    else:
-        amax = (magnitude.amax(dim=1) if row_scaled else magnitude.amax().view(1)).to(torch.float32)
+    amax = magnitude(x.detach(), row_scaled)
     amax = torch.where(amax.isfinite(), amax, torch.inf)  # backends differ in what the maximum of a NaN is
     dist.all_reduce(amax, dist.ReduceOp.MAX, group)
     return amax

@@ -20,7 +20,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 FLOORS = [
-    ["formats", "rng", "hadamard", "layout"],
+    ["formats", "constants", "rng", "hadamard", "layout", "streams"],
     ["rounding", "codec"],
     ["scaling", "qtensor", "activations"],
     ["quantizers"],

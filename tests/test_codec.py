@@ -6,8 +6,10 @@ import numpy as np
 import oracle
 import torch
 from assertions import assert_bytes_equal, assert_floats_bitwise
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nvfp4.codec import e2m1_decode, e2m1_encode, e4m3_decode, e4m3_encode, pack, unpack
+from nvfp4.constants import constant
 
 CODES = torch.arange(16, dtype=torch.uint8)
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -55,3 +57,18 @@ def test_empty() -> None:
     """No codes, no bytes."""
     assert pack(torch.zeros(3, 0, dtype=torch.uint8)).shape == (3, 0)
     assert unpack(torch.zeros(0, 4, dtype=torch.uint8)).shape == (0, 8)
+
+
+def test_tables_are_made_once_a_device_and_never_kept_from_a_mode():
+    """A copy to a GPU cannot go into a CUDA graph, so decoding must find its table there; fake tensors are not kept."""
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        fake = constant((1.0, -2.5), cpu)
+    kept = constant((1.0, -2.5), cpu)
+    assert isinstance(fake, FakeTensor)
+    assert type(kept) is torch.Tensor
+    with torch.inference_mode():
+        assert constant((7.0,), cpu) is constant((7.0,), cpu)
+    assert not constant((7.0,), cpu).is_inference()
+    assert constant((1.0, -2.5), cpu) is kept
+    assert kept.tolist() == [1.0, -2.5]

@@ -331,16 +331,16 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
     source = native.Source(x.data_ptr(), 0, 4, 32, 32, 1)
     options = native.Options(0, 0, False, False, False, 0, 0, 1, 0, True)
     with pytest.raises(ValueError, match="padded_columns"):
-        native.QuantizeArgs(source, options, 48, 1, 1, 1, 0, 1)
+        native.QuantizeArgs(source, options, 48, 1, 1, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="stride"):
         native.Source(x.data_ptr(), 0, 4, 16, 32, 2)
     with pytest.raises(ValueError, match="empty"):
         native.Source(x.data_ptr(), 0, 0, 16, 32, 1)
     with pytest.raises(ValueError, match="instruction set"):
-        native.quantize(native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 1), "sse9")
+        native.quantize(native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 0, 1), "sse9")
     with pytest.raises(ValueError, match="scratch"):
-        native.QuantizeArgs(source, native.Options(5, 0, False, False, False, 0, 16, 1, 0, False), 32, 1, 1, 1, 0, 1)
-    args = native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 1)
+        native.QuantizeArgs(source, native.Options(5, 0, False, False, False, 0, 16, 1, 0, False), 32, 1, 1, 1, 0, 0, 1)
+    args = native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="one matrix and its transpose"):
         native.quantize_both(args, args, "")
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import nvfp4
+from nvfp4 import shared_amax
 from nvfp4.linear import Linear
 from nvfp4.ops import matmul, quantize
 from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
+from nvfp4.sharding import magnitude
 
 RECIPE_NAMES = ["rtn", "nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden", "rl"]
 
@@ -151,3 +153,24 @@ def test_a_refusal_changes_nothing() -> None:
     with pytest.raises(ValueError, match="different dtypes"):
         nvfp4.share_amax(model)
     assert [layer.nvfp4.shared for layer in nvfp4.weights.layers(model).values()] == before
+
+
+def test_kept_codes_ask_for_no_amax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside ``fixed_weights`` the amax is worked out once a weight, nothing is read on the host, and a change of
+    another layer's weight in place makes the codes anew."""
+    block = converted()[0]
+    nvfp4.share_amax(block)
+    x, seen = torch.randn(3, 48), []
+    monkeypatch.setattr(shared_amax, "magnitude", lambda w: seen.append(w) or magnitude(w))
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a value was read on the host"))
+    with torch.no_grad(), nvfp4.fixed_weights(block):
+        block(x)
+        assert len(seen) == 3
+        kept = block.q_proj.nvfp4.weight_codes
+        block(x)
+        assert len(seen) == 3
+        assert block.q_proj.nvfp4.weight_codes is kept
+        block.k_proj.weight.mul_(2)
+        block(x)
+        assert len(seen) == 4
+        assert torch.equal(codes_of(block.q_proj).global_scale, 2 * kept[1][0].global_scale)

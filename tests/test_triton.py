@@ -23,6 +23,7 @@ import torch
 from test_capturable import calls, no_host_read, pair
 from test_linear import CUSTOM, tokens
 from test_linear import same as same_results
+from test_matmul import exact_operand
 from test_native import BOTH, CASES, DTYPES, KINDS, assert_same, data, same
 
 import nvfp4
@@ -412,3 +413,47 @@ def test_variants_cover_every_kernel() -> None:
     for v in variants:
         assert list(v.signature) == v.kernel.arg_names
         assert {k for k, kind in v.signature.items() if kind == "constexpr"} == set(v.constexprs)
+
+
+@runs
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 33), (150, 140), (3, 270)])
+def test_transposed_codes(shape: tuple[int, int]) -> None:
+    """Bytes of both nibbles and tile scales, ragged on either side, and back again; what has none is refused alike."""
+    quantizer = QUANTIZERS["rtn_2d"]
+    q = quantizer.quantize(data(shape, "rows", torch.float32, 5), quantizer.check()).to(DEVICE)
+    got = BACKEND.transpose(q)
+    assert_same(got.to("cpu"), q.to("cpu").transpose(), f"{shape}")
+    assert got.axis == q.transpose().axis
+    back = BACKEND.transpose(got)
+    assert_same(back.to("cpu"), q.to("cpu").transpose().transpose(), f"{shape} twice")
+    with pytest.raises(ValueError, match="needs an unrotated matrix"):
+        BACKEND.transpose(nvfp4.quantize(torch.ones(3, 16), "rtn", backend="reference").to(DEVICE))
+
+
+@runs
+@pytest.mark.parametrize(("name", "options"), [("rtn", {}), ("scale_search", {"row_scaled": True}), ("rtn_2d", {})])
+@pytest.mark.parametrize("amax", [50.0, float("inf")])
+def test_a_supplied_amax_is_used(name: str, options: dict, amax: float) -> None:
+    """As the reference, which looks for it in a larger matrix; only one kernel runs."""
+    quantizer = QUANTIZERS[name]
+    checked = quantizer.check(**options)
+    x = data((21, 50), "normal", torch.bfloat16, 3)
+    given = torch.full((21 if checked.row_scaled else 1,), amax)
+    got = BACKEND.quantize_with_amax(x.to(DEVICE), quantizer, checked, given.to(DEVICE))
+    assert_same(got.to("cpu"), ReferenceBackend().quantize_with_amax(x, quantizer, checked, given), f"{name} {amax}")
+
+
+@runs
+@pytest.mark.parametrize("row_scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gemm_of_operands_decoded_in_memory(dtype: torch.dtype, row_scaled: bool) -> None:
+    """Sums that are exact in any order: equal to the reference, ragged, biased, NaN where a global scale is."""
+    rng = np.random.default_rng(3)
+    a, b = (exact_operand(rng, rows, 80, row_scaled=row_scaled).to(DEVICE) for rows in (37, 150))
+    bias = torch.arange(150, dtype=dtype, device=DEVICE)
+    for extra in (None, bias):
+        got = BACKEND.matmul_decoded(a, b, dtype, extra)
+        want = ReferenceBackend().matmul(a.to("cpu"), b.to("cpu"), dtype, None if extra is None else extra.cpu())
+        assert same(got.cpu(), want)
+    a.global_scale[0] = torch.nan
+    assert BACKEND.matmul_decoded(a, b, dtype)[0].isnan().all()

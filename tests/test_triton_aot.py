@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 
 from nvfp4.backends.triton import aot  # noqa: E402
 from nvfp4.backends.triton.gemm import TILES, choose_tile, family, kernel_variants  # noqa: E402
+from nvfp4.backends.triton.gemm_decoded import pays  # noqa: E402
 from nvfp4.backends.triton.quantize_variants import kernel_variants as quantizers  # noqa: E402
 
 if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
@@ -124,3 +125,13 @@ def test_families_and_tiles(monkeypatch):
     assert choose_tile(16384, 16384, "mma_fp4", 170) == TILES["mma_fp4"][0]
     assert choose_tile(16384, 16384, "tcgen05", 148) == TILES["tcgen05"][0]
     assert choose_tile(16384, 16384, "tcgen05", 148, residual=True) == TILES["tcgen05"][1]
+
+
+def test_where_operands_are_decoded_first():
+    """Large cubes on cards without FP4; never few tokens, and never where FP4 is native."""
+    assert pays(8192, 8192, 8192, "wgmma")
+    assert pays(4096, 4096, 4096, "wgmma")
+    assert not pays(2048, 2048, 2048, "wgmma")
+    assert not pays(16, 8192, 8192, "wgmma")
+    assert not pays(8192, 8192, 512, "mma")
+    assert not any(pays(16384, 16384, 16384, kind) for kind in ("tcgen05", "mma_fp4"))

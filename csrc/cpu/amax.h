@@ -90,10 +90,15 @@ NVFP4_FN Word panel_amax(const Panel& panel, int columns) {
     return most;
 }
 
-// Bits of the largest |x| of each operand row, rotated.
+// Bits of the largest |x| of each operand row, rotated; or of the amax that was given.
 inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
     const Rotation rotation(args.turn);
     std::vector<uint32_t> largest(static_cast<size_t>((args.source.rows + kLanes - 1) / kLanes * kLanes), 0u);
+    if (args.amax) {
+        memcpy(largest.data(), args.amax, static_cast<size_t>(args.source.rows) * sizeof(uint32_t));
+        for (uint32_t& value : largest) value &= 0x7fffffffu;
+        return largest;
+    }
     for_panels(args, [&](Panel& panel, int64_t row, int64_t, int columns) {
         rotation.apply(panel, columns);
         Word most;
@@ -103,12 +108,18 @@ inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
     return largest;
 }
 
-// Bits of the largest |x|, as it comes and after the operand's rotation.
+// Bits of the largest |x|, as it comes and after the operand's rotation; or of the amax that was given.
 struct Amax {
     uint32_t dense, turned;
 };
 
 inline Amax tensor_amax(const QuantizeArgs& args) {
+    if (args.amax) {
+        uint32_t given;
+        memcpy(&given, args.amax, sizeof given);
+        given &= 0x7fffffffu;
+        return {given, given};
+    }
     if (args.turn.group == 0 && args.source.element != Element::codes) {
         const uint32_t largest = args.source.element == Element::float32    ? dense_amax<Element::float32>(args)
                                  : args.source.element == Element::bfloat16 ? dense_amax<Element::bfloat16>(args)

@@ -51,6 +51,7 @@ struct QuantizeArgs {
     uint8_t* block_scale;    // [rows or ceil(rows / 16), Kp / 16]
     float* global_scale;     // [1] or [rows]
     float* scratch;          // ms_eden: [rows, Kp / 16]
+    const float* amax;       // [1] or [rows], to scale by instead of the source's own; or null
     int threads;
 };
 

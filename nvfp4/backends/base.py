@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 
 from nvfp4.activations import Activation
+from nvfp4.formats import NVFP4
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.rng import fold_in_there
 
-Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds"]
+Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"]
 
 
 class Backend(ABC):
@@ -41,6 +44,31 @@ class Backend(ABC):
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along its last axis."""
 
+    def quantize_with_amax(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
+    ) -> QTensor:
+        """``quantize`` scaled by ``amax`` instead of by x's own: float32 on the device of x, [1] or, row-scaled, [M].
+
+        For deterministic rules without rotation, whose scale is a function of it; x may not be empty, and no magnitude
+        of it may exceed ``amax``, which is not finite if x is not.
+        """
+        # a block beyond x's own holds amax while x is quantised, and is then dropped; it costs a copy of x
+        rows, columns = x.shape
+        if options.row_scaled:
+            larger = F.pad(x, (0, -columns % NVFP4.block_size + NVFP4.block_size))
+            larger[:, -NVFP4.block_size] = amax
+        else:
+            larger = F.pad(x, (0, 0, 0, -rows % options.block[0] + 1))
+            larger[-1, 0] = amax[0]
+        q = self.quantize(larger, quantizer, options)
+        blocks = -(-columns // NVFP4.block_size)
+        return replace(
+            q,
+            codes=q.codes[:rows, : blocks * NVFP4.block_size // 2].contiguous(),
+            block_scale=q.block_scale[: -(-rows // options.block[0]), :blocks].contiguous(),
+            shape=(rows, columns),
+        )
+
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
@@ -65,6 +93,10 @@ class Backend(ABC):
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""
         return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)
+
+    def transpose(self, q: QTensor) -> QTensor:
+        """``q.transpose()``: the codes themselves with rows and columns exchanged, for 16x16 blocks."""
+        return q.transpose()
 
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
         """The seeds of one call of a layer, int64 [gemms, 3] of their bits: for signs, the left and the right operand.

@@ -63,6 +63,15 @@ class CpuBackend(Backend):
         native.quantize(args, self.isa)
         return q
 
+    def quantize_with_amax(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
+    ) -> QTensor:
+        assert native is not None
+        x, amax = _readable(x), amax.contiguous()
+        args, q, _scratch = self._prepare(_source(x), x.shape, quantizer, options, amax)
+        native.quantize(args, self.isa)
+        return q
+
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
@@ -87,9 +96,15 @@ class CpuBackend(Backend):
         return transposed
 
     def _prepare(
-        self, source: object, shape: tuple[int, ...], quantizer: Quantizer, options: Options
+        self,
+        source: object,
+        shape: tuple[int, ...],
+        quantizer: Quantizer,
+        options: Options,
+        amax: torch.Tensor | None = None,
     ) -> tuple[object, QTensor, torch.Tensor | None]:
-        """What the kernel is told, the result it will fill, and its scratch memory, which must outlive the call."""
+        """What the kernel is told, the result it will fill, and its scratch memory; that and amax must outlive the
+        call."""
         assert native is not None
         q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
         scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
@@ -101,6 +116,7 @@ class CpuBackend(Backend):
             q.block_scale.data_ptr(),
             q.global_scale.data_ptr(),
             0 if scratch is None else scratch.data_ptr(),
+            0 if amax is None else amax.data_ptr(),
             torch.get_num_threads(),
         )
         return args, q, scratch

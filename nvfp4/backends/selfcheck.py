@@ -60,6 +60,10 @@ def _dequantized(backend: Backend, device: torch.device, quantizer: Quantizer) -
     return [backend.dequantize(_stored(_matrix(), device), torch.float32)]
 
 
+def _transposed(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    return list(backend.transpose(_exact(device, _OUTPUTS, 1.25, 48271, TILE_BLOCK)).tensors)
+
+
 def _multiplied(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
     bias = _GRID[_noise(1, _OUTPUTS, 30269)[0] % len(_GRID)].to(torch.bfloat16)
     made = []
@@ -144,4 +148,5 @@ _PROBES = {
     "grouped_matmul": _multiplied_in_groups,
     "activation": _activated,
     "draw_seeds": _drawn,
+    "transpose": _transposed,
 }

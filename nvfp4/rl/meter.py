@@ -46,7 +46,7 @@ def weight_codes(model: nn.Module) -> dict[str, QTensor]:
         for name, layer in layers(model).items():
             state = layer.nvfp4
             if state.enabled and state.recipe.fprop.right.noiseless is not None:
-                amax = None if state.shared is None else state.shared.amax(state.backend)
+                amax = None if state.shared is None else state.shared.amax(state.shared.contents())
                 found[name] = state.call().weight(layer.weight.detach(), amax)
     return found
 

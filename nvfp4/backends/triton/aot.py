@@ -34,6 +34,8 @@ KERNEL_MODULES = (
     "nvfp4.backends.triton.gemm",
     "nvfp4.backends.triton.quantize_variants",
     "nvfp4.backends.triton.fused_variants",
+    "nvfp4.backends.triton.transpose",
+    "nvfp4.backends.triton.gemm_decoded",
 )
 """Modules with ``kernel_variants(capability, few) -> list[KernelVariant]``."""
 

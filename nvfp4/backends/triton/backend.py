@@ -8,35 +8,37 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from nvfp4.activations import Activation
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import reference_matmul
-from nvfp4.formats import NVFP4
+from nvfp4.formats import NVFP4, TILE_BLOCK
 from nvfp4.layout import TILE_COLUMNS, TILE_ROWS
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.rng import DeviceSeed, Seed
 
 try:
-    from triton import cdiv, next_power_of_2
+    from triton import next_power_of_2
 
     from nvfp4.backends.triton import fused, kernels
     from nvfp4.backends.triton.arithmetic import INTERPRETED
-    from nvfp4.backends.triton.gemm import gemm
+    from nvfp4.backends.triton.gemm import gemm, tensor_cores
+    from nvfp4.backends.triton.gemm_decoded import contract, pays, scaled
+    from nvfp4.backends.triton.launch import launch
     from nvfp4.backends.triton.rules import RULES, SEARCHES, Coded, Policy, Tile, scaled_by_amax
+    from nvfp4.backends.triton.transpose import transpose
 
+    _scaled_by_amax = lru_cache(maxsize=None)(scaled_by_amax)  # called on the host, it takes 10 us
     _MISSING = None
 except ImportError as error:
     _MISSING = f"triton does not load: {error}; install triton>=3.6"
     INTERPRETED = False
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAUNCH = {"enable_fp_fusion": False}
-"""Every kernel is compiled so: the reference rounds a product before it adds to it."""
 
 
 def tile_along(policy: Policy) -> Tile:
@@ -86,14 +88,16 @@ def tiles_of_activation(rows: Policy, columns: Policy | None, gated: bool) -> tu
     return across._replace(warps=warps), down._replace(warps=warps)
 
 
+PEAK_UNIT = 4
+"""Peaks in 16 bytes: what Triton asks of an aligned pointer."""
 DECODING = (16, 256, 4)
 SCALES = (16, 64, 4)
 """Rows, columns and warps for decoding, and for kernels on block scales."""
 
 
-def _grid(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int]:
-    """Programs for a matrix in tiles of [tile[0], tile[1]], all on the first axis, which alone takes 2^31 of them."""
-    return (cdiv(shape[0], tile[0]) * cdiv(shape[1], tile[1]),)
+def _programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
+    """How many a matrix in tiles of [tile[0], tile[1]] takes, all on the first axis, which alone takes 2^31 of them."""
+    return -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
 
 
 class _Source(NamedTuple):
@@ -118,7 +122,8 @@ class _Source(NamedTuple):
 
 
 class _Target:
-    """The result a kernel fills, and what it needs beside it."""
+    """The result a kernel fills, and what it needs beside it. peak: int32 zeros like the global scale, if there are
+    some already. amax: float32 like the global scale, if it is known."""
 
     def __init__(
         self,
@@ -127,17 +132,22 @@ class _Target:
         options: Options,
         device: torch.device,
         swizzled: bool = False,
+        peak: torch.Tensor | None = None,
+        amax: torch.Tensor | None = None,
     ) -> None:
-        self.policy = Policy.of(quantizer, options, _converts(device))
-        self.scaled_by_amax = scaled_by_amax(self.policy.rule)
+        self.policy = _policy(quantizer, options, _converts(device))
+        self.scaled_by_amax = _scaled_by_amax(self.policy.rule)
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
         self.codes = self.q.codes.view(torch.int32)
         self.padded = self.q.padded_contraction
-        self.peak = torch.zeros(self.q.global_scale.shape, dtype=torch.int32, device=device)
+        if amax is not None:
+            peak = amax.contiguous().view(torch.int32)
+        self.peak = torch.zeros(self.q.global_scale.shape, dtype=torch.int32, device=device) if peak is None else peak
         self.scale = self.q.block_scale
         if not self.scaled_by_amax:
             self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
         self.swizzled = torch.zeros(_swizzled_bytes(self.q), dtype=torch.uint8, device=device) if swizzled else None
+        self.amax_known = amax is not None
         self.seed = seed_arguments(options.seed)
         self.signs = seed_arguments(None if options.rotation is None else options.rotation.sign_seed)
 
@@ -151,10 +161,9 @@ class _Target:
         if not self.scaled_by_amax:
             shape = self.scale.shape
             rows, columns, warps = SCALES
-            kernels.finish_kernel[_grid(shape, SCALES)](
-                self.scale, self.peak, self.codes, self.q.block_scale, self.q.global_scale, self.swizzled,
-                *shape, *self.seed, rows, columns, num_warps=warps, **LAUNCH,
-            )  # fmt: skip
+            tensors = (self.scale, self.peak, self.codes, self.q.block_scale, self.q.global_scale, self.swizzled)
+            arguments = (*tensors, *shape, *self.seed)
+            launch(kernels.finish_kernel, _programs(shape, SCALES), arguments, (rows, columns), warps=warps)
         return self.q
 
 
@@ -189,6 +198,12 @@ class TritonBackend(Backend):
             return quantizer.quantize(x, options)
         return self._quantize(_Source.dense(x), None, _Target(tuple(x.shape), quantizer, options, x.device))
 
+    def quantize_with_amax(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
+    ) -> QTensor:
+        target = _Target(tuple(x.shape), quantizer, options, x.device, amax=amax)
+        return self._quantize(_Source.dense(x), None, target)
+
     def quantize_swizzled(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options
     ) -> tuple[QTensor, torch.Tensor]:
@@ -203,17 +218,17 @@ class TritonBackend(Backend):
     ) -> tuple[QTensor, QTensor]:
         if x.numel() == 0 or rows[1].search or columns[1].search:  # a search is bound by arithmetic, not by reading x
             return super().quantize_both(x, rows, columns)
-        across = _Target(tuple(x.shape), *rows, x.device)
-        down = _Target(tuple(x.t().shape), *columns, x.device)
+        across, down = _two_targets(x, rows, columns)
         policies = (across.policy, down.policy)
         tiles = tiles_of_both(*policies)
-        grid, options = _grid(tuple(x.shape), tiles[0]), {"num_warps": tiles[0].warps, **LAUNCH}
+        programs, constants = _programs(tuple(x.shape), tiles[0]), (*policies, *tiles)
+        matrix = (x, *x.shape, *x.stride())
         with _on(x.device):
             if across.scaled_by_amax or down.scaled_by_amax:
-                peaks = [value for t in (across, down) for value in (t.peak, *t.signs)]
-                kernels.amax_both_kernel[grid](x, *x.shape, *x.stride(), *peaks, *policies, *tiles, **options)
+                peaks = (across.peak, *across.signs, down.peak, *down.signs)
+                launch(kernels.amax_both_kernel, programs, (*matrix, *peaks), constants, warps=tiles[0].warps)
             operands = [value for t in (across, down) for value in (*t.stored, t.padded, *t.seed, *t.signs)]
-            kernels.quantize_both_kernel[grid](x, *x.shape, *x.stride(), *operands, *policies, *tiles, **options)
+            launch(kernels.quantize_both_kernel, programs, (*matrix, *operands), constants, warps=tiles[0].warps)
             return across.finish(), down.finish()
 
     def quantize_activation(
@@ -225,17 +240,19 @@ class TritonBackend(Backend):
         x = activation[0]
         if x.numel() == 0:
             return super().quantize_activation(activation, rows, columns)
-        across = _Target(tuple(x.shape), *rows, x.device)
-        down = None if columns is None else _Target(tuple(x.t().shape), *columns, x.device)
+        if columns is None:
+            across, down = _Target(tuple(x.shape), *rows, x.device), None
+        else:
+            across, down = _two_targets(x, rows, columns)
         with _on(x.device):
-            fused.fill(activation, across, down, tiles_of_activation, LAUNCH)
+            fused.fill(activation, across, down, tiles_of_activation)
             return across.finish(), None if down is None else down.finish()
 
     def activation_gradients(self, activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if dy.numel() == 0:
             return super().activation_gradients(activation, dy)
         with _on(dy.device):
-            return fused.gradients(activation, dy, LAUNCH)
+            return fused.gradients(activation, dy)
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
         if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
@@ -246,22 +263,26 @@ class TritonBackend(Backend):
     def _quantize(self, source: _Source, coded: Coded | None, target: _Target) -> QTensor:
         down = coded is not None or source.stride_row == 1 != source.stride_column
         tile = tile_down(target.policy, coded is not None) if down else tile_along(target.policy)
-        grid = _grid((source.rows, source.columns), tile)
+        programs = _programs((source.rows, source.columns), tile)
         constants = (target.policy, coded, tile)
-        options = {"num_warps": tile.warps, **LAUNCH}
         with _on(source.x.device):
-            if target.scaled_by_amax:
-                kernels.amax_kernel[grid](*source, target.peak, *target.signs, *constants, **options)
-            seeds = (*target.seed, *target.signs)
-            kernels.quantize_kernel[grid](
-                *source, *target.stored, target.swizzled, target.padded, *seeds, *constants, **options
-            )
+            if target.scaled_by_amax and not target.amax_known:
+                peak = (target.peak, *target.signs)
+                launch(kernels.amax_kernel, programs, (*source, *peak), constants, warps=tile.warps)
+            operands = (*target.stored, target.swizzled, target.padded, *target.seed, *target.signs)
+            launch(kernels.quantize_kernel, programs, (*source, *operands), constants, warps=tile.warps)
             return target.finish()
+
+    def transpose(self, q: QTensor) -> QTensor:
+        if q.block != TILE_BLOCK or q.rotation is not None or len(q.shape) != 2 or q.codes.numel() == 0:
+            return super().transpose(q)
+        with _on(q.device):
+            return transpose(q)
 
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
         seeds = torch.empty(gemms, 3, dtype=torch.int64, device=words.device)
         with _on(words.device):
-            kernels.seeds_kernel[(1,)](words, seeds, rank, gemms, next_power_of_2(gemms), num_warps=1, **LAUNCH)
+            launch(kernels.seeds_kernel, 1, (words, seeds, rank), (gemms, next_power_of_2(gemms)), warps=1)
         return seeds
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -279,17 +300,26 @@ class TritonBackend(Backend):
         codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
         out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
         tile_rows, tile_columns, warps = DECODING
+        tensors = (codes, block_scale, global_scale if with_global else None, out)
+        arguments, constants = (*tensors, q.rows, columns, codes.shape[1]), (Coded.of(q), tile_rows, tile_columns)
         with _on(q.device):
-            kernels.decode_kernel[_grid((q.rows, columns), DECODING)](
-                codes, block_scale, global_scale if with_global else None, out, q.rows, columns, codes.shape[1],
-                Coded.of(q), tile_rows, tile_columns, num_warps=warps, **LAUNCH,
-            )  # fmt: skip
+            launch(kernels.decode_kernel, _programs((q.rows, columns), DECODING), arguments, constants, warps=warps)
         return out
 
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+        if pays(a.rows, b.rows, a.padded_contraction, tensor_cores(a.device)):
+            return self.matmul_decoded(a, b, out_dtype, bias)
         return gemm(a, b, out_dtype, bias)
+
+    def matmul_decoded(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``matmul`` of operands decoded in memory, 2 bytes an element of them and 4 of the product for its duration;
+        ``gemm`` decodes in registers, as often as a tile of the product needs an element."""
+        with _on(a.device):
+            return scaled(contract(self.decode_blocks(a), self.decode_blocks(b)), a, b, out_dtype, bias)
 
 
 def seed_arguments(seed: Seed | None) -> fused.SeedArguments:
@@ -303,9 +333,37 @@ def halves(seed: int) -> tuple[int, int]:
     return (low ^ 1 << 31) - (1 << 31), (high ^ 1 << 31) - (1 << 31)
 
 
+def _two_targets(
+    x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+) -> tuple[_Target, _Target]:
+    """What x and x^T are quantised into; the peaks of both come out of one allocation, aligned alike."""
+    shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
+    counts = [shape[0] if how[1].row_scaled else 1 for shape, how in zip(shapes, (rows, columns), strict=True)]
+    start = -(-counts[0] // PEAK_UNIT) * PEAK_UNIT
+    peaks = torch.zeros(start + counts[1], dtype=torch.int32, device=x.device)
+    return (
+        _Target(shapes[0], *rows, x.device, peak=peaks[: counts[0]]),
+        _Target(shapes[1], *columns, x.device, peak=peaks[start:]),
+    )
+
+
+def _policy(quantizer: Quantizer, options: Options, converts: bool) -> Policy:
+    """``Policy.of``, remembered by all that it depends on, which no seed is part of."""
+    turn = options.rotation
+    turned = None if turn is None else (turn.group, turn.rounds, turn.fixed)
+    key = (quantizer.name, options.block, options.row_scaled, options.metric, options.search, turned, converts)
+    policy = _POLICIES.get(key)
+    if policy is None:
+        policy = _POLICIES[key] = Policy.of(quantizer, options, converts)
+    return policy
+
+
+_POLICIES: dict[tuple[Any, ...], Policy] = {}
+
+
 def _swizzled_bytes(q: QTensor) -> int:
     blocks = q.padded_contraction // NVFP4.block_size
-    return cdiv(q.rows, TILE_ROWS) * cdiv(blocks, TILE_COLUMNS) * TILE_ROWS * TILE_COLUMNS
+    return -(-q.rows // TILE_ROWS) * -(-blocks // TILE_COLUMNS) * TILE_ROWS * TILE_COLUMNS
 
 
 @lru_cache(maxsize=64)
@@ -318,4 +376,9 @@ def _converts(device: torch.device) -> bool:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device; make that the one the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _ALREADY
+    return torch.cuda.device(device)
+
+
+_ALREADY = nullcontext()

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from triton import cdiv
 
 from nvfp4.activations import LANES, SLAB, Activation, RMSNorm, SwiGLU
 from nvfp4.backends.triton import fused_kernels
 from nvfp4.backends.triton.fused_arithmetic import Formula
+from nvfp4.backends.triton.launch import launch
 from nvfp4.backends.triton.rules import Policy, Tile
 
 NORM = Tile(4, LANES, False, 8, 2, 1)
@@ -58,9 +58,7 @@ def norm_tiles(columns: Policy | None) -> tuple[Tile, Tile | None]:
     return NORM._replace(rows=height, warps=warps), Tile(LANES, height, True, 4, 1, warps)
 
 
-def fill(
-    activation: Activation, across: Target, down: Target | None, tiles_of: TilesOf, launch: dict[str, Any]
-) -> None:
+def fill(activation: Activation, across: Target, down: Target | None, tiles_of: TilesOf) -> None:
     """Quantise the activation along its rows and, if there is a target for it, its transpose.
 
     tiles_of: tiles by the policies of both and by whether it is SwiGLU.
@@ -75,26 +73,24 @@ def fill(
     if isinstance(activation, RMSNorm):
         rstd = torch.empty(rows, dtype=torch.float32, device=first.device)
         norm = norm_tiles(policies[1])
-        fused_kernels.rms_kernel[(cdiv(rows, norm[0].rows),)](
-            first, second, rstd, *shape, strides[0], activation.eps, *peaks, *policies, *norm, made,
-            num_warps=norm[0].warps, **launch,
-        )  # fmt: skip
+        arguments = (first, second, rstd, *shape, strides[0], activation.eps, *peaks)
+        programs = -(-rows // norm[0].rows)
+        launch(fused_kernels.rms_kernel, programs, arguments, (*policies, *norm, made), warps=norm[0].warps)
     elif any(policies):
         tiles = tiles_of(across.policy, policies[1], made.gated)
-        fused_kernels.activation_amax_kernel[_grid(shape, tiles[0])](
-            first, second, *shape, *strides, *peaks, *policies, *tiles, made, num_warps=tiles[0].warps, **launch
-        )
+        arguments, constants = (first, second, *shape, *strides, *peaks), (*policies, *tiles, made)
+        programs = _programs(shape, tiles[0])
+        launch(fused_kernels.activation_amax_kernel, programs, arguments, constants, warps=tiles[0].warps)
     operands = [value for t in (across, down) for value in _operands(t)]
     both = (across.policy, None if down is None else down.policy)
     tiles = tiles_of(*both, made.gated)
-    constants = (*both, *tiles, made)
-    fused_kernels.activation_quantize_kernel[_grid(shape, tiles[0])](
-        first, second, rstd, *shape, *strides, *operands, *constants, num_warps=tiles[0].warps, **launch
-    )
+    arguments, constants = (first, second, rstd, *shape, *strides, *operands), (*both, *tiles, made)
+    programs = _programs(shape, tiles[0])
+    launch(fused_kernels.activation_quantize_kernel, programs, arguments, constants, warps=tiles[0].warps)
 
 
-def _grid(shape: tuple[int, int], tile: Tile) -> tuple[int]:
-    return (cdiv(shape[0], tile.rows) * cdiv(shape[1], tile.columns),)
+def _programs(shape: tuple[int, int], tile: Tile) -> int:
+    return -(-shape[0] // tile.rows) * -(-shape[1] // tile.columns)
 
 
 def _peaks(across: Target, down: Target | None) -> tuple[list[Any], tuple[Policy | None, Policy | None]]:
@@ -115,7 +111,7 @@ def _operands(target: Target | None) -> tuple[Any, ...]:
     return *target.stored, target.padded, *target.seed, *target.signs
 
 
-def gradients(activation: Activation, dy: torch.Tensor, launch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``activation.gradients(dy)``."""
     first, second = (_rows_contiguous(t) for t in _inputs(activation))
     rows, columns = first.shape
@@ -123,20 +119,20 @@ def gradients(activation: Activation, dy: torch.Tensor, launch: dict[str, Any]) 
     d_first, d_second = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (first, second))
     if isinstance(activation, SwiGLU):
         tile = GATED_GRADIENT
-        fused_kernels.swiglu_gradient_kernel[_grid((rows, columns), tile)](
-            first, second, dy, d_first, d_second, rows, columns, first.stride(0), second.stride(0),
-            tile, made, _name(second.dtype), num_warps=tile.warps, **launch,
-        )  # fmt: skip
+        launch(
+            fused_kernels.swiglu_gradient_kernel,
+            _programs((rows, columns), tile),
+            (first, second, dy, d_first, d_second, rows, columns, first.stride(0), second.stride(0)),
+            (tile, made, _name(second.dtype)),
+            warps=tile.warps,
+        )
         return d_first, d_second
-    count, (width, warps) = cdiv(rows, SLAB), SUMMED
+    count, (width, warps) = -(-rows // SLAB), SUMMED
     slabs = torch.empty(count, columns, dtype=torch.float32, device=first.device)
-    fused_kernels.rms_gradient_kernel[(count,)](
-        first, second, dy, d_first, slabs, rows, columns, first.stride(0), activation.eps, GRADIENT, made,
-        num_warps=GRADIENT.warps, **launch,
-    )  # fmt: skip
-    fused_kernels.slab_sum_kernel[(cdiv(columns, width),)](
-        slabs, d_second, count, columns, width, _name(second.dtype), num_warps=warps, **launch
-    )
+    arguments = (first, second, dy, d_first, slabs, rows, columns, first.stride(0), activation.eps)
+    launch(fused_kernels.rms_gradient_kernel, count, arguments, (GRADIENT, made), warps=GRADIENT.warps)
+    summed = (slabs, d_second, count, columns), (width, _name(second.dtype))
+    launch(fused_kernels.slab_sum_kernel, -(-columns // width), *summed, warps=warps)
     return d_first, d_second
 
 

@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 
 from nvfp4.backends.triton.arithmetic import INTERPRETED
 from nvfp4.backends.triton.gemm_kernel import gemm_kernel
+from nvfp4.backends.triton.launch import launch, version
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.formats import NVFP4
 from nvfp4.qtensor import QTensor
@@ -22,7 +22,7 @@ BALANCE = {"tcgen05": 128, "mma_fp4": 16, "wgmma": 16, "mma": 8}
 GROUP = 8
 """Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk reads 65."""
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def family(capability: int, native: bool = True) -> str:
     """
     if native and capability in (100, 103):
         return "tcgen05"
-    if native and (capability == 120 or (capability == 121 and _version() >= (3, 9))):
+    if native and (capability == 120 or (capability == 121 and version() >= (3, 9))):
         return "mma_fp4"
     return "wgmma" if capability == 90 else "mma"
 
@@ -86,11 +86,6 @@ def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, residu
     return min((tile for tile in TILES[kind] if tile.n < 256 or not residual), key=cost)
 
 
-def _version() -> tuple[int, ...]:
-    """Triton's, major and minor."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
 @lru_cache(maxsize=64)
 def _device(device: torch.device) -> tuple[str, int]:
     """(family, multiprocessors); on a CPU, where only Triton's interpreter runs, the smallest."""
@@ -99,6 +94,11 @@ def _device(device: torch.device) -> tuple[str, int]:
     major, minor = torch.cuda.get_device_capability(device)
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return family(10 * major + minor), count
+
+
+def tensor_cores(device: torch.device) -> str:
+    """The family of a device."""
+    return _device(device)[0]
 
 
 def gemm(
@@ -127,14 +127,13 @@ def gemm(
         tile = choose_tile(a.rows, b.rows, kind, multiprocessors, residual is not None)
     if native is None:
         native = kind in ("tcgen05", "mma_fp4")
-    grid = (triton.cdiv(a.rows, tile.m) * triton.cdiv(b.rows, tile.n),)
     tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias, residual)]
+    arguments = (*tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size)
+    scaling = (a.block[0], b.block[0], a.row_scaled, b.row_scaled)
+    constants = (*scaling, native, tile.m, tile.n, tile.k, GROUP)
+    programs = -(-a.rows // tile.m) * -(-b.rows // tile.n)
     with torch.cuda.device_of(a.codes):
-        gemm_kernel[grid](
-            *tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size,
-            a.block[0], b.block[0], a.row_scaled, b.row_scaled, native, tile.m, tile.n, tile.k, GROUP,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch(gemm_kernel, programs, arguments, constants, warps=tile.warps, stages=tile.stages)
     return out.to(out_dtype)
 
 
@@ -147,7 +146,7 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
 def _check(
     a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> None:
-    if out_dtype not in _TYPES:
+    if out_dtype not in TYPES:
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
     if a.padded_contraction != b.padded_contraction:
         raise ValueError(f"a contracts {a.padded_contraction} columns and b {b.padded_contraction}; they must be equal")
@@ -188,7 +187,7 @@ def _variant(
 ) -> KernelVariant:
     """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; extras: bias and residual."""
     types = dict.fromkeys(("a_codes", "a_scale", "b_codes", "b_scale"), "*u8")
-    types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{_TYPES[out]}"}
+    types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{TYPES[out]}"}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32")
     constants: dict[str, Any] = {
         "A_TALL": 1,
@@ -205,6 +204,6 @@ def _variant(
         types |= {"bias": "*bf16", "residual": "*bf16"}
     else:
         constants |= {"bias": None, "residual": None}
-    traits = {_TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "add": extras}
+    traits = {TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "add": extras}
     name = " ".join([f"gemm {kind} {tile.m}x{tile.n}x{tile.k}", *(trait for trait, has in traits.items() if has)])
     return KernelVariant(name, gemm_kernel, types, constants, tile.warps, tile.stages, INSTRUCTIONS[kind])

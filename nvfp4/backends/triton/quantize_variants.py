@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from triton import next_power_of_2
 
 from nvfp4.backends.triton import kernels
-from nvfp4.backends.triton.backend import DECODING, LAUNCH, SCALES, converts, tile_along, tile_down, tiles_of_both
+from nvfp4.backends.triton.backend import DECODING, SCALES, converts, tile_along, tile_down, tiles_of_both
+from nvfp4.backends.triton.launch import EXACT
 from nvfp4.backends.triton.rules import Coded, Policy, scaled_by_amax
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.formats import TILE_BLOCK
@@ -47,7 +48,7 @@ class Variant(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """The compiler's options; the same as at every launch."""
-        return {"num_warps": self.num_warps, **LAUNCH}
+        return {"num_warps": self.num_warps, **EXACT}
 
 
 def policies(capability: int) -> dict[str, Policy]:
