@@ -75,3 +75,4 @@ sanitize: $(READY) ## the native tests under AddressSanitizer and UndefinedBehav
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py
+	NVFP4_SANITIZE=1 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_cuda.py

@@ -57,6 +57,7 @@ CUDA_FLAGS = [
     "-prec-sqrt=true",
     "-ftz=false",
     "--expt-relaxed-constexpr",
+    "--compress-mode=size",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
 ]
 
@@ -133,7 +134,7 @@ class BuildExt(build_ext):
             objects = list(pool.map(compile_one, ext.sources))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)], check=True)
+        subprocess.run([nvcc, "-shared", "-cudart", "static", "-Xlinker=-s", *objects, "-o", str(library)], check=True)
 
 
 extension = Pybind11Extension(

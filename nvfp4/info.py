@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from nvfp4.backends.cuda import CudaBackend
 from nvfp4.backends.registry import BACKENDS
 
 
@@ -20,6 +21,9 @@ def info() -> str:
     facts["python"] = platform.python_version()
     facts["cpu"] = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     facts["cuda"] = str(torch.version.cuda or "this torch was built without it")
+    kernels = BACKENDS["cuda"]
+    if isinstance(kernels, CudaBackend):
+        facts["cuda kernels"] = kernels.built()
     facts["nvcc"] = shutil.which("nvcc") or "not on PATH"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

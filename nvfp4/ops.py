@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nvfp4.activations import Activation
 from nvfp4.backends.base import Operation
-from nvfp4.backends.registry import AUTO, able, candidates, select
+from nvfp4.backends.registry import AUTO, able, candidates, measured, select
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
@@ -260,6 +260,9 @@ def explain(
     lines, picked = [], False
     for backend, reason in candidates(operation, torch.device(device), chosen, checked):
         verdict = reason or ("available" if picked else "chosen")
+        seconds = measured(backend, operation, torch.device(device), chosen)
+        if reason is None and seconds is not None:
+            verdict += f", measured {seconds * 1e6:.0f} us"
         picked = picked or reason is None
         lines.append(f"{backend.name}: {verdict}")
     return "\n".join(lines)

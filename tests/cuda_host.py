@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ KERNELS = ("plain", "searched", "eden", "fused", "scales")
 SOURCES = ["bind_cuda.cpp", "cuda/simt.cpp", *(f"cuda/{name}.cu" for name in KERNELS)]
 NAME = "nvfp4_cuda_on_host"
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+# for `make sanitize`; AddressSanitizer takes the stacks of fibres for errors, and tests/test_cuda.py fences addresses
+FLAGS += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"] if os.environ.get("NVFP4_SANITIZE") else []
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
@@ -50,7 +53,7 @@ def _build(folder: Path) -> Path:
 
         objects = list(pool.map(compile_one, SOURCES))
         unfinished = Path(made) / library.name
-        subprocess.run([str(COMPILER), "-shared", *objects, "-o", str(unfinished)], check=True)
+        subprocess.run([str(COMPILER), *FLAGS, "-shared", *objects, "-o", str(unfinished)], check=True)
         unfinished.rename(library)  # at once, so that tests side by side never load half a library
     return library
 

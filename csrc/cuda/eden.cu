@@ -8,6 +8,8 @@ Variant eden_variant(const Operand& operand, bool down, bool wide) {
     return operand.search ? variant_of<Eden<true>>(down, wide) : variant_of<Eden<false>>(down, wide);
 }
 
-Variant eden_pair_variant(bool wide) { return variant_of<Eden<false>, Eden<false>>(wide); }
+Variant eden_pair_variant(bool search, bool wide) {
+    return search ? variant_of<Eden<true>, Eden<true>>(wide) : variant_of<Eden<false>, Eden<false>>(wide);
+}
 
 }  // namespace nvfp4::cuda

@@ -18,19 +18,19 @@ Variant pair(bool wide) {
     return variant_of<Scaled<Rows, false>, Scaled<Columns, false>>(wide);
 }
 
-bool simple(const Operand& operand) { return !operand.tiles && !operand.search && operand.metric == 0; }
+bool simple(const Operand& operand) { return !operand.tiles && operand.metric == 0; }
 
 }  // namespace
 
 Variant fused_variant(const Operand& rows, const Operand& columns, bool wide) {
     if (!simple(rows) || !simple(columns)) return {};
     if (rows.rule == Rule::four_over_six && columns.rule == Rule::rtn) return pair<Squares, Nearest>(wide);
-    if (rows.rule != columns.rule) return {};
+    if (rows.rule != columns.rule || rows.search != columns.search) return {};
     switch (rows.rule) {
         case Rule::rtn: return pair<Nearest, Nearest>(wide);
         case Rule::sr: return pair<Up, Up>(wide);
         case Rule::sr_te: return pair<Clipped, Clipped>(wide);
-        case Rule::ms_eden: return eden_pair_variant(wide);
+        case Rule::ms_eden: return eden_pair_variant(rows.search, wide);
         default: return {};
     }
 }

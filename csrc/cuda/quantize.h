@@ -20,26 +20,29 @@ NVFP4_DEVICE uint32_t warp_max(uint32_t x, int lanes = 32) {
 struct LaneScope {
     static NVFP4_DEVICE float amax(float a) { return from_bits(warp_max(bits(a), kBlock)); }
 
-    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j and j + 8. Of two lanes
-    // each keeps half of what it has and gets the other's half, so that after four steps a lane has one column's sum.
+    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j and j + 8.
     template <class F, class Leaf>
     static NVFP4_DEVICE F sum(Leaf leaf) {
-        const int lane = static_cast<int>(threadIdx.x);
         float t[kBlock];
         NVFP4_UNROLL(64)
         for (int i = 0; i < kBlock; ++i) t[i] = leaf(i);
-        NVFP4_UNROLL(64)
-        for (int half = kBlock / 2; half > 0; half /= 2) {
-            const bool upper = lane & half;
-            NVFP4_UNROLL(64)
-            for (int i = 0; i < half; ++i) {
-                const float kept = upper ? t[i + half] : t[i], given = upper ? t[i] : t[i + half];
-                t[i] = kept + other_lane(given, half);
-            }
-        }
+        share<kBlock / 2>(t);
         NVFP4_UNROLL(64)
         for (int half = kBlock / 2; half > 0; half /= 2) t[0] = t[0] + other_lane(t[0], half);
         return t[0];
+    }
+
+    // Of two lanes each keeps half of what it has and gets the other's half, so that in the end a lane has one column's sum.
+    // By templates, as everything is indexed by constants then and stays in registers.
+    template <int half>
+    static NVFP4_DEVICE void share(float (&t)[kBlock]) {
+        const bool upper = threadIdx.x & half;
+        NVFP4_UNROLL(64)
+        for (int i = 0; i < half; ++i) {
+            const float low = t[i], high = t[i + half];
+            t[i] = (upper ? high : low) + other_lane(upper ? low : high, half);
+        }
+        if constexpr (half > 1) share<half / 2>(t);
     }
 };
 
@@ -61,11 +64,12 @@ struct Scaled {
     }
 };
 
-// MS-EDEN. Two blocks a thread save a third of the shuffles of a rotation in groups of 128; four would spill.
+// MS-EDEN. Two blocks a thread save a third of the shuffles of a rotation in groups of 128; four would spill, and so would
+// two where factors are compared.
 template <bool search_>
 struct Eden {
     static constexpr bool search = search_;
-    static constexpr int held = 2;
+    static constexpr int held = search ? 1 : 2;
     static NVFP4_DEVICE Place place(int slot) { return {slot / (kTileBlocks / held), slot % (kTileBlocks / held) * held}; }
 };
 
@@ -186,8 +190,21 @@ NVFP4_DEVICE Corner corner_of(const Matrix& m) {
 
 struct None {};  // the policy of an orientation that is not wanted
 
+// Whether a policy takes more than 80 registers a thread: MS-EDEN, and where lanes exchange sums.
+template <class Policy>
+struct Many : std::false_type {};
+template <template <class> class RuleOf>
+struct Many<Scaled<RuleOf, true>> : std::true_type {};
+template <bool search>
+struct Many<Eden<search>> : std::true_type {};
+
 template <class Rows, class Columns>
 constexpr int kTileRows = std::is_same<Columns, None>::value && !IsEden<Rows>::value ? kFlatRows : kTile;
+
+// Blocks of threads that a multiprocessor has registers for: 80 a thread with three, 128 with two. Left to itself ptxas
+// spills to fit in another one.
+template <class Rows, class Columns>
+constexpr int kResident = Many<Rows>::value || Many<Columns>::value ? 2 : 3;
 
 // Shared memory: what kernels have beside their tile.
 struct Beside {
@@ -218,7 +235,7 @@ NVFP4_DEVICE const float* prepare_tile(const Matrix& m, const Operand& rows, con
 }
 
 template <class Stored, class Rows, class Columns>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(const Matrix m, const Operand rows, const Operand columns) {
+__global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>) quantize_kernel(const Matrix m, const Operand rows, const Operand columns) {
     constexpr bool wants_rows = !std::is_same<Rows, None>::value, wants_columns = !std::is_same<Columns, None>::value;
     constexpr int height = kTileRows<Rows, Columns>;
     NVFP4_SHARED(memory);
@@ -287,6 +304,6 @@ Variant plain_variant(const Operand& operand, bool down, bool wide);
 Variant searched_variant(const Operand& operand, bool down, bool wide);
 Variant eden_variant(const Operand& operand, bool down, bool wide);
 Variant fused_variant(const Operand& rows, const Operand& columns, bool wide);
-Variant eden_pair_variant(bool wide);
+Variant eden_pair_variant(bool search, bool wide);
 
 }  // namespace nvfp4::cuda

@@ -50,11 +50,15 @@ class CudaBackend(Backend):
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "there is no NVIDIA GPU that torch can use"
         major, minor = torch.cuda.get_device_capability(device)
-        built = self.native.architectures()
-        if 100 * major + 10 * minor not in built:
-            names = ", ".join(f"sm_{number // 10}" for number in built)
-            return f"it was built for {names}, this GPU is sm_{major}{minor}"
+        if 100 * major + 10 * minor not in self.native.architectures():
+            return f"{self.built()}, this GPU is sm_{major}{minor}"
         return None
+
+    def built(self) -> str:
+        """What the extension was built for, or why there is none; needs no GPU."""
+        if self.native is None:
+            return str(_MISSING)
+        return f"it was built for {', '.join(f'sm_{number // 10}' for number in self.native.architectures())}"
 
     def refuses(
         self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.cpu import CpuBackend
 from nvfp4.backends.cuda import CudaBackend
+from nvfp4.backends.race import Clock, by_speed, race, seconds_on_gpu
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.scaled_mm import ScaledMmBackend
 from nvfp4.backends.selfcheck import find_fault
@@ -17,7 +19,7 @@ from nvfp4.quantizers.base import Options, Quantizer
 
 _ORDER: tuple[Backend, ...] = (ScaledMmBackend(), CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
-"""Fastest first; the reference comes last and refuses nothing."""
+"""Fastest first, as far as a race does not say otherwise; the reference comes last and refuses nothing."""
 
 AUTO = "auto"
 
@@ -45,7 +47,15 @@ def candidates(
     operation: Operation, device: torch.device, quantizer: Quantizer | None = None, options: Options | None = None
 ) -> list[tuple[Backend, str | None]]:
     """Every backend in order of preference with None, or the reason why "auto" does not choose it here."""
-    return [(backend, _objection(backend, operation, device, quantizer, options)) for backend in BACKENDS.values()]
+    order = _in_order(operation, device, quantizer)
+    return [(backend, _objection(backend, operation, device, quantizer, options)) for backend in order]
+
+
+def measured(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> float | None:
+    """Seconds this backend took in the race that decided the order, or None if there was none."""
+    if operation != "quantize" or quantizer is None:
+        return None
+    return _SECONDS.get((device, quantizer.name), {}).get(backend.name)
 
 
 def select(
@@ -62,7 +72,7 @@ def select(
     """
     check_backend(name, device)
     if name == AUTO or operation not in BACKENDS[name].operations:
-        for backend in BACKENDS.values():
+        for backend in _in_order(operation, device, quantizer):
             if _objection(backend, operation, device, quantizer, options) is None:
                 if backend is BACKENDS["reference"] and device.type not in _SAID:
                     _say_why(operation, device, quantizer, options)
@@ -81,7 +91,32 @@ def able(backend: Backend, operation: Operation, device: torch.device, quantizer
 
 _FAULTS: dict[tuple[Backend, Operation, torch.device, str | None], str | None] = {}
 _SAID = {"meta"}  # where nothing is computed
-"""What this process found out and said: verdicts of the self-check, and devices on which a fallback was announced."""
+_SECONDS: dict[tuple[torch.device, str], dict[str, float]] = {}
+"""What this process found out and said: verdicts of the self-check, devices on which a fallback was announced, and for
+each quantiser the times of the backends that have it."""
+_CLOCKS: dict[str, Clock] = {"cuda": seconds_on_gpu}
+"""Kinds of devices on which quantisers are raced. Products are not: their bits depend on the order of summation."""
+
+
+def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer | None) -> Iterable[Backend]:
+    """The backends as "auto" asks them: for quantisers the fastest first, measured at the first question."""
+    clock = _CLOCKS.get(device.type)
+    if operation != "quantize" or quantizer is None or clock is None:
+        return BACKENDS.values()
+    key = (device, quantizer.name)
+    if key not in _SECONDS:
+        if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return BACKENDS.values()
+        options = quantizer.check(seed=1)
+        able_here = [
+            backend
+            for backend in BACKENDS.values()
+            if not isinstance(backend, ReferenceBackend)
+            and "quantize" in backend.operations
+            and _objection(backend, operation, device, quantizer, options) is None
+        ]
+        _SECONDS[key] = race(able_here, device, quantizer, clock) if len(able_here) > 1 else {}
+    return by_speed([*BACKENDS.values()], _SECONDS[key])
 
 
 def _obstacle(

@@ -12,7 +12,7 @@ from nvfp4.activations import RMSNorm, SwiGLU
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.codec import e4m3_encode
-from nvfp4.formats import E2M1, NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Quantizer
 from nvfp4.quantizers.registry import get_quantizer
@@ -25,6 +25,8 @@ _CONTRACTION = 208
 for (32 codes of the contraction, 16 output columns)."""
 _HEIGHTS = (5, 130, 16)
 _GRID = torch.tensor(E2M1.grid, device="cpu")
+_FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
+"""Codes of the exact elements beside a tie."""
 
 
 def find_fault(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> str | None:
@@ -53,7 +55,11 @@ def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
     fresh = backend.quantize(x, quantizer, options)
     rows, columns = backend.quantize_both(x, (quantizer, options), (quantizer, options))
     again = backend.requantize(_stored(_matrix(_COLUMNS, _ROWS), device), quantizer, options)
-    return [tensor for q in (fresh, rows, columns, again) for tensor in q.tensors]
+    made = [fresh, rows, columns, again]
+    for edges in edge_cases(quantizer):
+        for x in (edges.to(device), edges.to(device).t().contiguous().t()):  # what is contiguous is another kernel
+            made += [backend.quantize(y, quantizer, options) for y in (x, x.to(torch.bfloat16))]
+    return [tensor for q in made for tensor in q.tensors]
 
 
 def _dequantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
@@ -134,6 +140,44 @@ def _matrix(rows: int = _ROWS, columns: int = _COLUMNS) -> torch.Tensor:
     """Both signs, many magnitudes, rows that differ in size: float32 [rows, columns]."""
     size = torch.arange(1, rows + 1, device="cpu").to(torch.float32)[:, None]
     return (_noise(rows, columns, 40503) - 32768) / 8192 * size
+
+
+def edge_cases(quantizer: Quantizer) -> list[torch.Tensor]:
+    """Where a conversion to E2M1 goes wrong without a trace: float32 matrices with elements that, once scaled, are ties
+    of either sign, zeros of either sign, or beyond the largest value, some infinitely so."""
+    return [_spikes()] if quantizer.rotates else [_ties(cap) for cap in (E4M3.max, SEARCH_CAP)]
+
+
+_SPIKES = ((13327, 12273), (7427, 5794), (3087, 2033), (12607, 6966), (1807, 753), (9795, 2632), (1167, 113))
+"""Rotated among zeros, a and b become a + b and a - b, of which for ms_eden the one is the maximum of its block and the
+other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by trying; tests/test_selfcheck.py holds it."""
+
+
+def _spikes() -> torch.Tensor:
+    """[8, 128], the last row of zeros."""
+    x = torch.zeros(len(_SPIKES) + 1, _COLUMNS, device="cpu")
+    x[:-1, :2] = torch.tensor(_SPIKES, dtype=torch.float32, device="cpu")
+    x[-1, ::3] = -0.0
+    return x
+
+
+def _ties(cap: float) -> torch.Tensor:
+    """[16, 144] whose largest block scale is ``cap``: all scales are powers of two, and their blocks have maxima of 6.
+
+    A block holds one tie between grid values that make every other scale worse, and is the same in all rows but for the
+    sign. Of the last two one has its maximum at 6.34, on a scale rounded down, and one is so small that its scale
+    becomes zero, while its elements overflow on their way to the grid.
+    """
+    middles = (_GRID[1:] + _GRID[:-1]) / 2
+    exact = _GRID[torch.tensor(_FILLING, device="cpu")].expand(len(middles), -1)
+    maxima = torch.full((len(middles), 1), E2M1.max, device="cpu")
+    blocks = torch.cat([maxima, middles[:, None], exact], dim=1)
+    blocks[-1] *= cap  # the maximum of all
+    clipped, tiny = blocks[:1].clone(), blocks[:1] * 2.0**-14
+    clipped[0, 0] = 6.34375
+    rows = torch.cat([blocks, clipped, tiny]).view(1, -1).repeat(_ROWS, 1) * 2.0**20
+    rows[1::2] *= -1
+    return rows
 
 
 def _noise(rows: int, columns: int, multiplier: int) -> torch.Tensor:

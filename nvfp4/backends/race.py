@@ -1,0 +1,78 @@
+"""Which of the backends that give the same bits is the fastest here: measured once, at first use, not assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from nvfp4.backends.base import Backend
+from nvfp4.quantizers.base import Quantizer
+
+Clock = Callable[[Callable[[], object], torch.device], float]
+"""Seconds that a call takes on a device."""
+
+SHAPE = (2048, 4096)
+TURNS = 5
+SECONDS = 0.1
+"""After so long the race ends at the end of a turn."""
+MARGIN = 0.95
+"""A later backend wins only below this share of the earlier one's time, so that noise does not decide."""
+_BUSY_BYTES = 64 << 20
+
+
+def race(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock) -> dict[str, float]:
+    """Seconds each backend takes for a BF16 matrix and then for both orientations of it: the least of its turns.
+
+    Each runs once before, which compiles. Waits for the device; draws no random number.
+    """
+    options = quantizer.check(seed=1)
+    with _disable_current_modes(), torch.no_grad():
+        x = torch.linspace(-3, 3, SHAPE[0] * SHAPE[1], device=device).view(SHAPE).to(torch.bfloat16)
+
+        def work(backend: Backend) -> Callable[[], object]:
+            how = (quantizer, options)
+            return lambda: (backend.quantize(x, *how), backend.quantize_both(x, how, how))
+
+        runs = {backend.name: work(backend) for backend in backends}
+        for run in runs.values():
+            run()
+        least, spent = dict.fromkeys(runs, float("inf")), 0.0
+        for _ in range(TURNS):
+            for name, run in runs.items():
+                seconds = clock(run, device)
+                least[name], spent = min(least[name], seconds), spent + seconds
+            if spent > SECONDS:
+                break
+    return least
+
+
+def by_speed(backends: Sequence[Backend], seconds: dict[str, float]) -> list[Backend]:
+    """The backends with the winner of a race first, the others as they were."""
+    runners = [backend for backend in backends if backend.name in seconds]
+    if not runners:
+        return list(backends)
+    best = runners[0]
+    for backend in runners[1:]:
+        if seconds[backend.name] < MARGIN * seconds[best.name]:
+            best = backend
+    if best is runners[0]:
+        return list(backends)
+    rest = [backend for backend in backends if backend is not best]
+    rest.insert(rest.index(runners[0]), best)
+    return rest
+
+
+def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
+    """By events around a run. The device is kept busy before, so that what the host takes to launch does not count."""
+    busy = torch.empty(_BUSY_BYTES, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(8):
+            busy.zero_()
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3

@@ -1,0 +1,105 @@
+"""The self-check finds a card that converts to E2M1 in its own way: ties, zeros, overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.backends.selfcheck import _GRID, edge_cases, find_fault
+from nvfp4.formats import E2M1, ElementFormat
+from nvfp4.qtensor import QTensor
+from nvfp4.quantizers import four_over_six, ms_eden, rtn
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.quantizers.ms_eden import element_scale
+from nvfp4.quantizers.registry import QUANTIZERS
+from nvfp4.rounding import nearest
+
+CPU = torch.device("cpu")
+TO_NEAREST = ["rtn", "rtn_2d", "four_over_six", "scale_search", "ms_eden"]
+
+
+class Converts(ReferenceBackend):
+    """Rounds the elements of quantisers by ``convert`` instead of by ``nearest``."""
+
+    name = "here"
+
+    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.convert, self.seen = convert, list[torch.Tensor]()
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        def rounded(values: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
+            if fmt is not E2M1:
+                return nearest(values, fmt)
+            self.seen.append(values.clone())
+            return self.convert(values)
+
+        with pytest.MonkeyPatch.context() as patched:
+            for module in (rtn, four_over_six, ms_eden):
+                patched.setattr(module, "nearest", rounded)
+            return super().quantize(x, quantizer, options)
+
+
+def _right(x: torch.Tensor) -> torch.Tensor:
+    return nearest(x, E2M1)
+
+
+def _one_tie(middle: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Right but for one tie, which goes the other way."""
+    even = _right(torch.tensor(middle)).item()
+    other = 2 * middle - even
+    return lambda x: torch.where(x.abs() == middle, torch.full_like(x, other).copysign(x), _right(x))
+
+
+def _unsigned_zero(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == 0, 0.0, _right(x))
+
+
+def _infinity_is_zero(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isinf(), 0.0, _right(x))
+
+
+def _wraps(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.abs() > E2M1.max, 0.0, _right(x))
+
+
+MIDDLES = ((_GRID[1:] + _GRID[:-1]) / 2).tolist()
+
+
+@pytest.mark.parametrize("name", TO_NEAREST)
+def test_a_conversion_of_its_own_is_found(name: str) -> None:
+    """Each of the seven ties the other way round, a lost sign of zero, no saturation: one alone is enough."""
+    rule = QUANTIZERS[name]
+    assert find_fault(Converts(_right), "quantize", CPU, rule) is None
+    faults = {f"tie at {middle}": _one_tie(middle) for middle in MIDDLES}
+    faults |= {"-0": _unsigned_zero, "beyond 6": _wraps}
+    if name in ("rtn", "rtn_2d"):  # elsewhere nothing overflows
+        faults["Inf"] = _infinity_is_zero
+    for what, convert in faults.items():
+        said = find_fault(Converts(convert), "quantize", CPU, rule)
+        assert said == "its first quantize differs from the reference", f"{name}: {what} passes"
+
+
+@pytest.mark.parametrize("name", TO_NEAREST)
+def test_edge_cases_hold_every_tie(name: str) -> None:
+    """Once scaled, the elements are exactly each of the seven ties; those of plain rules in both signs."""
+    rule, seen = QUANTIZERS[name], Converts(_right)
+    for x in edge_cases(rule):
+        seen.quantize(x, rule, rule.check(seed=1))
+    values = torch.cat([each.flatten() for each in seen.seen])
+    signs = (1,) if rule.rotates else (1, -1)
+    assert all((values == sign * middle).any() for middle in MIDDLES for sign in signs)
+    assert {bool(s) for s in values[values == 0].signbit()} == {True, False}
+
+
+def test_spikes_are_those_of_the_rule() -> None:
+    """The ties of ms_eden rest on its constants: they come out of rotation, division and multiplication as written."""
+    rule = QUANTIZERS["ms_eden"]
+    (x,) = edge_cases(rule)
+    rotation = rule.check(seed=1).rotation
+    assert rotation is not None
+    y = rotation.apply(x)[:-1].abs()
+    v = y * (1 / y.amax(dim=1, keepdim=True)) * element_scale(1.0)[0]
+    assert v.amin(dim=1).tolist() == MIDDLES
