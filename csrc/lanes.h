@@ -18,11 +18,13 @@
 #if defined(__CUDACC__)
 #define NVFP4_FN __host__ __device__ __forceinline__
 #define NVFP4_UNROLL(n) _Pragma("unroll")  // a number above the trip count sends nvcc astray
+#define NVFP4_GPU_UNROLL _Pragma("unroll")
 #define NVFP4_ROLLED _Pragma("unroll 1")
 #else
 #define NVFP4_FN inline __attribute__((always_inline))
 #define NVFP4_PRAGMA(text) _Pragma(#text)
 #define NVFP4_UNROLL(n) NVFP4_PRAGMA(GCC unroll n)
+#define NVFP4_GPU_UNROLL
 #define NVFP4_ROLLED
 #endif
 

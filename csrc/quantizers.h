@@ -224,7 +224,7 @@ NVFP4_UNROLL(16)
         F best_t = candidate_length(unit, full_scale);
         if constexpr (search) {
             F best_error = error(unit, full_scale, best_t);
-            NVFP4_ROLLED  // nvcc unrolls: factors that a loop indexes would lie in memory
+            NVFP4_GPU_UNROLL  // factors that a loop indexes would lie in memory
             for (int k = 1; k < 6; ++k) {
                 const float c = full_scale / factors[k];
                 const F t = candidate_length(unit, c);

@@ -63,10 +63,11 @@ def tile_down(policy: Policy, coded: bool = False) -> Tile:
 
 
 def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
-    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both."""
+    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both; two groups of 128 on twice
+    the warps, or they would need 256 registers a thread."""
     height, width = max(columns.group, 32), max(rows.group, 64)
     along, down = tile_along(rows), tile_down(columns)
-    warps = height * width // (32 * 16 * down.run)
+    warps = height * width // (32 * 16 * down.run) * (2 if height == width == 128 else 1)
     return (
         Tile(height, width, False, min(along.run, width), along.pieces, warps),
         Tile(width, height, True, down.run, 1, warps),
@@ -84,7 +85,7 @@ def tiles_of_activation(rows: Policy, columns: Policy | None, gated: bool) -> tu
     if columns is None:
         return tile_along(rows), None
     across, down = tiles_of_both(rows, columns)
-    warps = across.warps * (8 if gated else 2)
+    warps = min(across.warps * (16 if gated else 4), 16)  # 512 threads
     return across._replace(warps=warps), down._replace(warps=warps)
 
 

@@ -54,7 +54,7 @@ def norm_tiles(columns: Policy | None) -> tuple[Tile, Tile | None]:
     if columns is None:
         return NORM, None
     height = columns.group
-    warps = min(height * LANES // 1024, 8)
+    warps = min(height * LANES // 512, 8)
     return NORM._replace(rows=height, warps=warps), Tile(LANES, height, True, 4, 1, warps)
 
 
