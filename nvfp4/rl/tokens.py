@@ -93,7 +93,7 @@ class LocalTokenizer:
         ids: list[int] = self.inner(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
             "input_ids"
         ]
-        if self.pad_id != self.eos_id and self.pad_id in ids:  # what ``Symbols`` saved has nothing else for unknown text
+        if self.pad_id != self.eos_id and self.pad_id in ids:  # which stands for unknown text, see Symbols.save
             raise ValueError(f"{text[:40]!r} has characters that the tokenizer does not know; use bytes")
         return ids
 
