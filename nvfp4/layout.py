@@ -19,6 +19,11 @@ def swizzled_offset(row: int, column: int, columns: int) -> int:
     return tile * _TILE_BYTES + row % 32 * 16 + row % TILE_ROWS // 32 * 4 + column % TILE_COLUMNS
 
 
+def swizzled_bytes(rows: int, columns: int) -> int:
+    """Bytes that the swizzled scales of a matrix [rows, columns] of them take."""
+    return -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS) * _TILE_BYTES
+
+
 def swizzle(block_scale: torch.Tensor) -> torch.Tensor:
     """Row-major scale bytes [R, C] to swizzled bytes [512 * ceil(R/128) * ceil(C/4)]; padding bytes are 0."""
     rows, columns = block_scale.shape
@@ -32,11 +37,11 @@ def unswizzle(swizzled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
     Raises ValueError if the number of bytes is not the one that (rows, columns) needs.
     """
-    row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
-    if swizzled.numel() != row_tiles * column_tiles * _TILE_BYTES:
+    expected = swizzled_bytes(rows, columns)
+    if swizzled.numel() != expected:
         raise ValueError(
-            f"swizzled scales of {rows} rows and {columns} columns take {row_tiles * column_tiles * _TILE_BYTES} "
-            f"bytes, got {swizzled.numel()}"
+            f"swizzled scales of {rows} rows and {columns} columns take {expected} bytes, got {swizzled.numel()}"
         )
+    row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
     tiles = swizzled.view(row_tiles, column_tiles, 32, 4, TILE_COLUMNS).permute(0, 3, 2, 1, 4)
     return tiles.reshape(row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS)[:rows, :columns].contiguous()

@@ -6,12 +6,10 @@ The kernels (``csrc/``) exist for AVX-512, AVX2 and portably; the best one the p
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 
 from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.native import ELEMENTS, RULES, load
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.formats import TILE_BLOCK
 from nvfp4.hadamard import Rotation
@@ -19,17 +17,7 @@ from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
 from nvfp4.rng import number
 
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
-"""Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/cpu/kernels.h."""
-
-try:
-    native: ModuleType | None = importlib.import_module("nvfp4._cpu")
-    _MISSING = None
-except ImportError as error:
-    native = None
-    reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
-    _MISSING = f"the native extension is missing, {reason}; reinstall with a C++17 compiler on PATH"
+native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
 _HAS_MATMUL = native is not None and native.has_matmul()
 
@@ -50,7 +38,7 @@ class CpuBackend(Backend):
     def refuses(
         self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
     ) -> str | None:
-        if operation == "quantize" and quantizer is not None and quantizer.name not in _RULES:
+        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
             return f"it has no kernel for {quantizer.name}"
         return None
 
@@ -110,7 +98,7 @@ class CpuBackend(Backend):
         scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
         args = native.QuantizeArgs(
             source,
-            _native_options(_RULES[quantizer.name], options),
+            _native_options(RULES[quantizer.name], options),
             q.padded_contraction,
             q.codes.data_ptr(),
             q.block_scale.data_ptr(),
@@ -128,7 +116,7 @@ class CpuBackend(Backend):
         return native.fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads(), self.isa)
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        if q.rotation is not None or dtype not in _ELEMENTS or q.codes.numel() == 0:
+        if q.rotation is not None or dtype not in ELEMENTS or q.codes.numel() == 0:
             return q.dequantize(dtype)
         out = self._decode(q, q.contraction, dtype, with_global=True)
         lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
@@ -139,7 +127,7 @@ class CpuBackend(Backend):
         q = _contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device="cpu")
         matrix = _matrix(q, with_global)
-        native.decode(matrix, columns, _ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
+        native.decode(matrix, columns, ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
         return out
 
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -151,7 +139,7 @@ class CpuBackend(Backend):
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         pointer = 0 if bias is None else bias.data_ptr()
         threads = torch.get_num_threads()
-        native.matmul(_matrix(a), _matrix(b), pointer, _ELEMENTS[out_dtype], out.data_ptr(), threads)
+        native.matmul(_matrix(a), _matrix(b), pointer, ELEMENTS[out_dtype], out.data_ptr(), threads)
         return out
 
     def _emulated_matmul(
@@ -196,7 +184,7 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def _source(x: torch.Tensor) -> object:
     assert native is not None
-    return native.Source(x.data_ptr(), _ELEMENTS[x.dtype], *x.shape, *x.stride())
+    return native.Source(x.data_ptr(), ELEMENTS[x.dtype], *x.shape, *x.stride())
 
 
 def _native_options(rule: int, options: Options) -> object:

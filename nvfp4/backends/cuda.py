@@ -7,30 +7,20 @@ be captured in a CUDA graph; launches go to the current stream. If the extension
 
 from __future__ import annotations
 
-import importlib
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 
 from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.native import ELEMENTS, RULES, load
 from nvfp4.formats import NVFP4, TILE_BLOCK
-from nvfp4.layout import TILE_COLUMNS, TILE_ROWS
+from nvfp4.layout import swizzled_bytes
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
 from nvfp4.rng import DeviceSeed, Seed
 
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
-"""Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/cpu/kernels.h."""
-
-try:
-    _native: ModuleType | None = importlib.import_module("nvfp4._cuda")
-    _MISSING = None
-except ImportError as error:
-    _native = None
-    reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
-    _MISSING = f"the CUDA extension is missing, {reason}; reinstall with nvcc on PATH and NVFP4_CUDA=1"
+_native, _MISSING = load("nvfp4._cuda", "CUDA", "nvcc on PATH and NVFP4_CUDA=1")
 
 
 class CudaBackend(Backend):
@@ -65,7 +55,7 @@ class CudaBackend(Backend):
     ) -> str | None:
         if operation not in self.operations:
             return "it quantises and decodes alone"
-        if operation == "quantize" and quantizer is not None and quantizer.name not in _RULES:
+        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
             return f"it has no kernel for {quantizer.name}"
         if options is not None and options.block == TILE_BLOCK and options.rotation is not None:
             group = options.rotation.group
@@ -119,7 +109,7 @@ class CudaBackend(Backend):
         return target.q
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        if q.rotation is not None or dtype not in _ELEMENTS or q.codes.numel() == 0:
+        if q.rotation is not None or dtype not in ELEMENTS or q.codes.numel() == 0:
             return q.dequantize(dtype)
         lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
         out = self._decode(q, q.contraction, dtype, with_global=True)
@@ -147,7 +137,7 @@ class CudaBackend(Backend):
         """What the kernels are told of x or, with True, of x^T, whose rows are contiguous; and what has to live on."""
         transposed = x.stride(0) == 1 and x.shape[0] > 1 and x.stride(1) != 1
         y = x.t() if transposed else x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-        return self._module.Matrix(y.data_ptr(), _ELEMENTS[y.dtype], *y.shape, y.stride(0)), transposed, y
+        return self._module.Matrix(y.data_ptr(), ELEMENTS[y.dtype], *y.shape, y.stride(0)), transposed, y
 
     def _codes(self, q: QTensor, with_global: bool = True) -> object:
         return self._module.CodeMatrix(
@@ -165,7 +155,7 @@ class CudaBackend(Backend):
         q = _contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
         with _on(q.device) as stream:
-            self._module.decode(self._codes(q, with_global), columns, _ELEMENTS[dtype], out.data_ptr(), stream)
+            self._module.decode(self._codes(q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), stream)
         return out
 
 
@@ -187,7 +177,15 @@ class _Target:
         scales = self.q.block_scale.shape
         self.peak = torch.empty(self.q.global_scale.shape, dtype=torch.float32, device=device) if amax is None else amax
         self.lengths = torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
-        self.swizzled = torch.empty(_swizzled_bytes(self.q), dtype=torch.uint8, device=device) if swizzled else None
+        self.swizzled = (
+            torch.empty(
+                swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size),
+                dtype=torch.uint8,
+                device=device,
+            )
+            if swizzled
+            else None
+        )
         self.operand = native.Operand(
             _native_options(native, quantizer, options),
             self.q.rows,
@@ -203,7 +201,7 @@ class _Target:
 def _native_options(native: ModuleType, quantizer: Quantizer, options: Options) -> object:
     rotation = options.rotation
     return native.Options(
-        _RULES[quantizer.name],
+        RULES[quantizer.name],
         METRICS.index(options.metric),
         options.block == TILE_BLOCK,
         options.row_scaled,
@@ -225,11 +223,6 @@ def _contiguous(q: QTensor) -> QTensor:
     """q over plain memory; whoever takes pointers from it has to keep it alive."""
     codes, block_scale, global_scale = (tensor.contiguous() for tensor in q.tensors)
     return QTensor(codes, block_scale, global_scale, *q.record)
-
-
-def _swizzled_bytes(q: QTensor) -> int:
-    blocks = q.padded_contraction // NVFP4.block_size
-    return -(-q.rows // TILE_ROWS) * -(-blocks // TILE_COLUMNS) * TILE_ROWS * TILE_COLUMNS
 
 
 def _on(device: torch.device) -> AbstractContextManager[int]:

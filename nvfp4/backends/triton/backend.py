@@ -16,7 +16,7 @@ from nvfp4.activations import Activation
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.formats import NVFP4, TILE_BLOCK
-from nvfp4.layout import TILE_COLUMNS, TILE_ROWS
+from nvfp4.layout import swizzled_bytes
 from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.rng import DeviceSeed, Seed
@@ -147,7 +147,15 @@ class _Target:
         self.scale = self.q.block_scale
         if not self.scaled_by_amax:
             self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
-        self.swizzled = torch.zeros(_swizzled_bytes(self.q), dtype=torch.uint8, device=device) if swizzled else None
+        self.swizzled = (
+            torch.zeros(
+                swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size),
+                dtype=torch.uint8,
+                device=device,
+            )
+            if swizzled
+            else None
+        )
         self.amax_known = amax is not None
         self.seed = seed_arguments(options.seed)
         self.signs = seed_arguments(None if options.rotation is None else options.rotation.sign_seed)
@@ -360,11 +368,6 @@ def _policy(quantizer: Quantizer, options: Options, converts: bool) -> Policy:
 
 
 _POLICIES: dict[tuple[Any, ...], Policy] = {}
-
-
-def _swizzled_bytes(q: QTensor) -> int:
-    blocks = q.padded_contraction // NVFP4.block_size
-    return -(-q.rows // TILE_ROWS) * -(-blocks // TILE_COLUMNS) * TILE_ROWS * TILE_COLUMNS
 
 
 @lru_cache(maxsize=64)
