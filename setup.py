@@ -2,7 +2,7 @@
 
 A failed build leaves a working package: everything then runs on other backends, and a warning says why. The CUDA
 kernels, minutes of work for nvcc, are built where there is nvcc and the driver of a GPU; NVFP4_CUDA=1 builds them
-without a driver, NVFP4_CUDA=0 never.
+without a driver, NVFP4_CUDA=0 never. NVFP4_CPU=0 leaves the CPU's kernels out, for who only waits for the GPU's.
 """
 
 import os
@@ -160,5 +160,6 @@ cuda_extension = Pybind11Extension(
     depends=[str(path) for path in Path("csrc").rglob("*.h")],
     optional=True,
 )
-extensions = [extension, cuda_extension] if wants_cuda() else [extension]
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})
+wanted = [extension] if os.environ.get("NVFP4_CPU") != "0" else []
+wanted += [cuda_extension] if wants_cuda() else []
+setup(ext_modules=wanted, cmdclass={"build_ext": BuildExt})
