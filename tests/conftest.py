@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import interpreting
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ hypothesis.settings.load_profile("nvfp4")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "interpreted: runs Triton kernels; without a GPU in a process that interprets")
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # a skipped test always says why
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -38,6 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """What needs Triton's interpreter goes to the process that has it."""
+    if not interpreting.is_elsewhere(pyfuncitem):
+        return None
+    interpreting.PROCESS.run(pyfuncitem.nodeid)
+    return True
+
+
+def pytest_unconfigure() -> None:
+    interpreting.PROCESS.close()
 
 
 def pytest_report_header() -> str:

@@ -142,11 +142,16 @@ def test_the_table_keeps_the_ratios_of_the_data_sheets():
 
 
 def test_this_cpu_is_measured():
-    """Between a hundredth of a TFLOP/s and a hundred, a GB/s and a TB/s: units that are right."""
-    cpu = this_cpu(seconds=0.01)
-    assert 1e9 < cpu.bf16 < 1e14
-    assert 1e9 < cpu.bandwidth < 1e12
-    assert cpu.fp4 is None
+    """FLOP/s of 2 n^3 and bytes/s of a read and a write, by the shortest of the runs, as a clock that is made up has
+    it: 9 s, 4 s and 6 s."""
+    reads = iter([0, 0, 9, 9, 10, 14, 15, 20, 26, 99] * 2)
+    cpu = this_cpu(seconds=20, clock=lambda: next(reads))
+    assert cpu.bf16 == 2 * 1024**3 / 4
+    assert cpu.bandwidth == 2 * 2**26 / 4
+    assert (cpu.fp4, cpu.fp8, cpu.launch) == (None, None, 0)
+    assert next(reads, None) is None
+    assert all(cpu.gemm_rate(fp4) == cpu.bf16 for fp4 in (False, True))
+    assert this_cpu(seconds=0).bandwidth > 0, "and a real clock gives a number"
 
 
 @pytest.fixture

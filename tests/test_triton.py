@@ -2,16 +2,14 @@
 difficult data; and what the compiler makes of them.
 
 The kernels run on a GPU where there is one. Everywhere else Triton's interpreter runs them, in a process of its own
-(``test_in_the_interpreter``), because a kernel is interpreted or compiled from its definition on.
+(``interpreting.py``), because a kernel is interpreted or compiled from its definition on.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreting import interpreted
 from test_capturable import calls, no_host_read, pair
 from test_linear import CUSTOM, tokens
 from test_linear import same as same_results
@@ -41,10 +40,7 @@ from nvfp4.scaling import spread
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-runs = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device: test_in_the_interpreter runs it in another process",
-)
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 BACKEND = TritonBackend()
 SHAPES = [(17, 33), (5, 270), (33, 20), (20, 130)]
@@ -74,17 +70,7 @@ def check_quantize(name: str, options: dict, x: torch.Tensor, rng: random.Random
     )
 
 
-@compiles
-def test_in_the_interpreter() -> None:
-    """Every test of this file that runs kernels, under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert child.returncode == 0, child.stdout[-20000:] + child.stderr[-2000:]
-    assert int(re.findall(r"(\d+) passed", child.stdout)[0]) > 100
-
-
-@runs
+@interpreted
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: str(v))
 def test_quantize_equals_reference(name: str, options: dict, transposed: bool) -> None:
@@ -95,7 +81,7 @@ def test_quantize_equals_reference(name: str, options: dict, transposed: bool) -
     check_quantize(name, options, x.t() if transposed else x, rng, f"{kind} transposed={transposed}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*QUANTIZERS, "row_scaled", "tiles", "rotated"])
 def test_difficult_data(name: str, kind: str) -> None:
@@ -111,7 +97,7 @@ def test_difficult_data(name: str, kind: str) -> None:
         check_quantize(rule, options, data(shape, kind, rng.choice(DTYPES), rng.randrange(2**31)), rng, kind)
 
 
-@runs
+@interpreted
 def test_strides_of_neither_kind() -> None:
     """Every second column, rows in reverse order of a view, one row broadcast: addresses come from both strides."""
     rng = random.Random(0)
@@ -120,7 +106,7 @@ def test_strides_of_neither_kind() -> None:
         check_quantize("rtn", {}, view, rng, f"strides {view.stride()}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize(("rows", "columns"), BOTH, ids=lambda v: f"{v[0]}{v[1]}")
 def test_quantize_both_equals_two_references(rows: tuple, columns: tuple) -> None:
     """x and x^T from one read: each as if it were alone."""
@@ -137,7 +123,7 @@ def test_quantize_both_equals_two_references(rows: tuple, columns: tuple) -> Non
             assert_same(a.to("cpu"), b, f"{side} of {shape} {kind} {x.dtype} transposed={transposed}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("kind", ["normal", "wide", "nan"])
 @pytest.mark.parametrize("saved", [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})], ids=str)
 def test_requantize_equals_reference(saved: tuple, kind: str) -> None:
@@ -153,7 +139,7 @@ def test_requantize_equals_reference(saved: tuple, kind: str) -> None:
         assert_same(BACKEND.requantize(q.to(DEVICE), second, checked).to("cpu"), want, f"{shape} {kind} {name}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_equals_reference(dtype: torch.dtype) -> None:
     """Decoding with the global scale, per tensor, per row and per tile, rounded once to the dtype."""
@@ -164,7 +150,7 @@ def test_dequantize_equals_reference(dtype: torch.dtype) -> None:
             assert same(BACKEND.dequantize(q.to(DEVICE), dtype).cpu(), q.dequantize(dtype)), f"{kind} {name}"
 
 
-@runs
+@interpreted
 def test_every_code_and_scale_decodes_to_its_product() -> None:
     """All 16 codes on all 128 scales without the global scale: exact in BF16; the NaN byte decodes to NaN."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(128, 1)
@@ -176,7 +162,7 @@ def test_every_code_and_scale_decodes_to_its_product() -> None:
         assert same(got.float(), q.decode_blocks())
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("name", ["rtn", "rtn_2d", "ms_eden"])
 def test_swizzled_scales(name: str) -> None:
     """The scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major ones are unchanged."""
@@ -190,8 +176,8 @@ def test_swizzled_scales(name: str) -> None:
         assert torch.equal(swizzled.cpu(), swizzle(spread(want.block_scale, want.block, want.rows)))
 
 
-@runs
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU from sm_100 on takes this path in every test, others never")
+@interpreted
+@pytest.mark.skipif(ON_GPU, reason="a GPU from sm_100 on takes this path in every test, others never")
 @pytest.mark.parametrize("kind", ["normal", "wide", "ties", "nan"])
 @pytest.mark.parametrize(("name", "options"), CONVERTED, ids=str)
 def test_conversions_of_the_hardware(name: str, options: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +203,7 @@ def test_conversions_of_the_hardware(name: str, options: dict, kind: str, monkey
     assert any("cvt.f32.f16" in asm for asm in seen) == (name != "rtn")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("seed", [0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
 def test_seeds_of_every_size(seed: int) -> None:
     """The halves of a seed are signed on their way to the kernel; no bit of it is lost."""
@@ -228,7 +214,7 @@ def test_seeds_of_every_size(seed: int) -> None:
         assert_same(BACKEND.quantize(x.to(DEVICE), quantizer, checked).to("cpu"), quantizer.quantize(x, checked), name)
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("recipe", ["nvidia", "quartet2", CUSTOM], ids=lambda r: getattr(r, "name", r))
 def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, twice, of a capturable layer: the bits of one whose seeds are arguments; nothing is read
@@ -245,7 +231,7 @@ def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.Mo
     assert not same(wants[0].dw, wants[1].dw)
 
 
-@runs
+@interpreted
 def test_seeds_folded_on_the_device() -> None:
     """Every bit of seed, layer, call and rank; a rank of its own or the process's."""
     for words in ([5, 3, 2, -1], [-7, 2**40, 2**33 + 1, 3], [-(2**63), 0, 0, 0], [2**63 - 1, 9, 8, 2**31]):
@@ -262,7 +248,7 @@ def test_halves_fit_their_type() -> None:
         assert (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32 == seed
 
 
-@runs
+@interpreted
 def test_noise_beyond_32_bits() -> None:
     """Draw numbers above 2^35 use the second word of the counter."""
     import triton_kernels
@@ -274,8 +260,8 @@ def test_noise_beyond_32_bits() -> None:
     assert torch.equal(got, ((word >> (index & 1) * 16 & 0xFFFF).float() + 0.5) * 2.0**-16)
 
 
-@runs
-@pytest.mark.skipif(not INTERPRETED, reason="takes memory that is never touched, which a GPU does not have")
+@interpreted
+@pytest.mark.skipif(ON_GPU, reason="takes memory that is never touched, which a GPU does not have")
 def test_rows_further_apart_than_32_bits() -> None:
     """Rows 2^31 bytes apart, along and down, are read at the right place: offsets are 64-bit."""
     memory = np.zeros(2**31 + 64, dtype=np.int16)  # pages appear only where they are touched
@@ -313,18 +299,25 @@ def test_nothing_waits_and_a_graph_replays(name: str, options: dict) -> None:
         assert_same(q.to("cpu"), quantizer.quantize(fresh, checked), kind)
 
 
-def test_it_is_never_chosen_on_the_cpu() -> None:
-    """In the interpreter it runs when it is named; "auto" passes it over and says why."""
+@interpreted
+@pytest.mark.skipif(ON_GPU, reason="of the interpreter")
+def test_the_interpreter_is_never_chosen() -> None:
+    """It runs when it is named; "auto" passes it over and says why."""
+    cpu = torch.device("cpu")
+    assert select("auto", "quantize", cpu).name != "triton"
+    assert select("triton", "quantize", cpu, QUANTIZERS["rtn"]) is BACKENDS["triton"]
+    assert "triton: it runs here only when named" in explain("quantize", "cpu").splitlines()
+
+
+@compiles
+def test_what_is_compiled_does_not_run_on_the_cpu() -> None:
+    """Named or not."""
     cpu = torch.device("cpu")
     assert select("auto", "quantize", cpu).name != "triton"
     said = explain("quantize", "cpu").splitlines()
-    if INTERPRETED:
-        assert select("triton", "quantize", cpu, QUANTIZERS["rtn"]) is BACKENDS["triton"]
-        assert "triton: it runs here only when named" in said
-    else:
-        assert "triton: it runs on cuda, and on the cpu only under TRITON_INTERPRET=1" in said
-        with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
-            select("triton", "quantize", cpu)
+    assert "triton: it runs on cuda, and on the cpu only under TRITON_INTERPRET=1" in said
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
+        select("triton", "quantize", cpu)
 
 
 def test_what_it_refuses_has_a_reason() -> None:
@@ -415,7 +408,7 @@ def test_variants_cover_every_kernel() -> None:
         assert {k for k, kind in v.signature.items() if kind == "constexpr"} == set(v.constexprs)
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 33), (150, 140), (3, 270)])
 def test_transposed_codes(shape: tuple[int, int]) -> None:
     """Bytes of both nibbles and tile scales, ragged on either side, and back again; what has none is refused alike."""
@@ -430,7 +423,7 @@ def test_transposed_codes(shape: tuple[int, int]) -> None:
         BACKEND.transpose(nvfp4.quantize(torch.ones(3, 16), "rtn", backend="reference").to(DEVICE))
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize(("name", "options"), [("rtn", {}), ("scale_search", {"row_scaled": True}), ("rtn_2d", {})])
 @pytest.mark.parametrize("amax", [50.0, float("inf")])
 def test_a_supplied_amax_is_used(name: str, options: dict, amax: float) -> None:
@@ -443,7 +436,7 @@ def test_a_supplied_amax_is_used(name: str, options: dict, amax: float) -> None:
     assert_same(got.to("cpu"), ReferenceBackend().quantize_with_amax(x, quantizer, checked, given), f"{name} {amax}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("row_scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gemm_of_operands_decoded_in_memory(dtype: torch.dtype, row_scaled: bool) -> None:

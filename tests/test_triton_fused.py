@@ -5,17 +5,13 @@ They run where those of ``test_triton.py`` do: on a GPU, or in Triton's interpre
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreting import interpreted
 from test_native import KINDS, assert_same, data, same
 
 from nvfp4.activations import Activation, RMSNorm, SwiGLU, row_sum
@@ -29,10 +25,6 @@ from nvfp4.quantizers.registry import QUANTIZERS
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-runs = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device: test_in_the_interpreter runs it in another process",
-)
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 BACKEND, REFERENCE = TritonBackend(), ReferenceBackend()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,16 +57,6 @@ def quiet_interpreter() -> Iterator[None]:
         yield
 
 
-@compiles
-def test_in_the_interpreter() -> None:
-    """Every test of this file that runs kernels, under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert child.returncode == 0, child.stdout[-20000:] + child.stderr[-2000:]
-    assert int(re.findall(r"(\d+) passed", child.stdout)[0]) > 40
-
-
 def spec(case: tuple[str, dict], rng: random.Random) -> tuple[Quantizer, Options]:
     """A quantiser with its options under random seeds."""
     quantizer = QUANTIZERS[case[0]]
@@ -101,7 +83,7 @@ def check(activation: Activation, rows: tuple, columns: tuple | None, note: str)
             assert_same(a.to("cpu"), b, f"{side} of {type(activation).__name__} {note}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("kind", [RMSNorm, SwiGLU])
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_quantize_equals_reference(kind: type, case: tuple) -> None:
@@ -113,7 +95,7 @@ def test_quantize_equals_reference(kind: type, case: tuple) -> None:
         check(made(kind, x, other), spec(case, rng), None, f"{shape} {what} {dtype} {case}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("kind", [RMSNorm, SwiGLU])
 @pytest.mark.parametrize(("rows", "columns"), BOTH, ids=lambda v: f"{v[0]}{v[1]}")
 def test_quantize_both_equals_reference(kind: type, rows: tuple, columns: tuple) -> None:
@@ -124,7 +106,7 @@ def test_quantize_both_equals_reference(kind: type, rows: tuple, columns: tuple)
     check(made(kind, x, other), spec(rows, rng), spec(columns, rng), f"{shape} {dtype} {rows} {columns}")
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("difficulty", ["zeros", "tiny", "huge", "nan", "inf"])
 def test_difficult_data(difficulty: str) -> None:
     """Zeros (also without eps), denormals, overflow, NaN and Inf in either input; forward and backward."""
@@ -137,7 +119,7 @@ def test_difficult_data(difficulty: str) -> None:
         check_gradients(activation, torch.randn(3, 40), difficulty)
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("mixture", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 @pytest.mark.parametrize("kind", [RMSNorm, SwiGLU])
 def test_mixed_dtypes(kind: type, mixture: tuple) -> None:
@@ -148,7 +130,7 @@ def test_mixed_dtypes(kind: type, mixture: tuple) -> None:
     check_gradients(activation, torch.randn(5, 40), str(mixture))
 
 
-@runs
+@interpreted
 def test_strides() -> None:
     """Halves of one matrix, a transposed one; and rows 2^31 bytes apart, where memory is virtual."""
     rng = random.Random(0)
@@ -172,7 +154,7 @@ def check_gradients(activation: Activation, dy: torch.Tensor, note: str) -> None
         assert same(a.cpu(), b), f"gradient of the {side} input of {type(activation).__name__} {note}"
 
 
-@runs
+@interpreted
 @pytest.mark.parametrize("kind", [RMSNorm, SwiGLU])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_equal_reference(kind: type, dtype: torch.dtype) -> None:
@@ -182,7 +164,7 @@ def test_gradients_equal_reference(kind: type, dtype: torch.dtype) -> None:
         check_gradients(made(kind, x, other), dy, f"{shape} {dtype}")
 
 
-@runs
+@interpreted
 def test_slabs_of_many_rows() -> None:
     """More slabs than lanes: the second stretch is added to the first."""
     from nvfp4.backends.triton import fused_kernels
@@ -192,7 +174,7 @@ def test_slabs_of_many_rows() -> None:
     assert same(out.cpu(), row_sum(slabs.t()))
 
 
-@runs
+@interpreted
 def test_empty() -> None:
     """No rows: empty codes, a dweight of zeros."""
     activation = RMSNorm(torch.empty(0, 32), torch.ones(32), 1e-6)
@@ -200,7 +182,7 @@ def test_empty() -> None:
     check_gradients(activation, torch.empty(0, 32), "empty")
 
 
-@runs
+@interpreted
 def test_it_passes_its_self_check() -> None:
     """What is asked before the first use."""
     assert select("triton", "activation", DEVICE).name == "triton"
