@@ -32,6 +32,10 @@ class Formula(NamedTuple):
     """What is computed of (first, second). gated: SwiGLU of gate and up, otherwise RMSNorm of x and weight.
 
     inner: the dtype of ``first``, to which the normalised x and silu(gate) are rounded; outer: of the result.
+
+    In Triton 3.6 an attribute of a constant tuple is a bare Python value, which no other function under ``triton.jit``
+    takes: kernels hand on ``INNER: tl.constexpr = F.inner``, and write ``tl.full((T.rows, LANES), 0.0, tl.float32)``,
+    because ``tl.zeros`` is such a function. (3.9 takes both.)
     """
 
     gated: bool
@@ -67,7 +71,8 @@ def exp_negative(x):
 @triton.jit
 def silu(gate, e, F: tl.constexpr):
     """silu(gate) rounded to the gate's dtype; e = ``exp_negative(gate)``."""
-    return rounded(tl.math.div_rn(tl.where(gate >= 0.0, gate, gate * e), 1.0 + e), F.inner)
+    INNER: tl.constexpr = F.inner
+    return rounded(tl.math.div_rn(tl.where(gate >= 0.0, gate, gate * e), 1.0 + e), INNER)
 
 
 @triton.jit
@@ -79,13 +84,16 @@ def sigmoid(gate, e):
 @triton.jit
 def swiglu(gate, up, F: tl.constexpr):
     """silu(gate) up."""
-    return rounded(silu(gate, exp_negative(gate), F) * up, F.outer)
+    OUTER: tl.constexpr = F.outer
+    return rounded(silu(gate, exp_negative(gate), F) * up, OUTER)
 
 
 @triton.jit
 def normalized(x, rstd, weight, F: tl.constexpr):
     """x over its root mean square, times the weight; rstd and weight broadcast."""
-    return rounded(rounded(x * rstd, F.inner) * weight, F.outer)
+    INNER: tl.constexpr = F.inner
+    OUTER: tl.constexpr = F.outer
+    return rounded(rounded(x * rstd, INNER) * weight, OUTER)
 
 
 @triton.jit
@@ -115,8 +123,8 @@ def row_tree(x):
 
 @triton.jit
 def over(x, count):
-    """x / count."""
-    return tl.math.div_rn(x, tl.zeros(x.shape, tl.float32) + count.to(tl.float32))
+    """x / count. A count of 1 is a Python integer by the time it gets here, which has no ``.to``."""
+    return tl.math.div_rn(x, tl.zeros(x.shape, tl.float32) + tl.cast(count, tl.float32))
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from nvfp4.backends.triton.tiles import load_dense, positions, rotate
 @triton.jit
 def row_inverse_rms(x, row_tile, rows, columns, x_row, eps, T: tl.constexpr):
     """1 / rms of the rows of tile number ``row_tile``, [R]."""
-    lanes = tl.zeros((T.rows, LANES), tl.float32)
+    lanes = tl.full((T.rows, LANES), 0.0, tl.float32)
     for c in tl.range(0, tl.cdiv(columns, LANES)):
         tile = load_dense(x, row_tile, tl.full((), c, tl.int32), rows, columns, x_row, 1, T)
         lanes = lanes + tile * tile
@@ -53,7 +53,7 @@ def rms_kernel(
     tl.store(rstd + row, scale, mask=row < rows)
     if (P_ROWS is not None) or (P_COLUMNS is not None):
         scale = tl.where(row < rows, scale, 0.0)  # a row of padding is zero, even where eps is
-        largest = tl.zeros((T_ROWS.rows,), tl.int32)
+        largest = tl.full((T_ROWS.rows,), 0, tl.int32)
         for c in tl.range(0, tl.cdiv(columns, LANES)):
             column_tile = tl.full((), c, tl.int32)
             column = positions(column_tile, LANES)
@@ -145,9 +145,11 @@ def rms_gradient_kernel(
     x, weight, dy, dx, slabs, rows, columns, x_row, eps, T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
     """dx of a slab of rows, and its part of dweight: slabs [programs, columns]. dy is contiguous."""
+    INNER: tl.constexpr = F.inner
     row_tile = tl.program_id(0)
     row = positions(row_tile, T.rows)
-    squares, products = tl.zeros((T.rows, LANES), tl.float32), tl.zeros((T.rows, LANES), tl.float32)
+    squares = tl.full((T.rows, LANES), 0.0, tl.float32)
+    products = tl.full((T.rows, LANES), 0.0, tl.float32)
     for c in tl.range(0, tl.cdiv(columns, LANES)):
         column_tile = tl.full((), c, tl.int32)
         gain = load_vector(weight, positions(column_tile, LANES), columns)[None, :]
@@ -164,8 +166,8 @@ def rms_gradient_kernel(
         gain = load_vector(weight, column, columns)[None, :]
         tile = load_dense(x, row_tile, column_tile, rows, columns, x_row, 1, T)
         gradient = load_dense(dy, row_tile, column_tile, rows, columns, columns, 1, T)
-        store_tile(dx, rstd * (gradient * gain - tile * slope), row, column, rows, columns, F.inner)
-        part = row_tree(gradient * rounded(tile * rstd, F.inner))
+        store_tile(dx, rstd * (gradient * gain - tile * slope), row, column, rows, columns, INNER)
+        part = row_tree(gradient * rounded(tile * rstd, INNER))
         tl.store(slabs + row_tile.to(tl.int64) * columns + column, part, mask=column < columns)
 
 
@@ -187,6 +189,7 @@ def swiglu_gradient_kernel(
     gate, up, dy, dgate, dup, rows, columns, gate_row, up_row, T: tl.constexpr, F: tl.constexpr, UP: tl.constexpr
 ):  # fmt: skip
     """dgate and dup of dy, which is contiguous like them; UP: the dtype of up."""
+    INNER: tl.constexpr = F.inner
     row_tile, column_tile = tile_of(columns, T.columns)
     row, column = positions(row_tile, T.rows), positions(column_tile, T.columns)
     gates = load_dense(gate, row_tile, column_tile, rows, columns, gate_row, 1, T)
@@ -196,4 +199,4 @@ def swiglu_gradient_kernel(
     s = sigmoid(gates, e)
     slope = s * (1.0 + gates * (1.0 - s))
     ups = load_dense(up, row_tile, column_tile, rows, columns, up_row, 1, T)
-    store_tile(dgate, (gradient * ups) * slope, row, column, rows, columns, F.inner)
+    store_tile(dgate, (gradient * ups) * slope, row, column, rows, columns, INNER)
