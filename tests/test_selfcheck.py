@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nvfp4.backends import registry
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.selfcheck import _GRID, edge_cases, find_fault
 from nvfp4.formats import E2M1, ElementFormat
@@ -103,3 +104,82 @@ def test_spikes_are_those_of_the_rule() -> None:
     y = rotation.apply(x)[:-1].abs()
     v = y * (1 / y.amax(dim=1, keepdim=True)) * element_scale(1.0)[0]
     assert v.amin(dim=1).tolist() == MIDDLES
+
+
+class Stub(ReferenceBackend):
+    """Another name for the reference; "raises" and "differs" make its codes wrong in their ways."""
+
+    def __init__(self, name: str, fault: str = "") -> None:
+        self.name, self.fault = name, fault
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if self.fault == "raises":
+            raise RuntimeError("no kernel image")
+        q = super().quantize(x, quantizer, options)
+        if self.fault == "differs":
+            q.codes.zero_()
+        return q
+
+
+class Last(ReferenceBackend):
+    """The reference, of a class that the stubs are not of."""
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, ReferenceBackend]]:
+    """Backends "first", with a fault, and "second" before the reference, in a process that has said nothing yet."""
+
+    def install(fault: str) -> dict[str, ReferenceBackend]:
+        known = {"first": Stub("first", fault), "second": Stub("second"), "reference": Last()}
+        monkeypatch.setattr(registry, "ReferenceBackend", Last)
+        monkeypatch.setattr(registry, "BACKENDS", known)
+        monkeypatch.setattr(registry, "_FAULTS", {})
+        monkeypatch.setattr(registry, "_FAILED", set())
+        monkeypatch.setattr(registry, "_SAID", {"meta"})
+        return known
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("raises", "its first quantize failed: no kernel image"), ("differs", "its first quantize differs from the ref")],
+)
+def test_a_failed_check_is_said_though_another_takes_over(stubs, fault: str, reason: str) -> None:
+    """Once for a backend, an operation and a device, with the reason, though nothing slow is left: several quantisers
+    that fail alike are one warning."""
+    known = stubs(fault)
+    with pytest.warns(RuntimeWarning, match=f"not use its first backend for quantize by sr on cpu: {reason}") as caught:
+        for name in ("sr", "rtn", "sr"):
+            rule = QUANTIZERS[name]
+            assert registry.select("auto", "quantize", CPU, rule, rule.check(seed=1)) is known["second"]
+    assert len(caught) == 1
+    with pytest.warns(RuntimeWarning, match="does not use its first backend for activation on cpu") as caught:
+        assert registry.select("auto", "activation", CPU) is known["second"]
+    assert len(caught) == 1
+
+
+def test_nothing_is_said_of_what_is_right(stubs, recwarn: pytest.WarningsRecorder) -> None:
+    known = stubs("")
+    assert registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check()) is known["first"]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_lost_device_is_named(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that took the device with it is told from one that raised: only then does the process have to end."""
+
+    def synchronize(device: torch.device) -> None:
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    card, move = torch.device("cuda", 0), torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **how: self if to == (card,) else move(self, *to, **how))
+    said = find_fault(Stub("first", "raises"), "quantize", card, QUANTIZERS["rtn"])
+    assert said is not None
+    assert said.startswith("its first quantize failed: no kernel image")
+    assert ("cuda:0 is lost to this process (an illegal memory access" in said) == lost
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert find_fault(Stub("first", "raises"), "quantize", CPU, None) == "its first quantize failed: no kernel image"

@@ -68,7 +68,8 @@ def select(
     """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one cannot.
 
     A backend that only multiplies leaves the rest to "auto" when it is named.
-    Says once for each kind of device that only the reference is left, and why.
+    Warns once of each backend, operation and device whose self-check failed, and once for each kind of device on which
+    only the reference is left, and why.
     """
     check_backend(name, device)
     if name == AUTO or operation not in BACKENDS[name].operations:
@@ -91,9 +92,10 @@ def able(backend: Backend, operation: Operation, device: torch.device, quantizer
 
 _FAULTS: dict[tuple[Backend, Operation, torch.device, str | None], str | None] = {}
 _SAID = {"meta"}  # where nothing is computed
+_FAILED: set[tuple[Backend, Operation, torch.device]] = set()
 _SECONDS: dict[tuple[torch.device, str], dict[str, float]] = {}
-"""What this process found out and said: verdicts of the self-check, devices on which a fallback was announced, and for
-each quantiser the times of the backends that have it."""
+"""What this process found out and said: verdicts of the self-check, devices on which a fallback was announced, failed
+self-checks that were announced, and for each quantiser the times of the backends that have it."""
 _CLOCKS: dict[str, Clock] = {"cuda": seconds_on_gpu}
 """Kinds of devices on which quantisers are raced. Products are not: their bits depend on the order of summation."""
 
@@ -134,7 +136,9 @@ def _obstacle(
     if key not in _FAULTS:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # a graph can be captured only after a warm-up, which has asked already
-        _FAULTS[key] = find_fault(backend, operation, device, quantizer)
+        reason = _FAULTS[key] = find_fault(backend, operation, device, quantizer)
+        if reason is not None:
+            _say_it_failed(backend, operation, device, quantizer, reason)
     return _FAULTS[key]
 
 
@@ -151,12 +155,30 @@ def _objection(
     return _obstacle(backend, operation, device, quantizer, options)
 
 
+def _say_it_failed(
+    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None, reason: str
+) -> None:
+    """Whatever takes over: it may be several times as slow, and nobody would know why."""
+    if (backend, operation, device) in _FAILED:
+        return
+    _FAILED.add((backend, operation, device))
+    what = operation if quantizer is None else f"{operation} by {quantizer.name}"
+    warnings.warn(
+        f"nvfp4 does not use its {backend.name} backend for {what} on {device}: {reason}. Another backend takes over, at "
+        f"worst the reference, exact but slow; nvfp4.explain({operation!r}, {str(device)!r}) says which",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
 def _say_why(operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None) -> None:
+    """That only the reference is left, unless failed self-checks alone are why, of which each has been said."""
     _SAID.add(device.type)
-    reasons = [f"{b.name}: {why}" for b, why in candidates(operation, device, quantizer, options) if why is not None]
-    if reasons:
+    refused = [(b, why) for b, why in candidates(operation, device, quantizer, options) if why is not None]
+    if any((b, operation, device) not in _FAILED for b, _ in refused):
+        reasons = "; ".join(f"{b.name}: {why}" for b, why in refused)
         warnings.warn(
-            f"nvfp4 computes on {device.type} with the reference backend, exactly but slowly ({'; '.join(reasons)})",
+            f"nvfp4 computes on {device.type} with the reference backend, exactly but slowly ({reasons})",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -44,9 +44,27 @@ def find_fault(backend: Backend, operation: Operation, device: torch.device, qua
         try:
             got = [tensor.cpu() for tensor in probe(backend, device, chosen)]
         except Exception as error:  # whatever a kernel raises here, the backend is of no use
-            return f"its first {operation} failed: {error}"
+            return f"its first {operation} failed: {error}{_lost(device)}"
         same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     return None if same else f"its first {operation} differs from the reference"
+
+
+def _lost(device: torch.device) -> str:
+    """What to add where a kernel took the whole device with it.
+
+    After an illegal address or a trap CUDA refuses all that this process ever asks of the device again, so passing over
+    the backend that did it saves nothing, and whatever runs next would be blamed for it.
+    """
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        return (
+            f"; {device} is lost to this process ({error}): whatever it computes there from now on fails as well, so "
+            f"start it anew with another backend"
+        )
+    return ""
 
 
 def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
