@@ -7,6 +7,7 @@ the backend takes them. On a Blackwell card the ordinary tests of every backend 
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from typing import get_args
 
 import numpy as np
@@ -19,9 +20,10 @@ from test_matmul import exact_operand, oracle_matmul
 
 from nvfp4 import ops
 from nvfp4.backends import registry
+from nvfp4.backends import scaled_mm as scaled_mm_module
 from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.scaled_mm import ScaledMmBackend
+from nvfp4.backends.scaled_mm import ScaledMmBackend, SharedAlpha
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.experts import ExpertsState, grouped_linear
 from nvfp4.noise import Noise
@@ -88,6 +90,64 @@ def test_bias_goes_along(rng):
             bias = torch.arange(24).to(bias_dtype)
             want = ReferenceBackend().matmul(a, b, dtype, bias)
             assert torch.equal(Here().matmul(a, b, dtype, bias), want)
+
+
+class Cuda:
+    """What torch.cuda says of streams and captures, of a machine with two cards."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.stream, self.capturing = 0, False
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (device, self.stream))
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: (device, 0))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+
+def test_torchs_one_buffer_is_used_where_nothing_can_overwrite_it(monkeypatch):
+    """The default stream of the first card outside of captures, and nowhere else; one thread at a time."""
+    cuda, alpha = Cuda(monkeypatch), SharedAlpha()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+
+    def lent(device: torch.device) -> bool:
+        with alpha.lent(device) as answer:
+            assert alpha._lock.locked()
+            return answer
+
+    cuda.stream = 7
+    assert not lent(second), "another stream, which does not decide where the buffer lies either"
+    cuda.stream, cuda.capturing = 0, True
+    assert not lent(second)
+    cuda.capturing = False
+    assert lent(first)
+    assert lent(first)
+    assert not lent(second), "the buffer lies on the first card"
+    cuda.stream = 7
+    assert not lent(first)
+    assert not alpha._lock.locked()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_without_the_buffer_the_definition_is_computed(with_bias, rng, monkeypatch):
+    """One level of scales, float32, our own epilogue: the bits of the reference in every dtype."""
+    levels = []
+
+    class Lends(SharedAlpha):
+        def lent(self, device):
+            return nullcontext(False)
+
+    class Counts(ScaledMm):
+        def __call__(self, mat_a, mat_b, scale_a, *args, **kwargs):
+            levels.append((len(scale_a), kwargs["output_dtype"], kwargs["bias"]))
+            return super().__call__(mat_a, mat_b, scale_a, *args, **kwargs)
+
+    backend = Here()
+    backend._mm = Counts()
+    monkeypatch.setattr(scaled_mm_module, "ALPHA", Lends())
+    a, b = exact_operand(rng, 20, 96, octaves=(-8, -6)), exact_operand(rng, 37, 96, octaves=(-8, -6))
+    for dtype in (torch.bfloat16, torch.float16):
+        bias = torch.arange(37).to(dtype) if with_bias else None
+        want = ReferenceBackend().matmul(a, b, dtype, bias)
+        assert torch.equal(backend.matmul(a, b, dtype, bias), want)
+    assert levels == [(1, torch.float32, None)] * 2
 
 
 def test_nan_and_empty_operands(rng):

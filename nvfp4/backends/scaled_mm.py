@@ -6,11 +6,21 @@ hands both scales to cuBLASLt, which multiplies by fl(global_a * global_b). That
 written and read three times (predicted, not measured: on B200 longer than the GEMM itself at 4096^3); it costs one
 float32 rounding, 2^-16 of a BF16 one, and bits of results whose global_a * global_b lies below 2^-126. Nothing here
 has run on a GPU of its kind so far; what a card makes of it is checked at first use (``selfcheck.py``).
+
+Where both scales may go inside. torch (all versions that have this function, 2.10 to 2.13) hands their product to
+cuBLASLt through one buffer of four bytes: ``get_user_alpha_ptr``, allocated once in a process, on the device that is
+current then, and written before each such product (``BLASConstants.cu``, ``CUDABlas.cpp``). On one stream writing and
+reading take turns. Two streams, or two graphs replayed side by side, would exchange their scales without any error;
+another GPU would read the first one's memory; and a first use within a capture would allocate. So it is left alone but
+on the default stream of one device, outside of captures: ``SharedAlpha``. Everywhere else the contraction is asked for
+alone and one kernel of ours does the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +34,11 @@ from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.scaling import spread
 
+try:
+    from nvfp4.backends.triton.gemm_decoded import scaled
+except ImportError:  # there is no Triton
+    scaled = None  # type: ignore[assignment]
+
 MAJORS = (10, 12)
 """Compute capabilities with NVFP4 units that cuBLASLt programs. torch itself lets Hopper through, to fail late."""
 
@@ -35,6 +50,38 @@ CONTRACTION_UNIT = 32
 
 COLUMN_UNIT = 16
 """Columns of the result (rows of b) must be a multiple of this: checked there too."""
+
+
+class SharedAlpha:
+    """torch's one buffer for the product of two global scales, of this process.
+
+    device: where we used it first, and where it therefore lies, unless somebody else's NVFP4 products came before ours.
+    """
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lent(self, device: torch.device) -> Iterator[bool]:
+        """Whether a product enqueued within may go through the buffer; no other thread enqueues one meanwhile."""
+        if device.type != "cuda":
+            yield True  # stand-ins of tests, which have no such buffer
+            return
+        with self._lock:
+            yield self._is_ours(device)
+
+    def _is_ours(self, device: torch.device) -> bool:
+        if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+            return False
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        if self.device is None:
+            self.device = device
+        return self.device == device
+
+
+ALPHA = SharedAlpha()
 
 
 class ScaledMmBackend(Backend):
@@ -78,25 +125,34 @@ class ScaledMmBackend(Backend):
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
-        fused = _may_scale_inside(a, b, out_dtype) and (bias is None or bias.dtype == out_dtype)
-        dtype = out_dtype if fused else torch.float32
-        if fused and bias is not None:
-            bias = F.pad(bias, (0, -b.rows % COLUMN_UNIT))
+        if _may_scale_inside(a, b, out_dtype) and (bias is None or bias.dtype == out_dtype):
+            with ALPHA.lent(a.device) as lent:
+                if lent:
+                    bias = None if bias is None else F.pad(bias, (0, -b.rows % COLUMN_UNIT))
+                    return self._product(a, b, out_dtype, bias, inside=True)
+        return _finished(self._product(a, b, torch.float32, None, inside=False), a, b, out_dtype, bias)
+
+    def _product(
+        self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None, inside: bool
+    ) -> torch.Tensor:
+        """[a.rows, b.rows] of ``dtype``; inside: cuBLASLt applies the global scales and adds the bias, already padded.
+
+        Otherwise the contraction alone.
+        """
         assert self._mm is not None
         y = self._mm(
             _codes(a),
             _codes(b, COLUMN_UNIT).t(),
-            self._scales(a, fused),
-            _recipe(fused),
-            self._scales(b, fused),
-            _recipe(fused),
-            _swizzles(fused),
-            _swizzles(fused),
-            bias=bias if fused else None,
+            self._scales(a, inside),
+            _recipe(inside),
+            self._scales(b, inside),
+            _recipe(inside),
+            _swizzles(inside),
+            _swizzles(inside),
+            bias=bias,
             output_dtype=dtype,
         )
-        y = y[:, : b.rows].contiguous()
-        return y if fused else apply_globals(y, a, b, out_dtype, bias)
+        return y[:, : b.rows].contiguous()
 
     def grouped_matmul(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> list[torch.Tensor]:
         if not self._fits_grouped(a, b, out_dtype):
@@ -146,6 +202,16 @@ class ScaledMmBackend(Backend):
                 return made
             kept = self._swizzled[q] = (q.block_scale._version, made)
         return kept[1]
+
+
+def _finished(
+    y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Global scales in their order, bias, one cast: one kernel where there is Triton, four of torch's elsewhere."""
+    if y.device.type == "cuda" and scaled is not None:
+        with torch.cuda.device(y.device):
+            return scaled(y, a, b, out_dtype, bias)
+    return apply_globals(y, a, b, out_dtype, bias)
 
 
 def _may_scale_inside(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> bool:
