@@ -121,25 +121,25 @@ void require_fit(const cuda::Matrix& m, const cuda::Operand& operand, bool down)
     require(down || m.element != Element::codes, "codes are quantised again as their transpose");
 }
 
-void quantize(const cuda::Matrix& m, const cuda::Operand& operand, bool down, uintptr_t stream) {
+void quantize(const cuda::Matrix& m, const cuda::Operand& operand, bool down, int device, uintptr_t stream) {
     require_fit(m, operand, down);
     py::gil_scoped_release release;
-    cuda::quantize(m, operand, down, reinterpret_cast<void*>(stream));
+    cuda::quantize(m, operand, down, device, reinterpret_cast<void*>(stream));
 }
 
-void quantize_both(const cuda::Matrix& m, const cuda::Operand& rows, const cuda::Operand& columns, uintptr_t stream) {
+void quantize_both(const cuda::Matrix& m, const cuda::Operand& rows, const cuda::Operand& columns, int device, uintptr_t stream) {
     require_fit(m, rows, false);
     require_fit(m, columns, true);
     py::gil_scoped_release release;
-    cuda::quantize_both(m, rows, columns, reinterpret_cast<void*>(stream));
+    cuda::quantize_both(m, rows, columns, device, reinterpret_cast<void*>(stream));
 }
 
-void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, uintptr_t stream) {
+void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int device, uintptr_t stream) {
     require(columns > 0 && columns <= matrix.row_bytes * 2, "more columns than there are codes");
     require(out != 0, "missing output");
     const Element checked = element_of(element);
     py::gil_scoped_release release;
-    cuda::decode_matrix(matrix, columns, checked, reinterpret_cast<void*>(out), reinterpret_cast<void*>(stream));
+    cuda::decode_matrix(matrix, columns, checked, reinterpret_cast<void*>(out), device, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace

@@ -166,6 +166,18 @@ def test_every_code_and_scale_decodes_to_its_product(kernels, place) -> None:
     assert_same(got, rule.quantize(finite.dequantize().t(), rule.check()), "requantised")
 
 
+def test_codes_that_begin_anywhere(kernels, place) -> None:
+    """Codes at an address that eight bytes do not divide are read one by one, to the same values."""
+    quantizer = QUANTIZERS["rtn"]
+    q = quantizer.quantize(data((19, 70), "normal", torch.float32, 1), quantizer.check())
+    memory = torch.zeros(q.codes.numel() + 9, dtype=torch.uint8).to(place)
+    for offset in (0, 1, 4, 8):
+        codes = memory[offset : offset + q.codes.numel()].view(q.codes.shape)
+        codes.copy_(q.codes)
+        moved = QTensor(codes, *(tensor.to(place) for tensor in q.tensors[1:]), *q.record)
+        assert same(kernels.dequantize(moved, torch.bfloat16).cpu(), q.dequantize(torch.bfloat16)), offset
+
+
 @pytest.mark.parametrize("name", ["rtn", "rtn_2d", "ms_eden"])
 def test_swizzled_scales(kernels, place, name: str) -> None:
     """The scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major ones are unchanged."""
@@ -212,11 +224,27 @@ def test_a_supplied_amax_is_used(kernels, place, row_scaled: bool) -> None:
     x = data((20, 80), "normal", torch.bfloat16, 3)
     larger = torch.cat([x, torch.full((20, 16), 100.0, dtype=x.dtype)], dim=1)
     want = quantizer.quantize(larger, checked)
-    amax = torch.full((20 if row_scaled else 1,), 100.0, device=place)
-    got = kernels.quantize_with_amax(x.to(place), quantizer, checked, amax).to("cpu")
-    assert same(got.codes, want.codes[:, :40])
-    assert same(got.block_scale, want.block_scale[:, :5])
-    assert same(got.global_scale, want.global_scale)
+    count = 20 if row_scaled else 1
+    every_third = torch.full((3 * count,), 7.0).index_fill_(0, torch.arange(0, 3 * count, 3), 100.0).to(place)[::3]
+    for amax in (torch.full((count,), 100.0, device=place), every_third):
+        got = kernels.quantize_with_amax(x.to(place), quantizer, checked, amax).to("cpu")
+        assert same(got.codes, want.codes[:, :40])
+        assert same(got.block_scale, want.block_scale[:, :5])
+        assert same(got.global_scale, want.global_scale)
+
+
+@pytest.mark.parametrize("row_scaled", [False, True])
+def test_a_supplied_amax_with_its_sign_set(kernels, place, row_scaled: bool) -> None:
+    """NaN is not finite whatever its sign bit, and a negative number stands for its magnitude: as the reference."""
+    quantizer = QUANTIZERS["rtn"]
+    checked = quantizer.check(row_scaled=row_scaled)
+    x = data((20, 80), "normal", torch.bfloat16, 3)
+    for value in (float("nan"), 50.0, float("inf")):
+        amax = -torch.full((20 if row_scaled else 1,), value)
+        assert amax.signbit().all()
+        got = kernels.quantize_with_amax(x.to(place), quantizer, checked, amax.to(place)).to("cpu")
+        want = ReferenceBackend().quantize_with_amax(x, quantizer, checked, amax)
+        assert_same(got, want, f"amax -{value}")
 
 
 @pytest.mark.parametrize("name", [*QUANTIZERS])

@@ -28,6 +28,26 @@ inline void zero(void* to, size_t bytes, void* stream) {
     check(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
+// Makes a device the current one of this thread for as long as it lives. This module has a CUDA runtime of its own, linked
+// in, and what torch told its runtime is not known here; the driver's context, which both set, is.
+class OnDevice {
+public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_));
+        moved_ = device != before_;
+        if (moved_) check(cudaSetDevice(device));
+    }
+    ~OnDevice() {
+        if (moved_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+private:
+    int before_ = 0;
+    bool moved_ = false;
+};
+
 // On the current device, in ``stream``; nothing here waits or allocates, so that all of it can be captured in a graph.
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void* stream, P... arguments) {

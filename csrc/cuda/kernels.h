@@ -1,6 +1,7 @@
 // What the CUDA code offers to bind_cuda.cpp: plain structs and a few functions, raw pointers to device memory throughout.
 //
-// Nothing here waits for the device or allocates; every launch goes to the given stream of the current device.
+// Nothing here waits for the device or allocates; every launch goes to the given stream of the given device, and the device
+// that was current before is current again afterwards.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +45,11 @@ struct Operand {
 };
 
 // Of the matrix along its rows, or of its transpose (``down``); from one read where both are wanted.
-void quantize(const Matrix& matrix, const Operand& operand, bool down, void* stream);
-void quantize_both(const Matrix& matrix, const Operand& rows, const Operand& columns, void* stream);
+void quantize(const Matrix& matrix, const Operand& operand, bool down, int device, void* stream);
+void quantize_both(const Matrix& matrix, const Operand& rows, const Operand& columns, int device, void* stream);
 
 // Elements that codes [rows, columns] stand for.
-void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out, void* stream);
+void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out, int device, void* stream);
 
 // Whether one kernel makes both operands.
 bool fused(const Operand& rows, const Operand& columns);

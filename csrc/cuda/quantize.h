@@ -115,7 +115,8 @@ template <class Policy>
 NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t block, float (&x)[kBlock]) {
     using Rule = typename Policy::Rule;
     const bool stored = inside(operand, line, block);
-    const uint32_t peak = !operand.row_scaled ? operand.peak[0] : stored ? operand.peak[line] : 0u;
+    const uint32_t amax = !operand.row_scaled ? operand.peak[0] : stored ? operand.peak[line] : 0u;
+    const uint32_t peak = amax & 0x7fffffffu;  // a caller's own amax may have its sign set
     const bool finite = peak < kInfinityBits;
     Given<float> given{encode_scale(finite ? from_bits(peak) : 0.0f, Rule::cap), 0.0f, nullptr};
     given.global_scale = 1.0f / given.encode;

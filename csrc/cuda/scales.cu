@@ -36,19 +36,29 @@ NVFP4_DEVICE uint16_t to_half(float x, Element element) {
     return element == Element::float16 ? to_float16(x) : static_cast<uint16_t>(bits(to_bfloat16(x)) >> 16);
 }
 
-// A block of sixteen a thread.
-__global__ void __launch_bounds__(kThreads) decode_kernel(const CodeMatrix m, int64_t columns, Element element, void* out, bool aligned) {
+// The codes of a block: eight bytes, which one load takes where they lie on eight.
+NVFP4_DEVICE Pair load_codes(const uint8_t* bytes, bool whole) {
+    if (whole) return *reinterpret_cast<const Pair*>(bytes);
+    uint32_t word[2] = {0u, 0u};
+    NVFP4_UNROLL(64)
+    for (int i = 0; i < 8; ++i) word[i / 4] |= static_cast<uint32_t>(bytes[i]) << (i % 4 * 8);
+    return {word[0], word[1]};
+}
+
+// A block of sixteen a thread. whole: codes may be read eight bytes at a time; aligned: results written sixteen.
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(const CodeMatrix m, int64_t columns, Element element, void* out, bool whole, bool aligned) {
     const int64_t across = (columns + kBlock - 1) / kBlock, n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t row = n / across, column = n % across * kBlock;
     if (row >= m.rows) return;
-    const uint8_t* bytes = m.codes + row * m.row_bytes + column / 2;
+    const Pair codes = load_codes(m.codes + row * m.row_bytes + column / 2, whole);
     const uint32_t byte = m.block_scale[row / m.scale_block_rows * m.scale_stride + column / kBlock] & 127u;
     const float scale = byte > E4M3::largest_code ? from_bits(kNanBits) : decode<E4M3, float>(byte);
     const float global = m.global_scale ? m.global_scale[m.row_scaled ? row : 0] : 1.0f;
     float x[kBlock];
     NVFP4_UNROLL(64)
     for (int i = 0; i < kBlock; ++i) {
-        const uint32_t code = bytes[i / 2] >> (i % 2 * 4) & 15u;
+        const uint32_t code = (i < 8 ? codes.low : codes.high) >> (i % 8 * 4) & 15u;
         x[i] = from_bits(bits(decode<E2M1, float>(code & 7u)) | (code & 8u) << 28) * scale * global;
     }
     const int64_t at = row * columns + column, inside = columns - column;
@@ -134,7 +144,8 @@ void launch_single(const Matrix& m, const Operand& operand, bool down, void* str
 
 }  // namespace
 
-void quantize(const Matrix& m, const Operand& operand, bool down, void* stream) {
+void quantize(const Matrix& m, const Operand& operand, bool down, int device, void* stream) {
+    const OnDevice here(device);
     prepare(operand, stream);
     if (wants_amax(operand)) launch_amax(m, operand, operand, !down, down, is_wide(m), stream);
     launch_single(m, operand, down, stream);
@@ -142,7 +153,8 @@ void quantize(const Matrix& m, const Operand& operand, bool down, void* stream) 
 
 bool fused(const Operand& rows, const Operand& columns) { return fused_variant(rows, columns, false).kernel != nullptr; }
 
-void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns, void* stream) {
+void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns, int device, void* stream) {
+    const OnDevice here(device);
     const bool wide = is_wide(m);
     prepare(rows, stream);
     prepare(columns, stream);
@@ -158,10 +170,12 @@ void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns,
     finish(columns, stream);
 }
 
-void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out, void* stream) {
+void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out, int device, void* stream) {
+    const OnDevice here(device);
+    const bool whole = matrix.row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(matrix.codes) % 8 == 0;
     const bool aligned = columns % kBlock == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
     const int64_t blocks = kCeil(matrix.rows * kCeil(columns, kBlock), kThreads);
-    launch(&decode_kernel, blocks, kThreads, 0, stream, matrix, columns, element, out, aligned);
+    launch(&decode_kernel, blocks, kThreads, 0, stream, matrix, columns, element, out, whole, aligned);
 }
 
 int architectures(const int** list) {

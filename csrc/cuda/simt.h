@@ -52,6 +52,14 @@ namespace nvfp4 {
 
 inline void zero(void* to, size_t bytes, void*) { memset(to, 0, bytes); }
 
+// There is one processor.
+struct OnDevice {
+    explicit OnDevice(int device) {
+        if (device != 0) throw std::invalid_argument("kernels on the processor run on device 0");
+    }
+    ~OnDevice() {}
+};
+
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void*, P... arguments) {
     simt::run([&] { kernel(arguments...); }, blocks, threads, shared_bytes);

@@ -94,8 +94,8 @@ class CudaBackend(Backend):
         down = _Target(self._module, tuple(x.t().shape), *columns, x.device)
         matrix, transposed, _kept = self._matrix(x)
         first, second = (down, across) if transposed else (across, down)
-        with _on(x.device) as stream:
-            self._module.quantize_both(matrix, first.operand, second.operand, stream)
+        with _on(x.device) as place:
+            self._module.quantize_both(matrix, first.operand, second.operand, *place)
         return across.q, down.q
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
@@ -104,8 +104,8 @@ class CudaBackend(Backend):
         target = _Target(self._module, (q.contraction, q.rows), quantizer, options, q.device)
         q = _contiguous(q)
         matrix = self._module.Matrix(self._codes(q), q.contraction)
-        with _on(q.device) as stream:
-            self._module.quantize(matrix, target.operand, True, stream)
+        with _on(q.device) as place:
+            self._module.quantize(matrix, target.operand, True, *place)
         return target.q
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -129,8 +129,8 @@ class CudaBackend(Backend):
 
     def _quantize(self, x: torch.Tensor, target: _Target) -> QTensor:
         matrix, transposed, _kept = self._matrix(x)
-        with _on(x.device) as stream:
-            self._module.quantize(matrix, target.operand, transposed, stream)
+        with _on(x.device) as place:
+            self._module.quantize(matrix, target.operand, transposed, *place)
         return target.q
 
     def _matrix(self, x: torch.Tensor) -> tuple[object, bool, torch.Tensor]:
@@ -154,8 +154,8 @@ class CudaBackend(Backend):
     def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
         q = _contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
-        with _on(q.device) as stream:
-            self._module.decode(self._codes(q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), stream)
+        with _on(q.device) as place:
+            self._module.decode(self._codes(q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), *place)
         return out
 
 
@@ -175,7 +175,10 @@ class _Target:
     ) -> None:
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
         scales = self.q.block_scale.shape
-        self.peak = torch.empty(self.q.global_scale.shape, dtype=torch.float32, device=device) if amax is None else amax
+        if amax is None:
+            self.peak = torch.empty(self.q.global_scale.shape, dtype=torch.float32, device=device)
+        else:
+            self.peak = amax.contiguous()
         self.lengths = torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
         self.swizzled = (
             torch.empty(
@@ -225,21 +228,25 @@ def _contiguous(q: QTensor) -> QTensor:
     return QTensor(codes, block_scale, global_scale, *q.record)
 
 
-def _on(device: torch.device) -> AbstractContextManager[int]:
-    """``device`` as the current one, where kernels are launched; and its current stream."""
-    return _Current(device) if device.type == "cuda" else nullcontext(0)
+Place = tuple[int, int]
+"""Where kernels are launched: the number of the device, and the address of its current stream."""
 
 
-class _Current(AbstractContextManager[int]):
-    """The device as the current one; entering returns the address of its current stream."""
+def _on(device: torch.device) -> AbstractContextManager[Place]:
+    """``device`` as the current one, where kernels are launched, and its current stream."""
+    return _Current(device) if device.type == "cuda" else nullcontext((0, 0))
+
+
+class _Current(AbstractContextManager[Place]):
+    """The device as torch's current one; entering returns where to launch, which the module also makes its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.cuda.device(device)
-        self.stream = torch.cuda.current_stream(device).cuda_stream
+        self.place = self.device.idx, torch.cuda.current_stream(device).cuda_stream
 
-    def __enter__(self) -> int:
+    def __enter__(self) -> Place:
         self.device.__enter__()
-        return self.stream
+        return self.place
 
     def __exit__(self, *error: object) -> None:
         self.device.__exit__(*error)
