@@ -425,13 +425,16 @@ def test_transposed_codes(shape: tuple[int, int]) -> None:
 
 @interpreted
 @pytest.mark.parametrize(("name", "options"), [("rtn", {}), ("scale_search", {"row_scaled": True}), ("rtn_2d", {})])
-@pytest.mark.parametrize("amax", [50.0, float("inf")])
-def test_a_supplied_amax_is_used(name: str, options: dict, amax: float) -> None:
-    """As the reference, which looks for it in a larger matrix; only one kernel runs."""
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("amax", [50.0, float("inf"), float("nan")])
+def test_a_supplied_amax_is_used(name: str, options: dict, amax: float, sign: int) -> None:
+    """As the reference, which looks for it in a larger matrix, whatever its sign; only one kernel runs."""
     quantizer = QUANTIZERS[name]
     checked = quantizer.check(**options)
     x = data((21, 50), "normal", torch.bfloat16, 3)
     given = torch.full((21 if checked.row_scaled else 1,), amax)
+    given = -given if sign < 0 else given
+    assert given.signbit().all() == (sign < 0)
     got = BACKEND.quantize_with_amax(x.to(DEVICE), quantizer, checked, given.to(DEVICE))
     assert_same(got.to("cpu"), ReferenceBackend().quantize_with_amax(x, quantizer, checked, given), f"{name} {amax}")
 

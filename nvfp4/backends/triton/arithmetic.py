@@ -3,6 +3,9 @@
 Integers wherever a float could surprise: FP8 types do not compile below sm_89, maxima of NaN depend on the compiler.
 Divisions are ``div_rn`` (``/`` is approximate on GPUs), sums are explicit trees (the order of ``tl.sum`` is open except
 between two elements).
+
+Integers wrap around on purpose: Philox is products and sums modulo 2^32. Under TRITON_DEBUG=1 Triton would trap each of
+them, so ``launch`` tells it not to look for overflow (``sanitize_overflow``).
 """
 
 import triton
@@ -32,7 +35,7 @@ FLOAT32_MAX = tl.constexpr(_FLOAT32_MAX)
 SIXTH = tl.constexpr(_SIXTH)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 NAN_BITS = tl.constexpr(0x7FC00000)
-_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(w) for w in WEYL)
 _PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
@@ -78,7 +81,7 @@ def from_bits(x):
 @triton.jit
 def magnitude_bits(x):
     """Bits of |x|: as integers they order like the magnitudes, with Inf and then NaN above everything."""
-    return bits(x) & _MAGNITUDE
+    return bits(x) & MAGNITUDE
 
 
 @triton.jit
@@ -233,7 +236,7 @@ def round_to_bf16(x):
     """x rounded to the nearest BF16 (ties to even), as float32; NaN stays NaN."""
     b = bits(x)
     rounded = (b + 0x7FFF + ((b >> 16) & 1)) & -65536
-    return from_bits(tl.where((b & _MAGNITUDE) > INFINITY_BITS, NAN_BITS, rounded))
+    return from_bits(tl.where((b & MAGNITUDE) > INFINITY_BITS, NAN_BITS, rounded))
 
 
 @triton.jit

@@ -39,6 +39,8 @@ except ImportError as error:
     INTERPRETED = False
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NOISY = ("sr", "sr_te")
+"""The rules that draw a number for each element."""
 
 
 def tile_along(policy: Policy) -> Tile:
@@ -63,11 +65,15 @@ def tile_down(policy: Policy, coded: bool = False) -> Tile:
 
 
 def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
-    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both; two groups of 128 on twice
-    the warps, or they would need 256 registers a thread."""
+    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both.
+
+    Two groups of 128 go on twice the warps, or they would need 256 registers a thread; and so do two roundings by
+    noise, which with the rotation of one of them spill 48 bytes a thread where Triton 3.6 compiles for sm_90.
+    """
     height, width = max(columns.group, 32), max(rows.group, 64)
     along, down = tile_along(rows), tile_down(columns)
-    warps = height * width // (32 * 16 * down.run) * (2 if height == width == 128 else 1)
+    crowded = height == width == 128 or (rows.rule in NOISY and columns.rule in NOISY)
+    warps = height * width // (32 * 16 * down.run) * (2 if crowded else 1)
     return (
         Tile(height, width, False, min(along.run, width), along.pieces, warps),
         Tile(width, height, True, down.run, 1, warps),

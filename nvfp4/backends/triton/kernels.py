@@ -12,6 +12,7 @@ import triton.language as tl
 from nvfp4.backends.triton.arithmetic import (
     E4M3,
     INFINITY_BITS,
+    MAGNITUDE,
     NAN_BITS,
     bits,
     encode_scale,
@@ -71,9 +72,10 @@ def load_tile(
 def raise_peak(peak, largest):
     """Raise the number at ``peak`` to ``largest``; what is read first may be old, but then it is smaller.
 
-    Thousands of programs would queue at one address; after the first few, hardly any of them has something to add.
+    Thousands of programs would queue at one address; after the first few, hardly any of them has something to add. The
+    read goes to L2 (volatile), where the peak is raised: a line in L1 would stay as it was when it first came in.
     """
-    tl.atomic_max(peak, largest, mask=largest > tl.load(peak), sem="relaxed")
+    tl.atomic_max(peak, largest, mask=largest > tl.load(peak, volatile=True), sem="relaxed")
 
 
 @triton.jit
@@ -88,11 +90,14 @@ def find_peak(x, row, rows, peak, sign_low, sign_high, P: tl.constexpr):
 
 @triton.jit
 def global_scales(peak, row, rows, P: tl.constexpr):
-    """(whether all is finite, encode scale, global scale) from the amax, [R, 1] or [1, 1]."""
+    """(whether all is finite, encode scale, global scale) from the amax, [R, 1] or [1, 1].
+
+    A caller's own amax may have its sign set; a NaN that has would pass for a number below all others.
+    """
     if P.row_scaled:
-        largest = tl.load(peak + row, mask=row < rows, other=0)[:, None]
+        largest = tl.load(peak + row, mask=row < rows, other=0)[:, None] & MAGNITUDE
     else:
-        largest = tl.load(peak + tl.arange(0, 1))[:, None]
+        largest = tl.load(peak + tl.arange(0, 1))[:, None] & MAGNITUDE
     finite = largest < INFINITY_BITS
     encode = encode_scale(from_bits(tl.where(finite, largest, 0)), cap(P.rule))
     return finite, encode, reciprocal(encode)
