@@ -65,7 +65,7 @@ cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find . -name '__pycache__' -prune -exec rm -rf {} + ; rm -f nvfp4/*.so
+	find . -name '__pycache__' -prune -exec rm -rf {} + ; rm -f nvfp4/*.so nvfp4/_cuda_missing.txt
 
 # A copy of the package with instrumented kernels, so that the installed ones stay as they are.
 SANITIZED := build/sanitized

@@ -1,18 +1,21 @@
 """Builds nvfp4._cpu and nvfp4._cuda, the native kernels: plain pybind11 and C++17, no torch at build time.
 
 A failed build leaves a working package: everything then runs on other backends, and a warning says why. The CUDA
-kernels, minutes of work for nvcc, are built where there is nvcc and the driver of a GPU; NVFP4_CUDA=1 builds them
-without a driver, NVFP4_CUDA=0 never. NVFP4_CPU=0 leaves the CPU's kernels out, for who only waits for the GPU's.
+kernels, minutes of work for nvcc, are built where there is nvcc and the driver of a GPU, for the GPUs there are;
+NVFP4_CUDA_TARGETS=90a,100a builds them for these, NVFP4_CUDA=1 without a driver, NVFP4_CUDA=0 never. NVFP4_CPU=0
+leaves the CPU's kernels out, for who only waits for the GPU's.
 """
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -47,43 +50,81 @@ if X86:
     SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/matmul.cpp"]
 
 
-CUDA_TARGETS = ("90a", "100a", "103a", "120a", "121a")
-CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("plain", "searched", "eden", "fused", "scales")]
-CUDA_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fmad=false",  # as for the processor: no contraction, true quotients, subnormals kept
-    "-prec-div=true",
-    "-prec-sqrt=true",
-    "-ftz=false",
-    "--expt-relaxed-constexpr",
-    "--compress-mode=size",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
-]
+# the lists of the CUDA kernels, from a file of the package that needs nothing of it
+CUDA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "nvfp4" / "backends" / "cuda_targets.py")))
+CUDA_FLAGS = [*CUDA.FLAGS, "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 
 
 def find_nvcc():
     """nvcc on PATH or under CUDA_HOME, or None."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    return CUDA.find_nvcc(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"))
 
 
-def wants_cuda() -> bool:
-    """Whether to build the CUDA kernels here."""
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are not to be built here, or None if they are."""
     asked = os.environ.get("NVFP4_CUDA", "")
+    if asked == "0":
+        return "NVFP4_CUDA=0 forbade it"
+    if find_nvcc() is None:
+        return "there is no nvcc on PATH or under CUDA_HOME"
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    return asked != "0" and find_nvcc() is not None and (asked == "1" or has_driver)
+    if asked == "1" or os.environ.get("NVFP4_CUDA_TARGETS") or has_driver:
+        return None
+    return "there is no driver of a GPU, and neither NVFP4_CUDA=1 nor NVFP4_CUDA_TARGETS asked for it"
+
+
+class Compilers:
+    """A process group for compilers, which ends when this process does, however that happens.
+
+    nvcc starts others for minutes at a time; killing setup.py alone would leave them running. A watcher
+    holds one end of a pipe: when the other end is gone, because we closed it or because we were killed,
+    it ends its group.
+    """
+
+    def __enter__(self):
+        watch = "import os, signal\nos.setpgid(0, 0)\nprint(flush=True)\nos.read(0, 1)\nos.killpg(0, signal.SIGKILL)"
+        command = [sys.executable, "-c", watch]
+        self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.watcher.stdout.readline()  # from here on there is a group to join
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.watcher.stdin.close()
+        self.watcher.wait()
+        self.watcher.stdout.close()
+
+    def run(self, command) -> None:
+        """Run one to its end; RuntimeError if it fails, having said why on standard error."""
+        group = self.watcher.pid
+        done = subprocess.run(command, preexec_fn=lambda: os.setpgid(0, group))
+        if done.returncode != 0:
+            raise RuntimeError(f"{Path(command[0]).name} failed with {done.returncode} on {command[-1]}")
 
 
 class BuildExt(build_ext):
     """Compiles the files of an extension side by side, each with its own instruction set."""
+
+    def run(self) -> None:
+        self.why_no_cuda, inplace = why_no_cuda(), self.inplace
+        super().run()
+        self.say_why_no_cuda(inplace)
+
+    def say_why_no_cuda(self, inplace) -> None:
+        """On standard error, and beside the package, where ``nvfp4.info`` finds it: pip shows nobody the first."""
+        if self.why_no_cuda is not None:
+            print(f"warning: nvfp4 is installed without CUDA kernels: {self.why_no_cuda}", file=sys.stderr)
+        for folder in (Path(self.build_lib) / "nvfp4", *([Path(__file__).parent / "nvfp4"] if inplace else [])):
+            if self.why_no_cuda is None:
+                (folder / CUDA.MISSING_FILE).unlink(missing_ok=True)
+            elif folder.is_dir():
+                (folder / CUDA.MISSING_FILE).write_text(self.why_no_cuda + "\n")
 
     def build_extension(self, ext) -> None:
         if ext.name == "nvfp4._cuda":
             try:
                 self.build_cuda(ext)
             except Exception as error:
-                print(f"warning: nvfp4 is installed without CUDA kernels: {error}", file=sys.stderr)
+                self.why_no_cuda = str(error)
             return
         compiler = self.compiler
         compile_one = compiler._compile
@@ -118,23 +159,30 @@ class BuildExt(build_ext):
             print(f"warning: nvfp4 is installed without native CPU kernels: {error}", file=sys.stderr)
 
     def build_cuda(self, ext) -> None:
-        """One binary for all targets, linked with the static runtime: it loads where there is no driver."""
+        """One binary for the chosen targets, linked with the static runtime: it loads where there is no driver."""
         nvcc, folder = find_nvcc(), Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
+        asked = os.environ.get("NVFP4_CUDA_TARGETS")
+        targets, note = CUDA.choose(asked, CUDA.present_capabilities(), CUDA.known_targets(nvcc))
+        print(f"nvfp4: CUDA kernels for {', '.join(f'sm_{t}' for t in targets)} ({note})", file=sys.stderr)
+
+        cores = os.cpu_count() or 1
+        threads = min(len(targets), cores)
+        codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
         include = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
 
-        def compile_one(source) -> str:
-            target = folder / f"{Path(source).name}.o"
-            options = codes if source.endswith(".cu") else include
-            subprocess.run([nvcc, *CUDA_FLAGS, *options, "-c", source, "-o", str(target)], check=True)
-            return str(target)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, ext.sources))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([nvcc, "-shared", "-cudart", "static", "-Xlinker=-s", *objects, "-o", str(library)], check=True)
+        with Compilers() as compilers, ThreadPoolExecutor(max(1, cores // threads)) as pool:
+
+            def compile_one(source) -> str:
+                target = folder / f"{Path(source).name}.o"
+                options = [*codes, f"--threads={threads}"] if source.endswith(".cu") else include
+                compilers.run([nvcc, *CUDA_FLAGS, *options, "-o", str(target), "-c", source])
+                return str(target)
+
+            objects = list(pool.map(compile_one, ext.sources))
+            compilers.run([nvcc, "-shared", "-cudart", "static", "-Xlinker=-s", *objects, "-o", str(library)])
 
 
 extension = Pybind11Extension(
@@ -156,10 +204,10 @@ extension = Pybind11Extension(
 )
 cuda_extension = Pybind11Extension(
     "nvfp4._cuda",
-    ["csrc/bind_cuda.cpp", *CUDA_SOURCES],
+    ["csrc/bind_cuda.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA.SOURCES)],
     depends=[str(path) for path in Path("csrc").rglob("*.h")],
     optional=True,
 )
 wanted = [extension] if os.environ.get("NVFP4_CPU") != "0" else []
-wanted += [cuda_extension] if wants_cuda() else []
+wanted += [cuda_extension] if why_no_cuda() is None else []
 setup(ext_modules=wanted, cmdclass={"build_ext": BuildExt})

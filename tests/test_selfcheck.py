@@ -149,10 +149,15 @@ def test_a_failed_check_is_said_though_another_takes_over(stubs, fault: str, rea
     """Once for a backend, an operation and a device, with the reason, though nothing slow is left: several quantisers
     that fail alike are one warning."""
     known = stubs(fault)
-    with pytest.warns(RuntimeWarning, match=f"not use its first backend for quantize by sr on cpu: {reason}") as caught:
-        for name in ("sr", "rtn", "sr"):
-            rule = QUANTIZERS[name]
-            assert registry.select("auto", "quantize", CPU, rule, rule.check(seed=1)) is known["second"]
+
+    def select(name: str) -> object:
+        rule = QUANTIZERS[name]
+        return registry.select("auto", "quantize", CPU, rule, rule.check(seed=1))
+
+    words = f"does not use its first backend for quantize by sr on cpu: {reason}"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
+        chosen = [select(name) for name in ("sr", "rtn", "sr")]
+    assert chosen == [known["second"]] * 3
     assert len(caught) == 1
     with pytest.warns(RuntimeWarning, match="does not use its first backend for activation on cpu") as caught:
         assert registry.select("auto", "activation", CPU) is known["second"]

@@ -8,11 +8,13 @@ be captured in a CUDA graph; launches go to the current stream. If the extension
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.cuda_targets import MISSING_FILE
 from nvfp4.backends.native import ELEMENTS, RULES, load
 from nvfp4.formats import NVFP4, TILE_BLOCK
 from nvfp4.layout import swizzled_bytes
@@ -21,6 +23,18 @@ from nvfp4.quantizers.base import METRICS, Options, Quantizer
 from nvfp4.rng import DeviceSeed, Seed
 
 _native, _MISSING = load("nvfp4._cuda", "CUDA", "nvcc on PATH and NVFP4_CUDA=1")
+
+
+def why_not_built(folder: Path) -> str:
+    """What setup.py wrote beside the package in ``folder`` when it did not build the extension, as an addition."""
+    try:
+        return f" (when it was installed, {(folder / MISSING_FILE).read_text().strip()})"
+    except OSError:
+        return ""
+
+
+if _MISSING is not None:
+    _MISSING += why_not_built(Path(__file__).parent.parent)
 
 
 class CudaBackend(Backend):

@@ -21,19 +21,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-SOURCES = ("plain", "searched", "eden", "fused", "scales")
-TARGETS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-fmad=false",
-    "-prec-div=true",
-    "-prec-sqrt=true",
-    "-ftz=false",
-    "--expt-relaxed-constexpr",
-)
-"""Products are rounded before they are added to, quotients correctly, and subnormals are kept."""
+from nvfp4.backends.cuda_targets import FLAGS, SOURCES, TARGETS, find_nvcc
+
 FOLDER = Path(__file__).parent.parent.parent / "csrc" / "cuda"
+ARCHITECTURES = tuple(f"sm_{target}" for target in TARGETS)
 TILE_COLUMNS, FLAT_ROWS, TILE_ROWS, BESIDE = 128, 32, 128, 608
 """Of tile.h and quantize.h: elements of a tile, and bytes beside it; tests/test_cuda_compile.py holds them equal."""
 
@@ -51,11 +42,6 @@ class Report:
     instructions: int
     converts: int
     fault: str | None
-
-
-def find_nvcc() -> str | None:
-    """nvcc on PATH."""
-    return shutil.which("nvcc")
 
 
 def compile_source(source: str, target: str, folder: Path) -> list[Report]:
@@ -184,7 +170,7 @@ def show(rows: list[Report]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, show, keep; 1 if any kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--targets", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
     parser.add_argument("--json", type=Path, help="keep the table here")
     args = parser.parse_args(arguments)

@@ -164,8 +164,9 @@ def _say_it_failed(
     _FAILED.add((backend, operation, device))
     what = operation if quantizer is None else f"{operation} by {quantizer.name}"
     warnings.warn(
-        f"nvfp4 does not use its {backend.name} backend for {what} on {device}: {reason}. Another backend takes over, at "
-        f"worst the reference, exact but slow; nvfp4.explain({operation!r}, {str(device)!r}) says which",
+        f"nvfp4 does not use its {backend.name} backend for {what} on {device}: {reason}. Another backend "
+        f"takes over, at worst the reference, exact but slow; nvfp4.explain({operation!r}, "
+        f"{str(device)!r}) says which",
         RuntimeWarning,
         stacklevel=4,
     )
