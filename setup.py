@@ -34,8 +34,7 @@ COMMON = [
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 PER_FILE = {
-    "csrc/cpu/portable.cpp": ["-O1"],  # vectors of four registers each: more optimising only costs build time
-    "csrc/cpu/avx2.cpp": ["-mavx2"],
+    "csrc/cpu/avx2.cpp": ["-O3", "-mavx2", "-mfma"],
     "csrc/cpu/matmul.cpp": [*AVX512, "-mavx512bf16"],
     "csrc/cpu/avx512.cpp": AVX512,
 }

@@ -41,16 +41,17 @@ NVFP4_FN F from_float16(Int<F> h) {
     return from_bits(magnitude_bits | (h & 0x8000u) << 16);
 }
 
-// float32 to float16, ties to even, for outputs with a global scale; Inf beyond its range.
-NVFP4_FN uint16_t to_float16(float x) {
-    const uint32_t sign = bits(x) >> 16 & 0x8000u;
-    const float a = magnitude(x);
-    if (!(a == a)) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (a >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00u);
-    const uint32_t e = bits(larger(a, 0x1p-14f)) & kInfinityBits;
-    const uint32_t magic = e + (13u << 23);  // its unit in the last place is float16's at a
-    const uint32_t n = bits(a + from_bits(magic)) - magic;
-    return static_cast<uint16_t>(sign | (n + ((e >> 13) - (113u << 10))));
+// float32 to the 16 bits of float16, ties to even, for outputs with a global scale; Inf beyond its range.
+template <class F>
+NVFP4_FN Int<F> float16_bits(F x) {
+    const F a = magnitude(x);
+    const Int<F> e = bits(larger(a, splat<F>(0x1p-14f))) & kInfinityBits;
+    const Int<F> magic = e + (13u << 23);  // its unit in the last place is float16's at a
+    const Int<F> finite = bits(a + from_bits(magic)) - magic + (e >> 13) - (113u << 10);
+    const Int<F> bounded = select(a >= 65520.0f, same<Int<F>>(0x7c00u), finite);
+    return (bits(x) >> 16 & 0x8000u) | select(bits(a) > kInfinityBits, same<Int<F>>(0x7e00u), bounded);
 }
+
+NVFP4_FN uint16_t to_float16(float x) { return static_cast<uint16_t>(float16_bits(x)); }
 
 NVFP4_END

@@ -1,7 +1,8 @@
 // The quantisers, as rules on one block per lane; twins of nvfp4/quantizers/*.py, where the formulas and sources stand.
 //
 // A rule sees sixteen elements x[0..15] of its block. ``Scope`` reduces what the lanes share: nothing for 1x16 blocks
-// (RowScope), everything for a 16x16 tile of which each lane holds a row (TileScope, in cpu/simd.h).
+// (RowScope), everything for a 16x16 tile of which each lane holds a row (TileScope, in cpu/tile.h). Where a vector
+// has fewer lanes than a tile has rows, x[0..n-1] is the whole tile, sixteen vectors for the first rows, then the others'.
 #pragma once
 
 #include "codec.h"
@@ -41,16 +42,15 @@ struct RowScope {
 
 enum class Metric { mse, mae, abs_max };
 
-template <class F>
-NVFP4_FN F block_amax(const F (&x)[kBlock]) {
+template <class F, int n>
+NVFP4_FN F block_amax(const F (&x)[n]) {
     Int<F> largest = bits(x[0]) & 0x7fffffffu;  // as integers, so that NaN is larger than anything
 NVFP4_UNROLL(16)
-    for (int i = 1; i < kBlock; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
+    for (int i = 1; i < n; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
     return from_bits(largest);
 }
 
-// Codes of x[i] * multiplier. ``round(scaled, i)`` returns bits that begin with the sign and end in the code of a magnitude;
-// turned left by one they end in the nibble with its sign last, which is put first in all eight at the end.
+// Codes of x[i] * multiplier, which is not negative. ``round(a, i)`` returns bits that end in zero and the code of a <= 6.
 template <class F, class Round>
 NVFP4_FN Packed<F> pack_codes(const F (&x)[kBlock], F multiplier, Round round) {
     Int<F> half[2];
@@ -59,10 +59,10 @@ NVFP4_UNROLL(2)
         Int<F> word = {};
 NVFP4_UNROLL(8)
         for (int j = 0; j < 8; ++j) {
-            const F scaled = clamp_magnitude(x[8 * h + j] * multiplier, E2M1::max);
-            word = select_bits(15u << (4 * j), rotate_left(round(scaled, 8 * h + j), 4 * j + 1), word);
+            const F a = smaller_magnitude(x[8 * h + j] * multiplier, E2M1::max);
+            word = put_code(word, bits(x[8 * h + j]), round(a, 8 * h + j), j);
         }
-        half[h] = select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
+        half[h] = finish_codes(word);
     }
     return {half[0], half[1]};
 }
@@ -72,7 +72,7 @@ NVFP4_FN Packed<F> pack_nearest(const F (&x)[kBlock], F multiplier) {
 #if defined(NVFP4_CONVERTS)
     return {cuda::convert_eight(x, multiplier), cuda::convert_eight(x + 8, multiplier)};
 #else
-    return pack_codes(x, multiplier, [](F scaled, int) { return e2m1_nearest(scaled); });
+    return pack_codes(x, multiplier, [](F a, int) { return e2m1_nearest(a); });
 #endif
 }
 
@@ -82,8 +82,8 @@ NVFP4_FN F element_multiplier(F block_scale, F global_scale) {
     return smaller(splat<F>(1.0f) / (block_scale * global_scale), splat<F>(kFloatMax));
 }
 
-template <class Scope, class F>
-NVFP4_FN F scope_amax(const F (&x)[kBlock]) {
+template <class Scope, class F, int n>
+NVFP4_FN F scope_amax(const F (&x)[n]) {
     return Scope::amax(block_amax(x));
 }
 
@@ -95,8 +95,8 @@ struct Plain {
     static constexpr bool noisy = rounding != Rounding::to_nearest;
     static constexpr float cap = E4M3::max;
 
-    template <class F>
-    static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
+    template <class F, int n>
+    static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
         const F base = smaller(base_scale(scope_amax<Scope>(x), given.encode), splat<F>(E4M3::max));
         return rounding == Rounding::stochastic_up ? up<E4M3>(base) : nearest<E4M3>(base);
     }
@@ -105,7 +105,7 @@ struct Plain {
     static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
         const F multiplier = element_multiplier(scale, given.global_scale);
         if constexpr (noisy)
-            return pack_codes(x, multiplier, [&](F scaled, int i) { return e2m1_stochastic(scaled, given.noise[i]); });
+            return pack_codes(x, multiplier, [&](F a, int i) { return e2m1_stochastic(a, given.noise[i]); });
         else
             return pack_nearest(x, multiplier);
     }
@@ -117,8 +117,8 @@ NVFP4_FN F guarded_inverse(F scale) {
 }
 
 // Error of the block |x| S against its codes on a candidate scale.
-template <class Scope, Metric metric, class F>
-NVFP4_FN F candidate_error(const F (&scaled)[kBlock], F scale) {
+template <class Scope, Metric metric, class F, int n>
+NVFP4_FN F candidate_error(const F (&scaled)[n], F scale) {
     const F inverse = guarded_inverse(scale);
     const auto error = [&](int i) {
         const F q = e2m1_nearest_value(smaller(scaled[i] * inverse, splat<F>(E2M1::max)));
@@ -128,14 +128,14 @@ NVFP4_FN F candidate_error(const F (&scaled)[kBlock], F scale) {
     if constexpr (metric != Metric::abs_max) return Scope::template sum<F>(error);
     F largest = error(0);
 NVFP4_UNROLL(16)
-    for (int i = 1; i < kBlock; ++i) largest = larger(largest, error(i));
+    for (int i = 1; i < n; ++i) largest = larger(largest, error(i));
     return Scope::amax(largest);
 }
 
-template <class F>
-NVFP4_FN void scaled_magnitudes(const F (&x)[kBlock], F encode, F (&scaled)[kBlock]) {
+template <class F, int n>
+NVFP4_FN void scaled_magnitudes(const F (&x)[n], F encode, F (&scaled)[n]) {
 NVFP4_UNROLL(16)
-    for (int i = 0; i < kBlock; ++i) scaled[i] = magnitude(x[i]) * encode;
+    for (int i = 0; i < n; ++i) scaled[i] = magnitude(x[i]) * encode;
 }
 
 // The codes of x S on the scale that won.
@@ -157,9 +157,9 @@ struct FourOverSix {
         return pack_scaled(x, scale, given.encode);
     }
 
-    template <class F>
-    static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
-        F scaled[kBlock];
+    template <class F, int n>
+    static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
+        F scaled[n];
         scaled_magnitudes(x, given.encode, scaled);
         const F base = base_scale(scope_amax<Scope>(x), given.encode);
         const Rounded<F> six = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
@@ -180,9 +180,9 @@ struct ScaleSearch {
         return pack_scaled(x, scale, given.encode);
     }
 
-    template <class F>
-    static NVFP4_FN Rounded<F> choose(const F (&x)[kBlock], const Given<F>& given) {
-        F scaled[kBlock];
+    template <class F, int n>
+    static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
+        F scaled[n];
         scaled_magnitudes(x, given.encode, scaled);
         const F base = base_scale(scope_amax<Scope>(x), given.encode);
         const Rounded<F> first = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));

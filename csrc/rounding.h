@@ -72,10 +72,10 @@ NVFP4_FN Rounded<F> stochastic(F a, F u) {
 
 // E2M1 is three lattices, of steps 1/2, 1 and 2 from 0, 2 and 4 on, so what depends on the binade is a choice of three.
 
-// The number to add, as above, to |x| <= 6.
+// The number to add, as above, to 0 <= a <= 6.
 template <class F>
-NVFP4_FN F e2m1_magic(F x) {
-    return by_magnitude(x, 0x1p22f, 0x1p23f + 2.0f, 0x1p24f + 8.0f);
+NVFP4_FN F e2m1_magic(F a) {
+    return by_magnitude(a, 0x1p22f, 0x1p23f + 2.0f, 0x1p24f + 8.0f);
 }
 
 template <class F>
@@ -84,18 +84,17 @@ NVFP4_FN F e2m1_nearest_value(F a) {
     return (a + magic) - magic;
 }
 
-// Bits that begin with the sign of x and end in the code of |x| <= 6.
+// Bits that end in zero and the code of 0 <= a <= 6.
 template <class F>
-NVFP4_FN Int<F> e2m1_nearest(F x) {
-    return bits(x + with_sign(e2m1_magic(x), x));
+NVFP4_FN Int<F> e2m1_nearest(F a) {
+    return bits(a + e2m1_magic(a));
 }
 
 // The same, rounded by u in (0, 1) as ``stochastic`` does.
 template <class F>
-NVFP4_FN Int<F> e2m1_stochastic(F x, F u) {
-    const F steps = magnitude(x) * by_magnitude(x, 2.0f, 1.0f, 0.5f);  // exact
-    const Int<F> start = bits(by_magnitude(x, from_bits(0u), from_bits(2u), from_bits(4u)));
-    return select_bits(0x80000000u, bits(x), truncate(steps + u) + start);
+NVFP4_FN Int<F> e2m1_stochastic(F a, F u) {
+    const F steps = a * by_magnitude(a, 2.0f, 1.0f, 0.5f);  // exact
+    return truncate(steps + u) + bits(by_magnitude(a, from_bits(0u), from_bits(2u), from_bits(4u)));
 }
 
 NVFP4_END

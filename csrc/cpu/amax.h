@@ -19,15 +19,15 @@ NVFP4_FN int64_t band_of(const Source& source) { return reads_across(source) ? k
 // Calls visit(panel, row, column, columns) for every panel; columns of one row band in ascending order, on one thread.
 template <class Visit>
 void for_panels(const QuantizeArgs& args, Visit visit) {
-    const int64_t panels = (args.source.rows + kLanes - 1) / kLanes, band = band_of(args.source);
+    const int64_t panels = (args.source.rows + kRows - 1) / kRows, band = band_of(args.source);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(args))
     for (int64_t first = 0; first < panels; first += band) {
         Panel panel[kBand];
         const int count = static_cast<int>(std::min(band, panels - first));
         for (int64_t column = 0; column < args.padded_columns; column += kPanel) {
             const int columns = static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
-            load_panels(args.source, first * kLanes, column, columns, count, panel);
-            for (int p = 0; p < count; ++p) visit(panel[p], (first + p) * kLanes, column, columns);
+            load_panels(args.source, first * kRows, column, columns, count, panel);
+            for (int p = 0; p < count; ++p) visit(panel[p], (first + p) * kRows, column, columns);
         }
     }
 }
@@ -43,25 +43,26 @@ uint32_t line_amax(const typename Reader<element>::Type* p, int64_t count) {
     uint32_t largest = 0;
     int64_t i = 0;
     if constexpr (element == Element::bfloat16) {  // the order of the magnitudes is that of their 16 bits
-        typedef uint16_t Halves __attribute__((vector_size(64)));
+        constexpr int halves = 2 * kLanes;
+        typedef int16_t Halves __attribute__((vector_size(NVFP4_VECTOR_BYTES)));  // signed: SSE2 has no other maximum
         Halves most[4] = {};
-        for (; i + 128 <= count; i += 128) {
+        for (; i + 4 * halves <= count; i += 4 * halves) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 Halves h;
-                memcpy(&h, p + i + 32 * j, sizeof h);
-                h = h & static_cast<uint16_t>(0x7fff);
+                memcpy(&h, p + i + halves * j, sizeof h);
+                h = h & static_cast<int16_t>(0x7fff);
                 most[j] = h > most[j] ? h : most[j];
             }
         }
         for (int j = 0; j < 4; ++j)
-            for (int k = 0; k < 32; ++k) largest = larger_bits(largest, static_cast<uint32_t>(most[j][k]) << 16);
+            for (int k = 0; k < halves; ++k) largest = larger_bits(largest, static_cast<uint32_t>(most[j][k]) << 16);
     } else {
         Word most[4] = {};
-        for (; i + 64 <= count; i += 64) {
+        for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j)
-                most[j] = larger_bits(most[j], bits(Reader<element>::read(p + i + 16 * j)) & 0x7fffffffu);
+                most[j] = larger_bits(most[j], bits(Reader<element>::read(p + i + kLanes * j)) & 0x7fffffffu);
         }
         for (int j = 0; j < 4; ++j) largest = larger_bits(largest, lane_max_bits(from_bits(most[j])));
     }
@@ -84,16 +85,27 @@ uint32_t dense_amax(const QuantizeArgs& args) {
     return largest;
 }
 
-NVFP4_FN Word panel_amax(const Panel& panel, int columns) {
+// Bits of the largest |x| of the rows of one part.
+NVFP4_FN Word part_amax(const Panel& panel, int columns, int part) {
     Word most = {};
-    for (int c = 0; c < columns; ++c) most = larger_bits(most, bits(panel[c]) & 0x7fffffffu);
+    for (int b = 0; b < columns; b += kBlock) {
+        const Float* x = panel + place(b, part);
+#pragma GCC unroll 16
+        for (int c = 0; c < kBlock; ++c) most = larger_bits(most, bits(x[c]) & 0x7fffffffu);
+    }
     return most;
+}
+
+NVFP4_FN uint32_t panel_amax(const Panel& panel, int columns) {
+    Word most = {};
+    for (int part = 0; part < kParts; ++part) most = larger_bits(most, part_amax(panel, columns, part));
+    return lane_max_bits(from_bits(most));
 }
 
 // Bits of the largest |x| of each operand row, rotated; or of the amax that was given.
 inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
     const Rotation rotation(args.turn);
-    std::vector<uint32_t> largest(static_cast<size_t>((args.source.rows + kLanes - 1) / kLanes * kLanes), 0u);
+    std::vector<uint32_t> largest(static_cast<size_t>((args.source.rows + kRows - 1) / kRows * kRows), 0u);
     if (args.amax) {
         memcpy(largest.data(), args.amax, static_cast<size_t>(args.source.rows) * sizeof(uint32_t));
         for (uint32_t& value : largest) value &= 0x7fffffffu;
@@ -101,9 +113,10 @@ inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
     }
     for_panels(args, [&](Panel& panel, int64_t row, int64_t, int columns) {
         rotation.apply(panel, columns);
-        Word most;
-        memcpy(&most, &largest[static_cast<size_t>(row)], sizeof most);
-        store(&largest[static_cast<size_t>(row)], larger_bits(most, panel_amax(panel, columns)));
+        for (int part = 0; part < kParts; ++part) {
+            uint32_t* rows = &largest[static_cast<size_t>(row + part * kLanes)];
+            store(rows, larger_bits(load(rows), part_amax(panel, columns, part)));
+        }
     });
     return largest;
 }
@@ -129,10 +142,10 @@ inline Amax tensor_amax(const QuantizeArgs& args) {
     const Rotation rotation(args.turn);
     std::atomic<uint32_t> dense{0}, turned{0};
     for_panels(args, [&](Panel& panel, int64_t, int64_t, int columns) {
-        raise(dense, lane_max_bits(from_bits(panel_amax(panel, columns))));
+        raise(dense, panel_amax(panel, columns));
         if (args.turn.group == 0) return;
         rotation.apply(panel, columns);
-        raise(turned, lane_max_bits(from_bits(panel_amax(panel, columns))));
+        raise(turned, panel_amax(panel, columns));
     });
     return {dense, args.turn.group == 0 ? dense.load() : turned.load()};
 }

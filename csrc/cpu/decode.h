@@ -8,6 +8,7 @@ NVFP4_BEGIN
 struct Products {
     float value[128][16];
     uint16_t bfloat[128][16];  // e2m1 * e4m3 is exact in BF16
+    uint8_t bytes[128][2][16];  // the same, low bytes and high bytes apart
 
     Products() {
         for (uint32_t s = 0; s < 128; ++s)
@@ -15,6 +16,7 @@ struct Products {
                 const float v = decode<E2M1, float>(c & 7u) * (s > E4M3::largest_code ? NAN : decode<E4M3, float>(s));
                 value[s][c] = c & 8u ? -v : v;
                 bfloat[s][c] = static_cast<uint16_t>(bits(value[s][c]) >> 16);
+                for (int half = 0; half < 2; ++half) bytes[s][half][c] = static_cast<uint8_t>(bfloat[s][c] >> (8 * half));
             }
     }
 };
@@ -24,14 +26,8 @@ inline const Products& products() {
     return table;
 }
 
-NVFP4_FN void emit(float* out, Float x) { store(out, x); }
-NVFP4_FN void emit_bfloat(uint16_t* out, Float x) {
-    const Half h = __builtin_convertvector(bits(to_bfloat16(x)) >> 16, Half);
-    memcpy(out, &h, sizeof h);
-}
-
 // The look-up itself, bound by the stores: sixteen BF16 values from eight bytes.
-NVFP4_FN void look_up(const uint16_t* row, const uint8_t* bytes, uint16_t* out) {
+NVFP4_FN void look_up(const Products& products, uint8_t scale, const uint8_t* bytes, uint16_t* out) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     uint64_t codes;
     memcpy(&codes, bytes, sizeof codes);
@@ -39,10 +35,27 @@ NVFP4_FN void look_up(const uint16_t* row, const uint8_t* bytes, uint16_t* out) 
     const __m128i pair = _mm_cvtsi64_si128(static_cast<long long>(codes));
     const __m256i wide = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(pair, pair));
     const __m256i index = _mm256_srlv_epi16(wide, _mm256_set1_epi32(4 << 16));
-    const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+    const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(products.bfloat[scale]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutexvar_epi16(index, table));
+#elif defined(__AVX2__)
+    const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
+    const __m128i index = _mm_unpacklo_epi8(_mm_and_si128(pair, low), _mm_and_si128(_mm_srli_epi16(pair, 4), low));
+    const auto* table = reinterpret_cast<const __m128i*>(products.bytes[scale]);
+    const __m128i first = _mm_shuffle_epi8(_mm_loadu_si128(table), index);
+    const __m128i second = _mm_shuffle_epi8(_mm_loadu_si128(table + 1), index);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi8(first, second));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + 1, _mm_unpackhi_epi8(first, second));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    const uint8x8_t pair = vld1_u8(bytes);
+    const uint8x8x2_t nibbles = vzip_u8(vand_u8(pair, vdup_n_u8(15)), vshr_n_u8(pair, 4));
+    const uint8x16_t index = vcombine_u8(nibbles.val[0], nibbles.val[1]);
+    const uint8x16_t first = vqtbl1q_u8(vld1q_u8(products.bytes[scale][0]), index);
+    const uint8x16_t second = vqtbl1q_u8(vld1q_u8(products.bytes[scale][1]), index);
+    const uint8x16x2_t halves = vzipq_u8(first, second);
+    vst1q_u8(reinterpret_cast<uint8_t*>(out), halves.val[0]);
+    vst1q_u8(reinterpret_cast<uint8_t*>(out + 8), halves.val[1]);
 #else
-    for (int i = 0; i < kBlock; ++i) out[i] = row[bytes[i / 2] >> (i % 2 * 4) & 15];
+    for (int i = 0; i < kBlock; ++i) out[i] = products.bfloat[scale][bytes[i / 2] >> (i % 2 * 4) & 15];
 #endif
 }
 
@@ -58,21 +71,23 @@ inline void decode_row(const DecodeArgs& args, int64_t r) {
         alignas(64) uint16_t half[kBlock];
         if (args.element == Element::bfloat16 && !m.global_scale) {
             uint16_t* out = static_cast<uint16_t*>(args.out) + at;
-            look_up(table.bfloat[scale], codes + c / 2, left == kBlock ? out : half);
+            look_up(table, scale, codes + c / 2, left == kBlock ? out : half);
             if (left < kBlock) memcpy(out, half, sizeof(uint16_t) * static_cast<size_t>(left));
             continue;
         }
+        const float scale_value = scale > E4M3::largest_code ? NAN : decode<E4M3, float>(scale);
         alignas(64) float value[kBlock];
-        store(value, decode_codes(unpack(codes + c / 2)) * (scale > E4M3::largest_code ? NAN : decode<E4M3, float>(scale)) * global);
-        if (args.element == Element::float32) {
-            memcpy(static_cast<float*>(args.out) + at, value, sizeof(float) * static_cast<size_t>(left));
-            continue;
+        for (int i = 0; i < kBlock; i += kLanes) {
+            const Float x = decode_codes(unpack(codes + (c + i) / 2)) * scale_value * global;
+            if (args.element == Element::float32)
+                store(value + i, x);
+            else
+                store_halves(half + i, args.element == Element::bfloat16 ? bits(to_bfloat16(x)) >> 16 : float16_bits(x));
         }
-        if (args.element == Element::bfloat16)
-            emit_bfloat(half, load(value));
+        if (args.element == Element::float32)
+            memcpy(static_cast<float*>(args.out) + at, value, sizeof(float) * static_cast<size_t>(left));
         else
-            for (int i = 0; i < kBlock; ++i) half[i] = to_float16(value[i]);
-        memcpy(static_cast<uint16_t*>(args.out) + at, half, sizeof(uint16_t) * static_cast<size_t>(left));
+            memcpy(static_cast<uint16_t*>(args.out) + at, half, sizeof(uint16_t) * static_cast<size_t>(left));
     }
 }
 

@@ -9,28 +9,32 @@
 
 NVFP4_BEGIN
 
-
-// Eight sums of sixteen lanes, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is invertible, so one
-// changed word always shows; changes of several words of one lane escape with probability 2^-32, of several lanes 2^-64.
+// 128 sums of 32 bits, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is invertible, so one
+// changed word always shows; changes of several words of one sum escape with probability 2^-32, of several sums 2^-64.
 inline uint64_t chunk_fingerprint(const uint8_t* bytes, int64_t count) {
-    constexpr int kSums = 8;
-    constexpr int64_t stride = kSums * static_cast<int64_t>(sizeof(Word));
-    Word sum[kSums] = {};
-    for (int64_t at = 0; at < count; at += stride) {
-        Word data[kSums] = {};
-        memcpy(data, bytes + at, static_cast<size_t>(std::min(stride, count - at)));
-#pragma GCC unroll 8
-        for (int j = 0; j < kSums; ++j) {
-            const Word mixed = rotate_left(data[j] * 0xcc9e2d51u, 15) * 0x1b873593u;
-            sum[j] = rotate_left(sum[j] ^ mixed, 13) * 5u + 0xe6546b64u;
-        }
-    }
+    constexpr int kSums = 128, kVectors = 8, kTogether = kVectors * kLanes;
+    constexpr int64_t stride = kSums * 4, width = kVectors * static_cast<int64_t>(sizeof(Word));
     uint64_t hash = static_cast<uint64_t>(count);
-    for (int j = 0; j < kSums; ++j)
-        for (int lane = 0; lane < kLanes; ++lane) {
-            hash = (hash ^ sum[j][lane]) * 0x9E3779B97F4A7C15u;
-            hash ^= hash >> 32;
+    // eight vectors of sums at a time, which is what registers hold; the chunk then comes from the cache again
+    for (int64_t group = 0; group < kSums / kTogether; ++group) {
+        Word sum[kVectors] = {};
+        for (int64_t at = 0; at < count; at += stride) {
+            const int64_t from = at + group * width;
+            Word data[kVectors] = {};
+            if (from + width <= count) memcpy(data, bytes + from, sizeof data);
+            else if (from < count) memcpy(data, bytes + from, static_cast<size_t>(count - from));
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) {
+                const Word mixed = rotate_left(data[j] * 0xcc9e2d51u, 15) * 0x1b873593u;
+                sum[j] = rotate_left(sum[j] ^ mixed, 13) * 5u + 0xe6546b64u;
+            }
         }
+        for (int j = 0; j < kVectors; ++j)
+            for (int lane = 0; lane < kLanes; ++lane) {
+                hash = (hash ^ sum[j][lane]) * 0x9E3779B97F4A7C15u;
+                hash ^= hash >> 32;
+            }
+    }
     return hash;
 }
 

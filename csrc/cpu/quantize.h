@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../quantizers.h"
@@ -14,9 +15,20 @@ NVFP4_BEGIN
 
 constexpr int kPanelBlocks = kPanel / kBlock;
 
-NVFP4_FN auto block(Panel& panel, int b) -> Float (&)[kBlock] { return *reinterpret_cast<Float(*)[kBlock]>(panel + b * kBlock); }
+// The block of each row of a part, a vector per column; and the tile of all rows.
+NVFP4_FN auto block(Panel& panel, int b, int part) -> Float (&)[kBlock] {
+    return *reinterpret_cast<Float(*)[kBlock]>(panel + place(b * kBlock, part));
+}
+NVFP4_FN auto tile(Panel& panel, int b) -> Float (&)[kBlockStride] {
+    return *reinterpret_cast<Float(*)[kBlockStride]>(panel + place(b * kBlock, 0));
+}
 
-// Sixteen uniforms for the block at (row, column), a vector a column; draw n = row * Kp + column.
+// The rows of a part that there are, beginning with ``row``.
+NVFP4_FN int lanes_at(const QuantizeArgs& args, int64_t row) {
+    return static_cast<int>(std::clamp<int64_t>(args.source.rows - row, 0, kLanes));
+}
+
+// Sixteen uniforms for the blocks from (row, column) down, a vector per column; draw n = row * Kp + column.
 NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t column, Float (&u)[kBlock]) {
     const uint64_t line = static_cast<uint64_t>(args.padded_columns / 8);
     for (int half = 0; half < 2; ++half) {
@@ -30,28 +42,32 @@ NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t colum
     }
 }
 
-// Codes of one panel, a vector for every eight columns, to rows of up to 64 bytes.
-inline void write_codes(const QuantizeArgs& args, int64_t row, int64_t column, int blocks, Word (&codes)[kLanes]) {
-    transpose(codes);
+// Codes of a part of a panel, a vector for every eight columns, to rows of up to 64 bytes.
+NVFP4_FN void write_codes(const QuantizeArgs& args, int64_t row, int64_t column, int blocks, Word (&codes)[2 * kPanelBlocks]) {
     const int64_t stride = args.padded_columns / 2;
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, args.source.rows - row));
-    uint8_t* out = args.codes + row * stride + column / 2;
-    if (blocks == kPanelBlocks && lanes == kLanes) {
+    const int lanes = lanes_at(args, row);
+    for (int q = 0; q < kParts; ++q) {
+        auto& words = square(codes, q);
+        transpose(words);
+        uint8_t* out = args.codes + row * stride + column / 2 + q * static_cast<int>(sizeof(Word));
+        if (blocks == kPanelBlocks && lanes == kLanes) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) store(out + r * stride, codes[r]);
-        return;
+            for (int r = 0; r < kLanes; ++r) store(out + r * stride, words[r]);
+        } else {
+            const int bytes = std::clamp(blocks * 8 - q * static_cast<int>(sizeof(Word)), 0, static_cast<int>(sizeof(Word)));
+            for (int r = 0; r < lanes; ++r) memcpy(out + r * stride, &words[r], static_cast<size_t>(bytes));
+        }
     }
-    for (int r = 0; r < lanes; ++r) memcpy(out + r * stride, &codes[r], static_cast<size_t>(blocks) * 8);
 }
 
-// Scale codes of one panel, a vector for every block, to rows of up to 8 bytes.
-inline void write_scales(const QuantizeArgs& args, int64_t row, int64_t column, int blocks, const Word (&scale)[kPanelBlocks]) {
+// Scale codes of a part of a panel, a vector for every block, to rows of up to 8 bytes.
+NVFP4_FN void write_scales(const QuantizeArgs& args, int64_t row, int64_t column, int blocks, const Word (&scale)[kPanelBlocks]) {
     const int64_t width = args.padded_columns / kBlock;
-    const int lanes = args.tiles ? 1 : static_cast<int>(std::min<int64_t>(kLanes, args.source.rows - row));
+    const int lanes = args.tiles ? 1 : lanes_at(args, row);
     uint32_t half[2][kLanes];
     for (int h = 0; h < 2; ++h)
         store(half[h], scale[4 * h] | scale[4 * h + 1] << 8 | scale[4 * h + 2] << 16 | scale[4 * h + 3] << 24);
-    uint8_t* out = args.block_scale + (args.tiles ? row / kLanes : row) * width + column / kBlock;
+    uint8_t* out = args.block_scale + (args.tiles ? row / kRows : row) * width + column / kBlock;
     for (int r = 0; r < lanes; ++r) {
         const uint64_t line = half[0][r] | static_cast<uint64_t>(half[1][r]) << 32;
         if (blocks == kPanelBlocks)
@@ -62,7 +78,7 @@ inline void write_scales(const QuantizeArgs& args, int64_t row, int64_t column, 
 }
 
 inline void fill_scales(const QuantizeArgs& args) {
-    const int64_t scale_rows = args.tiles ? (args.source.rows + kLanes - 1) / kLanes : args.source.rows;
+    const int64_t scale_rows = args.tiles ? (args.source.rows + kRows - 1) / kRows : args.source.rows;
     memset(args.codes, 0, static_cast<size_t>(args.source.rows * (args.padded_columns / 2)));
     memset(args.block_scale, 0, static_cast<size_t>(scale_rows * (args.padded_columns / kBlock)));
 }
@@ -88,7 +104,7 @@ struct Pass {
 };
 
 // The rules that scale from the maximum, which therefore comes first.
-template <class Rule>
+template <class Rule, class Scope>
 struct ScaledPass final : Pass {
     using Pass::Pass;
     std::vector<float> encode;
@@ -110,33 +126,54 @@ struct ScaledPass final : Pass {
 
     void visit(Panel& panel, int64_t row, int64_t column, int columns) override {
         const int blocks = columns / kBlock;
-        Given<Float> given{splat<Float>(encode[0]), {}, nullptr};
-        if (args.row_scaled) {
-            given.encode = load(&encode[static_cast<size_t>(row)]);
-            Word amax;
-            memcpy(&amax, &row_bits[static_cast<size_t>(row)], sizeof amax);
-            for (int c = 0; c < columns; ++c) panel[c] = select(amax < kInfinityBits, panel[c], Float{});
-        }
-        given.global_scale = 1.0f / given.encode;
         // all scales before all codes: the blocks' chains of divisions then overlap
-        Rounded<Float> scale[kPanelBlocks];
-        Word scale_code[kPanelBlocks] = {}, codes[kLanes] = {};
-        for (int b = 0; b < blocks; ++b) {
-            scale[b] = Rule::choose(block(panel, b), given);
-            scale_code[b] = scale[b].code;
-        }
-        for (int b = 0; b < blocks; ++b) {
-            Float noise[kBlock];
-            if constexpr (Rule::noisy) {
-                element_noise(args, row, column + b * kBlock, noise);
-                given.noise = noise;
+        Float scale[kPanelBlocks];
+        Word scale_code[kPanelBlocks] = {};
+        for (int part = 0; part < kParts && row + part * kLanes < args.source.rows; ++part) {
+            const int64_t first = row + part * kLanes;
+            Given<Float> given = given_at(first);
+            if (args.row_scaled) clear_rows(panel, first, blocks, part);
+            if (!tiled || part == 0) {
+                for (int b = 0; b < blocks; ++b) {
+                    const Rounded<Float> chosen = choose(panel, b, part, given);
+                    scale[b] = chosen.value;
+                    scale_code[b] = chosen.code;
+                }
+                write_scales(args, first, column, blocks, scale_code);
             }
-            const Packed<Float> packed = Rule::pack(block(panel, b), scale[b].value, given);
-            codes[2 * b] = packed.low;
-            codes[2 * b + 1] = packed.high;
+            Word codes[2 * kPanelBlocks] = {};
+            for (int b = 0; b < blocks; ++b) {
+                Float noise[kBlock];
+                if constexpr (Rule::noisy) {
+                    element_noise(args, first, column + b * kBlock, noise);
+                    given.noise = noise;
+                }
+                const Packed<Float> packed = Rule::pack(block(panel, b, part), scale[b], given);
+                codes[2 * b] = packed.low;
+                codes[2 * b + 1] = packed.high;
+            }
+            write_codes(args, first, column, blocks, codes);
         }
-        write_codes(args, row, column, blocks, codes);
-        write_scales(args, row, column, blocks, scale_code);
+    }
+
+   private:
+    static constexpr bool tiled = std::is_same_v<Scope, TileScope>;
+
+    static NVFP4_FN Rounded<Float> choose(Panel& panel, int b, int part, const Given<Float>& given) {
+        if constexpr (tiled) return Rule::choose(tile(panel, b), given);
+        else return Rule::choose(block(panel, b, part), given);
+    }
+
+    NVFP4_FN Given<Float> given_at(int64_t row) const {
+        const Float scale = args.row_scaled ? load(&encode[static_cast<size_t>(row)]) : splat<Float>(encode[0]);
+        return {scale, 1.0f / scale, nullptr};
+    }
+
+    // Zeros for the rows that are not finite.
+    NVFP4_FN void clear_rows(Panel& panel, int64_t row, int blocks, int part) const {
+        const Mask finite = load(&row_bits[static_cast<size_t>(row)]) < kInfinityBits;
+        for (int b = 0; b < blocks; ++b)
+            for (Float& x : block(panel, b, part)) x = select(finite, x, Float{});
     }
 };
 
@@ -151,20 +188,28 @@ struct EdenPass final : Pass {
     void visit(Panel& panel, int64_t row, int64_t column, int columns) override {
         const int blocks = columns / kBlock;
         const int64_t width = args.padded_columns / kBlock;
-        Float length[kLanes] = {};
-        Word most = {}, furthest = {}, codes[kLanes] = {};
-        for (int b = 0; b < blocks; ++b) {
-            const Float largest = block_amax(block(panel, b));
-            most = larger_bits(most, bits(largest));
-            const Packed<Float> packed = MsEden<search>::pack(block(panel, b), largest, length[b]);
-            codes[2 * b] = packed.low;
-            codes[2 * b + 1] = packed.high;
-            furthest = larger_bits(furthest, bits(length[b]));
+        Word most = {}, furthest = {};
+        for (int part = 0; part < kParts && row + part * kLanes < args.source.rows; ++part) {
+            const int64_t first = row + part * kLanes;
+            Float length[std::max(kLanes, kPanelBlocks)] = {};
+            Word codes[2 * kPanelBlocks] = {};
+            for (int b = 0; b < blocks; ++b) {
+                auto& x = block(panel, b, part);
+                const Float largest = block_amax(x);
+                most = larger_bits(most, bits(largest));
+                const Packed<Float> packed = MsEden<search>::pack(x, largest, length[b]);
+                codes[2 * b] = packed.low;
+                codes[2 * b + 1] = packed.high;
+                furthest = larger_bits(furthest, bits(length[b]));
+            }
+            write_codes(args, first, column, blocks, codes);
+            for (int b = 0; b < blocks; b += kLanes) {
+                transpose(square(length, b / kLanes));
+                const size_t bytes = sizeof(float) * static_cast<size_t>(std::min(kLanes, blocks - b));
+                for (int r = 0; r < lanes_at(args, first); ++r)
+                    memcpy(args.scratch + (first + r) * width + column / kBlock + b, &length[b + r], bytes);
+            }
         }
-        write_codes(args, row, column, blocks, codes);
-        transpose(length);
-        for (int64_t r = 0; r < std::min<int64_t>(kLanes, args.source.rows - row); ++r)
-            memcpy(args.scratch + (row + r) * width + column / kBlock, &length[r], sizeof(float) * static_cast<size_t>(blocks));
         raise(amax, lane_max_bits(from_bits(most)));
         raise(longest, lane_max_bits(from_bits(furthest)));
     }
@@ -179,7 +224,7 @@ struct EdenPass final : Pass {
    private:
     // Block scales from their float32 forerunners; draw n = row * (Kp / 16) + block column.
     void round_scales(float global_scale) const {
-        constexpr int64_t run = 8 * kLanes;  // sixteen counters of eight draws
+        constexpr int64_t run = 8 * kLanes;  // counters of eight draws
         const int64_t count = args.source.rows * (args.padded_columns / kBlock);
 #pragma omp parallel for schedule(static) num_threads(threads_for(args))
         for (int64_t start = 0; start < count; start += run) {
@@ -188,17 +233,15 @@ struct EdenPass final : Pass {
             philox(args.seed, low, high, kBlockScaleStream, word);
             uint32_t words[4][kLanes];
             for (int j = 0; j < 4; ++j) store(words[j], word[j].words());
+            uint16_t draw[run];
+            for (int i = 0; i < kLanes; ++i)
+                for (int d = 0; d < 8; ++d) draw[8 * i + d] = static_cast<uint16_t>(words[d / 2][i] >> (d % 2 * 16));
             for (int64_t n = start; n < std::min(count, start + run); n += kLanes) {
                 const int64_t left = std::min<int64_t>(kLanes, count - n);
-                uint32_t draw[kLanes], code[kLanes];
-                for (int i = 0; i < kLanes; ++i) {
-                    const int64_t d = n - start + i;
-                    draw[i] = words[d % 8 / 2][d / 8] >> (d % 2 * 16) & 0xffffu;
-                }
-                Word k;
-                memcpy(&k, draw, sizeof k);
+                const Word k = widen(draw + (n - start));
                 const Float r = read_some<Element::float32>(args.scratch + n, left);
                 const Float scaled = smaller(r / splat<Float>(global_scale), splat<Float>(E4M3::max));
+                uint32_t code[kLanes];
                 store(code, stochastic<E4M3>(scaled, centred_uniform<Float>(k << 7)).code);
                 for (int64_t i = 0; i < left; ++i) args.block_scale[n + i] = static_cast<uint8_t>(code[i]);
             }
@@ -209,14 +252,14 @@ struct EdenPass final : Pass {
 template <class Scope>
 std::unique_ptr<Pass> scaled_pass(const QuantizeArgs& args) {
     switch (args.rule) {
-        case Rule::rtn: return std::make_unique<ScaledPass<Plain<Scope, Rounding::to_nearest>>>(args);
-        case Rule::sr: return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_up>>>(args);
-        case Rule::sr_te: return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_te>>>(args);
+        case Rule::rtn: return std::make_unique<ScaledPass<Plain<Scope, Rounding::to_nearest>, Scope>>(args);
+        case Rule::sr: return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_up>, Scope>>(args);
+        case Rule::sr_te: return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_te>, Scope>>(args);
         case Rule::four_over_six:
-            if (args.metric == 0) return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mse>>>(args);
-            if (args.metric == 1) return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mae>>>(args);
-            return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::abs_max>>>(args);
-        case Rule::scale_search: return std::make_unique<ScaledPass<ScaleSearch<Scope>>>(args);
+            if (args.metric == 0) return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mse>, Scope>>(args);
+            if (args.metric == 1) return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mae>, Scope>>(args);
+            return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::abs_max>, Scope>>(args);
+        case Rule::scale_search: return std::make_unique<ScaledPass<ScaleSearch<Scope>, Scope>>(args);
         case Rule::ms_eden: break;
     }
     return nullptr;
@@ -241,18 +284,18 @@ inline void quantize(const QuantizeArgs& args) {
     pass->end();
 }
 
-// Sixteen-row panels of one operand within a tile of the matrix, up to a band at a time.
+// The panels of one operand within a tile of the matrix, up to a band at a time.
 inline void visit_tile(Pass& pass, const Rotation& rotation, int64_t row, int64_t column) {
     const QuantizeArgs& args = pass.args;
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
     const int64_t end = std::min<int64_t>(args.source.rows, row + kPanel), band = band_of(args.source);
-    for (int64_t first = row; first < end && columns > 0; first += band * kLanes) {
+    for (int64_t first = row; first < end && columns > 0; first += band * kRows) {
         Panel panel[kBand];
-        const int count = static_cast<int>(std::min(band, (end - first + kLanes - 1) / kLanes));
+        const int count = static_cast<int>(std::min(band, (end - first + kRows - 1) / kRows));
         load_panels(args.source, first, column, columns, count, panel);
         for (int p = 0; p < count; ++p) {
             rotation.apply(panel[p], columns);
-            pass.visit(panel[p], first + p * kLanes, column, columns);
+            pass.visit(panel[p], first + p * kRows, column, columns);
         }
     }
 }

@@ -1,7 +1,7 @@
-// A 16x16 tile of which lane r holds row r: what its lanes share.
+// A 16x16 tile of which each lane holds a row, in as many parts as sixteen rows take: what its lanes share.
 #pragma once
 
-#include "../scaling.h"
+#include "panel.h"
 
 NVFP4_BEGIN
 
@@ -10,14 +10,25 @@ struct TileScope {
 
     // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j and j + 8.
     template <class F, class Leaf>
-    static NVFP4_FN Float sum(Leaf leaf) {
-        Float t[kLanes];
+    static NVFP4_FN F sum(Leaf leaf) {
+        // rows in different vectors
+        Float t[kBlock];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) t[i] = leaf(i);
-        transpose(t);
+        for (int c = 0; c < kBlock; ++c)
+            t[c] = tree_sum<Float, kLanes>([&](int row) { return leaf(row / kLanes * kBlock + c); });
+
+        // rows in the lanes of one, kLanes columns at a time
+        Float column[kParts];
+#pragma GCC unroll 4
+        for (int q = 0; q < kParts; ++q) {
+            transpose(square(t, q));
+            column[q] = tree_sum<Float, 1, kLanes>([&](int row) { return t[q * kLanes + row]; });
+        }
+
+        // columns
         float lane[kLanes];
-        store(lane, tree_sum<Float>([&](int i) { return t[i]; }));
-        return splat<Float>(tree_sum<float>([&](int i) { return lane[i]; }));
+        store(lane, tree_sum<Float, kLanes>([&](int c) { return column[c / kLanes]; }));
+        return splat<Float>(tree_sum<float, 1, kLanes>([&](int c) { return lane[c]; }));
     }
 };
 
