@@ -123,7 +123,13 @@ def rng(seed: int) -> np.random.Generator:
 
 @pytest.fixture(autouse=True)
 def torch_seed(seed: int) -> Iterator[Any]:
-    """torch's own generator starts each test from its seed, and no test disturbs another."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    """torch's own generator starts each test from its seed, and no test disturbs another.
+
+    Not through ``torch.manual_seed``: where CUDA sleeps, it keeps a stack trace per call for later, 1.4 ms each.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+    yield
+    torch.set_rng_state(before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from limits import HANG
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -637,9 +639,9 @@ CHECKS: dict[int, tuple[Callable[[], None], ...]] = {
 
 
 def main(only: list[str]) -> None:
-    """Run the checks; one that fails on any process does not keep the next from running."""
+    """Run the checks up to the first that fails; what came of each is written to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANG))
     errors: dict[str, str | None] = {}
     for check in CHECKS[dist.get_world_size()]:
         if only and check.__name__ not in only:
@@ -649,9 +651,11 @@ def main(only: list[str]) -> None:
             errors[check.__name__] = None
         except Exception:
             errors[check.__name__] = traceback.format_exc()
-            break  # the others may be waiting in a collective
+            break
         gc.collect()
     (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(errors))
+    if any(errors.values()):
+        os._exit(1)  # the others may wait for this process in a collective: torchrun ends them
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()  # else gloo's threads abort the interpreter

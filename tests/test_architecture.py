@@ -10,6 +10,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,9 @@ def imports(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
                 )
 
 
+@cache
 def parse(path: Path) -> ast.Module:
+    """The syntax tree of a file, read once."""
     return ast.parse(path.read_text(), str(path))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import HANG
 from training import ROOT, environment, run_cli, write_texts
 
 from nvfp4 import cli
@@ -129,7 +130,7 @@ def test_the_example_runs(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     numbers = re.search(r"bits per byte: bf16 (\S+), quartet2 (\S+), gap (\S+) %", run.stdout)

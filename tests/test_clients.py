@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_floats_bitwise
+from limits import HANG
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import environment
@@ -128,7 +129,7 @@ assert nvfp4.NVFP4TrainingConfig("rtn").recipe == "rtn" and "transformers" in sy
 assert nvfp4.NVFP4TrainingConfig is nvfp4.integrations.transformers.NVFP4TrainingConfig
 assert not hasattr(nvfp4, "NVFP4Config")
 """.replace(str(clients), repr(set(clients)))
-    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=HANG)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -205,7 +206,7 @@ assert {{type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)}} ==
 tokens = torch.arange(3, 27).view(2, 12)
 assert torch.equal(model(input_ids=tokens).logits, torch.load({str(tmp_path / "logits.pt")!r}))
 """
-    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=HANG)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from limits import HANG
 from training import ROOT, environment, steps_of, tiny, write_texts
 
 import nvfp4
@@ -23,7 +24,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python module in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments], env=environment(), capture_output=True, text=True, timeout=HANG
     )
 
 
@@ -32,11 +33,10 @@ def run_checks(folder: Path, processes: int) -> dict[str, list[str | None]]:
     folder.mkdir()
     script = str(ROOT / "tests" / "distributed_worker.py")
     run = launch(*TORCHRUN, str(processes), script, str(folder))
-    written = sorted(folder.glob("*.json"))
-    assert len(written) == processes, run.stdout + run.stderr
-    results = [json.loads(path.read_text()) for path in written]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     failed = any(error for result in results for error in result.values())
-    assert failed or run.returncode == 0, run.stdout + run.stderr
+    complete = len(results) == processes and run.returncode == 0
+    assert failed or complete, run.stdout + run.stderr
     return {name: [result.get(name, "not reached") for result in results] for name in results[0]}
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMISES = {
@@ -29,7 +30,7 @@ def test_example_runs(name: str) -> None:
     """Exit code 0 and the promised line; pretrain_tiny is run by test_cli."""
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=HANG, env=environment
     )
     assert ran.returncode == 0, ran.stderr
     assert PROMISES[name] in ran.stdout

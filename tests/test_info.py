@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANG
 
 import nvfp4
 from nvfp4.backends.registry import BACKENDS
@@ -23,7 +24,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that sees no GPU and turns every warning of ours into an error."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=300, check=False
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=HANG, check=False
     )
 
 
@@ -71,32 +72,28 @@ def test_python_m_info_prints_no_warning() -> None:
 
 
 _PROGRAM = """
-import sys, time
+import sys
 for name in ("triton", "transformers", "pyarrow", "matplotlib"):
     sys.modules[name] = None  # importing it raises ImportError
-start = time.perf_counter()
 import torch
-middle = time.perf_counter()
+before = set(sys.modules)
 import nvfp4
-end = time.perf_counter()
 layer = nvfp4.convert(torch.nn.Linear(32, 16), verbose=False)
 layer(torch.randn(3, 32)).sum().backward()
 nvfp4.info(), str(nvfp4.report(layer))
 assert not torch.cuda.is_initialized(), "importing or running on a CPU touched CUDA"
 import nvfp4.info
 assert nvfp4.info().startswith("nvfp4")
-print(end - middle, middle - start)
+print(*sorted({name.split(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names))
 """
 
 
 def test_import_is_light_and_needs_no_gpu() -> None:
     """46: import, convert, a training step, report and info work with no GPU and with Triton, transformers, pyarrow and
-    matplotlib missing; importing nvfp4 takes less time than importing torch does (about a twentieth, in the same
-    process, so that a busy machine slows both)."""
+    matplotlib missing; beside torch's own packages only nvfp4 and rich are imported for it."""
     done = _python("-c", _PROGRAM)
     assert done.returncode == 0, done.stderr
-    ours, torchs = map(float, done.stdout.split())
-    assert ours < torchs
+    assert set(done.stdout.split()) - {"torch"} == {"nvfp4", "rich"}
 
 
 def test_all_is_there() -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from limits import HANG
 from rl_runs import SEVENS, rows_of, tiny
 from training import environment
 
@@ -194,7 +195,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "nvfp4.cli", "rl", "--config", str(tmp_path / "config.yaml")]
-    child = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    child = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert child.returncode == 0, child.stderr
     rl(dataclasses.replace(config, out=str(tmp_path / "one")))
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")

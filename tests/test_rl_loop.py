@@ -10,11 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from limits import until
 from rl_runs import FAILING, SEVENS, rows_of, tiny
 from safetensors.torch import load_file
 from training import environment
@@ -154,13 +154,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(finished, tmp_path):
     given.write_text(to_yaml(dataclasses.replace(resolve(finished[0]), out=str(out))))
     command = [sys.executable, "-m", "nvfp4.cli", "rl", "--config", str(given)]
     child = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
-    for _ in range(1200):
-        if len(log.read(out / "log.jsonl")) >= 4 or child.poll() is not None:
-            break
-        time.sleep(0.05)
+    assert until(lambda: len(log.read(out / "log.jsonl")) >= 4, child)
     child.kill()
     child.wait()
-    assert len(log.read(out / "log.jsonl")) >= 4
     (out / "result.json").unlink(missing_ok=True)  # where the kill came after the end
     rl(dataclasses.replace(finished[0], out=str(out), resume=True))
     assert rows_of(out) == rows_of(Path(finished[0].out))

@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 import rl_oracle as oracle
 import torch
+from limits import HANG
 from rl_policy import TablePolicy, gradient, prepared, totals_of
 
 from nvfp4.rl.objectives.advantages import has_spread
@@ -242,7 +243,7 @@ class TwoProcesses:
     """Two threads that stand for two processes: ``all_sum`` waits for both."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=20)
+        self.barrier = threading.Barrier(2, timeout=HANG)
         self.given: dict[int, torch.Tensor] = {}
 
     def all_sum(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:

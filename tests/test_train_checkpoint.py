@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANG
 from safetensors.torch import save_file
 from training import environment
 
@@ -108,7 +109,7 @@ except checkpoint.TrainError as error:
     print(error)
 """
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=HANG
     )
     assert "cannot write checkpoint" in run.stdout, run.stdout + run.stderr
     assert "File too large" in run.stdout

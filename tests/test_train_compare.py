@@ -8,10 +8,10 @@ import math
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from limits import HANG, until
 from training import environment, steps_of, tiny, write_texts
 
 from nvfp4.train import compare as comparing
@@ -41,7 +41,7 @@ def compared(tmp_path_factory, texts):
     path = out.parent / "given.yaml"
     path.write_text(to_yaml(config_of(out, texts)))
     command = [sys.executable, "-m", "nvfp4.cli", "compare", "--config", str(path)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stdout + run.stderr
     return out, run.stdout
 
@@ -109,11 +109,9 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(t
     command = [sys.executable, "-m", "nvfp4.cli", "compare", "--config", str(path)]
     run = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "quartet2" / "log.jsonl"
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    until(lambda: log.exists() and log.read_text().count("\n") > 3, run)
     run.send_signal(signal.SIGINT)
-    said = "".join(run.communicate(timeout=120))
+    said = "".join(run.communicate(timeout=HANG))
     assert run.returncode == 130, said
     assert "checkpoint saved" in said
     assert "run the same command again to go on" in said

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from limits import HANG
 from torch import nn
 from training import environment, steps_of, tiny, write_texts
 
@@ -359,7 +360,7 @@ def test_two_processes_under_torchrun_train_the_same_run(tmp_path, texts):
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG,
         )
         assert run.returncode == 0, run.stdout + run.stderr
     assert "2 process(es)" in run.stdout

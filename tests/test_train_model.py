@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from limits import HANG
 from training import environment, steps_of, tiny, write_texts
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -101,7 +102,7 @@ print(json.dumps([str(model.dtype), ids.tolist(), logits, type(model).__name__])
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert run.returncode == 0, run.stderr
     kind, ids, logits, name = json.loads(run.stdout)

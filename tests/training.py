@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from limits import HANG
+
 from nvfp4.train import log
 from nvfp4.train.config import PretrainConfig
 
@@ -87,7 +89,7 @@ def run_cli(*arguments: str, before: str = "", **options: Any) -> subprocess.Com
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         **options,
     )
 

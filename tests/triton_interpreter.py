@@ -38,9 +38,7 @@ class Interpreter:
         try:
             result, failure = pickle.load(self.process.stdout)
         except EOFError:
-            raise RuntimeError(
-                f"the interpreting process died of {self.process.wait(30)}: -11 is a wild read"
-            ) from None
+            raise RuntimeError(f"the interpreting process died of {self.process.wait()}: -11 is a wild read") from None
         if failure:
             raise RuntimeError(failure)
         return result
@@ -49,7 +47,7 @@ class Interpreter:
         """End the process."""
         assert self.process.stdin
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait()
 
 
 def gemm(a: tuple, b: tuple, dtype: Any, tile: tuple, native: bool, **extras: Any) -> Any:
