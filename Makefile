@@ -7,11 +7,11 @@ CLIENTS := $(VENV)/.clients
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
-.PHONY: train rl test lint unit sanitize bench benchrl gpu aot cuda clean help
+.PHONY: train rl test lint unit sanitize aarch64 bench benchrl gpu aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -44,6 +44,9 @@ lint: $(READY)
 
 unit: $(CLIENTS)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
+
+aarch64: $(READY) ## the CPU kernels cross-compiled for aarch64 and emulated; takes Debian's g++-aarch64-linux-gnu, qemu-user
+	$(BIN)/python -m pytest -q -rs tests/test_aarch64.py
 
 bench: $(READY) ## time the quantisers and the linear layer, and keep the figures
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
