@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIENTS := $(VENV)/.clients
+OLD_TRITON := build/triton-3.6
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
@@ -29,6 +30,11 @@ $(CLIENTS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	@touch $@
 
+# the Triton that torch 2.10 and 2.11 pin, beside the one in the venv: a folder that comes first on PYTHONPATH
+$(OLD_TRITON)/.ready: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_TRITON) triton==3.6.0
+	@touch $@
+
 train: $(READY) ## pretrain a small model on real text in BF16 and in NVFP4, side by side
 	$(BIN)/nvfp4 compare $(ARGS)
 
@@ -42,7 +48,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(CLIENTS)
+unit: $(CLIENTS) $(OLD_TRITON)/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
 
 aarch64: $(READY) ## the CPU kernels cross-compiled for aarch64 and emulated; takes Debian's g++-aarch64-linux-gnu, qemu-user
@@ -59,8 +65,10 @@ benchrl: $(READY) ## the comparison of make rl, kept as data
 gpu: ## on a machine with a GPU, torch and triton: check everything, time it, judge it, in ten minutes
 	$(PYTHON) -m benchmarks.on_gpu --out build/on_gpu $(ARGS)
 
-aot: $(READY) ## compile every Triton kernel for eight kinds of GPU, none needed: instructions, registers, spills
+aot: $(READY) $(OLD_TRITON)/.ready ## compile every Triton kernel for eight kinds of GPU with two Tritons, no GPU needed
 	$(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot.json
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot_triton_3.6.json
+	NVFP4_TEST_KERNELS=all $(BIN)/python -m pytest -n $(JOBS) tests/test_triton_jit.py
 
 cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and say what they take
 	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace

@@ -25,6 +25,7 @@ triton = pytest.importorskip("triton")
 from nvfp4.backends.triton.gemm import TILES, family, gemm  # noqa: E402
 
 REFERENCE = ReferenceBackend()
+DEVICE = torch.device("cuda")
 DECODED, NATIVE = False, True
 TILE = (16, 32, 64)
 """m, n, k: small, so that a few tiles are cheap; not square, so that m and n cannot be mixed up."""
@@ -181,24 +182,30 @@ def test_offsets_beyond_32_bits(interpreter):
     assert got.unique().numel() > 20
 
 
+def capability() -> int:
+    """Of the card: 90, 120, ..."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("native", [DECODED, NATIVE], ids=["decoded", "native"])
 @pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (300, 520, 1040), (2049, 1000, 4096)])
 def test_on_a_gpu_every_tile_gives_the_exact_product(m, n, k, native, rng):
     """Compiled, each tile of this card, with everything the epilogue can add: the same bits as the interpreter's."""
-    kind = family(10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1], native)
+    kind = family(capability(), native)
     if native and kind not in ("tcgen05", "mma_fp4"):
-        pytest.skip(f"no FP4 tensor cores on {torch.cuda.get_device_name()}")
+        pytest.skip(f"no FP4 tensor cores on sm_{capability()}")
     a, b = exact_operand(rng, m, k, row_scaled=m > 1), exact_operand(rng, n, k, block=(16, 16))
     bias, residual = torch.randn(n), torch.randn(m, n).bfloat16()
     y = REFERENCE.matmul(a, b, torch.float32)
     for tile in TILES[kind]:
         for dtype in (torch.float32, torch.bfloat16):
-            got = gemm(a.to("cuda"), b.to("cuda"), dtype, tile=tile, native=native)
+            got = gemm(a.to(DEVICE), b.to(DEVICE), dtype, tile=tile, native=native)
             assert torch.equal(got.cpu(), y.to(dtype)), tile
         if tile.n < 256:
-            extras = {"bias": bias.cuda(), "residual": residual.cuda()}
-            got = gemm(a.to("cuda"), b.to("cuda"), torch.float16, tile=tile, native=native, **extras)
+            extras = {"bias": bias.to(DEVICE), "residual": residual.to(DEVICE)}
+            got = gemm(a.to(DEVICE), b.to(DEVICE), torch.float16, tile=tile, native=native, **extras)
             assert torch.equal(got.cpu(), (y + bias + residual).to(torch.float16)), tile
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches_nothing import Driver
 
 triton = pytest.importorskip("triton")
 
@@ -34,38 +35,6 @@ def fill(x, other, n, seed, T: tl.constexpr, FLAG: tl.constexpr):
     """x[: n] = seed."""
     at = tl.program_id(0) * T.columns + tl.arange(0, T.columns)
     tl.store(x + at, at + seed, mask=at < n)
-
-
-class Driver:
-    """Of one of several cards that are not there."""
-
-    def __init__(self) -> None:
-        self.device, self.launches, self.loaded = 0, [], 0
-        self.utils, self.launcher_cls = self, self.launcher
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
-
-    def load_binary(self, *args: Any) -> tuple[int, ...]:
-        self.loaded += 1
-        return self.loaded, self.loaded, 32, 0, 1024
-
-    def unload_module(self, *args: Any) -> None: ...
-
-    def launcher(self, source: Any, metadata: Any) -> Any:
-        return lambda *args: self.launches.append(args)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 100 + device
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return kind
 
 
 @pytest.fixture
@@ -106,6 +75,22 @@ def test_a_kept_kernel_is_launched_as_triton_would(driver: Driver) -> None:
     plain = [[v.get() if hasattr(v, "extras") else v for v in call] for call in (first, second)]  # what hooks would see
     assert [a is b or a == b for a, b in zip(*plain, strict=True)] == [True] * len(first), plain
     assert first[:4] == (3, 1, 1, 100)
+
+
+def test_the_first_of_a_family_says_that_it_compiles(driver: Driver, monkeypatch, caplog) -> None:
+    """One line, before anything is compiled; not again for another kernel, nor in any process but the first."""
+    monkeypatch.setattr(launch, "_ANNOUNCED", set())
+    monkeypatch.setitem(launch.FAMILIES, __name__.rpartition(".")[2], "tests")
+    put(ALIGNED)
+    put(ALIGNED, n=33)
+    assert [record.getMessage() for record in caplog.records] == [
+        "nvfp4 compiles its Triton kernels for tests: seconds each at first use, then kept on disk"
+    ]
+    monkeypatch.setattr(launch, "_ANNOUNCED", set())
+    for name, value in (("is_initialized", True), ("get_rank", 1)):
+        monkeypatch.setattr(launch.dist, name, lambda value=value: value)
+    put(ALIGNED, n=1)
+    assert len(caplog.records) == 1
 
 
 def test_what_is_compiled_anew(driver: Driver) -> None:

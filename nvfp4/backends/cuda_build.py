@@ -67,7 +67,7 @@ def compile_source(source: str, target: str, folder: Path) -> list[Report]:
     return list(_reports(done.stderr, _functions(ptx), _machine_code(made / "out.cubin"), target))
 
 
-def _reports(log: str, ptx: dict[str, str], sass: dict[str, int], target: str) -> Iterator[Report]:
+def _reports(log: str, ptx: dict[str, str], sass: dict[str, str], target: str) -> Iterator[Report]:
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers"
@@ -75,10 +75,15 @@ def _reports(log: str, ptx: dict[str, str], sass: dict[str, int], target: str) -
     found = re.findall(pattern, log, re.DOTALL)
     for (name, stack, stored, loaded, registers), plain in zip(found, _demangled([f[0] for f in found]), strict=True):
         text, spilled = ptx[name], int(stored) + int(loaded)
+        code = sass.get(name, "")
         faults = [
             f"spills {spilled} bytes" if spilled else "",
             f"keeps {stack} bytes in local memory" if int(stack) else "",
-            "float32 products and sums are fused" if re.search(r"\bfma\.rn\.f32", text) else "",
+            "reads or writes local memory" if not int(stack) and re.search(r"\b(LDL|STL)\b", code) else "",
+            # a quotient takes FFMAs, but none of two numbers at once: those ptxas makes of our own products and sums
+            "float32 products and sums are fused"
+            if re.search(r"\bfma\.rn\.f32", text) or re.search(r"\bFFMA2\b", code)
+            else "",
             "float32 subnormals are flushed" if ".ftz" in text else "",
             "an approximate quotient" if re.search(r"\b(div|rcp)\.(approx|full)", text) else "",
         ]
@@ -89,7 +94,7 @@ def _reports(log: str, ptx: dict[str, str], sass: dict[str, int], target: str) -
             spill_bytes=spilled,
             stack_bytes=int(stack),
             shared_bytes=shared_bytes(plain),
-            instructions=sass.get(name, 0),
+            instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE)),
             converts=text.count("cvt.rn.satfinite.e2m1x2.f32"),
             fault="; ".join(filter(None, faults)) or None,
         )
@@ -111,17 +116,14 @@ def _functions(ptx: str) -> dict[str, str]:
     return dict(re.findall(r"\.entry (\w+)\((.*?)\n\}", ptx, re.DOTALL))
 
 
-def _machine_code(cubin: Path) -> dict[str, int]:
-    """Instructions of each kernel; nothing where there is no cuobjdump."""
+def _machine_code(cubin: Path) -> dict[str, str]:
+    """SASS of each kernel; nothing where there is no cuobjdump."""
     tool = shutil.which("cuobjdump") or _tritons_cuobjdump()
     if tool is None:
         return {}
     text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    return {
-        name: len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", body, re.M))
-        for name, body in zip(parts[::2], parts[1::2], strict=True)
-    }
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _tritons_cuobjdump() -> str | None:

@@ -1,7 +1,8 @@
 """Compile every kernel for every card ahead of time, without one: what instructions, registers and memory it takes.
 
-``python -m nvfp4.backends.triton.aot --json PATH``, or ``make aot``. Half an hour of one core, shared among processes;
-Triton keeps what it has compiled, so a run that was interrupted goes on where it was.
+``python -m nvfp4.backends.triton.aot --json PATH``, or ``make aot``, which does so with two versions of Triton: the
+newest, and 3.6, which torch 2.10 and 2.11 bring along. Half an hour of one core each, shared among processes; Triton
+keeps what it has compiled, so a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> Report:
     faults = [
         "" if found or not variant.instruction else f"no {variant.instruction} in the PTX",
         f"spills {spilled} bytes" if spilled else "",
+        "reads or writes local memory" if re.search(r"\b(LDL|STL)\b", sass) and not spilled else "",
         f"{shared} bytes of shared memory, {card.shared_block} allowed" if shared > card.shared_block else "",
         "float32 products and sums are fused" if variant.exact and fused else "",
         "float32 subnormals are flushed" if variant.exact and flushed else "",

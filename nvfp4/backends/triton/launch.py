@@ -6,10 +6,12 @@ source mentions, which takes several times as long as the launch itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -30,6 +32,18 @@ DIRECT = not INTERPRETED and (3, 6) <= version() <= (3, 9)
 """Where a compiled kernel is known to take the arguments of its function, constants included; elsewhere Triton looks
 its kernels up at every launch."""
 
+FAMILIES = {
+    "kernels": "quantisation",
+    "fused_kernels": "RMSNorm and SwiGLU",
+    "gemm_kernel": "products",
+    "gemm_decoded": "what follows a product",
+    "transpose": "transposes",
+}
+"""What the kernels of a module are for, in words."""
+
+_ANNOUNCED: set[str] = set()
+_LOG = logging.getLogger("nvfp4")
+
 _COMPILED: dict[tuple[Any, ...], CompiledKernel] = {}
 _SPECIALISED: dict[Any, tuple[bool, ...]] = {}
 """By function, whether Triton specialises on the value of each parameter."""
@@ -44,6 +58,8 @@ def launch(
     """
     grid = (programs, 1, 1)
     if not DIRECT:
+        if not INTERPRETED:
+            _announce(kernel)
         kernel[grid](*arguments, *constants, num_warps=warps, num_stages=stages, **EXACT)
         return
     key = (driver.active.get_current_device(), warps, stages, *key_of(kernel, arguments, constants))
@@ -51,9 +67,26 @@ def launch(
     if compiled is not None:
         compiled[grid](*arguments, *constants)
         return
+    _announce(kernel)
     compiled = kernel[grid](*arguments, *constants, num_warps=warps, num_stages=stages, **EXACT)
     if isinstance(compiled, CompiledKernel):  # not one that is still being compiled
         _COMPILED[key] = compiled
+
+
+def _announce(kernel: Any) -> None:
+    """One line before the first kernel of a family is compiled: the first step would seem to hang without it.
+
+    At the level of warnings, so that it shows unless somebody set up logging otherwise; of several processes
+    the first alone says it.
+    """
+    module = kernel.fn.__module__.rpartition(".")[2]
+    if module in _ANNOUNCED:
+        return
+    _ANNOUNCED.add(module)
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return
+    purpose = FAMILIES.get(module, module)
+    _LOG.warning("nvfp4 compiles its Triton kernels for %s: seconds each at first use, then kept on disk", purpose)
 
 
 def key_of(kernel: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> tuple[Any, ...]:
