@@ -35,7 +35,9 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 PER_FILE = {
     "csrc/cpu/avx2.cpp": ["-O3", "-mavx2", "-mfma"],
-    "csrc/cpu/matmul.cpp": [*AVX512, "-mavx512bf16"],
+    "csrc/cpu/matmul_avx2.cpp": ["-O3", "-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/matmul_avx512.cpp": AVX512,
+    "csrc/cpu/matmul_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
     "csrc/cpu/avx512.cpp": AVX512,
 }
 # for `make sanitize`; they come after the flags of a file, so that -O1 wins
@@ -46,7 +48,8 @@ SANITIZE = (
 )
 SOURCES = ["csrc/bind.cpp", "csrc/cpu/portable.cpp"]
 if X86:
-    SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/matmul.cpp"]
+    SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"]
+    SOURCES += [f"csrc/cpu/matmul_{isa}.cpp" for isa in ("avx2", "avx512", "avx512bf16")]
 
 
 # the lists of the CUDA kernels, from a file of the package that needs nothing of it

@@ -146,24 +146,60 @@ void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t ou
     k.decode(args);
 }
 
-bool has_matmul() {
+struct Product {
+    const char* name;
+    void (*run)(const MatmulArgs&);
+    bool of_elements;
+};
+
+// The products this processor has instructions for, the fastest first.
+std::vector<Product> products() {
+    std::vector<Product> found;
 #if defined(__x86_64__)
-    return kernels("").name == std::string("avx512") && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
+    const bool avx512 = kernels("").name == std::string("avx512");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512bf16", matmul_avx512bf16, false});
+    if (avx512) found.push_back({"avx512", matmul_avx512, true});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        found.push_back({"avx2", matmul_avx2, true});
 #endif
+    return found;
 }
 
-void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out, int threads) {
+void multiply(const MatmulArgs& args, const std::string& isa) {
+    static const std::vector<Product> found = products();
+    const bool of_elements = args.a.codes.codes == nullptr;
+    for (const Product& p : found)
+        if ((isa.empty() || isa == p.name) && (p.of_elements || !of_elements)) {
+            py::gil_scoped_release release;
+            return p.run(args);
+        }
+    throw std::invalid_argument("there is no product for instruction set '" + isa + "' on this processor");
+}
+
+void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out, int threads,
+            const std::string& isa) {
     require(a.row_bytes == b.row_bytes && a.row_bytes % 8 == 0, "operands contract different lengths");
     require(a.global_scale && b.global_scale && out && threads > 0, "missing scale or output");
-    require(has_matmul(), "this processor has no AVX-512 BF16");
-#if defined(__x86_64__)
-    const MatmulArgs args{a, b, a.row_bytes * 2, reinterpret_cast<const float*>(bias), element_of(element),
-                          reinterpret_cast<void*>(out), threads};
-    py::gil_scoped_release release;
-    matmul_avx512bf16(args);
-#endif
+    multiply({{a, {}}, {b, {}}, a.rows, b.rows, a.row_bytes * 2, reinterpret_cast<const float*>(bias), element_of(element),
+              reinterpret_cast<void*>(out), threads},
+             isa);
+}
+
+// a [rows, depth], b [columns, depth], one stride of each being 1.
+void dense_matmul(uintptr_t a, int a_element, int64_t a_row, int64_t a_column, uintptr_t b, int b_element, int64_t b_row,
+                  int64_t b_column, int64_t rows, int64_t columns, int64_t depth, uintptr_t bias, int element, uintptr_t out,
+                  int threads, const std::string& isa) {
+    require(out && threads > 0, "missing output");
+    multiply({{{}, source_of(a, a_element, rows, depth, a_row, a_column)},
+              {{}, source_of(b, b_element, columns, depth, b_row, b_column)},
+              rows,
+              columns,
+              depth,
+              reinterpret_cast<const float*>(bias),
+              element_of(element),
+              reinterpret_cast<void*>(out),
+              threads},
+             isa);
 }
 
 uint64_t fingerprint(uintptr_t data, int64_t bytes, int threads, const std::string& isa) {
@@ -203,8 +239,13 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("quantize_both", &quantize_both);
     m.def("decode", &decode);
     m.def("fingerprint", &fingerprint);
-    m.def("has_matmul", &has_matmul);
+    m.def("product_sets", [] {
+        py::list names;
+        for (const Product& p : products()) names.append(p.name);
+        return names;
+    });
     m.def("matmul", &matmul);
+    m.def("dense_matmul", &dense_matmul);
     m.def("fold_in", &fold_in);
     m.def("swizzled_offset", &swizzled_offset);
 }

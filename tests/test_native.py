@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvfp4.backends.cpu import _MISSING, CpuBackend, native
+from nvfp4.backends.cpu import _MISSING, PRODUCTS, CpuBackend, native
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.codec import e4m3_decode
 from nvfp4.formats import E2M1, E4M3
@@ -245,7 +245,7 @@ def test_rows_further_apart_than_32_bits() -> None:
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
-@pytest.mark.parametrize("isa", ["", "portable"])
+@pytest.mark.parametrize("isa", ["", "portable", *PRODUCTS])
 def test_matmul_equals_reference(isa: str, out_dtype: torch.dtype) -> None:
     """Small-integer operands (codes on the grid, block scales powers of two in a narrow range) make every partial sum
     exact in float32, so any order of summation gives the same bits; globals, row globals and bias are applied alike."""

@@ -63,12 +63,18 @@ struct DecodeArgs {
     int threads;
 };
 
+// An operand of a product [rows, depth], contracted along its columns: codes or, where these are null, elements.
+struct Factor {
+    CodeMatrix codes;
+    Source elements;
+};
+
 struct MatmulArgs {
-    CodeMatrix a, b;         // out = a b^T
-    int64_t padded_columns;  // the contraction, a multiple of 16
-    const float* bias;       // [b.rows] or null
+    Factor a, b;  // out = a b^T
+    int64_t rows, columns, depth;  // of the product; depth: the contraction, of codes a multiple of 16
+    const float* bias;             // [columns] or null
     Element out_element;
-    void* out;  // [a.rows, b.rows], contiguous
+    void* out;  // [rows, columns], contiguous
     int threads;
 };
 
@@ -84,7 +90,9 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
-void matmul_avx512bf16(const MatmulArgs&);
+void matmul_avx2(const MatmulArgs&);  // and FMA, F16C
+void matmul_avx512(const MatmulArgs&);
+void matmul_avx512bf16(const MatmulArgs&);  // codes alone
 #endif
 
 }  // namespace nvfp4

@@ -19,7 +19,10 @@ from nvfp4.rng import number
 
 native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
-_HAS_MATMUL = native is not None and native.has_matmul()
+PRODUCTS: tuple[str, ...] = () if native is None else tuple(native.product_sets())
+"""Instruction sets that this processor has and the native products are written for, the fastest first; avx512bf16
+multiplies codes alone."""
+PAIRS = "avx512bf16"
 
 
 class CpuBackend(Backend):
@@ -132,24 +135,59 @@ class CpuBackend(Backend):
 
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         assert native is not None
-        if not _HAS_MATMUL or self.isa not in ("", "avx512") or a.codes.numel() == 0 or b.codes.numel() == 0:
+        kernel = next((name for name in PRODUCTS if self.isa in ("", name)), None)
+        if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
         a, b = _contiguous(a), _contiguous(b)
         out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         pointer = 0 if bias is None else bias.data_ptr()
         threads = torch.get_num_threads()
-        native.matmul(_matrix(a), _matrix(b), pointer, ELEMENTS[out_dtype], out.data_ptr(), threads)
+        native.matmul(_matrix(a), _matrix(b), pointer, ELEMENTS[out_dtype], out.data_ptr(), threads, kernel)
         return out
 
     def _emulated_matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Without AVX-512 BF16: a float32 GEMM of decoded operands, as in the reference."""
+        """Without AVX2: torch's float32 GEMM of decoded operands, as in the reference."""
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
         left, right = (self._decode(q, q.padded_contraction, torch.float32, with_global=False) for q in (a, b))
         return reference_matmul(left, right, a, b, out_dtype, bias)
+
+
+def dense_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, isa: str = ""
+) -> torch.Tensor:
+    """a b^T + bias [M, N] of a [M, K], b [N, K] in float32, bfloat16 or float16: summed in float32, rounded once.
+
+    bias: [N] or None, added in float32. isa: as for ``CpuBackend``. Without a kernel torch multiplies float32 copies.
+    """
+    (rows, depth), columns = a.shape, b.shape[0]
+    kernel = next((name for name in PRODUCTS if name != PAIRS and isa in ("", name)), None)
+    if kernel is None or rows == 0 or columns == 0 or depth == 0:
+        y = a.to(torch.float32) @ b.to(torch.float32).t()
+        return (y if bias is None else y.add_(bias)).to(dtype)
+    a, b = _readable(a), _readable(b)
+    out = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    native.dense_matmul(  # type: ignore[union-attr]
+        a.data_ptr(),
+        ELEMENTS[a.dtype],
+        *a.stride(),
+        b.data_ptr(),
+        ELEMENTS[b.dtype],
+        *b.stride(),
+        rows,
+        columns,
+        depth,
+        0 if bias is None else bias.data_ptr(),
+        ELEMENTS[dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+        kernel,
+    )
+    return out
 
 
 def _contiguous(q: QTensor) -> QTensor:

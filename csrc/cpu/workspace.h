@@ -1,0 +1,84 @@
+// Memory for the packed operands of a product, in whole huge pages where it is large: page faults would cost as much as
+// packing. Small and middling ones are kept for the next product, since clearing fresh pages took a twelfth of a 1024^3 one.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "../lanes.h"
+
+NVFP4_BEGIN
+
+class Workspace {
+   public:
+    explicit Workspace(size_t bytes) : bytes_(rounded(bytes)), data_(kept().take(bytes_)) {
+        if (data_) return;
+        const bool huge = bytes_ >= kHugePage;
+        data_ = std::aligned_alloc(huge ? kHugePage : 64, bytes_);
+        if (!data_) throw std::bad_alloc();
+        if (huge) madvise(data_, bytes_, MADV_HUGEPAGE);
+    }
+    ~Workspace() {
+        if (!kept().put(bytes_, data_)) std::free(data_);
+    }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    template <class Cell>
+    Cell* cells() const {
+        return static_cast<Cell*>(data_);
+    }
+
+   private:
+    static constexpr size_t kHugePage = size_t{1} << 21, kLargest = size_t{1} << 24;
+    static constexpr int kSlots = 4;  // two products at a time
+
+    class Kept {
+       public:
+        void* take(size_t bytes) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            for (Slot& slot : slots_)
+                if (slot.data && slot.bytes == bytes) return std::exchange(slot.data, nullptr);
+            return nullptr;
+        }
+        bool put(size_t bytes, void* data) {
+            if (bytes > kLargest) return false;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            Slot& slot = slots_[next_++ % kSlots];  // the oldest goes
+            std::free(slot.data);
+            slot = {bytes, data};
+            return true;
+        }
+
+       private:
+        struct Slot {
+            size_t bytes = 0;
+            void* data = nullptr;
+        };
+        std::mutex mutex_;
+        Slot slots_[kSlots];
+        unsigned next_ = 0;
+    };
+
+    // A power of two or one and a half times it, so that layers of similar sizes share.
+    static size_t rounded(size_t bytes) {
+        size_t size = 4096;
+        while (size < bytes) size *= 2;
+        const size_t less = size / 4 * 3;
+        return less >= bytes && less % (size < kHugePage ? 64 : kHugePage) == 0 ? less : size;
+    }
+    static Kept& kept() {
+        static Kept* all = new Kept;  // never destroyed: products may run while the process ends
+        return *all;
+    }
+
+    size_t bytes_;
+    void* data_;
+};
+
+NVFP4_END
