@@ -13,6 +13,7 @@ from typing import Any
 from nvfp4.after_step import after_step
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
+from nvfp4.dense import dense_linears
 from nvfp4.diagnostics import check, health, observe, report
 from nvfp4.fusion import fuse, rms_norm_linear, swiglu_linear
 from nvfp4.hadamard import Rotation, rotate
@@ -40,6 +41,7 @@ __all__ = [
     "capturable",
     "check",
     "convert",
+    "dense_linears",
     "dequantize",
     "disabled",
     "explain",

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
+from nvfp4.dense import slow_linears
 from nvfp4.experts import STACKS, Experts, convert_experts, revert_experts
 from nvfp4.fusion import fuse, unfused
 from nvfp4.linear import Linear, LinearState
@@ -63,7 +64,7 @@ def convert(
     in [0, 2^64); by default the one given to ``torch.manual_seed``. experts: convert stacked experts too, as
     transformers 5 keeps those of Mixtral, Qwen3-MoE and others (see ``experts.py``); names are those of the modules
     that hold them, and ``filter_fn`` is not asked about them. strict: raise ValueError where there would be a
-    warning. verbose: print a one-line summary.
+    warning. verbose: print a one-line summary, and one line more if linears that are left are slow here.
 
     Kept as they are, with the reason in ``nvfp4.report``: the output embedding, layers tied to an embedding, subclasses
     of nn.Linear, parametrised layers, LoRA adapters, weights that are tensor subclasses (but for DTensor), other
@@ -85,6 +86,9 @@ def convert(
         names = ", ".join(dict.fromkeys(chosen.name for _, chosen in policy.recipes))
         copies = f"; copied layers given noise of their own: {', '.join(separated)}" if separated else ""
         print(f"nvfp4: recipe {names}, {plan.summary()}{copies}")
+        slow = slow_linears(model)
+        if slow is not None:
+            print(f"nvfp4: {slow}")
     return model
 
 

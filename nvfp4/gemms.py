@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 
 from nvfp4.deferred import Deferred
+from nvfp4.dense import affine, times
 from nvfp4.hadamard import Rotation
 from nvfp4.noise import LEFT, RIGHT, DeviceWords, Words, signed
 from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, transpose, without_autocast
@@ -98,7 +98,7 @@ def dense_forward(
 ) -> torch.Tensor:
     """x w^T + bias in ``dtype``; of w, what its codes stand for where the recipe quantises w alone."""
     w = dequantize(w, dtype, backend=call.backend) if isinstance(w, QTensor) else w.to(dtype)
-    return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
+    return affine(x.to(dtype), w, None if bias is None else bias.to(dtype))
 
 
 def forward_operands(
@@ -207,8 +207,8 @@ def product(
     if left is not None and right is not None:
         return call.matmul(left, right, dtype)
     if isinstance(saved, QTensor):
-        return (dy.to(torch.bfloat16) @ dequantize(saved, torch.bfloat16)).to(dtype)
-    return (dy @ cast(torch.Tensor, saved).to(dy.dtype)).to(dtype)
+        return times(dy.to(torch.bfloat16), dequantize(saved, torch.bfloat16)).to(dtype)
+    return times(dy, cast(torch.Tensor, saved).to(dy.dtype)).to(dtype)
 
 
 def stored_operands(recipe: Recipe) -> tuple[Operand | None, Operand | None]:

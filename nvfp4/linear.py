@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nvfp4 import layer_ops
 from nvfp4.backends.registry import AUTO
 from nvfp4.deferred import Deferred
+from nvfp4.dense import affine
 from nvfp4.gemms import Call, flatten, fprop, stored_operands
 from nvfp4.noise import CALLS, Noise, capturing, words_of
 from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
@@ -263,7 +263,7 @@ class Linear(nn.Linear):
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot record an nvfp4 layer: use torch.export or torch.compile")
         if not (state.enabled and state.recipe.quantized):
-            return F.linear(x, self.weight, self.bias)
+            return affine(x, self.weight, self.bias)
         if is_dtensor(self.weight) or is_dtensor(x):
             return self._sharded(x)
         return self._compute(x, self.weight, self.bias, state)

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
+from nvfp4.dense import DenseLinear
 from nvfp4.experts import STACKS, Experts, objection
 from nvfp4.linear import Linear
 from nvfp4.ops import INPUT_DTYPES
@@ -242,7 +243,7 @@ def _cannot(facts: _Facts, module: nn.Linear) -> str | None:
         return ALREADY
     if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
         return "parametrized"  # also the older weight_norm, whose weight is computed by a hook
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, DenseLinear):
         return "subclass"
     if "forward" in vars(module):
         return "forward_replaced"

@@ -26,7 +26,7 @@ FLOORS = [
     ["scaling", "qtensor", "activations"],
     ["quantizers"],
     ["recipes", "backends"],
-    ["noise", "ops", "library"],
+    ["noise", "ops", "library", "dense"],
     ["sharding", "tensor_parallel"],
     ["deferred", "gemms", "layer_ops", "shared_amax", "linear", "weights", "experts"],
     ["fusion", "policy", "convert", "after_step", "distributed", "diagnostics", "export", "info"],

@@ -30,6 +30,7 @@ from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rl.warmstart import warm_start
 from nvfp4.train import checkpoint
+from nvfp4.train.attention import without_emulation
 from nvfp4.train.checkpoint import Snapshot
 from nvfp4.train.errors import TrainError
 from nvfp4.train.model import build_model
@@ -110,6 +111,8 @@ def prepare(config: RLConfig) -> Run:
         sampler = on_the_same_weights(model)
         _convert(sampler, config, config.sampler_recipe, accelerator.is_main_process)
     _convert(model, config, config.recipe, accelerator.is_main_process)
+    for each in (model,) if sampler is model else (model, sampler):
+        without_emulation(each, accelerator.device, config.dtype)
     reference = None
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)

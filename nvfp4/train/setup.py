@@ -16,6 +16,7 @@ from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.convert import ConvertWarning, convert
 from nvfp4.rng import fold_in
 from nvfp4.train import checkpoint
+from nvfp4.train.attention import without_emulation
 from nvfp4.train.checkpoint import Snapshot
 from nvfp4.train.config import PretrainConfig
 from nvfp4.train.corpus import Corpus, load_corpus
@@ -76,6 +77,8 @@ def prepare(config: PretrainConfig) -> Run:
     windows = TrainWindows(tokens, config.seq_len, config.batch, config.seed)
     held_out = held_out_windows(corpus.held_out, tokenizer, config.seq_len, config.eval_bytes)
     model = _convert(build_model(config, tokenizer), config, accelerator.is_main_process)
+    for note in without_emulation(model, accelerator.device, config.dtype):
+        report.say(note)
     forward = accelerator.prepare(model)
     if config.compile:
         forward = torch.compile(forward)
