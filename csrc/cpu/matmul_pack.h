@@ -20,12 +20,13 @@ NVFP4_FN void decode_block(const CodeMatrix& m, const ScaleTable& scales, int64_
                            Wide (&column)[kBlock]) {
     uint32_t half[2][kWide] = {};
     float scale[kWide] = {};
+    const int tall = m.scale_block_rows == 1 ? 0 : 4;  // a division in its place took half the time of packing
     for (int64_t r = 0; r < rows; ++r) {
         uint64_t codes;
         memcpy(&codes, m.codes + (row + r) * m.row_bytes + block * 8, sizeof codes);
         half[0][r] = static_cast<uint32_t>(codes);
         half[1][r] = static_cast<uint32_t>(codes >> 32);
-        scale[r] = scales.value[m.block_scale[(row + r) / m.scale_block_rows * m.scale_stride + block] & 127u];
+        scale[r] = scales.value[m.block_scale[((row + r) >> tall) * m.scale_stride + block] & 127u];
     }
     const Wide s = load_wide(scale);
 #pragma GCC unroll 2
@@ -78,10 +79,16 @@ void pack_along(const Source& s, float* out, int64_t first, int64_t last) {
             const int64_t row = tile * tile_rows + part, rows = std::clamp<int64_t>(s.rows - row, 0, width);
             for (int64_t k = 0; k < s.columns; k += kWide) {
                 const int64_t left = std::min<int64_t>(kWide, s.columns - k);
+                const auto* corner = base + row * s.row_stride + k;
                 Wide square[kWide];
+                if (rows == width && left == kWide) {
 #pragma GCC unroll 16
-                for (int r = 0; r < kWide; ++r)
-                    square[r] = r < rows ? read_first<element>(base + (row + r) * s.row_stride + k, left) : zeros();
+                    for (int r = 0; r < kWide; ++r)
+                        square[r] = r < width ? Reading<element>::read(corner + r * s.row_stride) : zeros();
+                } else {
+                    for (int r = 0; r < kWide; ++r)
+                        square[r] = r < rows ? read_first<element>(corner + r * s.row_stride, left) : zeros();
+                }
                 transpose_wide(square);
                 float* to = out + (tile * s.columns + k) * tile_rows + part;
                 if (left == kWide) {
