@@ -1,8 +1,10 @@
 """Reinforcement learning as data, each figure from runs of ``nvfp4 rl`` itself.
 
 compare: full precision against NVFP4 over three seeds, and a control (``nvfp4 rl --preset sort``); no figure is printed
-or kept unless every gate of the comparison holds. objectives: every objective from one warm start, and samplers that
-are not the trainer, with and without a correction. tasks: every task as it comes. The last two have one seed each.
+or kept unless every gate of the comparison holds. objectives: every objective from one warm start over three seeds,
+with its authors' settings and at least two updates per rollout, as one is not enough to tell most of them apart.
+foreign: samplers that are not the trainer, with and without a correction. tasks: every task as it comes. The last two
+have one seed each.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import argparse
 import dataclasses
 import json
 import shutil
+import statistics
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, gate, machine, show
 from nvfp4.rl.compare import compare
-from nvfp4.rl.config import PRESETS, RLConfig, resolve
+from nvfp4.rl.config import NEW_MODEL_LR, PRESETS, RLConfig, resolve
 from nvfp4.rl.loop import rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import from_base
@@ -26,13 +30,15 @@ from nvfp4.train.progress import Reporter
 
 ENDS = ("eval/pass@1", "eval/pass@1/low", "eval/pass@1/high", "eval/pass@4", "eval/pass@16", "eval/greedy")
 
-COMPLETIONS = 128  # of each step, whatever the objective makes of them
-STEPS = 30
-GROUPS = {"brorl": 64, "reasonmaxxer": 16}
+COMPLETIONS = 64  # of each step, whatever the objective makes of them
+STEPS = 10
+LEAST_UPDATES = 2
+SEEDS = (0, 1, 2)
+GROUPS = {"brorl": 32, "reasonmaxxer": 16}
 """Where the objective's own group would leave too few prompts in a step of ``COMPLETIONS``."""
 
-OPTIONS: dict[str, tuple[str, ...]] = {"reasonmaxxer": ("entropy_gate=0.3",)}
-"""Where a default speaks of models of another size."""
+OPTIONS: dict[str, tuple[str, ...]] = {"reasonmaxxer": ("entropy_gate=0.3", "problem_share=1")}
+"""Where a default speaks of models of another size, or of hundreds of problems."""
 
 FOREIGN: dict[str, tuple[str, ...]] = {
     "no correction": (),
@@ -72,7 +78,9 @@ def short(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """One row for people."""
     before, after, mismatch = result["before"], result["after"], result["mismatch"]
     found: dict[str, Any] = {"run": name, "steps": result["steps"]}
-    found |= {f"{key} {end}": row[f"eval/{key}"] for key in ("pass@1", "pass@16") for end, row in _ends(before, after)}
+    most = max(int(key.partition("@")[2]) for key in before if key.startswith("eval/pass@") and key.count("/") == 1)
+    keys = ("pass@1", f"pass@{most}")
+    found |= {f"{key} {end}": row[f"eval/{key}"] for key in keys for end, row in _ends(before, after)}
     found |= {"token_mult_prob_error": mismatch["token_mult_prob_error"], "same shapes": mismatch["same_shape"]}
     return {**found, "seconds": result["seconds"]}
 
@@ -81,18 +89,62 @@ def _ends(before: dict[str, Any], after: dict[str, Any]) -> tuple[tuple[str, dic
     return ("before", before), ("after", after)
 
 
-def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:
-    """A run of each objective, and those of the foreign sampler, all from one warm start on sort."""
+def warm(out: Path) -> RLConfig:
+    """What the runs of objectives have in common: sort, one warm start, and one temperature for all evaluations."""
     sort = {name: PRESETS["sort"][name] for name in ("task", "max_new_tokens", "context")}
-    base = resolve(RLConfig(**sort, device="cpu", eval_problems=64, eval_every=0, save_every=0, steps=STEPS))
+    cadence = {"eval_problems": 24, "eval_samples": 8, "eval_temperature": 1.0, "save_every": 0, "check_every": 5}
+    config = RLConfig(**sort, **cadence, device="cpu", depth=2, steps=STEPS)
+    base = resolve(config)
     warm_start(base, out / "base", Reporter("warm start", 300, 100))
-    base = dataclasses.replace(from_base(base, out / "base"), temperature=1.0)
-    for name, kind in OBJECTIVES.items():
-        group = GROUPS.get(name, kind.default_group or 8)
-        own = {"group": group, "prompts": COMPLETIONS // group, "objective_options": OPTIONS.get(name, ())}
-        yield name, dataclasses.replace(base, objective=name, **own)
+    return from_base(config, out / "base")
+
+
+def settings(name: str) -> dict[str, Any]:
+    """An objective as its authors have it, for ``COMPLETIONS`` of a small model. Temperature 1 all the same, but where
+    hot sampling is the method: sampled colder, the warm start hardly fails, and then there is nothing to learn from."""
+    defaults = OBJECTIVES[name].defaults
+    group = GROUPS.get(name, defaults.group)
+    prompts = COMPLETIONS // group
+    updates = min(max(defaults.updates, LEAST_UPDATES), prompts)
+    found = {"objective": name, "group": group, "prompts": prompts, "objective_options": OPTIONS.get(name, ())}
+    own = {} if name == "ssd" else {"temperature": 1.0, "top_p": 1.0}
+    return {**found, **own, "minibatches": updates, "lr": NEW_MODEL_LR}
+
+
+def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:
+    """Runs of each objective, seed by seed, so that what is finished is worth something at any time."""
+    base = warm(out)
+    for seed in SEEDS:
+        for name in OBJECTIVES:
+            yield f"{name} seed {seed}", dataclasses.replace(base, seed=seed, **settings(name))
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each objective: means over its seeds, and the spread as the sample's standard deviation."""
+    found = []
+    for name in OBJECTIVES:
+        runs = [row for row in rows if row["run"].rpartition(" seed ")[0] == name]
+        if not runs:
+            continue
+        made: dict[str, Any] = {"objective": name, "seeds": len(runs)}
+        made |= {key: settings(name)[key] for key in ("group", "minibatches")}
+        for key in ("pass@1 before", "pass@1 after", "pass@8 after", "token_mult_prob_error", "same shapes"):
+            values = [row[key] for row in runs]
+            made[key] = statistics.fmean(values)
+            if key.endswith("after"):
+                made[f"{key}, spread"] = statistics.stdev(values) if len(values) > 1 else None
+        gains = [row["pass@1 after"] - row["pass@1 before"] for row in runs]
+        made |= {"gain, least of the seeds": min(gains), "seconds": sum(row["seconds"] for row in runs)}
+        found.append(made)
+    return found
+
+
+def foreign(out: Path) -> Iterator[tuple[str, RLConfig]]:
+    """grpo with a sampler that computes in full precision."""
+    base = dataclasses.replace(warm(out), **settings("grpo"))
     for name, options in FOREIGN.items():
-        yield f"grpo, sampler bf16, {name}", dataclasses.replace(base, sampler_recipe="bf16", objective_options=options)
+        own = {"sampler_recipe": "bf16", "objective_options": options}
+        yield f"grpo, sampler bf16, {name}", dataclasses.replace(base, **own)
 
 
 def tasks(out: Path) -> Iterator[tuple[str, RLConfig]]:
@@ -104,7 +156,7 @@ def tasks(out: Path) -> Iterator[tuple[str, RLConfig]]:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="compare", choices=("compare", "objectives", "tasks"))
+    parser.add_argument("what", nargs="?", default="compare", choices=("compare", *STUDIES))
     parser.add_argument("--only", nargs="*", help="only these rows of objectives or tasks")
     parser.add_argument("--out", help="folder of the runs; finished ones are kept; default: below runs/")
     parser.add_argument("--keep", metavar="NAME", help="keep the figures as results/NAME.json")
@@ -114,11 +166,25 @@ def main() -> None:
         return
     out = Path(args.out or f"runs/rl-{args.what}")
     rows = []
-    for name, config in (objectives if args.what == "objectives" else tasks)(out):
+    for name, config in STUDIES[args.what](out):
         if args.only is None or name in args.only:
             folder = str(out / name.replace(", ", "-").replace(" ", "_"))
             rows.append(short(name, rl(dataclasses.replace(config, out=folder, resume=True))))
-    show(f"nvfp4 rl, {args.what}, one seed, recipe rl", rows, args.keep)
+            print(name, json.dumps(rows[-1]), flush=True)
+    if args.what == "objectives":
+        title = f"nvfp4 rl, objectives, recipe rl, {STEPS} steps of {COMPLETIONS} completions, objectives {code()}"
+        show(title, over_seeds(rows), args.keep)
+    else:
+        show(f"nvfp4 rl, {args.what}, one seed, recipe rl", rows, args.keep)
+
+
+STUDIES = {"objectives": objectives, "foreign": foreign, "tasks": tasks}
+
+
+def code() -> str:
+    """The tree of nvfp4/rl/objectives that is checked out: what any commit with these very objectives has."""
+    git = ["git", "rev-parse", "--short=10", "HEAD:nvfp4/rl/objectives"]
+    return subprocess.run(git, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nvfp4.rl.config import PRESETS, RLConfig
+from nvfp4.rl.config import PRESETS, RENAMED, RLConfig
 from nvfp4.rl.gvendi import GVendiConfig
 from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, from_fields, read_config_file
 from nvfp4.train.errors import Interrupted, TrainError
@@ -137,13 +137,25 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
     kind = next((kind for kind in RUNNERS if kind.__name__.lower() == known.command), None)
     if kind is None or not issubclass(kind, TrainConfig | RLConfig):
         return {}
+    if issubclass(kind, RLConfig):
+        _refuse_renamed(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     fields: dict[str, Any] = {}
     if issubclass(kind, RLConfig) and known.preset in PRESETS:
         fields |= {**PRESETS[known.preset], "preset": known.preset}
     if known.config is not None:
         fields |= {**read_config_file(known.config), "config": known.config}
+        if issubclass(kind, RLConfig):
+            _refuse_renamed(fields)
     read: Any = from_fields
     return {kind: read(kind, fields, known.config or "options")} if fields else {}
+
+
+def _refuse_renamed(names: Iterable[str]) -> None:
+    """``TrainError`` for an option of an earlier version that says what to give instead."""
+    for name in names:
+        plain = name.lstrip("-").replace("-", "_")
+        if plain in RENAMED:
+            raise TrainError(f"{plain} is no longer an option: {RENAMED[plain]}")
 
 
 def _pretrain(command: Pretrain) -> None:

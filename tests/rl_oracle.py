@@ -55,7 +55,7 @@ def squared_distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def delta_weights(vectors: Table, advantage: Sequence[float], rounds: int) -> list[float]:
-    """DelTA's token weights, of mean 1."""
+    """DelTA's token weights, of mean 1; margins to new means are divided by the spread of those to the means before."""
     positive = [i for i, a in enumerate(advantage) if a > 0]
     negative = [i for i, a in enumerate(advantage) if a < 0]
     score = [1.0] * len(advantage)
@@ -66,6 +66,7 @@ def delta_weights(vectors: Table, advantage: Sequence[float], rounds: int) -> li
             sum(abs(advantage[i]) * score[i] * vectors[i][d] for i in members) / total for d in range(len(vectors[0]))
         ]
 
+    spread: list[float] = []
     for _ in range(1 + rounds):
         centres = mean(positive), mean(negative)
         score = [0.0] * len(advantage)
@@ -76,8 +77,9 @@ def delta_weights(vectors: Table, advantage: Sequence[float], rounds: int) -> li
                     sum((v - c) ** 2 for v, c in zip(vectors[i], centres[k], strict=True)) for k in (own, other)
                 )
                 margins[i] = far - near
-        for members in (positive, negative):
-            gamma = statistics.pstdev([margins[i] for i in members])
+        present = [max(statistics.pvariance([margins[i] for i in side]), 1e-8) ** 0.5 for side in (positive, negative)]
+        spread, before = present, spread or present
+        for members, gamma in zip((positive, negative), before, strict=True):
             for i in members:
                 score[i] = 1 / (1 + math.exp(-margins[i] / gamma))
     raw = [0.8 + 0.4 * s for s in score]

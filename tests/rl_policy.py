@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS, Objective
 from nvfp4.rl.samples import Samples, Scores, Totals
 
 END = 0
@@ -54,7 +54,8 @@ class TablePolicy:
         drawn = logprobs.gather(-1, samples.ids[:, 1:, None]).squeeze(-1)
         entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(dim=-1)
         outside = ~samples.mask
-        return Scores(drawn.masked_fill(outside, 0.0), entropy.masked_fill(outside, 0.0), logits, self.hidden[contexts])
+        drawn, entropy = drawn.masked_fill(outside, 0.0), entropy.masked_fill(outside, 0.0)
+        return Scores(drawn, entropy, logits, logits[:, :0], self.hidden[contexts])
 
     @torch.no_grad()
     def sample(self, prompts: torch.Tensor, generator: torch.Generator) -> Samples:
@@ -103,12 +104,27 @@ def prepared(objective: Objective, policy: TablePolicy, samples: Samples, refere
         )
 
 
-def gradient(objective: Objective, policy: TablePolicy, samples: Samples, parts: int = 1):
+def beside(objective: Objective, samples: Samples, reference: TablePolicy) -> Samples:
+    """A micro-batch as the loop hands it to ``loss``: with the reference's logits, if they are asked for."""
+    if not objective.needs_reference_logits:
+        return samples
+    scores = reference.score(samples)
+    logits = {REFERENCE_LOGITS: scores.logits, REFERENCE_PROMPT_LOGITS: scores.prompt_logits}
+    return replace(samples, extra={**samples.extra, **logits})
+
+
+def gradient(
+    objective: Objective,
+    policy: TablePolicy,
+    samples: Samples,
+    parts: int = 1,
+    reference: TablePolicy | None = None,
+):
     """(loss, gradient with respect to the logits, metrics) of prepared samples, in so many micro-batches."""
     logits = policy.logits.clone().requires_grad_()
     totals, loss, metrics = totals_of(samples), 0.0, {}
     for index in torch.arange(len(samples)).chunk(parts):
-        part = samples.select(index)
+        part = beside(objective, samples.select(index), reference or policy)
         share, found = objective.loss(part, policy.at(logits).score(part), totals)
         share.backward()
         loss += share.item()
@@ -131,7 +147,9 @@ def train(objective: Objective, policy: TablePolicy, reward: Reward, steps: int,
         if not len(samples):
             continue
         for _ in range(2):
-            _, grad, metrics = gradient(objective, policy.at(logits.detach()), samples, parts=2)
+            _, grad, metrics = gradient(
+                objective, policy.at(logits.detach()), samples, parts=2, reference=policy.at(reference)
+            )
             adam.zero_grad()
             logits.grad = grad
             adam.step()

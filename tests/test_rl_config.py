@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from limits import HANG
-from rl_runs import SEVENS, rows_of, tiny
+from rl_runs import SEVENS, Sevens, rows_of, tiny
+from safetensors.torch import load_file
 from training import environment
 
 import nvfp4
@@ -20,9 +23,10 @@ from nvfp4 import cli
 from nvfp4.recipes import W4A16, Gemm, Recipe, operand
 from nvfp4.rl import ablation
 from nvfp4.rl import compare as comparing
-from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, resolve, to_yaml
+from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, remarks, resolve, to_yaml
 from nvfp4.rl.gates import verdicts
 from nvfp4.rl.loop import rl
+from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.tasks.registry import TASKS
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
@@ -41,7 +45,7 @@ def test_a_saved_config_reads_back(tmp_path):
 
 def test_options_as_a_mapping_in_a_file(tmp_path):
     (tmp_path / "a.json").write_text(
-        json.dumps({"task_options": {"shortest": 2}, "objective_options": {"clip_high": 0.3}})
+        json.dumps({"task_options": {"shortest": 2}, "objective_options": {"clip_high": 0.3}, "epochs": 2})
     )
     config = resolve(cli._without_file(RLConfig, cli.parse(["rl", "--config", str(tmp_path / "a.json")])))
     assert (make_task(config).shortest, make_objective(config).clip_high) == (2, 0.3)
@@ -56,6 +60,134 @@ def test_a_preset_is_a_set_of_defaults():
 def test_the_objective_has_a_say_where_the_config_is_open():
     assert (resolve(RLConfig(objective="dapo")).group, resolve(RLConfig(objective="prorl")).temperature) == (16, 1.2)
     assert (resolve(RLConfig(objective="dapo", group=4)).group, resolve(RLConfig()).group) == (4, 8)
+    ssd, brorl = resolve(RLConfig(objective="ssd")), resolve(RLConfig(objective="brorl"))
+    assert (ssd.temperature, ssd.top_p, ssd.top_k, ssd.lr) == (1.6, 0.8, 20, 1e-4)
+    assert (brorl.micro_batch, brorl.rollout_rows, brorl.weight_decay) == (64, 1024, 0.01)
+    own = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "lr": 3e-4, "weight_decay": 0.0, "minibatches": 1}
+    given = resolve(RLConfig(objective="dapo", **own))
+    assert {name: getattr(given, name) for name in own} == own
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "updates"),
+    [("grpo", 32, 1), ("dapo", 32, 16), ("dapo", 24, 12), ("dapo", 7, 7), ("dapo", 34, 2), ("rover", 6, 3)],
+)
+def test_updates_per_rollout_are_the_authors_or_what_divides(name, prompts, updates):
+    assert resolve(RLConfig(objective=name, prompts=prompts)).minibatches == updates
+
+
+def test_a_language_model_has_the_authors_learning_rate(tmp_path):
+    """And a new one that of the small models here, whatever the objective."""
+    model = str(tmp_path)
+    for name, lr in (("grpo", 1e-6), ("prorl", 2e-6), ("ssd", 5e-6)):
+        given = {"objective": name, "model": model, "max_new_tokens": 64}
+        assert resolve(RLConfig(**given)).lr == lr
+        assert resolve(RLConfig(objective=name)).lr == 1e-4
+
+
+IDLE = [
+    ("grpo", "clip_high=0.28", {}, "clip_high cannot act: one update per rollout"),
+    ("grpo", "dual_clip=3", {}, "dual_clip cannot act: one update per rollout"),
+    ("prorl_v2", "clip_low=0.1", {}, "clip_low cannot act: one update per rollout"),
+    ("prorl", "entropy_target=5.0", {"minibatches": 1}, "entropy_target cannot act: one update per rollout"),
+    ("prorl_v2.1", "clip_high=0.3", {"minibatches": 4}, "clip_high cannot act: ratio is one"),
+    ("prorl", "reset_stall=2", {}, "reset_stall cannot act: eval_every is 0"),
+    ("prorl", "clip_high_max=0.5", {}, "clip_high_max cannot act: entropy_target is not given"),
+    ("grpo", "truncated_scale=0.5", {}, "truncated_scale cannot act: truncated is keep, not scale"),
+    ("prorl_v2", "overlong_share=0.2", {}, "overlong_share cannot act: truncated is scale"),
+    ("grpo", "overlong_penalty=1", {}, "overlong_penalty cannot act: overlong_share is 0"),
+    ("grpo", "correction_high=3", {}, "correction_high cannot act: correction none has no bound"),
+    ("dapo", "kl=k2", {}, "kl cannot act: kl_coef is 0"),
+    ("microcoder", "diversity_floor=0.3", {}, "diversity_floor cannot act: there are no temperature_stages"),
+    ("reasonmaxxer", ("kl_coef=0", "kl=k3"), {}, "kl cannot act: kl_coef is 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "fields", "message"), IDLE)
+def test_options_that_cannot_act_are_refused(name, option, fields, message):
+    options = (option,) if isinstance(option, str) else option
+    with pytest.raises(TrainError, match=f"objective_options: .*{message}"):
+        resolve(RLConfig(objective=name, objective_options=options, **fields))
+
+
+def test_the_same_options_where_they_act():
+    for name, options, fields in (
+        ("grpo", ("clip_high=0.28", "dual_clip=3"), {"minibatches": 2}),
+        ("grpo", ("clip_high=0.28",), {"epochs": 2}),
+        ("prorl", ("entropy_target=5.0", "clip_high_max=0.5"), {}),
+        ("prorl", ("reset_stall=2",), {"eval_every": 5}),
+        ("grpo", ("truncated=scale", "truncated_scale=0.5"), {}),
+        ("grpo", ("kl_coef=0.1", "kl=k2"), {}),
+    ):
+        resolve(RLConfig(objective=name, objective_options=options, **fields))
+
+
+def test_an_objective_that_would_be_another_is_refused():
+    for name, other in (("rover", "REINFORCE with a centred reward"), ("gspo", "grpo, since every ratio is still 1")):
+        with pytest.raises(TrainError, match=f"minibatches: with 1 update per rollout {name} is {other}.*--epochs 2"):
+            resolve(RLConfig(objective=name, minibatches=1))
+        resolve(RLConfig(objective=name, minibatches=1, epochs=2))
+
+
+def test_fewer_updates_than_the_authors_do_are_remarked():
+    (remark,) = remarks(resolve(RLConfig(objective="dapo", minibatches=1)))
+    assert "one update per rollout, where the authors of dapo do 16" in remark
+    for fields in ({"objective": "dapo"}, {"objective": "grpo"}, {"objective": "prorl_v2"}):
+        assert remarks(resolve(RLConfig(**fields))) == []
+
+
+def test_options_of_earlier_versions_name_the_new_ones(tmp_path, capsys):
+    """On the command line, in a config file, in a run folder that is to go on; of objectives, too."""
+    message = "truncated_reward is no longer an option: .*--objective-options truncated=scale"
+    (tmp_path / "old.yaml").write_text("truncated_reward: 0.5\n")
+    for arguments in (
+        ["--truncated-reward", "0.5"],
+        ["--truncated_reward=0.5"],
+        ["--config", str(tmp_path / "old.yaml")],
+    ):
+        with pytest.raises(TrainError, match=message):
+            cli.parse(["rl", *arguments])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("truncated_reward: 0.0\ntask: sort\n")
+    config = tiny(tmp_path / "run", resume=True)
+    with pytest.raises(TrainError, match=r"config.yaml is of an earlier version, whose truncated_reward is no longer"):
+        rl(config)
+    with pytest.raises(TrainError, match=r"objective: self_distillation is no longer a name: give rejection_sampling"):
+        resolve(RLConfig(objective="self_distillation"))
+    for name, option, new in (
+        ("rover", "divide_by_std=true", "advantage=group_std"),
+        ("reasonmaxxer", "problems=50", "problem_share="),
+    ):
+        with pytest.raises(TrainError, match=f"{option.partition('=')[0]} is no longer an option: give {new}"):
+            make_objective(RLConfig(objective=name, objective_options=(option,)))
+    with pytest.raises(TrainError, match="kl_importance"):
+        make_objective(RLConfig(objective_options=("kl_importance=true",)))
+
+
+class Rare(Sevens):
+    """1 for a completion that begins with a seven: many groups have none, so what replaces them is seen to."""
+
+    name: ClassVar[str] = "rare"
+
+    def reward(self, problem, completion):
+        return float(completion.startswith("7"))
+
+
+def test_any_two_objectives_differ_at_their_defaults(tmp_path):
+    """Two steps of the real loop from equal weights, seeds and problems, all else as the objectives have it: no two end
+    with the same weights. Three of them meet their authors' numbers only, not each other's: the group of brorl, the
+    dynamic sampling of prorl_v2 against v2.1."""
+    ends = {}
+    for name in OBJECTIVES:
+        out = tmp_path / name
+        options = {"reasonmaxxer": ("entropy_gate=0.5",), "brorl": ()}.get(name, ())
+        config = tiny(out, task=f"{__file__}:Rare", reward="task", objective=name, group=None, steps=2, lr=None)
+        fields = {"max_batches": 60, "save_every": 0, "eval_problems": 1, "eval_samples": 1, "check_every": 0}
+        rl(dataclasses.replace(config, objective_options=options, **fields))
+        weights = load_file(out / "export" / "model.safetensors")
+        ends[name] = torch.cat([weights[key].flatten().double() for key in sorted(weights)])
+    for one, other in itertools.combinations(ends, 2):
+        assert not torch.equal(ends[one], ends[other]), (one, other)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -94,6 +226,8 @@ def test_a_context_that_is_too_small_is_refused(tmp_path):
         ({"top_p": 0.0}, "top_p: expected greater than 0, got 0.0"),
         ({"model": "m", "width": 64}, "width, heads: m brings its own sizes"),
         ({"reward": "random", "control": True}, "control: adds a run with random rewards"),
+        ({"reward": "format", "control": True}, "control: adds a run with random rewards"),
+        ({"random_share": 0.3}, "random_share: only --reward random reads it"),
     ],
 )
 def test_refusals(fields, message):

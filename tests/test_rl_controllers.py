@@ -167,7 +167,7 @@ def test_temperature_rises_in_stages() -> None:
     assert trace == [0.6, 0.6, 0.6, 1.2, 1.2, 1.2, 1.2, 1.8, 1.8, 1.8]
     objective = MicroCoder(temperature_stages=(0.6, 1.2), diversity_patience=1)
     assert objective.temperature(1.0) == 0.6
-    objective.observe({"completions/distinct_share": 0.1})
+    objective.observe({"completions/diversity": 0.1})
     assert objective.temperature(1.0) == 1.2
     assert MicroCoder().temperature(1.0) == 1.0
     with pytest.raises(ValueError, match="from low to high"):
@@ -193,7 +193,7 @@ def test_resuming_changes_nothing(name: str, split: int, seed: int) -> None:
                 "entropy": 1.2 - 0.1 * step,
                 "kl_loss": 0.1 * (step % 3),
                 "policy_loss/magnitude": 0.15,
-                "completions/distinct_share": 0.3 if step % 4 else 0.7,
+                "completions/diversity": 0.3 if step % 4 else 0.7,
             }
             if name == "microcoder":
                 objective.prepare(fixed, policy.score(fixed))

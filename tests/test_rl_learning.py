@@ -16,7 +16,7 @@ OPTIONS = {
     "gspo": {"clip_low": 0.2, "clip_high": 0.2},  # its own clips are for networks with thousands of tokens
     "dapo": {"overlong_share": 0.0},  # a right completion fills the limit here
     "delta": {"overlong_share": 0.0},
-    "reasonmaxxer": {"entropy_gate": 0.5, "shortest_share": 1.0},
+    "reasonmaxxer": {"entropy_gate": 0.5, "shortest_share": 1.0, "problem_share": 1.0},
 }
 
 
@@ -42,7 +42,7 @@ def accuracy(policy: TablePolicy) -> float:
     return policy.score(policy.samples(ids, whole, ~whole[:, 0])).logprobs.sum(dim=1).exp().mean().item()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "ssd"])  # it has no use for rewards
 def test_learns_and_only_from_meaning(name: str, seed: int) -> None:
     """30 steps of 48 completions: right with probability 0.9 and more (0.97 to 0.99 seen in 4 seeds). With coins for
     rewards it drifts (0.00 to 0.17 seen) and stays far below."""

@@ -14,11 +14,11 @@ import torch
 from rl_policy import TablePolicy, gradient, prepared, sequences, totals_of
 
 from nvfp4.rl.objectives.advantages import (
-    distinctness,
     group_advantages,
     has_spread,
     leave_one_out_advantages,
     normalise_over_batch,
+    place_in_group,
     population_advantages,
 )
 from nvfp4.rl.objectives.aggregation import aggregate
@@ -105,12 +105,10 @@ def test_reinforce_plus_plus_is_standardised_over_tokens() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_spread_and_distinctness() -> None:
+def test_spread_and_places() -> None:
     rewards, groups = torch.tensor([0.1, 0.1, 1.0, 0.0, 0.1]), torch.tensor([4, 4, 2, 2, 4])
     assert has_spread(rewards, groups).tolist() == [False, False, True, True, False]
-    completions = torch.tensor([[1, 2, 9], [1, 2, 7], [1, 2, 9], [3, 3, 3], [1, 2, 3]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]], dtype=torch.bool)
-    assert distinctness(completions, mask, groups).tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]  # padding does not count
+    assert place_in_group(groups).tolist() == [0, 1, 0, 1, 2]
 
 
 # Surrogate
@@ -174,7 +172,9 @@ def test_an_absurd_ratio_stays_finite() -> None:
 @pytest.mark.parametrize("rule", AGGREGATIONS)
 def test_the_loss_is_the_oracles(samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str) -> None:
     """The whole formula at a policy that has moved, with both clips active and a KL term."""
-    objective = GRPO(aggregation=rule, clip_low=0.2, clip_high=0.28, kl_coef=0.3, kl_importance=rule != "dapo")
+    objective = GRPO(
+        aggregation=rule, clip_low=0.2, clip_high=0.28, kl_coef=0.3, kl_importance="none" if rule == "dapo" else "ratio"
+    )
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
     later = moved(policy, generator, 0.6)
     found, _, metrics = gradient(objective, later, ready)
@@ -200,7 +200,7 @@ def test_gradients_are_finite_differences(
 ) -> None:
     """Of the stated scalar, at a policy that has moved, with the importance weights of a foreign sampler."""
     samples = replace(samples, sampler_logprobs=moved(policy, generator, 0.3).score(samples).logprobs)
-    objective = GRPO(aggregation=rule, kl_coef=0.3, kl="k2", kl_importance=True, correction="token_truncate")
+    objective = GRPO(aggregation=rule, kl_coef=0.3, kl="k2", kl_importance="ratio", correction="token_truncate")
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
 
     def scalar(logits: torch.Tensor) -> torch.Tensor:
@@ -411,7 +411,7 @@ def test_trl_computes_the_same_loss(
 ) -> None:
     """TRL's own loss function on our samples, in three accumulated micro-batches: loss, gradient and metrics."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed (extra: clients)")
-    objective = GRPO(aggregation=rule, ratio=level, clip_high=0.28, dual_clip=4.0, kl_coef=0.2, kl_importance=True)
+    objective = GRPO(aggregation=rule, ratio=level, clip_high=0.28, dual_clip=4.0, kl_coef=0.2, kl_importance="ratio")
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
     later = moved(policy, generator, 0.6)
     logits = later.logits.clone().requires_grad_()

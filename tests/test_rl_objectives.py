@@ -18,7 +18,7 @@ import pytest
 import rl_oracle as oracle
 import torch
 from limits import HANG
-from rl_policy import TablePolicy, gradient, prepared, totals_of
+from rl_policy import TablePolicy, beside, gradient, prepared, totals_of
 
 from nvfp4.rl.objectives.advantages import has_spread
 from nvfp4.rl.objectives.aggregation import aggregate
@@ -26,18 +26,19 @@ from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.objectives.brorl import BroRL
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.objectives.delta import DelTA, token_weights
-from nvfp4.rl.objectives.distillation import SelfDistillation
+from nvfp4.rl.objectives.distillation import SSD, RejectionSampling
 from nvfp4.rl.objectives.dr_grpo import DrGRPO
 from nvfp4.rl.objectives.grpo import GRPO
 from nvfp4.rl.objectives.gspo import GSPO
-from nvfp4.rl.objectives.microcoder import INCORRECT, MicroCoder
+from nvfp4.rl.objectives.lengths import distinct_grams
+from nvfp4.rl.objectives.microcoder import MicroCoder
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
 from nvfp4.rl.objectives.prorl import ProRL, ProRLv2, ProRLv21
-from nvfp4.rl.objectives.reasonmaxxer import ReasonMaxxer, near_even_groups, shortest
+from nvfp4.rl.objectives.reasonmaxxer import ReasonMaxxer, chosen_groups, shortest
 from nvfp4.rl.objectives.registry import OBJECTIVES, get_objective
 from nvfp4.rl.objectives.rewarded import RewardedObjective
 from nvfp4.rl.objectives.rover import Rover
-from nvfp4.rl.samples import Samples, Totals
+from nvfp4.rl.samples import RAW_REWARD, Samples, Totals
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -72,7 +73,7 @@ def moved(policy: TablePolicy, generator: torch.Generator, scale: float = 0.5) -
 
 def made(name: str) -> Objective:
     """An objective of that name for short completions over few symbols."""
-    options = {"entropy_gate": 1.0} if name == "reasonmaxxer" else {}
+    options = {"entropy_gate": 1.0, "problem_share": 1.0} if name == "reasonmaxxer" else {}
     return get_objective(name)(**options)
 
 
@@ -83,18 +84,18 @@ def made(name: str) -> Objective:
 def test_micro_batches_add_up(name: str, policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
     """Loss, gradient and every metric, at the first update and at a later one, with splits through groups: shares of
     one batch add up to it, up to the rounding of float64 sums."""
-    objective = made(name)
-    ready = prepared(objective, policy, samples, reference=moved(policy, generator))
+    objective, base = made(name), moved(policy, generator)
+    ready = prepared(objective, policy, samples, reference=base)
     for later in (policy, moved(policy, generator)):
-        whole, whole_grad, whole_metrics = gradient(objective, later, ready)
+        whole, whole_grad, whole_metrics = gradient(objective, later, ready, reference=base)
         for parts in (3, len(ready)):
-            loss, grad, metrics = gradient(objective, later, ready, parts)
+            loss, grad, metrics = gradient(objective, later, ready, parts, base)
             torch.testing.assert_close(grad, whole_grad, rtol=1e-9, atol=1e-12)
             assert loss == pytest.approx(whole, rel=1e-6, abs=1e-9)
             assert metrics == pytest.approx(whole_metrics, rel=1e-5, abs=1e-6)
 
 
-@every_objective
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "ssd"])
 def test_equal_rewards_move_nothing(name: str, policy: TablePolicy, samples: Samples) -> None:
     """All completions of all groups equally wrong: the gradient is exactly 0, bit for bit, or nothing is kept."""
     objective = made(name)
@@ -108,7 +109,7 @@ def test_equal_rewards_move_nothing(name: str, policy: TablePolicy, samples: Sam
         assert (gradient(objective, policy, ready)[1] == 0).all()
 
 
-@every_objective
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "ssd"])
 def test_the_first_gradient_raises_good_completions(name: str, policy: TablePolicy, samples: Samples) -> None:
     """A step against the gradient makes the rewarded completions likelier relative to the others."""
     objective = made(name)
@@ -161,7 +162,8 @@ def test_tensors_are_made_where_the_samples_are(name: str, policy: TablePolicy, 
         extra = {**objective.remember(samples, old, "old"), **objective.remember(samples, old, "reference")}
         again = objective.prepare(replace(samples, rewards=rewards, ref_logprobs=old.logprobs, extra=extra), old)
         objective.describe(again)
-        loss, metrics = objective.loss(ready, replace(old, logprobs=logits), totals_of(ready))
+        part = beside(objective, ready, policy)
+        loss, metrics = objective.loss(part, replace(old, logprobs=logits), totals_of(ready))
     assert {tensor.device.type for tensor in (again.advantages, loss, *metrics.values())} == {"cpu"}
 
 
@@ -169,7 +171,13 @@ PUBLISHED = {  # the papers' settings, where they differ from GRPO's; kept apart
     "grpo": {"advantage": "group_std", "aggregation": "grpo", "clip_low": 0.2, "clip_high": 0.2, "kl": "k3"},
     "dr_grpo": {"advantage": "group_mean", "aggregation": "dr_grpo"},
     "gspo": {"ratio": "sequence", "aggregation": "grpo", "clip_low": 3e-4, "clip_high": 4e-4},
-    "dapo": {"clip_high": 0.28, "aggregation": "dapo", "dynamic_sampling": True, "overlong_share": 4096 / 20480},
+    "dapo": {
+        "clip_high": 0.28,
+        "aggregation": "dapo",
+        "dynamic_sampling": True,
+        "overlong_share": 0.2,
+        "overlong_penalty": 0.5,
+    },
     "prorl": {"clip_low": 0.2, "clip_high": 0.4, "dynamic_sampling": True, "kl_coef": 1e-4},
     "prorl_v2": {
         "advantage": "reinforce_plus_plus",
@@ -181,6 +189,8 @@ PUBLISHED = {  # the papers' settings, where they differ from GRPO's; kept apart
         "truncated_scale": 0.0,
         "kl_coef": 1e-4,
         "kl": "k2",
+        "kl_importance": "score",
+        "reset_kl_share": 0.0,
         "kl_log_ratio_clamp": 20.0,
         "kl_value_clamp": 10.0,
         "correction": "token_mask",
@@ -194,26 +204,56 @@ PUBLISHED = {  # the papers' settings, where they differ from GRPO's; kept apart
         "correction_low": 0.999,
         "correction_high": 1.002,
     },
-    "rover": {"q_scale": 1.0, "divide_by_std": False, "correction": "none"},
+    "rover": {"q_scale": 1.0, "advantage": "group_mean", "q_clip": None, "correction": "none"},
     "delta": {"clip_high": 0.28, "dual_clip": 10.0, "kl_coef": 0.0, "aggregation": "dapo", "dynamic_sampling": False},
     "microcoder": {"excused_share": 0.3, "loop_window": 128, "kl_coef": 0.0, "clip_high": 0.28},
-    "reasonmaxxer": {"entropy_gate": 1.4, "kl_coef": 0.2, "advantage_clip": 2.5, "problems": 50, "shortest_share": 0.8},
+    "reasonmaxxer": {
+        "entropy_gate": 1.4,
+        "kl_coef": 0.2,
+        "advantage_clip": 2.5,
+        "problem_share": 50 / 300,
+        "shortest_share": 0.8,
+    },
+    "ssd": {"loss_at": 1.0},
+    "rejection_sampling": {"loss_at": 1.0, "accept": 1.0},
+}
+
+RUN_FIELDS = ("updates", "group", "temperature", "top_p", "top_k", "lr", "weight_decay")
+RUNS = {  # the same of what the configuration leaves open, from papers, scripts and configurations of the authors
+    "grpo": (1, 8, 1.0, 1.0, 0, 1e-6, 0.0),  # TRL f2cd577; one update in the paper, too
+    "dr_grpo": (8, 8, 1.0, 1.0, 0, 1e-6, 0.0),  # sail-sg/understand-r1-zero dfca49d, README.md
+    "gspo": (4, 16, 1.0, 1.0, 0, 1e-6, 0.0),  # section 5.1; verl 1dda039, examples/gspo_trainer/run_qwen3_8b_fsdp.sh
+    "dapo": (16, 16, 1.0, 1.0, 0, 1e-6, 0.1),  # the paper: 512 prompts, 32 to an update
+    "prorl": (4, 16, 1.2, 1.0, 0, 2e-6, 0.0),  # the paper: 256 prompts, 64 to an update
+    "prorl_v2": (1, 16, 1.0, 1.0, 0, 5e-6, 0.01),  # NeMo RL 7ea279a, prorlv2.v2.yaml on grpo_math_1B.yaml
+    "prorl_v2.1": (1, 16, 1.0, 1.0, 0, 5e-6, 0.01),  # prorlv2_1_moe.v2.yaml
+    "brorl": (1, 512, 1.0, 1.0, 0, 5e-6, 0.01),
+    "rover": (4, 8, 0.6, 1.0, 0, 1e-6, 0.01),  # ROVER b0fa587, Math/scripts/deepscaler/train/rover_qwen3_8b.sh
+    "delta": (4, 16, 1.0, 1.0, 0, 1e-6, 0.1),  # DelTA cf048bd, recipe/dapo/srcs/run_DelTA.sh
+    "microcoder": (2, 8, 1.2, 1.0, 0, 1e-6, 0.0),  # MicroCoder acd9bcd, MicroCoder-Insights.md
+    "reasonmaxxer": (4, 20, 0.6, 0.95, 0, 1e-6, 0.0),  # ReasonMaxxer dae2a3a, examples/qwen25_1p5b/02_*.sh
+    "ssd": (1, 8, 1.6, 0.8, 20, 5e-6, 0.0),  # TRL f2cd577, examples/scripts/ssd.py
+    "rejection_sampling": (1, 8, 1.0, 1.0, 0, 1e-6, 0.0),
 }
 
 
 def test_published_settings() -> None:
-    """What a name stands for; BroRL is ProRL v2 with groups of 512, ProRL samples at temperature 1.2."""
+    """What a name stands for; BroRL is ProRL v2 with groups of 512."""
     for name, settings in PUBLISHED.items():
         values = dataclasses.asdict(get_objective(name)())
         assert {option: values[option] for option in settings} == settings
     assert dataclasses.asdict(BroRL()) == dataclasses.asdict(ProRLv2())
-    assert (BroRL.default_group, ProRL.default_temperature, BroRL.default_temperature) == (512, 1.2, 1.2)
-    assert (DAPO.default_group, ReasonMaxxer.default_group, GRPO.default_group) == (16, 20, None)
+    assert RUNS.keys() == OBJECTIVES.keys()
+    for name, values in RUNS.items():
+        defaults = vars(OBJECTIVES[name].defaults)
+        assert {**defaults, **dict(zip(RUN_FIELDS, values, strict=True))} == defaults, name
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown objective 'ppo'; known: grpo, dr_grpo"):
         get_objective("ppo")
+    with pytest.raises(ValueError, match=r"self_distillation is no longer a name: give rejection_sampling, .* or ssd"):
+        get_objective("self_distillation")
 
 
 @every_objective
@@ -230,7 +270,8 @@ def test_scores_outside_the_mask_do_not_matter(
     found = []
     for outside in (0.0, -2000.0):
         leaf = torch.where(ready.mask, later.logprobs, outside).requires_grad_()
-        loss, metrics = objective.loss(ready, replace(later, logprobs=leaf), totals_of(ready))
+        part = beside(objective, ready, policy)
+        loss, metrics = objective.loss(part, replace(later, logprobs=leaf), totals_of(ready))
         loss.backward()
         found.append((loss.item(), leaf.grad, {name: value.item() for name, value in metrics.items()}))
     assert found[0][0] == found[1][0]
@@ -240,32 +281,37 @@ def test_scores_outside_the_mask_do_not_matter(
 
 
 class TwoProcesses:
-    """Two threads that stand for two processes: ``all_sum`` waits for both."""
+    """Two threads that stand for two processes: ``all_sum`` and ``gather`` wait for both."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2, timeout=HANG)
         self.given: dict[int, torch.Tensor] = {}
 
-    def all_sum(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def add(tensor: torch.Tensor) -> torch.Tensor:
+    def both(self, rank: int, make: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def call(tensor: torch.Tensor) -> torch.Tensor:
             self.given[rank] = tensor
             self.barrier.wait()
-            total = self.given[0] + self.given[1]
+            found = make(self.given[0], self.given[1])
             self.barrier.wait()
-            return total
+            return found
 
-        return add
+        return call
+
+    def connect(self, rank: int, objective: Objective) -> None:
+        objective.connect(self.both(rank, torch.add), self.both(rank, lambda a, b: torch.cat((a, b))))
 
 
-@pytest.mark.parametrize("name", ["prorl_v2", "delta", "reasonmaxxer"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_are_one_batch(name: str, policy: TablePolicy, samples: Samples) -> None:
-    """Statistics over the batch go through all_sum: half of the groups each gives what the whole gives."""
+    """Statistics over the batch go through all_sum and gather: half of the groups each gives what the whole gives; so
+    do draws, which belong to a group and not to a process."""
+    samples = replace(samples, truncated=samples.ids[:, 1] > 1)
     together = prepared(made(name), policy, samples)
     processes, halves = TwoProcesses(), {}
 
     def work(rank: int) -> None:
         objective = made(name)
-        objective.connect(processes.all_sum(rank))
+        processes.connect(rank, objective)
         halves[rank] = prepared(objective, policy, samples.select(samples.groups % 2 == rank))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
@@ -276,7 +322,8 @@ def test_two_processes_are_one_batch(name: str, policy: TablePolicy, samples: Sa
     for rank in (0, 1):
         own = together.select(together.groups % 2 == rank)
         torch.testing.assert_close(halves[rank].advantages, own.advantages, rtol=1e-6, atol=1e-7)
-        for key in ("token_scale", "decision"):
+        assert torch.equal(halves[rank].mask, own.mask)
+        for key in ("weight", "decision"):
             if key in own.extra:
                 torch.testing.assert_close(halves[rank].extra[key], own.extra[key])
 
@@ -333,7 +380,8 @@ def test_overlong_penalty_at_the_papers_lengths(samples: Samples) -> None:
         rewards=torch.tensor([1.0, 1.0, -1.0]),
         max_new_tokens=20480,
     )
-    assert DAPO().shape_rewards(long).tolist() == [1.0, 0.5, -2.0]
+    assert DAPO(overlong_penalty=1.0).shape_rewards(long).tolist() == [1.0, 0.5, -2.0]
+    assert DAPO().shape_rewards(long).tolist() == [1.0, 0.75, -1.5]
     assert GRPO().shape_rewards(long).tolist() == [1.0, 1.0, -1.0]
 
 
@@ -451,7 +499,7 @@ def test_brorl_groups_without_spread() -> None:
 def test_brorl_group_larger_than_a_micro_batch(policy: TablePolicy, generator: torch.Generator) -> None:
     """512 completions of one prompt in 16 micro-batches have the gradient of one batch."""
     objective = BroRL(kl_coef=0.0)
-    assert objective.default_group == 512
+    assert objective.defaults.group == 512
     drawn = policy.sample(torch.zeros(512, dtype=torch.int64), generator)
     drawn = replace(drawn, rewards=(drawn.ids[:, 1] == 2).float())
     ready, later = prepared(objective, policy, drawn), moved(policy, generator)
@@ -520,7 +568,7 @@ def test_rovers_later_loss(policy: TablePolicy, samples: Samples, generator: tor
 
 
 def test_rover_can_divide_by_the_standard_deviation(policy: TablePolicy, samples: Samples) -> None:
-    ready = prepared(Rover(divide_by_std=True), policy, samples)
+    ready = prepared(Rover(advantage="group_std"), policy, samples)
     assert torch.equal(ready.advantages, prepared(GRPO(), policy, samples).advantages)
 
 
@@ -591,16 +639,16 @@ def test_delta_without_one_side_is_dapo(policy: TablePolicy, samples: Samples) -
 
 
 def test_conditional_mask_truth_table() -> None:
-    """Excused iff truncated, not incorrect, not looping and drawn; all 16 cases through the objective."""
+    """Excused iff truncated, right, not looping and drawn; all 16 cases through the objective. The raw reward counts,
+    not what penalties make of it."""
     cases = torch.tensor(list(itertools.product((False, True), repeat=3)))
     truncated, incorrect, looping = cases.unbind(dim=1)
     completions = torch.tensor([[1, 2, 3, 1, 3, 3]]).repeat(8, 1)
     completions[looping] = torch.tensor([1, 2, 3, 1, 2, 3])
     ids = torch.cat((torch.zeros(8, 1, dtype=torch.int64), completions), dim=1)
     mask = torch.ones(8, 6, dtype=torch.bool)
-    samples = Samples(
-        ids, mask, mask, ids[:, 0], torch.zeros(8), truncated, torch.zeros(8, 6), extra={INCORRECT: incorrect}
-    )
+    raw = (~incorrect).float()
+    samples = Samples(ids, mask, mask, ids[:, 0], raw - 0.5, truncated, torch.zeros(8, 6), extra={RAW_REWARD: raw})
     wanted = truncated & ~incorrect & ~looping
     assert torch.equal(MicroCoder(excused_share=1.0, loop_window=3).excused(samples), wanted)
     assert not MicroCoder(excused_share=0.0, loop_window=3).excused(samples).any()
@@ -609,13 +657,17 @@ def test_conditional_mask_truth_table() -> None:
 
 
 def test_conditional_mask_draws(policy: TablePolicy, samples: Samples) -> None:
-    """A share of 0.3 of many; other draws at the next rollout; the same again from the same state."""
+    """A share of 0.3 of many; other draws at the next rollout; the same again from the same state; and the same for a
+    group and a place in it, whatever else is in the batch."""
     many = samples.select(torch.zeros(4000, dtype=torch.int64))
-    many = replace(many, truncated=torch.ones(4000, dtype=torch.bool))
+    always = torch.ones(4000, dtype=torch.bool)
+    many = replace(many, truncated=always, rewards=always.float(), groups=torch.arange(4000) // 8)
     objective = MicroCoder(seed=5)
     first = objective.excused(many)
     assert first.float().mean().item() == pytest.approx(0.3, abs=0.03)  # standard error 0.007
     assert torch.equal(objective.excused(many), first)
+    part = many.groups % 3 == 1
+    assert torch.equal(objective.excused(many.select(part)), first[part])
     state = objective.state_dict()
     prepared(objective, policy, samples)
     assert not torch.equal(objective.excused(many), first)
@@ -623,9 +675,22 @@ def test_conditional_mask_draws(policy: TablePolicy, samples: Samples) -> None:
     assert torch.equal(objective.excused(many), first)
 
 
+def test_diversity_is_of_runs_of_tokens() -> None:
+    """Two completions that begin alike and part: 3 + 3 runs of two tokens, of which (1, 2) is in both. The share of
+    distinct completions would be 1 for any long answers."""
+    completions = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [7, 7, 7, 7], [7, 7, 0, 0], [9, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    groups = torch.tensor([3, 3, 8, 8, 5])
+    found = distinct_grams(completions, mask, groups, 2)
+    torch.testing.assert_close(found, torch.tensor([5 / 6, 5 / 6, 1 / 4, 1 / 4, 1.0]))
+    assert distinct_grams(completions, mask, groups, 9).tolist() == [1.0] * 5
+    nothing = distinct_grams(completions, torch.zeros_like(mask), groups, 2)
+    assert nothing.tolist() == [1.0] * 5
+
+
 def test_limits_of_the_conditional_mask(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """Share 0 is GRPO; share 1 without the loop test is the overlong filter, bit for bit."""
-    samples = replace(samples, truncated=torch.arange(24) % 3 == 0)
+    """Share 0 is GRPO; share 1 without the loop test is the overlong filter of right ones, bit for bit."""
+    samples = replace(samples, truncated=(torch.arange(24) % 3 == 0) & (samples.rewards == 1))
     later = moved(policy, generator)
     for share, other in ((0.0, GRPO(clip_high=0.28)), (1.0, GRPO(clip_high=0.28, truncated="mask"))):
         objective = MicroCoder(excused_share=share, loop_window=0)
@@ -656,58 +721,70 @@ def test_reasonmaxxer_finds_planted_decisions(generator: torch.Generator) -> Non
     assert grad[:, 2].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kl", ["exact", "k3"])
-def test_reasonmaxxers_loss(kl: str, policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """Two means over two sets of tokens, each divided by its own count; the KL is that of the base to the policy."""
-    objective = ReasonMaxxer(entropy_gate=1.0, kl=kl, problems=3, shortest_share=1.0, advantage_clip=1.2)
-    assert objective.needs_logits == (kl == "exact")
-    base, later = moved(policy, generator), moved(policy, generator)
-    ready = prepared(objective, policy, samples, reference=base)
-    new, reference = later.score(ready), base.score(ready)
-    gate = ready.mask & (reference.entropy > 1.0)
-    p, q = reference.logits.log_softmax(-1), new.logits.log_softmax(-1)
-    values = []
-    for group in range(4):
-        rewards = samples.rewards[samples.groups == group].double()
-        values.append(((rewards - rewards.mean()) / rewards.std(correction=0)).clamp(-1.2, 1.2))
-    advantages = torch.zeros(24, dtype=torch.float64)
-    for group in range(4):
-        advantages[samples.groups == group] = values[group]
-    policy_loss = (-advantages[:, None] * new.logprobs)[gate].mean()
-    ratio = (new.logprobs - reference.logprobs).exp()
-    held = {"exact": (p.exp() * (p - q)).sum(-1), "k3": ratio - 1 - ratio.log()}[kl]
-    wanted = policy_loss + 0.2 * held[ready.mask & ~gate].mean()
-    assert gradient(objective, later, ready)[0] == pytest.approx(wanted.item(), rel=1e-6)
-    assert 0 < int(gate.sum()) < int(ready.mask.sum())
-    assert len(ready.groups[ready.mask.any(dim=1)].unique()) == 3
-
-
 def test_which_problems_and_completions_are_used() -> None:
-    """Groups nearest a pass rate of 1/2 with both signs; of each the shortest."""
-    groups = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3, 5, 5, 5, 5])
-    rewards = torch.tensor([1.0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0])
-    assert near_even_groups(rewards, groups, 1).tolist() == [False] * 4 + [True] * 4 + [False] * 4
-    assert near_even_groups(rewards, groups, 9).tolist() == [True] * 8 + [False] * 4
-    lengths = torch.tensor([4, 1, 3, 2, 5, 5, 5, 5, 9, 1, 1, 2])
-    assert shortest(lengths, groups, 0.5).tolist() == [
-        *(False, True, False, True),
-        *(True, True, False, False),
-        *(False, True, True, False),
-    ]
-    assert shortest(lengths, groups, 0.8).sum() == 9
-    assert shortest(lengths, groups, 0.0).sum() == 3
+    """Groups nearest a pass rate of 1/2 with both signs, among equals those with fewer cut ones, then shorter ones; of
+    all their completions together the shortest, among equals those that were not cut."""
+    groups = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3, 5, 5, 5, 5, 4, 4, 4, 4])
+    rewards = torch.tensor([1.0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0])
+    lengths = torch.tensor([4, 1, 3, 2, 5, 5, 5, 5, 9, 1, 1, 2, 6, 6, 6, 6])
+    cut = torch.zeros(16, dtype=torch.bool)
+    assert chosen_groups(rewards, groups, lengths, cut, 1) == {3}
+    assert chosen_groups(rewards, groups, lengths, cut | (groups == 3), 1) == {4}
+    assert chosen_groups(rewards, groups, lengths, cut, 2) == {3, 4}
+    assert chosen_groups(rewards, groups, lengths, cut, 9) == {3, 4, 7}
+    numbers = torch.arange(8)
+    assert shortest(lengths[:8], cut[:8], numbers, 0.5).tolist() == [True] * 4 + [False] * 4
+    assert shortest(lengths[:8], numbers == 4, numbers, 0.6).tolist() == [True] * 4 + [False, True, False, False]
+    assert shortest(lengths[:8], cut[:8], numbers, 0.0).sum() == 0
 
 
-def test_self_distillation_is_likelihood_of_the_right_ones(policy: TablePolicy, samples: Samples) -> None:
+def test_ssd_has_no_gradient_at_its_sampling_temperature(generator: torch.Generator) -> None:
+    """By enumeration of all completions with their probabilities: the likelihood of everything, at the temperature of
+    sampling, has no gradient on average, so there is nothing to learn; at another temperature there is."""
+    policy = TablePolicy.random(1, 2, 3, generator)
+    rows = torch.tensor([(0, a, b) for a in range(3) for b in range(3)])
+    mask = torch.stack((torch.ones(9, dtype=torch.bool), rows[:, 1] != 0), dim=1)
+    keep = mask[:, 1] | (rows[:, 2] == 0)
+    rows, mask = rows[keep], mask[keep]
+    every = replace(
+        policy.samples(rows, mask, torch.zeros(len(rows), dtype=torch.bool)), rewards=torch.zeros(len(rows))
+    )
+    for hot, learns in ((1.0, False), (1.6, True)):
+        drawn = replace(policy, temperature=hot).score(every).logprobs.sum(dim=1).exp()
+        assert drawn.sum().item() == pytest.approx(1.0)
+        logits = policy.logits.clone().requires_grad_()
+        objective = SSD(least_tokens=1)
+        assert objective.loss_temperature(hot) == 1.0
+        total = sum(
+            p * objective.loss(part, policy.at(logits).score(part), Totals(1.0, 1.0, 2))[0]
+            for p, i in zip(drawn, range(len(rows)), strict=True)
+            for part in [objective.prepare(every.select(slice(i, i + 1)), policy.score(every.select(slice(i, i + 1))))]
+        )
+        total.backward()
+        assert (logits.grad.abs().max().item() > 1e-2) == learns
+        if not learns:
+            assert logits.grad.abs().max().item() < 1e-15
+
+
+def test_ssd_takes_everything_but_stubs(policy: TablePolicy, samples: Samples) -> None:
+    """Rewards do not matter; a completion of its end alone is left out."""
+    ready = prepared(SSD(), policy, replace(samples, rewards=torch.zeros(24)))
+    assert torch.equal(ready.mask.any(dim=1), samples.lengths > 1)
+    assert int((samples.lengths == 1).sum()) > 0
+    with pytest.raises(ValueError, match="loss_at must be above 0, got 0"):
+        SSD(loss_at=0.0)
+
+
+def test_rejection_sampling_is_likelihood_of_the_right_ones(policy: TablePolicy, samples: Samples) -> None:
     """Mean of -log policy over the accepted tokens; the wrong ones have no gradient, and a batch without right ones
     has loss 0."""
-    objective = SelfDistillation()
+    objective = RejectionSampling()
     ready = prepared(objective, policy, samples)
     right = samples.select(samples.rewards == 1)
     wanted = -policy.score(right).logprobs.sum() / right.mask.sum()
     assert gradient(objective, policy, ready)[0] == pytest.approx(wanted.item(), rel=1e-12)
     assert objective.describe(ready)["accepted_share"] == samples.rewards.mean().item()
-    gated = prepared(SelfDistillation(entropy_gate=1.0), policy, samples)
+    gated = prepared(RejectionSampling(entropy_gate=1.0), policy, samples)
     entropy = policy.score(samples).entropy
     assert torch.equal(gated.mask, ready.mask & (entropy > 1.0))
     assert 0 < gated.mask.sum() < ready.mask.sum()

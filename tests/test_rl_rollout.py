@@ -171,7 +171,7 @@ def test_mismatch_by_hand():
     trainer, sampler = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -2.0, 0.0]])
     found = mismatch(trainer, sampler, torch.tensor([[True, True, False]]))
     assert found["token_mult_prob_error"] == pytest.approx((math.exp(0.5) + 1) / 2)
-    assert found["gen_kl_error"] == pytest.approx((math.exp(-0.5) + 0.5 - 1) / 2)
+    assert found["gen_kl_error"] == pytest.approx((math.exp(0.5) - 0.5 - 1) / 2)
     assert (found["max"], found["share"], found["exact"]) == (0.5, 0.5, 0.5)
 
 

@@ -11,8 +11,9 @@ from nvfp4.rl.batches import join
 from nvfp4.rl.norm_noise import noisy_norms, sigma_at
 from nvfp4.rl.objectives.advantages import has_spread
 from nvfp4.rl.rollout import Sampling, rollout
-from nvfp4.rl.samples import Samples
+from nvfp4.rl.samples import RAW_REWARD, Samples
 from nvfp4.rl.setup import Run
+from nvfp4.rl.spurious import coins, formatted, popular
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rng import fold_in
 from nvfp4.train.errors import TrainError
@@ -21,8 +22,8 @@ from nvfp4.weights import fixed_weights
 PROBLEMS, DRAWS, COINS, NOISE = 11, 12, 13, 14
 """Folded into the seed: what each kind of random number of a step comes from."""
 
-TASK_REWARD, RAW_REWARD = "task_reward", "raw_reward"
-"""In ``Samples.extra``: the verifier's word, and the reward before the objective's penalties."""
+TASK_REWARD = "task_reward"
+"""Key of ``Samples.extra``: the verifier's word [S], whatever is maximised."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,17 @@ def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) ->
         raise TrainError(f"step {step + 1}: the model's log-probabilities are NaN or Inf; lower --lr or --clip")
     problems = [every[number] for number in numbers for _ in range(config.group)]
     texts = completions(run, samples)
-    task, reasons = rewards(run, problems, texts, samples.truncated)
-    raw = _coins(run, step, batch, numbers).to(task) if config.reward == "random" else task
+    task, reasons = rewards(run, problems, texts, samples.truncated.device)
     groups = samples.groups + batch * config.prompts
+    if config.reward == "random":
+        coin_seed = fold_in(config.seed, COINS, step, batch) >> 1
+        raw = coins(config.prompts, config.group, numbers, coin_seed, config.random_share).to(task)
+    elif config.reward == "format":
+        raw = formatted(run.task, problems, texts, samples.truncated)
+    elif config.reward in ("majority", "incorrect"):
+        raw = popular(run.task, texts, groups, task < 1 if config.reward == "incorrect" else task >= 0)
+    else:
+        raw = task
     samples = replace(samples, groups=groups, rewards=raw, extra={TASK_REWARD: task, RAW_REWARD: raw})
     failures = Counter(reason for reason in reasons if reason is not None)
     return Collected(samples, problems, texts, sampling, 0, 0.0, sigma, reasons, failures)
@@ -113,18 +122,9 @@ def completions(run: Run, samples: Samples) -> list[str]:
 
 
 def rewards(
-    run: Run, problems: list[Problem], texts: list[str], truncated: torch.Tensor
+    run: Run, problems: list[Problem], texts: list[str], device: torch.device
 ) -> tuple[torch.Tensor, list[str | None]]:
-    """The verifier's rewards, float32 [S], of truncated completions only a share; and the reasons of failed ones."""
+    """The verifier's rewards, float32 [S], and the reasons of failed ones."""
     verdicts = run.task.verdicts(problems, texts)
-    whole = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32, device=truncated.device)
-    reasons = [verdict.reason for verdict in verdicts]
-    return torch.where(truncated, whole * run.config.truncated_reward, whole), reasons
-
-
-def _coins(run: Run, step: int, batch: int, numbers: list[int]) -> torch.Tensor:
-    assert run.config.group is not None
-    size = run.config.group
-    generator = torch.Generator().manual_seed(fold_in(run.config.seed, COINS, step, batch) >> 1)
-    coins = torch.randint(0, 2, (run.config.prompts, size), generator=generator)
-    return coins[numbers].flatten().float()
+    values = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32, device=device)
+    return values, [verdict.reason for verdict in verdicts]

@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from nvfp4.recipes import RECIPES, W4A16, Recipe
 from nvfp4.rl import sizes
-from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.objectives.base import Objective, Plan
 from nvfp4.rl.objectives.registry import OBJECTIVES
+from nvfp4.rl.objectives.registry import RENAMED as RENAMED_OBJECTIVES
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.rl.text import Text
@@ -80,10 +81,12 @@ class RLConfig:
     problems, or a class of yours as module:Class or file.py:Class."""
     task_options: Options = ()
     """Options of the task as name=value; an unknown name lists all."""
-    reward: Literal["task", "random"] = "task"
-    """What is maximised; random: coins, the control that a gain has to beat."""
-    truncated_reward: Fraction = 0.0
-    """Share of its reward that a completion keeps when the length limit cuts it off."""
+    reward: Literal["task", "random", "incorrect", "format", "majority"] = "task"
+    """What is maximised. Controls that a gain has to beat (arXiv 2506.10947): random, coins; incorrect, the group's
+    most frequent wrong answer; format, what looks like an answer, right or wrong; majority, the group's most frequent
+    answer, without a verifier."""
+    random_share: Fraction = 0.5
+    """Probability with which --reward random gives 1."""
 
     # Model
     model: str | None = None
@@ -145,19 +148,20 @@ class RLConfig:
     least 64."""
     temperature: Positive | None = None
     """Temperature of sampling, and of all log-probabilities; None: what the objective's authors use, else 1."""
-    top_k: CountOrZero = 0
-    """Draw among the most likely tokens only; 0: among all."""
-    top_p: AboveZero = 1.0
-    """Draw among the fewest tokens that together have this probability."""
+    top_k: CountOrZero | None = None
+    """Draw among the most likely tokens only; 0: among all; None: what the objective's authors use, else 0."""
+    top_p: AboveZero | None = None
+    """Draw among the fewest tokens that together have this probability; None: what the objective's authors use, else
+    1."""
     rollout_rows: Count | None = None
-    """Completions drawn at a time in one process; None: all."""
+    """Completions drawn at a time in one process; None: all, with objective brorl 1024."""
     max_batches: Count = 10
     """Rounds of rollouts to look for groups that the objective keeps (dynamic sampling), before the run stops."""
     aqn_stages: CountOrZero = 0
     """Adaptive noise on the sampler's norms (QeRL): parts of its schedule, e.g. 10; 0: no noise."""
     aqn_start: Positive = 1e-2
     """Standard deviation of that noise in its second stage; the first has none."""
-    aqn_end: Positive = 5e-4
+    aqn_end: Positive = 1e-4
     """Standard deviation of that noise in its last stage."""
 
     # Objective
@@ -165,12 +169,14 @@ class RLConfig:
     """What is maximised; an unknown name lists all."""
     objective_options: Options = ()
     """Options of the objective as name=value; an unknown name lists all."""
-    minibatches: Count = 1
-    """Updates for each pass over the completions of a step."""
+    minibatches: Count | None = None
+    """Updates for each pass over the completions of a step; None: as many as the objective's authors do, or the next
+    smaller number that divides --prompts. At one update in all, ratios to the old policy are 1 and no clip acts."""
     epochs: Count = 1
     """Passes over the completions of a step."""
     micro_batch: Count | None = None
-    """Completions in one forward of one process, the rest is accumulated; None: all of an update."""
+    """Completions in one forward of one process, the rest is accumulated; None: all of an update, with objective brorl
+    64."""
     track_kl: Flag = False
     """Score with the model of the beginning too, so that the log has the KL even if the objective does not ask."""
 
@@ -178,7 +184,8 @@ class RLConfig:
     steps: Count = 60
     """Steps: rollouts and the updates on them."""
     lr: Positive | None = None
-    """Peak learning rate of AdamW; None: 1e-4 for a new model, 1e-6 for --model."""
+    """Peak learning rate of AdamW; None: 1e-4 for a new model, for --model what the objective's authors use, 1e-6 for
+    most of them."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """After the warm-up: constant then linear decay over the last --decay share (wsd), or cosine."""
     warmup: CountOrZero = 0
@@ -187,8 +194,9 @@ class RLConfig:
     """Share of all steps over which wsd decays."""
     min_lr: Fraction = 0.0
     """Learning rate at the end, as a share of the peak."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    weight_decay: NotNegative | None = None
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none. None: what the objective's authors
+    use, else 0."""
     beta1: BelowOne = 0.9
     """AdamW's decay rate of the first moment."""
     beta2: BelowOne = 0.95
@@ -219,6 +227,9 @@ class RLConfig:
     """Problems of an evaluation, the same each time and never those of training."""
     eval_samples: Count = 16
     """Completions of each of them; pass@k is estimated for k = 1, 2, 4, ... up to this."""
+    eval_temperature: Positive | None = None
+    """Temperature of those completions, all tokens being allowed; None: as in training, --top-k and --top-p
+    included."""
     eval_every: CountOrZero = 0
     """Steps between evaluations; 0: only at the beginning and at the end."""
     log_every: Count = 10
@@ -263,6 +274,15 @@ RL_RECIPES: dict[str, Recipe] = {**RECIPES, W4A16.name: W4A16}
 FREE_ON_RESUME = ("strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers")
 """Fields that cannot change what is learnt, besides those of pretraining: a run may be resumed with other values."""
 
+RENAMED = {
+    "truncated_reward": "what a completion keeps that the length limit cuts off is up to the objective: give "
+    "--objective-options truncated=scale truncated_scale=0 for what was the default, nothing to keep all"
+}
+"""Options of earlier versions, and what to give instead."""
+
+NEW_MODEL_LR = 1e-4
+"""Learning rate of a new, small model, whatever the objective: what its authors use is for models of billions."""
+
 OWN_MEANING = {"tokenizer", "micro_batch", "out", "resume", "resume_from", "allow_changes"}
 """Fields that both trainers have, and that say something else in pretraining."""
 
@@ -270,22 +290,48 @@ OWN_MEANING = {"tokenizer", "micro_batch", "out", "resume", "resume_from", "allo
 def resolve(config: RLConfig) -> RLConfig:
     """The same config with every derived value filled in; ``TrainError`` naming each field that is wrong."""
     config = cast(Any, train_config.from_fields)(RLConfig, dataclasses.asdict(config), "config")
-    if config.objective not in OBJECTIVES:
-        raise TrainError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {config.objective!r}")
+    _check_objective(config.objective)
     for name in (config.recipe, *config.recipes, config.sampler_recipe):
         if name is not None and name not in RL_RECIPES:
             raise TrainError(f"recipe: expected one of {', '.join(RL_RECIPES)}, got {name!r}")
     _check_together(config)
-    kind, task = OBJECTIVES[config.objective], make_task(config)
-    new = config.model is None
+    task, new = make_task(config), config.model is None
     left_open: dict[str, Any] = {
         "warm_steps": task.warm_steps if new else 0,
-        "lr": 1e-4 if new else 1e-6,
-        "group": kind.default_group or 8,
-        "temperature": kind.default_temperature or 1.0,
         "tokenizer": task.vocabulary if new else config.model,
     }
-    return _with_sizes(_filled(config, left_open), task)
+    config = _as_its_authors(_filled(config, left_open))
+    _check_objective_acts(config)
+    return _with_sizes(config, task)
+
+
+def _as_its_authors(config: RLConfig) -> RLConfig:
+    """With what the objective's authors use where the config is open."""
+    defaults = OBJECTIVES[config.objective].defaults
+    minibatches = max(d for d in range(1, config.prompts + 1) if config.prompts % d == 0 and d <= defaults.updates)
+    values = {
+        **{name: value for name, value in vars(defaults).items() if name != "updates"},
+        "minibatches": minibatches,
+        "lr": defaults.lr if config.model is not None else NEW_MODEL_LR,
+    }
+    return _filled(config, values)
+
+
+def plan(config: RLConfig) -> Plan:
+    """What the loop will do with the objective of a resolved config."""
+    assert config.minibatches is not None
+    return Plan(config.minibatches * config.epochs, config.eval_every > 0)
+
+
+def remarks(config: RLConfig) -> list[str]:
+    """What a user should know about a resolved config that may be meant: fewer updates than the authors do."""
+    wanted, updates = OBJECTIVES[config.objective].defaults.updates, plan(config).updates
+    if updates > 1 or wanted == 1:
+        return []
+    return [
+        f"minibatches: one update per rollout, where the authors of {config.objective} do {wanted}: every ratio to the "
+        f"old policy stays exactly 1, so clips never act"
+    ]
 
 
 def _filled(config: RLConfig, values: dict[str, Any]) -> RLConfig:
@@ -316,6 +362,8 @@ def make_objective(config: RLConfig) -> Objective:
     values = _values(config.objective_options, "objective_options")
     known = {f.name: f.default for f in dataclasses.fields(kind)}
     listed = ", ".join(f"{name}={default}" for name, default in known.items())
+    for name in sorted(values.keys() & kind.renamed.keys()):
+        raise TrainError(f"objective_options: {name} is no longer an option: give {kind.renamed[name]}")
     unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise TrainError(f"objective_options: {config.objective} has no {', '.join(unknown)}; it takes {listed}")
@@ -362,8 +410,31 @@ def training_fields(config: RLConfig) -> TrainConfig:
     return train_config.resolve(TrainConfig(**fields))
 
 
+def _check_objective(name: str) -> None:
+    if name in RENAMED_OBJECTIVES:
+        raise TrainError(f"objective: {name} is no longer a name: give {RENAMED_OBJECTIVES[name]}")
+    if name not in OBJECTIVES:
+        raise TrainError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
+
+
+def _check_objective_acts(config: RLConfig) -> None:
+    """Refuse an option that is set and can do nothing, and an objective that would be another one."""
+    objective, present = make_objective(config), plan(config)
+    other = objective.acts_like(present)
+    if other is not None:
+        raise TrainError(
+            f"minibatches: with {present.updates} update per rollout {config.objective} is {other}; give --minibatches "
+            f"2 or more, or --epochs 2, or another --objective"
+        )
+    reasons = objective.idle(present)
+    idle = [name for name in _values(config.objective_options, "objective_options") if name in reasons]
+    if idle:
+        listed = "; ".join(f"{name} cannot act: {reasons[name]}" for name in idle)
+        raise TrainError(f"objective_options: {listed}; change that, or leave {', '.join(idle)} out")
+
+
 def _check_together(config: RLConfig) -> None:
-    if config.prompts % config.minibatches:
+    if config.minibatches is not None and config.prompts % config.minibatches:
         raise TrainError(f"minibatches: must divide prompts = {config.prompts}, got {config.minibatches}")
     if config.warmup >= config.steps:
         raise TrainError(f"warmup: must be below steps = {config.steps}, got {config.warmup}")
@@ -378,5 +449,7 @@ def _check_together(config: RLConfig) -> None:
         raise TrainError(f"allow_changes: no such field: {', '.join(sorted(unknown))}; see --help for the fields")
     if config.model is not None and (config.width or config.heads):
         raise TrainError(f"width, heads: {config.model} brings its own sizes; leave them out")
-    if config.reward == "random" and config.control:
-        raise TrainError("control: adds a run with random rewards to one with the task's; leave out --reward random")
+    if config.reward != "random" and config.random_share != 0.5:
+        raise TrainError("random_share: only --reward random reads it; leave it out")
+    if config.reward != "task" and config.control:
+        raise TrainError("control: adds a run with random rewards to one with the task's; leave out --reward")

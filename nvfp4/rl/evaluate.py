@@ -32,7 +32,11 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     problems = run.task.problems(config.eval_problems, _SEED, held_out=True)
     numbers = list(range(rank, len(problems), world))
-    sampled = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    sampled = Sampling(config.max_new_tokens, config.eval_temperature or config.temperature)
+    if config.eval_temperature is None:
+        assert config.top_k is not None
+        assert config.top_p is not None
+        sampled = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     mine = [_drawn(run, problems, numbers, config.eval_samples, sampled)]
     mine += [_drawn(run, problems, numbers, 1, Sampling(config.max_new_tokens, 0.0))]
     parts = [mine] if world == 1 else gather_object([mine])
@@ -65,7 +69,7 @@ def _drawn(run: Run, problems: list[Any], numbers: list[int], size: int, samplin
         rows = run.config.rollout_rows or _ROWS
         samples = rollout(run.model, prompts, numbers, size, sampling, run.stops, _SEED, rows)
     texts = completions(run, samples)
-    found, _ = rewards(run, [problems[number] for number in numbers for _ in range(size)], texts, samples.truncated)
+    found, _ = rewards(run, [problems[number] for number in numbers for _ in range(size)], texts, samples.ids.device)
     return {
         "reward": found.cpu().numpy().reshape(-1, size),
         "text": np.array(texts, dtype=object).reshape(-1, size),

@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from nvfp4.rl.config import FREE_ON_RESUME, RLConfig
+import yaml
+
+from nvfp4.rl.config import FREE_ON_RESUME, RENAMED, RLConfig
 from nvfp4.train import log
 from nvfp4.train.checkpoint import Snapshot
+from nvfp4.train.errors import TrainError
 from nvfp4.train.folder import RunFolder
 
 
@@ -44,9 +47,21 @@ class RLFolder(RunFolder):
         """``open``, for the problems of this SHA-256; completions after the snapshot are dropped as rows are."""
         if config.resume_from is None:
             config = replace(config, allow_changes=(*config.allow_changes, *FREE_ON_RESUME))
+        self._refuse_renamed(config)
         found, notes = self.open(cast(Any, config), problems)
         log.cut(self.completions, -1 if found is None else found[1].state["step"])
         return found, notes
+
+    def _refuse_renamed(self, config: RLConfig) -> None:
+        """``TrainError`` for a run of an earlier version that is to go on: what it did has another name now."""
+        if not (config.resume or config.resume_from) or not self.config.exists():
+            return
+        saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        for name in RENAMED.keys() & (saved.keys() if isinstance(saved, dict) else set()):
+            raise TrainError(
+                f"resume: {self.config} is of an earlier version, whose {name} is no longer an option: "
+                f"{RENAMED[name]}; finish it with that version, or start again with --overwrite"
+            )
 
     def release(self) -> None:
         """Let others train here, before this process ends."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from nvfp4.rl.objectives.base import Metrics
+from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS, Metrics
 from nvfp4.rl.samples import Samples, Scores, Totals
 from nvfp4.rl.score import score
 from nvfp4.rl.setup import Run
@@ -20,9 +20,11 @@ from nvfp4.weights import fixed_weights
 
 @dataclass
 class Learned:
-    """samples: this process's, as the objective prepared them. old, entropy: of the scores before the updates, [S, T].
+    """samples: this process's, as the objective prepared them. old, entropy: of the policy before the updates, [S, T],
+    at the sampling temperature.
 
-    reference: log-probabilities by the reference model, if there is one. metrics: means over the updates and processes;
+    to_reference: log-probabilities by the reference model, if there is one, minus the policy's, at the objective's
+    temperature. metrics: means over the updates and processes;
     grad_norm before clipping. skipped: an update had NaN or Inf. shape_gap: largest difference between sampler and
     trainer on equal shapes, None if it was not looked at.
     """
@@ -30,7 +32,7 @@ class Learned:
     samples: Samples
     old: torch.Tensor
     entropy: torch.Tensor
-    reference: torch.Tensor | None = None
+    to_reference: torch.Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
     shape_gap: float | None = None
@@ -38,7 +40,8 @@ class Learned:
 
 def learn(run: Run, samples: Samples, temperature: float, lr: float, check: bool) -> Learned:
     """Do the updates that the config asks for on this process's ``samples``; check: compare sampler and trainer."""
-    config = run.config
+    config, sampling = run.config, temperature
+    temperature = run.objective.loss_temperature(sampling)
     rows = config.micro_batch or len(samples)
     alone = config.minibatches == config.epochs == 1 and rows >= len(samples)
     gap, live = None, None
@@ -53,15 +56,16 @@ def learn(run: Run, samples: Samples, temperature: float, lr: float, check: bool
             first = samples.select(slice(0, rows))
             trained = live if live is not None else run.score(run.forward, first, temperature)
             gap = shape_gap(run, first, temperature, trained)
+    drawn = old if temperature == sampling else scored(run, run.model, samples, sampling, rows, None)[1]
     samples = replace(samples, old_logprobs=old.logprobs)
-    reference = None
+    to_reference = None
     if run.reference is not None:
         samples, scores = scored(run, run.reference, samples, temperature, rows, "reference")
-        reference = scores.logprobs
-        samples = replace(samples, ref_logprobs=reference)
+        to_reference = scores.logprobs - old.logprobs
+        samples = replace(samples, ref_logprobs=scores.logprobs)
     with torch.no_grad():
         samples = run.objective.prepare(samples, old)
-    learned = Learned(samples, old.logprobs, old.entropy, reference, shape_gap=gap)
+    learned = Learned(samples, drawn.logprobs, drawn.entropy, to_reference, shape_gap=gap)
     parts = list(_minibatches(run, samples))
     norms = []
     for part in parts:
@@ -82,18 +86,18 @@ def scored(
     samples: Samples,
     temperature: float,
     rows: int,
-    source: Literal["old", "reference"],
+    source: Literal["old", "reference"] | None,
 ) -> tuple[Samples, Scores]:
     """Scores by ``model`` without gradient, ``rows`` samples at a time, and the samples with what the objective wants
-    to remember of each part; logits are not kept."""
+    to remember of each part, if a source is named; logits are not kept."""
     found: list[Scores] = []
     extras: list[dict[str, torch.Tensor]] = []
     with torch.no_grad(), fixed_weights(model):
         for start in range(0, len(samples), rows):
             part = samples.select(slice(start, start + rows))
             scores = run.score(model, part, temperature)
-            extras.append(run.objective.remember(part, scores, source))
-            found.append(replace(scores, logits=None))
+            extras.append({} if source is None else run.objective.remember(part, scores, source))
+            found.append(replace(scores, logits=None, prompt_logits=None))
     joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
     names = [name for name, value in vars(found[0]).items() if value is not None]
     whole: dict[str, torch.Tensor] = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
@@ -112,7 +116,8 @@ def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -
     0 or a defect: ``TrainError`` under ``strict``.
     """
     with torch.no_grad(), run.autocast():
-        sampled = score(run.model, samples, temperature)
+        # equal shapes of all products, that of the output embedding included
+        sampled = score(run.model, samples, temperature, prompt=run.objective.needs_prompt_logits)
     gap = float((sampled.logprobs - trained.logprobs.detach()).abs().max())
     if gap != 0 and run.config.strict:
         raise TrainError(
@@ -124,10 +129,22 @@ def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -
 
 def _minibatches(run: Run, samples: Samples) -> Iterator[Samples]:
     """The samples of each update: as many groups in each, the same groups whatever the number of processes."""
+    assert run.config.minibatches is not None
     size = len(samples) // run.config.minibatches
     for _ in range(run.config.epochs):
         for start in range(0, len(samples), size):
             yield samples.select(slice(start, start + size))
+
+
+def _beside_reference(run: Run, part: Samples, temperature: float) -> Samples:
+    """A micro-batch with what the reference says about it, if the objective reads whole distributions of it."""
+    if not run.objective.needs_reference_logits:
+        return part
+    assert run.reference is not None, "an objective that reads it asks for one"
+    with torch.no_grad(), fixed_weights(run.reference):
+        scores = run.score(run.reference, part, temperature)
+    logits = {REFERENCE_LOGITS: scores.logits, REFERENCE_PROMPT_LOGITS: scores.prompt_logits}
+    return replace(part, extra={**part.extra, **{name: v for name, v in logits.items() if v is not None}})
 
 
 def _update(
@@ -145,6 +162,7 @@ def _update(
             part = samples.select(slice(start, start + rows))
             with nullcontext() if start == starts[-1] else accelerator.no_sync(run.forward):
                 scores = live if live is not None else run.score(run.forward, part, temperature)
+                part = _beside_reference(run, part, temperature)
                 loss, metrics = run.objective.loss(part, scores, totals)
                 (loss * world).backward()  # processes average their gradients, and ours are to be added
             for name, value in {"loss": loss, **metrics}.items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nvfp4.rl.collect import Collected, collect
-from nvfp4.rl.config import RLConfig, kept_fields, resolve, to_yaml, training_fields
+from nvfp4.rl.config import RLConfig, kept_fields, remarks, resolve, to_yaml, training_fields
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.finish import finish, summary
 from nvfp4.rl.folder import RLFolder
@@ -60,6 +60,8 @@ class Loop:
         self.step = self.bad_in_a_row = self.tokens = 0
         self.before: dict[str, Any] | None = None
         run.report.say(to_yaml(run.config).rstrip())
+        for remark in remarks(run.config):
+            run.report.say(f"note: {remark}")
         snapshot = open_folder(run)
         if snapshot is not None:
             self._restore(snapshot)

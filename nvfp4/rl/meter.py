@@ -20,9 +20,9 @@ NOTICEABLE = 0.05  # |d| from which a token is counted
 def mismatch(trainer: torch.Tensor, sampler: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
     """The gap between log-probabilities [S, T] of the same tokens, over ``mask``.
 
-    token_mult_prob_error: mean exp |d|, 1 for none. gen_kl_error: mean of exp(-d) + d - 1, which estimates
-    KL(trainer || sampler) from below nothing. max, quantile_999: of |d|. share: of tokens with |d| > .05. exact: share
-    of tokens with d = 0.
+    token_mult_prob_error: mean exp |d|, 1 for none. gen_kl_error: mean of exp(d) - 1 - d, an unbiased estimate of
+    KL(sampler || trainer), whose draws these are; no term is below 0. max, quantile_999: of |d|. share: of tokens with
+    |d| > .05. exact: share of tokens with d = 0.
     """
     d = (trainer.detach() - sampler)[mask].double()
     if d.numel() == 0:
@@ -31,7 +31,7 @@ def mismatch(trainer: torch.Tensor, sampler: torch.Tensor, mask: torch.Tensor) -
     rank = min(len(size) - 1, int(0.999 * len(size)))
     return {
         "token_mult_prob_error": float(size.exp().mean()),
-        "gen_kl_error": float((torch.expm1(-d) + d).mean()),
+        "gen_kl_error": float((torch.expm1(d) - d).mean()),
         "max": float(size.max()),
         "quantile_999": float(size.sort().values[rank]),
         "share": float((size > NOTICEABLE).double().mean()),

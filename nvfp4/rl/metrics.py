@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from nvfp4.rl.collect import RAW_REWARD, TASK_REWARD, Collected
+from nvfp4.rl.collect import TASK_REWARD, Collected
 from nvfp4.rl.learn import Learned
 from nvfp4.rl.meter import mismatch
-from nvfp4.rl.samples import Samples
+from nvfp4.rl.samples import RAW_REWARD, Samples
 from nvfp4.rl.setup import Run
 from nvfp4.train.log import Row
 
@@ -46,8 +46,8 @@ def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
     found = mismatch(data["trainer"], data["sampler"], torch.ones(len(data["trainer"]), dtype=torch.bool))
     row |= {f"mismatch/{name}": value for name, value in found.items()}
     row["mismatch/same_shape"] = learned.shape_gap
-    if "reference" in data:
-        d = (data["reference"] - data["trainer"]).double()
+    if "to_reference" in data:
+        d = data["to_reference"].double()
         row["kl"] = float((torch.expm1(d) - d).mean())
     described = run.objective.describe(learned.samples)
     shares = described if run.accelerator.num_processes == 1 else _mean(gather_object([described]))
@@ -69,8 +69,8 @@ def _numbers(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
         "trainer": learned.old[mask],
         "sampler": samples.sampler_logprobs[mask],
     }
-    if learned.reference is not None:
-        found["reference"] = learned.reference[mask]
+    if learned.to_reference is not None:
+        found["to_reference"] = learned.to_reference[mask]
     return {name: value.detach().cpu() for name, value in found.items()}
 
 

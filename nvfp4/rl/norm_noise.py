@@ -15,7 +15,8 @@ def sigma_at(step: int, steps: int, stages: int, start: float, end: float) -> fl
     """Standard deviation in step ``step`` of 0 ... steps - 1.
 
     The steps are cut into ``stages`` equal parts: 0 in the first, then start (end / start)^(k / (stages - 2)) for k = 0
-    ... stages - 2, from ``start`` down to ``end``. Nothing with stages = 0.
+    ... stages - 2, from ``start`` down to ``end``. Nothing with stages = 0. All of the authors' launch scripts have 10
+    stages from 1e-2 to 1e-4.
     """
     if stages == 0:
         return 0.0

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+RAW_REWARD = "raw_reward"
+"""Key of ``Samples.extra``: rewards [S] before the objective's penalties."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -70,12 +73,14 @@ class Samples:
 @dataclass(frozen=True)
 class Scores:
     """What the trainer's forward says about completions, with gradient: logprobs float32 [S, T], 0 outside the mask;
-    entropy float32 [S, T] of the next-token distributions, without gradient. logits [S, T, V] (at the sampling
-    temperature) and hidden [S, T, D] (input of the output embedding) only for objectives that ask for them."""
+    entropy float32 [S, T] of the next-token distributions, without gradient. logits [S, T, V] (as log-probabilities),
+    prompt_logits [S, P - 1, V] (of the prompt's tokens but the first) and hidden [S, T, D] (input of the output
+    embedding) only for objectives that ask for them. All at the temperature that the objective asks for."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
     logits: torch.Tensor | None = None
+    prompt_logits: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
 
 

@@ -19,7 +19,15 @@ def positions(attention: torch.Tensor) -> torch.Tensor:
     return (attention.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def score(forward: Any, samples: Samples, temperature: float, *, logits: bool = False, hidden: bool = False) -> Scores:
+def score(
+    forward: Any,
+    samples: Samples,
+    temperature: float,
+    *,
+    logits: bool = False,
+    prompt: bool = False,
+    hidden: bool = False,
+) -> Scores:
     """Teacher forcing: what ``forward``, a causal LM of transformers, says about the completions.
 
     Differentiable in ``Scores.logprobs`` (and logits, hidden), unless called under ``torch.no_grad``. Batches without
@@ -31,11 +39,12 @@ def score(forward: Any, samples: Samples, temperature: float, *, logits: bool = 
         input_ids=samples.ids[:, :-1],
         attention_mask=samples.attention[:, :-1] if padded else None,
         position_ids=positions(samples.attention[:, :-1]) if padded else None,
-        logits_to_keep=length,
+        logits_to_keep=samples.ids.shape[1] - 1 if prompt else length,
         output_hidden_states=hidden,
         use_cache=False,
     )
     every = log_probabilities(out.logits, temperature)
+    before, every = every[:, :-length], every[:, -length:]
     chosen = every.gather(-1, samples.ids[:, -length:, None]).squeeze(-1)
     with torch.no_grad():
         entropy = -(every.exp() * every).nan_to_num(nan=0.0).sum(dim=-1)  # 0 log 0 = 0, where logits are -inf
@@ -43,5 +52,6 @@ def score(forward: Any, samples: Samples, temperature: float, *, logits: bool = 
         logprobs=torch.where(samples.mask, chosen, 0.0),
         entropy=torch.where(samples.mask, entropy, 0.0),
         logits=every if logits else None,
+        prompt_logits=before if prompt else None,
         hidden=out.hidden_states[-1][:, -length:] if hidden else None,
     )

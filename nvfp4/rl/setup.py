@@ -66,6 +66,8 @@ class Run:
         assert config.temperature is not None
         assert config.max_new_tokens is not None
         length = objective.max_new_tokens(config.max_new_tokens)
+        assert config.top_k is not None
+        assert config.top_p is not None
         return Sampling(length, objective.temperature(config.temperature), config.top_k, config.top_p)
 
     def autocast(self) -> AbstractContextManager:
@@ -76,7 +78,12 @@ class Run:
 
     def score(self, forward: Any, samples: Samples, temperature: float) -> Scores:
         """``score`` with what the objective asks for."""
-        wishes = {"logits": self.objective.needs_logits, "hidden": self.objective.needs_hidden}
+        objective = self.objective
+        wishes = {
+            "logits": objective.needs_logits,
+            "prompt": objective.needs_prompt_logits,
+            "hidden": objective.needs_hidden,
+        }
         with self.autocast():
             return score(forward, samples, temperature, **wishes)
 
@@ -90,7 +97,7 @@ def prepare(config: RLConfig) -> Run:
     report = Progress(config.recipe, config.steps, config.log_every, accelerator.is_main_process)
     task, objective = make_task(config), make_objective(config)
     if accelerator.num_processes > 1:
-        objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"))
+        objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"), accelerator.gather)
     folder = RLFolder(config.out)
     _check_problems(task)
     if accelerator.is_main_process:
@@ -169,6 +176,7 @@ def _accelerator(config: RLConfig) -> Accelerator:
         raise TrainError(
             f"device: {config.device} was asked for, but only {kind} is here; give --device auto or {kind}"
         )
+    assert config.minibatches is not None
     if config.prompts % (config.minibatches * count):
         raise TrainError(
             f"prompts: must be a multiple of minibatches x processes = {config.minibatches} x {count}, "

@@ -19,10 +19,7 @@ class _Groups:
 
     def __init__(self, values: torch.Tensor, groups: torch.Tensor) -> None:
         _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
-        order = torch.argsort(row, stable=True)
-        column = torch.zeros_like(row)
-        column[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
-        self.where, self.counts = (row, column), counts[:, None].double()
+        self.where, self.counts = (row, place_in_group(groups)), counts[:, None].double()
         self.filled = torch.zeros(len(counts), int(counts.max()), dtype=torch.bool, device=row.device)
         self.filled[self.where] = True
         self.values = torch.zeros(self.filled.shape, dtype=torch.float64, device=row.device)
@@ -98,9 +95,10 @@ def has_spread(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return table.samples(table.spread())
 
 
-def distinctness(completions: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """1 / (how often the completion occurs in its group), float32 [S]: the mean over a group is its share of distinct
-    completions. completions: int64 [S, T], mask: bool [S, T], groups: int64 [S]."""
-    rows = torch.cat((groups[:, None], torch.where(mask, completions, -1)), dim=1)
-    _, index, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-    return 1.0 / counts[index].float()
+def place_in_group(groups: torch.Tensor) -> torch.Tensor:
+    """How many samples of the same group come before, int64 [S]."""
+    _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    order = torch.argsort(row, stable=True)
+    place = torch.zeros_like(row)
+    place[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    return place

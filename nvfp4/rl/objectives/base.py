@@ -17,33 +17,69 @@ Metrics = dict[str, torch.Tensor]
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 """The sum of a tensor over all processes, which each of them receives."""
 
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""The rows of all processes, each with as many; in an order that must not matter."""
+
 Source = Literal["old", "reference"]
 """Whose scores: those of the policy before the updates, or those of the reference model."""
+
+REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS = "reference_logits", "reference_prompt_logits"
+"""Keys of ``Samples.extra`` in ``loss`` alone, of one micro-batch: log-probabilities [S, T, V] by the reference."""
 
 RESET_REFERENCE = "reset_reference"
 """Wish of ``observe``: copy the policy into the reference model, and make the optimiser anew (arXiv 2505.24864)."""
 
 
 def one_process(tensor: torch.Tensor) -> torch.Tensor:
-    """The ``AllSum`` of a single process: what is given."""
+    """The ``AllSum``, and the ``Gather``, of a single process: what is given."""
     return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a run does where its configuration leaves it open: the settings of the objective's authors.
+
+    group: completions of a prompt. updates: optimiser updates on the completions of one step, before it is reduced to
+    what divides the prompts. lr: for all weights of a language model.
+    micro_batch, rollout_rows: None for all at once.
+    """
+
+    group: int = 8
+    updates: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    micro_batch: int | None = None
+    rollout_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop is going to do with an objective. updates: on the completions of one step. evaluates: between the
+    beginning and the end."""
+
+    updates: int
+    evaluates: bool
 
 
 @dataclass(kw_only=True)
 class Objective(ABC):
     """A loss over completions. Options are dataclass fields, so that configuration files and ``--help`` know them.
 
-    The loop calls ``connect`` once if there are several processes; ``temperature`` and ``max_new_tokens`` before a
-    rollout; on the rollout, without gradient, ``shape_rewards``, ``keep``, ``remember`` for each micro-batch that it
-    scores, ``prepare`` and ``describe``; ``loss`` for each micro-batch of each update; ``observe`` after each step.
-    What an objective learns is in ``state_dict``, as plain data: a run that resumes goes on bit for bit.
+    The loop asks ``idle`` and ``acts_like`` before it starts; ``connect`` once if there are several processes;
+    ``temperature`` and ``max_new_tokens`` before a rollout; on the rollout, without gradient, ``shape_rewards``,
+    ``keep``, ``remember`` for each micro-batch that it scores, ``prepare`` and ``describe``; ``loss`` for each
+    micro-batch of each update; ``observe`` after each step. What an objective learns is in ``state_dict``, as plain
+    data: a run that resumes goes on bit for bit.
     """
 
     name: ClassVar[str]
-    default_group: ClassVar[int | None] = None
-    """Completions per prompt where the configuration leaves them open; None: the loop's own default."""
-    default_temperature: ClassVar[float | None] = None
-    """Sampling temperature where the configuration leaves it open; None: the loop's own default."""
+    defaults: ClassVar[Defaults] = Defaults()
+    """What the configuration leaves open."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Options of earlier versions, and what to give instead."""
 
     @property
     def needs_logits(self) -> bool:
@@ -65,9 +101,39 @@ class Objective(ABC):
         """Sum over the processes; what ``connect`` was given."""
         return getattr(self, "_all_sum", one_process)
 
-    def connect(self, all_sum: AllSum) -> None:
-        """Several processes share a rollout, whole groups each: statistics of the whole batch go through all_sum."""
-        self._all_sum = all_sum
+    @property
+    def needs_reference_logits(self) -> bool:
+        """Whether ``loss`` reads ``REFERENCE_LOGITS`` of its micro-batch: the loop makes them anew each time, as those
+        of a whole rollout would not fit."""
+        return False
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether ``Scores.prompt_logits`` are read, and with ``needs_reference_logits`` those of the reference."""
+        return False
+
+    @property
+    def gather(self) -> Gather:
+        """The rows of all processes; what ``connect`` was given."""
+        return getattr(self, "_gather", one_process)
+
+    def connect(self, all_sum: AllSum, gather: Gather = one_process) -> None:
+        """Several processes share a rollout, whole groups each: statistics of the whole batch go through all_sum, and
+        what needs more than a sum through gather."""
+        self._all_sum, self._gather = all_sum, gather
+
+    def idle(self, plan: Plan) -> dict[str, str]:
+        """Options that cannot change anything with the others as they are, and why: to set one is an error."""
+        return {}
+
+    def acts_like(self, plan: Plan) -> str | None:
+        """What this objective turns into under this plan, in words, if it loses what makes it one; else None."""
+        return None
+
+    def loss_temperature(self, sampling: float) -> float:
+        """Temperature of the log-probabilities, entropies and logits of ``Scores``; that of sampling, if it does not
+        matter."""
+        return sampling
 
     def temperature(self, configured: float) -> float:
         """Sampling temperature of the next rollout."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from nvfp4.rl.objectives.base import Defaults
 from nvfp4.rl.objectives.prorl import ProRLv2
 
 
@@ -14,8 +15,9 @@ class BroRL(ProRLv2):
 
     A prompt that is solved with probability p says nothing with probability p^G + (1 - p)^G, so hard and easy prompts
     come back; the variance of the gradient falls with 1 / G. Advantages are made over whole groups before the loss, so
-    a group may be larger than a micro-batch.
+    a group may be larger than a micro-batch: 64 completions here, with 1,024 drawn at a time, so that a step of 32
+    times 512 fits one device.
     """
 
     name: ClassVar[str] = "brorl"
-    default_group: ClassVar[int | None] = 512
+    defaults: ClassVar[Defaults] = replace(ProRLv2.defaults, group=512, micro_batch=64, rollout_rows=1024)

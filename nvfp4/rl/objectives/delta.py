@@ -7,15 +7,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nvfp4.rl.objectives.base import AllSum, one_process
+from nvfp4.rl.objectives.base import AllSum, Defaults, one_process
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.samples import Samples, Scores
 
 HIDDEN = "hidden"
 LOWEST, SPAN = 0.8, 0.4
 """Weights before normalisation lie in [LOWEST, LOWEST + SPAN] (the authors' code)."""
-GAMMA_FLOOR = 1e-8
-"""Keeps equal margins from dividing 0 by 0 (ours): they give the sigmoid 0, so a weight of 1."""
+VARIANCE_FLOOR = 1e-8
+"""Least variance of margins (the authors' code): equal ones give the sigmoid 0, so all weights of a side are equal."""
 
 
 def token_weights(
@@ -28,12 +28,15 @@ def token_weights(
     if (counts[:2] == 0).any():
         return torch.ones_like(advantages, dtype=torch.float32)
     share = torch.ones_like(advantages, dtype=torch.float64)
+    gammas: list[torch.Tensor] = []
     for _ in range(1 + refinements):
         distances = [_distances(vectors, side * advantages.abs() * share, all_sum) for side in sides]
         margin = torch.where(sides[0], distances[1] - distances[0], distances[0] - distances[1])
+        spreads = [_spread(margin, side, count, all_sum) for side, count in zip(sides, counts[:2], strict=True)]
+        # As in the authors' code, margins to new means are divided by the spread of the margins to the means before.
+        lagging, gammas = gammas or spreads, spreads
         share = torch.zeros_like(share)
-        for side, count in zip(sides, counts[:2], strict=True):
-            gamma = _spread(margin, side, count, all_sum).clamp(min=GAMMA_FLOOR)
+        for side, gamma in zip(sides, lagging, strict=True):
             share = torch.where(side, torch.sigmoid(margin / gamma), share)
     weights = LOWEST + SPAN * share
     return (weights * (counts[2] / all_sum(weights.sum()))).float()
@@ -46,9 +49,10 @@ def _distances(vectors: torch.Tensor, weights: torch.Tensor, all_sum: AllSum) ->
 
 
 def _spread(margin: torch.Tensor, side: torch.Tensor, count: torch.Tensor, all_sum: AllSum) -> torch.Tensor:
-    """Standard deviation of the margins of one side, over the batch."""
+    """Standard deviation of the margins of one side, of the population of the whole batch."""
     mean = all_sum((margin * side).sum()) / count
-    return (all_sum(((margin - mean).square() * side).sum()) / count).sqrt()
+    variance = all_sum(((margin - mean).square() * side).sum()) / count
+    return variance.clamp(min=VARIANCE_FLOOR).sqrt()
 
 
 @dataclass(kw_only=True)
@@ -57,12 +61,14 @@ class DelTA(DAPO):
 
     Of the old policy, for each token: v = (1 - its probability) * the input of the output embedding. mu+ and mu-: means
     of v over the tokens of completions with positive and negative advantage, weighted by |A|. The margin of a token is
-    its squared distance to the other side's mean minus that to its own; weight = 0.8 + 0.4 sigmoid(margin / standard
-    deviation of the margins of its side), and 0.8 where A = 0; once more with means weighted by |A| * sigmoid; scaled
-    to a mean of 1. Dual clip 10. Ours: standard deviations of the population; weights of 1 where a side is empty.
+    its squared distance to the other side's mean minus that to its own; gamma is the standard deviation of the margins
+    of its side. Once more with means weighted by |A| * sigmoid(margin / gamma), but the old gamma; then weight = 0.8 +
+    0.4 sigmoid(margin / gamma), and 0.8 where A = 0, scaled to a mean of 1. Dual clip 10, 4 updates per rollout (32 of
+    128 prompts). Ours: weights of 1 where a side is empty.
     """
 
     name: ClassVar[str] = "delta"
+    defaults: ClassVar[Defaults] = Defaults(group=16, updates=4, weight_decay=0.1)
 
     dual_clip: float | None = 10.0
     dynamic_sampling: bool = False

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 Estimator = Literal["k1", "k2", "k3"]
+Importance = Literal["none", "score", "ratio"]
 
 
 def kl_estimate(
@@ -14,6 +15,7 @@ def kl_estimate(
     ref_logprobs: torch.Tensor,
     estimator: Estimator,
     *,
+    weights: torch.Tensor | None = None,
     log_ratio_clamp: float | None = None,
     value_clamp: float | None = None,
 ) -> torch.Tensor:
@@ -21,12 +23,14 @@ def kl_estimate(
 
     With d = log policy - log reference: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Drawn from the policy, k1 and k3
     are unbiased in value. As a loss only k2 has the gradient of the KL; k1's is 0 on average and k3's is that of
-    KL(reference || policy), unless they are multiplied by the ratio policy / old policy, which repairs both.
-    Clamps: of d to +-log_ratio_clamp before, of the estimate to +-value_clamp after; beyond them the gradient is 0.
+    KL(reference || policy), unless they are multiplied by the ratio policy / old policy, which repairs both. weights
+    [S, T]: that ratio, or 1 with its gradient; multiplied in between the clamps, as NeMo RL does. Clamps: of d to
+    +-log_ratio_clamp before, of the estimate to +-value_clamp after; beyond them the gradient is 0, the weights' too.
     """
     difference = logprobs - ref_logprobs
     if log_ratio_clamp is not None:
-        difference = difference.clamp(-log_ratio_clamp, log_ratio_clamp)
+        whole, difference = difference, difference.clamp(-log_ratio_clamp, log_ratio_clamp)
+        weights = weights if weights is None else torch.where(whole == difference, weights, weights.detach())
     if estimator == "k1":
         value = difference
     elif estimator == "k2":
@@ -35,6 +39,7 @@ def kl_estimate(
         value = torch.expm1(-difference) + difference  # exactly 0 where the two agree
     else:
         raise ValueError(f"unknown KL estimator {estimator!r}; known: k1, k2, k3")
+    value = value if weights is None else value * weights
     return value if value_clamp is None else value.clamp(-value_clamp, value_clamp)
 
 

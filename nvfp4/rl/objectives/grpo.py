@@ -14,7 +14,8 @@ class GRPO(PolicyGradient):
 
     A = (r - mean) / (std + 1e-4) of the group, standard deviation of the sample; clip 0.2; mean over the tokens of a
     completion, then over completions; plus kl_coef * k3 to a frozen reference. kl_coef is 0 here as in TRL, where the
-    paper has 0.04; DeepSeek-R1 (arXiv 2501.12948) has 0.001 with clips of 10, by TRL's paper index.
+    paper has 0.04; DeepSeek-R1 (arXiv 2501.12948) has 0.001 with clips of 10, by TRL's paper index. One update per
+    rollout, as in the paper and TRL: every ratio is 1 and the clip waits for more.
     """
 
     name: ClassVar[str] = "grpo"

@@ -42,6 +42,25 @@ def excused(
     return truncated & ~incorrect & ~looping & (draws < share)
 
 
+def distinct_grams(completions: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor, window: int) -> torch.Tensor:
+    """Distinct runs of ``window`` tokens among all of the sample's group, float32 [S] in (0, 1] (distinct-n, arXiv
+    1510.03055). completions: int64 [S, T], mask: bool [S, T], groups: int64 [S]. A shorter completion is one run.
+
+    Long answers that begin alike and then part are less than 1 here, where the share of distinct completions is not.
+    """
+    window = min(window, completions.shape[1])
+    rows = torch.where(mask, completions, -1).unfold(1, window, 1)  # [S, T - window + 1, window]
+    whole = mask.unfold(1, window, 1).all(dim=2)
+    whole[:, 0] |= mask[:, 0]  # the run at the start stands for a completion without a whole one
+    sample = torch.arange(len(rows), device=rows.device)[:, None].expand(whole.shape)[whole]
+    _, member = torch.unique(groups, return_inverse=True)
+    grams = torch.cat((member[sample][:, None], rows[whole]), dim=1)
+    distinct = torch.unique(grams, dim=0)[:, 0]
+    size = int(member.max()) + 1
+    share = torch.bincount(distinct, minlength=size) / torch.bincount(member[sample], minlength=size).clamp(min=1)
+    return torch.where(share > 0, share, 1.0)[member].float()
+
+
 def staged(step: int, starts: Sequence[int], values: Sequence[int], before: int) -> int:
     """The value of the latest stage whose start is at or before step; ``before`` ahead of the first."""
     reached = [value for start, value in zip(starts, values, strict=True) if start <= step]

@@ -14,8 +14,8 @@ from nvfp4.rl.objectives.advantages import (
     on_tokens,
 )
 from nvfp4.rl.objectives.aggregation import Aggregation, aggregate, token_mean
-from nvfp4.rl.objectives.base import Metrics
-from nvfp4.rl.objectives.divergence import Estimator, kl_estimate
+from nvfp4.rl.objectives.base import Metrics, Plan
+from nvfp4.rl.objectives.divergence import Estimator, Importance, kl_estimate
 from nvfp4.rl.objectives.rewarded import RewardedObjective
 from nvfp4.rl.objectives.surrogate import Ratio, clip_metrics, clipped_loss, log_ratio
 from nvfp4.rl.samples import Samples, Scores, Totals
@@ -46,8 +46,9 @@ class PolicyGradient(RewardedObjective):
     """Weight of the KL to the reference model; 0: no reference is needed."""
     kl: Estimator = "k3"
     """Estimator of the KL from the drawn tokens."""
-    kl_importance: bool = False
-    """Multiply the estimate by the ratio, which makes the gradient of k1 and k3 that of the KL."""
+    kl_importance: Importance = "none"
+    """Multiply the estimate by the ratio (TRL's use_bias_correction_kl), which makes the gradient of k1 and k3 that of
+    the KL; or by 1 with the gradient of the log-probability (score, NeMo RL): the same where the ratio is 1."""
     kl_log_ratio_clamp: float | None = None
     """Clamp of the log-ratio to the reference; None: none."""
     kl_value_clamp: float | None = None
@@ -62,6 +63,19 @@ class PolicyGradient(RewardedObjective):
     def upper_clip(self) -> float:
         """clip_high at this moment; kinds that control it say otherwise."""
         return self.clip_high
+
+    def idle(self, plan: Plan) -> dict[str, str]:
+        """At one update per rollout every ratio is exactly 1; and what belongs to a KL that is not there."""
+        found = super().idle(plan)
+        clips = ("clip_low", "clip_high", "dual_clip")
+        if self.ratio == "one":
+            found |= dict.fromkeys(clips, "ratio is one")
+        elif plan.updates == 1:
+            found |= dict.fromkeys(clips, "one update per rollout leaves every ratio at exactly 1")
+        if not self.kl_coef:
+            names = ("kl", "kl_importance", "kl_log_ratio_clamp", "kl_value_clamp")
+            found |= dict.fromkeys(names, "kl_coef is 0")
+        return found
 
     def advantages(self, samples: Samples) -> torch.Tensor:
         """As --advantage says."""
@@ -99,6 +113,12 @@ class PolicyGradient(RewardedObjective):
     def _kl(self, samples: Samples, logprobs: torch.Tensor, ratios: torch.Tensor) -> torch.Tensor:
         if samples.ref_logprobs is None:
             raise ValueError(f"{self.name} with kl_coef {self.kl_coef} needs ref_logprobs of a reference model")
-        clamps = {"log_ratio_clamp": self.kl_log_ratio_clamp, "value_clamp": self.kl_value_clamp}
-        kl = kl_estimate(logprobs, samples.ref_logprobs, self.kl, **clamps)
-        return kl * ratios.exp() if self.kl_importance else kl
+        log_weights = {"none": None, "score": logprobs - logprobs.detach(), "ratio": ratios}[self.kl_importance]
+        return kl_estimate(
+            logprobs,
+            samples.ref_logprobs,
+            self.kl,
+            weights=None if log_weights is None else log_weights.exp(),
+            log_ratio_clamp=self.kl_log_ratio_clamp,
+            value_clamp=self.kl_value_clamp,
+        )

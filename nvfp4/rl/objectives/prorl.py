@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from nvfp4.rl.objectives.aggregation import Aggregation
-from nvfp4.rl.objectives.base import RESET_REFERENCE
+from nvfp4.rl.objectives.base import RESET_REFERENCE, Defaults, Plan
 from nvfp4.rl.objectives.controllers import EntropyClip, ResetCriterion
 from nvfp4.rl.objectives.corrections import Correction
-from nvfp4.rl.objectives.divergence import Estimator
+from nvfp4.rl.objectives.divergence import Estimator, Importance
 from nvfp4.rl.objectives.lengths import cosine_penalty, staged
 from nvfp4.rl.objectives.policy_gradient import Advantage, PolicyGradient
 from nvfp4.rl.objectives.surrogate import Ratio
@@ -23,7 +23,8 @@ from nvfp4.rl.samples import Samples
 class ProRL(PolicyGradient):
     """Prolonged reinforcement learning (arXiv 2505.24864): GRPO with clips 0.2 and 0.4, dynamic sampling, sampling
     temperature 1.2, a small KL term that stays, and resets: when the KL term dominates or validation stalls, the policy
-    becomes the reference and the optimiser starts anew. The length limit is short for most of the run.
+    becomes the reference and the optimiser starts anew. The length limit is short for most of the run. 4 updates per
+    rollout (64 of 256 prompts), learning rate 2e-6.
 
     Ours, as nothing was published: the numbers of the reset criterion, the rule of the entropy-controlled clip, the
     shape of the scheduled length penalty. The KL is compared with the mean magnitude of the token loss: the mean itself
@@ -31,8 +32,7 @@ class ProRL(PolicyGradient):
     """
 
     name: ClassVar[str] = "prorl"
-    default_temperature: ClassVar[float | None] = 1.2
-    default_group: ClassVar[int | None] = 16
+    defaults: ClassVar[Defaults] = Defaults(group=16, updates=4, temperature=1.2, lr=2e-6)
 
     clip_high: float = 0.4
     dynamic_sampling: bool = True
@@ -78,6 +78,22 @@ class ProRL(PolicyGradient):
         criteria = (self.reset_kl_share, self.reset_patience, self.reset_every, self.reset_stall, self.reset_delta)
         self._reset = ResetCriterion(*criteria)
 
+    def idle(self, plan: Plan) -> dict[str, str]:
+        """Also the control of a clip that does not act, and resets of a reference that is not there."""
+        found = super().idle(plan)
+        if self.entropy_target is None:
+            found["clip_high_max"] = "entropy_target is not given"
+        if "clip_high" in found:
+            found |= dict.fromkeys(("entropy_target", "clip_high_max"), found["clip_high"])
+        resets = ("reset_kl_share", "reset_patience", "reset_every", "reset_stall", "reset_delta", "validation_metric")
+        if not self.kl_coef:
+            found |= dict.fromkeys(resets, "kl_coef is 0, so there is no reference")
+        elif not plan.evaluates:
+            found |= dict.fromkeys(("reset_stall", "reset_delta", "validation_metric"), "eval_every is 0")
+        if not self.length_penalty:
+            found |= dict.fromkeys(("length_penalty_period", "length_penalty_steps"), "length_penalty is 0")
+        return found
+
     @property
     def upper_clip(self) -> float:
         """What the entropy has made of --clip-high."""
@@ -119,19 +135,23 @@ class ProRL(PolicyGradient):
 class ProRLv2(ProRL):
     """ProRL v2, by NeMo RL's guide and configuration: REINFORCE++ (r - mean of the group, normalised over the tokens of
     the batch), clips 0.2 and 0.27, mean over tokens, "stop properly" (truncated completions earn nothing), k2 with
-    clamps 20 and 10, IcePop weights inside [0.5, 5]."""
+    clamps 20 and 10 and the score function's gradient, IcePop weights inside [0.5, 5]. Temperature 1, one update per
+    rollout (all 512 completions), learning rate 5e-6, and no resets of the reference."""
 
     name: ClassVar[str] = "prorl_v2"
+    defaults: ClassVar[Defaults] = Defaults(group=16, lr=5e-6, weight_decay=0.01)
 
     advantage: Advantage = "reinforce_plus_plus"
     aggregation: Aggregation = "dapo"
     clip_high: float = 0.27
     truncated: Literal["keep", "mask", "scale"] = "scale"
     kl: Estimator = "k2"
+    kl_importance: Importance = "score"
     kl_log_ratio_clamp: float | None = 20.0
     kl_value_clamp: float | None = 10.0
     correction: Correction = "token_mask"
     correction_high: float = 5.0
+    reset_kl_share: float = 0.0
 
 
 @dataclass(kw_only=True)

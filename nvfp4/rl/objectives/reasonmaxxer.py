@@ -1,38 +1,59 @@
-"""ReasonMaxxer: reinforcement learning only where the base model hesitates."""
+"""ReasonMaxxer: reinforcement learning only where the base model hesitates.
+
+Three decisions come before the loss, each over the whole batch of all processes: which problems are used (those that
+are solved about half of the time), which of their completions (the shortest), and which tokens of these are decisions.
+Everything else, the prompt included, is held where the base model has it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
-from nvfp4.rl.objectives.advantages import has_spread, on_tokens, population_advantages
+from nvfp4.rl.objectives.advantages import on_tokens, place_in_group, population_advantages
 from nvfp4.rl.objectives.aggregation import token_mean
-from nvfp4.rl.objectives.base import Metrics, Objective
+from nvfp4.rl.objectives.base import (
+    REFERENCE_LOGITS,
+    REFERENCE_PROMPT_LOGITS,
+    Defaults,
+    Metrics,
+    Objective,
+    Plan,
+)
 from nvfp4.rl.objectives.divergence import exact_kl, kl_estimate
 from nvfp4.rl.samples import Samples, Scores, Totals
 
-BASE_ENTROPY, BASE_LOGPROBS, DECISION, SCALE = "base_entropy", "base_logprobs", "decision", "token_scale"
+BASE_ENTROPY, DECISION, USED, WEIGHT = "base_entropy", "decision", "used", "weight"
+_PLACE_BITS = 20  # of the number of a sample, for its place in the group; the others are the group
 
 
-def near_even_groups(rewards: torch.Tensor, groups: torch.Tensor, most: int) -> torch.Tensor:
-    """bool [S]: samples of the ``most`` groups with spread whose mean reward is nearest 1/2, earlier groups first."""
-    spread = has_spread(rewards, groups)
-    distance = {}
-    for group in dict.fromkeys(groups[spread].tolist()):
-        distance[group] = abs(rewards[groups == group].mean().item() - 0.5)
-    chosen = sorted(distance, key=lambda group: distance[group])[:most]
-    return torch.isin(groups, torch.tensor(chosen, dtype=groups.dtype, device=groups.device))
-
-
-def shortest(lengths: torch.Tensor, groups: torch.Tensor, share: float) -> torch.Tensor:
-    """bool [S]: the shortest ``share`` of each group, to the nearest count but at least one, earlier ones first."""
-    order = torch.argsort(lengths, stable=True)
-    kept = torch.zeros_like(groups, dtype=torch.bool)
+def chosen_groups(
+    rewards: torch.Tensor, groups: torch.Tensor, lengths: torch.Tensor, cut: torch.Tensor, most: int
+) -> set[int]:
+    """The ``most`` groups with right and wrong completions whose mean reward is nearest 1/2, as a set of numbers; among
+    equals those with fewer that were cut by the length limit, then shorter ones, then those of lower number. All
+    [S]."""
+    ranks = []
     for group in torch.unique(groups).tolist():
-        members = order[groups[order] == group]
-        kept[members[: max(1, round(share * len(members)))]] = True
+        members = groups == group
+        of_group = rewards[members].double()
+        if bool((of_group != of_group[0]).any()):
+            distance = abs(float(of_group.mean()) - 0.5)
+            mean = float(lengths[members].double().mean())
+            ranks.append((distance, int(cut[members].sum()), mean, group))
+    return {rank[-1] for rank in sorted(ranks)[:most]}
+
+
+def shortest(lengths: torch.Tensor, cut: torch.Tensor, numbers: torch.Tensor, share: float) -> torch.Tensor:
+    """bool [S]: the shortest ``share`` of all samples, to the nearest count; among equals those that were not cut, then
+    those of lower number."""
+    rows = zip(lengths.tolist(), cut.tolist(), numbers.tolist(), range(len(lengths)), strict=True)
+    ranked = [row[-1] for row in sorted(rows)]
+    kept = torch.zeros_like(cut)
+    kept[ranked[: round(share * len(ranked))]] = True
     return kept
 
 
@@ -40,28 +61,36 @@ def shortest(lengths: torch.Tensor, groups: torch.Tensor, share: float) -> torch
 class ReasonMaxxer(Objective):
     """Entropy-gated policy gradient on samples of the base model (arXiv 2605.06241; details from the authors' code).
 
-    Decision tokens are those at which the base model's entropy exceeds ``entropy_gate``. The loss is the mean over them
-    of -A log policy, A = (r - mean) / population standard deviation of the group, clipped to +-2.5, plus ``kl_coef``
-    times the mean over all other tokens of KL(base || policy). Only the groups with pass rates nearest 1/2 and the
-    shortest completions are used. Measured here on small tasks: signed advantages diverge easily; ``self_distillation``
-    with an entropy gate does not. The paper's order of samples (a curriculum) is left to the loop.
+    Used are the problems with pass rates nearest 1/2 (50 of 300), and of all their completions together the shortest
+    80 %. A = (r - mean) / population standard deviation of those left of a group, clipped to +-2.5. Decision tokens are
+    those at which the base model's entropy exceeds ``entropy_gate``. The loss is the mean over completions of [the mean
+    over its decision tokens of -A log policy] + ``kl_coef`` [the mean over its other tokens, those of the prompt
+    included, of KL(base || policy)], all at temperature 1, while sampling is at 0.6 with top-p 0.95.
+
+    Theirs is offline: one set of samples, 8 completions to an update, at most 149 updates with LoRA at a learning rate
+    of 1e-4, ordered by |A| times the share of decisions. Here a step draws anew, its updates keep the order of the
+    prompts, and all weights learn. Ours, too: that a reward which is not 0 or 1 is a pass rate. Measured on small
+    tasks: signed advantages diverge easily; ``rejection_sampling`` with an entropy gate does not.
     """
 
     name: ClassVar[str] = "reasonmaxxer"
-    default_group: ClassVar[int | None] = 20
+    defaults: ClassVar[Defaults] = Defaults(group=20, updates=4, temperature=0.6, top_p=0.95)
+    renamed: ClassVar[Mapping[str, str]] = {"problems": "problem_share=0.17 (50 of 300)"}
 
     entropy_gate: float = 1.4
-    """Entropy of the base model, in nats, above which a token is a decision; the paper's for a 1.5B model."""
+    """Entropy of the base model at temperature 1, in nats, above which a token is a decision; the paper's for a 1.5B
+    model."""
     kl_coef: float = 0.2
     """Weight of the KL to the base model on all other tokens."""
     kl: Literal["exact", "k3"] = "exact"
-    """Over the whole vocabulary, keeping the base model's log-probabilities [S, T, V]; or estimated, keeping [S, T]."""
+    """Over the whole vocabulary and with the prompt, which takes a forward of the base model in every micro-batch; or
+    estimated from the drawn tokens of the completion."""
     advantage_clip: float = 2.5
     """Bound on the magnitude of an advantage."""
-    problems: int = 50
-    """Groups of a rollout that are used, those with both signs and pass rates nearest 1/2."""
+    problem_share: float = 1 / 6
+    """Share of the groups of a step that is used, those with both signs and pass rates nearest 1/2; at least one."""
     shortest_share: float = 0.8
-    """Share of each group that is used, the shortest completions."""
+    """Share of their completions that is used, the shortest of all."""
 
     @property
     def needs_reference(self) -> bool:
@@ -71,19 +100,31 @@ class ReasonMaxxer(Objective):
     @property
     def needs_logits(self) -> bool:
         """For the exact KL."""
-        return self.kl == "exact"
+        return self.needs_reference_logits
+
+    @property
+    def needs_reference_logits(self) -> bool:
+        """For the exact KL."""
+        return self.kl == "exact" and self.kl_coef != 0
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """The exact KL holds the prompt, too."""
+        return self.needs_reference_logits
+
+    def idle(self, plan: Plan) -> dict[str, str]:
+        """The kind of a KL without weight."""
+        return {} if self.kl_coef else {"kl": "kl_coef is 0"}
+
+    def loss_temperature(self, sampling: float) -> float:
+        """1: entropies, likelihoods and the KL are those of the model as it is."""
+        return 1.0
 
     def remember(
         self, samples: Samples, scores: Scores, source: Literal["old", "reference"]
     ) -> dict[str, torch.Tensor]:
-        """The base model's entropy, and for the exact KL its log-probabilities."""
-        if source == "old":
-            return {}
-        if self.kl != "exact":
-            return {BASE_ENTROPY: scores.entropy}
-        if scores.logits is None:
-            raise ValueError("reasonmaxxer with the exact KL needs the logits of the base model")
-        return {BASE_ENTROPY: scores.entropy, BASE_LOGPROBS: scores.logits.detach().log_softmax(dim=-1)}
+        """The base model's entropy."""
+        return {BASE_ENTROPY: scores.entropy} if source == "reference" else {}
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
         """With decisions and advantages. What was not remembered of the base is taken from ``old``: in the first
@@ -92,41 +133,68 @@ class ReasonMaxxer(Objective):
             samples = replace(samples, old_logprobs=old.logprobs.detach())
         if BASE_ENTROPY not in samples.extra:
             samples = replace(samples, extra={**samples.extra, **self.remember(samples, old, "reference")})
-        rewards, groups = samples.rewards, samples.groups
-        used = near_even_groups(rewards, groups, self.problems) & shortest(samples.lengths, groups, self.shortest_share)
+        used, weight = self._used(samples)
+        advantages = torch.zeros_like(samples.rewards)
+        if bool(used.any()):
+            advantages[used] = population_advantages(samples.rewards[used], samples.groups[used])
         bound = self.advantage_clip
-        advantages = population_advantages(rewards, groups).clamp(-bound, bound)
         samples = samples.within(used[:, None])
-        decision = samples.mask & (samples.extra[BASE_ENTROPY] > self.entropy_gate)
-        other = samples.mask & ~decision
-        # Two means over different tokens, with one count of tokens in Totals: scale each by all / its own.
-        counts = self.all_sum(torch.stack((decision.sum(), other.sum())).double())
-        scale = counts.sum() / counts.clamp(min=1)
-        scales = torch.where(decision, scale[0], torch.where(other, scale[1], 0.0)).float()
-        extra = {**samples.extra, DECISION: decision, SCALE: scales}
-        return replace(samples, advantages=on_tokens(advantages, samples.mask), extra=extra)
+        decision = samples.mask & (samples.extra[BASE_ENTROPY] > self.entropy_gate) & (advantages != 0)[:, None]
+        weights = torch.where(used, weight, 0.0).float()
+        extra = {**samples.extra, DECISION: decision, USED: used, WEIGHT: weights}
+        return replace(samples, advantages=on_tokens(advantages.clamp(-bound, bound), samples.mask), extra=extra)
+
+    def _used(self, samples: Samples) -> tuple[torch.Tensor, float]:
+        """Which samples are used, bool [S], and what makes up for the others in a mean over all samples.
+
+        Decided over all processes by the numbers of the samples, so that no process is another's part of a batch.
+        """
+        numbers = (samples.groups << _PLACE_BITS) + place_in_group(samples.groups)
+        columns = (numbers, samples.lengths, samples.truncated.long())
+        table = self.gather(torch.stack(columns, dim=1))
+        rewards = self.gather(samples.rewards)
+        every, lengths, cut = table[:, 0], table[:, 1], table[:, 2].bool()
+        groups = every >> _PLACE_BITS
+        most = max(1, round(self.problem_share * len(torch.unique(groups))))
+        chosen = chosen_groups(rewards, groups, lengths, cut, most)
+        among = torch.isin(groups, torch.tensor(sorted(chosen), dtype=groups.dtype, device=groups.device))
+        every, lengths, cut = every[among], lengths[among], cut[among]
+        kept = every[shortest(lengths, cut, every, self.shortest_share)]
+        return torch.isin(numbers, kept), len(table) / max(1, len(kept))
 
     def describe(self, samples: Samples) -> dict[str, float]:
-        """Share of the tokens that are decisions."""
-        tokens = samples.mask.sum().clamp(min=1)
-        return {"decision_share": (samples.extra[DECISION].sum() / tokens).item()}
+        """Shares of the completions that are used, and of their tokens that are decisions."""
+        decisions = samples.extra[DECISION].sum() / samples.mask.sum().clamp(min=1)
+        return {"used_share": samples.extra[USED].float().mean().item(), "decision_share": decisions.item()}
 
     def loss(self, samples: Samples, scores: Scores, totals: Totals) -> tuple[torch.Tensor, Metrics]:
-        """The share of this micro-batch in the two means."""
+        """The share of this micro-batch in the mean over completions."""
         assert samples.advantages is not None, "prepare puts them there"
-        decision, scale = samples.extra[DECISION], samples.extra[SCALE]
-        policy = token_mean(-samples.advantages * scores.logprobs * scale, decision, totals)
-        kl = token_mean(self._kl(samples, scores) * scale, samples.mask & ~decision, totals)
-        metrics = {"policy_loss": policy.detach(), "kl": kl.detach()}
+        decision, weights = samples.extra[DECISION], samples.extra[WEIGHT] / totals.samples
+        pushed = torch.where(decision, -samples.advantages * scores.logprobs, 0.0).sum(dim=1)
+        policy = (weights * pushed / decision.sum(dim=1).clamp(min=1)).sum()
+        metrics = {"policy_loss": policy.detach()}
         metrics["entropy"] = token_mean(scores.entropy, samples.mask, totals)
-        return policy + self.kl_coef * kl, metrics
+        if not self.kl_coef:
+            return policy, metrics
+        kl = (weights * self._held(samples, scores)).sum()
+        return policy + self.kl_coef * kl, {**metrics, "kl": kl.detach()}
 
-    def _kl(self, samples: Samples, scores: Scores) -> torch.Tensor:
-        """KL(base || policy) [S, T]."""
-        if self.kl == "exact":
-            if scores.logits is None:
-                raise ValueError("reasonmaxxer with the exact KL needs Scores.logits")
-            return exact_kl(samples.extra[BASE_LOGPROBS], scores.logits)
-        base = samples.ref_logprobs if samples.ref_logprobs is not None else samples.old_logprobs
-        assert base is not None, "prepare puts them there"
-        return kl_estimate(base, torch.where(samples.mask, scores.logprobs, 0.0), "k3")
+    def _held(self, samples: Samples, scores: Scores) -> torch.Tensor:
+        """KL(base || policy) [S], the mean over the tokens of a completion that are not decisions."""
+        other = samples.mask & ~samples.extra[DECISION]
+        if self.kl != "exact":
+            base = samples.ref_logprobs if samples.ref_logprobs is not None else samples.old_logprobs
+            assert base is not None, "prepare puts them there"
+            values = kl_estimate(base, torch.where(samples.mask, scores.logprobs, 0.0), "k3")
+            return torch.where(other, values, 0.0).sum(dim=1) / other.sum(dim=1).clamp(min=1)
+        if scores.logits is None or scores.prompt_logits is None or REFERENCE_LOGITS not in samples.extra:
+            raise ValueError("reasonmaxxer with the exact KL needs logits of policy and base, the prompt's too")
+        # The first token of a prompt has no distribution before it, and padding is no token.
+        length = samples.prompt_length
+        prompt = samples.attention[:, : length - 1] & samples.attention[:, 1:length] & samples.extra[USED][:, None]
+        behind = torch.where(other, exact_kl(samples.extra[REFERENCE_LOGITS], scores.logits), 0.0)
+        before = exact_kl(samples.extra[REFERENCE_PROMPT_LOGITS], scores.prompt_logits)
+        before = torch.where(prompt, before, 0.0)
+        count = (other.sum(dim=1) + prompt.sum(dim=1)).clamp(min=1)
+        return (behind.sum(dim=1) + before.sum(dim=1)) / count

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from nvfp4.rl.objectives.advantages import has_spread
-from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.objectives.base import Objective, Plan
 from nvfp4.rl.objectives.corrections import Correction, importance_weights, out_of_bounds
 from nvfp4.rl.objectives.lengths import overlong_penalty
 from nvfp4.rl.samples import Samples, Scores
@@ -26,7 +26,9 @@ class RewardedObjective(Objective):
     truncated_scale: float = 0.0
     """What the reward of a cut completion is multiplied by with --truncated scale ("stop properly")."""
     overlong_share: float = 0.0
-    """Last share of the length limit, over which a penalty falls from 0 to -1; 0: no penalty."""
+    """Last share of the length limit, over which a penalty falls from 0 to -overlong_penalty; 0: no penalty."""
+    overlong_penalty: float = 0.5
+    """That penalty at the limit: half of what a right answer is ahead of a wrong one, if rewards are 0 and 1."""
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all equal by others."""
     correction: Correction = "none"
@@ -42,7 +44,23 @@ class RewardedObjective(Objective):
             return torch.where(samples.truncated, samples.rewards * self.truncated_scale, samples.rewards)
         if not self.overlong_share:
             return samples.rewards
-        return samples.rewards + overlong_penalty(samples.lengths, samples.limit, self.overlong_share)
+        penalty = overlong_penalty(samples.lengths, samples.limit, self.overlong_share)
+        return samples.rewards + self.overlong_penalty * penalty
+
+    def idle(self, plan: Plan) -> dict[str, str]:
+        """Scales, penalties and bounds whose part is switched off."""
+        found = {}
+        if self.truncated != "scale":
+            found["truncated_scale"] = f"truncated is {self.truncated}, not scale"
+        if self.truncated == "scale":
+            found |= dict.fromkeys(("overlong_share", "overlong_penalty"), "truncated is scale, which takes its place")
+        elif not self.overlong_share:
+            found["overlong_penalty"] = "overlong_share is 0"
+        if not self.correction.endswith(("_mask", "_mask_token")):
+            found["correction_low"] = f"correction {self.correction} drops nothing"
+        if not self.correction.endswith(("_truncate", "_mask", "_mask_token")):
+            found["correction_high"] = f"correction {self.correction} has no bound"
+        return found
 
     def keep(self, samples: Samples) -> torch.Tensor:
         """Groups with at least two different rewards, if sampling is dynamic."""

@@ -89,6 +89,14 @@ class Countdown(Task):
             return 0.0
         return float(value == problem.data["target"] and sorted(used) == problem.data["numbers"])
 
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """An expression of any numbers and value."""
+        try:
+            evaluate(completion)
+        except ExpressionError:
+            return False
+        return True
+
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
         """The same numbers in any order with any operators: mostly wrong."""
         numbers = re.findall(r"\d+", problem.answer)

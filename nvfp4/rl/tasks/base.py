@@ -55,6 +55,14 @@ class Task(ABC):
         """Rewards of many completions, each of the problem at its place; what raises or is no reward scores 0."""
         return [self._verdict(p, text) for p, text in zip(problems, completions, strict=True)]
 
+    def final(self, completion: str) -> str:
+        """The answer within a completion, by which answers are counted for a majority; "" for none."""
+        return completion.strip()
+
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """Whether a completion looks like an answer, right or wrong. Never raises on any text."""
+        return bool(self.final(completion))
+
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
         """A wrong or doubtful demonstration, for the noisy teacher of a warm start."""
         return problem.answer

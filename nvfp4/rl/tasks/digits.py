@@ -28,6 +28,10 @@ class ExactTask(Task):
     def reward(self, problem: Problem, completion: str) -> float:
         return float(completion == problem.answer)
 
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """Digits and nothing else."""
+        return completion.isascii() and completion.isdigit()
+
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
         return replace_digit(problem.answer, rng)
 
@@ -87,6 +91,15 @@ class Parity(DigitsTask):
 
     def reward(self, problem: Problem, completion: str) -> float:
         return float(completion.rpartition("=")[1:] == problem.answer.rpartition("=")[1:])
+
+    def final(self, completion: str) -> str:
+        """What is after the last "="."""
+        _, equals, parity = completion.rpartition("=")
+        return parity if equals else ""
+
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """Bits, and one of them after "="."""
+        return self.final(completion) in ("0", "1") and not completion.strip("01").strip("=")
 
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
         """One scratch bit or parity is wrong, and so is what follows from it: the final parity."""

@@ -78,6 +78,10 @@ class FillIn(Task):
     def reward(self, problem: Problem, completion: str) -> float:
         return float(completion.strip() == problem.answer)
 
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """One of the letters that were offered."""
+        return completion.strip() in set(LETTERS[: self.options])
+
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
         """Another letter."""
         return LETTERS[(LETTERS.index(problem.answer) + int(rng.integers(1, self.options))) % self.options]
