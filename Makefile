@@ -8,7 +8,7 @@ OLD_TRITON := build/triton-3.6
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
 
-.PHONY: train rl test lint unit sanitize aarch64 bench benchrl gpu aot cuda clean help
+.PHONY: train rl test lint unit sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -62,8 +62,11 @@ bench: $(READY) ## time the quantisers and the linear layer, and keep the figure
 benchrl: $(READY) ## the comparison of make rl, kept as data
 	$(BIN)/python -m benchmarks.bench_rl --keep rl
 
-gpu: ## on a machine with a GPU, torch and triton: check everything, time it, judge it, in ten minutes
-	$(PYTHON) -m benchmarks.on_gpu --out build/on_gpu $(ARGS)
+gpu: ## on a machine with a GPU, torch and triton: check everything, time it, judge it, in two calls of 5 and 6 minutes
+	@for call in 1 2; do $(PYTHON) -m benchmarks.on_gpu --call $$call --out build/on_gpu $(ARGS) || bad=1; done; exit $$bad
+
+rehearsal: $(READY) ## both calls of make gpu on the CPU, at a tenth of the sizes, with faults injected
+	$(BIN)/python -m benchmarks.gpu.rehearsal $(ARGS)
 
 aot: $(READY) $(OLD_TRITON)/.ready ## compile every Triton kernel for eight kinds of GPU with two Tritons, no GPU needed
 	$(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot.json

@@ -1,0 +1,210 @@
+"""What each stage is expected to take, and from what: ``benchmarks/results/on_gpu_plan.json``, ``on_gpu --plan``.
+
+Measured, on any machine with the Triton that GPU users have and with nvcc, by
+
+    python -m benchmarks.gpu.plan --measure build/plan --keep benchmarks/results/on_gpu_plan.json
+
+is the user CPU time of each unit of a stage that compiles, with Triton's JIT compiling for an H100 over a driver that
+launches nothing, and the time of nvcc for each CUDA source for sm_90a. The same seconds on 16 hardware threads, taken
+as 8 times as fast as one, and what the code itself waits for (timing) are the expected time. What a GPU does to it, the
+making of a CUDA context above all, is an assumption and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.calls import BUDGET_MINUTES, RESERVE, stages
+from benchmarks.gpu.processes import Runner, Stage, Unit
+from benchmarks.gpu.rates import SECONDS
+from benchmarks.gpu.rows import Findings
+from benchmarks.gpu.rows import Stage as Ended
+from benchmarks.gpu.settings import Settings
+from nvfp4.backends.cuda_targets import FLAGS
+from nvfp4.bench.timing import machine
+
+ROOT = Path(__file__).parent.parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "on_gpu_plan.json"
+
+SPEED = 8
+"""How many times as fast as one thread 16 hardware threads compile: as many as there are cores."""
+
+CONTEXT = 1.2
+"""Seconds of a unit beside its work. 0.4 of imports were measured; 0.8 for a CUDA context and for loading kernels that
+lie in Triton's cache are assumed."""
+
+SLOWER = 1.4
+"""By how much longer the slowest CUDA source takes while all threads are busy. Assumed."""
+
+WAITS = {
+    "rates:machine_facts": 2 * 0.6 + 3.0,
+    "rates:quantising": 3 * SECONDS + 0.3,
+    "rates:from_codes": 2 * SECONDS + 0.3,
+    "rates:multiplying": 5 * SECONDS + 0.5,
+    "rates:linear": 4 * SECONDS + 2.5,
+    "rates:one_more_layer": 1.0,
+    "checks:large": 0.8,
+    "tools:tests": 105.0,
+    "tools:sanitizer": 40.0,
+    "tools:counters": 5.0,
+    "layers:compiled_layer": 15.0,
+}
+"""Seconds that a unit waits by its own code: what it times, by the number of its candidates, and what is assumed: 2.5
+for the self-checks and the profile of a layer, 15 for torch.compile, 40 for torch under compute-sanitizer, 5 for one
+call under ncu, 105 for pytest in 16 processes, which is cut off at its limit with every failure written till then."""
+
+
+def measure(folder: Path, names: list[str], workers: int, seconds: float) -> None:
+    """Time the units of these stages, and with "build" nvcc, for at most so many seconds; into files of a folder, so
+    that a measurement that was ended goes on from there."""
+    end = time.monotonic() + seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # empty at first, as on a fresh machine
+    if "build" in names and not (folder / "build.json").exists():
+        (folder / "build.json").write_text(json.dumps(_nvcc()))
+    for call in (1, 2):
+        for stage in stages(call):
+            if stage.name in names:
+                _time_units(stage, call, folder, workers, end)
+
+
+def _time_units(stage: Stage, call: int, folder: Path, workers: int, end: float) -> None:
+    """Triton's units of a stage that have no time yet."""
+    path = folder / f"{stage.name}.jsonl"
+    units = tuple(
+        unit._replace(seconds=3600)
+        for unit in stage.units
+        if _compiles(unit) and unit.name not in _times(path, stage.name)
+    )
+    units = tuple(random.Random(0).sample(units, len(units)))  # whenever it is ended, it has timed some of each kind
+    settings = Settings(call=call, folder=str(folder), kind="compile", build=False)
+    runner = Runner(path, folder / "log", settings, quiet=True)
+    try:
+        runner.run_stage(stage._replace(workers=workers, units=units), end)
+    finally:
+        runner.end_all("interrupted")
+
+
+def _times(path: Path, stage: str) -> dict[str, float]:
+    """CPU seconds of each unit that was timed to its end."""
+    ended = Findings.of(path).stages.get(stage, Ended()).units
+    return {name: unit["cpu s"] for name, unit in ended.items() if unit["state"] == "done" and "cpu s" in unit}
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What was measured so far, with what it was measured."""
+    import torch
+    import triton
+
+    facts = {"triton": triton.__version__, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    facts["processor"] = machine()["processor"]
+    facts["unit"] = "user CPU seconds of one thread"
+    times = {path.stem: _times(path, path.stem) for path in sorted(folder.glob("*.jsonl"))}
+    build = folder / "build.json"
+    return facts | {"nvcc sm_90a": json.loads(build.read_text()) if build.exists() else {}, "stages": times}
+
+
+def table(call: int) -> list[dict[str, Any]]:
+    """Per stage of a call: units, CPU seconds of compiling, expected and allowed seconds."""
+    figures = json.loads(KEPT.read_text())
+    rows = []
+    for stage in stages(call):
+        times = figures["stages"].get(stage.name, {})
+        seconds = [_cpu_seconds(unit, stage.units, times) for unit in stage.units]
+        cpu = sum(seconds)
+        waits = [CONTEXT + WAITS.get(unit.function, 0.0) for unit in stage.units]
+        if stage.workers == 1:
+            expected = sum(waits) + cpu
+        else:  # all threads are busy, but no stage is shorter than its longest unit
+            longest = max(map(sum, zip(seconds, waits, strict=True)))
+            threads = min(stage.workers, SPEED)
+            expected = max((cpu + sum(waits)) / threads, longest)
+        if stage.name == "smoke":
+            expected = max(expected, build_seconds(figures) + CONTEXT)
+        row = {"call": call, "stage": stage.name, "units": len(stage.units), "timed here": len(times)}
+        rows.append(row | {"CPU s": round(cpu, 1), "expected s": round(expected, 1), "limit s": stage.limit})
+    return rows
+
+
+def build_seconds(figures: dict[str, Any]) -> float:
+    """Of ``_cuda`` for one target: its slowest source, beside Triton's compilers."""
+    return SLOWER * max(figures["nvcc sm_90a"].values(), default=0.0)
+
+
+def _cpu_seconds(unit: Unit, units: Iterable[Unit], times: dict[str, float]) -> float:
+    """As measured; for a unit that compiles and was not timed, the mean of those of its kind that were."""
+    if unit.name in times or not _compiles(unit):
+        return times.get(unit.name, 0.0)
+    alike = [times[other.name] for other in units if other.function == unit.function and other.name in times]
+    known = alike or list(times.values())
+    return sum(known) / len(known) if known else 0.0
+
+
+def show() -> int:
+    """Print it."""
+    figures = json.loads(KEPT.read_text())
+    about = ", ".join(f"{key} {figures[key]}" for key in ("triton", "processor", "date", "unit"))
+    print(f"Measured: {about}.\nExpected: compiling / {SPEED}, {CONTEXT} s per process, and what units wait for.\n")
+    for call, minutes in BUDGET_MINUTES.items():
+        rows = table(call)
+        heads = list(rows[0])
+        widths = {head: max(len(head), *(len(str(row[head])) for row in rows)) for head in heads}
+        for row in [dict(zip(heads, heads, strict=True)), *rows]:
+            print("  ".join(f"{row[head]!s:>{widths[head]}}" for head in heads))
+        expected, limit = (sum(row[key] for row in rows) for key in ("expected s", "limit s"))
+        print(f"call {call}: {expected:.0f} s expected, {limit + RESERVE:.0f} at most, {60 * minutes:.0f} its budget\n")
+    build = figures["nvcc sm_90a"]
+    slowest = max(build, key=build.get, default="-")
+    print(f"_cuda for sm_90a, beside it: {build_seconds(figures):.0f} s, as long as {slowest} takes")
+    return 0
+
+
+def _compiles(unit: Unit) -> bool:
+    """Whether a unit has Triton compile something that is not in its cache yet, and that a CPU can pass to it."""
+    room, _, function = unit.function.partition(":")
+    elsewhere = {"cuda", "scaled_mm"} & set(map(str, unit.arguments))
+    return room in ("checks", "layers") and not elsewhere and function not in ("compiled_layer", "large")
+
+
+def _nvcc() -> dict[str, float]:
+    """Seconds of each CUDA source for sm_90a alone, one after the other, with setup.py's flags."""
+    flags = [*FLAGS, "--compress-mode=size", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            command = ["nvcc", *flags, "-c", source, "-o", f"{folder}/object.o"]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            seconds[Path(source).name] = round(after - before, 1)
+    return seconds
+
+
+def main() -> int:
+    """Measure, and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", type=Path, required=True, metavar="FOLDER", help="where it goes on from")
+    parser.add_argument("--keep", type=Path, help=f"write the figures there, e.g. {KEPT.relative_to(ROOT)}")
+    parser.add_argument("--stages", nargs="+", default=["build", "smoke", "graphs", "others"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=7200.0)
+    args = parser.parse_args()
+    measure(args.measure, args.stages, args.workers, args.seconds)
+    if args.keep:
+        args.keep.write_text(json.dumps(kept(args.measure), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Both calls on a CPU, through every branch, with faults injected on purpose: python -m benchmarks.gpu.rehearsal
+
+    1. stand-ins of compute-sanitizer and ncu are written to a folder that comes first on PATH
+    2. call 1 and call 2 run within their budgets at a tenth of the sizes, each fault of ``FAULTS`` in its unit
+    3. call 1 runs once more with seconds as its budget: what it did not reach must be named
+    4. the reports are judged: each fault is one row that says what happened, and nothing else is wrong
+
+Code 0 if all of that holds. ``--short`` takes one unit of each kind and a hundredth of the sizes: a test runs that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu import report
+from benchmarks.gpu.calls import stages
+from benchmarks.gpu.rows import Findings
+from benchmarks.gpu.settings import Settings
+from benchmarks.on_gpu import ROOT, commit_of, run_call
+
+FAULTS: dict[int, dict[str, tuple[str, str]]] = {
+    1: {
+        "cuda quantise sr 256x512 bf16": ("wrong bits", "rows normal"),
+        "triton quantise rtn 256x512 bf16": ("raise", "illegal memory access"),
+        "triton quantise sr 17x33 bf16": ("segfault", "SIGSEGV"),
+        "explain transpose": ("killed", "SIGKILL"),
+        "triton both rtn": ("hang", "longer than"),
+        "linear 4096 nvidia": ("silent", "without a word"),
+        "cuda graph of rtn": ("wrong bits", "wide"),
+        "triton 2^31 rows": ("raise", "illegal memory access"),
+    },
+    2: {
+        "pytest": ("", "planted"),
+        "racecheck cuda": ("errors", "hazard"),
+        "memcheck triton": ("hang", "longer than"),
+        "ncu cuda both": ("missing tool", "ncu is missing"),
+        "ncu triton rtn": ("killed", "SIGKILL"),
+        "triton product 1x1x1": ("wrong bits", "bf16"),
+        "triton quantise rtn 17x33 f32": ("segfault", "SIGSEGV"),
+        "triton layer rl f32": ("silent", "without a word"),
+    },
+}
+"""By call and unit: the fault, and what the report must say of it. In ``pytest`` a planted test fails."""
+
+BESIDE = {
+    1: (
+        "card and clocks",
+        "cuda quantise ms_eden(2, search) 17x33 bf16",
+        "matmul_decoded",
+        "GEMM tile 4",
+        "explain quantize rtn",
+        "cuda layer quartet2 bf16",
+        "cuda both ms_eden(1)",
+        "GEMM 4096",
+        "cuda decode",
+        "triton requantise ms_eden(1)",
+        "linear 4096 search_eden",
+        "memory bf16",
+        "triton graph of layer quartet2",
+        "triton two streams quartet2",
+        "cuda waits for nothing nvidia",
+        "triton compiles once",
+        "scaled_mm 2^31 product",
+        "cuda 2^31 columns",
+    ),
+    2: ("card and clocks", "ncu triton amax", "scaled_mm product 257x130x96", "cuda misaligned sr"),
+}
+"""What the short rehearsal runs beside the units with faults."""
+
+SANITIZER = """#!/bin/sh
+tool=$2
+shift 4
+"$@" || exit 1
+errors=${STAND_IN_ERRORS:-0}
+if [ "$tool" = racecheck ]; then
+  [ "$errors" = 0 ] || echo "========= Error: Race reported, a planted hazard"
+  echo "========= RACECHECK SUMMARY: $errors hazards displayed ($errors errors, 0 warnings)"
+else
+  echo "========= ERROR SUMMARY: $errors errors"
+fi
+"""
+
+NCU = """#!/bin/sh
+while [ "$1" != "--log-file" ]; do shift; done
+log=$2
+shift 2
+"$@" || exit 1
+cat >"$log" <<'END'
+==PROF== Connected to process 1 (stand-in)
+"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
+"","","us","register/thread"
+"0","stand_in_kernel(int, float)","12.5","40"
+END
+"""
+
+PLANTED = """
+import pytest
+
+def test_planted_good():
+    pass
+
+def test_planted_bad():
+    assert 1 == 2, "planted"
+
+@pytest.mark.skip(reason="planted, too")
+def test_planted_skip():
+    pass
+"""
+
+SMALL_BUDGET_MINUTES = 0.02
+
+
+def prepare(folder: Path) -> None:
+    """Stand-ins of programs first on PATH, and a file of tests of which one fails."""
+    tools = folder / "tools"
+    tools.mkdir(parents=True, exist_ok=True)
+    for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
+        path = tools / name
+        path.write_text(text)
+        path.chmod(0o755)
+    (tools / "test_planted.py").write_text(PLANTED)
+    os.environ["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", "")])
+
+
+def settings_of(call: int, folder: Path, scale: float, short: bool) -> Settings:
+    """A rehearsal with the faults of ``FAULTS``."""
+    settings = Settings(call=call, folder=str(folder), kind="rehearsal", scale=scale, build=False)
+    settings.faults = {unit: fault for unit, (fault, _) in FAULTS[call].items()}
+    planted = str(folder.parent / "tools" / "test_planted.py")
+    settings.tests = (planted,) if short else ("tests/test_vectors.py", "tests/test_formats.py", planted)
+    if short:
+        settings.only = (*FAULTS[call], *BESIDE[call])
+    return settings
+
+
+def judged(call: int, found: Findings, settings: Settings) -> list[str]:
+    """What is not as it should be: a fault that is not one row, something else that is wrong, a unit that is lost."""
+    faults = []
+    seen = dict.fromkeys(FAULTS[call], 0)
+    for name, stage in found.stages.items():
+        blamed = [(unit, end["reason"]) for unit, end in stage.with_state("failed").items()]
+        blamed += [(unit, end["reason"]) for unit, end in stage.with_state("skipped").items() if "ncu" in end["reason"]]
+        blamed += [(str(row.get("unit")), str(row)) for row in stage.rows if row.get("wrong")]
+        for unit, said in blamed:
+            if unit not in seen:
+                faults.append(f"{name}: {unit} was to be right: {said}")
+                continue
+            seen[unit] += 1
+            if FAULTS[call][unit][1] not in said:
+                faults.append(f"{name}: {unit} was to say {FAULTS[call][unit][1]!r}: {said}")
+        if stage.not_reached:
+            faults.append(f"{name}: not reached: {', '.join(stage.not_reached)}")
+    faults += [f"{unit}: {count} rows, one was injected" for unit, count in seen.items() if count != 1]
+
+    wanted = {unit.name for stage in stages(call) for unit in stage.units if settings.takes(unit)}
+    ended = {unit for stage in found.stages.values() for unit in stage.units}
+    faults += [f"{unit} is not in the report" for unit in sorted(wanted - ended)]
+    return faults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rehearse and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "rehearsal")
+    parser.add_argument("--scale", type=float, default=0.1)
+    parser.add_argument("--short", action="store_true", help="one unit of each kind, a hundredth of the sizes")
+    parser.add_argument("--budget-minutes", type=float, nargs=2, default=(5.0, 6.0), help="of call 1 and of call 2")
+    args = parser.parse_args(arguments)
+    scale = 0.01 if args.short else args.scale
+    out = args.out.resolve()
+    prepare(out)
+    bad = []
+    for call in (1, 2):
+        folder = out / f"call{call}"
+        folder.mkdir(exist_ok=True)
+        settings = settings_of(call, folder, scale, args.short)
+        began = time.monotonic()
+        code = run_call(settings, args.budget_minutes[call - 1], commit_of(ROOT), quiet=True)
+        spent = time.monotonic() - began
+        print(f"\ncall {call}: {spent:.0f} s of {60 * args.budget_minutes[call - 1]:.0f}\n", flush=True)
+        bad += judged(call, report.read(folder)[call], settings)
+        bad += [f"call {call} ended with code {code}, not 1"] if code != 1 else []
+
+    folder = out / "hurried"
+    folder.mkdir(exist_ok=True)
+    settings = settings_of(1, folder, scale, args.short)
+    run_call(settings, SMALL_BUDGET_MINUTES, commit_of(ROOT), quiet=True)
+    missed = {name for stage in report.read(folder)[1].stages.values() for name in stage.not_reached}
+    named = {unit.name for unit in stages(1)[-1].units if settings.takes(unit)}
+    if not named <= missed:
+        bad.append(f"hurried: not named as not reached: {sorted(named - missed)}")
+
+    print("\n".join(["", "The rehearsal went well." if not bad else "The rehearsal did not go well:", *bad]))
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What other programs find out: pytest, compute-sanitizer, ncu. One that is missing is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.gpu.place import python
+from benchmarks.gpu.processes import Job, Skip
+
+ROOT = Path(__file__).parent.parent.parent
+
+TRITON_TESTS = ("test_triton.py", "test_triton_fused.py", "test_triton_gemm.py", "test_vectors.py")
+"""Files of which all that runs on a GPU is run there; of the others, what is marked ``cuda``."""
+
+ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
+"""How compute-sanitizer's memcheck and racecheck end."""
+
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__issue_active.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "pipe_alu_cycles_active",
+    "pipe_fma_cycles_active",
+    "pipe_xu_cycles_active",
+    "inst_executed_pipe_alu",
+    "inst_executed_pipe_fma",
+    "inst_executed_pipe_xu",
+    "inst_executed_pipe_lsu",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
+"""Parts of the names of ncu's raw columns that are kept, where a card has them."""
+
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats")
+
+
+def tests(job: Job) -> None:
+    """The package's own tests of what runs on CUDA; each failure is a row as it comes (``collect.py``)."""
+    for needed in ("pytest", "hypothesis"):
+        if find_spec(needed) is None:
+            raise Skip(f"{needed} is not installed here")
+    command = [*python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.collect"]
+    command += ["--continue-on-collection-errors", *(job.settings.tests or files_with_gpu_tests())]
+    if find_spec("pytest_timeout"):
+        command += ["--timeout", "60"]
+    if find_spec("xdist") and job.settings.kind == "gpu":
+        command += ["-n", "16", "--dist", "worksteal"]
+    environment = os.environ | {
+        "ON_GPU_ROWS": str(Path(job.settings.folder) / f"call{job.settings.call}.jsonl"),
+        "ON_GPU_EVERYTHING": "1" if job.settings.tests else "",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    if code not in (0, 1, 5):  # all well; tests failed, which their rows say; none was chosen
+        raise RuntimeError(f"pytest ended with code {code}; see the log")
+
+
+def files_with_gpu_tests() -> list[str]:
+    """Those of ``TRITON_TESTS``, and all that mark a test ``cuda``: collecting every file takes a minute."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    chosen = [path for path in files if path.name in TRITON_TESTS or "mark.cuda" in path.read_text()]
+    return [str(path.relative_to(ROOT)) for path in chosen if path.name != "test_on_gpu.py"]
+
+
+def sanitizer(job: Job, tool: str, backend: str) -> None:
+    """compute-sanitizer over every quantiser of a backend on small ragged matrices: bad addresses, or races."""
+    program = found(job, "compute-sanitizer")
+    command = [program, "--tool", tool, "--print-limit", "20", *case(job, backend, "small")]
+    # the caching allocator would hide an access beyond a tensor within its block
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    print(text)
+    if "not here: " in text:
+        raise Skip(text.partition("not here: ")[2].splitlines()[0])
+    summary = ERRORS.search(text)
+    if summary is None:
+        raise RuntimeError(f"{tool} did not finish (code {done.returncode}): {text.strip()[-400:]}")
+    errors = int(next(group for group in summary.groups() if group is not None))
+    first = next((line for line in text.splitlines() if re.search(r"Invalid|hazard|Error", line)), "")
+    job.add(tool=tool, backend=backend, checked=1, wrong=int(errors > 0), errors=errors, first=first[:300])
+
+
+def counters(job: Job, backend: str, what: str) -> None:
+    """ncu's counters of the kernels of one call at full size: what a kernel waits for."""
+    program = found(job, "ncu")
+    target = Path(job.settings.folder) / f".ncu.{backend}.{what}.csv"
+    command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    for section in SECTIONS:
+        command += ["--section", section]
+    command += ["--log-file", str(target), *case(job, backend, what)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    if "not here: " in done.stdout:
+        raise Skip(done.stdout.partition("not here: ")[2].splitlines()[0])
+    text = target.read_text() if target.exists() else ""
+    target.unlink(missing_ok=True)
+    rows = ncu_rows(text)
+    if not rows:
+        words = (text + done.stdout + done.stderr).strip()[-400:]
+        raise RuntimeError(f"ncu gave no row (code {done.returncode}): {words}")
+    for row in rows:
+        job.add(case=what, backend=backend, **row)
+
+
+def ncu_rows(text: str) -> list[dict[str, str]]:
+    """Of ncu's raw page as CSV, one row per kernel with the counters that are kept. Its second line holds units."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    table = list(csv.DictReader(lines))
+    rows = []
+    for line in table:
+        if not (line.get("ID") or "").isdigit():
+            continue
+        kept = {key: value for key, value in line.items() if any(name in (key or "") for name in COUNTERS)}
+        rows.append({"kernel": (line.get("Kernel Name") or "")[:60], **kept})
+    return rows
+
+
+def case(job: Job, backend: str, what: str) -> list[str]:
+    """The program that such a tool runs: ``small_case.py`` with this backend."""
+    settings = json.dumps({"kind": job.settings.kind, "scale": job.settings.scale})
+    return [*python(), "-m", "benchmarks.gpu.small_case", backend, what, settings]
+
+
+def found(job: Job, program: str) -> str:
+    """Its path; ``Skip`` that names it if there is none. CUDA's tools often lie beside nvcc, not on PATH."""
+    nvcc = shutil.which("nvcc")
+    beside = [str(Path(nvcc).resolve().parent)] if nvcc else []
+    places = [os.environ.get("PATH", ""), *beside, *job.settings.place.toolboxes]
+    path = shutil.which(program, path=os.pathsep.join(places))
+    if path is None:
+        raise Skip(f"{program} is missing: it is neither on PATH nor beside nvcc")
+    return path
