@@ -56,7 +56,7 @@ aarch64: $(READY) ## the CPU kernels cross-compiled for aarch64 and emulated; ta
 
 bench: $(READY) ## time the quantisers and the linear layer, and keep the figures
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
-	$(BIN)/python -m benchmarks.bench_linear --keep linear
+	$(BIN)/python -m benchmarks.bench_linear --isa best,avx2 --keep linear
 	$(BIN)/python -m benchmarks.bench_memory --keep memory
 
 benchrl: $(READY) ## the comparison of make rl, kept as data

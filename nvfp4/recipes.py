@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
@@ -75,7 +75,9 @@ class Operand:
         rotation = self.layout.rotation
         if rotation is not None and not rotation.fixed:
             rotation = Rotation(rotation.group, rotation.rounds, sign_seed)
-        return replace(self.layout, seed=seed, sign_seed=sign_seed, rotation=rotation)
+        made = object.__new__(Options)  # ``replace`` goes through every field, 7 us where this takes 1
+        vars(made).update(vars(self.layout), seed=seed, sign_seed=sign_seed, rotation=rotation)
+        return made
 
     @property
     def quantized(self) -> bool:

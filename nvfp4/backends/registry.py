@@ -73,10 +73,17 @@ def select(
     """
     check_backend(name, device)
     if name == AUTO or operation not in BACKENDS[name].operations:
+        on_cpu = device.type == "cpu"
+        key = (operation, None if quantizer is None else quantizer.name)
+        kept = _CHOSEN.get(key) if on_cpu else None
+        if kept is not None and kept[0] is BACKENDS and kept[1] is _FAULTS:
+            return kept[2]
         for backend in _in_order(operation, device, quantizer):
             if _objection(backend, operation, device, quantizer, options) is None:
                 if backend is BACKENDS["reference"] and device.type not in _SAID:
                     _say_why(operation, device, quantizer, options)
+                if on_cpu and isinstance(backend, CpuBackend) and _only_elsewhere(backend, device):
+                    _CHOSEN[key] = (BACKENDS, _FAULTS, backend)
                 return backend
     backend = BACKENDS[name]
     reason = _obstacle(backend, operation, device, quantizer, options)
@@ -119,6 +126,17 @@ def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer |
         ]
         _SECONDS[key] = race(able_here, device, quantizer, clock) if len(able_here) > 1 else {}
     return by_speed([*BACKENDS.values()], _SECONDS[key])
+
+
+_CHOSEN: dict[tuple[Operation, str | None], tuple[object, object, Backend]] = {}
+"""Operations that the CPU's kernels do under "auto" on the CPU, with the tables that this was found in: a small layer
+asks nine times a step, and asking every backend took an eighth of what such a step costs beside its kernels."""
+
+
+def _only_elsewhere(chosen: Backend, device: torch.device) -> bool:
+    """Whether every backend before ``chosen`` runs on other devices alone, so that no option can change the choice."""
+    before = list(BACKENDS.values())[: list(BACKENDS.values()).index(chosen)]
+    return all(backend.unavailable(device) is not None for backend in before)
 
 
 def _obstacle(
