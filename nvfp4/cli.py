@@ -16,6 +16,7 @@ import tyro
 
 from nvfp4.rl.config import PRESETS, RENAMED, RLConfig
 from nvfp4.rl.gvendi import GVendiConfig
+from nvfp4.rl.prismatic import PrismaticConfig
 from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, from_fields, read_config_file
 from nvfp4.train.errors import Interrupted, TrainError
 
@@ -54,6 +55,11 @@ class RL(RLConfig):
 @dataclass(frozen=True, kw_only=True)
 class GVendi(GVendiConfig):
     """Measure how diverse the problems of tasks are, as a model sees them (G-Vendi, arXiv 2505.20161)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prismatic(PrismaticConfig):
+    """Grow a set of problems where it is sparse, as a model sees it (Prismatic Synthesis, arXiv 2505.20161)."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,12 @@ def _gvendi(command: GVendi) -> None:
     report(command)
 
 
+def _prismatic(command: Prismatic) -> None:
+    from nvfp4.rl.prismatic import report
+
+    report(command)
+
+
 def _info(command: Info) -> None:
     from nvfp4.info import info
 
@@ -238,6 +250,7 @@ RUNNERS: dict[type, Callable[[Any], None]] = {
     Compare: _compare,
     RL: _rl,
     GVendi: _gvendi,
+    Prismatic: _prismatic,
     Info: _info,
     Bench: _bench,
 }

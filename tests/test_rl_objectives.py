@@ -738,6 +738,21 @@ def test_which_problems_and_completions_are_used() -> None:
     assert shortest(lengths[:8], cut[:8], numbers, 0.0).sum() == 0
 
 
+def test_reasonmaxxer_keeps_no_distributions(policy: TablePolicy, samples: Samples) -> None:
+    """Of a whole rollout: nothing of the size of the vocabulary. What the exact KL needs is asked for per micro-batch,
+    and missed by name."""
+    objective = made("reasonmaxxer")
+    ready = prepared(objective, policy, samples)
+    assert objective.needs_reference_logits
+    assert objective.needs_prompt_logits
+    assert all(value.ndim <= 2 for value in ready.extra.values())
+    with pytest.raises(ValueError, match="needs logits of policy and base"):
+        objective.loss(ready, policy.score(ready), totals_of(ready))
+    free = ReasonMaxxer(kl_coef=0.0)
+    assert not any((free.needs_logits, free.needs_prompt_logits, free.needs_reference_logits))
+    assert "kl" not in gradient(free, policy, prepared(free, policy, samples))[2]
+
+
 def test_ssd_has_no_gradient_at_its_sampling_temperature(generator: torch.Generator) -> None:
     """By enumeration of all completions with their probabilities: the likelihood of everything, at the temperature of
     sampling, has no gradient on average, so there is nothing to learn; at another temperature there is."""

@@ -2,6 +2,11 @@
 
 Prismatic Synthesis (arXiv 2505.20161): the gradient of log P(answer | prompt) for each example, projected at random,
 normalised; exp of the Shannon entropy of the eigenvalues of G G^T / n. From 1 (all alike) to n (all orthogonal).
+
+The random matrix has P x 1024 signs, 60 GB as bits for a model of half a billion parameters, and making them anew for
+each example would take longer than its gradient. So a sign is a product of three: one of the parameter, one of a table
+of 8192 x 1024 that is used again and again, and one of the piece of 8192 parameters and the dimension. Any two signs
+are independent, and so are the products that the variance of a scalar product is made of: it is that of a full matrix.
 """
 
 from __future__ import annotations
@@ -9,22 +14,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.tasks.registry import load_task
-from nvfp4.rl.tokens import Vocabulary, load_vocabulary
+from nvfp4.rl.text import Text
+from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rng import check_seed, philox
 from nvfp4.train.errors import TrainError
 from nvfp4.train.files import write_json
 from nvfp4.train.model import load_model
 
 DIMENSIONS = 1024
-SIGNS = 5  # a stream of Philox, after those of the quantisers and the one that orders documents
+SIGNS, PARAMETERS, PIECES = 5, 6, 7
+"""Streams of Philox, after those of the quantisers and the one that orders documents: of the table, of the parameters,
+and of the pieces."""
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 _SIGNS_PER_COUNTER = 128
-_CHUNK = 2**13  # parameters projected at a time: 32 MiB of signs
+_ROWS = 2**13  # of the table of signs, and parameters of a piece: 32 MiB at 1024 dimensions
+_TOGETHER = 2**7  # pieces projected at a time
 _HELD = 2**28  # bytes of gradients held between two projections
 
 
@@ -44,6 +56,10 @@ class GVendiConfig:
     """Of the projected gradients, a multiple of 128."""
     vocabulary: str | None = None
     """symbols, bytes, or the folder of a tokenizer; None: the model's own."""
+    chat: bool = False
+    """Put prompts through the tokenizer's chat template."""
+    device: Device = "auto"
+    """Device of model and gradients; auto: the first accelerator, else the CPU."""
     out: str | None = None
     """Keep the figures in this JSON file."""
 
@@ -55,17 +71,12 @@ def measure(config: GVendiConfig) -> dict[str, float]:
     """
     if not config.tasks or config.count < 1:
         raise TrainError(f"tasks, count: expected at least one of each, got {config.tasks} and {config.count}")
-    model = load_model(config.model)
-    vocabulary = load_vocabulary(config.vocabulary or config.model)
+    model = load_on(config.model, config.device)
+    text = Text(load_vocabulary(config.vocabulary or config.model), config.chat)
     features = {}
     for name in dict.fromkeys(config.tasks):
-        examples = _examples(name, config, vocabulary)
-        try:
-            found = gradient_features(model, examples, seed=config.seed, dimensions=config.dimensions)
-            g_vendi(found)
-        except ValueError as error:
-            raise TrainError(f"task {name}: {error}") from error
-        features[name] = found
+        problems = drawn(name, config.count, config.seed)
+        features[name] = features_of(name, problems, model, text, config.seed, config.dimensions)
     values = {name: g_vendi(rows) for name, rows in features.items()}
     return values if len(values) == 1 else {**values, "all": g_vendi(torch.cat(list(features.values())))}
 
@@ -82,18 +93,43 @@ def report(config: GVendiConfig) -> dict[str, float]:
     return values
 
 
-def _examples(name: str, config: GVendiConfig, vocabulary: Vocabulary) -> list[tuple[list[int], list[int]]]:
+def load_on(folder: str, device: Device) -> Any:
+    """The causal LM of a folder on a device; ``TrainError`` if either is not there."""
+    accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, here in accelerators.items() if here) if device == "auto" else device
+    if not accelerators[kind]:
+        raise TrainError(f"device: {kind} was asked for and is not here; give --device auto")
+    return load_model(folder).to(kind)
+
+
+def drawn(name: str, count: int, seed: int) -> list[Problem]:
+    """Problems of a task that all have an answer to take a gradient of, else ``TrainError``."""
     task = load_task(name)
     try:
-        problems = task.problems(config.count, config.seed)
-        bare = next((problem for problem in problems if not problem.answer), None)
-        if bare is not None:
-            raise TrainError(f"task {name}: the problem {bare.prompt[:40]!r} has no answer to take a gradient of")
-        return [(vocabulary.encode(p.prompt), [*vocabulary.encode(p.answer), vocabulary.eos_id]) for p in problems]
+        problems = task.problems(count, seed)
     except ValueError as error:
         raise TrainError(f"task {name}: {error}") from error
     finally:
         task.close()
+    bare = next((problem for problem in problems if not problem.answer), None)
+    if bare is not None:
+        raise TrainError(f"task {name}: the problem {bare.prompt[:40]!r} has no answer to take a gradient of")
+    return problems
+
+
+def features_of(
+    name: str, problems: Sequence[Problem], model: Any, text: Text, seed: int, dimensions: int
+) -> torch.Tensor:
+    """``gradient_features`` of problems, on the CPU; ``TrainError`` naming the task where they are none."""
+    examples = [(text.prompt(problem.prompt), text.answer(problem.answer)) for problem in problems]
+    try:
+        found = gradient_features(model, examples, seed=seed, dimensions=dimensions).cpu()
+        g_vendi(found)
+    except ValueError as error:
+        raise TrainError(f"task {name}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise TrainError(f"out of memory: {str(error).splitlines()[0]}; give --device cpu") from error
+    return found
 
 
 def gradient_features(
@@ -106,8 +142,8 @@ def gradient_features(
     """Projected gradients of log P(answer | prompt), float32 [n, dimensions]; dimensions None: unprojected, [n, P].
 
     model: a causal LM of transformers; its parameters that require gradients are the P, their ``grad`` is not touched.
-    examples: (prompt ids, answer ids), neither empty. The time is n backward passes and 2 n P dimensions operations;
-    the P x dimensions matrix of signs exists only in pieces. The features are a function of the seed, in [0, 2^64).
+    examples: (prompt ids, answer ids), neither empty. The time is n backward passes and 2 n P dimensions operations,
+    all on the model's device. The features are a function of the seed, in [0, 2^64).
     """
     if not examples:
         raise ValueError("examples must be at least one")
@@ -118,41 +154,64 @@ def gradient_features(
     size = sum(p.numel() for p in parameters)
     training = model.training
     model.eval()  # dropout would make directions of its own
+    device = parameters[0].device
+    project = None if dimensions is None else Projection(seed, dimensions, device)
     features = []
     try:
         held = max(1, _HELD // (4 * size))
         for start in range(0, len(examples), held):
             gradients = torch.stack([_gradient(model, parameters, *e) for e in examples[start : start + held]])
-            features.append(gradients if dimensions is None else project(gradients, seed, dimensions))
+            features.append(gradients if project is None else project(gradients))
     finally:
         model.train(training)
     return torch.cat(features)
 
 
-def project(vectors: torch.Tensor, seed: int, dimensions: int = DIMENSIONS) -> torch.Tensor:
-    """float32 [n, P] times a matrix of P x dimensions random signs, by sqrt(dimensions); float32 [n, dimensions].
+class Projection:
+    """float32 [n, P] times a matrix of P x ``dimensions`` random signs, by sqrt(dimensions); float32 [n, dimensions].
 
-    Sign (p, d) is bit b of word w of Philox counter (p dimensions + d) div 128 in stream ``SIGNS``, with 32 w + b the
-    remainder: a function of (seed, p, d), whatever the pieces. Scalar products keep their means, and those of unit
-    vectors get errors of about 1/sqrt(dimensions).
+    A function of (seed, parameter, dimension), whatever the pieces and the device. Scalar products keep their means,
+    and those of unit vectors get errors of about 1/sqrt(dimensions).
     """
-    out = torch.zeros(len(vectors), dimensions, device=vectors.device)
-    for start in range(0, vectors.shape[1], _CHUNK):
-        stop = min(start + _CHUNK, vectors.shape[1])
-        out += vectors[:, start:stop].float() @ signs(seed, start, stop, dimensions, vectors.device)
-    return out / dimensions**0.5
+
+    def __init__(self, seed: int, dimensions: int = DIMENSIONS, device: torch.device | str = "cpu") -> None:
+        self.seed, self.dimensions, self.device = seed, dimensions, device
+        self.table = _signs(seed, SIGNS, 0, _ROWS * dimensions, device).view(_ROWS, dimensions)
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """vectors: [n, P] on the device of the projection."""
+        count, size = vectors.shape
+        out = torch.zeros(count, self.dimensions, device=self.device)
+        step = _TOGETHER * _ROWS
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            pieces = -(-(stop - start) // _ROWS)
+            flipped = torch.zeros(count, pieces * _ROWS, device=self.device)
+            flipped[:, : stop - start] = vectors[:, start:stop].float() * self.of_parameters(start, stop)
+            products = flipped.view(count, pieces, _ROWS) @ self.table
+            out += (products * self.of_pieces(start // _ROWS, start // _ROWS + pieces)).sum(dim=1)
+        return out / self.dimensions**0.5
+
+    def of_parameters(self, start: int, stop: int) -> torch.Tensor:
+        """One sign for each parameter from ``start``, a multiple of 128, to ``stop``."""
+        return _signs(self.seed, PARAMETERS, start, stop, self.device)
+
+    def of_pieces(self, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, dimensions]."""
+        found = _signs(self.seed, PIECES, start * self.dimensions, stop * self.dimensions, self.device)
+        return found.view(stop - start, self.dimensions)
 
 
-def signs(seed: int, start: int, stop: int, dimensions: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Rows ``start`` to ``stop`` of the matrix of signs: +1 or -1, float32 [stop - start, dimensions]."""
-    per_row = dimensions // _SIGNS_PER_COUNTER
-    counters = torch.arange(start * per_row, stop * per_row, device=device)
-    words = torch.stack(philox(seed, counters, SIGNS), dim=-1)
+def _signs(seed: int, stream: int, start: int, stop: int, device: torch.device | str) -> torch.Tensor:
+    """+1 or -1, float32 [stop - start]: sign i is bit b of word w of Philox counter i div 128 of the stream, with
+    32 w + b the remainder. start: a multiple of 128."""
+    first, last = start // _SIGNS_PER_COUNTER, -(-stop // _SIGNS_PER_COUNTER)
+    words = torch.stack(philox(seed, torch.arange(first, last, device=device), stream), dim=-1)
     places = torch.arange(8, device=device)
     byte = torch.arange(256, device=device)
     table = 1.0 - 2.0 * ((byte[:, None] >> places) & 1).float()  # the eight signs of each byte, lowest bit first
     pieces = (words[..., None] >> (8 * torch.arange(4, device=device))) & 0xFF
-    return table[pieces].view(stop - start, dimensions)
+    return table[pieces].flatten()[: stop - start]
 
 
 def g_vendi(features: torch.Tensor) -> float:
