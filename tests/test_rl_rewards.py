@@ -369,7 +369,7 @@ def test_jsonl_draws_and_holds_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"p.jsonl:2: not JSON \(.* at column 1\)"),
+        ("{", r"p.jsonl:2: is not JSON \(.* at column 1\)"),
         ("[1]", r"p.jsonl:2: expected a JSON object, got a list"),
         ({"answer": "4"}, r"p.jsonl:2: expected a text in field 'prompt', got None"),
         ({"prompt": "", "answer": "4"}, r"p.jsonl:2: .*'prompt', got ''"),

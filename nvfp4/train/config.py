@@ -249,6 +249,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             raise TrainError(f"config: expected a .yaml, .yml, .toml or .json file, got {path}")
     except OSError as error:
         raise TrainError(f"config: cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise TrainError(f"config: {path} is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
         raise TrainError(f"config: {path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
     if fields is None:
@@ -295,9 +297,13 @@ def differences(saved: dict[str, Any], config: PretrainConfig) -> list[str]:
 
 def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
     try:
-        return pydantic.TypeAdapter(kind).validate_python(fields)
+        config = pydantic.TypeAdapter(kind).validate_python(fields)
     except pydantic.ValidationError as error:
         raise TrainError("; ".join(_explain(kind, item) for item in error.errors(include_url=False))) from None
+    for name, value in vars(config).items():
+        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+            raise TrainError(f"{name}: expected a text without null bytes, got {value!r}")
+    return config
 
 
 def _explain(kind: type[TrainConfig], item: Any) -> str:

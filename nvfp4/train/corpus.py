@@ -2,18 +2,23 @@
 
 A document is a text file, a line of a JSONL file or a row of a Parquet file. Whether it is held out depends on its
 relative name alone, so adding files never moves another document, and two machines with the same files agree.
+
+Nothing is left out in silence: a folder that cannot be listed, a link that leads nowhere and a line that is no text
+stop the run with their name, since a corpus with a hole would train another model without anybody knowing.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nvfp4.train.config import TrainConfig
 from nvfp4.train.errors import TrainError
@@ -36,7 +41,7 @@ class Document:
     @property
     def draw(self) -> float:
         """A number in [0, 1) from the SHA-256 of the name: below the holdout share, the document is held out."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+        return int.from_bytes(hashlib.sha256(_raw(self.name)).digest()[:8], "big") / 2**64
 
     @property
     def size(self) -> int:
@@ -98,21 +103,20 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
     """
     found: dict[Path, str] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            root, paths = path, sorted(p for p in path.rglob("*") if not _hidden(p.relative_to(path)))
-        elif glob.has_magic(str(path)) and not path.exists():
-            root = Path(*_until_magic(path.parts))
-            paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        else:
-            root, paths = path.parent, [path]
-            if not path.exists():
-                raise TrainError(f"{field}: no such file: {pattern}")
-        files = [p for p in paths if p.is_file()]
-        if not files:
-            raise TrainError(f"{field}: no file matches {pattern}; give files, folders or globs (quoted for the shell)")
-        for file in files:
-            found.setdefault(file.resolve(), file.relative_to(root).as_posix())
+        try:
+            root, files = _matching(Path(pattern).expanduser(), field, pattern)
+            if not files:
+                raise TrainError(
+                    f"{field}: no file matches {pattern}; give files, folders or globs (quoted for the shell)"
+                )
+            for file in files:
+                found.setdefault(file.resolve(), file.relative_to(root).as_posix())
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name with a zero byte; no such home
+            reason = getattr(error, "strerror", None) or error
+            raise TrainError(
+                f"{field}: cannot look through {getattr(error, 'filename', None) or pattern}: {reason}; "
+                f"make it readable or leave it out"
+            ) from error
     return sorted((name, path) for path, name in found.items())
 
 
@@ -120,11 +124,64 @@ def standard_library_files() -> list[tuple[str, Path]]:
     """(relative name, path) of the .py files of the running Python's standard library, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if name not in LEFT_OUT]
-        paths = [Path(folder, name) for name in files if name.endswith(".py")]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths]
+    try:
+        for folder, below, files in os.walk(root, onerror=_refuse):
+            below[:] = [name for name in below if name not in LEFT_OUT]
+            paths = [Path(folder, name) for name in files if name.endswith(".py")]
+            found += [(path.relative_to(root).as_posix(), path) for path in paths]
+    except OSError as error:
+        raise TrainError(
+            f"data: cannot look through {error.filename} of the standard library: {error.strerror}; give --data"
+        ) from error
     return sorted(found)
+
+
+def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files of one pattern, sorted.
+
+    ``OSError`` for a folder that cannot be listed, ``TrainError`` for a file or a link that leads nowhere.
+    """
+    if path.is_dir():
+        root, paths = path, _below(path)
+    elif glob.has_magic(str(path)) and not os.path.lexists(path):
+        root = Path(*_until_magic(path.parts))
+        _refuse_unreadable_folders(path, root)
+        paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    else:
+        root, paths = path.parent, [path]
+        try:
+            path.lstat()  # OSError where a folder on the way may not be searched, which exists() takes for absence
+        except FileNotFoundError:
+            raise TrainError(f"{field}: no such file: {pattern}") from None
+    files = []
+    for each in paths:
+        if each.is_file():
+            files.append(each)
+        elif each.is_symlink() and not each.is_dir():
+            raise TrainError(f"{field}: {each} is a link that leads to no file; repair or remove it")
+    return root, files
+
+
+def _below(root: Path) -> list[Path]:
+    """Everything under a folder but what is hidden, sorted; links to folders are not followed, so none can loop."""
+    paths = []
+    for folder, below, names in os.walk(root, onerror=_refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(paths)
+
+
+def _refuse(error: OSError) -> None:
+    """For ``os.walk``, which would pass over a folder that it cannot list."""
+    raise error
+
+
+def _refuse_unreadable_folders(path: Path, root: Path) -> None:
+    """``OSError`` for a folder that ``path``, a glob, would look into and may not: ``glob`` passes over those."""
+    for end in range(len(root.parts), len(path.parts)):
+        for folder in glob.iglob(str(Path(*path.parts[:end])), recursive=True):
+            if os.path.isdir(folder):
+                os.scandir(folder).close()
 
 
 def _until_magic(parts: tuple[str, ...]) -> list[str]:
@@ -136,8 +193,9 @@ def _until_magic(parts: tuple[str, ...]) -> list[str]:
     return fixed
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _raw(name: str) -> bytes:
+    """A relative name as bytes; those that are not UTF-8 on the disk are the ones there."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _read_all(files: list[tuple[str, Path]], text_field: str) -> list[Document]:
@@ -174,15 +232,39 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
             if not line:
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TrainError(
-                    f"data: {where} is not JSON ({error.msg} at column {error.colno}); repair or remove it"
-                ) from None
+                row = read_json(line)
+            except ValueError as error:
+                raise TrainError(f"data: {where} {error}; repair or remove it") from None
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                has = f"the fields {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+                has = f"the fields {_some(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
                 raise TrainError(f"data: {where} has no text in field {text_field!r}, but {has}; set --text-field")
             yield Document(f"{name}:{number}", row[text_field])
+
+
+def read_json(line: str) -> Any:
+    """The value of a line of JSON; ``ValueError`` says what it is instead, whatever is wrong with it.
+
+    A lone surrogate (``"\\ud800"``) is refused although JSON can spell it: no encoding and no tokenizer can.
+    """
+    try:
+        row = json.loads(line)
+        if "\\u" in line:  # the only way in for a surrogate: UTF-8 has none
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg} at column {error.colno})") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a character, the lone surrogate \\u{ord(error.object[error.start]):04x}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:  # Python reads no integer of thousands of digits, since that takes quadratic time
+        raise ValueError("has an integer of too many digits") from None
+    return row
+
+
+def _some(names: Iterable[str], most: int = 20) -> str:
+    """Names for a message, which shall not be as long as the line is."""
+    shown = [repr(name)[:80] for name in itertools.islice(names, most + 1)]
+    return ", ".join([*shown[:most], "..."] if len(shown) > most else shown)
 
 
 def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
@@ -206,8 +288,9 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
                 for text in batch.column(0).to_pylist():
                     yield Document(f"{name}:{row}", text or "")
                     row += 1
-    except pyarrow.ArrowException as error:
-        raise TrainError(f"data: {path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # Arrow believes that a string column holds UTF-8
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainError(f"data: {path} is not a readable Parquet file: {reason}") from error
 
 
 def _cut(document: Document, holdout: float) -> tuple[list[Document], list[Document]]:
@@ -225,6 +308,6 @@ def _digest(documents: list[Document]) -> str:
         raise TrainError("data: all files are empty; give files with text")
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.name.encode(), document.text.encode()):
+        for part in (_raw(document.name), document.text.encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()

@@ -11,7 +11,6 @@ Patterns and functions run in the sandbox. row is the whole object of the line, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import numpy as np
 from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, compile_reward
 from nvfp4.rl.tasks.base import Problem, Task, Verdict
 from nvfp4.rl.tasks.digits import replace_digit
+from nvfp4.train.corpus import read_json
 from nvfp4.train.errors import TrainError
 
 KINDS = ("exact", "regex", "code", "python")
@@ -102,13 +102,9 @@ def read_problems(path: Path) -> list[Problem]:
 
 def _row(raw: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = read_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte 0x{raw[error.start]:02X} at {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got a {type(row).__name__}")
     return row
