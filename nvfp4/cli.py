@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,9 @@ from nvfp4.train.errors import Interrupted, TrainError
 DESCRIPTION = "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
 FAILED = 1
 INTERRUPTED = 130
+
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
+"""Full, read-only or broken disks, missing rights, too many open files: a user's to put right, wherever it came up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"nvfp4: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"nvfp4: error: {error.strerror}{where}; put that right and go on with --resume", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("nvfp4: interrupted; what was saved is complete, go on with --resume", file=sys.stderr)
         return INTERRUPTED

@@ -33,13 +33,6 @@ from nvfp4.train import checkpoint, log
 from nvfp4.train.errors import Interrupted, TrainError
 
 TIS = ("correction=token_truncate", "correction_high=1.0001")
-NAN_TASK = """
-from nvfp4.rl.tasks.base import Problem, Task
-class Nan(Task):
-    name, vocabulary = "nan", "symbols"
-    def problem(self, rng): return Problem(f"{rng.integers(1000)}>", "1")
-    def reward(self, problem, completion): return float("nan")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +167,8 @@ def test_the_export_needs_no_nvfp4(finished):
 def test_a_local_model_goes_on_with_its_own_tokenizer(finished, tmp_path):
     """--model FOLDER: sizes, tokenizer and end-of-text come from the folder, and the weights are where it begins."""
     export = f"{finished[0].out}/export"
-    shared = {"width": None, "heads": None, "warm_steps": None, "lr": None, "steps": 1, "save_every": 0}
+    shared = {"depth": 4, "width": None, "heads": None, "context": None, "warm_steps": None, "lr": None}
+    shared |= {"steps": 1, "save_every": 0}
     result = rl(tiny(tmp_path / "a", model=export, recipe="w4a16", **shared))
     assert result["config"]["tokenizer"] == export
     assert (result["config"]["lr"], result["parameters"]) == (1e-6, finished[1]["parameters"])
@@ -232,18 +226,6 @@ def test_failed_rewards_are_logged_with_their_reasons_and_training_goes_on(tmp_p
     shown = [row for row in log.read(tmp_path / "completions.jsonl") if "evaluation" not in row]
     assert {row.get("reason") for row in shown} >= reasons
     assert all(row["reward"] == 0 for row in shown if "reason" in row)
-
-
-def test_every_reward_may_fail(tmp_path):
-    """No gradient, no step lost, a model that is still the one of the beginning."""
-    (tmp_path / "odd.jsonl").write_text('{"prompt": "1>", "answer": "1", "reward": 7}\n')
-    with pytest.raises(TrainError, match=r"odd\.jsonl:1: expected 'reward'"):
-        rl(tiny(tmp_path / "run", task=str(tmp_path / "odd.jsonl"), reward="task"))
-    (tmp_path / "nan.py").write_text(NAN_TASK)
-    result = rl(tiny(tmp_path / "run", task=f"{tmp_path / 'nan.py'}:Nan", reward="task", steps=2))
-    rows = rows_of(tmp_path / "run")[1:]
-    assert [(row["rewards/failed"], row["grad_norm"], row["fp4/codes_changed"]) for row in rows] == [(16, 0, 0)] * 2
-    assert (result["skipped_steps"], result["after"]["eval/pass@1"]) == (0, 0)
 
 
 def test_a_foreign_sampler_is_measured_and_corrected(tmp_path):

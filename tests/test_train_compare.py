@@ -48,7 +48,7 @@ def compared(tmp_path_factory, texts):
 
 def test_it_writes_one_table_one_picture_and_one_json(compared):
     out, said = compared
-    assert {p.name for p in out.iterdir()} == {"compare.json", "compare.png", *RECIPES}
+    assert {p.name for p in out.iterdir()} == {"compare.json", "compare.png", ".lock", *RECIPES}
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "compare.json").read_text())
     assert [run["recipe"] for run in report["runs"]] == list(RECIPES)
@@ -92,7 +92,7 @@ def test_finished_runs_are_not_done_again_and_a_missing_one_is(compared, texts, 
 
 
 def test_runs_of_another_config_are_named_before_any_run_starts(compared, texts, monkeypatch):
-    monkeypatch.setattr(comparing.subprocess, "Popen", None)
+    monkeypatch.setattr(comparing, "start", None)
     with pytest.raises(TrainError, match=r"bf16 holds a run of another config: lr: 0.01, now 0.5; give --overwrite"):
         compare(config_of(compared[0], texts, lr=0.5))
 

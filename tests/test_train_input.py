@@ -1,10 +1,11 @@
-"""Files as people have them: unreadable, looping, half a character, too deep. Each ends in one sentence that names it."""
+"""Files as people have them: unreadable, looping, half a character, too deep. One sentence names each."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def open_folder():
     ids=["high-surrogate", "low-surrogate", "5000-digits", "100000-deep"],
 )
 def test_a_line_that_json_or_unicode_cannot_hold_is_named(tmp_path, line, message):
-    """These came as UnicodeEncodeError, ValueError and RecursionError; the tasks of reinforcement learning share them."""
+    """These came as UnicodeEncodeError, ValueError and RecursionError; both trainers read lines by one function."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n' + line + "\n")
     with pytest.raises(TrainError, match=rf"data: .*rows\.jsonl, line 2 {message}"):
         corpus_of(tmp_path / "rows.jsonl")
@@ -199,14 +200,12 @@ def test_a_config_file_that_no_config_can_be_is_one_sentence(tmp_path, name, tex
     assert (run.returncode, run.stdout) == (1, ""), run.stderr[-2000:]
     assert "Traceback" not in run.stderr
     assert len(run.stderr) < 2000
-    import re
-
     assert re.search(message, run.stderr), run.stderr
 
 
 def test_a_config_folder_or_binary_is_named(tmp_path):
+    (tmp_path / "c.yaml").mkdir()
     with pytest.raises(TrainError, match=r"config: cannot read .*Is a directory"):
-        (tmp_path / "c.yaml").mkdir()
         read_config_file(tmp_path / "c.yaml")
     (tmp_path / "d.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TrainError, match=r"config: .*d\.yaml is not valid yaml"):

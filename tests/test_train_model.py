@@ -120,7 +120,7 @@ print(json.dumps([str(model.dtype), ids.tolist(), logits, type(model).__name__])
 
 def test_training_goes_on_from_an_export(tmp_path, texts):
     first = pretrain(tiny(tmp_path / "a", texts, steps=6))
-    open_sizes = {"width": None, "heads": None, "ffn": None}
+    open_sizes = {"depth": 2, "width": None, "heads": None, "ffn": None}
     second = pretrain(tiny(tmp_path / "b", texts, steps=3, model=str(tmp_path / "a" / "export"), **open_sizes, lr=None))
     assert second["config"]["lr"] == 2e-5
     assert second["parameters"] == first["parameters"]
@@ -135,6 +135,7 @@ def test_another_architecture_with_another_tokenizer_trains_and_resumes(tmp_path
     ByteTokenizer().save(folder)
     base = {
         "model": str(folder),
+        "depth": 2,
         "width": None,
         "heads": None,
         "ffn": None,
@@ -159,7 +160,7 @@ def test_a_run_called_nvfp4_that_converts_nothing_is_refused(tmp_path, texts):
     folder = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
     ByteTokenizer().save(folder)
-    base = {"model": str(folder), "width": None, "heads": None, "ffn": None}
+    base = {"model": str(folder), "depth": 2, "width": None, "heads": None, "ffn": None}
     with pytest.raises(TrainError, match="recipe quartet2: no layer was converted: the model has 1 linear layers"):
         pretrain(tiny(tmp_path / "run", texts, recipe="quartet2", **base))
     with pytest.raises(TrainError, match=r"recipe rtn: exclude 'layers.7' matches no linear layer"):

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import gather_object
 
 from nvfp4.rl.batches import join
 from nvfp4.rl.norm_noise import noisy_norms, sigma_at
@@ -73,14 +74,40 @@ def collect(run: Run, step: int) -> Collected:
         problems += [batch.problems[i] for i in kept.tolist()]
         texts += [batch.texts[i] for i in kept.tolist()]
         reasons += [batch.reasons[i] for i in kept.tolist()]
+    if len(problems) < wanted and failures.total() >= seen:
+        raise TrainError(f"step {step + 1}: {all_failed(failures, seen)}")
     if len(problems) < wanted:
         raise TrainError(
             f"step {step + 1}: {drawn} rounds of {config.prompts} prompts gave {len(problems)} of {wanted} completions "
             f"that {config.objective} keeps; raise --max-batches or --group, or choose easier or harder problems"
         )
+    flat, seen = _of_all_processes(run, flat, seen, failures, step)
     samples = join([part for part in parts if len(part)], run.stops.pad)
-    total = drawn * config.prompts * config.group
-    return Collected(samples, problems, texts, sampling, total, flat / seen, sigma, reasons, failures)
+    return Collected(samples, problems, texts, sampling, seen, flat / seen, sigma, reasons, failures)
+
+
+def _of_all_processes(run: Run, flat: int, seen: int, failures: Counter[str], step: int) -> tuple[int, int]:
+    """Samples in groups of equal rewards and samples drawn, over all processes.
+
+    ``TrainError`` if the reward of every sample failed: a step would be taken on nothing, and so would all that follow.
+    """
+    accelerator = run.accelerator
+    mine = [(flat, seen, failures)]
+    every = mine if accelerator.num_processes == 1 else gather_object(mine)
+    flat, seen = sum(each[0] for each in every), sum(each[1] for each in every)
+    failed: Counter[str] = sum((each[2] for each in every), Counter())
+    if failed.total() >= seen:
+        raise TrainError(f"step {step + 1}: {all_failed(failed, seen)}")
+    return flat, seen
+
+
+def all_failed(failed: Counter[str], count: int) -> str:
+    """What a run that cannot be rewarded ends with; the most frequent reasons first."""
+    reasons = "; ".join(f"{reason} ({times} times)" for reason, times in failed.most_common(3))
+    return (
+        f"every reward of {count} completions failed, so that nothing can be learnt: {reasons}; repair the rewards, "
+        f"and go on from a checkpoint, if there is one, with --resume"
+    )
 
 
 def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) -> Collected:

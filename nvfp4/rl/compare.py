@@ -27,7 +27,7 @@ from nvfp4.rl.setup import from_base
 from nvfp4.rl.tables import ablation_table, gate_table, run_table
 from nvfp4.rl.warmstart import warm_start
 from nvfp4.train import log
-from nvfp4.train.compare import PATIENT
+from nvfp4.train.children import start
 from nvfp4.train.errors import Interrupted, TrainError
 from nvfp4.train.files import write_json, write_text
 from nvfp4.train.progress import Reporter
@@ -56,6 +56,15 @@ def compare(config: RLConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     root = RLFolder(config.out)
+    root.lock()
+    try:
+        return _compare(config, root)
+    finally:
+        root.release()
+
+
+def _compare(config: RLConfig, root: RLFolder) -> dict[str, Any]:
+    """``compare`` in a folder that is this process's."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     if config.model is None and config.warm_steps:
         warm_start(config, root.base, Reporter("warm start", config.warm_steps, 100))
@@ -95,6 +104,7 @@ def run_all(arms: list[Arm], workers: int) -> None:
     running: dict[Arm, subprocess.Popen[bytes]] = {}
     with ExitStack() as stack:
         wish, bars = stack.enter_context(StopWish()), stack.enter_context(Bars())
+        stack.callback(_stop, running)  # whatever ends this: no run goes on alone
         while (waiting or running) and not wish.received:
             while waiting and len(running) < workers:
                 arm = waiting.pop(0)
@@ -107,10 +117,8 @@ def run_all(arms: list[Arm], workers: int) -> None:
                     del running[arm]
                     bars.done(arm.name, arm.folder.read_result())
                     if child.returncode != 0 or not _finished(arm):
-                        _stop(running)
                         raise TrainError(f"{arm.name} ended with exit code {child.returncode}: {_last_words(arm)}")
         if wish.received:
-            _stop(running)
             raise Interrupted(wish.received, "stopped; run the same command again to go on")
 
 
@@ -144,13 +152,14 @@ def _finished(arm: Arm) -> bool:
 def _start(arm: Arm) -> subprocess.Popen[bytes]:
     folder = arm.folder
     write_text(folder.root / "given.yaml", to_yaml(arm.config))
-    command = [sys.executable, "-m", "nvfp4.cli", "rl", "--config", str(folder.root / "given.yaml"), "--resume"]
     threads = {} if arm.config.device == "cuda" else {"OMP_NUM_THREADS": "1"}
-    with open(folder.root / "output.txt", "ab") as output:
-        # a session of its own: Ctrl-C on the terminal reaches only this process, which passes it on once
-        return subprocess.Popen(
-            command, start_new_session=True, env={**PATIENT, **os.environ, **threads}, stdout=output, stderr=output
-        )
+    try:
+        with open(folder.root / "output.txt", "ab") as output:
+            return start(["rl", "--config", str(folder.root / "given.yaml"), "--resume"], threads, output)
+    except OSError as error:
+        raise TrainError(
+            f"cannot write {error.filename}: {error.strerror}; make room and run the same again"
+        ) from error
 
 
 def _stop(running: dict[Arm, subprocess.Popen[bytes]]) -> None:

@@ -35,6 +35,7 @@ from nvfp4.train.config import (
     TrainConfig,
 )
 from nvfp4.train.errors import TrainError
+from nvfp4.train.tokens import check_model_folder
 
 
 def _split_numbers(value: Any) -> Any:
@@ -283,6 +284,9 @@ RENAMED = {
 NEW_MODEL_LR = 1e-4
 """Learning rate of a new, small model, whatever the objective: what its authors use is for models of billions."""
 
+EVALUATION = ("eval_every", "eval_problems", "eval_samples")
+"""Fields that change what is learnt by an objective that reads evaluations."""
+
 OWN_MEANING = {"tokenizer", "micro_batch", "out", "resume", "resume_from", "allow_changes"}
 """Fields that both trainers have, and that say something else in pretraining."""
 
@@ -295,7 +299,10 @@ def resolve(config: RLConfig) -> RLConfig:
         if name is not None and name not in RL_RECIPES:
             raise TrainError(f"recipe: expected one of {', '.join(RL_RECIPES)}, got {name!r}")
     _check_together(config)
+    _check_can_act(config)
     task, new = make_task(config), config.model is None
+    if config.model is not None:
+        check_model_folder(config.model)
     left_open: dict[str, Any] = {
         "warm_steps": task.warm_steps if new else 0,
         "tokenizer": task.vocabulary if new else config.model,
@@ -348,7 +355,8 @@ def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
     prompt, answer = sizes.lengths(task, Text(load_vocabulary(config.tokenizer), config.chat))
     config = _filled(config, {"max_new_tokens": sizes.completion_tokens(answer, new)})
     assert config.max_new_tokens is not None
-    return _filled(config, {"context": sizes.context_tokens(prompt, config.max_new_tokens)}) if new else config
+    longest = make_objective(config).longest_completion(config.max_new_tokens)
+    return _filled(config, {"context": sizes.context_tokens(prompt, longest)}) if new else config
 
 
 def make_task(config: RLConfig) -> Task:
@@ -453,3 +461,19 @@ def _check_together(config: RLConfig) -> None:
         raise TrainError("random_share: only --reward random reads it; leave it out")
     if config.reward != "task" and config.control:
         raise TrainError("control: adds a run with random rewards to one with the task's; leave out --reward")
+
+
+def _check_can_act(config: RLConfig) -> None:
+    made, alone, wsd = config.model is not None, not (config.seeds or config.recipes), config.schedule == "wsd"
+    rules = (
+        ("architecture depth context", made, "--model brings its own sizes"),
+        ("warm_batch warm_lr warm_noise", made or config.warm_steps == 0, "there is no warm start"),
+        ("control workers", alone, "only a comparison has them: give --seeds or --recipes"),
+        ("recipe", bool(config.recipes), "--recipes says which"),
+        ("aqn_start aqn_end", config.aqn_stages == 0, "there is no noise without --aqn-stages"),
+        ("decay", not wsd, "only the schedule wsd has such a part"),
+        ("min_lr", wsd and config.decay == 0, "without --decay the schedule wsd stays at its peak"),
+    )
+    train_config.refuse_idle(config, rules)
+    if made and config.warm_steps:
+        raise TrainError(f"warm_steps: {config.model} is trained as it is, without a warm start; leave it out")

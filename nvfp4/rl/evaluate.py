@@ -1,18 +1,28 @@
-"""pass@k on problems that training never sees, from samples and from the most likely completion."""
+"""pass@k on problems that training never sees, from samples and from the most likely completion.
+
+All evaluations of a run are made alike, before, during and after it: at --eval-temperature (else that of
+sampling) and with the longest limit that any stage of the objective has, since a policy that has learnt to
+write long answers is not to be cut where it began. Both are in the row. Problems are dealt out to processes
+in blocks that do not depend on how many processes there are: in recipes with one scale per activation tensor,
+the rows of a forward decide about each other's codes.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from nvfp4.rl.collect import completions, rewards
+from nvfp4.rl.collect import all_failed, completions, rewards
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.setup import Run
 from nvfp4.rl.statistics import average, distinct_correct, pass_rates
+from nvfp4.rl.tasks.base import Problem
 from nvfp4.rng import fold_in
+from nvfp4.train.errors import TrainError
 from nvfp4.weights import fixed_weights
 
 _SEED = fold_in(0, 21)  # not the run's: all runs of a task are measured on the same problems with the same draws
@@ -29,19 +39,17 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     config = run.config
     assert config.temperature is not None
     assert config.max_new_tokens is not None
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    length = run.objective.longest_completion(config.max_new_tokens)
     problems = run.task.problems(config.eval_problems, _SEED, held_out=True)
-    numbers = list(range(rank, len(problems), world))
-    sampled = Sampling(config.max_new_tokens, config.eval_temperature or config.temperature)
+    sampled = Sampling(length, config.eval_temperature or config.temperature)
     if config.eval_temperature is None:
         assert config.top_k is not None
         assert config.top_p is not None
-        sampled = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    mine = [_drawn(run, problems, numbers, config.eval_samples, sampled)]
-    mine += [_drawn(run, problems, numbers, 1, Sampling(config.max_new_tokens, 0.0))]
-    parts = [mine] if world == 1 else gather_object([mine])
-    order = np.argsort(np.concatenate([np.arange(r, len(problems), world) for r in range(world)]))
-    drawn, greedy = ({key: np.concatenate([p[i][key] for p in parts])[order] for key in parts[0][i]} for i in (0, 1))
+        sampled = Sampling(length, config.temperature, config.top_k, config.top_p)
+    drawn, failed = _drawn(run, problems, config.eval_samples, sampled)
+    greedy, _ = _drawn(run, problems, 1, Sampling(length, 0.0))
+    if failed.total() >= len(problems) * config.eval_samples:
+        raise TrainError(f"evaluation: {all_failed(failed, failed.total())}")
     correct = drawn["reward"] >= 1
     ks = [k for k in (2**i for i in range(20)) if k <= config.eval_samples]
     row: dict[str, float] = {}
@@ -55,6 +63,11 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     row["eval/reward"] = average(drawn["reward"]).mean
     row["eval/distinct_correct"] = distinct_correct(drawn["text"].tolist(), correct).mean
     row["eval/mean_length"], row["eval/truncated"] = float(drawn["length"].mean()), float(drawn["truncated"].mean())
+    row |= {
+        "eval/failed": float(failed.total()),
+        "eval/temperature": sampled.temperature,
+        "eval/max_new_tokens": length,
+    }
     shown = [
         {"prompt": problem.prompt, "answer": problem.answer, "completion": str(texts[0]), "reward": float(found[0])}
         for problem, texts, found in zip(problems[:SHOWN], drawn["text"], drawn["reward"], strict=False)
@@ -62,17 +75,47 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     return row, shown
 
 
-def _drawn(run: Run, problems: list[Any], numbers: list[int], size: int, sampling: Sampling) -> dict[str, np.ndarray]:
-    """reward, text, length and truncated, each [problems of this process, size]."""
-    prompts = [run.text.prompt(problems[number].prompt) for number in numbers]
+def _drawn(
+    run: Run, problems: list[Problem], size: int, sampling: Sampling
+) -> tuple[dict[str, np.ndarray], Counter[str]]:
+    """reward, text, length and truncated of all processes, each [problems, size]; and why rewards failed.
+
+    Prompts of like length are drawn together, ``rollout_rows`` completions (or 512) at a time.
+    """
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    rows = run.config.rollout_rows or _ROWS
+    prompts = [run.text.prompt(problem.prompt) for problem in problems]
+    order = sorted(range(len(problems)), key=lambda number: len(prompts[number]))
+    block = max(1, rows // size)
+    blocks = [order[start : start + block] for start in range(0, len(order), block)]
+    mine = [_block(run, problems, prompts, numbers, size, sampling, rows) for numbers in blocks[rank::world]]
+    every = mine if world == 1 else gather_object(mine)
+    failed: Counter[str] = sum((reasons for *_, reasons in every), Counter())
+    places = np.argsort(np.concatenate([numbers for numbers, *_ in every]))
+    names = ("reward", "text", "length", "truncated")
+    return {name: np.concatenate([found[name] for _, found, _ in every])[places] for name in names}, failed
+
+
+def _block(
+    run: Run,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    numbers: list[int],
+    size: int,
+    sampling: Sampling,
+    rows: int,
+) -> tuple[list[int], dict[str, np.ndarray], Counter[str]]:
+    """The numbers of some problems, the figures of their completions, and why rewards failed."""
     with torch.no_grad(), fixed_weights(run.model), run.autocast():
-        rows = run.config.rollout_rows or _ROWS
-        samples = rollout(run.model, prompts, numbers, size, sampling, run.stops, _SEED, rows)
+        chosen = [prompts[number] for number in numbers]
+        samples = rollout(run.model, chosen, numbers, size, sampling, run.stops, _SEED, rows)
     texts = completions(run, samples)
-    found, _ = rewards(run, [problems[number] for number in numbers for _ in range(size)], texts, samples.ids.device)
-    return {
+    each = [problems[number] for number in numbers for _ in range(size)]
+    found, reasons = rewards(run, each, texts, samples.ids.device)
+    figures = {
         "reward": found.cpu().numpy().reshape(-1, size),
         "text": np.array(texts, dtype=object).reshape(-1, size),
         "length": samples.lengths.cpu().numpy().reshape(-1, size),
         "truncated": samples.truncated.cpu().numpy().reshape(-1, size),
     }
+    return numbers, figures, Counter(reason for reason in reasons if reason is not None)

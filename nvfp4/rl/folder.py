@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import yaml
 
-from nvfp4.rl.config import FREE_ON_RESUME, RENAMED, RLConfig
+from nvfp4.rl.config import EVALUATION, FREE_ON_RESUME, RENAMED, RLConfig
 from nvfp4.train import log
 from nvfp4.train.checkpoint import Snapshot
 from nvfp4.train.errors import TrainError
@@ -22,7 +22,7 @@ class RLFolder(RunFolder):
         super().__init__(out)
         self.completions = self.root / "completions.jsonl"
         self.plot = self.root / "run.png"
-        self.base = self.root / "base"
+        self.base = self.root / "base"  # beside it, while it is being made, base.unfinished
 
     def claim(self, config: RLConfig) -> None:
         """Before a warm start, which takes minutes and replaces base/: ``TrainError`` if the run could not begin then.
@@ -43,10 +43,17 @@ class RLFolder(RunFolder):
         for path in (self.completions, self.plot):
             path.unlink(missing_ok=True)
 
-    def ready(self, config: RLConfig, problems: str) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
-        """``open``, for the problems of this SHA-256; completions after the snapshot are dropped as rows are."""
+    def ready(
+        self, config: RLConfig, problems: str, evaluation_teaches: bool
+    ) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
+        """``open``, for the problems of this SHA-256; completions after the snapshot are dropped as rows are.
+
+        evaluation_teaches: the run learns from its evaluations, so those must go on as they were.
+        """
+        self.bound = frozenset(EVALUATION if evaluation_teaches else ())
         if config.resume_from is None:
-            config = replace(config, allow_changes=(*config.allow_changes, *FREE_ON_RESUME))
+            free = [name for name in FREE_ON_RESUME if name not in self.bound]
+            config = replace(config, allow_changes=(*config.allow_changes, *free))
         self._refuse_renamed(config)
         found, notes = self.open(cast(Any, config), problems)
         log.cut(self.completions, -1 if found is None else found[1].state["step"])
@@ -62,9 +69,3 @@ class RLFolder(RunFolder):
                 f"resume: {self.config} is of an earlier version, whose {name} is no longer an option: "
                 f"{RENAMED[name]}; finish it with that version, or start again with --overwrite"
             )
-
-    def release(self) -> None:
-        """Let others train here, before this process ends."""
-        lock = vars(self).pop("_lock", None)
-        if lock is not None:
-            lock.close()

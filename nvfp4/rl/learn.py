@@ -15,6 +15,7 @@ from nvfp4.rl.samples import Samples, Scores, Totals
 from nvfp4.rl.score import score
 from nvfp4.rl.setup import Run
 from nvfp4.train.errors import TrainError
+from nvfp4.train.processes import float64_device
 from nvfp4.weights import fixed_weights
 
 
@@ -49,13 +50,12 @@ def learn(run: Run, samples: Samples, temperature: float, lr: float, check: bool
         if alone:  # a single forward makes a single update: it is the policy before the update too
             live = run.score(run.forward, samples, temperature)
             extra = run.objective.remember(samples, _detached(live), "old")
-            samples, old = replace(samples, extra={**samples.extra, **extra}), _detached(live)
+            samples = replace(samples, extra={**samples.extra, **extra})
+            old = replace(_detached(live), logits=None, prompt_logits=None)  # as ``scored`` has them
         else:
             samples, old = scored(run, run.model, samples, temperature, rows, "old")
         if check:
-            first = samples.select(slice(0, rows))
-            trained = live if live is not None else run.score(run.forward, first, temperature)
-            gap = shape_gap(run, first, temperature, trained)
+            gap = _checked_gap(run, samples.select(slice(0, rows)), temperature, live)
     drawn = old if temperature == sampling else scored(run, run.model, samples, sampling, rows, None)[1]
     samples = replace(samples, old_logprobs=old.logprobs)
     to_reference = None
@@ -69,8 +69,8 @@ def learn(run: Run, samples: Samples, temperature: float, lr: float, check: bool
     parts = list(_minibatches(run, samples))
     norms = []
     for part in parts:
-        metrics, norm = _update(run, part, live, rows, temperature, lr)
-        live = None
+        handed_over, live = [live], None  # the update lets go of it after its backward
+        metrics, norm = _update(run, part, handed_over, rows, temperature, lr)
         learned.skipped |= norm is None
         norms.append(norm)
         for name, value in metrics.items():
@@ -127,6 +127,12 @@ def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -
     return gap
 
 
+def _checked_gap(run: Run, samples: Samples, temperature: float, live: Scores | None) -> float:
+    """``shape_gap`` of the trainer's forward; a function of its own, so that nothing holds its graph afterwards."""
+    trained = live if live is not None else run.score(run.forward, samples, temperature)
+    return shape_gap(run, samples, temperature, trained)
+
+
 def _minibatches(run: Run, samples: Samples) -> Iterator[Samples]:
     """The samples of each update: as many groups in each, the same groups whatever the number of processes."""
     assert run.config.minibatches is not None
@@ -148,10 +154,14 @@ def _beside_reference(run: Run, part: Samples, temperature: float) -> Samples:
 
 
 def _update(
-    run: Run, samples: Samples, live: Scores | None, rows: int, temperature: float, lr: float
+    run: Run, samples: Samples, live: list[Scores | None], rows: int, temperature: float, lr: float
 ) -> tuple[dict[str, float], float | None]:
-    """One optimiser update; the metrics over all processes, and the norm of the gradient or None if it was skipped."""
+    """One optimiser update; the metrics over all processes, and the norm of the gradient or None if it was skipped.
+
+    live: scores of all samples with their graph, if they were made before; taken out of the list.
+    """
     accelerator, world = run.accelerator, run.accelerator.num_processes
+    exact = float64_device(accelerator.device)
     counts = torch.tensor([float(samples.mask.sum()), float(len(samples))], device=accelerator.device)
     tokens, count = accelerator.reduce(counts, reduction="sum").tolist()
     totals = Totals(max(tokens, 1.0), count, samples.limit)
@@ -161,15 +171,14 @@ def _update(
         for start in starts:
             part = samples.select(slice(start, start + rows))
             with nullcontext() if start == starts[-1] else accelerator.no_sync(run.forward):
-                scores = live if live is not None else run.score(run.forward, part, temperature)
-                part = _beside_reference(run, part, temperature)
-                loss, metrics = run.objective.loss(part, scores, totals)
-                (loss * world).backward()  # processes average their gradients, and ours are to be added
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
+                metrics = _backward(run, part, live, temperature, totals)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.to(exact).double()
     names = sorted(sums)
-    values = accelerator.reduce(torch.stack([sums[name].reshape(()) for name in names]), reduction="sum").tolist()
-    found = dict(zip(names, values, strict=True))
+    values = torch.stack([sums[name].reshape(()) for name in names])
+    if world > 1:
+        values = accelerator.reduce(values, reduction="sum")
+    found = dict(zip(names, values.tolist(), strict=True))
     trained = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
     if run.config.clip:
@@ -182,3 +191,16 @@ def _update(
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return found, norm if good else None
+
+
+def _backward(run: Run, part: Samples, live: list[Scores | None], temperature: float, totals: Totals) -> Metrics:
+    """Gradients of one micro-batch, added to those there are; its loss and metrics.
+
+    A function of its own: a variable of the loop would keep these logits while the next are made.
+    """
+    scores = live.pop() if live else None
+    scores = scores if scores is not None else run.score(run.forward, part, temperature)
+    part = _beside_reference(run, part, temperature)
+    loss, metrics = run.objective.loss(part, scores, totals)
+    (loss * run.accelerator.num_processes).backward()  # processes average their gradients, and ours are to be added
+    return {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}

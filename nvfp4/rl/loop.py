@@ -23,6 +23,7 @@ from nvfp4.train.errors import Interrupted, TrainError
 from nvfp4.train.log import Log, Row
 from nvfp4.train.loop import deterministic, machine, other_machine, process_group
 from nvfp4.train.optim import learning_rates
+from nvfp4.train.processes import agreed
 from nvfp4.train.progress import memory_gib
 from nvfp4.train.signals import StopWish
 
@@ -83,7 +84,7 @@ class Loop:
                     self._write({"step": 0, **self._evaluation()})
                 while self.step < config.steps:
                     self._one_step()
-                    signal_number = self._agreed(wish.received)
+                    signal_number = agreed(self.prepared.accelerator, wish.received)
                     if signal_number or self._due(config.save_every):
                         self._save()
                     if signal_number and self.step < config.steps:
@@ -178,7 +179,7 @@ class Loop:
             "machine": machine(run.accelerator),
         }
         snapshot = state.capture(run.model, run.optimizer, run.accelerator, plain)
-        if run.reference is not None:
+        if run.reference is not None and run.accelerator.is_main_process:
             weights = {name: tensor.detach().cpu() for name, tensor in run.reference.named_parameters()}
             snapshot.tensors["reference"] = weights
         for file in (self.log, self.texts):
@@ -202,13 +203,6 @@ class Loop:
                     parameter.copy_(snapshot.tensors["reference"][name])
         for note in other_machine(saved["machine"], machine(run.accelerator)):
             run.report.say(note)
-
-    def _agreed(self, received: int) -> int:
-        """The signal that any process got: all must stop at the same step."""
-        accelerator = self.prepared.accelerator
-        if accelerator.num_processes == 1:
-            return received
-        return int(accelerator.gather(torch.tensor([received], device=accelerator.device)).max())
 
 
 def _finite(value: Any) -> Any:

@@ -45,7 +45,7 @@ def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
     }
     found = mismatch(data["trainer"], data["sampler"], torch.ones(len(data["trainer"]), dtype=torch.bool))
     row |= {f"mismatch/{name}": value for name, value in found.items()}
-    row["mismatch/same_shape"] = learned.shape_gap
+    row["mismatch/same_shape"] = _largest(run, learned.shape_gap)
     if "to_reference" in data:
         d = data["to_reference"].double()
         row["kl"] = float((torch.expm1(d) - d).mean())
@@ -99,6 +99,12 @@ def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     mean = zeros.index_add(0, index, rewards.double()) / counts
     squares = zeros.index_add(0, index, (rewards.double() - mean[index]) ** 2)
     return (squares / (counts - 1).clamp(min=1)).sqrt()
+
+
+def _largest(run: Run, mine: float | None) -> float | None:
+    """The largest over all processes, of those that looked."""
+    every = [mine] if run.accelerator.num_processes == 1 else gather_object([mine])
+    return max((each for each in every if each is not None), default=None)
 
 
 def _mean(found: list[dict[str, Any]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nvfp4.rl.ablation import PER_TENSOR
+from nvfp4.train.files import write_picture
 from nvfp4.train.log import Row
 from nvfp4.train.plots import BASE_COLOUR, COLOURS, smooth
 
@@ -49,7 +50,7 @@ def draw_run(rows: list[Row], result: dict[str, Any], path: Path) -> None:
     _finish(axes[1, 2], "shares, %")
     title = f"{result['task']}: {result['objective']} in {result['recipe']}, seed {result['seed']}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.savefig(path)
+    write_picture(figure, path)
 
 
 def draw_comparison(report: dict[str, Any], path: Path) -> None:
@@ -89,7 +90,7 @@ def draw_comparison(report: dict[str, Any], path: Path) -> None:
     first = report["runs"][0]
     title = f"{first['objective']}: {first['task']}, {first['parameters'] / 1e6:.1f} M parameters"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.savefig(path)
+    write_picture(figure, path)
 
 
 def passes(axes: Axes, figures: list[tuple[str, dict[str, float], str]], style: str = "-") -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from nvfp4.train.log import Row
-from nvfp4.train.progress import Reporter, duration, rate
+from nvfp4.train.log import Row, last_row
+from nvfp4.train.progress import LastingConsole, Reporter, duration, rate
 
 
 class Progress(Reporter):
@@ -51,7 +49,7 @@ class Bars:
     """Context manager: a bar for each run of a comparison on a terminal, lines elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+        self.console = LastingConsole(soft_wrap=True, highlight=False, markup=False)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -78,9 +76,8 @@ class Bars:
         """Look how far the run's log has come; on a terminal only."""
         if not self.console.is_terminal or not path.exists():
             return
-        rows = path.read_bytes().splitlines()
-        if len(rows) > 1:
-            row = json.loads(rows[-1])
+        row = last_row(path)
+        if row is not None and "reward" in row:
             now = f"reward {row['reward']:.3f}  mismatch {row['mismatch/max']:.0e}  {rate(row['tokens_per_s'])} tok/s"
             self._bars.update(self._tasks[name], completed=row["step"], now=now)
 

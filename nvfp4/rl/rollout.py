@@ -18,6 +18,7 @@ from nvfp4.rl.samples import Samples
 from nvfp4.rl.score import log_probabilities, positions
 from nvfp4.rng import ELEMENT_STREAM, philox
 from nvfp4.train.errors import TrainError
+from nvfp4.train.processes import float64_device
 
 _PLACE_BITS = 24  # of a counter, for the place of a token; the others are the number of the sample
 _SPARSE = 0.75  # below this share of unfinished rows the others leave the batch: a copy of the cache, then less work
@@ -102,18 +103,26 @@ def rollout(
 
 def check_fits(model: Any, tokens: int) -> None:
     """``TrainError`` if a sequence of so many tokens is longer than the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_context(getattr(model.config.get_text_config(), "max_position_embeddings", None), tokens)
+
+
+def check_context(context: int | None, tokens: int) -> None:
+    """``TrainError`` if a sequence of so many tokens is longer than the context of a model; None: any fits."""
     if context is not None and tokens > context:
         raise TrainError(
             f"context: a prompt and its completion may have {tokens} tokens, the model takes at most {context}; lower "
-            f"--max-new-tokens, leave out long problems, or give a new model a larger --context"
+            f"--max-new-tokens or the length stages, leave out long problems, or give a new model a larger --context"
         )
 
 
 def uniforms(seed: int, numbers: torch.Tensor, place: int) -> torch.Tensor:
-    """float64 in (0, 1), one for each sample number (int64, below 2^39): its draw for the token at ``place``."""
+    """float64 in (0, 1), one for each sample number (int64, below 2^39): its draw for the token at ``place``.
+
+    On the device of the numbers, or on the CPU where that device has no float64.
+    """
     high, low, _, _ = philox(seed, (numbers << _PLACE_BITS) + place, ELEMENT_STREAM)
-    return (((high >> 5) << 26 | low >> 6).double() + 0.5) * 2.0**-53  # 27 and 26 bits, and never an end
+    bits = (high >> 5) << 26 | low >> 6  # 27 and 26, and never an end
+    return (bits.to(float64_device(bits.device)).double() + 0.5) * 2.0**-53
 
 
 def pick(logprobs: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.Tensor:
@@ -124,7 +133,7 @@ def pick(logprobs: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.T
     """
     if sampling.temperature == 0:
         return logprobs.argmax(dim=-1)
-    p = logprobs.double().exp()
+    p = logprobs.to(u.device).double().exp()
     if 0 < sampling.top_k < p.shape[-1]:
         least = p.topk(sampling.top_k, dim=-1).values[:, -1:]
         p = torch.where(p < least, 0.0, p)
@@ -133,7 +142,7 @@ def pick(logprobs: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.T
         before = (ordered.cumsum(dim=-1) - ordered) / ordered.sum(dim=-1, keepdim=True)
         p = torch.zeros_like(p).scatter(-1, index, torch.where(before < sampling.top_p, ordered, 0.0))
     total = p.cumsum(dim=-1)
-    return (total <= u[:, None] * total[:, -1:]).sum(dim=-1).clamp(max=p.shape[-1] - 1)
+    return (total <= u[:, None] * total[:, -1:]).sum(dim=-1).clamp(max=p.shape[-1] - 1).to(logprobs.device)
 
 
 class _Batch:

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.convert import ConvertWarning, convert
+from nvfp4.rl import sizes
 from nvfp4.rl.attention import register
 from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, training_fields
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.progress import Progress
-from nvfp4.rl.rollout import Sampling, Stops
+from nvfp4.rl.rollout import Sampling, Stops, check_context
 from nvfp4.rl.samples import Samples, Scores
 from nvfp4.rl.score import score
 from nvfp4.rl.tasks.base import Task
@@ -35,6 +36,7 @@ from nvfp4.train.checkpoint import Snapshot
 from nvfp4.train.errors import TrainError
 from nvfp4.train.model import build_model
 from nvfp4.train.optim import adamw
+from nvfp4.train.processes import accelerator_for
 
 
 @dataclass
@@ -102,8 +104,23 @@ def prepare(config: RLConfig) -> Run:
     _check_problems(task)
     if accelerator.is_main_process:
         folder.claim(config)
+    try:
+        return _prepare(config, accelerator, report, folder, task, objective)
+    except BaseException:  # a traceback, which a notebook keeps, keeps the folder
+        folder.release()
+        raise
+
+
+def _prepare(
+    config: RLConfig, accelerator: Accelerator, report: Progress, folder: RLFolder, task: Task, objective: Objective
+) -> Run:
+    """The rest of ``prepare``, in a folder that is this process's."""
     assert config.tokenizer is not None
     text = Text(load_vocabulary(config.tokenizer), config.chat)
+    assert config.max_new_tokens is not None
+    needed = sizes.longest_prompt(task, text) + objective.longest_completion(config.max_new_tokens)
+    if config.model is None:
+        check_context(config.context, needed)  # not after a warm start, and not when a later stage begins
     shared = training_fields(config)
     if config.model is None and config.warm_steps:
         if accelerator.is_main_process:
@@ -111,6 +128,7 @@ def prepare(config: RLConfig) -> Run:
         accelerator.wait_for_everyone()
         shared = training_fields(from_base(config, folder.base))
     model = build_model(shared, text).eval()  # without dropout: the sampler has none
+    check_context(getattr(model.config.get_text_config(), "max_position_embeddings", None), needed)
     _set_attention(model, config, accelerator)
     model.to(accelerator.device)
     sampler = model
@@ -148,8 +166,11 @@ def _check_problems(task: Task) -> None:
 
 
 def from_base(config: RLConfig, folder: Path) -> RLConfig:
-    """The config with the warm start in ``folder`` as its model."""
-    return dataclasses.replace(config, model=str(folder), warm_steps=0, width=None, heads=None)
+    """The config with the warm start in ``folder`` as its model, without what made that."""
+    made = ("architecture", "depth", "context", "warm_batch", "warm_lr", "warm_noise")
+    defaults = {field.name: field.default for field in dataclasses.fields(RLConfig)}
+    without: dict[str, Any] = {name: defaults[name] for name in made}
+    return dataclasses.replace(config, model=str(folder), warm_steps=0, width=None, heads=None, **without)
 
 
 def open_folder(run: Run) -> Snapshot | None:
@@ -157,7 +178,8 @@ def open_folder(run: Run) -> Snapshot | None:
     path: list[Any] = [None]
     snapshot = None
     if run.accelerator.is_main_process:
-        found, notes = run.folder.ready(run.config, getattr(run.task, "sha256", ""))
+        problems = getattr(run.task, "sha256", "")
+        found, notes = run.folder.ready(run.config, problems, run.objective.reads_evaluations)
         for note in notes:
             run.report.say(note)
         if found is not None:
@@ -165,17 +187,13 @@ def open_folder(run: Run) -> Snapshot | None:
     if run.accelerator.num_processes > 1:
         path = broadcast_object_list(path)
         if path[0] is not None and snapshot is None:
-            snapshot = checkpoint.load(path[0])
+            snapshot = checkpoint.load(path[0], verify=False)  # the main process has read every byte
     return snapshot
 
 
 def _accelerator(config: RLConfig) -> Accelerator:
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    kind, count = accelerator.device.type, accelerator.num_processes
-    if config.device not in ("auto", kind):
-        raise TrainError(
-            f"device: {config.device} was asked for, but only {kind} is here; give --device auto or {kind}"
-        )
+    accelerator = accelerator_for(config.device)
+    count = accelerator.num_processes
     assert config.minibatches is not None
     if config.prompts % (config.minibatches * count):
         raise TrainError(

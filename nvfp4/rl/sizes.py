@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nvfp4.rl.tasks.base import Task
+from nvfp4.rl.tasks.jsonl import Jsonl
 from nvfp4.rl.text import Text
 from nvfp4.rng import fold_in
 from nvfp4.train.errors import TrainError
@@ -24,6 +25,12 @@ def lengths(task: Task, text: Text) -> tuple[int, int]:
     except ValueError as error:
         raise TrainError(f"task {task.name}: {error}") from error
     return max(len(text.prompt(p.prompt)) for p in problems), max(len(text.answer(p.answer)) for p in problems)
+
+
+def longest_prompt(task: Task, text: Text) -> int:
+    """Tokens of the longest prompt: of all rows of a file, else of ``DRAWN`` problems."""
+    problems = task.rows if isinstance(task, Jsonl) else task.problems(DRAWN, _SEED)
+    return max(len(text.prompt(problem.prompt)) for problem in problems)
 
 
 def completion_tokens(answer: int, new: bool) -> int:

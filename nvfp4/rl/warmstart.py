@@ -1,12 +1,17 @@
 """The warm start: supervised learning from a teacher that is often wrong, so that there is something left to learn.
 
 Clean demonstrations would saturate a small task, and without any a new model never finds a reward.
+
+Each update is a function of (weights, moments, seed, number of the update), so weights and moments are all that a
+checkpoint needs: base.unfinished/ holds the newest until base/ is complete, and the same command goes on from it to
+the last bit, after a signal, which saves, and after kill -9.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +28,13 @@ from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rng import fold_in
+from nvfp4.train import checkpoint, state
+from nvfp4.train.errors import Interrupted
 from nvfp4.train.files import write_json
 from nvfp4.train.model import build_model, export
 from nvfp4.train.optim import adamw, learning_rates
 from nvfp4.train.progress import Reporter
+from nvfp4.train.signals import StopWish
 
 _STREAM = 10  # folded into the seed; the streams of ``collect.py`` and ``evaluate.py`` are others
 MARK = "warm_start.json"
@@ -40,37 +48,81 @@ RELEVANT = (
 def warm_start(config: RLConfig, folder: Path, report: Reporter) -> Path:
     """Train a new model on demonstrations, in full precision on the CPU, and export it to ``folder``; returns that.
 
-    A folder that an equal config has filled before is used again. The end of a text is learnt with the answer.
+    A folder that an equal config has filled before is used again. The end of a text is learnt with the answer. Raises
+    ``Interrupted`` after a signal; ``save_every`` updates lie between two checkpoints.
     """
     fields = {name: getattr(config, name) for name in RELEVANT}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     mark = folder / MARK
-    if mark.is_file() and mark.read_text(encoding="utf-8") == _as_json(fields):
+    if mark.is_file() and mark.read_bytes() == _as_json(fields).encode():
         return folder
     assert config.warm_steps is not None
+    assert config.tokenizer is not None
     shared = dataclasses.replace(
         training_fields(config), steps=config.warm_steps, lr=config.warm_lr, warmup=config.warm_steps // 10, decay=0.5
     )
-    assert config.tokenizer is not None
     text, task = Text(load_vocabulary(config.tokenizer)), make_task(config)
     model = build_model(shared, text).eval()
     optimizer, rates = adamw(model, shared), learning_rates(shared)
-    loss = torch.zeros(())
-    for step in range(config.warm_steps):
-        batch = demonstrated(task, text, config.warm_batch, config.warm_noise, fold_in(config.seed, _STREAM, step))
-        check_fits(model, batch.ids.shape[1])
-        loss = supervised_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rates(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0 or step + 1 == config.warm_steps:
-            report.say(f"warm start {step + 1}/{config.warm_steps}  loss {float(loss.detach()):.4f}")
-    export(model, text, folder, "fp32")
-    write_json(mark, fields)  # last: it says that the folder is complete
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    step = _go_on(unfinished, fields, model, optimizer, report)
+
+    # The updates, each a function of the state and of its number; a signal is obeyed between two.
+    with StopWish() as wish:
+        while step < config.warm_steps:
+            batch = demonstrated(task, text, config.warm_batch, config.warm_noise, fold_in(config.seed, _STREAM, step))
+            check_fits(model, batch.ids.shape[1])
+            loss = _update(model, optimizer, batch, rates(step))
+            step += 1
+            if step % 100 == 0 or step == config.warm_steps:
+                report.say(f"warm start {step}/{config.warm_steps}  loss {loss:.4f}")
+            due = config.save_every > 0 and step % config.save_every == 0
+            if (wish.received or due) and step < config.warm_steps:
+                checkpoint.save(unfinished, state.local_snapshot(model, optimizer, {"step": step, "fields": fields}), 1)
+            if wish.received and step < config.warm_steps:
+                saved = f"stopped at update {step} of the warm start, checkpoint saved"
+                raise Interrupted(wish.received, f"{saved}; the same command goes on from there")
+        export(model, text, folder, "fp32")
+        write_json(mark, fields)  # last: it says that the folder is complete
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if wish.received:
+        raise Interrupted(
+            wish.received, "stopped after the warm start, which is kept; the same command goes on from it"
+        )
     return folder
+
+
+def _go_on(
+    unfinished: Path,
+    fields: dict[str, Any],
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    report: Reporter,
+) -> int:
+    """The number of updates that an equal warm start has saved, which model and optimiser then have behind them."""
+    for path in checkpoint.newest_first(unfinished):
+        try:
+            snapshot = checkpoint.load(path)
+        except checkpoint.DamagedCheckpoint as error:
+            report.say(f"{error}; the warm start begins again")
+            continue
+        if snapshot.state["fields"] == fields:
+            state.restore_local(snapshot, model, optimizer)
+            report.say(f"warm start: resuming from {path}")
+            return int(snapshot.state["step"])
+    return 0
+
+
+def _update(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Samples, rate: float) -> float:
+    """One supervised update with learning rate ``rate``; the loss before it, in nats per token."""
+    loss = supervised_loss(model, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
 
 
 def demonstrated(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:

@@ -9,6 +9,7 @@ checkpoints/step-00000300/
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,33 +61,47 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
             f"cannot write checkpoint {path}: {error}; {intact}; make room and go on with --resume"
         ) from error
     for old in [*folder.glob(f"{_TEMPORARY}*"), *newest_first(folder)[keep:]]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what stays is tried again after the next checkpoint
     return path
 
 
-def load(path: Path) -> Snapshot:
-    """Read a checkpoint and check every size and hash; ``TrainError`` names a file that is missing or changed."""
+def load(path: Path, verify: bool = True) -> Snapshot:
+    """Read a checkpoint and check every size and hash; ``TrainError`` names a file that is missing or changed.
+
+    The tensors are views of the mapped files: they cost memory of the page cache, which processes share. verify: False
+    for one of several processes, where another has read every byte.
+    """
     manifest = _read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
         raise TrainError(
             f"checkpoint {path} has format {manifest.get('format')!r}, this version reads {FORMAT}; "
             f"use the version of nvfp4 that wrote it"
         )
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise _damaged(path, f"{name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise _damaged(path, f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
-            raise _damaged(path, f"the content of {name} does not match its SHA-256")
-    groups = [name for name in manifest["files"] if name.endswith(".safetensors")]
-    return Snapshot(_read_json(path, STATE), {Path(name).stem: load_file(path / name) for name in groups})
+    try:
+        for name, expected in manifest["files"].items():
+            _check_file(path, name, expected, verify)
+        groups = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        return Snapshot(_read_json(path, STATE), {Path(name).stem: load_file(path / name) for name in groups})
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _damaged(path, f"{MANIFEST} does not list files with their sizes and hashes") from error
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first; unfinished ones are not among them."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    """The checkpoints of a run, newest first; unfinished ones are not among them.
+
+    ``TrainError`` for a folder that cannot be listed, which would pass for a run without checkpoints.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise TrainError(f"cannot look for checkpoints in {folder}: {error.strerror}; make it readable") from error
+    return sorted(
+        (p for p in (folder / name for name in names if name.startswith("step-")) if p.is_dir()), reverse=True
+    )
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
@@ -98,14 +113,28 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
 
 
+def _check_file(path: Path, name: str, expected: dict[str, Any], verify: bool) -> None:
+    """``DamagedCheckpoint`` if a file is not there as it was written; its hash is looked at under ``verify``."""
+    file = path / name
+    if not file.is_file():
+        raise _damaged(path, f"{name} is missing")
+    if file.stat().st_size != expected["bytes"]:
+        raise _damaged(path, f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
+    if verify and sha256(file) != expected["sha256"]:
+        raise _damaged(path, f"the content of {name} does not match its SHA-256")
+
+
 def _read_json(path: Path, name: str) -> dict[str, Any]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise TrainError(f"no checkpoint at {path}; expected a folder like checkpoints/step-00000300")
     try:
-        return json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads((path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "is cut off or not readable"
         raise _damaged(path, f"{name} {reason}") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"{name} is not what was written")
+    return value
 
 
 def _damaged(path: Path, reason: str) -> TrainError:

@@ -6,8 +6,6 @@ Each recipe trains in a process of its own, as ``nvfp4 pretrain`` would, so peak
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvfp4.train import log
+from nvfp4.train.children import start
 from nvfp4.train.config import (
     CompareConfig,
     PretrainConfig,
@@ -38,11 +37,6 @@ from nvfp4.train.signals import StopWish
 
 BASELINE = "bf16"
 
-# How long libgomp's threads spin before they sleep. By default they spin for milliseconds, which on cores that others
-# use too turns every parallel region into a wait: two busy neighbours on two cores took a run of 0.5 M parameters from
-# 36k tokens/s to below 1k. With this it keeps 20k, and alone it is as fast as before.
-PATIENT = {"GOMP_SPINCOUNT": "1000"}
-
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Train every recipe that is not finished, write compare.json and compare.png, print the table; returns the JSON.
@@ -51,6 +45,16 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     them. Raises ``TrainError`` when a run cannot start or fails, ``Interrupted`` after a signal; finished runs stay.
     """
     config = resolve(config)
+    root = RunFolder(config.out)
+    root.lock()
+    try:
+        return _compare(config, root.root)
+    finally:
+        root.release()
+
+
+def _compare(config: CompareConfig, root: Path) -> dict[str, Any]:
+    """``compare`` in a folder that is this process's."""
     plans = [run_config(config, recipe) for recipe in config.recipes]
     if config.overwrite:
         for plan in plans:
@@ -59,7 +63,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         _check_run(plan)
     results = [_trained(plan) for plan in plans]
     report = comparison(config, results)
-    root = Path(config.out).expanduser()
     write_json(root / "compare.json", report)
     draw_comparison(report, root / "compare.png")
     Console(width=None if sys.stdout.isatty() else 110).print(table(report))
@@ -133,10 +136,8 @@ def _trained(plan: PretrainConfig) -> dict[str, Any]:
         return done
     write_text(folder.config, to_yaml(lasting(plan)))
     print(f"--- {plan.recipe} ---", flush=True)
-    command = [sys.executable, "-m", "nvfp4.cli", "pretrain", "--config", str(folder.config), "--resume"]
     with StopWish() as wish:
-        # A session of its own: Ctrl-C on the terminal reaches only this process, which passes it on once.
-        child = subprocess.Popen(command, start_new_session=True, env={**PATIENT, **os.environ})
+        child = start(["pretrain", "--config", str(folder.config), "--resume"])
         passed_on = 0
         while child.poll() is None:
             if wish.received and not passed_on:

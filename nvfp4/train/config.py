@@ -153,6 +153,9 @@ class TrainConfig:
     """Updates between evaluations on held-out text; 0: only at the end."""
     eval_bytes: Count = 32768
     """Bytes of held-out text (UTF-8) in an evaluation during the run, of at least 16 documents if there are."""
+    eval_batch: Count | None = None
+    """Sequences in one forward pass of an evaluation, whatever --micro-batch and the processes are: with one scale per
+    activation tensor the loss depends on it; None: as many as hold 2048 tokens, at least 1."""
     final_eval_bytes: CountOrZero = 131072
     """Bytes of held-out text (UTF-8) in the evaluation at the end; 0: all of it."""
     save_every: CountOrZero = 250
@@ -197,7 +200,16 @@ Config = TypeVar("Config", bound=TrainConfig)
 FREE_ON_RESUME = frozenset(
     (
         *("out", "resume", "resume_from", "overwrite", "allow_changes", "device", "log_every", "save_every", "keep"),
-        *("eval_every", "eval_bytes", "final_eval_bytes", "max_bad_steps", "sample_tokens", "prompt", "export_dtype"),
+        *(
+            "eval_every",
+            "eval_bytes",
+            "eval_batch",
+            "final_eval_bytes",
+            "max_bad_steps",
+            "sample_tokens",
+            "prompt",
+            "export_dtype",
+        ),
     )
 )
 
@@ -210,11 +222,15 @@ def resolve(config: Config) -> Config:
     """
     config = _validated(type(config), dataclasses.asdict(config))
     _check_together(config)
+    if isinstance(config, PretrainConfig | CompareConfig):
+        _check_can_act(config)
     if isinstance(config, PretrainConfig):
         _check_recipe("recipe", config.recipe)
         _check_resume(config)
     if isinstance(config, CompareConfig):
         _check_recipes(config.recipes)
+    if config.eval_batch is None:
+        config = dataclasses.replace(config, eval_batch=max(1, 2048 // config.seq_len))
     if config.warmup is None:
         config = dataclasses.replace(config, warmup=min(1000, config.steps // 6))
     if config.model is not None:
@@ -283,10 +299,27 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(to_fields(config), sort_keys=False, allow_unicode=True)
 
 
-def differences(saved: dict[str, Any], config: PretrainConfig) -> list[str]:
-    """``field: saved value, now value`` of fields that can change a loss, differ and are not in ``allow_changes``."""
+def refuse_idle(config: Any, rules: tuple[tuple[str, bool, str], ...]) -> None:
+    """``TrainError`` for an option that was given and cannot act: whoever gave it expects something of it.
+
+    rules: names of fields, whether they are without effect in this config, and why. A field that has its default was
+    not given.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for names, idle, why in rules:
+        for name in names.split() if idle else ():
+            value = getattr(config, name)
+            if value != defaults[name]:
+                raise TrainError(f"{name}: {value!r} has no effect, since {why}; leave it out")
+
+
+def differences(saved: dict[str, Any], config: PretrainConfig, bound: frozenset[str] = frozenset()) -> list[str]:
+    """``field: saved value, now value`` of fields that can change a loss, differ and are not in ``allow_changes``.
+
+    bound: fields that are free as a rule and not in this run.
+    """
     present = to_fields(config)
-    ignored = FREE_ON_RESUME | set(config.allow_changes)
+    ignored = (FREE_ON_RESUME - bound) | set(config.allow_changes)
     names = [name for name in {**saved, **present} if name not in ignored]
     return [
         f"{name}: {saved.get(name)!r}, now {present.get(name)!r}"
@@ -300,9 +333,17 @@ def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
         config = pydantic.TypeAdapter(kind).validate_python(fields)
     except pydantic.ValidationError as error:
         raise TrainError("; ".join(_explain(kind, item) for item in error.errors(include_url=False))) from None
+    if (
+        getattr(config, "out", None) == ""
+    ):  # the working folder, if nobody looks: a variable of the shell that was not set
+        raise TrainError("out: expected the name of a folder, got ''")
     for name, value in vars(config).items():
         if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
             raise TrainError(f"{name}: expected a text without null bytes, got {value!r}")
+    try:
+        (getattr(config, "prompt", None) or "").encode()
+    except UnicodeEncodeError:
+        raise TrainError(f"prompt: expected a text in UTF-8, got {config.prompt!a}") from None
     return config
 
 
@@ -325,6 +366,17 @@ def _check_together(config: TrainConfig) -> None:
         sizes = [name for name in ("width", "heads", "kv_heads", "ffn") if getattr(config, name) is not None]
         if sizes:
             raise TrainError(f"{sizes[0]}: {config.model} brings its own sizes; leave out {', '.join(sizes)}")
+
+
+def _check_can_act(config: TrainConfig) -> None:
+    wsd = config.schedule == "wsd"
+    rules = (
+        ("architecture depth tie_embeddings", config.model is not None, "--model brings its own sizes"),
+        ("holdout", bool(config.held_out_data), "--held-out-data says what is held out"),
+        ("decay", not wsd, "only the schedule wsd has such a part"),
+        ("min_lr", wsd and config.decay == 0, "without --decay the schedule wsd stays at its peak"),
+    )
+    refuse_idle(config, rules)
 
 
 def _check_resume(config: PretrainConfig) -> None:

@@ -8,7 +8,7 @@ class TrainError(Exception):
 
 
 class Interrupted(Exception):
-    """A SIGINT or SIGTERM (``signal_number``) was obeyed: the step was finished and a checkpoint saved."""
+    """A SIGINT, SIGTERM or SIGHUP (``signal_number``) was obeyed: the step was finished and a checkpoint saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

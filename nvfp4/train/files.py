@@ -38,6 +38,22 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
+def write_picture(figure: Any, path: Path) -> None:
+    """Replace the PNG at ``path`` by a matplotlib figure at once; if that fails the old one stays: ``TrainError``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png")
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainError(
+            f"cannot draw {path}: {error.strerror or error}; make room and run again with --resume"
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as indented JSON; ``ValueError`` for NaN and Inf, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

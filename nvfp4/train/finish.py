@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -9,6 +10,7 @@ from nvfp4.convert import disabled
 from nvfp4.train import log
 from nvfp4.train.config import lasting, to_fields
 from nvfp4.train.data import held_out_windows
+from nvfp4.train.errors import TrainError
 from nvfp4.train.evaluate import Score, evaluate
 from nvfp4.train.files import write_text
 from nvfp4.train.model import export, sample
@@ -26,11 +28,17 @@ def finish(run: Run) -> dict[str, Any]:
     """
     config = run.config
     held_out = held_out_windows(run.corpus.held_out, run.tokenizer, config.seq_len, config.final_eval_bytes)
-    trained = evaluate(run.model, held_out, run.rows, run.autocast, run.accelerator)
+    trained = evaluate(run.model, held_out, run.eval_rows, run.autocast, run.accelerator)
     plain = trained
     if config.recipe != "bf16":
         with disabled(run.model):
-            plain = evaluate(run.model, held_out, run.rows, run.autocast, run.accelerator)
+            plain = evaluate(run.model, held_out, run.eval_rows, run.autocast, run.accelerator)
+    if not math.isfinite(trained.loss + plain.loss):
+        raise TrainError(
+            f"the held-out loss is {trained.loss:g} after the last update, {plain.loss:g} with the layers in BF16: the "
+            f"model is lost; lower --lr or --clip and go on from an earlier checkpoint in {run.folder.checkpoints}: "
+            f"--resume-from ... --allow-changes lr clip"
+        )
     if not run.accelerator.is_main_process:
         return {}
     result = _result(run, trained, plain)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ from nvfp4.train.files import write_json, write_text
 
 
 class RunFolder:
-    """Paths below ``out``."""
+    """Paths below ``out``.
+
+    bound: fields that are free on resume as a rule and not in this run, since it learns from what they say.
+    """
+
+    bound: frozenset[str] = frozenset()
 
     def __init__(self, out: str) -> None:
         self.root = Path(out).expanduser()
@@ -30,33 +37,63 @@ class RunFolder:
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
         try:
-            return json.loads(self.result.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
+        return result if isinstance(result, dict) and "config" in result else None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the result; its presence says that the run is finished."""
         write_json(self.result, result)
 
     def clear(self) -> None:
-        """Delete what a run has written, and nothing else that may lie in the folder."""
-        for path in (self.result, self.config, self.log, self.sample):
-            path.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.export):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Delete what a run has written, and nothing else that may lie in the folder.
+
+        ``TrainError`` if something stays: a checkpoint of the earlier run would be taken for the newest of this one.
+        """
+        try:
+            for path in (self.result, self.config, self.log, self.sample):
+                path.unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.export):
+                if folder.is_symlink():
+                    folder.unlink()
+                elif folder.exists():
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise TrainError(
+                f"overwrite: cannot delete {error.filename}: {error.strerror}; delete it or choose another --out"
+            ) from error
 
     def lock(self) -> None:
-        """Make the folder and keep it to this process until it ends; ``TrainError`` if another one trains in it."""
+        """Make the folder and keep it to this process until it ends; ``TrainError`` if another one trains in it.
+
+        The lock is the kernel's and ends with the process, however that ends; what the file says is for people.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 - held open as long as the run lives
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainError(
-                f"out: another process is training in {self.root}; wait for it or choose another --out"
-            ) from None
+            lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held open as long as the run lives
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                who = lock.read(200).strip()
+                lock.close()
+                raise TrainError(
+                    f"out: another process{f' ({who})' if who else ''} is training in {self.root}; wait for it, "
+                    f"stop it, or choose another --out"
+                ) from None
+            self._lock = lock
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n")
+            lock.flush()
         except OSError as error:
             raise TrainError(f"out: cannot write in {self.root}: {error.strerror}; choose another --out") from error
+
+    def release(self) -> None:
+        """Let others train here, before this process ends."""
+        lock = vars(self).pop("_lock", None)
+        if lock is not None:
+            lock.close()
 
     def open(self, config: PretrainConfig, corpus_sha256: str) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
         """Make the folder ready; returns the checkpoint to go on from (None: from the start) and notes for the user.
@@ -70,9 +107,13 @@ class RunFolder:
         self.refuse_earlier(config)
         found, notes = self._find(config)
         if found is not None:
-            _check_fits(found[1], config, corpus_sha256)
+            _check_fits(found[1], config, corpus_sha256, self.bound)
+            self._check_log(found[1].state["step"])
         write_text(self.config, to_yaml(lasting(config)))
-        self.result.unlink(missing_ok=True)
+        try:
+            self.result.unlink(missing_ok=True)
+        except OSError as error:
+            raise TrainError(f"out: cannot delete {self.result}: {error.strerror}") from error
         log.cut(self.log, -1 if found is None else found[1].state["step"])
         return found, notes
 
@@ -83,6 +124,16 @@ class RunFolder:
             raise TrainError(
                 f"out: {self.root} holds an earlier run ({', '.join(present)}); give --resume to go on with it, "
                 f"--overwrite to delete it, or another --out"
+            )
+
+    def _check_log(self, step: int) -> None:
+        """``TrainError`` if the log has no row of the checkpoint's step, which it had when that was saved."""
+        rows = log.read(self.log)
+        if not any(row["step"] == step for row in rows):
+            last = f"ends at step {rows[-1]['step']}" if rows else "is missing or empty"
+            raise TrainError(
+                f"out: {self.log} {last}, the checkpoint is of step {step}: the log is damaged; restore it or start "
+                f"again with --overwrite"
             )
 
     def _find(self, config: PretrainConfig) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
@@ -116,8 +167,8 @@ class RunFolder:
             )
 
 
-def _check_fits(snapshot: Snapshot, config: PretrainConfig, corpus_sha256: str) -> None:
-    differing = differences(snapshot.state["config"], config)
+def _check_fits(snapshot: Snapshot, config: PretrainConfig, corpus_sha256: str, bound: frozenset[str]) -> None:
+    differing = differences(snapshot.state["config"], config, bound)
     if differing:
         raise TrainError(
             f"the checkpoint is of another config: {'; '.join(differing)}; give the saved values, choose another "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from nvfp4.train.finish import finish, summary
 from nvfp4.train.folder import RunFolder
 from nvfp4.train.log import Log, Row
 from nvfp4.train.optim import learning_rates
+from nvfp4.train.processes import agreed
 from nvfp4.train.progress import memory_gib
 from nvfp4.train.setup import Run, open_folder, prepare
 from nvfp4.train.signals import StopWish
@@ -38,8 +40,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         print(f"{config.out} is finished: {summary(done)}")
         return done
     with deterministic(config.deterministic), process_group():
+        run = None
         try:
-            return Loop(prepare(config)).run()
+            run = prepare(config)
+            return Loop(run).run()
         except torch.OutOfMemoryError as error:
             raise TrainError(
                 f"out of memory: {str(error).splitlines()[0]}; lower --micro-batch or --seq-len, or give --recompute; "
@@ -50,6 +54,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
                 reason = str(error).strip().splitlines()[0]
                 raise TrainError(f"compile: torch.compile failed here ({reason}); run with --no-compile") from error
             raise
+        finally:
+            if run is not None:
+                run.folder.release()  # a traceback, which a notebook keeps, keeps the run
 
 
 class Loop:
@@ -83,7 +90,7 @@ class Loop:
                     self._write({"step": 0, **self._validation()})
                 while self.step < self.config.steps:
                     self._one_step()
-                    signal_number = self._agreed(wish.received)
+                    signal_number = agreed(self.prepared.accelerator, wish.received)
                     if signal_number or self._due(self.config.save_every):
                         self._save()
                     if signal_number and self.step < self.config.steps:
@@ -119,8 +126,9 @@ class Loop:
 
     def _validation(self) -> Row:
         run = self.prepared
-        score = evaluate(run.model, run.held_out, run.rows, run.autocast, run.accelerator)
-        return {"val_loss": score.loss, "val_bpb": score.bits_per_byte}
+        score = evaluate(run.model, run.held_out, run.eval_rows, run.autocast, run.accelerator)
+        figures = {"val_loss": score.loss, "val_bpb": score.bits_per_byte}
+        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
@@ -143,13 +151,6 @@ class Loop:
             self.log.flush()  # no checkpoint is ahead of the log
             checkpoint.save(run.folder.checkpoints, snapshot, self.config.keep)
         run.accelerator.wait_for_everyone()
-
-    def _agreed(self, received: int) -> int:
-        """The signal that any process got: all must stop at the same step."""
-        accelerator = self.prepared.accelerator
-        if accelerator.num_processes == 1:
-            return received
-        return int(accelerator.gather(torch.tensor([received], device=accelerator.device)).max())
 
     def _how_to_resume(self) -> str:
         return f"go on with: nvfp4 pretrain --config {self.prepared.folder.config} --resume"

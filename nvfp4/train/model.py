@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.utils import logging
 
+from nvfp4.train.causal import check_causal
 from nvfp4.train.config import TrainConfig
 from nvfp4.train.errors import TrainError
 from nvfp4.train.files import sync
-from nvfp4.train.tokens import Tokenizer
+from nvfp4.train.tokens import Tokenizer, check_model_folder
 
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -31,6 +33,8 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = load_model(config.model) if config.model is not None else _new(config, tokenizer)
+        if config.model is not None:
+            check_causal(model, config.model)
     text = model.config.get_text_config()
     if text.vocab_size < tokenizer.vocab_size:
         raise TrainError(
@@ -91,11 +95,16 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         sync(folder.parent)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainError(
-            f"cannot export to {folder}: {error.strerror or error}; make room and run again with --resume"
-        ) from error
+        # tokenizers raises a bare Exception, safetensors an error of its own, where the disk is full
+        if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise TrainError(f"cannot export to {folder}: {reason}; make room and run again with --resume") from error
+    except BaseException:  # Ctrl-C: the next run may be of another --out
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _continue(model: PreTrainedModel, context: torch.Tensor, count: int, separator: int) -> torch.Tensor:
@@ -135,8 +144,7 @@ def _new(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
 
 def load_model(path: str) -> PreTrainedModel:
     """The causal LM in a local folder, float32, on the CPU; ``TrainError`` if it does not load."""
-    if not Path(path).is_dir():
-        raise TrainError(f"model: expected the folder of a local Hugging Face causal LM, got {path!r}")
+    check_model_folder(path)
     try:
         with _no_bars():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)

@@ -13,6 +13,8 @@ matplotlib.use("Agg")  # files only: no display is needed, none is opened
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nvfp4.train.files import write_picture
+
 BASE_COLOUR, RAW_COLOUR = "#222222", "#D4D4D4"
 # Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers, from dark to light.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -29,7 +31,7 @@ def draw_comparison(report: dict[str, Any], path: Path) -> None:
     size = f"{count / 1e6:.1f} M parameters" if count >= 1e6 else f"{count / 1e3:.0f} k parameters"
     title = f"NVFP4 recipes against {report['baseline']}: {size}, {first['steps']} updates"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.savefig(path)
+    write_picture(figure, path)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -64,9 +66,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
             axes.plot(steps, raw, color=RAW_COLOUR, linewidth=0.5, zorder=1)
         axes.plot(steps, curve, color=colour, linewidth=1.6, zorder=2)
         scored = run["held_out"]
-        axes.plot(
-            scored["step"], scored["val_loss"], "o", color=colour, markersize=4.5, markeredgecolor="white", zorder=3
-        )
+        axes.plot(scored["step"], _scored(run), "o", color=colour, markersize=4.5, markeredgecolor="white", zorder=3)
         ends.append(float(curve[-1]))
         texts.append((f"{run['recipe']}  {run['val_bpb']:.3f}", colour))
     settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
@@ -93,9 +93,9 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
         steps, raw = _curve(run)
         gap = smooth(raw - _curve(base)[1])  # the same batches in the same order, so the batch's own noise cancels
         axes.plot(steps, gap, color=colour, linewidth=1.6)
-        scored = np.array(run["held_out"]["val_loss"]) - np.array(base["held_out"]["val_loss"])
+        scored = _scored(run) - _scored(base)
         axes.plot(run["held_out"]["step"], scored, "o", color=colour, markersize=4.5, markeredgecolor="white")
-        extremes += [*gap[_settled(run) :], *scored[1:]]
+        extremes += [*gap[_settled(run) :], *scored[1:][np.isfinite(scored[1:])]]
         ends.append(float(gap[-1]))
         texts.append((f"{run['recipe']}  {run['gap_percent']:+.2f} %", colour))
     margin = 0.12 * (max(extremes) - min(extremes)) or 0.01
@@ -113,6 +113,10 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
 
 def _curve(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(run["curve"]["step"]), np.array(run["curve"]["loss"], dtype=np.float64)  # None becomes NaN
+
+
+def _scored(run: dict[str, Any]) -> np.ndarray:
+    return np.array(run["held_out"]["val_loss"], dtype=np.float64)
 
 
 def _colours(report: dict[str, Any]) -> list[str]:

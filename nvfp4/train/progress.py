@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,12 +15,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from nvfp4.train.log import Row
 
 
+class LastingConsole(Console):
+    """A console whose reader may leave (``| head``, a closed terminal) without ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here, without a checkpoint."""
+        self._fall_silent()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; a terminal that has hung up is as good as a broken pipe."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # else Python complains when it flushes at its end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
 class Reporter:
     """Prints lines; quiet (no bar, no colour) where the output is no terminal, silent where ``enabled`` is False."""
 
     def __init__(self, name: str, steps: int, every: int, enabled: bool = True) -> None:
         self.steps, self.every = steps, every
-        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False, markup=False)
+        self.console = LastingConsole(quiet=not enabled, soft_wrap=True, highlight=False, markup=False)
         self._recent: list[float] = []
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
@@ -64,7 +89,7 @@ def line(row: Row, steps: int, eta: str) -> str:
         f"{row['memory_gib']:.2f} GiB",
     ]
     if "val_bpb" in row:
-        parts.append(f"held-out {row['val_bpb']:.4f} bpb")
+        parts.append(f"held-out {_number(row['val_bpb'])} bpb")
     parts.append("SKIPPED: not finite" if row["skipped"] else f"eta {eta}")
     return "  ".join(parts)
 

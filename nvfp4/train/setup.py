@@ -25,6 +25,7 @@ from nvfp4.train.errors import TrainError
 from nvfp4.train.folder import RunFolder
 from nvfp4.train.model import build_model
 from nvfp4.train.optim import adamw
+from nvfp4.train.processes import accelerator_for
 from nvfp4.train.progress import Reporter
 from nvfp4.train.tokens import Tokenizer, load_tokenizer, pack
 
@@ -51,6 +52,12 @@ class Run:
     def rows(self) -> int:
         """Sequences in one forward pass of one process."""
         return self.config.micro_batch or self.config.batch // self.accelerator.num_processes
+
+    @property
+    def eval_rows(self) -> int:
+        """Sequences in one forward pass of an evaluation."""
+        assert self.config.eval_batch is not None
+        return self.config.eval_batch
 
     @property
     def parts(self) -> int:
@@ -112,17 +119,13 @@ def open_folder(run: Run) -> Snapshot | None:
     if run.accelerator.num_processes > 1:
         path = broadcast_object_list(path)
         if path[0] is not None and snapshot is None:
-            snapshot = checkpoint.load(path[0])
+            snapshot = checkpoint.load(path[0], verify=False)  # the main process has read every byte
     return snapshot
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    kind, count = accelerator.device.type, accelerator.num_processes
-    if config.device not in ("auto", kind):
-        raise TrainError(
-            f"device: {config.device} was asked for, but only {kind} is here; give --device auto or {kind}"
-        )
+    accelerator = accelerator_for(config.device)
+    count = accelerator.num_processes
     if config.batch % count:
         raise TrainError(f"batch: must be a multiple of the {count} processes, got {config.batch}")
     if config.batch // count % (config.micro_batch or 1):

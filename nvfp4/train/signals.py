@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that the loop obeys between two steps."""
+"""SIGINT, SIGTERM and SIGHUP as a wish that the loop obeys between two steps."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopWish:
     """Context manager: within it ``received`` is the number of the first signal that came, 0 before.
 
-    A second signal acts as it would without us (SIGINT raises KeyboardInterrupt, SIGTERM ends the process). Outside the
-    main thread, where Python allows no handlers, it does nothing.
+    A second signal acts as it would without us (SIGINT raises KeyboardInterrupt, SIGTERM ends the process). One that is
+    ignored stays so, as SIGHUP under nohup. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     received = 0
@@ -22,7 +22,8 @@ class StopWish:
     def __enter__(self) -> StopWish:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(

@@ -21,37 +21,35 @@ def capture(
 ) -> Snapshot:
     """Model, optimiser, random states of all processes and the layers' call counters, beside the plain ``state``.
 
-    A collective call: every process must make it, the snapshot of the main process is the one to save.
+    A collective call: every process must make it, the snapshot of the main process is the one to save. The others'
+    has no weights and no moments: a copy in every process would take the memory of as many models on one machine.
     """
     random = {
         f"{device}.{rank}": value
         for rank, states in enumerate(gather_object([_random()]))
         for device, value in states.items()
     }
+    state = {**state, "noise": noise_state(model)}
+    if not accelerator.is_main_process:
+        return Snapshot(state, {})
+    local = local_snapshot(model, optimizer, state)
+    return Snapshot(state, {**local.tensors, "random": random})
+
+
+def local_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """Weights and moments of this process, for a training that draws nothing."""
     moments = {
         f"{key}.{name}": value.cpu()
         for name, parameter in _trained(model).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     weights = {name: tensor.detach().cpu() for name, tensor in _weights(model).items()}
-    return Snapshot({**state, "noise": noise_state(model)}, {"model": weights, "optimizer": moments, "random": random})
+    return Snapshot(state, {"model": weights, "optimizer": moments})
 
 
 def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Put a snapshot back; ``TrainError`` naming the tensors if it is of another model."""
-    _check_same(_weights(model), snapshot.tensors["model"])
-    with torch.no_grad():
-        for name, tensor in _weights(model).items():
-            tensor.copy_(snapshot.tensors["model"][name])
-    moments: dict[str, Tensors] = {}
-    for key, value in snapshot.tensors["optimizer"].items():
-        kind, _, name = key.partition(".")
-        moments.setdefault(name, {})[kind] = value
-    names = {parameter: name for name, parameter in _trained(model).items()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    groups = optimizer.state_dict()["param_groups"]
-    states = {i: moments[name] for i, name in enumerate(order) if name in moments}
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    restore_local(snapshot, model, optimizer)
     load_noise_state(model, snapshot.state["noise"])
     mine = {
         k.partition(".")[0]: v
@@ -62,6 +60,23 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
         torch.set_rng_state(mine["cpu"])
     if "cuda" in mine and torch.cuda.is_available():
         torch.cuda.set_rng_state(mine["cuda"])
+
+
+def restore_local(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and moments back; ``TrainError`` naming the tensors if they are of another model."""
+    _check_same(_weights(model), snapshot.tensors["model"])
+    with torch.no_grad():
+        for name, tensor in _weights(model).items():
+            tensor.copy_(snapshot.tensors["model"][name])
+    moments: dict[str, Tensors] = {}
+    for key, value in snapshot.tensors["optimizer"].items():
+        kind, _, name = key.partition(".")
+        moments.setdefault(name, {})[kind] = value.clone()  # not the mapped file, which is deleted one day
+    names = {parameter: name for name, parameter in _trained(model).items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    states = {i: moments[name] for i, name in enumerate(order) if name in moments}
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def _random() -> Tensors:

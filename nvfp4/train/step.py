@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nvfp4.train.log import Row
+from nvfp4.train.processes import float64_device
 from nvfp4.train.setup import Run
 
 
@@ -21,17 +22,20 @@ def update(run: Run, step: int, lr: float) -> Row:
     config, accelerator, parts = run.config, run.accelerator, run.parts
     batch = run.windows.batch_at(step)[accelerator.process_index :: accelerator.num_processes]
     batch = batch.to(accelerator.device)  # all at once: a copy in the loop would wait for the part before it
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    exact = float64_device(accelerator.device)
+    total = torch.zeros((), dtype=torch.float64, device=exact)
     for i, rows in enumerate(batch.split(run.rows)):
         with nullcontext() if i == parts - 1 else accelerator.no_sync(run.forward):
             loss = next_token_loss(run, rows) / parts
             loss.backward()
-        total += loss.detach().double()
+        total += loss.detach().to(exact).double()
     trained = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
     if config.clip:
         torch.nn.utils.clip_grads_with_norm_(trained, config.clip, total_norm)
-    mean, norm = float(accelerator.reduce(total, reduction="mean")), float(total_norm)
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, reduction="mean")
+    mean, norm = float(total), float(total_norm)
     good = math.isfinite(mean) and math.isfinite(norm)
     if good:
         for group in run.optimizer.param_groups:

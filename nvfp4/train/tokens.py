@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,11 +85,22 @@ class HuggingFaceTokenizer:
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer of the config; ``TrainError`` if its folder is missing, holds none, or ``--model`` brings none."""
     path = config.tokenizer
+    if config.model is not None:
+        check_model_folder(config.model)
     if path is None and config.model is not None:
         if not any((Path(config.model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise TrainError(f"tokenizer: {config.model} holds none; give --tokenizer with a folder, or bytes")
         path = config.model
     return ByteTokenizer() if path in (None, BYTES) else HuggingFaceTokenizer(str(path))
+
+
+def check_model_folder(path: str) -> None:
+    """``TrainError`` if there is no such folder: the name of a model on a hub is not one."""
+    if not os.path.isdir(path):
+        raise TrainError(
+            f"model: expected the folder of a local Hugging Face causal LM, got {path!r}; nothing is downloaded here: "
+            f"fetch it first (hf download NAME --local-dir FOLDER) and give the folder"
+        )
 
 
 def pack(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -97,6 +97,11 @@ class Objective(ABC):
         return False
 
     @property
+    def reads_evaluations(self) -> bool:
+        """Whether ``observe`` learns from the figures of evaluations."""
+        return False
+
+    @property
     def all_sum(self) -> AllSum:
         """Sum over the processes; what ``connect`` was given."""
         return getattr(self, "_all_sum", one_process)
@@ -142,6 +147,14 @@ class Objective(ABC):
     def max_new_tokens(self, configured: int) -> int:
         """Length limit of the next rollout, in tokens."""
         return configured
+
+    def length_limits(self) -> tuple[int, ...]:
+        """Every limit that ``max_new_tokens`` may set in place of the configured one, in tokens."""
+        return ()
+
+    def longest_completion(self, configured: int) -> int:
+        """The largest limit of any stage, in tokens."""
+        return max(configured, *self.length_limits(), 0)
 
     def shape_rewards(self, samples: Samples) -> torch.Tensor:
         """Rewards [S] after penalties, of the raw ones in ``samples``."""

@@ -103,6 +103,15 @@ class ProRL(PolicyGradient):
         """The limit of the present stage."""
         return staged(self._steps, self.length_stage_steps, self.length_stages, configured)
 
+    @property
+    def reads_evaluations(self) -> bool:
+        """Those that may say that the run has stalled."""
+        return self.reset_stall > 0
+
+    def length_limits(self) -> tuple[int, ...]:
+        """Those of the later stages."""
+        return self.length_stages
+
     def shape_rewards(self, samples: Samples) -> torch.Tensor:
         """As ever, and in its phases the cosine penalty."""
         rewards = super().shape_rewards(samples)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+
+from nvfp4.train.errors import TrainError
 
 HELD_OUT = 1 / 8
 """Share of the problems, by hash, that training never sees when it asks for those that are not held out."""
@@ -85,16 +88,30 @@ class Task(ABC):
 
     def _draw(self, rng: np.random.Generator, held_out: bool | None) -> Problem:
         for _ in range(_DRAWS):
-            problem = self.problem(rng)
-            if held_out is None or held_out == (_share(self.origin(problem)) < HELD_OUT):
+            problem, share = self._checked(rng)
+            if held_out is None or held_out == (share < HELD_OUT):
                 return problem
         side = "held out" if held_out else "not held out"
         raise ValueError(f"task {self.name}: none of {_DRAWS} problems is {side}; it has too few different ones")
 
+    def _checked(self, rng: np.random.Generator) -> tuple[Problem, float]:
+        """A problem and what decides its side; ``TrainError`` with the place if the class, a user's maybe, fails."""
+        try:
+            problem = self.problem(rng)
+            return problem, _share(self.origin(problem))
+        except TrainError:
+            raise
+        except (Exception, SystemExit) as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise TrainError(
+                f"task {self.name}: no problem can be made: {type(error).__name__}: {error} ({last.filename}, line "
+                f"{last.lineno})"
+            ) from error
+
     def _verdict(self, problem: Problem, completion: str) -> Verdict:
         try:
             return checked(self.reward(problem, completion))
-        except Exception as error:  # a user's class may raise anything, and training goes on
+        except (Exception, SystemExit) as error:  # a user's class may raise anything, and training goes on
             return Verdict(0.0, f"{type(error).__name__}: {error}"[:200])
 
 

@@ -41,15 +41,19 @@ def load_task(name: str, **options: Any) -> Task:
         )
     try:
         return kind(**options)
+    except TrainError:
+        raise
     except (TypeError, ValueError) as error:
         raise TrainError(f"task {name}: {error}; it takes {inspect.signature(kind)}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's class raises
+        raise TrainError(f"task {name}: {type(error).__name__}: {error}") from error
 
 
 def _class(name: str) -> type[Task]:
     where, _, attribute = name.rpartition(":")
     try:
         module = _file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise TrainError(f"task: {where} cannot be imported: {type(error).__name__}: {error}") from error
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Task)):
