@@ -82,6 +82,9 @@ class RLConfig:
     problems, or a class of yours as module:Class or file.py:Class."""
     task_options: Options = ()
     """Options of the task as name=value; an unknown name lists all."""
+    unsafe_rewards: Flag = False
+    """Run reward functions and programs of the model even where nothing can confine them, with all that your account
+    may do; without it such a run is refused."""
     reward: Literal["task", "random", "incorrect", "format", "majority"] = "task"
     """What is maximised. Controls that a gain has to beat (arXiv 2506.10947): random, coins; incorrect, the group's
     most frequent wrong answer; format, what looks like an answer, right or wrong; majority, the group's most frequent
@@ -272,7 +275,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 RL_RECIPES: dict[str, Recipe] = {**RECIPES, W4A16.name: W4A16}
 
-FREE_ON_RESUME = ("strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers")
+FREE_ON_RESUME = (
+    *("strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers"),
+    "unsafe_rewards",
+)
 """Fields that cannot change what is learnt, besides those of pretraining: a run may be resumed with other values."""
 
 RENAMED = {
@@ -361,7 +367,8 @@ def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
 
 def make_task(config: RLConfig) -> Task:
     """The config's task; ``TrainError`` if its name or an option is wrong."""
-    return load_task(config.task, **_values(config.task_options, "task_options"))
+    unsafe = {"unsafe_rewards": True} if config.unsafe_rewards else {}
+    return load_task(config.task, **_values(config.task_options, "task_options"), **unsafe)
 
 
 def make_objective(config: RLConfig) -> Objective:

@@ -102,6 +102,8 @@ def prepare(config: RLConfig) -> Run:
         objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"), accelerator.gather)
     folder = RLFolder(config.out)
     _check_problems(task)
+    if (walls := task.confinement()) is not None:
+        report.say(walls)
     if accelerator.is_main_process:
         folder.claim(config)
     try:

@@ -1,7 +1,20 @@
-"""The system calls that a reward function may not make: a seccomp filter, which needs no privileges.
+"""The system calls that a reward may make: an allow-list as a seccomp filter, which needs no privileges.
 
-A reward function computes and returns. It may read files, allocate and start threads; it may not start processes, touch
-other ones, reach the network, change files, leave things behind in the kernel, or configure the machine.
+A reward computes and returns. What that takes (memory, threads, clocks, its own descriptors, reading files, files in a
+folder of its own) is listed; everything else is refused, numbers that did not exist when this was written included.
+
+    architecture other than ours, x32       the process is killed: the same numbers mean other calls there
+    on the list                             allowed, if its arguments pass
+    clone3, and new calls (424 and up)      ENOSYS: their arguments lie behind a pointer; the C library does without
+    all others                              EPERM
+
+Five calls are doors to much more than they are listed for, so their arguments are looked at: ioctl (types into
+terminals, sets file attributes), fcntl (sends signals, takes locks), prctl, clone (processes, namespaces) and
+socketpair (which may only be the self-pipe of asyncio; socket is refused altogether).
+
+A filter sees registers, not memory: paths are for Landlock and the mounts (landlock.py, walls.py). Where no folder may
+be written, open itself refuses to write. Sources: linux/seccomp.h, linux/bpf_common.h, asm/unistd_64.h (x86-64) and
+asm-generic/unistd.h (aarch64), compared with those headers by tests.
 """
 
 from __future__ import annotations
@@ -11,98 +24,159 @@ import os
 import platform
 import struct
 
-KILL, ALLOW, ERROR = 0x80000000, 0x7FFF0000, 0x50000  # linux/seccomp.h: RET_KILL_PROCESS, RET_ALLOW, RET_ERRNO
+KILL, ALLOW, ERROR = 0x80000000, 0x7FFF0000, 0x50000  # SECCOMP_RET_KILL_PROCESS, _ALLOW, _ERRNO
 DENY, ABSENT = ERROR | errno.EPERM, ERROR | errno.ENOSYS
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # linux/bpf_common.h: ld abs, jeq, jge, jset, ret
-NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; an argument has 8 bytes
-CLONE_THREAD = 0x10000  # linux/sched.h
+LOAD, AND, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06  # ld, and, jeq, jge, jset, ret
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; an argument has 8 bytes, little endian
+X32 = 0x40000000  # __X32_SYSCALL_BIT
+NEW_CALLS = 424  # from here on all architectures share their numbers, and user space expects to meet older kernels
+
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+"""AUDIT_ARCH_* of linux/audit.h; the order of the columns below."""
+
+# name, number on x86-64, number on aarch64; the most frequent first, since the list is walked
+CALLS = """
+read 0 63  write 1 64  mmap 9 222  munmap 11 215  mprotect 10 226  brk 12 214  futex 202 98  close 3 57
+openat 257 56  newfstatat 262 79  fstat 5 80  lseek 8 62  ioctl 16 29  fcntl 72 25  rt_sigaction 13 134
+rt_sigprocmask 14 135  rt_sigreturn 15 139  getdents64 217 61  open 2 -  stat 4 -  lstat 6 -  access 21 -
+madvise 28 233  mremap 25 216  clock_gettime 228 113  getrandom 318 278  getpid 39 172  gettid 186 178
+readv 19 65  writev 20 66  pread64 17 67  pwrite64 18 68  preadv 295 69  pwritev 296 70  sendfile 40 71
+copy_file_range 326 285  getdents 78 -  readlink 89 -  readlinkat 267 78  statx 332 291  faccessat 269 48
+faccessat2 439 439  getcwd 79 17  chdir 80 49  fchdir 81 50  umask 95 166  fadvise64 221 223
+dup 32 23  dup2 33 -  dup3 292 24  pipe 22 -  pipe2 293 59  close_range 436 436
+poll 7 -  ppoll 271 73  select 23 -  pselect6 270 72  epoll_create1 291 20  epoll_ctl 233 21  epoll_wait 232 -
+epoll_pwait 281 22  socketpair 53 199  sendto 44 206  recvfrom 45 207  getsockopt 55 209  shutdown 48 210
+clone 56 220  exit 60 93  exit_group 231 94  set_robust_list 273 99  rseq 334 293  sched_yield 24 124
+sched_getaffinity 204 123  membarrier 324 283  mincore 27 232  getcpu 309 168
+rt_sigpending 127 136  rt_sigsuspend 130 133  rt_sigtimedwait 128 137  sigaltstack 131 132  pause 34 -
+restart_syscall 219 128  alarm 37 -  getitimer 36 102  setitimer 38 103  nanosleep 35 101
+clock_nanosleep 230 115  clock_getres 229 114  gettimeofday 96 169  time 201 -  times 100 153
+getppid 110 173  getuid 102 174  geteuid 107 175  getgid 104 176  getegid 108 177  getresuid 118 148
+getresgid 120 150  getgroups 115 158  getpgrp 111 -  getrlimit 97 163  prlimit64 302 261  getrusage 98 165
+uname 63 160  sysinfo 99 179  prctl 157 167
+"""
+
+# only where the call has a folder of its own and can reach no other that may be written
+WRITING_CALLS = """
+creat 85 -  mkdir 83 -  mkdirat 258 34  rmdir 84 -  unlink 87 -  unlinkat 263 35  rename 82 -  renameat 264 38
+renameat2 316 276  ftruncate 77 46  truncate 76 45  fsync 74 82  fdatasync 75 83
+"""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-OTHER_ABI = 0x40000000  # x32's numbers start here on x86-64, and nowhere else is one so large
+ASYNC = 0o20000  # FASYNC: signals on input; the same on both machines
+CLONE3 = 435
 
-# asm/unistd.h; from 424 on the numbers are those of every architecture
-COMMON = """
-pidfd_send_signal 424 io_uring_setup 425 open_tree 428 move_mount 429 fsopen 430 fsconfig 431 fsmount 432 fspick 433
-pidfd_open 434 pidfd_getfd 438 process_madvise 440 mount_setattr 442 memfd_secret 447 fchmodat2 452
-"""
-X86_64 = """
-shmget 29 socket 41 socketpair 53 fork 57 vfork 58 execve 59 kill 62 semget 64 msgget 68 truncate 76 ftruncate 77
-rename 82 mkdir 83 rmdir 84 creat 85 link 86 unlink 87 symlink 88 chmod 90 fchmod 91 chown 92 fchown 93 lchown 94
-ptrace 101 syslog 103 setpgid 109 setsid 112 rt_sigqueueinfo 129 utime 132 mknod 133 personality 135 setpriority 141
-sched_setscheduler 144 vhangup 153 pivot_root 155 adjtimex 159 setrlimit 160 chroot 161 acct 163 settimeofday 164
-mount 165 umount2 166 swapon 167 swapoff 168 reboot 169 sethostname 170 setdomainname 171 iopl 172 ioperm 173
-init_module 175 delete_module 176 quotactl 179 setxattr 188 lsetxattr 189 fsetxattr 190 removexattr 197
-lremovexattr 198 fremovexattr 199 tkill 200 clock_settime 227 tgkill 234 utimes 235 mq_open 240 mq_unlink 241
-kexec_load 246 add_key 248 request_key 249 keyctl 250 ioprio_set 251 mkdirat 258 mknodat 259 fchownat 260
-futimesat 261 unlinkat 263 renameat 264 linkat 265 symlinkat 266 fchmodat 268 unshare 272 utimensat 280 fallocate 285
-rt_tgsigqueueinfo 297 perf_event_open 298 fanotify_init 300 open_by_handle_at 304 clock_adjtime 305 setns 308
-process_vm_readv 310 process_vm_writev 311 kcmp 312 finit_module 313 sched_setattr 314 renameat2 316 memfd_create 319
-kexec_file_load 320 bpf 321 execveat 322 userfaultfd 323
-"""
-AARCH64 = """
-setxattr 5 lsetxattr 6 fsetxattr 7 removexattr 14 lremovexattr 15 fremovexattr 16 mknodat 33 mkdirat 34 unlinkat 35
-symlinkat 36 linkat 37 renameat 38 umount2 39 mount 40 pivot_root 41 truncate 45 ftruncate 46 fallocate 47 chroot 51
-fchmod 52 fchmodat 53 fchownat 54 fchown 55 quotactl 60 utimensat 88 acct 89 personality 92 unshare 97 kexec_load 104
-init_module 105 delete_module 106 clock_settime 112 syslog 116 ptrace 117 sched_setscheduler 119 kill 129 tkill 130
-tgkill 131 rt_sigqueueinfo 138 setpriority 140 reboot 142 setpgid 154 setsid 157 sethostname 161 setdomainname 162
-setrlimit 164 settimeofday 170 adjtimex 171 mq_open 180 mq_unlink 181 msgget 186 semget 190 shmget 194 socket 198
-socketpair 199 add_key 217 request_key 218 keyctl 219 execve 221 swapon 224 swapoff 225 rt_tgsigqueueinfo 240
-perf_event_open 241 fanotify_init 262 open_by_handle_at 265 clock_adjtime 266 setns 268 process_vm_readv 270
-process_vm_writev 271 kcmp 272 finit_module 273 sched_setattr 274 renameat2 276 memfd_create 279 bpf 280 execveat 281
-userfaultfd 282 kexec_file_load 294
-"""
-CLONE3, OPENAT2 = 435, 437  # their flags are behind a pointer; the C library does without them where they are absent
+IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""asm-generic/ioctls.h: TCGETS and TIOCGWINSZ (isatty, size), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 
-# audit architecture (linux/audit.h), denied, clone, prlimit64, and (call, place of its flags) of those that open files
-MACHINES: dict[str, tuple[int, str, int, int, tuple[tuple[int, int], ...]]] = {
-    "x86_64": (0xC000003E, X86_64, 56, 302, ((2, 1), (257, 2))),
-    "aarch64": (0xC00000B7, AARCH64, 220, 261, ((56, 2),)),
-}
+FCNTLS = (0, 1, 2, 3, 4, 1030)
+"""linux/fcntl.h: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC; so no owner, signal, lease or lock."""
+
+PRCTLS = (15, 16)  # linux/prctl.h: PR_SET_NAME, PR_GET_NAME, of a thread
+ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)  # asm-generic/mman-common.h: read ahead, DONTNEED, FREE, huge pages or not
+FUTEXES = (0, 1, 3, 4, 5, 9, 10)  # linux/futex.h: wait, wake, requeue, with bit sets; not the priority inheriting ones
+FUTEX_COMMAND = 0x7F  # without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME
+
+THREAD = 0x10F00 | 0x40000  # CLONE_THREAD, _SIGHAND, _FILES, _FS, _VM, and _SYSVSEM: what pthread_create asks for
+THREAD_MAY = THREAD | 0x80000 | 0x100000 | 0x200000 | 0x1000000 | 0x400000  # SETTLS, *_SETTID, *_CLEARTID, DETACHED
+AF_UNIX, STREAM, STREAM_MAY = 1, 1, 0x80800  # SOCK_CLOEXEC, SOCK_NONBLOCK
+LARGEST_CLOCK = 15  # MAX_CLOCKS; larger ones (negative) are the clocks of other processes
+
+ALL_BITS = 0xFFFFFFFF
 
 Instruction = tuple[int, int, int, int]
+Program = list[Instruction]
 
 
-def build_filter(machine: str | None = None) -> bytes | None:
-    """The filter as an array of struct sock_filter, or None for a machine whose system calls are not listed here.
+def build_filter(machine: str | None = None, *, writes: bool = False, threads: bool = True) -> bytes | None:
+    """The filter as an array of struct sock_filter; None for a machine without a column here.
 
-    Denied calls fail with EPERM. Calls of another architecture end the process: their numbers mean other things.
+    writes: files may be created and changed, since mounts or Landlock leave only the call's own
+    folder to do so. threads: False refuses them, where nothing would bound their number.
     """
     machine = machine or platform.machine()
     if machine not in MACHINES:
         return None
-    architecture, denied, clone, prlimit, opens = MACHINES[machine]
-    program: list[Instruction] = [
-        *_when(ARCHITECTURE, EQUAL, architecture, otherwise=KILL),
+    allowed = numbers(machine, writes=writes)
+
+    # the architecture first: without it a number says nothing
+    program: Program = [
+        (LOAD, 0, 0, ARCHITECTURE),
+        (EQUAL, 1, 0, MACHINES[machine]),
+        (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER),
-        (AT_LEAST, 0, 1, OTHER_ABI),
-        (RETURN, 0, 0, DENY),
+        (AT_LEAST, 0, 1, X32),
+        (RETURN, 0, 0, KILL),
     ]
-    for number in _numbers(COMMON + denied):
-        program += _for(number, [(RETURN, 0, 0, DENY)])
-    for number in (CLONE3, OPENAT2):
-        program += _for(number, [(RETURN, 0, 0, ABSENT)])
-    program += _for(clone, [*_when(ARGUMENTS, ANY_BIT, CLONE_THREAD, otherwise=DENY), (RETURN, 0, 0, ALLOW)])
-    for number, place in opens:
-        flags = ARGUMENTS + 8 * place
-        program += _for(
-            number, [(LOAD, 0, 0, flags), (ANY_BIT, 0, 1, WRITING), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
-        )
-    # asking for a limit (the new one is a null pointer) is fine, setting it is not
-    limit = ARGUMENTS + 8 * 2
-    low, high = _when(limit, EQUAL, 0, otherwise=DENY), _when(limit + 4, EQUAL, 0, otherwise=DENY)
-    program += _for(prlimit, [*low, *high, (RETURN, 0, 0, ALLOW)])
-    program.append((RETURN, 0, 0, ALLOW))
+
+    # each call with its own end; the accumulator holds the number until a body is entered
+    checks = _checks(writes, threads)
+    for name, number in allowed.items():
+        body = [*checks.get(name, []), (RETURN, 0, 0, ALLOW)]
+        program += [(EQUAL, 0, len(body), number), *body]
+
+    # what is not listed
+    program += [(AT_LEAST, 0, 1, NEW_CALLS), (RETURN, 0, 0, ABSENT), (RETURN, 0, 0, DENY)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _numbers(table: str) -> list[int]:
-    return [int(word) for word in table.split()[1::2]]
+def numbers(machine: str, *, writes: bool = False) -> dict[str, int]:
+    """Name and number of each call on the list that the machine has."""
+    words = (CALLS + (WRITING_CALLS if writes else "")).split()
+    column = 1 + list(MACHINES).index(machine)
+    return {words[i]: int(words[i + column]) for i in range(0, len(words), 3) if words[i + column] != "-"}
 
 
-def _for(number: int, body: list[Instruction]) -> list[Instruction]:
-    """``body``, which returns in the end, if the number in the accumulator is this one."""
-    return [(EQUAL, 0, len(body), number), *body]
+def _checks(writes: bool, threads: bool) -> dict[str, Program]:
+    """What has to hold for the arguments of a call; each check returns if it does not, else falls through."""
+    opening = ASYNC if writes else ASYNC | WRITING
+    clone = [
+        *_one_of(_low(0), (THREAD,), mask=THREAD),
+        *_no_bits(_low(0), ~THREAD_MAY & ALL_BITS),
+    ]
+    return {
+        "ioctl": _one_of(_low(1), IOCTLS),
+        "fcntl": [*_one_of(_low(1), FCNTLS), *_no_bits(_low(2), ASYNC)],
+        "prctl": _one_of(_low(0), PRCTLS),
+        "madvise": _one_of(_low(2), ADVICE),
+        "futex": _one_of(_low(1), FUTEXES, mask=FUTEX_COMMAND),
+        "clone": clone if threads else [(RETURN, 0, 0, DENY)],
+        "open": _no_bits(_low(1), opening),
+        "openat": _no_bits(_low(2), opening),
+        "socketpair": [
+            *_one_of(_low(0), (AF_UNIX,)),
+            *_one_of(_low(1), (STREAM,), mask=~STREAM_MAY & ALL_BITS),
+        ],
+        "sendto": _null(4),  # to nobody but the other end
+        "prlimit64": [*_one_of(_low(0), (0,)), *_null(2)],  # a limit of one's own, not to be set
+        "sched_getaffinity": _one_of(_low(0), (0,)),
+        "clock_gettime": _at_most(_low(0), LARGEST_CLOCK),
+        "clock_getres": _at_most(_low(0), LARGEST_CLOCK),
+        "clock_nanosleep": _at_most(_low(0), LARGEST_CLOCK),
+    }
 
 
-def _when(offset: int, test: int, value: int, otherwise: int) -> list[Instruction]:
-    """Go on if the word at ``offset`` passes, else return."""
-    return [(LOAD, 0, 0, offset), (test, 1, 0, value), (RETURN, 0, 0, otherwise)]
+def _low(argument: int) -> int:
+    """Offset of the lower half of an argument, which is all that the kernel reads of an int."""
+    return ARGUMENTS + 8 * argument
+
+
+def _one_of(offset: int, values: tuple[int, ...], mask: int = ALL_BITS) -> Program:
+    """The word, masked, is one of these."""
+    last = len(values) - 1
+    tests = [(EQUAL, 1 + last - i, 0, value) for i, value in enumerate(values)]
+    return [(LOAD, 0, 0, offset), (AND, 0, 0, mask), *tests, (RETURN, 0, 0, DENY)]
+
+
+def _no_bits(offset: int, mask: int) -> Program:
+    """None of these bits is set."""
+    return [(LOAD, 0, 0, offset), (ANY_BIT, 0, 1, mask), (RETURN, 0, 0, DENY)]
+
+
+def _at_most(offset: int, value: int) -> Program:
+    """The word, unsigned, is no larger."""
+    return [(LOAD, 0, 0, offset), (AT_LEAST, 0, 1, value + 1), (RETURN, 0, 0, DENY)]
+
+
+def _null(argument: int) -> Program:
+    """A pointer is null, both halves of it."""
+    return [*_one_of(_low(argument), (0,)), *_one_of(_low(argument) + 4, (0,))]

@@ -1,6 +1,8 @@
-"""Reward functions in processes of their own: one that hangs, forks, eats memory, prints or raises scores 0.
+"""Reward functions and programs of the model, each in a process of its own behind walls, with limits.
 
-``Sandbox`` keeps a few workers; each runs one call at a time in a confined fork of itself, so that calls share nothing.
+``Sandbox`` is the trainer's end: it keeps a few workers (keeper.py), each of which runs one call at a time, and deals
+the calls of a batch out to them. What a call may do is decided by walls.py, and what it said is judged by keeper.py.
+One that hangs, forks, eats memory, prints or raises scores 0 with its reason, and the training goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -28,18 +28,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nvfp4.rl.rewards import worker
+from nvfp4.rl.rewards import calls
 from nvfp4.rl.rewards.filter import build_filter
+from nvfp4.rl.rewards.keeper import SLICE, Clock
+from nvfp4.rl.rewards.walls import ALL, FILTER, sufficient
 from nvfp4.rl.tasks.base import Verdict, checked
 from nvfp4.train.errors import TrainError
 
 _GRACE = 10.0  # seconds beyond its limit after which a worker is held to be stuck itself: it is not meant to happen
 _START = 60.0  # seconds for a worker to start, with what it imports
 
+_BOOT = """
+import sys, types
+for name in ("nvfp4", "nvfp4.rl", "nvfp4.rl.rewards"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules[name].__path__ = [sys.argv.pop(1)]
+sys.path[:] = [path for path in sys.path if path]
+from nvfp4.rl.rewards import keeper
+keeper.main()
+"""
+"""A worker: the modules of this folder without the package around them, which would import torch."""
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each call. seconds: by the clock. memory_mib: beyond what the empty worker occupies. output_bytes: printed."""
+    """Of each call, and of each program that it runs. seconds: by a clock that stands still with the machine; of
+    processor time one more. memory_mib: beyond what the empty worker occupies. output_bytes: printed."""
 
     seconds: float = 5.0
     memory_mib: int = 512
@@ -52,12 +66,26 @@ class Limits:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function. code: what ``compile_reward`` made; arguments: what JSON can hold."""
+    """One call of a reward function. code: what ``compile_reward`` made; arguments: what JSON can hold; folder: where
+    the function may import from, which has to be in the sandbox's ``read``."""
 
     code: bytes
     name: str
     function: str
     arguments: tuple[Any, ...]
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Tests:
+    """A program of the model's and what it has to do, 1 for all of it, else 0.
+
+    tests: {"stdin": text, "stdout": text}, or {"call": name, "arguments": [...], "result": value}. Each is a process
+    of its own, which gets the program and the input; what comes out is compared outside.
+    """
+
+    program: str
+    tests: tuple[dict[str, Any], ...]
 
 
 @lru_cache(maxsize=1024)
@@ -80,19 +108,31 @@ def compile_reward(source: str, name: str, function: str = "reward") -> bytes:
     return marshal.dumps(code)
 
 
+def runs_text(source: str) -> int | None:
+    """The first line on which a Python text calls exec or eval, or None: a reward function that does so with text of
+    the model lets the model write the verdict."""
+    names = ("exec", "eval")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            return node.lineno
+    return None
+
+
 class Sandbox:
-    """Runs calls of reward functions; a context manager, and safe to forget.
+    """Runs calls of reward functions and programs; a context manager, and safe to forget.
 
-    A call gets its own process with limits on time, processor time, memory, open files and output, an empty working
-    directory, an empty environment, and no more modules than the standard library. On Linux (x86-64, aarch64) a system
-    call filter, which needs no privileges, denies it processes, the network, and any change to files. ``confined``
-    tells whether that filter is in force; without it, the limits and a fork limit remain, but files that the user may
-    change and the network are open to the function.
+    A call gets its own process with limits on time, processor time, memory, open files, threads and output, an empty
+    folder, an empty environment, and no more modules than the standard library. It sees no other process, no file but
+    the interpreter's and those of ``read``, no network and no terminal; see ``walls``. Processes that run text of the
+    model are not shown ``read`` either.
 
-    What a function is handed, it can judge wrongly: one that executes text of the model shares its process with it.
+    Where the walls cannot be built (another system than Linux, another machine than x86-64 and aarch64, a kernel or
+    container without seccomp, or with neither Landlock nor namespaces) ``run`` raises ``TrainError``; with
+    unsafe=True, what can be built is, and the calls run all the same.
 
     workers: processes, by default one per processor, at most 8. preload: modules to import before any call, which also
-    opens site-packages to the functions. system_calls: False does without the filter.
+    opens site-packages to the functions. read: folders and files that reward functions may read. without: walls to
+    leave out (names of ``walls.ALL``), as if they could not be built.
     """
 
     def __init__(
@@ -101,43 +141,63 @@ class Sandbox:
         *,
         workers: int | None = None,
         preload: Sequence[str] = (),
-        system_calls: bool = True,
+        read: Sequence[str] = (),
+        unsafe: bool = False,
+        without: Sequence[str] = (),
     ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
+        if unknown := sorted(set(without) - set(ALL)):
+            raise ValueError(f"without: expected names of {', '.join(ALL)}, got {', '.join(unknown)}")
         self.limits = limits or Limits()
+        self.unsafe = unsafe
         self._most = workers or min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-        filter_program = build_filter() if system_calls else None
         self._settings = {
             "seconds": self.limits.seconds,
             "memory_mib": self.limits.memory_mib,
             "output_bytes": self.limits.output_bytes,
             "preload": list(preload),
-            "filter": base64.b64encode(filter_program).decode() if filter_program else None,
+            "read": sorted({os.path.realpath(path) for path in read}),
+            "filters": {} if FILTER in without else _filters(),
+            "without": list(without),
         }
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self._workers, os.getpid())
 
-    def run(self, calls: Sequence[Call]) -> list[Verdict]:
-        """The verdict on each call, in order; raises ``TrainError`` only if no worker can be started."""
+    def run(self, calls: Sequence[Call | Tests]) -> list[Verdict]:
+        """The verdict on each call, in order; raises ``TrainError`` if no worker can be started, or not safely."""
         frames = [_frame(call) for call in calls]
         with self._lock:
             while len(self._workers) < min(self._most, len(calls)):
-                self._workers.append(_Worker(self._settings))
+                self._workers.append(_Worker(self._settings, self.unsafe))
             try:
-                return _Round(self._workers, self._settings, frames).run()
+                return _Round(self._workers, self._settings, self.unsafe, frames).run()
             except BaseException:  # Ctrl-C: workers that still owe an answer would give it to the next call
                 _close(self._workers)
                 raise
 
     @property
-    def confined(self) -> bool:
-        """Whether the system call filter is in force; starts a worker."""
+    def walls(self) -> tuple[str, ...]:
+        """The walls that stand, as a process of a call sees them; starts a worker."""
         with self._lock:
             if not self._workers:
-                self._workers.append(_Worker(self._settings))
-            return self._workers[0].filtered
+                self._workers.append(_Worker(self._settings, self.unsafe))
+            return self._workers[0].walls
+
+    @property
+    def confined(self) -> bool:
+        """Whether foreign code may run here: ``walls.ENOUGH`` of them stand; starts a worker."""
+        return sufficient(self.walls)
+
+    def describe(self) -> str:
+        """One line: the walls that stand, and those that are missing with the reason; starts a worker."""
+        walls = self.walls
+        missing = [name for name in ALL if not any(wall.startswith(name) for wall in walls)]
+        why = f" ({'; '.join(self._workers[0].failures)})" if missing and self._workers[0].failures else ""
+        state = "confined" if sufficient(walls) else "NOT confined"
+        stand = ", ".join(walls) or "no wall stands"
+        return f"rewards run {state}: {stand}; missing: {', '.join(missing) or 'none'}{why}"
 
     def close(self) -> None:
         """End the workers; the next ``run`` starts new ones."""
@@ -153,25 +213,33 @@ class Sandbox:
         self.close()
 
 
+def _filters() -> dict[str, str]:
+    """The system call filters of walls.py, or none for this machine."""
+    kinds = {"writes": build_filter(writes=True), "reads": build_filter(), "alone": build_filter(threads=False)}
+    return {name: base64.b64encode(program).decode() for name, program in kinds.items() if program}
+
+
 class _Lost(Exception):
     """A worker ended or does not answer."""
 
 
 class _Worker:
-    """A running ``worker.py``."""
+    """A running keeper."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="nvfp4-reward-")
+    def __init__(self, settings: dict[str, Any], unsafe: bool) -> None:
         # -s -S and the environment do what -I -S would, except that -I ignores the hash seed: sets of strings have to
-        # have the same order in every worker, or the reward of a sample would depend on who looked at it
+        # have the same order in every worker, or the reward of a sample would depend on who looked at it. One thread
+        # per library: a pool made before the fork is of no use after it
         flags = ["-B", "-s", *([] if settings["preload"] else ["-S"])]
+        pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        folder = str(Path(calls.__file__).parent)
         self.process = subprocess.Popen(
-            [sys.executable, *flags, "-X", "utf8", str(Path(worker.__file__)), json.dumps(settings)],
+            [sys.executable, *flags, "-X", "utf8", "-c", _BOOT, folder, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=self.folder.name,
-            env={"PYTHONHASHSEED": "0", "PATH": os.defpath, "HOME": self.folder.name},
+            cwd="/",
+            env={"PYTHONHASHSEED": "0", "PATH": os.defpath, **dict.fromkeys(pools, "1")},
             start_new_session=True,
             bufsize=0,
         )
@@ -183,7 +251,11 @@ class _Worker:
         if "error" in hello:
             self.end()
             raise TrainError(f"rewards: the sandbox process cannot start: {hello['error']}")
-        self.filtered: bool = hello["filtered"]
+        self.walls: tuple[str, ...] = tuple(hello["stands"])
+        self.failures: list[str] = hello["failures"]
+        if not unsafe and not sufficient(self.walls):
+            self.end()
+            raise TrainError(_refusal(self.walls, self.failures))
 
     def fileno(self) -> int:
         """Where answers can be waited for."""
@@ -194,42 +266,55 @@ class _Worker:
         """One call."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(frame)
+            while frame:  # a raw pipe may take a part
+                frame = frame[self.process.stdin.write(frame) :]
         except OSError as error:
             raise _Lost from error
 
     def receive(self, seconds: float) -> dict[str, Any]:
         """The answer; ``_Lost`` if none comes within ``seconds``."""
+        clock = Clock()
         with selectors.DefaultSelector() as selector:
             selector.register(self, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                raise _Lost
-        answer = worker.receive(self.fileno())
+            while not selector.select(SLICE):
+                if clock.tick() > seconds:
+                    raise _Lost
+        answer = calls.receive(self.fileno())
         if answer is None:
             raise _Lost
         return dict(answer)
 
     def end(self) -> None:
-        """Kill it and what it runs, and remove its folder."""
-        with contextlib.suppress(OSError):
+        """Kill it and what it runs: the zygote and its processes end with it."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if sys.platform != "linux" and self.process.stdin is not None:
+                self.process.stdin.close()  # no signal of a parent's death there, so it has to do it itself
+                self.process.wait(5.0)
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        with contextlib.suppress(OSError):
-            self.folder.cleanup()
+
+
+def _refusal(walls: Sequence[str], failures: Sequence[str]) -> str:
+    why = f" ({'; '.join(failures)})" if failures else ""
+    return (
+        "rewards: foreign code cannot be confined here: it takes a system call filter (Linux on x86-64 or aarch64), "
+        f"Landlock or namespaces, and a user other than root; only these stand: {', '.join(walls) or 'none'}{why}. "
+        "Use a machine that has them, or --unsafe-rewards to run it unconfined, with all that your account may do"
+    )
 
 
 class _Round:
     """One batch of calls, dealt out to the workers as they become free."""
 
-    def __init__(self, workers: list[_Worker], settings: dict[str, Any], frames: list[bytes]) -> None:
-        self.workers, self.settings, self.frames = workers, settings, frames
+    def __init__(self, workers: list[_Worker], settings: dict[str, Any], unsafe: bool, frames: list[bytes]) -> None:
+        self.workers, self.settings, self.unsafe, self.frames = workers, settings, unsafe, frames
         self.waiting = deque(range(len(frames)))
         self.verdicts: list[Verdict | None] = [None] * len(frames)
-        self.busy: dict[_Worker, tuple[int, float]] = {}
+        self.busy: dict[_Worker, tuple[int, Clock]] = {}
         self.lost: set[int] = set()
 
     def run(self) -> list[Verdict]:
@@ -243,24 +328,28 @@ class _Round:
 
     def hand_out(self, to: _Worker, selector: selectors.BaseSelector) -> None:
         index = self.waiting.popleft()
-        self.busy[to] = (index, time.monotonic() + self.settings["seconds"] + _GRACE)
+        self.busy[to] = (index, Clock())
         selector.register(to, selectors.EVENT_READ)
         with contextlib.suppress(_Lost):  # if it is gone, so is its answer, and that is seen there
             to.send(self.frames[index])
 
     def collect(self, selector: selectors.BaseSelector) -> list[_Worker]:
         """Take in what has come; returns the workers that are free now."""
-        first = min(deadline for _, deadline in self.busy.values())
-        ready = {key.fileobj for key, _ in selector.select(max(0.0, first - time.monotonic()))}
+        ready = {key.fileobj for key, _ in selector.select(SLICE)}
         free = []
-        for one, (index, deadline) in list(self.busy.items()):
-            if one not in ready and time.monotonic() < deadline:
+        for one, (index, silence) in list(self.busy.items()):
+            if one not in ready and silence.tick() < self.settings["seconds"] + _GRACE:
+                continue
+            answer: dict[str, Any] | None = None
+            if one in ready:
+                with contextlib.suppress(_Lost):
+                    answer = one.receive(0.0)
+            if answer is not None and "alive" in answer:  # a run of several has ended
+                self.busy[one] = (index, Clock())
                 continue
             selector.unregister(one)
             del self.busy[one]
-            try:
-                answer = one.receive(0.0)
-            except _Lost:
+            if answer is None:
                 free.append(self.replace(one, index))
                 continue
             self.verdicts[index] = Verdict(0.0, answer["reason"]) if "reason" in answer else checked(answer["value"])
@@ -276,17 +365,21 @@ class _Round:
             self.lost.add(index)
             self.waiting.appendleft(index)
         self.workers.remove(one)
-        self.workers.append(_Worker(self.settings))
+        self.workers.append(_Worker(self.settings, self.unsafe))
         return self.workers[-1]
 
 
-def _frame(call: Call) -> bytes:
-    data = {
-        "code": base64.b64encode(call.code).decode(),
-        "name": call.name,
-        "function": call.function,
-        "arguments": call.arguments,
-    }
+def _frame(call: Call | Tests) -> bytes:
+    if isinstance(call, Tests):
+        data: dict[str, Any] = {"program": call.program, "tests": call.tests}
+    else:
+        data = {
+            "code": base64.b64encode(call.code).decode(),
+            "name": call.name,
+            "function": call.function,
+            "arguments": call.arguments,
+            "folder": call.folder,
+        }
     text = json.dumps(data).encode()
     return struct.pack(">I", len(text)) + text
 

@@ -83,6 +83,11 @@ class Task(ABC):
         """What must not be on both sides of the hold-out: the prompt, or the document that it was made from."""
         return problem.prompt
 
+    def confinement(self) -> str | None:
+        """What confines foreign code that the task runs, for people; None if it runs none. ``TrainError`` if it may
+        not run here. May start processes."""
+        return None
+
     def close(self) -> None:  # noqa: B027  # most tasks hold nothing
         """Give back what the task holds, such as processes; it may be used again."""
 

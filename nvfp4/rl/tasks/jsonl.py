@@ -1,32 +1,48 @@
-"""Problems from a file, one JSON object a line, with a reward by equality, by pattern, or by a function.
+"""Problems from a file, one JSON object per line, with a reward by equality, pattern, tests, or a function.
 
 {"prompt": "2+2=", "answer": "4"}                                   reward 1 for exactly that, but for spaces around it
 {"prompt": "...", "reward": {"exact": "4"}}                         the same, without a demonstration
 {"prompt": "...", "reward": {"regex": "^\\\\s*(four|4)\\\\s*$"}}      reward 1 if the pattern is found
 {"prompt": "...", "reward": {"code": "def reward(completion, row): ..."}}       what the function returns, in [0, 1]
 {"prompt": "...", "reward": {"python": "rewards.py:reward"}}                    the same, from a file beside this one
+{"prompt": "...", "reward": {"tests": [{"stdin": "1 2", "stdout": "3"},         1 if the completion, a Python program,
+                                       {"call": "add", "arguments": [1, 2], "result": 3}]}}       does all of this
 
-Patterns and functions run in the sandbox. row is the whole object of the line, with any further fields of yours.
+Patterns, functions and programs run in the sandbox. row is the whole object of the line, with any further fields of
+yours. A function reads and imports what lies in the folder of its file; ``read`` names more.
+
+**Never exec or eval a completion in a reward function**: the model's text would share a process with the function, and
+could write its own verdict. Give tests; or a function with a third parameter, ``reward(completion, row, run)``:
+
+    outcome = run(program, stdin="1 2")                             .stdout, .stderr, .status, .stopped
+    outcome = run(program, call="add", arguments=[1, 2])            .result
+
+Each run is a process of its own that has the program and its input and nothing else, neither the row nor your files;
+what it says is compared by yours. With tests the program is the last fenced block of a completion, or else all of it;
+what ``run`` is given is for your function to cut out.
 """
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, compile_reward
+from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, Tests, compile_reward, runs_text
 from nvfp4.rl.tasks.base import Problem, Task, Verdict
 from nvfp4.rl.tasks.digits import replace_digit
 from nvfp4.train.corpus import read_json
 from nvfp4.train.errors import TrainError
 
-KINDS = ("exact", "regex", "code", "python")
-ARGUMENTS = 2  # of a reward function: completion, row
+KINDS = ("exact", "regex", "code", "python", "tests")
+FOREIGN = ("code", "python", "tests")  # what runs as code: a pattern is data, even where nothing can confine it
+
+_FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 _SEARCH = """
 import re
@@ -40,7 +56,9 @@ class Jsonl(Task):
     """The problems of a file, drawn with replacement.
 
     seconds, memory_mib: limits of each reward, as ``sandbox.Limits`` has them. preload: modules that reward functions
-    may import besides the standard library. ``TrainError`` with file and line for whatever is wrong in the file.
+    may import besides the standard library. read: files and folders that they may read besides the folder of their
+    file. unsafe_rewards: run them even where they cannot be confined. ``TrainError`` with file and line for whatever
+    is wrong in the file.
     """
 
     name: ClassVar[str] = "jsonl"
@@ -48,11 +66,32 @@ class Jsonl(Task):
     seconds: float = 5.0
     memory_mib: int = 512
     preload: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    unsafe_rewards: bool = False
     rows: list[Problem] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.rows = read_problems(Path(self.path))
-        self._sandbox = Sandbox(Limits(self.seconds, self.memory_mib), preload=self.preload)
+        kinds = {problem.data["kind"] for problem in self.rows}
+        folders = {p.data["call"].folder for p in self.rows if p.data["kind"] == "python"}
+        if not self.unsafe_rewards:
+            for folder in sorted(folders):
+                _check_folder(folder)
+        for path in self.read:
+            if not Path(path).exists():
+                raise TrainError(f"task: read: {path} does not exist")
+        self._sandbox = Sandbox(
+            Limits(self.seconds, self.memory_mib),
+            preload=self.preload,
+            read=[*sorted(folders), *self.read],
+            unsafe=self.unsafe_rewards or not kinds & set(FOREIGN),
+        )
+
+    def confinement(self) -> str | None:
+        if not any(problem.data["kind"] in FOREIGN for problem in self.rows):
+            return None
+        warned = {p.data["warning"]: None for p in self.rows if p.data["warning"]}
+        return "\n".join([self._sandbox.describe(), *warned])
 
     def problem(self, rng: np.random.Generator) -> Problem:
         return self.rows[rng.integers(len(self.rows))]
@@ -61,15 +100,19 @@ class Jsonl(Task):
         return self.verdicts([problem], [completion])[0].reward
 
     def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
-        calls, where = [], []
+        calls: list[Call | Tests] = []
+        where = []
         verdicts = [Verdict(0.0)] * len(problems)
         for i, (problem, text) in enumerate(zip(problems, completions, strict=True)):
             call: Call | None = problem.data["call"]
-            if call is None:
+            if problem.data["kind"] == "exact":
                 verdicts[i] = Verdict(float(text.strip() == problem.data["exact"].strip()))
+                continue
+            if call is None:
+                calls.append(Tests(program(text), problem.data["tests"]))
             else:
-                calls.append(Call(call.code, call.name, call.function, (text, problem.data["row"])))
-                where.append(i)
+                calls.append(replace(call, arguments=(text, problem.data["row"])))
+            where.append(i)
         for i, verdict in zip(where, self._sandbox.run(calls) if calls else [], strict=True):
             verdicts[i] = verdict
         return verdicts
@@ -119,33 +162,88 @@ def _problem(row: dict[str, Any], folder: Path, where: str) -> Problem:
     if "reward" not in row:
         if "answer" not in row:
             raise ValueError("expected a field 'answer' or 'reward', got neither")
-        return Problem(prompt, answer, {"row": row, "exact": answer, "call": None})
+        return _of_kind("exact", prompt, answer, row, exact=answer)
     spec = row["reward"]
     if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
         raise ValueError(f"expected 'reward' to be an object with one field of {', '.join(KINDS)}, got {spec!r}")
     kind, text = next(iter(spec.items()))
+    if kind == "tests":
+        return _of_kind(kind, prompt, answer, row, tests=_tests(text))
     if not isinstance(text, str) or not text:
         raise ValueError(f"expected a text as reward {kind!r}, got {text!r}")
     if kind == "exact":
-        return Problem(prompt, answer or text, {"row": row, "exact": text, "call": None})
-    return Problem(prompt, answer, {"row": row, "call": _call(kind, text, folder, where)})
+        return _of_kind(kind, prompt, answer or text, row, exact=text)
+    call, warning = _call(kind, text, folder, where)
+    return _of_kind(kind, prompt, answer, row, call=call, warning=warning)
 
 
-def _call(kind: str, text: str, folder: Path, where: str) -> Call:
-    """What to call; completion and row come later."""
+def _of_kind(kind: str, prompt: str, answer: str, row: dict[str, Any], **data: Any) -> Problem:
+    return Problem(prompt, answer, {"row": row, "kind": kind, "call": None, "warning": None, **data})
+
+
+def _tests(given: Any) -> tuple[dict[str, Any], ...]:
+    """Tests of a program, checked."""
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"expected a list of tests as reward 'tests', got {given!r}")
+    for test in given:
+        keys = set(test) if isinstance(test, dict) else set()
+        by_output = {"stdout"} <= keys <= {"stdin", "stdout"}
+        by_result = {"call", "result"} <= keys <= {"call", "arguments", "result"}
+        if not (by_output or by_result):
+            raise ValueError(
+                "expected each test as {'stdin', 'stdout'} or {'call', 'arguments', 'result'}, got " + repr(test)
+            )
+        texts = [test[key] for key in ("stdin", "stdout", "call") if key in test]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"expected texts as stdin, stdout and call of a test, got {test!r}")
+        if not isinstance(test.get("arguments", []), list):
+            raise ValueError(f"expected a list as arguments of a test, got {test!r}")
+    return tuple(given)
+
+
+def _call(kind: str, text: str, folder: Path, where: str) -> tuple[Call, str | None]:
+    """What to call, completion and row come later; and a warning if it lets the model judge."""
     if kind == "regex":
         try:
             re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"reward 'regex' is no pattern: {error}") from None
-        return Call(compile_reward(_SEARCH, "regex"), "regex", "reward", ())
+        return Call(compile_reward(_SEARCH, "regex"), "regex", "reward", ()), None
     if kind == "code":
-        return Call(compile_reward(text, where), where, "reward", ())
+        return Call(compile_reward(text, where), where, "reward", ()), _warning(text, where)
     file, _, function = text.rpartition(":")
     if not file:
         raise ValueError(f"expected reward 'python' as file.py:function, got {text!r}")
+    path = folder / file
     try:
-        source = (folder / file).read_text("utf-8")
+        source = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"reward 'python': cannot read {folder / file}: {error}") from None
-    return Call(compile_reward(source, str(folder / file), function), str(folder / file), function, ())
+        raise ValueError(f"reward 'python': cannot read {path}: {error}") from None
+    call = Call(compile_reward(source, str(path), function), str(path), function, (), str(path.resolve().parent))
+    return call, _warning(source, str(path))
+
+
+def _warning(source: str, name: str) -> str | None:
+    line = runs_text(source)
+    if line is None:
+        return None
+    return (
+        f"warning: {name} calls exec or eval in line {line}; on text of the model that lets it write its own verdict: "
+        "use tests, or run(program)"
+    )
+
+
+def _check_folder(folder: str) -> None:
+    """``TrainError`` for a folder that holds all sorts of things, since the sandbox shows it to the function."""
+    shared = {Path("~").expanduser().absolute().resolve(), Path(tempfile.gettempdir()).resolve()}
+    if any(Path(folder) in (place, *place.parents) for place in shared):
+        raise TrainError(
+            f"task: reward 'python': its file lies in {folder}, all of which the function could read; put it into a "
+            "folder of its own"
+        )
+
+
+def program(completion: str) -> str:
+    """The program in a completion: the last fenced block, or else all of it."""
+    blocks = _FENCED.findall(completion)
+    return str(blocks[-1]) if blocks else completion
