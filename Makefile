@@ -5,34 +5,61 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIENTS := $(VENV)/.clients
 OLD_TRITON := build/triton-3.6
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+TESTED := $(VENV)/.tested
+TOOLS := $(VENV)/.tools
+NATIVE := $(VENV)/.native
+PACKAGES := pyproject.toml constraints.txt
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*.py csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
+# bytecode is made when a module is first imported; for all of torch and transformers it would take a minute
+ANY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary
+PIP := $(ANY) -c constraints.txt
 
-.PHONY: train rl test lint unit sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
+.PHONY: train rl test test-all lint unit mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "nvfp4 needs Python >= 3.10, $(PYTHON) is older; set PYTHON=python3.x"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: with it in place no other package can pull in another build of it
-$(READY): $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+# what builds the package: two small wheels
+$(TOOLS): $(BIN)/python $(PACKAGES)
+	$(PIP) 'setuptools>=77' pybind11
 	@touch $@
 
-# the libraries that are tested together with nvfp4 and that it does not need: trl, peft, lightning-fabric
-$(CLIENTS): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
+# Only files that changed are compiled. A failure leaves a warning and a package that runs on its other backends.
+$(NATIVE): $(TOOLS) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# One resolver for all packages, and no second environment for the build: its tools are there already.
+ONLY_PYTHON := NVFP4_CPU=0 NVFP4_CUDA=0 $(PIP) --no-build-isolation
+$(VENV)/.packages: $(TOOLS) $(PACKAGES)
+	$(ONLY_PYTHON) -e '.[data,dev]'
+	@touch $@
+
+# the same and the libraries that nvfp4 is tested together with and does not need: trl, peft, lightning-fabric
+$(CLIENTS): $(TOOLS) $(PACKAGES)
+	$(ONLY_PYTHON) -e '.[data,dev,clients]'
+	@touch $(VENV)/.packages $@
+
+# pip and the compilers side by side: one waits for the network where the others need the cores
+SIDE_BY_SIDE := $(MAKE) --no-print-directory --jobs=2
+$(READY): $(PACKAGES) $(SOURCES)
+	@$(SIDE_BY_SIDE) $(VENV)/.packages $(NATIVE)
+	@touch $@
+
+$(TESTED): $(PACKAGES) $(SOURCES)
+	@$(SIDE_BY_SIDE) $(CLIENTS) $(NATIVE) $(OLD_TRITON)/.ready
 	@touch $@
 
 # the Triton that torch 2.10 and 2.11 pin, beside the one in the venv: a folder that comes first on PYTHONPATH
-$(OLD_TRITON)/.ready: $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_TRITON) triton==3.6.0
+$(OLD_TRITON)/.ready: $(TOOLS)
+	$(ANY) --no-deps --target $(OLD_TRITON) triton==3.6.0
 	@touch $@
 
 train: $(READY) ## pretrain a small model on real text in BF16 and in NVFP4, side by side
@@ -41,15 +68,25 @@ train: $(READY) ## pretrain a small model on real text in BF16 and in NVFP4, sid
 rl: $(READY) ## reinforcement learning in full precision and in NVFP4, side by side, with a control
 	$(BIN)/nvfp4 rl --preset sort $(ARGS)
 
-test: lint unit ## style, types and all tests
+test: $(TESTED) lint unit ## style, types and all tests but the slow ones
+
+test-all: MARKS := -m 'slow or not slow'
+test-all: test ## with the slow tests, which take the same roads once more
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(CLIENTS) $(OLD_TRITON)/.ready
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
+unit: $(TESTED)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(MARKS) $(ARGS)
+
+mutants: $(TESTED) ## faults put into a copy one at a time: do the tests find them
+	$(BIN)/python tests/mutants.py --json benchmarks/results/mutants.json $(ARGS)
+
+coverage: $(TESTED) ## lines and branches that the tests reach, also from child processes
+	$(PIP) 'coverage>=7.10'
+	$(BIN)/python tests/covered.py --json benchmarks/results/coverage.json -n $(JOBS) --dist worksteal $(ARGS)
 
 aarch64: $(READY) ## the CPU kernels cross-compiled for aarch64 and emulated; takes Debian's g++-aarch64-linux-gnu, qemu-user
 	$(BIN)/python -m pytest -q -rs tests/test_aarch64.py

@@ -48,9 +48,12 @@ SANITIZE = (
 )
 SOURCES = ["csrc/bind.cpp", "csrc/cpu/portable.cpp"]
 if X86:
-    SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"]
+    # the longest first, as they begin side by side
+    SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("avx2", "avx512")] + SOURCES
     SOURCES += [f"csrc/cpu/matmul_{isa}.cpp" for isa in ("avx2", "avx512", "avx512bf16")]
 
+
+OBJECTS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "csrc" / "objects.py")))
 
 # the lists of the CUDA kernels, from a file of the package that needs nothing of it
 CUDA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "nvfp4" / "backends" / "cuda_targets.py")))
@@ -104,7 +107,7 @@ class Compilers:
 
 
 class BuildExt(build_ext):
-    """Compiles the files of an extension side by side, each with its own instruction set."""
+    """Compiles the files of an extension side by side, each with its own instruction set, and only what has changed."""
 
     def run(self) -> None:
         self.why_no_cuda, inplace = why_no_cuda(), self.inplace
@@ -128,37 +131,36 @@ class BuildExt(build_ext):
             except Exception as error:
                 self.why_no_cuda = str(error)
             return
-        compiler = self.compiler
-        compile_one = compiler._compile
-
-        def with_flags(obj, src, extension, cc_args, extra_postargs, pp_opts) -> None:
-            compile_one(obj, src, extension, cc_args, [*extra_postargs, *PER_FILE.get(src, []), *SANITIZE], pp_opts)
-
-        def compile_all(
-            sources,
-            output_dir=None,
-            macros=None,
-            include_dirs=None,
-            debug=0,
-            extra_preargs=None,
-            extra_postargs=None,
-            depends=None,
-        ) -> list[str]:
-            macros, objects, extra, pp_opts, build = compiler._setup_compile(
-                output_dir, macros, include_dirs, sources, depends, extra_postargs
-            )
-            cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
-            with ThreadPoolExecutor(len(sources)) as pool:
-                jobs = [pool.submit(with_flags, o, *build[o], cc_args, extra, pp_opts) for o in objects if o in build]
-                for job in jobs:
-                    job.result()
-            return objects
-
-        compiler.compile = compile_all
+        self.compiler.compile = self.compile_cpu
         try:
             super().build_extension(ext)
         except Exception as error:
             print(f"warning: nvfp4 is installed without native CPU kernels: {error}", file=sys.stderr)
+
+    def compile_cpu(
+        self,
+        sources,
+        output_dir=None,
+        macros=None,
+        include_dirs=None,
+        debug=0,
+        extra_preargs=None,
+        extra_postargs=None,
+        depends=None,
+    ) -> list[str]:
+        """In the place of the compiler's own ``compile``: what has changed, each file with its own flags."""
+        compiler = self.compiler
+        macros, objects, extra, defines, build = compiler._setup_compile(
+            output_dir, macros, include_dirs, sources, depends, extra_postargs
+        )
+        cc_args = compiler._get_cc_args(defines, debug, extra_preargs)
+        cxx = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)
+        commands = {
+            target: [*cxx, *cc_args, source, *extra, *PER_FILE.get(source, []), *SANITIZE]
+            for target, (source, _) in build.items()
+        }
+        OBJECTS.compile_changed(commands)
+        return objects
 
     def build_cuda(self, ext) -> None:
         """One binary for the chosen targets, linked with the static runtime: it loads where there is no driver."""
@@ -200,7 +202,7 @@ extension = Pybind11Extension(
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
     ],
-    depends=[str(path) for path in Path("csrc").rglob("*.h")],
+    depends=["setup.py", *(str(path) for path in Path("csrc").rglob("*.h"))],
     extra_link_args=["-fopenmp", *SANITIZE],
     optional=True,
 )

@@ -28,6 +28,7 @@ hypothesis.settings.load_profile("nvfp4")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: only in make test-all; what it covers is covered by others")
     config.addinivalue_line("markers", "interpreted: runs Triton kernels; without a GPU in a process that interprets")
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # a skipped test always says why

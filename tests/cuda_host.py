@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pybind11
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("plain", "searched", "eden", "fused", "scales")
@@ -27,41 +27,36 @@ FLAGS += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"] if os.envir
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
-def _folder() -> Path:
-    """Where this version of the sources is built; another version gets another folder."""
-    state = hashlib.sha256(" ".join([sys.version, *FLAGS]).encode())
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file():
-            state.update(path.read_bytes())
-    return ROOT / "build" / f"cuda_on_host_{state.hexdigest()[:12]}"
+OBJECTS = SimpleNamespace(**runpy.run_path(str(ROOT / "csrc" / "objects.py")))
 
 
-def _build(folder: Path) -> Path:
-    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
+def _build() -> Path:
+    """The library, of the sources as they are: compiled once, by whichever process of the tests comes first."""
+    kind = hashlib.sha256(" ".join([sys.version, *FLAGS]).encode()).hexdigest()[:12]
+    folder = ROOT / "build" / f"cuda_on_host_{kind}"
     folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = [*FLAGS, "-DNVFP4_SIMT", f"-DNVFP4_MODULE={NAME}", *include]
-    with tempfile.TemporaryDirectory(dir=folder) as made, ThreadPoolExecutor(2) as pool:
+    commands = {
+        str(folder / f"{Path(source).stem}.o"): [str(COMPILER), *flags, "-x", "c++", "-c", str(ROOT / "csrc" / source)]
+        for source in SOURCES
+    }
 
-        def compile_one(source: str) -> str:
-            target = str(Path(made) / f"{Path(source).stem}.o")
-            command = [str(COMPILER), *flags, "-x", "c++", "-c", str(ROOT / "csrc" / source), "-o", target]
-            subprocess.run(command, check=True)
-            return target
-
-        objects = list(pool.map(compile_one, SOURCES))
-        unfinished = Path(made) / library.name
-        subprocess.run([str(COMPILER), *FLAGS, "-shared", *objects, "-o", str(unfinished)], check=True)
-        unfinished.rename(library)  # at once, so that tests side by side never load half a library
+    with FileLock(folder / "lock"):
+        OBJECTS.compile_changed(commands, workers=2)
+        newest = max(Path(target).stat().st_mtime_ns for target in commands)
+        if not library.exists() or library.stat().st_mtime_ns < newest:
+            unfinished = library.with_suffix(".unfinished")
+            subprocess.run([str(COMPILER), *FLAGS, "-shared", *commands, "-o", str(unfinished)], check=True)
+            unfinished.rename(library)  # at once: who has loaded the old one keeps it
     return library
 
 
 @lru_cache(maxsize=1)
 def load() -> ModuleType:
     """The module, built on first use."""
-    spec = importlib.util.spec_from_file_location(NAME, _build(_folder()))
+    spec = importlib.util.spec_from_file_location(NAME, _build())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -46,7 +46,7 @@ class Process:
     def start(self) -> subprocess.Popen[bytes]:
         """A pytest that has collected FILES and waits for names."""
         command = [sys.executable, "-m", "pytest", "-p", "interpreting", *FILES]
-        command += ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
+        command += ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-m", ""]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
