@@ -235,6 +235,19 @@ def test_settings_travel_to_processes() -> None:
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
+def test_the_plan_fits() -> None:
+    """Expected times, from compile times that were measured, are below the limits of each stage and the budgets; only
+    the last stage, which has what is left, may be cut."""
+    from benchmarks.gpu import plan
+
+    for call in (1, 2):
+        rows = plan.table(call)
+        assert sum(row["expected s"] for row in rows) < 60 * calls.BUDGET_MINUTES[call] - calls.RESERVE
+        assert all(row["expected s"] <= row["limit s"] for row in rows)
+        assert all(row["reached"] == "100%" for row in rows[:-1])
+        assert [row["stage"] for row in rows] == [stage.name for stage in calls.stages(call)]
+
+
 def test_the_gpu_s_place_calls_what_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is CUDA's own, with torch's own signatures in the place of its functions: no typing error waits for a
     GPU."""

@@ -73,11 +73,17 @@ def layer(job: Job, backend: str, recipe: str, dtype: str, autocast: bool) -> No
 
 
 def small_layer(recipe: str, backend: str, device: torch.device) -> tuple[nn.Linear, torch.Tensor]:
-    """A layer of 256 to 128 features and 128 tokens for it."""
+    """A layer of 256 to 128 features and 128 tokens for it, in BF16 and in whole tiles: kernels for these lie in
+    Triton's cache by then."""
     torch.manual_seed(0)
-    module = nn.Linear(256, 128, device=device)
+    module = nn.Linear(256, 128, device=device, dtype=torch.bfloat16)
     convert(module, recipe, backend=backend, seed=1, verbose=False)
-    return module, torch.randn(128, 256, device=device, requires_grad=True)
+    return module, torch.randn(128, 256, device=device).bfloat16().requires_grad_()
+
+
+def gradient_of_output(device: torch.device) -> torch.Tensor:
+    """dy for it."""
+    return torch.randn(128, 128, device=device).bfloat16()
 
 
 def graph_of_quantiser(job: Job, backend: str, name: str) -> None:
@@ -112,7 +118,7 @@ def graph_of_layer(job: Job, backend: str, recipe: str) -> None:
     place = job.settings.place
     place.backend(backend)
     module, x = small_layer(recipe, backend, place.device)
-    twin, dy = copy.deepcopy(module), torch.randn(128, 128, device=place.device)
+    twin, dy = copy.deepcopy(module), gradient_of_output(place.device)
     capturable(module)
 
     def replays() -> bool:
@@ -154,7 +160,7 @@ def compiled_layer(job: Job, backend: str, recipe: str) -> None:
     place = job.settings.place
     place.backend(backend)
     module, x = small_layer(recipe, backend, place.device)
-    twin, dy = copy.deepcopy(module), torch.randn(128, 128, device=place.device)
+    twin, dy = copy.deepcopy(module), gradient_of_output(place.device)
     quick = place.compile(module)
 
     def equal() -> bool:
@@ -171,7 +177,7 @@ def streams(job: Job, backend: str, recipe: str) -> None:
     with torch.no_grad():
         pairs[1][0].weight.mul_(37.0)  # global scales far apart: exchanged ones would show
         pairs[1][1].mul_(0.01)
-    dy = torch.randn(128, 128, device=place.device)
+    dy = gradient_of_output(place.device)
     twins = [copy.deepcopy(module) for module, _ in pairs]
 
     def step(module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
