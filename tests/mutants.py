@@ -1,6 +1,6 @@
 """Faults put into a copy of the package one at a time, each of which a test has to find: ``make mutants``.
 
-    python tests/mutants.py [--only WORD] [--json FILE]
+    python tests/mutants.py [--only PATTERN] [--json FILE]
 
 Each mutant is one small change of arithmetic, layout or noise: a wrong tie, a constant off by one, a swapped operand, a
 step left out. For each of them the tests that ``make test`` runs on that code run until one fails. A mutant that
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -336,10 +337,10 @@ def verdicts(chosen: list[Mutant], copy: Path) -> list[dict]:
 def main() -> int:
     """0 if every mutant was killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose file holds this word")
+    parser.add_argument("--only", default="", help="mutants whose file matches this regular expression")
     parser.add_argument("--json", help="where to keep the verdicts")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if options.only in m.file]
+    chosen = [m for m in MUTANTS if re.search(options.only, m.file)]
 
     import torch  # noqa: F401 - once, for all forks
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 from nvfp4.backends import cuda, cuda_targets
 from nvfp4.backends.cuda_targets import TARGETS, choose
@@ -90,7 +91,7 @@ def test_a_build_that_fails_leaves_its_reason(tools: Path, tmp_path: Path, monke
     (tmp_path / "lib" / "nvfp4").mkdir(parents=True)
     program(tools, "nvcc", 'case "$1" in --list-gpu-code) echo sm_90;; *) echo broken >&2; exit 3;; esac')
     program(tools, "nvidia-smi", "echo 9.0")
-    done = subprocess.run(setup_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(setup_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0
     assert "nvfp4: CUDA kernels for sm_90a (the GPUs of this machine" in done.stderr
     assert "nvfp4 is installed without CUDA kernels: nvcc failed with 3" in done.stderr
@@ -98,7 +99,7 @@ def test_a_build_that_fails_leaves_its_reason(tools: Path, tmp_path: Path, monke
     assert said.startswith(" (when it was installed, nvcc failed with 3 on csrc/")
     assert cuda.why_not_built(tmp_path) == ""
     program(tools, "nvcc", 'case "$1" in --list-gpu-code) echo sm_100;; esac')
-    subprocess.run(setup_command(tmp_path), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run(setup_command(tmp_path), cwd=ROOT, check=True, capture_output=True, timeout=HANG)
     assert "nvcc does not know sm_90a, only sm_100a: update CUDA" in cuda.why_not_built(tmp_path / "lib" / "nvfp4")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANG
 
 from nvfp4.rl.config import RLConfig, make_task
 from nvfp4.rl.rewards import keeper, verdicts, walls
@@ -403,7 +404,7 @@ def test_a_killed_run_leaves_nothing(without: tuple[str, ...]) -> None:
     run = subprocess.Popen([sys.executable, "-c", RUN, *without], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     run.stdout.readline()
-    deadline = time.monotonic() + 120  # to be reached by nothing but a defect
+    deadline = time.monotonic() + HANG  # to be reached by nothing but a defect
     while len(children(run.pid)) < 6 and time.monotonic() < deadline:
         time.sleep(0.05)
     family = children(run.pid)

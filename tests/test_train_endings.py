@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import HANG
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from test_train_compare import config_of, report_of
@@ -56,7 +57,7 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def wait_for(condition, child, seconds=300):
+def wait_for(condition, child, seconds=HANG):
     until = time.monotonic() + seconds
     while time.monotonic() < until and not condition() and child.poll() is None:
         time.sleep(0.02)
@@ -333,7 +334,7 @@ def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_go
         assert child != parent.pid
         parent.kill()
         parent.wait()
-        until = time.monotonic() + 300
+        until = time.monotonic() + HANG
         while time.monotonic() < until and alive(child):
             time.sleep(0.02)
         assert not alive(child)
@@ -346,7 +347,7 @@ def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_go
             if line.startswith("resuming from"):
                 break
         second.terminate()
-        second.communicate(timeout=300)
+        second.communicate(timeout=HANG)
         assert lines[-1].startswith(f"resuming from {saved[0]}"), "".join(lines)
         assert second.returncode == 143
     finally:
@@ -387,7 +388,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, texts):
     child.stdout.readline()
     child.stdout.close()
     said = child.stderr.read()
-    assert (child.wait(timeout=300), said) == (0, "")
+    assert (child.wait(timeout=HANG), said) == (0, "")
     assert RunFolder(str(tmp_path / "run")).read_result()["steps"] == 12
 
 
