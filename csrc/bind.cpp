@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,24 +17,36 @@ using namespace nvfp4;
 
 namespace {
 
-std::vector<const Kernels*> available() {
-    std::vector<const Kernels*> found;
+// What this processor has, the widest first.
+const std::vector<const Kernels*>& available() {
+    static const std::vector<const Kernels*> all = [] {
+        std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        found.push_back(&avx512_kernels);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels);
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl"))
+            found.push_back(&avx512_kernels);
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels);
 #endif
-    found.push_back(&portable_kernels);
-    return found;
+        found.push_back(&portable_kernels);
+        return found;
+    }();
+    return all;
 }
 
-const Kernels& kernels(const std::string& isa) {
-    static const std::vector<const Kernels*> found = available();
-    for (const Kernels* k : found)
-        if (isa.empty() || isa == k->name) return *k;
-    throw std::invalid_argument("instruction set '" + isa + "' is unknown or not supported by this processor");
+std::atomic<size_t> held{0};  // the process behaves as if the processor had only what comes from here on
+
+// The instruction set of that name, the best one for "", among those that come after the first ``from``.
+size_t find(const std::string& isa, size_t from) {
+    const std::vector<const Kernels*>& all = available();
+    for (size_t i = from; i < all.size(); ++i)
+        if (isa.empty() || isa == all[i]->name) return i;
+    throw std::invalid_argument("instruction set '" + isa + "' is unknown, not supported by this processor, or better than the " +
+                                all[from]->name + " that this process is held to");
 }
+
+void use(const std::string& isa) { held = find(isa, 0); }
+
+const Kernels& kernels(const std::string& isa) { return *available()[find(isa, held)]; }
 
 void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
@@ -152,23 +165,22 @@ struct Product {
     bool of_elements;
 };
 
-// The products this processor has instructions for, the fastest first.
+// The products with instructions that this processor has and the process is not kept from, the fastest first.
 std::vector<Product> products() {
     std::vector<Product> found;
 #if defined(__x86_64__)
     const bool avx512 = kernels("").name == std::string("avx512");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512bf16", matmul_avx512bf16, false});
     if (avx512) found.push_back({"avx512", matmul_avx512, true});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        found.push_back({"avx2", matmul_avx2, true});
+    const bool avx2 = avx512 || kernels("").name == std::string("avx2");  // with FMA
+    if (avx2 && __builtin_cpu_supports("f16c")) found.push_back({"avx2", matmul_avx2, true});
 #endif
     return found;
 }
 
 void multiply(const MatmulArgs& args, const std::string& isa) {
-    static const std::vector<Product> found = products();
     const bool of_elements = args.a.codes.codes == nullptr;
-    for (const Product& p : found)
+    for (const Product& p : products())
         if ((isa.empty() || isa == p.name) && (p.of_elements || !of_elements)) {
             py::gil_scoped_release release;
             return p.run(args);
@@ -224,9 +236,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Native CPU kernels of nvfp4; see nvfp4/backends/cpu.py.";
     m.def("instruction_sets", [] {
         py::list names;
-        for (const Kernels* k : available()) names.append(k->name);
+        for (size_t i = held; i < available().size(); ++i) names.append(available()[i]->name);
         return names;
     });
+    m.def("use", &use);
     py::class_<CodeMatrix>(m, "CodeMatrix").def(py::init(&code_matrix));
     py::class_<Source>(m, "Source").def(py::init(&source_of)).def(py::init(&codes_source));
     py::class_<Options>(m, "Options")

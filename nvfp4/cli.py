@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -85,6 +86,9 @@ class Bench:
     """all: small shapes, less than a minute on a processor."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all: where to measure; auto is the GPU if there is one."""
+    isa: Literal["", "avx512", "avx2", "portable"] = ""
+    """all: instruction set that our kernels on the processor are held to; by default the best it has, or what the
+    environment's NVFP4_ISA names, which every command follows."""
     seconds: float | None = None
     """all: time for each candidate; by default 0.5, and 0.02 when quick."""
     devices: tuple[str, ...] = ("B200", "RTX 5090", "H200", "cpu")
@@ -107,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 after an error, 2 for a wrong option, 130 or 143 after a signal."""
     try:
         command = parse(sys.argv[1:] if arguments is None else list(arguments))
+        _hold(getattr(command, "isa", "") or os.environ.get("NVFP4_ISA", ""))
         RUNNERS[type(command)](command)
         return 0
     except TrainError as error:
@@ -124,6 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nvfp4: interrupted; what was saved is complete, go on with --resume", file=sys.stderr)
         return INTERRUPTED
+
+
+def _hold(isa: str) -> None:
+    """Keep the processor's kernels to an instruction set, if one is named."""
+    if not isa:
+        return
+    from nvfp4.backends.cpu import use_instruction_set
+
+    try:
+        use_instruction_set(isa)
+    except (ValueError, RuntimeError) as error:
+        raise TrainError(str(error)) from error
 
 
 def parse(arguments: list[str]) -> Any:

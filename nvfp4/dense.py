@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nvfp4.backends.cpu import PAIRS, PRODUCTS, dense_product
+from nvfp4.backends.cpu import PAIRS, dense_product, products
 from nvfp4.ops import is_dtensor, unseen
 
 INSTRUCTIONS = {
@@ -53,7 +53,7 @@ def how(dtype: torch.dtype = torch.bfloat16) -> str:
     names = ", ".join(INSTRUCTIONS[dtype])
     if dtype not in EMULATED:
         return f"torch's: the processor has one of {names}, or torch does not say, or it is no x86-64"
-    kernel = next((name for name in PRODUCTS if name != PAIRS), None)
+    kernel = next((name for name in products() if name != PAIRS), None)
     ours = "torch's of float32 copies" if kernel is None else f"the native float32 kernel for {kernel}"
     return f"{ours}: the processor has none of {names}, and torch would emulate them"
 

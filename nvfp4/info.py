@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from nvfp4.backends.cpu import PRODUCTS
+from nvfp4.backends.cpu import instruction_sets, products
 from nvfp4.backends.cuda import CudaBackend
 from nvfp4.backends.registry import BACKENDS
 from nvfp4.dense import how
@@ -22,7 +22,8 @@ def info() -> str:
     facts = {name: _version(name) for name in ("nvfp4", "torch", "triton", "transformers")}
     facts["python"] = platform.python_version()
     facts["cpu"] = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    facts["nvfp4 product on cpu"] = PRODUCTS[0] if PRODUCTS else "torch's float32 one, of decoded operands"
+    facts["kernels on cpu"] = next(iter(instruction_sets()), "none were built")
+    facts["nvfp4 product on cpu"] = next(iter(products()), "torch's float32 one, of decoded operands")
     facts["bf16 product on cpu"] = how(torch.bfloat16)
     facts["cuda"] = str(torch.version.cuda or "this torch was built without it")
     kernels = BACKENDS["cuda"]

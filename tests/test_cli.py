@@ -12,6 +12,7 @@ from limits import HANG
 from training import ROOT, environment, run_cli, write_texts
 
 from nvfp4 import cli
+from nvfp4.backends.cpu import instruction_sets, use_instruction_set
 from nvfp4.cli import Compare, Info, Pretrain, main, parse
 from nvfp4.train.config import resolve
 from nvfp4.train.errors import TrainError
@@ -139,3 +140,21 @@ def test_the_example_runs(tmp_path):
     assert 3 < bf16 < 5.5  # begins at 8; 60 short steps reach about the entropy of single bytes
     assert abs(gap) < 3
     assert "the exported model, in plain transformers: 'import" in run.stdout
+
+
+@pytest.mark.skipif(not instruction_sets(), reason="the native CPU kernels are not built")
+def test_an_instruction_set_is_taken_from_the_environment_and_the_option_wins(monkeypatch, capsys):
+    """NVFP4_ISA holds any command to it; what is unknown ends with code 1 and one line, and nothing has run."""
+    best = instruction_sets()[0]
+    try:
+        monkeypatch.setenv("NVFP4_ISA", "portable")
+        assert main(["info"]) == 0
+        assert "kernels on cpu portable" in " ".join(capsys.readouterr().out.split())
+        monkeypatch.setattr(cli, "RUNNERS", {**cli.RUNNERS, cli.Bench: lambda command: print(*instruction_sets())})
+        assert main(["bench", "all", "--isa", best]) == 0
+        assert capsys.readouterr().out.split()[0] == best
+        monkeypatch.setenv("NVFP4_ISA", "sse9")
+        assert main(["info"]) == 1
+        assert "instruction set 'sse9' is unknown" in capsys.readouterr().err
+    finally:
+        use_instruction_set(best)

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from nvfp4.backends.cpu import _MISSING, PRODUCTS, CpuBackend, native
+from nvfp4.backends.cpu import (
+    _MISSING,
+    PRODUCTS,
+    CpuBackend,
+    instruction_sets,
+    native,
+    products,
+    use_instruction_set,
+)
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.codec import e4m3_decode
 from nvfp4.formats import E2M1, E4M3
 from nvfp4.hadamard import Rotation
+from nvfp4.info import info
 from nvfp4.layout import swizzled_offset
 from nvfp4.ops import explain
 from nvfp4.qtensor import QTensor
@@ -350,3 +359,29 @@ def test_it_is_chosen_on_the_cpu_and_explained() -> None:
     for operation in ("quantize", "dequantize", "matmul"):
         assert explain(operation, "cpu").splitlines()[-2:] == ["cpu: chosen", "reference: available"]
     assert "not on cuda" in explain("matmul", "cuda")
+
+
+def test_a_process_can_be_held_to_an_instruction_set() -> None:
+    """From then on nothing better is offered or accepted, by the quantisers and by the products, until it is let go.
+    The bytes are the same on each. A name that this processor lacks changes nothing."""
+    everything, all_products = instruction_sets(), products()
+    x = torch.randn(33, 70).bfloat16()
+    quantizer = QUANTIZERS["ms_eden"]
+    options = quantizer.check(seed=1, sign_seed=2)
+    want = quantizer.quantize(x, options)
+    try:
+        for i, isa in enumerate(everything):
+            use_instruction_set(isa)
+            assert instruction_sets() == everything[i:]
+            assert products() == tuple(p for p in all_products if p.removesuffix("bf16") in everything[i:])
+            assert f"kernels on cpu {isa}" in " ".join(info().split())
+            assert_same(CpuBackend().quantize(x, quantizer, options), want, isa)
+            for better in everything[:i]:
+                with pytest.raises(ValueError, match=f"better than the {isa}"):
+                    CpuBackend(better).quantize(x, quantizer, options)
+        with pytest.raises(ValueError, match="'sse9' is unknown"):
+            use_instruction_set("sse9")
+        assert instruction_sets() == everything[-1:]
+    finally:
+        use_instruction_set(everything[0])
+    assert instruction_sets() == everything

@@ -23,6 +23,12 @@ NVFP4_FN auto tile(Panel& panel, int b) -> Float (&)[kBlockStride] {
     return *reinterpret_cast<Float(*)[kBlockStride]>(panel + place(b * kBlock, 0));
 }
 
+// Zeros for what a panel of fewer blocks leaves; all of it would be a twentieth of rtn.
+template <class V, int n>
+NVFP4_FN void clear_from(int first, V (&v)[n]) {
+    for (int i = first; i < n; ++i) v[i] = V{};
+}
+
 // The rows of a part that there are, beginning with ``row``.
 NVFP4_FN int lanes_at(const QuantizeArgs& args, int64_t row) {
     return static_cast<int>(std::clamp<int64_t>(args.source.rows - row, 0, kLanes));
@@ -128,7 +134,8 @@ struct ScaledPass final : Pass {
         const int blocks = columns / kBlock;
         // all scales before all codes: the blocks' chains of divisions then overlap
         Float scale[kPanelBlocks];
-        Word scale_code[kPanelBlocks] = {};
+        Word scale_code[kPanelBlocks];
+        clear_from(blocks, scale_code);
         for (int part = 0; part < kParts && row + part * kLanes < args.source.rows; ++part) {
             const int64_t first = row + part * kLanes;
             Given<Float> given = given_at(first);
@@ -141,7 +148,8 @@ struct ScaledPass final : Pass {
                 }
                 write_scales(args, first, column, blocks, scale_code);
             }
-            Word codes[2 * kPanelBlocks] = {};
+            Word codes[2 * kPanelBlocks];
+            clear_from(2 * blocks, codes);
             for (int b = 0; b < blocks; ++b) {
                 Float noise[kBlock];
                 if constexpr (Rule::noisy) {
@@ -191,8 +199,10 @@ struct EdenPass final : Pass {
         Word most = {}, furthest = {};
         for (int part = 0; part < kParts && row + part * kLanes < args.source.rows; ++part) {
             const int64_t first = row + part * kLanes;
-            Float length[std::max(kLanes, kPanelBlocks)] = {};
-            Word codes[2 * kPanelBlocks] = {};
+            Float length[std::max(kLanes, kPanelBlocks)];
+            Word codes[2 * kPanelBlocks];
+            clear_from(blocks, length);
+            clear_from(2 * blocks, codes);
             for (int b = 0; b < blocks; ++b) {
                 auto& x = block(panel, b, part);
                 const Float largest = block_amax(x);

@@ -19,14 +19,42 @@ from nvfp4.rng import number
 
 native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
-PRODUCTS: tuple[str, ...] = () if native is None else tuple(native.product_sets())
-"""Instruction sets that this processor has and the native products are written for, the fastest first; avx512bf16
-multiplies codes alone."""
+
+def instruction_sets() -> tuple[str, ...]:
+    """What the kernels exist for and this process may use, the best first: of "avx512", "avx2" and "portable".
+
+    The first is in use. Empty where the extension was not built.
+    """
+    return () if native is None else tuple(native.instruction_sets())
+
+
+def use_instruction_set(isa: str = "") -> None:
+    """Hold this process to an instruction set: from now on it behaves as if the processor had nothing better.
+
+    isa: "avx512", "avx2", "portable", or "" for the best there is again. It holds for our kernels, products
+    included; torch's own follow ``ATEN_CPU_CAPABILITY``. No result changes but the order in which products are summed.
+    ValueError: unknown or not on this processor. RuntimeError: the extension was not built.
+    """
+    if native is None:
+        raise RuntimeError(f"there are no native CPU kernels to hold to {isa!r}: {_MISSING}")
+    native.use(isa)
+
+
+def products() -> tuple[str, ...]:
+    """Instruction sets the native products are written for and this process may use, the fastest first.
+
+    avx512bf16 multiplies codes alone.
+    """
+    return () if native is None else tuple(native.product_sets())
+
+
+PRODUCTS = products()
+"""Those of the processor, before anything was held to less."""
 PAIRS = "avx512bf16"
 
 
 class CpuBackend(Backend):
-    """isa: "avx512", "avx2", "portable", or "" for the best this processor has (tests force each)."""
+    """isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force each)."""
 
     name = "cpu"
 
@@ -135,7 +163,7 @@ class CpuBackend(Backend):
 
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         assert native is not None
-        kernel = next((name for name in PRODUCTS if self.isa in ("", name)), None)
+        kernel = next((name for name in products() if self.isa in ("", name)), None)
         if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
         a, b = _contiguous(a), _contiguous(b)
@@ -164,7 +192,7 @@ def dense_product(
     bias: [N] or None, added in float32. isa: as for ``CpuBackend``. Without a kernel torch multiplies float32 copies.
     """
     (rows, depth), columns = a.shape, b.shape[0]
-    kernel = next((name for name in PRODUCTS if name != PAIRS and isa in ("", name)), None)
+    kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
     if kernel is None or rows == 0 or columns == 0 or depth == 0:
         y = a.to(torch.float32) @ b.to(torch.float32).t()
         return (y if bias is None else y.add_(bias)).to(dtype)

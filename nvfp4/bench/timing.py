@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nvfp4.backends.cpu import instruction_sets
+
 CPU = torch.device("cpu")
 
 
@@ -24,6 +26,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     commit: of the checkout that this package lies in, with + if tracked files were changed; absent if it lies in none.
     """
     facts: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
+    facts["instruction sets"] = ", ".join(instruction_sets()) or "no native kernels"
     if device.type == "cuda":
         facts = {"gpu": torch.cuda.get_device_name(device)} | clocks(device) | facts
         facts["compute capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
