@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import nvfp4.backends.cpu as cpu
 from benchmarks.harness import gate, show
-from nvfp4.backends.registry import BACKENDS
+from nvfp4.backends.cpu import use_instruction_set
 from nvfp4.bench.cases import SETS, Shape
 from nvfp4.bench.layers import check, layer_for, saved_bytes
 from nvfp4.bench.timing import interleaved
@@ -73,8 +72,7 @@ def _elsewhere(isa: str) -> list[dict[str, Any]]:
 def _measured(args: argparse.Namespace, isa: str) -> list[dict[str, Any]]:
     """The rows of every shape on the kernels of ``isa``."""
     if isa in TOLD:
-        assert isinstance(BACKENDS["cpu"], cpu.CpuBackend)
-        BACKENDS["cpu"].isa, cpu.PRODUCTS = isa, (isa,)
+        use_instruction_set(isa)
     rows = []
     for name, shape in SETS[args.shapes].items():
         if not args.sizes or name in args.sizes.split(","):
