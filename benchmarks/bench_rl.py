@@ -100,15 +100,16 @@ def warm(out: Path) -> RLConfig:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """An objective as its authors have it, for ``COMPLETIONS`` of a small model. Temperature 1 all the same, but where
-    hot sampling is the method: sampled colder, the warm start hardly fails, and then there is nothing to learn from."""
+    """An objective as its authors have it, for ``COMPLETIONS`` of a small model. But at least temperature 1, with all
+    tokens: sampled colder, the warm start hardly fails, and then there is nothing to learn from."""
     defaults = OBJECTIVES[name].defaults
     group = GROUPS.get(name, defaults.group)
     prompts = COMPLETIONS // group
     updates = min(max(defaults.updates, LEAST_UPDATES), prompts)
     found = {"objective": name, "group": group, "prompts": prompts, "objective_options": OPTIONS.get(name, ())}
-    own = {} if name == "ssd" else {"temperature": 1.0, "top_p": 1.0}
-    return {**found, **own, "minibatches": updates, "lr": NEW_MODEL_LR}
+    if defaults.temperature < 1:
+        found |= {"temperature": 1.0, "top_p": 1.0}
+    return {**found, "minibatches": updates, "lr": NEW_MODEL_LR}
 
 
 def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:

@@ -92,13 +92,14 @@ def nemo_advantages(samples: Samples) -> torch.Tensor:
     return torch.tensor([(a - mean) / math.sqrt(max(variance, 1e-8)) for a in centred], dtype=torch.float64)
 
 
+@pytest.mark.parametrize(("clamp", "most"), [(1.5, 0.8), (0.7, 0.8)])  # the second: beyond the first, within the last
 @pytest.mark.parametrize("kind", [ProRLv2, ProRLv21])
 def test_prorl_v2_is_nemos(
-    kind: type[ProRLv2], policy: TablePolicy, samples: Samples, generator: torch.Generator
+    kind: type[ProRLv2], clamp: float, most: float, policy: TablePolicy, samples: Samples, generator: torch.Generator
 ) -> None:
     """nemo_rl/algorithms/loss/loss_functions.py and utils.py under examples/configs/prorlv2.v2.yaml, and
     prorlv2_1_moe.v2.yaml: clip, IcePop or the mask of sequences, k2 with clamps and the score function's gradient."""
-    objective = kind(dynamic_sampling=False, kl_coef=0.3, kl_log_ratio_clamp=1.5, kl_value_clamp=0.8)
+    objective = kind(dynamic_sampling=False, kl_coef=0.3, kl_log_ratio_clamp=clamp, kl_value_clamp=most)
     base, later = moved(policy, generator, 1.0), moved(policy, generator, 0.3)
     ready = prepared(objective, policy, samples, reference=base)
     advantages, mask = nemo_advantages(samples)[:, None], samples.mask
@@ -120,13 +121,13 @@ def test_prorl_v2_is_nemos(
         else:
             weights = torch.where((weights >= 0.5) & (weights <= 5.0), weights, 0.0)
         gap = ref - new
-        inside = gap.clamp(-1.5, 1.5)
+        inside = gap.clamp(-clamp, clamp)
         importance = (new - new.detach()).exp()
         importance = torch.where(inside == gap, importance, importance.detach())
-        kl = (importance * inside.square() / 2).clamp(-0.8, 0.8)
+        kl = (importance * inside.square() / 2).clamp(-most, most)
         return ((weights * surrogate + 0.3 * kl) * mask).sum() / mask.sum()
 
-    assert ((ref - later.score(samples).logprobs).abs() > 1.5).any(), "the clamp of the input acts"
+    assert ((ref - later.score(samples).logprobs).abs() > clamp).any(), "the clamp of the input acts"
     same(objective, later, ready, wanted)
 
 
