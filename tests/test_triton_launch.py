@@ -93,6 +93,23 @@ def test_the_first_of_a_family_says_that_it_compiles(driver: Driver, monkeypatch
     assert len(caplog.records) == 1
 
 
+def test_sums_modulo_a_power_of_two_are_not_trapped(driver: Driver, monkeypatch) -> None:
+    """Under TRITON_DEBUG=1 Triton asserts that no integer overflows, and Philox does so at every step."""
+    from nvfp4.backends.triton import kernels
+
+    words, seeds = torch.zeros(4, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    traps = []
+    for options in (launch.EXACT, {"enable_fp_fusion": False}):
+        monkeypatch.setattr(launch, "EXACT", options)
+        launch._COMPILED.clear()
+        launch.launch(kernels.seeds_kernel, 1, (words, seeds, 0), (3, 4), warps=1)
+        (compiled,) = launch._COMPILED.values()
+        traps.append("tt.assert" in compiled.asm["ttir"])
+    kernels.seeds_kernel.device_caches.clear()
+    assert traps == [False, True]
+
+
 def test_what_is_compiled_anew(driver: Driver) -> None:
     """Only what Triton specialises on, and an unaligned pointer never reaches a kernel compiled for aligned ones."""
     put(ALIGNED)
