@@ -13,7 +13,8 @@ current then, and written before each such product (``BLASConstants.cu``, ``CUDA
 reading take turns. Two streams, or two graphs replayed side by side, would exchange their scales without any error;
 another GPU would read the first one's memory; and a first use within a capture would allocate. So it is left alone but
 on the default stream of one device, outside of captures: ``SharedAlpha``. Everywhere else the contraction is asked for
-alone and one kernel of ours does the rest.
+alone and one kernel of ours does the rest, to the bits of the definition; so a 16-bit product of a captured graph may
+differ in its last bit from the same product outside of it.
 """
 
 from __future__ import annotations
