@@ -45,6 +45,27 @@ def test_a_kernel_that_fuses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32 products and sums are fused" in faults
 
 
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("FFMA R2, R3, R4, R5 ;", None),
+        ("FMUL2 R2, R4.F32x2.HI_LO, R6.F32x2.HI_LO ;", None),
+        ("FFMA2 R2, R4.F32x2.HI_LO, R6.F32x2.HI_LO, R8.F32x2.HI_LO ;", "float32 products and sums are fused"),
+        ("LDL.64 R2, [R1+0x8] ;", "reads or writes local memory"),
+        ("STL [R1], R2 ;", "reads or writes local memory"),
+    ],
+)
+def test_machine_code_is_looked_at(code: str, fault: str | None) -> None:
+    """What ptxas does on its own, and no PTX shows: two numbers fused at once, values out of registers. A single
+    FFMA may be part of a quotient."""
+    log = (
+        "Compiling entry function 'k' for 'sm_100a'\n 0 bytes stack frame, 0 bytes spill stores, "
+        "0 bytes spill loads\n Used 10 registers"
+    )
+    (row,) = cuda_build._reports(log, {"k": ""}, {"k": f"        /*0010*/     {code}\n"}, "sm_100a")
+    assert (row.fault, row.instructions) == (fault, 1)
+
+
 def test_shared_memory_is_counted_as_it_is_asked_for() -> None:
     """The sizes in cuda_build are those of tile.h; a tile of float32 is the largest."""
     text = (FOLDER / "tile.h").read_text()

@@ -71,6 +71,14 @@ def test_faults_are_found():
     assert aot.inspect(adds, 90, fused).fault == "float32 products and sums are fused"
 
 
+def test_local_memory_is_found_in_machine_code(monkeypatch):
+    """An array indexed by a variable lies there, without any spill."""
+    variant, read = kernel_variants(90, few=True)[1], aot.machine_code
+    compiled = aot.compile_variant(variant, 90)
+    monkeypatch.setattr(aot, "machine_code", lambda cubin: read(cubin) + "        /*0010*/   STL [R1], R2 ;\n")
+    assert aot.inspect(variant, 90, compiled).fault == "reads or writes local memory"
+
+
 def test_another_process_reports_the_same():
     """A kernel finds its way there by name; and the table that is kept has a kernel a line under columns named once."""
     found = [place for place in aot.places([90], few=True) if "quantize" in place.module][-2:-1]
