@@ -1,4 +1,7 @@
-"""RMSNorm and SwiGLU on tiles of float32 that hold other dtypes' numbers: twin of ``activations.py``."""
+"""RMSNorm and SwiGLU on tiles of float32 that hold other dtypes' numbers: twin of ``activations.py``.
+
+What is added to is a ``product``, never a bare a * b: for Blackwell, Triton 3.6 would round both at once.
+"""
 
 from typing import NamedTuple
 
@@ -13,7 +16,7 @@ from nvfp4.activations import LN2_LOW as _LN2_LOW
 from nvfp4.activations import LOG2_E as _LOG2_E
 from nvfp4.activations import ROUNDER as _ROUNDER
 from nvfp4.activations import SLAB as _SLAB
-from nvfp4.backends.triton.arithmetic import bits, from_bits, log2, reciprocal, round_to_bf16
+from nvfp4.backends.triton.arithmetic import bits, from_bits, log2, product, reciprocal, round_to_bf16
 from nvfp4.backends.triton.tiles import load_dense, positions
 
 LANES = tl.constexpr(_LANES)
@@ -58,11 +61,11 @@ def rounded(x, DTYPE: tl.constexpr):
 def exp_negative(x):
     """e^-|x|."""
     t = tl.maximum(from_bits(bits(x) | SIGN), EXP_FLOOR)
-    n = (t * LOG2_E + ROUNDER) - ROUNDER
-    r = (t - n * LN2_HIGH) - n * LN2_LOW
+    n = (product(t, LOG2_E) + ROUNDER) - ROUNDER
+    r = (t - product(n, LN2_HIGH)) - product(n, LN2_LOW)
     total = tl.full(r.shape, EXP_TERMS[TERM_COUNT - 1], tl.float32)
     for k in tl.static_range(TERM_COUNT - 1):
-        total = total * r + EXP_TERMS[TERM_COUNT - 2 - k]
+        total = product(total, r) + EXP_TERMS[TERM_COUNT - 2 - k]
     exponent = n.to(tl.int32)
     half = exponent >> 1
     return total * from_bits((half + 127) << 23) * from_bits((exponent - half + 127) << 23)

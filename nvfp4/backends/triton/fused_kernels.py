@@ -8,7 +8,7 @@ must be launched with ``enable_fp_fusion=False``.
 import triton
 import triton.language as tl
 
-from nvfp4.backends.triton.arithmetic import magnitude_bits, seed_halves
+from nvfp4.backends.triton.arithmetic import magnitude_bits, product, seed_halves
 from nvfp4.backends.triton.fused_arithmetic import (
     LANES,
     exp_negative,
@@ -34,7 +34,7 @@ def row_inverse_rms(x, row_tile, rows, columns, x_row, eps, T: tl.constexpr):
     lanes = tl.full((T.rows, LANES), 0.0, tl.float32)
     for c in tl.range(0, tl.cdiv(columns, LANES)):
         tile = load_dense(x, row_tile, tl.full((), c, tl.int32), rows, columns, x_row, 1, T)
-        lanes = lanes + tile * tile
+        lanes = lanes + product(tile, tile)
     return inverse_rms(lane_sum(lanes), columns, eps)
 
 
@@ -155,8 +155,8 @@ def rms_gradient_kernel(
         gain = load_vector(weight, positions(column_tile, LANES), columns)[None, :]
         tile = load_dense(x, row_tile, column_tile, rows, columns, x_row, 1, T)
         gradient = load_dense(dy, row_tile, column_tile, rows, columns, columns, 1, T)
-        squares = squares + tile * tile
-        products = products + (gradient * gain) * tile
+        squares = squares + product(tile, tile)
+        products = products + product(gradient * gain, tile)
     rstd = tl.where(row < rows, inverse_rms(lane_sum(squares), columns, eps), 0.0)
     slope = over(lane_sum(products), columns) * (rstd * rstd)
     rstd, slope = rstd[:, None], slope[:, None]
@@ -166,8 +166,9 @@ def rms_gradient_kernel(
         gain = load_vector(weight, column, columns)[None, :]
         tile = load_dense(x, row_tile, column_tile, rows, columns, x_row, 1, T)
         gradient = load_dense(dy, row_tile, column_tile, rows, columns, columns, 1, T)
-        store_tile(dx, rstd * (gradient * gain - tile * slope), row, column, rows, columns, INNER)
-        part = row_tree(gradient * rounded(tile * rstd, INNER))
+        difference = product(gradient, gain) - product(tile, slope)
+        store_tile(dx, rstd * difference, row, column, rows, columns, INNER)
+        part = row_tree(product(gradient, rounded(tile * rstd, INNER)))
         tl.store(slabs + row_tile.to(tl.int64) * columns + column, part, mask=column < columns)
 
 
@@ -197,6 +198,6 @@ def swiglu_gradient_kernel(
     e = exp_negative(gates)
     store_tile(dup, gradient * silu(gates, e, F), row, column, rows, columns, UP)
     s = sigmoid(gates, e)
-    slope = s * (1.0 + gates * (1.0 - s))
+    slope = s * (1.0 + product(gates, 1.0 - s))
     ups = load_dense(up, row_tile, column_tile, rows, columns, up_row, 1, T)
     store_tile(dgate, (gradient * ups) * slope, row, column, rows, columns, INNER)
