@@ -11,7 +11,7 @@ NATIVE := $(VENV)/.native
 PACKAGES := pyproject.toml constraints.txt
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.py csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
-# bytecode is made when a module is first imported; for all of torch and transformers it would take a minute
+# no bytecode of all that torch and transformers hold: Python makes it for what is imported
 ANY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary
 PIP := $(ANY) -c constraints.txt
 
