@@ -143,6 +143,7 @@ MUTANTS = [
     *mutants(
         "nvfp4/quantizers/base.py",
         VECTORS,
+        ("uniform(self._seed(), ELEMENT_STREAM,", "uniform(self._seed(), BLOCK_SCALE_STREAM,"),
         ('poisoned = torch.where(finite, global_scale, float("nan"))', "poisoned = global_scale"),
     ),
     *mutants(
@@ -194,7 +195,7 @@ MUTANTS = [
         "nvfp4/backends/triton/rules.py",
         TRITON,
         ("amax * (encode * SIXTH)", "(amax * encode) * SIXTH"),
-        ("tl.maximum(first + BYTE_STEPS[step], 1), 126)", "tl.maximum(first + BYTE_STEPS[step], 0), 126)"),
+        ("best_error = tl.where(error < best_error, error, best_error)", "best_error = error"),
         ("amax < SMALLEST_AMAX, 0.0, amax)", "amax < 0.0, 0.0, amax)"),
     ),
     *mutants(
@@ -244,7 +245,7 @@ MUTANTS = [
     *mutants(
         "csrc/cpu/fingerprint.h",
         PRINTS,
-        ("hash = (hash ^ p) * 0x9E3779B97F4A7C15u;", "hash = (hash + p);"),
+        ("static_cast<size_t>(count - from)", "static_cast<size_t>(count - from - 1)"),
     ),
     *mutants(
         "csrc/cpu/decode.h",

@@ -425,6 +425,18 @@ def test_28_bias_gradient_sums_over_all_leading_dims(recipe: str) -> None:
     assert torch.equal(layer.bias.grad, dy.sum((0, 1, 2)))
 
 
+def test_28_bias_gradient_is_summed_in_float32() -> None:
+    """Under autocast dy is BF16 and the bias is not: sums beyond 256 keep the bits that BF16 has no room for."""
+    layer = make("nvidia", 32, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(300, 32))
+    dy = torch.randint(1, 9, (300, 16)).bfloat16()
+    y.backward(dy)
+    want = dy.double().sum(0).float()
+    assert torch.equal(layer.bias.grad, want)
+    assert not torch.equal(want, want.bfloat16().float()), "cannot tell"
+
+
 # --- zeros, NaN, Inf
 
 

@@ -536,8 +536,9 @@ def test_wrong_input_is_refused() -> None:
         quantize(x, "rtn", block=(16, 16), row_scaled=True)
     with pytest.raises(ValueError, match="metric must be one of"):
         quantize(x, "four_over_six", metric="mad")
-    with pytest.raises(ValueError, match="seed must be an integer"):
-        quantize(x, "sr", seed=-1)
+    for name in ("sr", "rtn"):  # also where no noise is drawn
+        with pytest.raises(ValueError, match="seed must be an integer"):
+            quantize(x, name, seed=-1)
 
 
 @pytest.mark.parametrize("options", [{"row_scaled": True}, {"block": (16, 16)}], ids=str)
