@@ -30,6 +30,7 @@ PRELOADED = ("collections", "datetime", "decimal", "fractions", "functools", "it
 UNREADABLE = (
     *("bisect", "copy", "dataclasses", "enum", "heapq", "io", "math", "operator", "typing", "time", "types", "json"),
     *("csv", "hashlib", "textwrap", "random", "difflib", "unicodedata", "ast", "tokenize", "threading", "queue"),
+    *("ctypes", "fcntl", "select", "socket", "tempfile", "shutil", "logging", "bz2", "lzma", "sqlite3", "asyncio"),
     *("calendar", "pprint", "cmath", "array", "zlib", "struct", "numbers", "contextlib", "abc", "warnings", "signal"),
 )
 """And these too where a call could not import them, since the interpreter lies in a folder of root's (walls.py)."""
