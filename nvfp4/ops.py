@@ -260,6 +260,7 @@ def explain(
     lines, picked = [], False
     for backend, reason in candidates(operation, torch.device(device), chosen, checked):
         verdict = reason or ("available" if picked else "chosen")
+        verdict = " ".join(verdict.split())  # what a compiler or a driver says has several lines
         seconds = measured(backend, operation, torch.device(device), chosen)
         if reason is None and seconds is not None:
             verdict += f", measured {seconds * 1e6:.0f} us"

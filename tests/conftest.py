@@ -104,7 +104,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, backend in BACKENDS.items():
         for device in devices:
             reason = backend.unavailable(torch.device(device))
-            marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
+            marks = [pytest.mark.cuda] if device == "cuda" else []
+            marks += [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
             cases.append(pytest.param(name, device, marks=marks, id=f"{name}-{device}"))
     metafunc.parametrize(("backend", "device"), cases)
 

@@ -19,9 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import calls, report  # noqa: E402
 from benchmarks.gpu.layers import BF16_PRODUCTS, EXACT_PRODUCTS, tolerance  # noqa: E402
+from benchmarks.gpu.processes import Skip  # noqa: E402
 from benchmarks.gpu.rows import Findings, append  # noqa: E402
 from benchmarks.gpu.settings import Settings  # noqa: E402
-from benchmarks.gpu.tools import TRITON_TESTS, files_with_gpu_tests, ncu_rows  # noqa: E402
+from benchmarks.gpu.tools import TRITON_TESTS, errors_of, files_with_gpu_tests, ncu_rows  # noqa: E402
 
 ABSENT = ("pydantic", "tyro", "ruff", "mypy", "trl", "datasets", "lightning", "lightning_fabric")
 """What a machine on loan does not have."""
@@ -212,7 +213,76 @@ def test_files_with_gpu_tests() -> None:
     """The named ones and all that mark a test ``cuda``, and not the whole suite."""
     files = {Path(path).name for path in files_with_gpu_tests()}
     assert {*TRITON_TESTS, "test_cuda.py", "test_contract.py", "test_capturable.py"} <= files
+    assert {"test_quantizers.py", "test_matmul.py", "test_sharding.py"} <= files, "they take every device"
     assert "test_train_loop.py" not in files
+
+
+def test_goals_of_every_device_are_marked_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fixture makes for a GPU is chosen there by its mark, and nothing else is."""
+    from types import SimpleNamespace
+
+    import conftest
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made: list = []
+    names = ("backend", "device")
+    conftest.pytest_generate_tests(SimpleNamespace(fixturenames=names, parametrize=lambda _, cases: made.extend(cases)))
+    assert {case.values[1] for case in made} == {"cpu", "cuda"}
+    for case in made:
+        assert ("cuda" in {mark.name for mark in case.marks}) == (case.values[1] == "cuda")
+
+
+def test_goals_of_compute_sanitizer() -> None:
+    """Counted errors count; none counted is good only of a program that ran to its end; a refusal is no fault."""
+    good = "ran\n========= ERROR SUMMARY: 0 errors\n"
+    assert errors_of("memcheck", good, good, 0) == 0
+    bad = "========= Invalid __global__ read\n========= ERROR SUMMARY: 3 errors\n"
+    assert errors_of("memcheck", bad, bad, 1) == 3
+    raced = "ran\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    assert errors_of("racecheck", raced, raced, 0) == 2
+    for died in ("ModuleNotFoundError: numpy\n========= ERROR SUMMARY: 0 errors\n", "", "ran\n"):
+        with pytest.raises(RuntimeError, match="did not finish"):
+            errors_of("memcheck", died, died, 1)
+    refused = "========= Error: Device not supported\n========= ERROR SUMMARY: 1 error\n"
+    with pytest.raises(Skip, match="does not work on this machine"):
+        errors_of("memcheck", refused, refused, 1)
+
+
+def test_goals_of_tests_that_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are written as they come, each test in one of them, so that a killed pytest leaves what it did."""
+    from types import SimpleNamespace
+
+    from benchmarks.gpu import collect
+
+    rows = tmp_path / "rows.jsonl"
+    monkeypatch.setenv("ON_GPU_ROWS", str(rows))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(collect, "SECONDS", 0.0)
+    for _ in range(3):
+        collect.pytest_runtest_logreport(SimpleNamespace(failed=False, skipped=False, when="call"))
+    bad = SimpleNamespace(failed=True, skipped=False, when="call", nodeid="bad", longreprtext="E  planted")
+    collect.pytest_runtest_logreport(bad)
+    found = Findings.of(rows)
+    assert (found.compared, found.wrong) == (4, 1)
+
+
+def test_goals_explained_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler says has many lines, of which none is taken for another backend's."""
+    import torch
+
+    from benchmarks.gpu import checks
+    from nvfp4 import ops
+    from nvfp4.backends.registry import BACKENDS
+
+    order = [(BACKENDS["triton"], "its first matmul failed: at 3:4:\n    x = y\n  ^"), (BACKENDS["reference"], None)]
+    monkeypatch.setattr(ops, "candidates", lambda *arguments: order)
+    rows: list = []
+    place = type("Place", (), {"device": torch.device("cpu")})
+    job = type("Job", (), {"settings": type("Settings", (), {"place": place}), "add": lambda **row: rows.append(row)})
+    checks.explained(job, "matmul", None)
+    assert rows[0]["triton"] == "its first matmul failed: at 3:4: x = y ^"
+    assert rows[0]["chosen"] == "reference"
 
 
 def test_rows_of_ncu() -> None:

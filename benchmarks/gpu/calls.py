@@ -46,7 +46,7 @@ def stages(call: int) -> tuple[Stage, ...]:
     return _first() if call == 1 else _second()
 
 
-MACHINE = Stage("machine", 14, 1, (Unit("card and clocks", "rates:machine_facts", (), 60),))
+MACHINE = Stage("machine", 18, 1, (Unit("card and clocks", "rates:machine_facts", (), 60),))
 
 
 def _first() -> tuple[Stage, ...]:

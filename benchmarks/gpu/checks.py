@@ -7,6 +7,8 @@ are not asked of it.
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -63,8 +65,9 @@ def _run(count: Count, comparisons: Sequence[tuple[str, Callable[[], bool]]]) ->
     try:
         for note, compare in comparisons:
             count.add(note, compare)
-    except Exception as error:
-        print(f"{count.labels}: {type(error).__name__}: {error}")
+    except Exception:
+        print(f"--- {count.labels}", file=sys.stderr)
+        traceback.print_exc()
         return
     count.report()
 

@@ -22,10 +22,13 @@ STAGE = "tests"
 ELSEWHERE = ("interpreter", "compiled_code")
 """In the names of tests that need no GPU, and minutes."""
 
+SECONDS = 5.0
+"""So often counts are written: a stage that is cut off keeps all but the last of them."""
+
 reported: set[str] = set()
 counts: Counter[str] = Counter()
 reasons: Counter[str] = Counter()
-started = time.monotonic()
+started = written = time.monotonic()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -60,6 +63,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         reasons[_reason(report)] += 1
     elif report.when == "call":
         counts["passed"] += 1
+    if time.monotonic() - written >= SECONDS:
+        _write_counts()
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -75,15 +80,19 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """How many of each, and why what was skipped was."""
-    seconds = round(time.monotonic() - started, 1)
-    _write(
-        checked=sum(counts.values()),
-        **{name: counts[name] for name in ("passed", "failed", "skipped")},
-        seconds=seconds,
-    )
+    """The last counts, and why what was skipped was."""
+    _write_counts()
     for reason, count in reasons.most_common(40):
         _write(skipped=count, because=reason)
+
+
+def _write_counts() -> None:
+    """How many of each since the last time."""
+    global written
+    written = time.monotonic()
+    numbers = {name: counts[name] for name in ("passed", "failed", "skipped")}
+    _write(checked=sum(counts.values()), **numbers, seconds=round(written - started, 1))
+    counts.clear()
 
 
 def _last_words(report: pytest.TestReport | pytest.CollectReport) -> str:

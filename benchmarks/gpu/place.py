@@ -163,9 +163,11 @@ class GPU:
         torch.cuda.cudart().cudaProfilerStop()
 
     def compile(self, layer: Any) -> Any:
-        """``torch.compile`` without a graph break."""
+        """``torch.compile`` without a graph break, and without Inductor's 16 processes that each import torch."""
         import torch
+        from torch._inductor import config
 
+        config.compile_threads = 1
         return torch.compile(layer, fullgraph=True)
 
     def backend(self, name: str) -> Backend:

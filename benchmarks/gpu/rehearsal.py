@@ -73,7 +73,7 @@ BESIDE = {
 
 SANITIZER = """#!/bin/sh
 tool=$2
-shift 4
+while [ "${1#--}" != "$1" ]; do shift 2; done
 "$@" || exit 1
 errors=${STAND_IN_ERRORS:-0}
 if [ "$tool" = racecheck ]; then

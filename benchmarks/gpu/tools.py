@@ -22,6 +22,12 @@ TRITON_TESTS = ("test_triton.py", "test_triton_fused.py", "test_triton_gemm.py",
 ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 """How compute-sanitizer's memcheck and racecheck end."""
 
+REFUSED = re.compile(r"ERR_NVGPUCTRPERM|LibraryNotLoaded|Device not supported", re.IGNORECASE)
+"""What profiler and sanitizer say where the machine does not let them: no fault of a kernel."""
+
+BY_FIXTURE = re.compile(r"def test_\w+\([^)]*\bbackend(: str)?, device\b")
+"""A test that ``tests/conftest.py`` runs on every backend and device, the GPU's too, which it marks ``cuda``."""
+
 COUNTERS = (
     "gpu__time_duration.sum",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -51,7 +57,7 @@ def tests(job: Job) -> None:
     command = [*python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.collect"]
     command += ["--continue-on-collection-errors", *(job.settings.tests or files_with_gpu_tests())]
     if find_spec("pytest_timeout"):
-        command += ["--timeout", "60"]
+        command += ["--timeout", "90"]
     if find_spec("xdist") and job.settings.kind == "gpu":
         command += ["-n", "16", "--dist", "worksteal"]
     environment = os.environ | {
@@ -65,16 +71,25 @@ def tests(job: Job) -> None:
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Those of ``TRITON_TESTS``, and all that mark a test ``cuda``: collecting every file takes a minute."""
+    """Those of ``TRITON_TESTS``, and all that mark a test ``cuda`` or take every device.
+
+    Collecting every file takes a minute.
+    """
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    chosen = [path for path in files if path.name in TRITON_TESTS or "mark.cuda" in path.read_text()]
+    chosen = []
+    for path in files:
+        text = path.read_text()
+        if path.name in TRITON_TESTS or "mark.cuda" in text or BY_FIXTURE.search(text):
+            chosen.append(path)
     return [str(path.relative_to(ROOT)) for path in chosen if path.name != "test_on_gpu.py"]
 
 
 def sanitizer(job: Job, tool: str, backend: str) -> None:
     """compute-sanitizer over every quantiser of a backend on small ragged matrices: bad addresses, or races."""
     program = found(job, "compute-sanitizer")
-    command = [program, "--tool", tool, "--print-limit", "20", *case(job, backend, "small")]
+    command = [program, "--tool", tool, "--print-limit", "20", "--launch-timeout", "0"]
+    # torch asks the driver for functions that it may not have: answers, and no errors of a kernel
+    command += ["--report-api-errors", "no", *case(job, backend, "small")]
     # the caching allocator would hide an access beyond a tensor within its block
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -82,12 +97,24 @@ def sanitizer(job: Job, tool: str, backend: str) -> None:
     print(text)
     if "not here: " in text:
         raise Skip(text.partition("not here: ")[2].splitlines()[0])
-    summary = ERRORS.search(text)
-    if summary is None:
-        raise RuntimeError(f"{tool} did not finish (code {done.returncode}): {text.strip()[-400:]}")
-    errors = int(next(group for group in summary.groups() if group is not None))
+    errors = errors_of(tool, done.stdout, text, done.returncode)
     first = next((line for line in text.splitlines() if re.search(r"Invalid|hazard|Error", line)), "")
     job.add(tool=tool, backend=backend, checked=1, wrong=int(errors > 0), errors=errors, first=first[:300])
+
+
+def errors_of(tool: str, said: str, text: str, code: int) -> int:
+    """How many errors or hazards a tool counted; ``Skip`` if it cannot work on this machine.
+
+    said: standard output; text: that and standard error; code: of the program. None counted says nothing of a program
+    that did not get to its end: RuntimeError.
+    """
+    if (refused := REFUSED.search(text)) is not None:
+        raise Skip(f"{tool} does not work on this machine: {refused[0]}")
+    summary = ERRORS.search(text)
+    errors = 0 if summary is None else int(next(group for group in summary.groups() if group is not None))
+    if summary is None or (errors == 0 and "ran" not in said.splitlines()):
+        raise RuntimeError(f"{tool} did not finish (code {code}): {text.strip()[-400:]}")
+    return errors
 
 
 def counters(job: Job, backend: str, what: str) -> None:
@@ -106,7 +133,10 @@ def counters(job: Job, backend: str, what: str) -> None:
     target.unlink(missing_ok=True)
     rows = ncu_rows(text)
     if not rows:
-        words = (text + done.stdout + done.stderr).strip()[-400:]
+        words = (text + done.stdout + done.stderr).strip()
+        if (refused := REFUSED.search(words)) is not None:
+            raise Skip(f"ncu does not work on this machine: {refused[0]}")
+        words = words[-400:]
         raise RuntimeError(f"ncu gave no row (code {done.returncode}): {words}")
     for row in rows:
         job.add(case=what, backend=backend, **row)
