@@ -26,6 +26,12 @@ from nvfp4.rl.config import resolve, to_yaml
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.learn import learn
 from nvfp4.rl.loop import rl
+from nvfp4.rl.objectives import advantages
+from nvfp4.rl.objectives.delta import token_weights
+from nvfp4.rl.objectives.lengths import excused, overlong_penalty
+from nvfp4.rl.objectives.microcoder import MicroCoder
+from nvfp4.rl.objectives.reasonmaxxer import chosen_groups
+from nvfp4.rl.objectives.rover import Rover
 from nvfp4.rl.setup import prepare
 from nvfp4.rl.warmstart import warm_start
 from nvfp4.train import log
@@ -386,6 +392,30 @@ def test_sums_are_made_where_float64_is(tmp_path, monkeypatch):
         lambda: evaluate_text(text.model, text.held_out, 2, text.autocast, text.accelerator),
         lambda: learning._update(run, samples, [None], 16, 1.0, 1e-3),
         lambda: rollouts.pick(torch.zeros(2, 5), rollouts.Sampling(4), rollouts.uniforms(0, torch.arange(2), 0)),
+    )
+    for call in calls:
+        with NoFloat64(), pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+            call()
+
+
+def test_objectives_count_where_float64_is(monkeypatch):
+    """The same of what objectives make of rewards, lengths and draws, before any loss."""
+    for module in ("advantages", "delta", "lengths", "microcoder", "reasonmaxxer", "rover"):
+        place = f"nvfp4.rl.objectives.{module}.float64_device"
+        monkeypatch.setattr(place, lambda device: torch.device("meta"), raising=False)
+    rewards, groups, mask = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.ones(4, 3).bool()
+    no, lengths = torch.zeros(4).bool(), torch.full((4,), 3)
+    calls = (
+        lambda: advantages.has_spread(rewards, groups),
+        lambda: advantages.group_advantages(rewards, groups, divide_by_std=True),
+        lambda: advantages.population_advantages(rewards, groups),
+        lambda: advantages.leave_one_out_advantages(rewards, groups),
+        lambda: advantages.normalise_over_batch(rewards, mask),
+        lambda: token_weights(torch.randn(4, 2), rewards - 0.5, 1),
+        lambda: overlong_penalty(lengths, 4, 0.5),
+        lambda: excused(~no, no, no, MicroCoder()._draws(groups), 0.5),
+        lambda: Rover()._batch_rates(rewards),
+        lambda: chosen_groups(rewards, groups, lengths, no, 1),
     )
     for call in calls:
         with NoFloat64(), pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nvfp4.rl.objectives.base import AllSum, one_process
+from nvfp4.train.processes import float64_device
 
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation (TRL)."""
@@ -15,15 +16,18 @@ VARIANCE_FLOOR = 1e-8
 
 class _Groups:
     """Values of samples as a table, float64 [groups, largest group]: sums along its rows do not depend on the order of
-    atomic additions, so they are the same on every run of every device."""
+    atomic additions, so they are the same on every run of every device. It lies where float64 is, see ``samples``."""
 
     def __init__(self, values: torch.Tensor, groups: torch.Tensor) -> None:
         _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
-        self.where, self.counts = (row, place_in_group(groups)), counts[:, None].double()
-        self.filled = torch.zeros(len(counts), int(counts.max()), dtype=torch.bool, device=row.device)
+        shape = (len(counts), int(counts.max()))
+        self.device, exact = values.device, float64_device(values.device)
+        self.where = (row.to(exact), place_in_group(groups).to(exact))
+        self.counts = counts[:, None].to(exact).double()
+        self.filled = torch.zeros(shape, dtype=torch.bool, device=exact)
         self.filled[self.where] = True
-        self.values = torch.zeros(self.filled.shape, dtype=torch.float64, device=row.device)
-        self.values[self.where] = values.double()
+        self.values = torch.zeros(shape, dtype=torch.float64, device=exact)
+        self.values[self.where] = values.to(exact).double()
 
     def sum(self, table: torch.Tensor) -> torch.Tensor:
         """Of each group, [groups, 1]."""
@@ -42,8 +46,9 @@ class _Groups:
         return (self.sum(deviations**2) / (self.counts - correction).clamp(min=1)).sqrt()
 
     def samples(self, table: torch.Tensor) -> torch.Tensor:
-        """The table's entries in the order of the samples [S]; a column is repeated."""
-        return table.expand_as(self.filled)[self.where]
+        """The table's entries in the order of the samples [S], float32 or bool, on theirs; columns are repeated."""
+        found = table.expand_as(self.filled)[self.where]
+        return (found.float() if found.is_floating_point() else found).to(self.device)
 
 
 def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, divide_by_std: bool) -> torch.Tensor:
@@ -53,7 +58,7 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, divide_by_s
     deviations = table.deviations()
     if divide_by_std:
         deviations = deviations / (table.std(deviations, correction=1) + STD_EPSILON)
-    return table.samples(deviations).float()
+    return table.samples(deviations)
 
 
 def population_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -61,14 +66,14 @@ def population_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.
     table = _Groups(rewards, groups)
     deviations = table.deviations()
     std = torch.where(table.spread(), table.std(deviations, correction=0), 1.0)
-    return table.samples(deviations / std).float()
+    return table.samples(deviations / std)
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """r - mean of the others of its group = G / (G - 1) * (r - mean), float32 [S] (RLOO, arXiv 2402.14740): a baseline
     that does not depend on the sample, so the gradient is unbiased. A group of one has no others and gives 0."""
     table = _Groups(rewards, groups)
-    return table.samples(table.deviations() * table.counts / (table.counts - 1).clamp(min=1)).float()
+    return table.samples(table.deviations() * table.counts / (table.counts - 1).clamp(min=1))
 
 
 def normalise_over_batch(advantages: torch.Tensor, mask: torch.Tensor, all_sum: AllSum = one_process) -> torch.Tensor:
@@ -77,11 +82,13 @@ def normalise_over_batch(advantages: torch.Tensor, mask: torch.Tensor, all_sum: 
 
     A group of equal rewards comes out at minus the mean of the batch, not at 0: dynamic sampling removes it before.
     """
-    tokens, exact = mask.sum(dim=1).double(), advantages.double()
+    where = float64_device(mask.device)
+    tokens, exact = mask.sum(dim=1).to(where).double(), advantages.to(where).double()
     count, total = all_sum(torch.stack((tokens.sum(), (tokens * exact).sum()))).unbind()
     centred = exact - total / count.clamp(min=1)
     variance = all_sum((tokens * centred**2).sum()) / count.clamp(min=1)
-    return on_tokens((centred / variance.clamp(min=VARIANCE_FLOOR).sqrt()).float(), mask)
+    normalised = (centred / variance.clamp(min=VARIANCE_FLOOR).sqrt()).float()
+    return on_tokens(normalised.to(mask.device), mask)
 
 
 def on_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

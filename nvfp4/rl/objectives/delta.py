@@ -10,6 +10,7 @@ import torch
 from nvfp4.rl.objectives.base import AllSum, Defaults, one_process
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.samples import Samples, Scores
+from nvfp4.train.processes import float64_device
 
 HIDDEN = "hidden"
 LOWEST, SPAN = 0.8, 0.4
@@ -23,6 +24,9 @@ def token_weights(
 ) -> torch.Tensor:
     """float32 [N], of mean 1 over the batch: tokens nearer to the mean of their own side than to that of the other
     weigh more. vectors: [N, D]; advantages: [N]. All 1 where one side is empty."""
+    exact = float64_device(vectors.device)
+    if exact != vectors.device:
+        return token_weights(vectors.to(exact), advantages.to(exact), refinements, all_sum).to(vectors.device)
     sides = (advantages > 0, advantages < 0)
     counts = all_sum(torch.stack([side.sum() for side in (*sides, torch.ones_like(sides[0]))]).double())
     if (counts[:2] == 0).any():

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from nvfp4.train.processes import float64_device
+
 
 def overlong_penalty(lengths: torch.Tensor, limit: int, share: float) -> torch.Tensor:
     """DAPO's soft punishment (arXiv 2503.14476), float32 [S] in [-1, 0]: 0 up to limit - cache tokens, from there
@@ -15,7 +17,8 @@ def overlong_penalty(lengths: torch.Tensor, limit: int, share: float) -> torch.T
     cache = math.floor(share * limit + 1e-9)  # 0.29 * 100 is 28.999...
     if not cache:
         return torch.zeros(lengths.shape, device=lengths.device)
-    return ((limit - cache - lengths.double()) / cache).clamp(-1.0, 0.0).float()
+    exact = lengths.to(float64_device(lengths.device)).double()
+    return ((limit - cache - exact) / cache).clamp(-1.0, 0.0).float().to(lengths.device)
 
 
 def cosine_penalty(lengths: torch.Tensor, limit: int) -> torch.Tensor:
@@ -39,7 +42,7 @@ def excused(
 ) -> torch.Tensor:
     """MicroCoder's M (arXiv 2603.07777), bool [S]: cut by the limit, not incorrect for another reason, not looping, and
     drawn: draws, uniform in (0, 1), below share. share 0 excuses none, share 1 all that pass the other three."""
-    return truncated & ~incorrect & ~looping & (draws < share)
+    return truncated & ~incorrect & ~looping & (draws < share).to(truncated.device)
 
 
 def distinct_grams(completions: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor, window: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from nvfp4.rl.objectives.lengths import distinct_grams, ends_in_loop, excused
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
 from nvfp4.rl.samples import RAW_REWARD, Samples, Scores, Totals
 from nvfp4.rng import ELEMENT_STREAM, fold_in, philox
+from nvfp4.train.processes import float64_device
 
 DISTINCT = "distinctness"
 _PLACE_BITS = 20  # of a counter, for the place in a group; the others are the group
@@ -84,7 +85,7 @@ class MicroCoder(PolicyGradient):
         """Uniform in (0, 1), float64 [S]: a function of seed, rollout, group and place, whoever holds the group."""
         counters = (groups << _PLACE_BITS) + place_in_group(groups)
         words = philox(fold_in(self.seed, self._rollouts), counters, ELEMENT_STREAM)
-        return (words[0].double() + 0.5) * 2.0**-32
+        return (words[0].to(float64_device(groups.device)).double() + 0.5) * 2.0**-32
 
     def advantages(self, samples: Samples) -> torch.Tensor:
         """A (1 - M)."""

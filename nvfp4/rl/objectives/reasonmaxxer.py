@@ -25,6 +25,7 @@ from nvfp4.rl.objectives.base import (
 )
 from nvfp4.rl.objectives.divergence import exact_kl, kl_estimate
 from nvfp4.rl.samples import Samples, Scores, Totals
+from nvfp4.train.processes import float64_device
 
 BASE_ENTROPY, DECISION, USED, WEIGHT = "base_entropy", "decision", "used", "weight"
 _PLACE_BITS = 20  # of the number of a sample, for its place in the group; the others are the group
@@ -36,6 +37,8 @@ def chosen_groups(
     """The ``most`` groups with right and wrong completions whose mean reward is nearest 1/2, as a set of numbers; among
     equals those with fewer that were cut by the length limit, then shorter ones, then those of lower number. All
     [S]."""
+    exact = float64_device(rewards.device)
+    rewards, groups, lengths, cut = (each.to(exact) for each in (rewards, groups, lengths, cut))
     ranks = []
     for group in torch.unique(groups).tolist():
         members = groups == group

@@ -14,6 +14,7 @@ from nvfp4.rl.objectives.aggregation import token_mean
 from nvfp4.rl.objectives.base import Defaults, Metrics, Plan
 from nvfp4.rl.objectives.rewarded import RewardedObjective
 from nvfp4.rl.samples import Samples, Scores, Totals
+from nvfp4.train.processes import float64_device
 
 OLD_MEAN = "mean_logprob"
 
@@ -79,9 +80,11 @@ class Rover(RewardedObjective):
     def _batch_rates(self, rewards: torch.Tensor) -> torch.Tensor:
         """Right is what earns anything."""
         right = rewards > 0
-        counts = self.all_sum(torch.stack((right.sum(), (~right).sum())).double())
-        shares = counts / counts.sum()
-        return torch.where(right, RIGHT * (1 - shares[0]), -WRONG * (1 - shares[1])).float()
+        counts = torch.stack((right.sum(), (~right).sum()))
+        counts = self.all_sum(counts.to(float64_device(rewards.device)).double())
+        values = torch.tensor((RIGHT, -WRONG), device=counts.device) * (1 - counts / counts.sum())
+        values = values.float().to(rewards.device)
+        return torch.where(right, values[0], values[1])
 
     def remember(
         self, samples: Samples, scores: Scores, source: Literal["old", "reference"]
