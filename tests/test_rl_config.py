@@ -21,7 +21,7 @@ from training import environment
 import nvfp4
 from nvfp4 import cli
 from nvfp4.recipes import W4A16, Gemm, Recipe, operand
-from nvfp4.rl import ablation
+from nvfp4.rl import ablation, setup
 from nvfp4.rl import compare as comparing
 from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, remarks, resolve, to_yaml
 from nvfp4.rl.gates import verdicts
@@ -341,3 +341,11 @@ def test_two_processes_do_what_one_does(tmp_path):
     first = [log.read(tmp_path / name / "completions.jsonl") for name in ("one", "two")]
     texts = [{(r["step"], r["prompt"], r["completion"]) for r in rows} for rows in first]
     assert len(texts[0] & texts[1]) >= 8
+
+
+@pytest.mark.parametrize(("prompts", "advice"), [(32, "or --minibatches 4$"), (30, "got 30; give other --prompts$")])
+def test_updates_that_do_not_suit_the_processes_are_refused_with_some_that_do(prompts, advice, monkeypatch) -> None:
+    """Nobody chose the 16 updates of dapo's authors, and 8 processes have four groups each."""
+    monkeypatch.setattr(setup, "accelerator_for", lambda device: SimpleNamespace(num_processes=8))
+    with pytest.raises(TrainError, match=f"prompts: must be a multiple of minibatches x processes = .*{advice}"):
+        setup._accelerator(resolve(RLConfig(objective="dapo", prompts=prompts)))

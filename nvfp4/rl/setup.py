@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -198,9 +199,11 @@ def _accelerator(config: RLConfig) -> Accelerator:
     count = accelerator.num_processes
     assert config.minibatches is not None
     if config.prompts % (config.minibatches * count):
+        fitting = math.gcd(config.minibatches, config.prompts // count) if config.prompts % count == 0 else 0
+        fewer = f"; give other --prompts, or --minibatches {fitting}" if fitting else "; give other --prompts"
         raise TrainError(
             f"prompts: must be a multiple of minibatches x processes = {config.minibatches} x {count}, "
-            f"got {config.prompts}"
+            f"got {config.prompts}{fewer}"
         )
     return accelerator
 
