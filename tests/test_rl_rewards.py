@@ -19,7 +19,10 @@ from nvfp4.rl.tasks.base import Problem, Task, Verdict, checked
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.train.errors import TrainError
 
-LIMITS = Limits(seconds=1.0, memory_mib=64, output_bytes=10_000)
+LIMITS = Limits(seconds=60.0, memory_mib=64, output_bytes=10_000)
+"""Of calls that are to end by themselves: no assertion about this machine."""
+STRICT = Limits(seconds=1.0, memory_mib=64, output_bytes=10_000)
+"""Of calls that never end."""
 
 
 def call(source: str, *arguments: object) -> Call:
@@ -93,13 +96,18 @@ SYSTEM = {
 
 
 def test_every_misbehaviour_scores_0_with_its_reason(sandbox: Sandbox) -> None:
-    """All at once, between calls that behave, which all get their reward."""
+    """All at once, between calls that behave, which all get their reward; those that never end under a short limit."""
     cases = {**MISBEHAVIOUR, **(SYSTEM if sandbox.confined else {})}
+    endless = {name: case for name, case in cases.items() if case[1].endswith(" s")}
+    others = {name: case for name, case in cases.items() if name not in endless}
     good = call("return float(a[0])", 0.25)
-    calls = [item for source, _ in cases.values() for item in (call(source), good)]
-    verdicts = sandbox.run(calls)
-    assert verdicts[1::2] == [Verdict(0.25)] * len(cases)
-    for (name, (_, pattern)), verdict in zip(cases.items(), verdicts[::2], strict=True):
+    verdicts = sandbox.run([item for source, _ in others.values() for item in (call(source), good)])
+    assert verdicts[1::2] == [Verdict(0.25)] * len(others)
+    with Sandbox(STRICT, workers=2, unsafe=True) as strict:
+        ended = strict.run([call(source) for source, _ in endless.values()])
+    for (name, (_, pattern)), verdict in zip(
+        [*others.items(), *endless.items()], [*verdicts[::2], *ended], strict=True
+    ):
         assert verdict.reward == 0.0, name
         assert verdict.reason is not None, name
         assert len(verdict.reason) < 300, name
@@ -221,7 +229,7 @@ def test_jsonl_rewards(tmp_path: Path) -> None:
         {"prompt": "e", "reward": {"python": "mine.py:close"}, "n": 7},
         {"prompt": "f", "reward": {"regex": "(x+x+)+y"}},
     )
-    task = load_task(path, seconds=1.0)
+    task = load_task(path, seconds=60.0)
     a, b, c, d, e, f = task.rows
     assert (a.answer, b.answer, c.answer) == ("4", "x y", "")
     cases = [
@@ -234,14 +242,16 @@ def test_jsonl_rewards(tmp_path: Path) -> None:
         (d, "w", 1),
         (d, "", 0),
     ]
-    cases += [(e, "7", 1), (e, "8", 0.5), (e, "x", 0), (f, "x" * 40, 0), (f, "xxy", 1), (c, "\ud800", 0)]
+    cases += [(e, "7", 1), (e, "8", 0.5), (e, "x", 0), (f, "xxy", 1), (c, "\ud800", 0)]
     verdicts = task.verdicts([p for p, _, _ in cases], [text for _, text, _ in cases])
     assert [v.reward for v in verdicts] == [reward for _, _, reward in cases]
     assert verdicts[10].reason == "line 2: ValueError: invalid literal for int() with base 10: 'x'"
-    assert verdicts[11].reason == "took more than 1 s"  # a pattern can hang as well
-    assert [v.reason for i, v in enumerate(verdicts) if i not in (10, 11)] == [None] * 12
+    assert [v.reason for i, v in enumerate(verdicts) if i != 10] == [None] * 12
     assert task.reward(e, "7") == 1.0
     task.close()
+    strict = load_task(path, seconds=1.0)
+    assert strict.verdicts([f], ["x" * 40]) == [Verdict(0.0, "took more than 1 s")]  # a pattern can hang as well
+    strict.close()
 
 
 def test_jsonl_draws_and_holds_out(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sandbox_world import Account, Outside
 
-from nvfp4.rl.rewards.sandbox import Limits, Sandbox
+from nvfp4.rl.rewards import keeper
 
 MACHINE = platform.machine()
 if sys.platform != "linux" or MACHINE not in ("x86_64", "aarch64"):
@@ -436,23 +437,12 @@ def test_all_walls_stand_or_are_named(account: Account) -> None:
     assert "Landlock" in account.walls or "namespaces" in account.walls
 
 
-def test_seconds_do_not_pass_while_nobody_looks() -> None:
-    """A keeper that was stopped for longer than the limit, and goes on, does not take that for the call's time."""
-    import signal
-    import threading
-    import time
-
-    from nvfp4.rl.rewards.sandbox import Call, compile_reward
-
-    wait = Call(compile_reward("def reward(): import time; time.sleep(0.5); return 1.0", "r.py"), "r.py", "reward", ())
-    with Sandbox(Limits(seconds=2.0), workers=1, unsafe=True) as box:
-        assert box.run([wait])[0].reward == 1.0
-        keeper = box._workers[0].process.pid
-        verdicts = []
-        thread = threading.Thread(target=lambda: verdicts.extend(box.run([wait])))
-        thread.start()
-        os.kill(keeper, signal.SIGSTOP)
-        time.sleep(2.5)
-        os.kill(keeper, signal.SIGCONT)
-        thread.join()
-    assert verdicts[0].reward == 1.0
+def test_seconds_do_not_pass_while_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that was stopped for an hour, and goes on, takes a quarter of a second of it for the call's time."""
+    now = [100.0]
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock, found = keeper.Clock(), []
+    for step in (0.0, 0.125, 3600.0, 0.0625):
+        now[0] += step
+        found.append(clock.tick())
+    assert found == [0.0, 0.125, 0.375, 0.4375]

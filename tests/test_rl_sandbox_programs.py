@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def test_programs_that_fail(sandbox: Sandbox, text: str) -> None:
 def test_programs_that_never_end() -> None:
     """One hangs, one sleeps, one writes for ever; the next one gets its reward."""
     texts = ["while True: pass", "import time; time.sleep(600)", "while True: print('x')"]
-    with Sandbox(STRICT, workers=1, unsafe=True) as box:
+    with Sandbox(replace(STRICT, seconds=5.0), workers=1, unsafe=True) as box:  # the last one needs some of them
         verdicts = box.run([Tests(text, (SUM,)) for text in [*texts, "print(3)"]])
     assert verdicts == [Verdict(0.0)] * 3 + [Verdict(1.0)]
 
@@ -207,7 +208,7 @@ def test_run_has_limits(source: str, reason: str) -> None:
 def test_time_of_programs_is_not_the_caller_s() -> None:
     """Three that hang until the limit, in one call under the same limit."""
     source = "def reward(run): return float(all('took more' in run('while True: pass').stopped for _ in range(3)))"
-    with Sandbox(STRICT, workers=1, unsafe=True) as box:
+    with Sandbox(replace(STRICT, seconds=4.0), workers=1, unsafe=True) as box:
         assert box.run([call(source)]) == [Verdict(1.0)]
 
 
