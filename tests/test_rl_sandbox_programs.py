@@ -353,6 +353,7 @@ def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         task.confinement()
     with pytest.raises(TrainError, match="cannot be confined here"):
         task.reward(task.rows[0], "x")
+    make_task(RLConfig(task=path, unsafe_rewards=True, task_options=("unsafe_rewards=true",))).close()  # said twice
     unsafe = make_task(RLConfig(task=path, unsafe_rewards=True))
     assert "NOT confined" in str(unsafe.confinement())
     assert unsafe.reward(unsafe.rows[0], "x") == 1.0

@@ -368,7 +368,7 @@ def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
 def make_task(config: RLConfig) -> Task:
     """The config's task; ``TrainError`` if its name or an option is wrong."""
     unsafe = {"unsafe_rewards": True} if config.unsafe_rewards else {}
-    return load_task(config.task, **_values(config.task_options, "task_options"), **unsafe)
+    return load_task(config.task, **{**_values(config.task_options, "task_options"), **unsafe})
 
 
 def make_objective(config: RLConfig) -> Objective:
