@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "formats.h"
+#include "interface.h"
 #include "layout.h"
 #include "philox.h"
 
@@ -234,6 +235,7 @@ uint64_t fold_in(uint64_t seed, const std::vector<uint64_t>& data) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Native CPU kernels of nvfp4; see nvfp4/backends/cpu.py.";
+    m.attr("interface") = kInterface;
     m.def("instruction_sets", [] {
         py::list names;
         for (size_t i = held; i < available().size(); ++i) names.append(available()[i]->name);

@@ -6,6 +6,7 @@
 
 #include "cuda/kernels.h"
 #include "formats.h"
+#include "interface.h"
 #if defined(NVFP4_SIMT)
 #include "cuda/simt.h"
 #endif
@@ -146,6 +147,7 @@ void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t ou
 
 PYBIND11_MODULE(NVFP4_MODULE, m) {
     m.doc() = "CUDA kernels of nvfp4; see nvfp4/backends/cuda.py.";
+    m.attr("interface") = kInterface;
     // local, because nvfp4._cpu has types of the same names
     py::class_<cuda::Matrix>(m, "Matrix", py::module_local()).def(py::init(&matrix_of)).def(py::init(&coded_matrix));
     py::class_<CodeMatrix>(m, "CodeMatrix", py::module_local()).def(py::init(&code_matrix));

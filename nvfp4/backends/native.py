@@ -12,10 +12,21 @@ RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_
 """Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/cpu/kernels.h."""
 
 
+INTERFACE = 2
+"""``kInterface`` in csrc/interface.h, of the sources beside this file."""
+
+
 def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | None]:
-    """The extension module ``name`` and None, or None and why it is missing. kind: of extension; needs: to build it."""
+    """The extension module ``name`` and None, or None and why it is missing. kind: of extension; needs: to build it.
+
+    One that was built from other sources than these is as good as missing: it would fail in the middle of a call.
+    """
     try:
-        return importlib.import_module(name), None
+        module = importlib.import_module(name)
     except ImportError as error:
         reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
         return None, f"the {kind} extension is missing, {reason}; reinstall with {needs}"
+    if getattr(module, "interface", None) != INTERFACE:
+        reason = f"was built from older or newer sources than {__name__}"
+        return None, f"the {kind} extension ({module.__file__}) {reason}; build it again, with {needs}"
+    return module, None
