@@ -741,6 +741,7 @@ def test_38_cuda_graphs_draw_new_noise_at_every_replay() -> None:
         return dx
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # x and dy may not be there yet
     with torch.cuda.stream(side):
         for module in (layer, twin):
             step(module)

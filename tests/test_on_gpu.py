@@ -233,6 +233,27 @@ def test_goals_of_every_device_are_marked_cuda(monkeypatch: pytest.MonkeyPatch) 
         assert ("cuda" in {mark.name for mark in case.marks}) == (case.values[1] == "cuda")
 
 
+def test_goals_of_chosen_tests() -> None:
+    """Marked ones, and the files named; of tests that run on every backend Triton's in these files alone."""
+    from types import SimpleNamespace
+
+    from benchmarks.gpu.collect import _on_gpu
+
+    def item(file: str, marked: bool, backend: str | None = None, name: str = "test_x") -> SimpleNamespace:
+        made = SimpleNamespace(path=Path(file), name=name, get_closest_marker=lambda mark: marked or None)
+        if backend is not None:
+            made.callspec = SimpleNamespace(params={"backend": backend})
+        return made
+
+    assert _on_gpu(item("test_cuda.py", True))
+    assert _on_gpu(item("test_quantizers.py", True, "cuda"))
+    assert not _on_gpu(item("test_quantizers.py", True, "triton"))
+    assert not _on_gpu(item("test_quantizers.py", False, "cuda"))
+    assert _on_gpu(item("test_vectors.py", True, "triton"))
+    assert _on_gpu(item("test_triton.py", False))
+    assert not _on_gpu(item("test_triton.py", False, name="test_the_interpreter_is_never_chosen"))
+
+
 def test_goals_of_compute_sanitizer() -> None:
     """Counted errors count; none counted is good only of a program that ran to its end; a refusal is no fault."""
     good = "ran\n========= ERROR SUMMARY: 0 errors\n"

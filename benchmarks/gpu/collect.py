@@ -1,8 +1,9 @@
 """A pytest plugin for ``on_gpu``: which tests run on a GPU, and a row for each that fails, written as it does.
 
 Chosen are tests marked ``cuda``, and in the files of ``tools.TRITON_TESTS`` all that neither interpret nor look at
-compiled code. With ON_GPU_EVERYTHING set (rehearsals) nothing is left out. Only the process that reports writes: under
-xdist the one that started the others.
+compiled code. In other files Triton is left out where a test runs on every backend: it would compile for minutes what
+those files hold it to. With ON_GPU_EVERYTHING set (rehearsals) nothing is left out. Only the process that reports
+writes: under xdist the one that started the others.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _on_gpu(item: pytest.Item) -> bool:
-    if item.get_closest_marker("cuda") is not None:
-        return True
     named = Path(item.path).name in TRITON_TESTS
+    if item.get_closest_marker("cuda") is not None:
+        generated = getattr(item, "callspec", None)
+        return named or generated is None or generated.params.get("backend") != "triton"
     return named and not any(word in item.name for word in ELSEWHERE)
 
 
