@@ -138,3 +138,6 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
         accelerator_for("mps")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert accelerator_for("mps") is alone
+    monkeypatch.delenv("LOCAL_RANK")
+    alone.num_processes = 4  # found by the variables of MPI, which names no LOCAL_RANK
+    assert accelerator_for("mps") is alone

@@ -27,7 +27,7 @@ def accelerator_for(device: str) -> Accelerator:
     kind = accelerator.device.type
     if device not in ("auto", kind):
         raise TrainError(f"device: {device} was asked for, but only {kind} is here; give --device auto or {kind}")
-    if accelerator.num_processes != wanted:
+    if accelerator.num_processes < wanted:  # more is what another launcher, mpirun say, has started
         raise TrainError(
             f"device: {wanted} processes were started, but on {kind} they do not find each other; start one, "
             f"or give --device cpu"
