@@ -210,6 +210,8 @@ mount_setattr 442 442 -100 folder 0 buffer 32 ; statmount 457 457 buffer buffer 
 listmount 458 458 buffer buffer 8 0 ; socket 41 198 2 1 0 ; socket 41 198 1 1 0 ; socket 41 198 16 3 0
 socket 41 198 17 3 0 ; socket 41 198 38 5 0 ; socketpair 53 199 1 2 0 buffer ; socketpair 53 199 1 5 0 buffer
 socketpair 53 199 2 1 0 buffer ; connect 42 203 3 buffer 16 ; bind 49 200 3 buffer 16 ; listen 50 201 3 1
+getsockopt 55 209 3 1 17 buffer buffer ; getsockopt 55 209 3 1 77 buffer buffer ; getsockopt 55 209 3 6 1 buffer buffer
+sendto 44 206 3 buffer 1 1 0 0 ; recvfrom 45 207 3 buffer 1 1 0 0
 accept4 288 242 3 0 0 0 ; sendto 44 206 3 buffer 1 0 buffer 16 ; sendmsg 46 211 3 buffer 0
 recvmsg 47 212 3 buffer 0 ; sendmmsg 307 269 3 buffer 1 0 ; io_uring_setup 425 425 1 buffer
 bpf 321 280 0 buffer 64 ; perf_event_open 298 241 buffer pid -1 -1 0 ; userfaultfd 323 282 1
@@ -421,6 +423,12 @@ import shutil; shutil.copyfile('b', 'c/d'); return float(os.listdir('c') == ['d'
     "no output": "print('x', file=open(os.devnull, 'w')); return 1",
     "the library": "import sqlite3, decimal, xml.dom.minidom, unicodedata, zoneinfo, ssl, lzma; return 1",
     "a database": "import sqlite3; return sqlite3.connect(':memory:').execute('select 1').fetchone()[0]",
+    "a pair of sockets": """
+import socket
+a, b = socket.socketpair()
+a.sendall(b'xy')
+a.send(b'z', socket.MSG_DONTWAIT)
+return float(b.recv(1, socket.MSG_PEEK) == b'x' and b.recv(3) == b'xyz' and b.getsockopt(1, socket.SO_ERROR) == 0)""",
     "json": "import json; return float(json.loads('[1]') == [1])",
 }
 

@@ -81,6 +81,8 @@ FAILING = {
     "def add(a, b): return 'x' * (2 << 20)": [ADD],
     "import os; os.write(3, b'\\0\\0\\0\\x0b' + b'{\"value\": 1}')": [ADD],
     "import os; os.write(3, b'\\xff' * 100)": [ADD],
+    "import os; os.write(3, b'\\0\\0\\0\\x0f' + b'{\"walls\": \"no\"}')": [ADD],
+    "import os; os.write(3, b'\\1\\0\\0\\0\\x0f' + b'{\"walls\": \"no\"}')": [ADD],
     "import os, sys\nos.closerange(0, 64)": [SUM],
     "bytearray(1 << 40)": [SUM],
     "class Yes:\n    def __eq__(self, other): return True\ndef add(a, b): return Yes()": [ADD],
@@ -195,8 +197,14 @@ def reward(run):
             "    os.write(3, struct.pack('>I', len(ask)) + ask)\n    run('1')",
             "does not take the outcome of a run",  # the second, which it no longer waited for
         ),
+        (
+            "import os\ndef reward():\n    for _ in range(300):\n        os.write(3, b'\\0\\0\\0\\x0b{\"run\": {}}')\n"
+            "        os.read(3, 1 << 16)\n    return 1",
+            "asked for more than 200 runs of programs",
+        ),
+        ("def reward(run): run('1', stdin='\\ud800')", "ValueError: run: cannot be handed over: UnicodeEncodeError"),
     ],
-    ids=["too many", "no text", "no name", "nonsense"],
+    ids=["too many", "no text", "no name", "nonsense", "a flood", "half a character"],
 )
 def test_run_has_limits(source: str, reason: str) -> None:
     with Sandbox(Limits(seconds=20.0), workers=1, unsafe=True) as box:
@@ -243,6 +251,56 @@ def reward(folder, run):
             for parent in [tmp_path, *tmp_path.parents[:3]]:
                 parent.chmod(0o755)
             assert box.run([call(source, str(tmp_path), folder=folder)]) == [Verdict(1.0)], without
+
+
+def test_a_program_cannot_speak_for_the_walls(sandbox: Sandbox) -> None:
+    """What it writes is no reason of the sandbox's, and makes no exception in the function that runs it."""
+    forged = "import os; os.write(3, b'\\0\\0\\0\\x0f' + b'{\"walls\": \"no\"}')"
+    assert sandbox.run([call("def reward(text, run): return float(run(text).status == 0)", forged)]) == [Verdict(1.0)]
+
+
+def test_reasons_can_be_printed(sandbox: Sandbox) -> None:
+    """A text of the model's in an exception moves no cursor of a terminal, and is not more than UTF-8 can take."""
+    [verdict] = sandbox.run([call("def reward(text): raise ValueError(text)", "\x1b[2J\ud800\r\né")])
+    assert verdict.reason == "line 1: ValueError: \\x1b[2J\\ud800\\r\\né"
+
+
+@pytest.mark.parametrize("without", [(), (walls.LANDLOCK,), (walls.NAMESPACES,)])
+def test_what_rewards_name_may_overlap_and_be_much(tmp_path: Path, without: tuple[str, ...]) -> None:
+    """A folder and one in it, and more files than a call may have open."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    files = [tmp_path / "a" / "b" / "c", *(tmp_path / f"{i}" for i in range(80))]
+    for file in files:
+        file.write_text("answer")
+    for parent in [tmp_path, *tmp_path.parents[:3]]:
+        parent.chmod(0o755)
+    read = [str(each) for each in (tmp_path / "a", tmp_path / "a" / "b", *files)]
+    look = """
+import os
+def seen(paths):
+    count = 0
+    for path in paths:
+        try:
+            count += open(path).read() == 'answer'
+        except OSError:
+            pass
+    for fd in range(5, 1024):
+        try:
+            os.fstat(fd)
+            count += 1000
+        except OSError:
+            pass
+    return count
+"""
+    source = f"""
+{look}
+def reward(paths, run):
+    return float(seen(paths) == len(paths) and run({look!r}, call='seen', arguments=[paths]).result == 0)
+"""
+    with Sandbox(LIMITS, workers=1, read=read, without=without, unsafe=True) as box:
+        if not box.confined or (walls.LANDLOCK in without and walls.NAMESPACES not in str(box.walls)):
+            pytest.skip("files cannot be confined here")
+        assert box.run([call(source, [str(file) for file in files])]) == [Verdict(1.0)]
 
 
 # --- files of problems
@@ -447,6 +505,12 @@ def test_lines() -> None:
     assert verdicts.lines("") == verdicts.lines("\n") == [""]
 
 
+def test_lines_take_no_longer_for_white_space() -> None:
+    """Which a program may print in the middle of a line; by a pattern that backtracks these were hours."""
+    text = " \t" * (1 << 19) + "x"
+    assert verdicts.lines(text + "\u2003\n") == [text]
+
+
 def test_same() -> None:
     """Of two JSON values."""
     for value in (None, True, 0, 1.5, "x", [1, [2]], {"a": [None]}):
@@ -459,6 +523,18 @@ def test_same() -> None:
         assert not verdicts.same(b, a)
     assert not verdicts.same(float("nan"), float("nan"))
     assert not verdicts.same(10**400, 1.5)
+
+
+def test_a_reply_too_deep_to_be_written_has_no_result() -> None:
+    """How deep a value may be is not the same for reading it and for writing it, nor in every Python."""
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    reader, writer = os.pipe()
+    assert keeper.give(writer, {"status": 0, "result": deep})
+    assert list(keeper.frames(os.read(reader, 1000))) == [{"status": 0, "result": None}]
+    os.close(reader)
+    os.close(writer)
 
 
 def test_frames() -> None:

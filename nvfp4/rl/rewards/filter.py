@@ -8,9 +8,11 @@ folder of its own) is listed; everything else is refused, numbers that did not e
     clone3, and new calls (424 and up)      ENOSYS: their arguments lie behind a pointer; the C library does without
     all others                              EPERM
 
-Five calls are doors to much more than they are listed for, so their arguments are looked at: ioctl (types into
-terminals, sets file attributes), fcntl (sends signals, takes locks), prctl, clone (processes, namespaces) and
-socketpair (which may only be the self-pipe of asyncio; socket is refused altogether).
+Some calls are doors to much more than they are listed for, so their arguments are looked at: ioctl (types into
+terminals, sets file attributes), fcntl (sends signals, takes locks), prctl, clone (processes, namespaces), socketpair
+(which may only be the self-pipe of asyncio; socket is refused altogether), getsockopt (opens the process at the other
+end of the channel, SO_PEERPIDFD) and sendto and recvfrom (MSG_OOB: out-of-band bytes, which nobody needs and which
+have led out of other sandboxes, CVE-2025-38236).
 
 A filter sees registers, not memory: paths are for Landlock and the mounts (landlock.py, walls.py). Where no folder may
 be written, open itself refuses to write. Sources: linux/seccomp.h, linux/bpf_common.h, asm/unistd_64.h (x86-64) and
@@ -79,6 +81,10 @@ FUTEX_COMMAND = 0x7F  # without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME
 THREAD = 0x10F00 | 0x40000  # CLONE_THREAD, _SIGHAND, _FILES, _FS, _VM, and _SYSVSEM: what pthread_create asks for
 THREAD_MAY = THREAD | 0x80000 | 0x100000 | 0x200000 | 0x1000000 | 0x400000  # SETTLS, *_SETTID, *_CLEARTID, DETACHED
 AF_UNIX, STREAM, STREAM_MAY = 1, 1, 0x80800  # SOCK_CLOEXEC, SOCK_NONBLOCK
+SOL_SOCKET = 1
+SOCKET_OPTIONS = (3, 4, 38, 39)  # asm-generic/socket.h: SO_TYPE, SO_ERROR, SO_PROTOCOL, SO_DOMAIN; nothing of a peer
+SEND_MAY = 0x40 | 0x4000  # linux/socket.h: MSG_DONTWAIT, MSG_NOSIGNAL
+RECEIVE_MAY = 0x02 | 0x20 | 0x40 | 0x100  # MSG_PEEK, MSG_TRUNC, MSG_DONTWAIT, MSG_WAITALL
 LARGEST_CLOCK = 15  # MAX_CLOCKS; larger ones (negative) are the clocks of other processes
 
 ALL_BITS = 0xFFFFFFFF
@@ -146,7 +152,9 @@ def _checks(writes: bool, threads: bool) -> dict[str, Program]:
             *_one_of(_low(0), (AF_UNIX,)),
             *_one_of(_low(1), (STREAM,), mask=~STREAM_MAY & ALL_BITS),
         ],
-        "sendto": _null(4),  # to nobody but the other end
+        "sendto": [*_no_bits(_low(3), ~SEND_MAY & ALL_BITS), *_null(4)],  # to nobody but the other end
+        "recvfrom": _no_bits(_low(3), ~RECEIVE_MAY & ALL_BITS),
+        "getsockopt": [*_one_of(_low(1), (SOL_SOCKET,)), *_one_of(_low(2), SOCKET_OPTIONS)],
         "prlimit64": [*_one_of(_low(0), (0,)), *_null(2)],  # a limit of one's own, not to be set
         "sched_getaffinity": _one_of(_low(0), (0,)),
         "clock_gettime": _at_most(_low(0), LARGEST_CLOCK),

@@ -6,7 +6,8 @@
 
 The keeper never runs code of a call. From a judged process it takes bytes, up to a limit, which it compares with what a
 test expects; the expectation is never sent behind the walls. From a process that runs a reward function it takes one
-frame with the ticket of the call, or wishes for runs of programs; anything else that comes scores 0.
+frame with the ticket of the call, or wishes for runs of programs; anything else that comes scores 0. What a process
+says of its walls counts only as long as nothing of a call can have run in it (``zygote.STANDING``).
 
 Time is the keeper's own: a tick of the clock counts for a quarter of a second at most, so a machine that stood still,
 or a process that was stopped and goes on, does not use up anybody's limit. Frames: 4 bytes of length and JSON.
@@ -38,6 +39,7 @@ SLICE = 0.05  # seconds between looks at the clock
 TICK = 0.25  # seconds that one look counts for at most
 LONGEST_ANSWER = 1000  # characters of a reason
 MOST_RUNS = 100  # of programs, by one reward function in one call
+MOST_WISHES = 2 * MOST_RUNS  # the rest is told that it was too many; who goes on does not listen
 
 Answer = dict[str, Any]
 
@@ -66,7 +68,7 @@ class TrainerGone(Exception):
 
 @dataclass
 class Process:
-    """One running call or run: the keeper's ends, and what came over them."""
+    """One running call or run: the keeper's ends, and what came over them. standing: its walls, as it said first."""
 
     number: int
     out: int
@@ -74,6 +76,12 @@ class Process:
     channel: int
     said: dict[int, bytes] = field(default_factory=dict)
     status: int | None = None
+    standing: bool = False
+
+    def unwalled(self) -> str | None:
+        """Why its walls could not be put up, so that nothing ran."""
+        frame = None if self.standing else next(frames(self.said[self.channel]), None)
+        return f"the sandbox cannot be put up: {frame['walls']}" if frame and "walls" in frame else None
 
     def close(self) -> None:
         for fd in (self.out, self.err, self.channel):
@@ -107,7 +115,10 @@ class Keeper:
         why = [frame["walls"]] if "walls" in frame else [stopped] if stopped else []
         send(answers, {"stands": stands, "failures": [*self.failures, *why]})
         while (call := receive(requests)) is not None:
-            send(answers, self.judge_tests(call) if "tests" in call else self.judge(call))
+            answer = self.judge_tests(call) if "tests" in call else self.judge(call)
+            if "reason" in answer:
+                answer["reason"] = plain(answer["reason"])
+            send(answers, answer)
 
     # --- a reward function
 
@@ -123,6 +134,8 @@ class Keeper:
             nonlocal runs
             while (wish := self.take_wish(process)) is not None:
                 runs += 1
+                if runs > MOST_WISHES:
+                    return f"asked for more than {MOST_WISHES} runs of programs"
                 reply: Answer = {"error": f"run: at most {MOST_RUNS} programs a call"}
                 if not is_program(wish):
                     reply = {"error": "run: expected texts as program, stdin and call, and a list of arguments"}
@@ -136,7 +149,7 @@ class Keeper:
         stopped = self.watch(process, listen)
         said = process.said[process.channel]
         process.close()
-        if stopped:
+        if stopped or (stopped := process.unwalled()):
             return {"reason": stopped}
         return self.answer(process.status, said, ticket)
 
@@ -158,14 +171,12 @@ class Keeper:
         frame = next(frames(said), None)
         if frame is None:
             return {"reason": f"ended the process without a result (exit status {status})"}
-        if "walls" in frame:
-            return {"reason": f"the sandbox cannot be put up: {frame['walls']}"}
         whole = len(said) == 4 + struct.unpack(">I", said[:4])[0]
         if not whole or frame.get("ticket") != ticket:
             return {"reason": "wrote into the channel of its verdict"}
         if isinstance(value := frame.get("value"), float):
             return {"value": value}
-        return {"reason": str(frame.get("reason"))[:LONGEST_ANSWER]}
+        return {"reason": str(frame.get("reason"))}
 
     # --- programs of the model
 
@@ -185,14 +196,18 @@ class Keeper:
     def run_program(self, program: dict[str, Any]) -> Answer:
         """The fields of a ``calls.Outcome``, or {"error": ...}."""
         work = {key: program[key] for key in ("program", "call", "arguments")}
-        stdin = program["stdin"].encode("utf-8", "surrogateescape")
-        process = self.start(zygote.JUDGED, json.dumps(work).encode(), stdin)
+        try:
+            stdin = program["stdin"].encode("utf-8", "surrogateescape")
+            data = json.dumps(work).encode()
+        except (UnicodeEncodeError, RecursionError) as error:  # half a character; lists nested too deeply
+            return {"error": f"run: cannot be handed over: {describe(error, '')}"}
+        process = self.start(zygote.JUDGED, data, stdin)
         stopped = self.watch(process)
         said = process.said
         process.close()
+        if unwalled := process.unwalled():
+            return {"error": unwalled}
         frame = next(frames(said[process.channel]), None)
-        if frame is not None and "walls" in frame:
-            return {"error": f"the sandbox cannot be put up: {frame['walls']}"}
         if process.status == -signal.SIGXCPU:
             stopped = f"took more than {math.ceil(self.seconds) + 1} s of processor time"
         return {
@@ -229,7 +244,7 @@ class Keeper:
 
     def watch(self, process: Process, listen: Callable[[], str | None] | None = None) -> str | None:
         """Read what a process says until it has ended; the limit that it ran into, if any. ``listen`` is called
-        whenever something came over the channel, and its time does not count."""
+        whenever something came over the channel, and the time of what it starts does not count."""
         poller = select.poll()
         for fd in (*process.said, self.control.fileno()):
             poller.register(fd, select.POLLIN)
@@ -246,8 +261,10 @@ class Keeper:
                 elif not drain(process, fd):
                     poller.unregister(fd)
             if listen is not None and stopped is None and process.said[process.channel]:
+                started = self.count
                 stopped = listen()
-                clock.last = time.monotonic()
+                if self.count > started:
+                    clock.last = time.monotonic()
             stopped = stopped or self.over(process, clock.tick())
             if stopped and process.status is None:
                 self.kill(process)
@@ -311,6 +328,12 @@ def frames(said: bytes) -> Any:
         said = said[4 + length :]
 
 
+def plain(reason: str) -> str:
+    """For a terminal and a log: no control characters, no halves of characters, and not too long."""
+    shown = (each if each.isprintable() else ascii(each)[1:-1] for each in reason[:LONGEST_ANSWER])
+    return "".join(shown)[:LONGEST_ANSWER]
+
+
 def drain(process: Process, fd: int) -> bool:
     """Add what is there to what was said; False at the end."""
     while True:
@@ -320,14 +343,20 @@ def drain(process: Process, fd: int) -> bool:
             return True
         except OSError:  # a socket whose other end was closed with unread data
             return False
-        process.said[fd] += chunk
+        if fd == process.channel and not process.standing and chunk.startswith(zygote.STANDING):
+            process.standing, process.said[fd] = True, chunk[len(zygote.STANDING) :]
+        else:
+            process.said[fd] += chunk
         if not chunk or len(process.said[fd]) > LONGEST_FRAME:
             return bool(chunk)
 
 
 def give(channel: int, reply: Answer) -> bool:
     """Hand a reply to a process that waits for it; False if it does not take it."""
-    data = json.dumps(reply).encode()
+    try:
+        data = json.dumps(reply).encode()
+    except RecursionError:  # it could be read, a little further up the stack
+        data = json.dumps({**reply, "result": None}).encode()
     data = struct.pack(">I", len(data)) + data
     clock = Clock()
     poller = select.poll()

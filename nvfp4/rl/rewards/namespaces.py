@@ -89,7 +89,11 @@ def build_root(paths: Iterable[str]) -> None:
 def mount_folder(hidden: Iterable[str]) -> None:
     """For one call: mounts of its own, an empty folder to work in, and nothing where ``hidden`` paths were."""
     kernel.unshare(NEW_MOUNTS)
-    for path in hidden:
+    covered: list[str] = []
+    for path in sorted(hidden):
+        if any(path.startswith(each + "/") for each in covered):
+            continue  # gone with the folder above it
+        covered.append(path)
         if os.path.isdir(path):
             kernel.mount("tmpfs", path, "tmpfs", READ_ONLY | NO_SUID | NO_DEVICES, "size=4k,mode=0")
         else:

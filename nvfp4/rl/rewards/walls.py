@@ -93,6 +93,7 @@ class Walls:
         os.setsid()
         if not self.linux:
             self._limit()
+            _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
             return
         if self.own_root:
             namespaces.mount_folder(self.shown if judged else ())
@@ -107,7 +108,9 @@ class Walls:
                 folder = _path(namespaces.FOLDER)
                 rules.append((folder, landlock.READ | landlock.CHANGE))
             landlock.restrict(kernel.LIBC, self.version, rules)
-        os.closerange(5, 256)  # 0 to 4 are the call's own
+        # 0 to 4 are the call's own; the numbers of all others lie below this, since each new one is the lowest free
+        os.closerange(5, 256 + len(self.files) + len(self.reward_files))
+        _lower(resource.RLIMIT_NOFILE, OPEN_FILES)  # only now: a rule of Landlock's is a descriptor
         if program := self.filters.get(self._filter()):
             kernel.load_filter(program)
 
@@ -141,7 +144,6 @@ class Walls:
         _lower(resource.RLIMIT_AS, (self.base_bytes if self.linux else occupied()) + (self.memory_mib << 20))
         _lower(resource.RLIMIT_CORE, 0)
         _lower(resource.RLIMIT_FSIZE, FILE_BYTES if self.own_root else 0)
-        _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
         if not self.filters:  # which would allow threads alone: then neither, so that nothing outlives its call
             _lower(resource.RLIMIT_NPROC, 0)
         elif self.own_root or self.root:

@@ -10,6 +10,7 @@ Where there are namespaces it is process 1 of its own, and the kernel ends every
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import os
@@ -38,6 +39,7 @@ UNREADABLE = (
 COMMAND = struct.Struct(">ci")  # what to do (p, j, s, k) and the number that the keeper gave the process
 REPORT = struct.Struct(">ii")  # number, exit code as ``os.waitstatus_to_exitcode`` has it
 PROBE, JUDGING, JUDGED, KILL = b"p", b"j", b"s", b"k"
+STANDING = b"\1"  # first on the channel, if the walls stand; no frame begins so, since none is 16 MiB long
 DESCRIPTORS = 5
 
 Plan = tuple[str, int]  # name, flags of unshare
@@ -210,10 +212,11 @@ def _child(walls: Walls, kind: bytes, fds: list[int]) -> None:
     """In the fork: put up the walls, then do the work. Does not return."""
     code = 1
     try:
-        high = [os.dup2(fd, 64 + i, inheritable=False) for i, fd in enumerate(fds)]  # clear of where they go
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTORS) for fd in fds]  # clear of where they go
         for target, fd in enumerate(high):
             os.dup2(fd, target)
         walls.confine(judged=kind == JUDGED)
+        os.write(CHANNEL, STANDING)  # from here on nothing in the channel is about the walls
     except BaseException as error:  # nothing of the call has been read, so nothing of it can be in this
         with contextlib.suppress(BaseException):
             send(CHANNEL, {"walls": describe(error, "")})
