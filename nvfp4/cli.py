@@ -166,6 +166,8 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
     look.add_argument("command", nargs="?")
     look.add_argument("--config")
     look.add_argument("--preset")
+    look.add_argument("--model")
+    look.add_argument("--objective")
     known, _ = look.parse_known_args(arguments)
     kind = next((kind for kind in RUNNERS if kind.__name__.lower() == known.command), None)
     if kind is None or not issubclass(kind, TrainConfig | RLConfig):
@@ -174,13 +176,27 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
         _refuse_renamed(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     fields: dict[str, Any] = {}
     if issubclass(kind, RLConfig) and known.preset in PRESETS:
-        fields |= {**PRESETS[known.preset], "preset": known.preset}
+        fields |= {**_preset(known.preset, known.model, known.objective), "preset": known.preset}
     if known.config is not None:
         fields |= {**read_config_file(known.config), "config": known.config}
         if issubclass(kind, RLConfig):
             _refuse_renamed(fields)
     read: Any = from_fields
     return {kind: read(kind, fields, known.config or "options")} if fields else {}
+
+
+def _preset(name: str, model: str | None, objective: str | None) -> dict[str, Any]:
+    """The options of a preset beside a model and an objective of the user's.
+
+    What it says of the model that it makes goes where one is given, and what it says of its own objective where
+    another is chosen: it would have no effect there, and nobody has asked for it.
+    """
+    fields = dict(PRESETS[name])
+    if model is not None:
+        fields.pop("context", None)
+    if objective not in (None, fields.get("objective", RLConfig.objective)):
+        fields.pop("objective_options", None)
+    return fields
 
 
 def _refuse_renamed(names: Iterable[str]) -> None:

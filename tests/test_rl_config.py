@@ -51,6 +51,17 @@ def test_options_as_a_mapping_in_a_file(tmp_path):
     assert (make_task(config).shortest, make_objective(config).clip_high) == (2, 0.3)
 
 
+def test_a_preset_leaves_out_what_a_choice_makes_idle():
+    """Of the model that it would make where one is given, and of its own objective where another is chosen."""
+    given = cli.parse(["rl", "--preset", "sort", "--model", "a/folder"])
+    assert given.context == RLConfig.context
+    assert given.max_new_tokens == PRESETS["sort"]["max_new_tokens"]
+    other = cli.parse(["rl", "--preset", "sort", "--objective", "rover"])
+    assert (other.objective, other.objective_options) == ("rover", ())
+    same = cli.parse(["rl", "--preset", "sort", "--objective", "grpo"])
+    assert (same.context, tuple(same.objective_options)) == (32, ("aggregation=dapo",))
+
+
 def test_a_preset_is_a_set_of_defaults():
     command = cli.parse(["rl", "--preset", "sort", "--steps", "5", "--seeds", "7"])
     assert (command.steps, command.seeds, command.max_new_tokens) == (5, (7,), 8)
