@@ -297,9 +297,10 @@ def seen(paths):
 def reward(paths, run):
     return float(seen(paths) == len(paths) and run({look!r}, call='seen', arguments=[paths]).result == 0)
 """
-    with Sandbox(LIMITS, workers=1, read=read, without=without, unsafe=True) as box:
-        if not box.confined or (walls.LANDLOCK in without and walls.NAMESPACES not in str(box.walls)):
+    with Sandbox(LIMITS, workers=1, without=without, unsafe=True) as bare:
+        if not bare.confined:
             pytest.skip("files cannot be confined here")
+    with Sandbox(LIMITS, workers=1, read=read, without=without) as box:
         assert box.run([call(source, [str(file) for file in files])]) == [Verdict(1.0)]
 
 
