@@ -98,7 +98,7 @@ KILLED_BY_THE_KERNEL = {335, 336} if platform.machine() == "x86_64" else set()
 """uretprobe and uprobe: Linux 6.14 lets them past any filter, since they end whoever makes them with SIGILL."""
 
 
-def fuzz(root: bool, seed: int, seconds: int, folder: Path, trace: Path | None) -> tuple[int, str]:
+def fuzz(account: Account, seed: int, seconds: int, folder: Path, trace: Path | None) -> tuple[int, str]:
     """One round: the number of system calls made by calls that ended well, and how all ended.
 
     AssertionError if anything got out.
@@ -106,7 +106,6 @@ def fuzz(root: bool, seed: int, seconds: int, folder: Path, trace: Path | None) 
     listed = numbers(platform.machine(), writes=True)
     wild = seed % 4 == 3
     left_out = set() if wild else {listed[name] for name in SUICIDAL if name in listed} | KILLED_BY_THE_KERNEL
-    account = Account(root)
     folder.mkdir()
     outside = Outside(folder, account.uid)
     tracer = start_tracer(account.process.pid, trace) if trace is not None else None
@@ -126,7 +125,6 @@ def fuzz(root: bool, seed: int, seconds: int, folder: Path, trace: Path | None) 
         assert account.run("def reward(): return 1.0") == (1.0, None), "the keeper does not go on"
     finally:
         outside.close()
-        account.close()
         if tracer is not None:
             tracer.terminate()
             tracer.wait()
@@ -194,9 +192,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    accounts = [True, False] if os.geteuid() == 0 else [False]
+    accounts = [Account(root) for root in ((True, False) if os.geteuid() == 0 else (False,))]
+    users = [account.uid for account in accounts]
     tracing = shutil.which("strace") is not None
-    print(f"{platform.machine()}, Linux {platform.release()}, accounts {accounts}, strace {tracing}", flush=True)
+    print(f"{platform.machine()}, Linux {platform.release()}, users {users}, strace {tracing}", flush=True)
     end, seed, total = time.monotonic() + options.minutes * 60, options.seed, 0
     made: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory(prefix="nvfp4-fuzz-") as name:
@@ -213,6 +212,8 @@ def main() -> None:
             total += count
             print(f"seed {seed}: {count} calls, {how}", flush=True)
             seed += 1
+    for account in accounts:
+        account.close()
     print(f"{total} counted calls in {seed - options.seed} rounds, none reached anything outside")
     print(f"{made.total()} traced calls succeeded, all of the list: {dict(made.most_common())}")
 
