@@ -175,13 +175,16 @@ class _Product(torch.autograd.Function):
     """``product`` in eager mode, without the dispatcher: at width 128 that takes as long as the product."""
 
     @staticmethod
-    def forward(
-        ctx: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def forward(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return dense_product(a, b, bias, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Apart from ``forward``, so that torch.func can differentiate too."""
+        a, b, bias, _ = inputs
         needs = ctx.needs_input_grad
         ctx.save_for_backward(a if needs[1] else None, b if needs[0] else None)
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
-        return dense_product(a, b, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

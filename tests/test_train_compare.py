@@ -98,8 +98,10 @@ def test_runs_of_another_config_are_named_before_any_run_starts(compared, texts,
 
 
 def test_a_run_that_fails_is_reported_with_its_recipe(tmp_path, texts):
+    absent = (str(tmp_path / "absent"),)
+    config = config_of(tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout)
     with pytest.raises(TrainError, match="the run of bf16 ended with exit code 1; its message is above"):
-        compare(config_of(tmp_path, texts, held_out_data=(str(tmp_path / "absent"),)))
+        compare(config)
 
 
 def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(tmp_path, texts):

@@ -234,5 +234,5 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, finished):
 
     other = RunFolder(finished.out)
     other.lock()
-    with pytest.raises(TrainError, match="another process is training in"):
+    with pytest.raises(TrainError, match=r"another process \(process \d+ on .*\) is training in"):
         pretrain(dataclasses.replace(finished, overwrite=True))
