@@ -99,7 +99,8 @@ def load_on(folder: str, device: Device) -> Any:
     kind = next(name for name, here in accelerators.items() if here) if device == "auto" else device
     if not accelerators[kind]:
         raise TrainError(f"device: {kind} was asked for and is not here; give --device auto")
-    return load_model(folder).to(kind)
+    model: torch.nn.Module = load_model(folder)
+    return model.to(kind)
 
 
 def drawn(name: str, count: int, seed: int) -> list[Problem]:
