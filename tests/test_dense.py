@@ -211,6 +211,15 @@ def test_autocast_rounds_the_operands(weight: torch.dtype) -> None:
     assert torch.equal(dw, dense_product(dy.t(), narrow[0].t(), None, torch.bfloat16).to(weight))
 
 
+def test_autocast_does_not_round_sums_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch multiplies float32 copies then; 257 and a bias of 1 are 258, but 256 rounded first and 256 again."""
+    monkeypatch.setattr("nvfp4.backends.cpu.products", lambda: ())
+    a, b = torch.tensor([[257.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = dense_product(a, b, torch.ones(1), torch.bfloat16)
+    assert y.item() == 258.0
+
+
 def test_a_compiled_graph_sees_one_operator() -> None:
     """fullgraph, the same bits in forward and backward, also under autocast; ``opcheck`` of the operator."""
     *leaves, dy = layer(torch.bfloat16)

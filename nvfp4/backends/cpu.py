@@ -194,7 +194,8 @@ def dense_product(
     (rows, depth), columns = a.shape, b.shape[0]
     kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
     if kernel is None or rows == 0 or columns == 0 or depth == 0:
-        y = a.to(torch.float32) @ b.to(torch.float32).t()
+        with torch.autocast("cpu", enabled=False):  # it would round the sums before the bias is added
+            y = a.to(torch.float32) @ b.to(torch.float32).t()
         return (y if bias is None else y.add_(bias)).to(dtype)
     a, b = _readable(a), _readable(b)
     out = torch.empty(rows, columns, dtype=dtype, device="cpu")
