@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4
 from nvfp4 import dense
-from nvfp4.backends.cpu import PAIRS, PRODUCTS, dense_product
+from nvfp4.backends.cpu import PAIRS, dense_product, products
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KERNELS = [name for name in PRODUCTS if name != PAIRS]
+KERNELS = [name for name in products() if name != PAIRS]
 ISAS = [*KERNELS, "portable"]  # the last one: torch multiplies float32 copies
 SHAPES = [(1, 1, 1), (5, 7, 3), (6, 16, 8), (14, 32, 16), (13, 33, 17), (97, 40, 300), (40, 257, 64), (20, 30, 515)]
 """Rows, columns, contraction: single elements, one tile of each kernel, ragged ones, several blocks and depths."""

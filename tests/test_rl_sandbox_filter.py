@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4.rl.rewards.filter import ABSENT, ALLOW, DENY, KILL, MACHINES, build_filter, numbers
+from nvfp4.rl.rewards.filter import ABSENT, ALLOW, ASYNC, DENY, KILL, MACHINES, build_filter, numbers
 
 HEADERS = {
     "x86_64": ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"),
@@ -79,7 +79,7 @@ def test_other_architectures_kill(machine: str) -> None:
         ("ioctl", [(0, 0x5401), (1, 0x541B), (9, 0x5421)], [(0, 0x5412), (0, 0x40086602), (0, 0x540E), (0, 0)]),
         (
             "fcntl",
-            [(0, 1), (0, 3), (0, 4, 0o4000), (0, 1030, 9)],
+            [(3, 3, 0xFFFFFFFFFFFFFFFF), (3, 1, ASYNC), (0, 1), (0, 3), (0, 4, 0o4000), (0, 1030, 9)],
             [(0, 8), (0, 10), (0, 6), (0, 1024), (0, 4, 0o20000)],
         ),
         ("prctl", [(15,), (16,)], [(1,), (4,), (22,), (36,), (38,), (47,), (0x59616D61,)]),

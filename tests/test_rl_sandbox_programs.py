@@ -195,7 +195,8 @@ def reward(run):
         (
             "import json, os, struct\ndef reward(run):\n    ask = json.dumps({'run': {'program': 3}}).encode()\n"
             "    os.write(3, struct.pack('>I', len(ask)) + ask)\n    run('1')",
-            "does not take the outcome of a run",  # the second, which it no longer waited for
+            # what it gets back first, or the second that it no longer waits for
+            "ValueError: run: expected texts / does not take the outcome of a run",
         ),
         (
             "import os\ndef reward():\n    for _ in range(300):\n        os.write(3, b'\\0\\0\\0\\x0b{\"run\": {}}')\n"
@@ -210,7 +211,7 @@ def test_run_has_limits(source: str, reason: str) -> None:
     with Sandbox(Limits(seconds=20.0), workers=1, unsafe=True) as box:
         [verdict] = box.run([call(source)])
     assert verdict.reward == 0.0
-    assert reason in str(verdict.reason)
+    assert any(one in str(verdict.reason) for one in reason.split(" / "))
 
 
 def test_time_of_programs_is_not_the_caller_s() -> None:

@@ -48,8 +48,6 @@ def products() -> tuple[str, ...]:
     return () if native is None else tuple(native.product_sets())
 
 
-PRODUCTS = products()
-"""Those of the processor, before anything was held to less."""
 PAIRS = "avx512bf16"
 
 

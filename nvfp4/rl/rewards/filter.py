@@ -72,6 +72,7 @@ IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 
 FCNTLS = (0, 1, 2, 3, 4, 1030)
 """linux/fcntl.h: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC; so no owner, signal, lease or lock."""
+SET_FLAGS = 4  # F_SETFL
 
 PRCTLS = (15, 16)  # linux/prctl.h: PR_SET_NAME, PR_GET_NAME, of a thread
 ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)  # asm-generic/mman-common.h: read ahead, DONTNEED, FREE, huge pages or not
@@ -141,7 +142,7 @@ def _checks(writes: bool, threads: bool) -> dict[str, Program]:
     ]
     return {
         "ioctl": _one_of(_low(1), IOCTLS),
-        "fcntl": [*_one_of(_low(1), FCNTLS), *_no_bits(_low(2), ASYNC)],
+        "fcntl": [*_one_of(_low(1), FCNTLS), *_only_of(_low(1), SET_FLAGS, _no_bits(_low(2), ASYNC))],
         "prctl": _one_of(_low(0), PRCTLS),
         "madvise": _one_of(_low(2), ADVICE),
         "futex": _one_of(_low(1), FUTEXES, mask=FUTEX_COMMAND),
@@ -178,6 +179,11 @@ def _one_of(offset: int, values: tuple[int, ...], mask: int = ALL_BITS) -> Progr
 def _no_bits(offset: int, mask: int) -> Program:
     """None of these bits is set."""
     return [(LOAD, 0, 0, offset), (ANY_BIT, 0, 1, mask), (RETURN, 0, 0, DENY)]
+
+
+def _only_of(offset: int, value: int, check: Program) -> Program:
+    """The check where the word is ``value``: a call that takes no such argument leaves anything in its register."""
+    return [(LOAD, 0, 0, offset), (EQUAL, 0, len(check), value), *check]
 
 
 def _at_most(offset: int, value: int) -> Program:
