@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +22,34 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) at once; if that fails the old file stays and ``TrainError`` says why."""
+@contextmanager
+def _replacing(path: Path, verb: str, remedy: str) -> Iterator[Path]:
+    """A temporary file beside ``path`` to write, which then takes its place at once, safe on the disk.
+
+    If that fails the old file stays and ``TrainError`` says so: what could not be done (verb), why, the remedy.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TrainError(
-            f"cannot write {path}: {error.strerror or error}; make room or choose another --out"
-        ) from error
-
-
-def write_picture(figure: Any, path: Path) -> None:
-    """Replace the PNG at ``path`` by a matplotlib figure at once; if that fails the old one stays: ``TrainError``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise TrainError(
-            f"cannot draw {path}: {error.strerror or error}; make room and run again with --resume"
-        ) from error
+        raise TrainError(f"cannot {verb} {path}: {error.strerror or error}; {remedy}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` (UTF-8) at once; if that fails the old file stays and ``TrainError`` says why."""
+    with _replacing(path, "write", "make room or choose another --out") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Replace the PNG at ``path`` by a matplotlib figure at once; if that fails the old one stays: ``TrainError``."""
+    with _replacing(path, "draw", "make room and run again with --resume") as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def write_json(path: Path, value: Any) -> None:
