@@ -158,3 +158,17 @@ def test_an_instruction_set_is_taken_from_the_environment_and_the_option_wins(mo
         assert "instruction set 'sse9' is unknown" in capsys.readouterr().err
     finally:
         use_instruction_set(best)
+
+
+# In a process of its own: the command line, its help and its refusals. Transformers alone takes longer than all of it.
+IMPORTS_NO_MODELS = """
+import sys
+import nvfp4.cli
+heavy = {"transformers", "accelerate", "torch._dynamo", "matplotlib", "pyarrow", "trl", "peft"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_help_waits_for_no_library_of_models() -> None:
+    run = subprocess.run([sys.executable, "-c", IMPORTS_NO_MODELS], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr

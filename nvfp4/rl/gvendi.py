@@ -25,7 +25,6 @@ from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rng import check_seed, philox
 from nvfp4.train.errors import TrainError
 from nvfp4.train.files import write_json
-from nvfp4.train.model import load_model
 
 DIMENSIONS = 1024
 SIGNS, PARAMETERS, PIECES = 5, 6, 7
@@ -99,6 +98,8 @@ def load_on(folder: str, device: Device) -> Any:
     kind = next(name for name, here in accelerators.items() if here) if device == "auto" else device
     if not accelerators[kind]:
         raise TrainError(f"device: {kind} was asked for and is not here; give --device auto")
+    from nvfp4.train.model import load_model
+
     model: torch.nn.Module = load_model(folder)
     return model.to(kind)
 

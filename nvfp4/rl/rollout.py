@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from nvfp4.rl.samples import Samples
 from nvfp4.rl.score import log_probabilities, positions
@@ -170,6 +169,8 @@ class _Batch:
         self.unfinished = torch.ones(count, dtype=torch.bool, device=device)
         stops = torch.tensor(self.stops.ids, device=device)
         numbers = numbers.to(device)
+        from transformers import DynamicCache
+
         self.cache = DynamicCache(config=self.model.config)
         logits = self._forward(self.ids, positions(self.attention))
         here = torch.arange(count, device=device)  # the samples still in the batch

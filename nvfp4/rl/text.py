@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from nvfp4.rl.rollout import Stops
 from nvfp4.rl.tokens import LocalTokenizer, Vocabulary
 from nvfp4.train.errors import TrainError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Text:

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import PreTrainedTokenizerFast
 
 from nvfp4.train.errors import TrainError
 from nvfp4.train.tokens import SEPARATOR, SEPARATOR_TEXT, ByteTokenizer, HuggingFaceTokenizer, byte_level_tokenizer
@@ -118,6 +117,8 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 def _save(fast: FastTokenizer, folder: Path, end: str, pad: str) -> None:
     fast.add_special_tokens([AddedToken(end, special=True, normalized=False), AddedToken(pad, special=True)])
+    from transformers import PreTrainedTokenizerFast
+
     PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=end, pad_token=pad, padding_side="left").save_pretrained(
         folder
     )

@@ -7,11 +7,14 @@ begin here, so that neither can start two runs where one was meant.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from nvfp4.train.errors import TrainError
+
+if TYPE_CHECKING:  # seconds, and the objectives, which the command line names, take float64_device from here
+    from accelerate import Accelerator
 
 
 def accelerator_for(device: str) -> Accelerator:
@@ -21,6 +24,8 @@ def accelerator_for(device: str) -> Accelerator:
     the CPU, since MPS cannot join them. ``TrainError`` if the device is not here, or if the processes
     that were started do not find each other: each would train alone, in one folder.
     """
+    from accelerate import Accelerator
+
     wanted = _launched()
     on_cpu = device == "cpu" or (device == "auto" and wanted > 1 and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=on_cpu)

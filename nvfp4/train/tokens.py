@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from nvfp4.train.config import BYTES, TrainConfig
 from nvfp4.train.corpus import Document
 from nvfp4.train.errors import TrainError
+
+if TYPE_CHECKING:  # loading it takes seconds, which a command line that refuses or helps need not wait for
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SEPARATOR = 256
 SEPARATOR_TEXT = "<|endoftext|>"
@@ -117,6 +118,9 @@ def pack(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, n
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """The same ids as ``ByteTokenizer`` as a Hugging Face tokenizer: byte-level BPE without merges."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -128,6 +132,8 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
 def _load(path: str) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
         raise TrainError(f"tokenizer: expected the folder of a local Hugging Face tokenizer or {BYTES!r}, got {path!r}")
+    from transformers import AutoTokenizer
+
     try:
         loaded: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises many kinds, OSError to KeyError
