@@ -82,14 +82,14 @@ unit: $(TESTED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 $(MARKS) $(ARGS)
 
 mutants: $(TESTED) ## faults put into a copy one at a time: do the tests find them
-	$(BIN)/python tests/mutants.py --json benchmarks/results/mutants.json $(ARGS)
+	$(BIN)/python tools/mutants.py --json benchmarks/results/mutants.json $(ARGS)
 
 coverage: $(TESTED) ## lines and branches that the tests reach, also from child processes
 	$(PIP) 'coverage>=7.10'
-	$(BIN)/python tests/covered.py --json benchmarks/results/coverage.json -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python tools/covered.py --json benchmarks/results/coverage.json -n $(JOBS) --dist worksteal $(ARGS)
 
 aarch64: $(READY) ## the CPU kernels cross-compiled for aarch64 and emulated; takes Debian's g++-aarch64-linux-gnu, qemu-user
-	$(BIN)/python -m pytest -q -rs tests/test_aarch64.py
+	$(BIN)/python -m pytest -q -rs tests/backends/test_aarch64.py
 
 bench: $(READY) ## time the quantisers and the linear layer, and keep the figures
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize
@@ -106,13 +106,13 @@ rehearsal: $(READY) ## both calls of make gpu on the CPU, at a tenth of the size
 	$(BIN)/python -m benchmarks.gpu.rehearsal $(ARGS)
 
 aot: $(READY) $(OLD_TRITON)/.ready ## compile every Triton kernel for eight kinds of GPU with two Tritons, no GPU needed
-	$(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot.json
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m nvfp4.backends.triton.aot --json benchmarks/results/aot_triton_3.6.json
-	NVFP4_TEST_KERNELS=all $(BIN)/python -m pytest -n $(JOBS) tests/test_triton_jit.py
+	$(BIN)/python -m tools.aot --json benchmarks/results/aot.json
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m tools.aot --json benchmarks/results/aot_triton_3.6.json
+	NVFP4_TEST_KERNELS=all $(BIN)/python -m pytest -n $(JOBS) tests/backends/test_triton_jit.py
 
 cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and say what they take
 	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m nvfp4.backends.cuda_build --json benchmarks/results/cuda.json
+	$(BIN)/python -m tools.cuda_build --json benchmarks/results/cuda.json
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -125,5 +125,5 @@ sanitize: $(READY) ## the native tests under AddressSanitizer and UndefinedBehav
 	NVFP4_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize-objects --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py
-	NVFP4_SANITIZE=1 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_cuda.py
+	  $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_native.py
+	NVFP4_SANITIZE=1 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_cuda.py

@@ -57,7 +57,8 @@ if X86:
 OBJECTS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "csrc" / "objects.py")))
 
 # the lists of the CUDA kernels, from a file of the package that needs nothing of it
-CUDA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "nvfp4" / "backends" / "cuda_targets.py")))
+NATIVE = Path(__file__).parent / "nvfp4" / "backends" / "native"
+CUDA = SimpleNamespace(**runpy.run_path(str(NATIVE / "cuda_targets.py")))
 CUDA_FLAGS = [*CUDA.FLAGS, "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 
 

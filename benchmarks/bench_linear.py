@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from benchmarks.harness import gate, show
-from nvfp4.backends.cpu import use_instruction_set
+from nvfp4.backends.native.cpu import use_instruction_set
 from nvfp4.bench.cases import SETS, Shape
 from nvfp4.bench.layers import check, layer_for, saved_bytes
 from nvfp4.bench.timing import interleaved
-from nvfp4.dense import dense_linears
+from nvfp4.layer.dense import dense_linears
+from nvfp4.model.weights import invalidate
 from nvfp4.recipes import RECIPES
-from nvfp4.weights import invalidate
 
 TOLD = {
     "avx2": {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import nvfp4.backends.cpu as cpu
+import nvfp4.backends.native.cpu as cpu
 from benchmarks.harness import show
 from nvfp4.bench.cases import Shape
 from nvfp4.bench.layers import layer_for

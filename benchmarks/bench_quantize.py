@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness import gate, show
 from nvfp4.backends.base import Backend
-from nvfp4.backends.cpu import instruction_sets, use_instruction_set
+from nvfp4.backends.native.cpu import instruction_sets, use_instruction_set
 from nvfp4.backends.registry import BACKENDS
 from nvfp4.bench.cases import QUANTISERS
 from nvfp4.bench.timing import copier, interleaved

@@ -26,7 +26,7 @@ from nvfp4.rl.loop import rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import from_base
 from nvfp4.rl.warmstart import warm_start
-from nvfp4.train.progress import Reporter
+from nvfp4.run.progress import Reporter
 
 ENDS = ("eval/pass@1", "eval/pass@1/low", "eval/pass@1/high", "eval/pass@4", "eval/pass@16", "eval/greedy")
 

@@ -234,7 +234,7 @@ uint64_t fold_in(uint64_t seed, const std::vector<uint64_t>& data) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "Native CPU kernels of nvfp4; see nvfp4/backends/cpu.py.";
+    m.doc() = "Native CPU kernels of nvfp4; see nvfp4/backends/native/cpu.py.";
     m.attr("interface") = kInterface;
     m.def("instruction_sets", [] {
         py::list names;

@@ -146,7 +146,7 @@ void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t ou
 }  // namespace
 
 PYBIND11_MODULE(NVFP4_MODULE, m) {
-    m.doc() = "CUDA kernels of nvfp4; see nvfp4/backends/cuda.py.";
+    m.doc() = "CUDA kernels of nvfp4; see nvfp4/backends/native/cuda.py.";
     m.attr("interface") = kInterface;
     // local, because nvfp4._cpu has types of the same names
     py::class_<cuda::Matrix>(m, "Matrix", py::module_local()).def(py::init(&matrix_of)).def(py::init(&coded_matrix));

@@ -1,4 +1,4 @@
-// Codes to values; the twin of nvfp4/codec.py. The way from values to codes is part of rounding.h. And the 16-bit formats
+// Codes to values; the twin of nvfp4/numerics/codec.py. The way from values to codes is part of rounding.h. And the 16-bit formats
 // of what comes in and goes out, on processors that have none or round them in their own way.
 #pragma once
 

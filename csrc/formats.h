@@ -1,4 +1,4 @@
-// Number formats as data; the twin of nvfp4/formats.py, held equal to it by tests/test_native.py.
+// Number formats as data; the twin of nvfp4/numerics/formats.py, held equal to it by tests/backends/test_native.py.
 #pragma once
 
 #include "lanes.h"

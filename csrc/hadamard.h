@@ -1,4 +1,4 @@
-// Random Hadamard rotation by butterflies in ascending stride; the twin of nvfp4/hadamard.py.
+// Random Hadamard rotation by butterflies in ascending stride; the twin of nvfp4/numerics/hadamard.py.
 #pragma once
 
 #include "lanes.h"

@@ -1,4 +1,4 @@
-// Block scales as the tensor cores read them; the twin of nvfp4/layout.py.
+// Block scales as the tensor cores read them; the twin of nvfp4/numerics/layout.py.
 #pragma once
 
 #include "lanes.h"

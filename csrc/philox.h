@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011); the twin of nvfp4/rng.py.
+// Philox4x32-10 (Salmon et al., SC 2011); the twin of nvfp4/numerics/rng.py.
 #pragma once
 
 #include "lanes.h"

@@ -1,4 +1,4 @@
-// Magnitudes to grid values and codes: nearest (ties to even code), up, stochastic; the twin of nvfp4/rounding.py.
+// Magnitudes to grid values and codes: nearest (ties to even code), up, stochastic; the twin of nvfp4/numerics/rounding.py.
 //
 // In the binade of exponent E the lattice step is 2^(E - m). n = a / step is an integer below 2^(m + 1), and
 // code = n + 2^m (E - min_exponent), whatever the format; subnormals are the binade of min_exponent.

@@ -1,4 +1,4 @@
-// Scales from maxima, and sums in the fixed order; the twin of nvfp4/scaling.py.
+// Scales from maxima, and sums in the fixed order; the twin of nvfp4/numerics/scaling.py.
 #pragma once
 
 #include "formats.h"

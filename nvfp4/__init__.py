@@ -8,21 +8,22 @@ q = nvfp4.quantize(x, "ms_eden", seed=1)
 q.codes, q.block_scale, q.global_scale, q.dequantize()
 """
 
+from importlib import import_module
 from typing import Any
 
-from nvfp4.after_step import after_step
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
-from nvfp4.dense import dense_linears
-from nvfp4.diagnostics import check, health, observe, report
-from nvfp4.fusion import fuse, rms_norm_linear, swiglu_linear
-from nvfp4.hadamard import Rotation, rotate
-from nvfp4.linear import Linear
+from nvfp4.layer.dense import dense_linears
+from nvfp4.layer.linear import Linear
+from nvfp4.model.after_step import after_step
+from nvfp4.model.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
+from nvfp4.model.fuse import fuse, rms_norm_linear, swiglu_linear
+from nvfp4.model.report import check, health, observe, report
+from nvfp4.model.weights import capturable, fixed_weights, invalidate, load_noise_state, noise_state
+from nvfp4.numerics.hadamard import Rotation, rotate
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import dequantize, explain, matmul, quantize
-from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import QUANTIZERS
 from nvfp4.recipes import RECIPES, W4A16, Recipe
-from nvfp4.weights import capturable, fixed_weights, invalidate, load_noise_state, noise_state
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "fixed_weights",
     "forward_precision",
+    "fp4_all_gather",
     "fuse",
     "health",
     "info",
@@ -61,19 +63,21 @@ __all__ = [
     "rms_norm_linear",
     "rotate",
     "share_amax",
+    "share_noise",
     "swiglu_linear",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "info":  # on first use, so that `python -m nvfp4.info` does not find itself imported already
-        from nvfp4.info import info
-
-        globals()["info"] = info
-        return info
-    if name == "NVFP4TrainingConfig":  # on first use, because transformers takes seconds to import
-        from nvfp4.integrations.transformers import NVFP4TrainingConfig
-
-        globals()["NVFP4TrainingConfig"] = NVFP4TrainingConfig
-        return NVFP4TrainingConfig
-    raise AttributeError(f"module 'nvfp4' has no attribute {name!r}")
+    lazy = {
+        # so that `python -m nvfp4.backends.machine` does not find itself imported already
+        "info": "nvfp4.backends.machine",
+        # these take a part of a second to import, and transformers takes several
+        "fp4_all_gather": "nvfp4.model.distributed",
+        "share_noise": "nvfp4.model.distributed",
+        "NVFP4TrainingConfig": "nvfp4.integrations.transformers",
+    }
+    if name not in lazy:
+        raise AttributeError(f"module 'nvfp4' has no attribute {name!r}")
+    globals()[name] = getattr(import_module(lazy[name]), name)
+    return globals()[name]

@@ -19,8 +19,8 @@ import tyro
 from nvfp4.rl.config import PRESETS, RENAMED, RLConfig
 from nvfp4.rl.gvendi import GVendiConfig
 from nvfp4.rl.prismatic import PrismaticConfig
+from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, from_fields, read_config_file
-from nvfp4.train.errors import Interrupted, TrainError
 
 DESCRIPTION = "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
 FAILED = 1
@@ -135,7 +135,7 @@ def _hold(isa: str) -> None:
     """Keep the processor's kernels to an instruction set, if one is named."""
     if not isa:
         return
-    from nvfp4.backends.cpu import use_instruction_set
+    from nvfp4.backends.native.cpu import use_instruction_set
 
     try:
         use_instruction_set(isa)
@@ -244,7 +244,7 @@ def _prismatic(command: Prismatic) -> None:
 
 
 def _info(command: Info) -> None:
-    from nvfp4.info import info
+    from nvfp4.backends.machine import info
 
     print(info())
 
@@ -254,8 +254,8 @@ def _bench(command: Bench) -> None:
 
 
 def _bench_all(command: Bench) -> None:
-    from nvfp4.bench.everything import bench_all
     from nvfp4.bench.gates import WrongResults
+    from nvfp4.bench.report import bench_all
 
     try:
         bench_all(command.report, command.device, command.quick, command.seconds)
@@ -266,9 +266,9 @@ def _bench_all(command: Bench) -> None:
 
 
 def _roofline(command: Bench) -> None:
-    from nvfp4.devices import find_device
+    from nvfp4.bench.devices import find_device
+    from nvfp4.bench.roofline_report import report
     from nvfp4.recipes import Recipe
-    from nvfp4.roofline_report import report
 
     try:
         report(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from nvfp4 import ops
-from nvfp4.formats import NVFP4
-from nvfp4.hadamard import Rotation
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 

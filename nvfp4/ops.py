@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nvfp4.activations import Activation
 from nvfp4.backends.base import Operation
 from nvfp4.backends.registry import AUTO, able, candidates, measured, select
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.activations import Activation
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
-from nvfp4.formats import TILE_BLOCK
-from nvfp4.hadamard import Rotation
+from nvfp4.numerics.formats import TILE_BLOCK
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.rng import Seed
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
-from nvfp4.rng import Seed
 
 Source = Literal["tensor", "codes", "decoded"]
 GEMMS = ("fprop", "dgrad", "wgrad")

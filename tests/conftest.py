@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvfp4.backends.cpu import use_instruction_set
+from nvfp4.backends.native.cpu import use_instruction_set
 from nvfp4.backends.registry import BACKENDS
 
 if "NVFP4_ISA" in os.environ:  # the tests of a lesser processor; before any module asks what this one has
@@ -147,8 +147,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A seed that depends on the name of the test alone."""
-    return zlib.crc32(request.node.nodeid.encode())
+    """A seed that depends on the name of the test and of its file, and not on the folder that the file is in."""
+    file, _, name = request.node.nodeid.partition("::")
+    return zlib.crc32(f"tests/{file.rpartition('/')[2]}::{name}".encode())
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from limits import HANG
 from training import ROOT, environment, run_cli, write_texts
 
 from nvfp4 import cli
-from nvfp4.backends.cpu import instruction_sets, use_instruction_set
+from nvfp4.backends.native.cpu import instruction_sets, use_instruction_set
 from nvfp4.cli import Compare, Info, Pretrain, main, parse
+from nvfp4.run.errors import TrainError
 from nvfp4.train.config import resolve
-from nvfp4.train.errors import TrainError
 
 
 def said_by(arguments, capsys):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvfp4 import layer_ops, library, ops
-from nvfp4.gemms import stored_operands
-from nvfp4.hadamard import Rotation
-from nvfp4.noise import signed
+from nvfp4 import library, ops
+from nvfp4.layer import operators as layer_ops
+from nvfp4.layer.gemms import stored_operands
+from nvfp4.layer.noise import signed
+from nvfp4.numerics.hadamard import Rotation
 from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
 
 X = torch.randn(20, 70, generator=torch.Generator().manual_seed(0))

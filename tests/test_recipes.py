@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from composition import GEMMS, TABLE, Op
 
-from nvfp4.hadamard import Rotation
+from nvfp4.numerics.hadamard import Rotation
 from nvfp4.recipes import RECIPES, Gemm, Operand, Recipe, as_recipe, operand
 
 ROTATIONS = {None: None, "fixed": Rotation(group=16, fixed=True), "drawn": Rotation(group=16)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.gpu.place import python
 from benchmarks.gpu.processes import Job, Skip
-from nvfp4.backends.cuda_targets import MISSING_FILE
+from nvfp4.backends.native.cuda_targets import MISSING_FILE
 
 ROOT = Path(__file__).parent.parent.parent
 

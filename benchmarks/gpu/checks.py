@@ -19,10 +19,10 @@ from benchmarks.gpu.processes import Job, Skip
 from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.bench.cases import QUANTISERS
-from nvfp4.codec import e4m3_encode
-from nvfp4.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.codec import e4m3_encode
+from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import explain
-from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from benchmarks.gpu.checks import DTYPES, Count, _run, chosen, data, same
 from benchmarks.gpu.processes import Job, Skip
-from nvfp4.convert import convert
-from nvfp4.linear import Linear
+from nvfp4.layer.linear import Linear
+from nvfp4.model.convert import convert
+from nvfp4.model.weights import capturable
 from nvfp4.recipes import GEMMS, RECIPES
-from nvfp4.weights import capturable
 
 EXACT_PRODUCTS = 2.0**-16
 """Tolerance, in units of the largest element, of a layer in float32 whose three products have NVFP4 operands.
@@ -216,7 +216,10 @@ def compiles_once(job: Job, backend: str, recipe: str) -> None:
 
 def compiled_kernels() -> int:
     """How many Triton kernels this process holds."""
-    from nvfp4.backends.triton import fused_kernels, gemm_decoded, gemm_kernel, kernels
+    from nvfp4.backends.triton.activation import kernels as fused_kernels
+    from nvfp4.backends.triton.gemm import decoded as gemm_decoded
+    from nvfp4.backends.triton.gemm import kernels as gemm_kernel
+    from nvfp4.backends.triton.quantize import kernels
 
     modules = (kernels, gemm_kernel, gemm_decoded, fused_kernels)
     jitted = {id(v): v for module in modules for v in vars(module).values() if hasattr(v, "device_caches")}

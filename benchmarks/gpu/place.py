@@ -186,7 +186,7 @@ class GPU:
         from functools import partial
 
         from nvfp4.backends.registry import BACKENDS
-        from nvfp4.backends.triton import gemm as fp4
+        from nvfp4.backends.triton.gemm import launch as fp4
 
         self.backend("triton")
         kind = fp4.tensor_cores(self.device)

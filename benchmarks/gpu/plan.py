@@ -30,7 +30,7 @@ from benchmarks.gpu.rates import SECONDS
 from benchmarks.gpu.rows import Findings
 from benchmarks.gpu.rows import Stage as Ended
 from benchmarks.gpu.settings import Settings
-from nvfp4.backends.cuda_targets import FLAGS
+from nvfp4.backends.native.cuda_targets import FLAGS
 from nvfp4.bench.timing import machine
 
 ROOT = Path(__file__).parent.parent.parent

@@ -19,10 +19,10 @@ from benchmarks.gpu.processes import Job, Skip
 from nvfp4.bench.cases import Shape
 from nvfp4.bench.layers import layer_for, saved_bytes
 from nvfp4.bench.timing import copier, machine
+from nvfp4.model.weights import capturable, invalidate
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import explain
-from nvfp4.qtensor import QTensor
 from nvfp4.quantizers.registry import get_quantizer
-from nvfp4.weights import capturable, invalidate
 
 REPEATS = 4
 """Calls between two events: a replay costs some microseconds beside its kernels."""

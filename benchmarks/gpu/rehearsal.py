@@ -131,7 +131,8 @@ def settings_of(call: int, folder: Path, scale: float, short: bool) -> Settings:
     settings = Settings(call=call, folder=str(folder), kind="rehearsal", scale=scale, build=False)
     settings.faults = {unit: fault for unit, (fault, _) in FAULTS[call].items()}
     planted = str(folder.parent / "tools" / "test_planted.py")
-    settings.tests = (planted,) if short else ("tests/test_vectors.py", "tests/test_formats.py", planted)
+    quick = ("tests/backends/test_vectors.py", "tests/numerics/test_formats.py")
+    settings.tests = (planted,) if short else (*quick, planted)
     if short:
         settings.only = (*FAULTS[call], *BESIDE[call])
     return settings

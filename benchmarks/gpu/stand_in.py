@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nvfp4.backends.base import Backend, Operation
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 
 SHARED_MEMORY = 232448
@@ -93,7 +93,8 @@ def launch_nothing(capability: int, multiprocessors: int) -> None:
     import triton
 
     from nvfp4.backends import registry
-    from nvfp4.backends.triton import backend, gemm
+    from nvfp4.backends.triton import backend
+    from nvfp4.backends.triton.gemm import launch as gemm
 
     triton.runtime.driver.set_active(NoDriver(capability, multiprocessors))
     kind = gemm.family(capability)

@@ -75,7 +75,7 @@ def files_with_gpu_tests() -> list[str]:
 
     Collecting every file takes a minute.
     """
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     chosen = []
     for path in files:
         text = path.read_text()

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from nvfp4.activations import Activation
-from nvfp4.formats import NVFP4
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.activations import Activation
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import fold_in_there
 from nvfp4.quantizers.base import Options, Quantizer
-from nvfp4.rng import fold_in_there
 
 Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"]
 

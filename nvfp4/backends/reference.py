@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from nvfp4.backends.base import Backend
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 
 

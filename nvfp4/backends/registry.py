@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
+from nvfp4.backends.autotune import Clock, by_speed, race, seconds_on_gpu
 from nvfp4.backends.base import Backend, Operation
-from nvfp4.backends.cpu import CpuBackend
-from nvfp4.backends.cuda import CudaBackend
-from nvfp4.backends.race import Clock, by_speed, race, seconds_on_gpu
+from nvfp4.backends.native.cpu import CpuBackend
+from nvfp4.backends.native.cuda import CudaBackend
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.scaled_mm import ScaledMmBackend
 from nvfp4.backends.selfcheck import find_fault

@@ -29,14 +29,14 @@ import torch.nn.functional as F
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import apply_globals, reference_matmul
-from nvfp4.formats import NVFP4
-from nvfp4.layout import TILE_COLUMNS, TILE_ROWS, swizzle
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.layout import TILE_COLUMNS, TILE_ROWS, swizzle
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.scaling import spread
 from nvfp4.quantizers.base import Options, Quantizer
-from nvfp4.scaling import spread
 
 try:
-    from nvfp4.backends.triton.gemm_decoded import scaled
+    from nvfp4.backends.triton.gemm.decoded import scaled
 except ImportError:  # there is no Triton
     scaled = None  # type: ignore[assignment]
 

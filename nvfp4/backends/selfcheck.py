@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nvfp4.activations import RMSNorm, SwiGLU
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.codec import e4m3_encode
-from nvfp4.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.activations import RMSNorm, SwiGLU
+from nvfp4.numerics.codec import e4m3_encode
+from nvfp4.numerics.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 
@@ -168,7 +168,7 @@ def edge_cases(quantizer: Quantizer) -> list[torch.Tensor]:
 
 _SPIKES = ((13327, 12273), (7427, 5794), (3087, 2033), (12607, 6966), (1807, 753), (9795, 2632), (1167, 113))
 """Rotated among zeros, a and b become a + b and a - b, of which for ms_eden the one is the maximum of its block and the
-other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by trying; tests/test_selfcheck.py holds it."""
+other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by trying; test_selfcheck.py holds it."""
 
 
 def _spikes() -> torch.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from nvfp4.formats import NVFP4, TILE_BLOCK
-from nvfp4.hadamard import Rotation
+from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
+from nvfp4.numerics.hadamard import Rotation
 
 QUANTISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),

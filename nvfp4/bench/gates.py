@@ -12,7 +12,7 @@ from nvfp4.backends.registry import BACKENDS
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.bench.cases import QUANTISERS, Shape
 from nvfp4.bench.layers import check, layer_for, normal
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 

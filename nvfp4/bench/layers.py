@@ -8,8 +8,8 @@ from torch import nn
 from nvfp4.backends.registry import AUTO
 from nvfp4.bench.cases import Shape
 from nvfp4.bench.timing import CPU
-from nvfp4.convert import convert
-from nvfp4.linear import Linear
+from nvfp4.layer.linear import Linear
+from nvfp4.model.convert import convert
 
 
 def layer_for(shape: Shape, recipe: str, backend: str = AUTO, device: torch.device = CPU) -> nn.Linear:

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from nvfp4.after_step import after_step
 from nvfp4.backends.base import Backend
 from nvfp4.backends.registry import BACKENDS
 from nvfp4.bench.cases import QUANTISERS, Shape, square
+from nvfp4.bench.devices import Device
 from nvfp4.bench.gates import at_hand
 from nvfp4.bench.layers import layer_for, normal, saved_bytes
+from nvfp4.bench.roofline import CODE_BITS, SCALE_BITS, Layer, step_seconds
 from nvfp4.bench.timing import copier, interleaved
-from nvfp4.devices import Device
-from nvfp4.formats import ROW_BLOCK
+from nvfp4.model.after_step import after_step
+from nvfp4.model.weights import invalidate
+from nvfp4.numerics.formats import ROW_BLOCK
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import RECIPES
-from nvfp4.roofline import CODE_BITS, SCALE_BITS, Layer, step_seconds
-from nvfp4.weights import invalidate
 
 Row = dict[str, Any]
 

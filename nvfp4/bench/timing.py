@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nvfp4.backends.cpu import instruction_sets
+from nvfp4.backends.native.cpu import instruction_sets
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nvfp4.convert import convert
+from nvfp4.model.convert import convert
 from nvfp4.recipes import Recipe
 
 # Fabric comes within ``lightning`` and as ``lightning-fabric``; each has classes of its own and refuses the other's

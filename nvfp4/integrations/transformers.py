@@ -15,7 +15,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nvfp4.convert import convert
+from nvfp4.model.convert import convert
 from nvfp4.recipes import Recipe, as_recipe
 
 METHOD = "nvfp4_training"

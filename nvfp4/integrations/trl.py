@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from trl import GRPOTrainer
 
-from nvfp4.convert import convert
-from nvfp4.linear import Linear
+from nvfp4.layer.linear import Linear
+from nvfp4.model.convert import convert
 from nvfp4.recipes import Recipe
 
 RECIPES_FILE = "nvfp4_training.json"

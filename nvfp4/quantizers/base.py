@@ -12,19 +12,19 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from nvfp4.codec import e2m1_encode, e4m3_encode, pack
-from nvfp4.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
-from nvfp4.hadamard import Rotation
-from nvfp4.qtensor import QTensor
-from nvfp4.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, Seed, check_seed, uniform
-from nvfp4.scaling import from_blocks, to_blocks
+from nvfp4.numerics.codec import e2m1_encode, e4m3_encode, pack
+from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, Seed, check_seed, uniform
+from nvfp4.numerics.scaling import from_blocks, to_blocks
 
 METRICS = ("mse", "mae", "abs_max")
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a quantiser promises; ``tests/test_quantizers.py`` checks every one of them.
+    """What a quantiser promises; ``tests/quantizers/test_quantizers.py`` checks every one of them.
 
     deterministic: the same x gives the same codes whatever the seed. unbiased: E[dequantised] = x over seeds (rotated
     quantisers: over signs and rounding, as spelled out in ``ms_eden.py``). idempotent: quantising the dequantised

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 import torch
 
-from nvfp4.formats import E2M1, E4M3, SEARCH_CAP, TILE_BLOCK
+from nvfp4.numerics.formats import E2M1, E4M3, SEARCH_CAP, TILE_BLOCK
+from nvfp4.numerics.rounding import nearest
+from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax, tree_sum
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-from nvfp4.rounding import nearest
-from nvfp4.scaling import base_scale, encode_scale, tensor_amax, tree_sum
 
 
 def block_error(error: torch.Tensor, metric: str) -> torch.Tensor:

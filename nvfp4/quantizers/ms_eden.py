@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4.formats import E2M1, E4M3
+from nvfp4.numerics.formats import E2M1, E4M3
+from nvfp4.numerics.rounding import nearest, stochastic
+from nvfp4.numerics.scaling import tree_sum
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-from nvfp4.rounding import nearest, stochastic
-from nvfp4.scaling import tree_sum
 
 _FULL_SCALE = float.fromhex("0x1.849d64p+2")
 """fl(6 / 0.988125), where a block maximum lands: 0.988125 = 17/16 * 0.93 minimises the MSE on N(0, 1) (arXiv

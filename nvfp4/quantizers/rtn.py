@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4.formats import E2M1, E4M3, FLOAT32_MAX, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.formats import E2M1, E4M3, FLOAT32_MAX, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.rounding import nearest
+from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-from nvfp4.rounding import nearest
-from nvfp4.scaling import base_scale, encode_scale, tensor_amax
 
 
 def scaled_elements(blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

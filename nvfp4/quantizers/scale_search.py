@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import torch
 
-from nvfp4.codec import e4m3_decode, e4m3_encode
-from nvfp4.formats import E4M3, TILE_BLOCK
+from nvfp4.numerics.codec import e4m3_decode, e4m3_encode
+from nvfp4.numerics.formats import E4M3, TILE_BLOCK
+from nvfp4.numerics.rounding import nearest
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 from nvfp4.quantizers.four_over_six import best_candidate, search_scales
-from nvfp4.rounding import nearest
 
 BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)
 """Steps from byte(s0), in the order in which they are tried (measured: wider adds less than 0.1 % of MSE)."""

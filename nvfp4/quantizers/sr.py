@@ -9,11 +9,11 @@ m as in rtn. Sources: sr is ours; sr_te is TransformerEngine's gradient quantise
 
 from __future__ import annotations
 
-from nvfp4.formats import E2M1, E4M3, TILE_BLOCK
+from nvfp4.numerics.formats import E2M1, E4M3, TILE_BLOCK
+from nvfp4.numerics.rounding import stochastic, up
+from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 from nvfp4.quantizers.rtn import nearest_scales, scaled_elements
-from nvfp4.rounding import stochastic, up
-from nvfp4.scaling import base_scale, encode_scale, tensor_amax
 
 
 def rule(blocks: Blocks) -> Quantized:

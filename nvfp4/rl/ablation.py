@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from nvfp4.convert import convert
+from nvfp4.model.convert import convert
+from nvfp4.model.weights import fixed_weights
+from nvfp4.numerics.rng import fold_in
 from nvfp4.recipes import RECIPES, W4A16, Gemm, Operand, Recipe
 from nvfp4.rl.attention import register
 from nvfp4.rl.config import RLConfig, make_task, training_fields
@@ -16,9 +18,7 @@ from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.score import score
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
-from nvfp4.rng import fold_in
-from nvfp4.train.model import build_model
-from nvfp4.weights import fixed_weights
+from nvfp4.run.model import build_model
 
 _SEED = fold_in(0, 22)
 PROMPTS, GROUP = 64, 8

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate.utils import gather_object
 
+from nvfp4.model.weights import fixed_weights
+from nvfp4.numerics.rng import fold_in
 from nvfp4.rl.batches import join
 from nvfp4.rl.norm_noise import noisy_norms, sigma_at
 from nvfp4.rl.objectives.advantages import has_spread
@@ -16,9 +18,7 @@ from nvfp4.rl.samples import RAW_REWARD, Samples
 from nvfp4.rl.setup import Run
 from nvfp4.rl.spurious import coins, formatted, popular
 from nvfp4.rl.tasks.base import Problem
-from nvfp4.rng import fold_in
-from nvfp4.train.errors import TrainError
-from nvfp4.weights import fixed_weights
+from nvfp4.run.errors import TrainError
 
 PROBLEMS, DRAWS, COINS, NOISE = 11, 12, 13, 14
 """Folded into the seed: what each kind of random number of a step comes from."""

@@ -26,12 +26,12 @@ from nvfp4.rl.progress import Bars
 from nvfp4.rl.setup import from_base
 from nvfp4.rl.tables import ablation_table, gate_table, run_table
 from nvfp4.rl.warmstart import warm_start
-from nvfp4.train import log
-from nvfp4.train.children import start
-from nvfp4.train.errors import Interrupted, TrainError
-from nvfp4.train.files import write_json, write_text
-from nvfp4.train.progress import Reporter
-from nvfp4.train.signals import StopWish
+from nvfp4.run import log
+from nvfp4.run.children import start
+from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.files import write_json, write_text
+from nvfp4.run.progress import Reporter
+from nvfp4.run.signals import StopWish
 
 CURVES = ("reward", "entropy", "completions/mean_length", "mismatch/max", "fp4/codes_changed")
 

@@ -20,6 +20,8 @@ from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.run.errors import TrainError
+from nvfp4.run.tokens import check_model_folder
 from nvfp4.train import config as train_config
 from nvfp4.train.config import (
     BelowOne,
@@ -34,8 +36,6 @@ from nvfp4.train.config import (
     Seed,
     TrainConfig,
 )
-from nvfp4.train.errors import TrainError
-from nvfp4.train.tokens import check_model_folder
 
 
 def _split_numbers(value: Any) -> Any:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from nvfp4.model.weights import fixed_weights
+from nvfp4.numerics.rng import fold_in
 from nvfp4.rl.collect import all_failed, completions, rewards
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.setup import Run
 from nvfp4.rl.statistics import average, distinct_correct, pass_rates
 from nvfp4.rl.tasks.base import Problem
-from nvfp4.rng import fold_in
-from nvfp4.train.errors import TrainError
-from nvfp4.weights import fixed_weights
+from nvfp4.run.errors import TrainError
 
 _SEED = fold_in(0, 21)  # not the run's: all runs of a task are measured on the same problems with the same draws
 _ROWS = 512  # completions drawn at a time where the config leaves it open

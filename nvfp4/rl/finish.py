@@ -9,9 +9,9 @@ from nvfp4.rl.config import kept_fields
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.plots import draw_run
 from nvfp4.rl.setup import Run
-from nvfp4.train import log
-from nvfp4.train.model import export
-from nvfp4.train.progress import duration, rate
+from nvfp4.run import log
+from nvfp4.run.model import export
+from nvfp4.run.progress import duration, rate
 
 
 def finish(run: Run) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import yaml
 
 from nvfp4.rl.config import EVALUATION, FREE_ON_RESUME, RENAMED, RLConfig
-from nvfp4.train import log
-from nvfp4.train.checkpoint import Snapshot
-from nvfp4.train.errors import TrainError
-from nvfp4.train.folder import RunFolder
+from nvfp4.run import log
+from nvfp4.run.checkpoint import Snapshot
+from nvfp4.run.errors import TrainError
+from nvfp4.run.folder import RunFolder
 
 
 class RLFolder(RunFolder):

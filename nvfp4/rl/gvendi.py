@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import torch
 
+from nvfp4.numerics.rng import check_seed, philox
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
-from nvfp4.rng import check_seed, philox
-from nvfp4.train.errors import TrainError
-from nvfp4.train.files import write_json
+from nvfp4.run.errors import TrainError
+from nvfp4.run.files import write_json
 
 DIMENSIONS = 1024
 SIGNS, PARAMETERS, PIECES = 5, 6, 7
@@ -98,7 +98,7 @@ def load_on(folder: str, device: Device) -> Any:
     kind = next(name for name, here in accelerators.items() if here) if device == "auto" else device
     if not accelerators[kind]:
         raise TrainError(f"device: {kind} was asked for and is not here; give --device auto")
-    from nvfp4.train.model import load_model
+    from nvfp4.run.model import load_model
 
     model: torch.nn.Module = load_model(folder)
     return model.to(kind)

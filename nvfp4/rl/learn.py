@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 
+from nvfp4.model.weights import fixed_weights
 from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS, Metrics
 from nvfp4.rl.samples import Samples, Scores, Totals
 from nvfp4.rl.score import score
 from nvfp4.rl.setup import Run
-from nvfp4.train.errors import TrainError
-from nvfp4.train.processes import float64_device
-from nvfp4.weights import fixed_weights
+from nvfp4.run.errors import TrainError
+from nvfp4.run.processes import float64_device
 
 
 @dataclass

@@ -17,15 +17,15 @@ from nvfp4.rl.meter import codes_changed, weight_codes
 from nvfp4.rl.metrics import step_row
 from nvfp4.rl.objectives.base import RESET_REFERENCE
 from nvfp4.rl.setup import Run, open_folder, prepare
-from nvfp4.train import checkpoint, state
-from nvfp4.train.checkpoint import Snapshot
-from nvfp4.train.errors import Interrupted, TrainError
-from nvfp4.train.log import Log, Row
+from nvfp4.run import checkpoint, state
+from nvfp4.run.checkpoint import Snapshot
+from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.log import Log, Row
+from nvfp4.run.optim import learning_rates
+from nvfp4.run.processes import agreed
+from nvfp4.run.progress import memory_gib
+from nvfp4.run.signals import StopWish
 from nvfp4.train.loop import deterministic, machine, other_machine, process_group
-from nvfp4.train.optim import learning_rates
-from nvfp4.train.processes import agreed
-from nvfp4.train.progress import memory_gib
-from nvfp4.train.signals import StopWish
 
 
 def rl(config: RLConfig) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from nvfp4.codec import e2m1_decode, unpack
-from nvfp4.qtensor import QTensor
-from nvfp4.weights import layers
+from nvfp4.model.weights import layers
+from nvfp4.numerics.codec import e2m1_decode, unpack
+from nvfp4.numerics.qtensor import QTensor
 
 NOTICEABLE = 0.05  # |d| from which a token is counted
 

@@ -13,7 +13,7 @@ from nvfp4.rl.learn import Learned
 from nvfp4.rl.meter import mismatch
 from nvfp4.rl.samples import RAW_REWARD, Samples
 from nvfp4.rl.setup import Run
-from nvfp4.train.log import Row
+from nvfp4.run.log import Row
 
 REASONS = 5
 """Of failed rewards, written for each step."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from nvfp4.rng import fold_in
+from nvfp4.numerics.rng import fold_in
 
 
 def sigma_at(step: int, steps: int, stages: int, start: float, end: float) -> float:

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nvfp4.rl.ablation import PER_TENSOR
-from nvfp4.train.files import write_picture
-from nvfp4.train.log import Row
-from nvfp4.train.plots import BASE_COLOUR, COLOURS, smooth
+from nvfp4.run.files import write_picture
+from nvfp4.run.log import Row
+from nvfp4.run.plots import BASE_COLOUR, COLOURS, smooth
 
 BASELINE = "bf16"
 FLOOR = 1e-9  # where exact zeros stand on a logarithmic axis

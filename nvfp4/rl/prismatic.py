@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from nvfp4.numerics.rng import fold_in
 from nvfp4.rl.gvendi import DIMENSIONS, Device, drawn, features_of, g_vendi, load_on
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
-from nvfp4.rng import fold_in
-from nvfp4.train.errors import TrainError
-from nvfp4.train.files import write_text
+from nvfp4.run.errors import TrainError
+from nvfp4.run.files import write_text
 
 _ITERATIONS = 50
 _STREAM = 31  # folded into the seed with the round: where the candidates of a round come from

@@ -8,8 +8,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from nvfp4.train.log import Row, last_row
-from nvfp4.train.progress import LastingConsole, Reporter, duration, rate
+from nvfp4.run.log import Row, last_row
+from nvfp4.run.progress import LastingConsole, Reporter, duration, rate
 
 
 class Progress(Reporter):

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from nvfp4.numerics.rng import ELEMENT_STREAM, philox
 from nvfp4.rl.samples import Samples
 from nvfp4.rl.score import log_probabilities, positions
-from nvfp4.rng import ELEMENT_STREAM, philox
-from nvfp4.train.errors import TrainError
-from nvfp4.train.processes import float64_device
+from nvfp4.run.errors import TrainError
+from nvfp4.run.processes import float64_device
 
 _PLACE_BITS = 24  # of a counter, for the place of a token; the others are the number of the sample
 _SPARSE = 0.75  # below this share of unfinished rows the others leave the batch: a copy of the cache, then less work

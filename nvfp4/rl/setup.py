@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.convert import ConvertWarning, convert
+from nvfp4.model.convert import ConvertWarning, convert
 from nvfp4.rl import sizes
 from nvfp4.rl.attention import register
 from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, training_fields
@@ -31,13 +31,13 @@ from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rl.warmstart import warm_start
-from nvfp4.train import checkpoint
-from nvfp4.train.attention import without_emulation
-from nvfp4.train.checkpoint import Snapshot
-from nvfp4.train.errors import TrainError
-from nvfp4.train.model import build_model
-from nvfp4.train.optim import adamw
-from nvfp4.train.processes import accelerator_for
+from nvfp4.run import checkpoint
+from nvfp4.run.attention import without_emulation
+from nvfp4.run.checkpoint import Snapshot
+from nvfp4.run.errors import TrainError
+from nvfp4.run.model import build_model
+from nvfp4.run.optim import adamw
+from nvfp4.run.processes import accelerator_for
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from nvfp4.numerics.rng import fold_in
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.jsonl import Jsonl
 from nvfp4.rl.text import Text
-from nvfp4.rng import fold_in
-from nvfp4.train.errors import TrainError
+from nvfp4.run.errors import TrainError
 
 DRAWN = 256
 """Problems that are looked at."""

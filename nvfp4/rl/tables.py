@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from nvfp4.train.progress import duration
+from nvfp4.run.progress import duration
 
 
 def run_table(report: dict[str, Any]) -> Table:

@@ -9,7 +9,7 @@ import numpy as np
 
 from nvfp4.rl.rollout import Stops
 from nvfp4.rl.tokens import LocalTokenizer, Vocabulary
-from nvfp4.train.errors import TrainError
+from nvfp4.run.errors import TrainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ from typing import Protocol
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from nvfp4.train.errors import TrainError
-from nvfp4.train.tokens import SEPARATOR, SEPARATOR_TEXT, ByteTokenizer, HuggingFaceTokenizer, byte_level_tokenizer
+from nvfp4.run.errors import TrainError
+from nvfp4.run.tokens import SEPARATOR, SEPARATOR_TEXT, ByteTokenizer, HuggingFaceTokenizer, byte_level_tokenizer
 
 PAD, END = "<pad>", "."
 SYMBOLS = (PAD, END, *"0123456789+-*/()=,>%:acdmnprsx")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from nvfp4.numerics.rng import fold_in
 from nvfp4.rl.batches import demonstrations
 from nvfp4.rl.config import RLConfig, make_task, training_fields
 from nvfp4.rl.rollout import check_fits
@@ -27,14 +28,13 @@ from nvfp4.rl.score import score
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
-from nvfp4.rng import fold_in
-from nvfp4.train import checkpoint, state
-from nvfp4.train.errors import Interrupted
-from nvfp4.train.files import write_json
-from nvfp4.train.model import build_model, export
-from nvfp4.train.optim import adamw, learning_rates
-from nvfp4.train.progress import Reporter
-from nvfp4.train.signals import StopWish
+from nvfp4.run import checkpoint, state
+from nvfp4.run.errors import Interrupted
+from nvfp4.run.files import write_json
+from nvfp4.run.model import build_model, export
+from nvfp4.run.optim import adamw, learning_rates
+from nvfp4.run.progress import Reporter
+from nvfp4.run.signals import StopWish
 
 _STREAM = 10  # folded into the seed; the streams of ``collect.py`` and ``evaluate.py`` are others
 MARK = "warm_start.json"

@@ -14,8 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nvfp4.train import log
-from nvfp4.train.children import start
+from nvfp4.run import log
+from nvfp4.run.children import start
+from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.files import write_json, write_text
+from nvfp4.run.folder import RunFolder
+from nvfp4.run.plots import draw_comparison
+from nvfp4.run.progress import duration, rate
+from nvfp4.run.signals import StopWish
 from nvfp4.train.config import (
     CompareConfig,
     PretrainConfig,
@@ -27,13 +33,7 @@ from nvfp4.train.config import (
     to_fields,
     to_yaml,
 )
-from nvfp4.train.errors import Interrupted, TrainError
-from nvfp4.train.files import write_json, write_text
 from nvfp4.train.finish import LAST
-from nvfp4.train.folder import RunFolder
-from nvfp4.train.plots import draw_comparison
-from nvfp4.train.progress import duration, rate
-from nvfp4.train.signals import StopWish
 
 BASELINE = "bf16"
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from nvfp4.recipes import RECIPES
-from nvfp4.train.errors import TrainError
+from nvfp4.run.errors import TrainError
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]

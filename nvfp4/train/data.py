@@ -8,10 +8,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from nvfp4.rng import fold_in, philox
-from nvfp4.train.corpus import Document
-from nvfp4.train.errors import TrainError
-from nvfp4.train.tokens import Tokenizer, pack
+from nvfp4.numerics.rng import fold_in, philox
+from nvfp4.run.corpus import Document
+from nvfp4.run.errors import TrainError
+from nvfp4.run.tokens import Tokenizer, pack
 
 ORDER_STREAM = 4  # of Philox, after the four streams that the quantisers use
 IGNORED = -100  # target that no loss counts; the default of torch.nn.functional.cross_entropy

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from nvfp4.run.processes import float64_device
 from nvfp4.train.data import IGNORED, HeldOut
-from nvfp4.train.processes import float64_device
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import math
 import statistics
 from typing import Any
 
-from nvfp4.convert import disabled
-from nvfp4.train import log
+from nvfp4.model.convert import disabled
+from nvfp4.run import log
+from nvfp4.run.errors import TrainError
+from nvfp4.run.files import write_text
+from nvfp4.run.model import export, sample
+from nvfp4.run.progress import duration, rate
 from nvfp4.train.config import lasting, to_fields
 from nvfp4.train.data import held_out_windows
-from nvfp4.train.errors import TrainError
 from nvfp4.train.evaluate import Score, evaluate
-from nvfp4.train.files import write_text
-from nvfp4.train.model import export, sample
-from nvfp4.train.progress import duration, rate
 from nvfp4.train.setup import Run
 
 LAST = 20  # steps whose mean is called the training loss: one step's batch is too noisy to name

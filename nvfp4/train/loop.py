@@ -13,18 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from nvfp4.train import checkpoint, state
+from nvfp4.run import checkpoint, state
+from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.folder import RunFolder
+from nvfp4.run.log import Log, Row
+from nvfp4.run.optim import learning_rates
+from nvfp4.run.processes import agreed
+from nvfp4.run.progress import memory_gib
+from nvfp4.run.signals import StopWish
 from nvfp4.train.config import PretrainConfig, lasting, resolve, to_fields, to_yaml
-from nvfp4.train.errors import Interrupted, TrainError
 from nvfp4.train.evaluate import evaluate
 from nvfp4.train.finish import finish, summary
-from nvfp4.train.folder import RunFolder
-from nvfp4.train.log import Log, Row
-from nvfp4.train.optim import learning_rates
-from nvfp4.train.processes import agreed
-from nvfp4.train.progress import memory_gib
 from nvfp4.train.setup import Run, open_folder, prepare
-from nvfp4.train.signals import StopWish
 from nvfp4.train.step import update
 
 

@@ -13,21 +13,21 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.convert import ConvertWarning, convert
-from nvfp4.rng import fold_in
-from nvfp4.train import checkpoint
-from nvfp4.train.attention import without_emulation
-from nvfp4.train.checkpoint import Snapshot
+from nvfp4.model.convert import ConvertWarning, convert
+from nvfp4.numerics.rng import fold_in
+from nvfp4.run import checkpoint
+from nvfp4.run.attention import without_emulation
+from nvfp4.run.checkpoint import Snapshot
+from nvfp4.run.corpus import Corpus, load_corpus
+from nvfp4.run.errors import TrainError
+from nvfp4.run.folder import RunFolder
+from nvfp4.run.model import build_model
+from nvfp4.run.optim import adamw
+from nvfp4.run.processes import accelerator_for
+from nvfp4.run.progress import Reporter
+from nvfp4.run.tokens import Tokenizer, load_tokenizer, pack
 from nvfp4.train.config import PretrainConfig
-from nvfp4.train.corpus import Corpus, load_corpus
 from nvfp4.train.data import HeldOut, TrainWindows, held_out_windows
-from nvfp4.train.errors import TrainError
-from nvfp4.train.folder import RunFolder
-from nvfp4.train.model import build_model
-from nvfp4.train.optim import adamw
-from nvfp4.train.processes import accelerator_for
-from nvfp4.train.progress import Reporter
-from nvfp4.train.tokens import Tokenizer, load_tokenizer, pack
 
 _OWN_STREAM = 1  # folded into the seed, with the process index, for random numbers a model draws itself (dropout)
 

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from nvfp4.train.log import Row
-from nvfp4.train.processes import float64_device
+from nvfp4.run.log import Row
+from nvfp4.run.processes import float64_device
 from nvfp4.train.setup import Run
 
 

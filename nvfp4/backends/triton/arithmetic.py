@@ -11,14 +11,14 @@ them, so ``launch`` tells it not to look for overflow (``sanitize_overflow``).
 import triton
 import triton.language as tl
 
-from nvfp4.formats import E2M1 as _E2M1
-from nvfp4.formats import E4M3 as _E4M3
-from nvfp4.formats import FLOAT32_MAX as _FLOAT32_MAX
-from nvfp4.formats import ElementFormat
-from nvfp4.rng import FOLD_STREAM as _FOLD_STREAM
-from nvfp4.rng import MULTIPLIERS, WEYL
-from nvfp4.rng import ROUNDS as _ROUNDS
-from nvfp4.scaling import SIXTH as _SIXTH
+from nvfp4.numerics.formats import E2M1 as _E2M1
+from nvfp4.numerics.formats import E4M3 as _E4M3
+from nvfp4.numerics.formats import FLOAT32_MAX as _FLOAT32_MAX
+from nvfp4.numerics.formats import ElementFormat
+from nvfp4.numerics.rng import FOLD_STREAM as _FOLD_STREAM
+from nvfp4.numerics.rng import MULTIPLIERS, WEYL
+from nvfp4.numerics.rng import ROUNDS as _ROUNDS
+from nvfp4.numerics.scaling import SIXTH as _SIXTH
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether the kernels of this process are interpreted, on CPU tensors; decided when they are defined."""

@@ -12,24 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nvfp4.activations import Activation
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import reference_matmul
-from nvfp4.formats import NVFP4, TILE_BLOCK
-from nvfp4.layout import swizzled_bytes
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.activations import Activation
+from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
+from nvfp4.numerics.layout import swizzled_bytes
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import DeviceSeed, Seed
 from nvfp4.quantizers.base import Options, Quantizer
-from nvfp4.rng import DeviceSeed, Seed
 
 try:
     from triton import next_power_of_2
 
-    from nvfp4.backends.triton import fused, kernels
+    from nvfp4.backends.triton.activation import launch as fused
     from nvfp4.backends.triton.arithmetic import INTERPRETED
-    from nvfp4.backends.triton.gemm import gemm, tensor_cores
-    from nvfp4.backends.triton.gemm_decoded import contract, pays, scaled
+    from nvfp4.backends.triton.gemm.decoded import contract, pays, scaled
+    from nvfp4.backends.triton.gemm.launch import gemm, tensor_cores
     from nvfp4.backends.triton.launch import launch
-    from nvfp4.backends.triton.rules import RULES, SEARCHES, Coded, Policy, Tile, scaled_by_amax
+    from nvfp4.backends.triton.quantize import kernels
+    from nvfp4.backends.triton.quantize.rules import RULES, SEARCHES, Coded, Policy, Tile, scaled_by_amax
     from nvfp4.backends.triton.transpose import transpose
 
     _scaled_by_amax = lru_cache(maxsize=None)(scaled_by_amax)  # called on the host, it takes 10 us

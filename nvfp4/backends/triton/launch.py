@@ -33,10 +33,10 @@ DIRECT = not INTERPRETED and (3, 6) <= version() <= (3, 9)
 its kernels up at every launch."""
 
 FAMILIES = {
-    "kernels": "quantisation",
-    "fused_kernels": "RMSNorm and SwiGLU",
-    "gemm_kernel": "products",
-    "gemm_decoded": "what follows a product",
+    "quantize.kernels": "quantisation",
+    "activation.kernels": "RMSNorm and SwiGLU",
+    "gemm.kernels": "products",
+    "gemm.decoded": "what follows a product",
     "transpose": "transposes",
 }
 """What the kernels of a module are for, in words."""
@@ -79,7 +79,7 @@ def _announce(kernel: Any) -> None:
     At the level of warnings, so that it shows unless somebody set up logging otherwise; of several processes
     the first alone says it.
     """
-    module = kernel.fn.__module__.rpartition(".")[2]
+    module = kernel.fn.__module__.removeprefix("nvfp4.backends.triton.")
     if module in _ANNOUNCED:
         return
     _ANNOUNCED.add(module)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from nvfp4.backends.triton.launch import launch
-from nvfp4.backends.triton.tiles import positions
+from nvfp4.backends.triton.quantize.tiles import positions
 from nvfp4.backends.triton.variants import KernelVariant
-from nvfp4.formats import NVFP4
-from nvfp4.qtensor import QTensor
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.qtensor import QTensor
 
 TILE = (128, 128, 4)
 """Rows and columns of codes, and warps, of a program: 64 bytes at a time on both sides."""

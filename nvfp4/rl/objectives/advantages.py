@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nvfp4.rl.objectives.base import AllSum, one_process
-from nvfp4.train.processes import float64_device
+from nvfp4.run.processes import float64_device
 
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation (TRL)."""

@@ -10,7 +10,7 @@ import torch
 from nvfp4.rl.objectives.base import AllSum, Defaults, one_process
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.samples import Samples, Scores
-from nvfp4.train.processes import float64_device
+from nvfp4.run.processes import float64_device
 
 HIDDEN = "hidden"
 LOWEST, SPAN = 0.8, 0.4

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nvfp4.train.processes import float64_device
+from nvfp4.run.processes import float64_device
 
 
 def overlong_penalty(lengths: torch.Tensor, limit: int, share: float) -> torch.Tensor:

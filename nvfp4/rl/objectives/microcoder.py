@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from nvfp4.numerics.rng import ELEMENT_STREAM, fold_in, philox
 from nvfp4.rl.objectives.advantages import place_in_group
 from nvfp4.rl.objectives.base import Defaults, Metrics, Plan
 from nvfp4.rl.objectives.controllers import TemperatureStages
 from nvfp4.rl.objectives.lengths import distinct_grams, ends_in_loop, excused
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
 from nvfp4.rl.samples import RAW_REWARD, Samples, Scores, Totals
-from nvfp4.rng import ELEMENT_STREAM, fold_in, philox
-from nvfp4.train.processes import float64_device
+from nvfp4.run.processes import float64_device
 
 DISTINCT = "distinctness"
 _PLACE_BITS = 20  # of a counter, for the place in a group; the others are the group

@@ -25,7 +25,7 @@ from nvfp4.rl.objectives.base import (
 )
 from nvfp4.rl.objectives.divergence import exact_kl, kl_estimate
 from nvfp4.rl.samples import Samples, Scores, Totals
-from nvfp4.train.processes import float64_device
+from nvfp4.run.processes import float64_device
 
 BASE_ENTROPY, DECISION, USED, WEIGHT = "base_entropy", "decision", "used", "weight"
 _PLACE_BITS = 20  # of the number of a sample, for its place in the group; the others are the group

@@ -14,7 +14,7 @@ from nvfp4.rl.objectives.aggregation import token_mean
 from nvfp4.rl.objectives.base import Defaults, Metrics, Plan
 from nvfp4.rl.objectives.rewarded import RewardedObjective
 from nvfp4.rl.samples import Samples, Scores, Totals
-from nvfp4.train.processes import float64_device
+from nvfp4.run.processes import float64_device
 
 OLD_MEAN = "mean_logprob"
 

@@ -33,7 +33,7 @@ from nvfp4.rl.rewards.filter import build_filter
 from nvfp4.rl.rewards.keeper import SLICE, Clock
 from nvfp4.rl.rewards.walls import ALL, FILTER, sufficient
 from nvfp4.rl.tasks.base import Verdict, checked
-from nvfp4.train.errors import TrainError
+from nvfp4.run.errors import TrainError
 
 _GRACE = 10.0  # seconds beyond its limit after which a worker is held to be stuck itself: it is not meant to happen
 _START = 60.0  # seconds for a worker to start, with what it imports

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nvfp4.train.errors import TrainError
+from nvfp4.run.errors import TrainError
 
 HELD_OUT = 1 / 8
 """Share of the problems, by hash, that training never sees when it asks for those that are not held out."""

@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 from nvfp4.rl.tasks.base import Problem, Task
-from nvfp4.train.corpus import find_files, standard_library_files
-from nvfp4.train.errors import TrainError
+from nvfp4.run.corpus import find_files, standard_library_files
+from nvfp4.run.errors import TrainError
 
 GAP = "____"
 LETTERS = "ABCDEFGHIJKLMNOP"

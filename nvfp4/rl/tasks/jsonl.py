@@ -36,8 +36,8 @@ import numpy as np
 from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, Tests, compile_reward, runs_text
 from nvfp4.rl.tasks.base import Problem, Task, Verdict
 from nvfp4.rl.tasks.digits import replace_digit
-from nvfp4.train.corpus import read_json
-from nvfp4.train.errors import TrainError
+from nvfp4.run.corpus import read_json
+from nvfp4.run.errors import TrainError
 
 KINDS = ("exact", "regex", "code", "python", "tests")
 FOREIGN = ("code", "python", "tests")  # what runs as code: a pattern is data, even where nothing can confine it

@@ -14,8 +14,8 @@ from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.digits import Parity, Reverse, Sort
 from nvfp4.rl.tasks.fill_in import FillIn
 from nvfp4.rl.tasks.jsonl import Jsonl
-from nvfp4.train.corpus import JSONL
-from nvfp4.train.errors import TrainError
+from nvfp4.run.corpus import JSONL
+from nvfp4.run.errors import TrainError
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Sort, Reverse, Parity, Addition, Modular, Countdown, FillIn)

@@ -1,0 +1,1 @@
+"""The compiled backends: C++ for processors, CUDA C++ for GPUs."""

@@ -1,0 +1,297 @@
+"""The native CPU backend: C++ kernels over raw memory, equal to the reference to the last bit.
+
+The kernels (``csrc/``) exist for AVX-512, AVX2 and portably; the best one the processor has is used. Threads follow
+``torch.get_num_threads()``. If the extension was not built, this backend says why and the reference takes over.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.native.extension import ELEMENTS, RULES, load
+from nvfp4.backends.reference import reference_matmul
+from nvfp4.numerics.formats import TILE_BLOCK
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import number
+from nvfp4.quantizers.base import METRICS, Options, Quantizer
+
+native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What the kernels exist for and this process may use, the best first: of "avx512", "avx2" and "portable".
+
+    The first is in use. Empty where the extension was not built.
+    """
+    return () if native is None else tuple(native.instruction_sets())
+
+
+def use_instruction_set(isa: str = "") -> None:
+    """Hold this process to an instruction set: from now on it behaves as if the processor had nothing better.
+
+    isa: "avx512", "avx2", "portable", or "" for the best there is again. It holds for our kernels, products
+    included; torch's own follow ``ATEN_CPU_CAPABILITY``. No result changes but the order in which products are summed.
+    ValueError: unknown or not on this processor. RuntimeError: the extension was not built.
+    """
+    if native is None:
+        raise RuntimeError(f"there are no native CPU kernels to hold to {isa!r}: {_MISSING}")
+    native.use(isa)
+
+
+def products() -> tuple[str, ...]:
+    """Instruction sets the native products are written for and this process may use, the fastest first.
+
+    avx512bf16 multiplies codes alone.
+    """
+    return () if native is None else tuple(native.product_sets())
+
+
+PAIRS = "avx512bf16"
+
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+"""What multiplies a dtype on x86-64, by the names ``torch.cpu.get_capabilities`` has for it; one is enough."""
+
+
+def emulated_dtypes() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes whose products torch emulates on this CPU; none where torch cannot tell, or off x86-64."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if found.get("architecture") != "x86_64":
+        return frozenset()
+    return frozenset(d for d, names in INSTRUCTIONS.items() if not any(found.get(name, False) for name in names))
+
+
+EMULATED = emulated_dtypes()
+"""Asked once; a compiled graph was made for what it holds."""
+
+
+def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
+    """Which dense product of ``dtype`` runs on this CPU, and why, in words."""
+    names = ", ".join(INSTRUCTIONS[dtype])
+    if dtype not in EMULATED:
+        return f"torch's: the processor has one of {names}, or torch does not say, or it is no x86-64"
+    kernel = next((name for name in products() if name != PAIRS), None)
+    ours = "torch's of float32 copies" if kernel is None else f"the native float32 kernel for {kernel}"
+    return f"{ours}: the processor has none of {names}, and torch would emulate them"
+
+
+class CpuBackend(Backend):
+    """isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force each)."""
+
+    name = "cpu"
+
+    def __init__(self, isa: str = "") -> None:
+        self.isa = isa
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the cpu, not on {device.type}"
+        return _MISSING
+
+    def refuses(
+        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+    ) -> str | None:
+        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
+            return f"it has no kernel for {quantizer.name}"
+        return None
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if x.numel() == 0:
+            return quantizer.quantize(x, options)
+        assert native is not None
+        x = _readable(x)
+        args, q, _scratch = self._prepare(_source(x), x.shape, quantizer, options)
+        native.quantize(args, self.isa)
+        return q
+
+    def quantize_with_amax(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
+    ) -> QTensor:
+        assert native is not None
+        x, amax = _readable(x), amax.contiguous()
+        args, q, _scratch = self._prepare(_source(x), x.shape, quantizer, options, amax)
+        native.quantize(args, self.isa)
+        return q
+
+    def quantize_both(
+        self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+    ) -> tuple[QTensor, QTensor]:
+        if x.numel() == 0:
+            return super().quantize_both(x, rows, columns)
+        assert native is not None
+        x = _readable(x)
+        # x^T is what a forward keeps: made first, it leaves no hole in the heap when the other one goes
+        down, q_columns, _scratch_columns = self._prepare(_source(x.t()), x.t().shape, *columns)
+        across, q_rows, _scratch_rows = self._prepare(_source(x), x.shape, *rows)
+        native.quantize_both(across, down, self.isa)
+        return q_rows, q_columns
+
+    def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if q.rotation is not None or q.codes.numel() == 0:
+            return super().requantize(q, quantizer, options)
+        assert native is not None
+        q = _contiguous(q)
+        source = native.Source(_matrix(q), q.contraction)
+        args, transposed, _scratch = self._prepare(source, (q.contraction, q.rows), quantizer, options)
+        native.quantize(args, self.isa)
+        return transposed
+
+    def _prepare(
+        self,
+        source: object,
+        shape: tuple[int, ...],
+        quantizer: Quantizer,
+        options: Options,
+        amax: torch.Tensor | None = None,
+    ) -> tuple[object, QTensor, torch.Tensor | None]:
+        """What the kernel is told, the result it will fill, and its scratch memory; that and amax must outlive the
+        call."""
+        assert native is not None
+        q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
+        scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
+        args = native.QuantizeArgs(
+            source,
+            _native_options(RULES[quantizer.name], options),
+            q.padded_contraction,
+            q.codes.data_ptr(),
+            q.block_scale.data_ptr(),
+            q.global_scale.data_ptr(),
+            0 if scratch is None else scratch.data_ptr(),
+            0 if amax is None else amax.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return args, q, scratch
+
+    def fingerprint(self, x: torch.Tensor) -> int | None:
+        if not x.is_contiguous() or x.numel() == 0:
+            return None
+        assert native is not None
+        return native.fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads(), self.isa)
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        if q.rotation is not None or dtype not in ELEMENTS or q.codes.numel() == 0:
+            return q.dequantize(dtype)
+        out = self._decode(q, q.contraction, dtype, with_global=True)
+        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
+        return out.view(*lead, q.contraction).movedim(-1, q.axis)
+
+    def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+        assert native is not None
+        q = _contiguous(q)
+        out = torch.empty(q.rows, columns, dtype=dtype, device="cpu")
+        matrix = _matrix(q, with_global)
+        native.decode(matrix, columns, ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
+        return out
+
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert native is not None
+        kernel = next((name for name in products() if self.isa in ("", name)), None)
+        if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
+            return self._emulated_matmul(a, b, out_dtype, bias)
+        a, b = _contiguous(a), _contiguous(b)
+        out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        pointer = 0 if bias is None else bias.data_ptr()
+        threads = torch.get_num_threads()
+        native.matmul(_matrix(a), _matrix(b), pointer, ELEMENTS[out_dtype], out.data_ptr(), threads, kernel)
+        return out
+
+    def _emulated_matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Without AVX2: torch's float32 GEMM of decoded operands, as in the reference."""
+        if a.codes.numel() == 0 or b.codes.numel() == 0:
+            return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+        left, right = (self._decode(q, q.padded_contraction, torch.float32, with_global=False) for q in (a, b))
+        return reference_matmul(left, right, a, b, out_dtype, bias)
+
+
+def dense_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, isa: str = ""
+) -> torch.Tensor:
+    """a b^T + bias [M, N] of a [M, K], b [N, K] in float32, bfloat16 or float16: summed in float32, rounded once.
+
+    bias: [N] or None, added in float32. isa: as for ``CpuBackend``. Without a kernel torch multiplies float32 copies.
+    """
+    (rows, depth), columns = a.shape, b.shape[0]
+    kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
+    if kernel is None or rows == 0 or columns == 0 or depth == 0:
+        with torch.autocast("cpu", enabled=False):  # it would round the sums before the bias is added
+            y = a.to(torch.float32) @ b.to(torch.float32).t()
+        return (y if bias is None else y.add_(bias)).to(dtype)
+    a, b = _readable(a), _readable(b)
+    out = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    native.dense_matmul(  # type: ignore[union-attr]
+        a.data_ptr(),
+        ELEMENTS[a.dtype],
+        *a.stride(),
+        b.data_ptr(),
+        ELEMENTS[b.dtype],
+        *b.stride(),
+        rows,
+        columns,
+        depth,
+        0 if bias is None else bias.data_ptr(),
+        ELEMENTS[dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+        kernel,
+    )
+    return out
+
+
+def _contiguous(q: QTensor) -> QTensor:
+    """q over plain memory; whoever takes pointers from it has to keep it alive."""
+    if all(t.is_contiguous() for t in q.tensors):
+        return q
+    codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
+    return QTensor(codes, block_scale, global_scale, *q.record)
+
+
+def _matrix(q: QTensor, with_global: bool = True) -> object:
+    """What the kernels are told of q, which must be ``_contiguous``."""
+    assert native is not None
+    return native.CodeMatrix(
+        q.codes.data_ptr(),
+        q.block_scale.data_ptr(),
+        q.global_scale.data_ptr() if with_global else 0,
+        q.rows,
+        q.codes.shape[1],
+        q.block_scale.shape[1],
+        q.block[0],
+        q.row_scaled,
+    )
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it alive."""
+    if 1 in x.stride():
+        return x
+    return x.reshape(-1).as_strided((1, 1), (1, 1)) if x.numel() == 1 else x.contiguous()  # one element always is
+
+
+def _source(x: torch.Tensor) -> object:
+    assert native is not None
+    return native.Source(x.data_ptr(), ELEMENTS[x.dtype], *x.shape, *x.stride())
+
+
+def _native_options(rule: int, options: Options) -> object:
+    assert native is not None
+    rotation = options.rotation or Rotation(16, fixed=True)
+    return native.Options(
+        rule,
+        METRICS.index(options.metric),
+        options.block == TILE_BLOCK,
+        options.row_scaled,
+        options.search,
+        number(options.seed),
+        0 if options.rotation is None else rotation.group,
+        rotation.rounds,
+        number(rotation.sign_seed),
+        rotation.fixed,
+    )

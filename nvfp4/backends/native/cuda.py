@@ -1,0 +1,266 @@
+"""The CUDA backend: C++ kernels for Hopper and Blackwell over raw memory, equal to the reference to the last bit.
+
+The kernels (``csrc/cuda/``) share their arithmetic with the CPU's. A gradient is read once for both of its
+orientations, a forward operand is quantised again from its codes. Nothing here waits for the device, so everything can
+be captured in a CUDA graph; launches go to the current stream. If the extension was not built, this backend says why.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.native.cuda_targets import MISSING_FILE
+from nvfp4.backends.native.extension import ELEMENTS, RULES, load
+from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
+from nvfp4.numerics.layout import swizzled_bytes
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import DeviceSeed, Seed
+from nvfp4.quantizers.base import METRICS, Options, Quantizer
+
+_native, _MISSING = load("nvfp4._cuda", "CUDA", "nvcc on PATH and NVFP4_CUDA=1")
+
+
+def why_not_built(folder: Path) -> str:
+    """What setup.py wrote beside the package in ``folder`` when it did not build the extension, as an addition."""
+    try:
+        return f" (when it was installed, {(folder / MISSING_FILE).read_text().strip()})"
+    except OSError:
+        return ""
+
+
+if _MISSING is not None:
+    _MISSING += why_not_built(Path(__file__).parents[2])
+
+
+class CudaBackend(Backend):
+    """native: the extension module, or one that runs the same kernels on the processor (tests)."""
+
+    name = "cuda"
+    operations = ("quantize", "dequantize")
+
+    def __init__(self, native: ModuleType | None = _native) -> None:
+        self.native = native
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on cuda, not on {device.type}"
+        if self.native is None:
+            return _MISSING
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "there is no NVIDIA GPU that torch can use"
+        major, minor = torch.cuda.get_device_capability(device)
+        if 100 * major + 10 * minor not in self.native.architectures():
+            return f"{self.built()}, this GPU is sm_{major}{minor}"
+        return None
+
+    def built(self) -> str:
+        """What the extension was built for, or why there is none; needs no GPU."""
+        if self.native is None:
+            return str(_MISSING)
+        return f"it was built for {', '.join(f'sm_{number // 10}' for number in self.native.architectures())}"
+
+    def refuses(
+        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+    ) -> str | None:
+        if operation not in self.operations:
+            return "it quantises and decodes alone"
+        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
+            return f"it has no kernel for {quantizer.name}"
+        if options is not None and options.block == TILE_BLOCK and options.rotation is not None:
+            group = options.rotation.group
+            if group > NVFP4.block_size:
+                return f"it has no kernel that rotates 16x16 blocks in groups of {group}"
+        return None
+
+    def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if x.numel() == 0:
+            return quantizer.quantize(x, options)
+        target = _Target(self._module, tuple(x.shape), quantizer, options, x.device)
+        return self._quantize(x, target)
+
+    def quantize_swizzled(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options
+    ) -> tuple[QTensor, torch.Tensor]:
+        """``quantize``, and its block scales, one a row, in the layout of ``layout.swizzle``; x may not be empty."""
+        target = _Target(self._module, tuple(x.shape), quantizer, options, x.device, swizzled=True)
+        q = self._quantize(x, target)
+        assert target.swizzled is not None
+        return q, target.swizzled
+
+    def quantize_with_amax(
+        self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
+    ) -> QTensor:
+        """``quantize`` scaled by ``amax``, float32 [1] on the device of x, or [M] when row-scaled, instead of by its
+        own; no magnitude of x may exceed it. x may not be empty; not for ms_eden."""
+        return self._quantize(x, _Target(self._module, tuple(x.shape), quantizer, options, x.device, amax=amax))
+
+    def quantize_both(
+        self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+    ) -> tuple[QTensor, QTensor]:
+        if x.numel() == 0:
+            return super().quantize_both(x, rows, columns)
+        across = _Target(self._module, tuple(x.shape), *rows, x.device)
+        down = _Target(self._module, tuple(x.t().shape), *columns, x.device)
+        matrix, transposed, _kept = self._matrix(x)
+        first, second = (down, across) if transposed else (across, down)
+        with _on(x.device) as place:
+            self._module.quantize_both(matrix, first.operand, second.operand, *place)
+        return across.q, down.q
+
+    def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
+            return super().requantize(q, quantizer, options)
+        target = _Target(self._module, (q.contraction, q.rows), quantizer, options, q.device)
+        q = _contiguous(q)
+        matrix = self._module.Matrix(self._codes(q), q.contraction)
+        with _on(q.device) as place:
+            self._module.quantize(matrix, target.operand, True, *place)
+        return target.q
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        if q.rotation is not None or dtype not in ELEMENTS or q.codes.numel() == 0:
+            return q.dequantize(dtype)
+        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
+        out = self._decode(q, q.contraction, dtype, with_global=True)
+        return out.view(*lead, q.contraction).movedim(-1, q.axis)
+
+    def decode_blocks(self, q: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32 alike."""
+        return self._decode(q, q.padded_contraction, dtype, with_global=False)
+
+    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError("the CUDA backend has no GEMM: registry.select never chooses it for one")
+
+    @property
+    def _module(self) -> ModuleType:
+        assert self.native is not None
+        return self.native
+
+    def _quantize(self, x: torch.Tensor, target: _Target) -> QTensor:
+        matrix, transposed, _kept = self._matrix(x)
+        with _on(x.device) as place:
+            self._module.quantize(matrix, target.operand, transposed, *place)
+        return target.q
+
+    def _matrix(self, x: torch.Tensor) -> tuple[object, bool, torch.Tensor]:
+        """What the kernels are told of x or, with True, of x^T, whose rows are contiguous; and what has to live on."""
+        transposed = x.stride(0) == 1 and x.shape[0] > 1 and x.stride(1) != 1
+        y = x.t() if transposed else x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        return self._module.Matrix(y.data_ptr(), ELEMENTS[y.dtype], *y.shape, y.stride(0)), transposed, y
+
+    def _codes(self, q: QTensor, with_global: bool = True) -> object:
+        return self._module.CodeMatrix(
+            q.codes.data_ptr(),
+            q.block_scale.data_ptr(),
+            q.global_scale.data_ptr() if with_global else 0,
+            q.rows,
+            q.codes.shape[1],
+            q.block_scale.shape[1],
+            q.block[0],
+            q.row_scaled,
+        )
+
+    def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+        q = _contiguous(q)
+        out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
+        with _on(q.device) as place:
+            self._module.decode(self._codes(q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), *place)
+        return out
+
+
+class _Target:
+    """The result a kernel fills, what it is told of it, and the scratch memory that has to outlive the launch."""
+
+    def __init__(
+        self,
+        native: ModuleType,
+        shape: tuple[int, ...],
+        quantizer: Quantizer,
+        options: Options,
+        device: torch.device,
+        *,
+        swizzled: bool = False,
+        amax: torch.Tensor | None = None,
+    ) -> None:
+        self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
+        scales = self.q.block_scale.shape
+        if amax is None:
+            self.peak = torch.empty(self.q.global_scale.shape, dtype=torch.float32, device=device)
+        else:
+            self.peak = amax.contiguous()
+        self.lengths = torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
+        self.swizzled = (
+            torch.empty(
+                swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size),
+                dtype=torch.uint8,
+                device=device,
+            )
+            if swizzled
+            else None
+        )
+        self.operand = native.Operand(
+            _native_options(native, quantizer, options),
+            self.q.rows,
+            self.q.padded_contraction,
+            *(tensor.data_ptr() for tensor in self.q.tensors),
+            self.peak.data_ptr(),
+            amax is not None,
+            0 if self.lengths is None else self.lengths.data_ptr(),
+            0 if self.swizzled is None else self.swizzled.data_ptr(),
+        )
+
+
+def _native_options(native: ModuleType, quantizer: Quantizer, options: Options) -> object:
+    rotation = options.rotation
+    return native.Options(
+        RULES[quantizer.name],
+        METRICS.index(options.metric),
+        options.block == TILE_BLOCK,
+        options.row_scaled,
+        options.search,
+        0 if rotation is None else rotation.group,
+        1 if rotation is None else rotation.rounds,
+        rotation is not None and rotation.fixed,
+        _native_seed(native, options.seed),
+        _native_seed(native, None if rotation is None else rotation.sign_seed),
+    )
+
+
+def _native_seed(native: ModuleType, seed: Seed | None) -> object:
+    """A seed as the kernels take it: a number, or where on the device it lies."""
+    return native.Seed(0, seed.bits.data_ptr()) if isinstance(seed, DeviceSeed) else native.Seed(seed or 0, 0)
+
+
+def _contiguous(q: QTensor) -> QTensor:
+    """q over plain memory; whoever takes pointers from it has to keep it alive."""
+    codes, block_scale, global_scale = (tensor.contiguous() for tensor in q.tensors)
+    return QTensor(codes, block_scale, global_scale, *q.record)
+
+
+Place = tuple[int, int]
+"""Where kernels are launched: the number of the device, and the address of its current stream."""
+
+
+def _on(device: torch.device) -> AbstractContextManager[Place]:
+    """``device`` as the current one, where kernels are launched, and its current stream."""
+    return _Current(device) if device.type == "cuda" else nullcontext((0, 0))
+
+
+class _Current(AbstractContextManager[Place]):
+    """The device as torch's current one; entering returns where to launch, which the module also makes its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.cuda.device(device)
+        self.place = self.device.idx, torch.cuda.current_stream(device).cuda_stream
+
+    def __enter__(self) -> Place:
+        self.device.__enter__()
+        return self.place
+
+    def __exit__(self, *error: object) -> None:
+        self.device.__exit__(*error)

@@ -1,0 +1,209 @@
+"""decode(a) @ decode(b)^T of two QTensors on a GPU through Triton: which tile, the launch, what to compile ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nvfp4.backends.triton.arithmetic import INTERPRETED
+from nvfp4.backends.triton.gemm.kernels import gemm_kernel
+from nvfp4.backends.triton.launch import launch, version
+from nvfp4.backends.triton.variants import KernelVariant
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.qtensor import QTensor
+
+BALANCE = {"tcgen05": 128, "mma_fp4": 16, "wgmma": 16, "mma": 8}
+"""Products a multiprocessor makes in the time that half a byte, one code, takes from L2 at 64 bytes a clock: 16 k
+(B200: 9 PFLOP/s / 2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in FP16: the same), 1 k."""
+
+GROUP = 8
+"""Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk reads 65."""
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes, [m, n] with steps of k along the contraction, and with how much."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+TILES: dict[str, tuple[Tile, ...]] = {
+    # 128 rows always: with 64, Triton 3.9 leaves FP4 and multiplies in FP16
+    "tcgen05": (Tile(128, 256, 256, 8, 3), Tile(128, 128, 256, 8, 4), Tile(128, 64, 256, 4, 4)),
+    "mma_fp4": (Tile(128, 128, 128, 8, 4), Tile(64, 128, 128, 4, 4), Tile(16, 128, 256, 4, 4)),
+    # 128 registers, so that two programs fit: one decodes while the other multiplies
+    "wgmma": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    # 4 warps: with 8, each decodes more of what its neighbours decode too (2376 instead of 1386 issues a step)
+    "mma": (Tile(128, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
+}
+"""The largest tiles that ptxas compiles without spilling (benchmarks/results/aot.json), smaller ones for fewer rows.
+Chosen by what they compile to: none has been timed on a GPU."""
+
+INSTRUCTIONS = {
+    "tcgen05": r"tcgen05\.mma\S*kind::mxf4nvf4\S*(block16|scale_vec::4X)",  # two names of the same, up to 3.7 and after
+    "mma_fp4": r"mma\.sync\S*kind::mxf4nvf4\S*scale_vec::4X\S*ue4m3",
+    "wgmma": r"wgmma\.mma_async\S*f32\.f16\.f16",
+    "tcgen05 decoded": r"tcgen05\.mma\S*kind::f16",
+    "mma": r"mma\.sync\S*f32\.f16\.f16\.f32",
+}
+"""The tensor core instruction of each family, as PTX writes it."""
+
+
+def family(capability: int, native: bool = True) -> str:
+    """The kind of tensor core that a card of this compute capability (90, 120, ...) is programmed for, of ``TILES``.
+
+    Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false. On 121 Triton 3.6
+    cannot compile it (its passes fail; 3.9.0's do not), so there codes are decoded until 3.9.
+    """
+    if native and capability in (100, 103):
+        return "tcgen05"
+    if native and (capability == 120 or (capability == 121 and version() >= (3, 9))):
+        return "mma_fp4"
+    return "wgmma" if capability == 90 else "mma"
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, residual: bool = False) -> Tile:
+    """The tile whose waves over the card cost least: full waves of one tile a multiprocessor, each as long as its tile.
+
+    A tile takes as long as its products, m * n, and reading its operands from L2, ``BALANCE`` * (m + n); the sum, for
+    they overlap in part. With a residual, none of 256 columns: its epilogue would spill (288 bytes a thread on sm_100).
+    """
+
+    def cost(tile: Tile) -> int:
+        tiles = -(-rows // tile.m) * -(-columns // tile.n)
+        return -(-tiles // multiprocessors) * (tile.m * tile.n + BALANCE[kind] * (tile.m + tile.n))
+
+    return min((tile for tile in TILES[kind] if tile.n < 256 or not residual), key=cost)
+
+
+@lru_cache(maxsize=64)
+def _device(device: torch.device) -> tuple[str, int]:
+    """(family, multiprocessors); on a CPU, where only Triton's interpreter runs, the smallest."""
+    if device.type != "cuda":
+        return "mma", 1
+    major, minor = torch.cuda.get_device_capability(device)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return family(10 * major + minor), count
+
+
+def tensor_cores(device: torch.device) -> str:
+    """The family of a device."""
+    return _device(device)[0]
+
+
+def gemm(
+    a: QTensor,
+    b: QTensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+    native: bool | None = None,
+) -> torch.Tensor:
+    """decode(a) @ decode(b)^T [a.rows, b.rows]: fl(fl(acc * a.global_scale) * b.global_scale), acc in float32.
+
+    bias [b.rows] and then residual [a.rows, b.rows] (any float dtype) are added in float32, then there is one cast to
+    ``out_dtype`` (float32, float16, bfloat16). tile, native: override what the device suggests. A NaN global scale
+    makes its output NaN. Raises ValueError for other dtypes or shapes that do not fit.
+    """
+    _check(a, b, out_dtype, bias, residual)
+    kind, multiprocessors = _device(a.device)
+    # the interpreter's casts to BF16 truncate
+    out = torch.empty(a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device)
+    if out.numel() == 0:
+        return out.to(out_dtype)
+    if tile is None:
+        tile = choose_tile(a.rows, b.rows, kind, multiprocessors, residual is not None)
+    if native is None:
+        native = kind in ("tcgen05", "mma_fp4")
+    tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias, residual)]
+    arguments = (*tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size)
+    scaling = (a.block[0], b.block[0], a.row_scaled, b.row_scaled)
+    constants = (*scaling, native, tile.m, tile.n, tile.k, GROUP)
+    programs = -(-a.rows // tile.m) * -(-b.rows // tile.n)
+    with torch.cuda.device_of(a.codes):
+        launch(gemm_kernel, programs, arguments, constants, warps=tile.warps, stages=tile.stages)
+    return out.to(out_dtype)
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    """t contiguous and at an address of whole words, as the kernel reads codes; a view of a file may begin anywhere."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _check(
+    a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    if out_dtype not in TYPES:
+        raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    if a.padded_contraction != b.padded_contraction:
+        raise ValueError(f"a contracts {a.padded_contraction} columns and b {b.padded_contraction}; they must be equal")
+    for name, tensor, shape in (("bias", bias, (b.rows,)), ("residual", residual, (a.rows, b.rows))):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
+    """What to compile for a card: every tile as training uses it, and the largest with every other option.
+
+    few: the largest tile and one with all options only.
+    """
+    kind = family(capability)
+    plain = [_variant(kind, tile) for tile in TILES[kind]]
+    rich = _variant(kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, extras=True)
+    if few:
+        return [plain[0], rich]
+    widest = choose_tile(8192, 8192, kind, multiprocessors=1, residual=True)
+    options = [
+        _variant(kind, TILES[kind][0], torch.float16, by_row=True),
+        _variant(kind, widest, torch.float32, tall=NVFP4.block_size, extras=True),
+    ]
+    other = family(capability, native=False)
+    decoded = [] if other == kind else [_variant(other, tile) for tile in TILES[other][:1]]
+    if kind == "tcgen05":
+        decoded = [replace(variant, instruction=INSTRUCTIONS["tcgen05 decoded"]) for variant in decoded]
+    return [*plain, *options, rich, *decoded]
+
+
+def _variant(
+    kind: str,
+    tile: Tile,
+    out: torch.dtype = torch.bfloat16,
+    tall: int = 1,
+    by_row: bool = False,
+    extras: bool = False,
+) -> KernelVariant:
+    """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; extras: bias and residual."""
+    types = dict.fromkeys(("a_codes", "a_scale", "b_codes", "b_scale"), "*u8")
+    types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{TYPES[out]}"}
+    types |= dict.fromkeys(("M", "N", "blocks"), "i32")
+    constants: dict[str, Any] = {
+        "A_TALL": 1,
+        "B_TALL": tall,
+        "A_ROWS": by_row,
+        "B_ROWS": False,
+        "NATIVE": kind in ("tcgen05", "mma_fp4"),
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "GROUP": GROUP,
+    }
+    if extras:
+        types |= {"bias": "*bf16", "residual": "*bf16"}
+    else:
+        constants |= {"bias": None, "residual": None}
+    traits = {TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "add": extras}
+    name = " ".join([f"gemm {kind} {tile.m}x{tile.n}x{tile.k}", *(trait for trait, has in traits.items() if has)])
+    return KernelVariant(name, gemm_kernel, types, constants, tile.warps, tile.stages, INSTRUCTIONS[kind])

@@ -1,0 +1,1 @@
+"""Kernels that quantise, and decode what was quantised."""

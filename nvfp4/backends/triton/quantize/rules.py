@@ -1,0 +1,260 @@
+"""The quantisers as rules on blocks: twin of ``quantizers/*.py``, where the formulas and their sources stand.
+
+A rule sees blocks [m, rows, k, 16] (rows is 1, or 16 for tiles) and one amax a block [m, k].
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from nvfp4.backends.triton.arithmetic import (
+    E2M1,
+    E4M3,
+    FLOAT32_MAX,
+    SIXTH,
+    converted_value,
+    decode,
+    from_bits,
+    guarded_reciprocal,
+    magnitude_bits,
+    nearest,
+    over_elements,
+    product,
+    reciprocal,
+    stochastic,
+    tree_sum,
+    up,
+)
+from nvfp4.numerics.formats import E4M3 as _E4M3
+from nvfp4.numerics.formats import SEARCH_CAP
+from nvfp4.numerics.hadamard import Rotation, round_scale
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.quantizers.ms_eden import SEARCH_FACTORS, element_scale
+from nvfp4.quantizers.ms_eden import SMALLEST_AMAX as _SMALLEST_AMAX
+from nvfp4.quantizers.scale_search import BYTE_STEPS as _BYTE_STEPS
+
+RULES = {"rtn": "rtn", "rtn_2d": "rtn", **{n: n for n in ("sr", "sr_te", "four_over_six", "scale_search", "ms_eden")}}
+"""The rule of each quantiser that has one here."""
+SMALLEST_AMAX = tl.constexpr(_SMALLEST_AMAX)
+BYTE_STEPS = tl.constexpr(_BYTE_STEPS)
+STEP_COUNT = tl.constexpr(len(_BYTE_STEPS))
+FACTOR_COUNT = tl.constexpr(len(SEARCH_FACTORS))
+SEARCHES = ("four_over_six", "scale_search")
+"""The rules that compare scales; their cap leaves room to enlarge one."""
+ELEMENT_SCALES = tl.constexpr(tuple(element_scale(factor) for factor in SEARCH_FACTORS))
+
+
+@triton.constexpr_function
+def cap(rule: str) -> float:
+    """The largest block scale a rule aims at."""
+    return SEARCH_CAP if rule in SEARCHES else _E4M3.max
+
+
+@triton.constexpr_function
+def scaled_by_amax(rule: str) -> bool:
+    """Whether a rule has to know the amax first; ms_eden finds its range afterwards."""
+    return rule != "ms_eden"
+
+
+class Policy(NamedTuple):
+    """What a kernel is compiled for.
+
+    tile: rows of a block. round_scales: the scale of each round of the rotation (none: no rotation). fixed: NVIDIA's
+    rotation. converts: whether the card rounds to E2M1 by itself (sm_100 and later), to the same bits. The rest as in
+    ``Options``.
+    """
+
+    rule: str
+    tile: int = 1
+    row_scaled: bool = False
+    metric: str = "mse"
+    search: bool = False
+    group: int = 16
+    round_scales: tuple[float, ...] = ()
+    fixed: bool = False
+    converts: bool = False
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, options: Options, converts: bool = False) -> "Policy":
+        """The policy of a quantiser under these options."""
+        rotation = options.rotation or Rotation(16, fixed=True)
+        rounds = rotation.rounds if options.rotation is not None else 0
+        scales = tuple(round_scale(i, rounds, rotation.group) for i in range(rounds))
+        return cls(
+            RULES[quantizer.name],
+            options.block[0],
+            options.row_scaled,
+            options.metric,
+            options.search,
+            rotation.group,
+            scales,
+            rounds > 0 and rotation.fixed,
+            converts,
+        )
+
+
+class Tile(NamedTuple):
+    """What one program computes, [rows, columns], and how it reads them.
+
+    down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that stay together; pieces:
+    how many such runs, one after the other along a row, a thread holds (1: as the compiler likes).
+    """
+
+    rows: int
+    columns: int
+    down: bool
+    run: int
+    pieces: int
+    warps: int
+
+
+class Coded(NamedTuple):
+    """How a source that is codes is scaled. tile: rows of a block."""
+
+    tile: int
+    row_scaled: bool
+
+    @classmethod
+    def of(cls, q: QTensor) -> "Coded":
+        """The scaling of q."""
+        return cls(q.block[0], q.row_scaled)
+
+
+@triton.jit
+def base_scale(amax, encode):
+    """fl(amax * fl(S * fl(1/6))), at most FLT_MAX."""
+    return tl.minimum(amax * (encode * SIXTH), FLOAT32_MAX)
+
+
+@triton.jit
+def signed(code, x):
+    """A magnitude's code with the sign of x."""
+    return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def clamped(x):
+    """min(|x|, 6)."""
+    return tl.minimum(from_bits(magnitude_bits(x)), E2M1[2])
+
+
+@triton.jit
+def nearest_codes(x, P: tl.constexpr):
+    """Signed codes of x rounded to nearest; x itself where ``store_codes`` will have the hardware round it."""
+    if P.converts:
+        return x
+    else:
+        code, _ = nearest(clamped(x), E2M1)
+        return signed(code, x)
+
+
+@triton.jit
+def nearest_value(a, P: tl.constexpr):
+    """Grid value nearest to a >= 0, at most 6."""
+    if P.converts:
+        return converted_value(a)
+    else:
+        _, value = nearest(tl.minimum(a, E2M1[2]), E2M1)
+        return value
+
+
+@triton.jit
+def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
+    """rtn, sr, sr_te: (codes, scale bytes)."""
+    base = tl.minimum(base_scale(amax, encode), E4M3[2])
+    if P.rule == "sr":
+        byte = up(base, E4M3)
+    else:
+        byte, _ = nearest(base, E4M3)
+    multiplier = tl.minimum(reciprocal(decode(byte, E4M3) * global_scale), FLOAT32_MAX)
+    scaled = x * over_elements(multiplier)
+    if P.rule == "rtn":
+        return nearest_codes(scaled, P), byte
+    else:
+        return signed(stochastic(clamped(scaled), noise, E2M1), scaled), byte
+
+
+@triton.jit
+def candidate_error(scaled, scale, P: tl.constexpr):
+    """Error [m, k] of blocks |x| S on a candidate scale."""
+    value = nearest_value(scaled * over_elements(guarded_reciprocal(scale)), P)
+    error = scaled - product(value, over_elements(scale))
+    if P.metric == "mse":
+        return tree_sum(product(error, error))
+    elif P.metric == "mae":
+        return tree_sum(from_bits(magnitude_bits(error)))
+    else:
+        return from_bits(tl.max(tl.max(magnitude_bits(error), axis=3), axis=1))
+
+
+@triton.jit
+def searched(x, amax, encode, P: tl.constexpr):
+    """four_over_six, scale_search: (codes, scale bytes) on the scale of smallest error, the first of equals."""
+    scaled = x * over_elements(encode)
+    size = from_bits(magnitude_bits(scaled))
+    base = base_scale(amax, encode)
+    first, value = nearest(tl.minimum(base, E4M3[2]), E4M3)
+    best, best_error = first, candidate_error(size, value, P)
+    if P.rule == "four_over_six":
+        byte, value = nearest(tl.minimum(1.5 * base, E4M3[2]), E4M3)
+        error = candidate_error(size, value, P)
+        best = tl.where(error < best_error, byte, best)
+    else:
+        for step in tl.static_range(STEP_COUNT):
+            moved = tl.minimum(tl.maximum(first + BYTE_STEPS[step], 1), 126)
+            byte = tl.where(first == 0, 0, moved)
+            error = candidate_error(size, decode(byte, E4M3), P)
+            best = tl.where(error < best_error, byte, best)
+            best_error = tl.where(error < best_error, error, best_error)
+    return nearest_codes(scaled * over_elements(guarded_reciprocal(decode(best, E4M3))), P), best
+
+
+@triton.jit
+def element_scale_of(k):
+    """(c, fl(1 / c)) of factor number k, which only a loop that is not unrolled knows."""
+    c, inverse = ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1]
+    for j in tl.static_range(1, FACTOR_COUNT):
+        c = tl.where(k == j, ELEMENT_SCALES[j][0], c)
+        inverse = tl.where(k == j, ELEMENT_SCALES[j][1], inverse)
+    return c, inverse
+
+
+@triton.jit
+def candidate_length(size, c, inverse, P: tl.constexpr):
+    """t = fl(fl(<v, v> / <v, q>) fl(1 / c)) of blocks |z| that c scales to the elements."""
+    v = size * c
+    q = nearest_value(v, P)
+    numerator, denominator = tree_sum(product(v, v)), tree_sum(product(v, q))
+    correction = tl.where(denominator == 0.0, 1.0, tl.math.div_rn(numerator, denominator))
+    return correction * inverse
+
+
+@triton.jit
+def length_error(size, length, c, P: tl.constexpr):
+    """Sum of (|z| - q t)^2 of blocks |z| that c scales to the elements."""
+    q = nearest_value(size * c, P)
+    error = size - product(q, over_elements(length))
+    return tree_sum(product(error, error))
+
+
+@triton.jit
+def ms_eden(y, amax, P: tl.constexpr):
+    """(codes, block scales r as float32) of rotated blocks."""
+    amax = tl.where(amax < SMALLEST_AMAX, 0.0, amax)
+    unit = y * over_elements(guarded_reciprocal(amax))
+    size = from_bits(magnitude_bits(unit))
+    best_length = candidate_length(size, ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1], P)
+    best_scale = tl.full(amax.shape, ELEMENT_SCALES[0][0], tl.float32)
+    if P.search:
+        best_error = length_error(size, best_length, ELEMENT_SCALES[0][0], P)
+        for k in tl.range(1, FACTOR_COUNT):  # unrolled, it needs more registers than there are
+            c, inverse = element_scale_of(k)
+            length = candidate_length(size, c, inverse, P)
+            error = length_error(size, length, c, P)
+            better = error < best_error
+            best_scale = tl.where(better, c, best_scale)
+            best_length = tl.where(better, length, best_length)
+            best_error = tl.where(better, error, best_error)
+    return nearest_codes(unit * over_elements(best_scale), P), amax * best_length

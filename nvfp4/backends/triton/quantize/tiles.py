@@ -1,0 +1,305 @@
+"""How tiles come in and go out: dense or coded sources, the rotation, codes and scales. A tile is [R, C] of an operand.
+
+Offsets are int64 throughout: a tensor may hold more than 2^31 elements.
+"""
+
+import triton
+import triton.language as tl
+
+from nvfp4.backends.triton.arithmetic import (
+    bits,
+    decode_element,
+    decode_scale,
+    from_bits,
+    log2,
+    philox,
+    round_to_bf16,
+    uniforms,
+)
+from nvfp4.numerics.hadamard import NVIDIA_SIGNS
+from nvfp4.numerics.rng import ELEMENT_STREAM as _ELEMENT_STREAM
+from nvfp4.numerics.rng import SIGN_STREAM as _SIGN_STREAM
+
+ELEMENT_STREAM = tl.constexpr(_ELEMENT_STREAM)
+SIGN_STREAM = tl.constexpr(_SIGN_STREAM)
+FIXED_SIGNS = tl.constexpr(sum(1 << j for j, sign in enumerate(NVIDIA_SIGNS) if sign < 0))
+"""NVIDIA's signs, one bit each: set means minus."""
+
+
+@triton.jit
+def positions(tile, COUNT: tl.constexpr):
+    """int64 indices of the rows (or columns) of tile number ``tile``."""
+    return tile.to(tl.int64) * COUNT + tl.arange(0, COUNT)
+
+
+@triton.jit
+def load_rows(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr):
+    """Tile [R, C] of a matrix whose rows are contiguous in memory, zero outside of it.
+
+    Read in the order [pieces, R, C / (pieces run), run]: threads are dealt from the last axis to the first, so that the
+    pieces of what a thread reads at once stay in it, and sums over them need no shuffle.
+    """
+    OUTER: tl.constexpr = T.columns // (T.pieces * T.run)
+    row = positions(row_tile, T.rows)[None, :, None, None]
+    piece = positions(column_tile, OUTER)[None, :] * T.pieces + tl.arange(0, T.pieces)[:, None]
+    column = (piece * T.run)[:, None, :, None] + tl.arange(0, T.run)[None, None, None, :]
+    pointers = x + row * stride_row + column * stride_column
+    values = tl.load(pointers, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
+    return tl.reshape(tl.permute(values, (1, 2, 0, 3)), (T.rows, T.columns))
+
+
+@triton.jit
+def runs(tile, COUNT: tl.constexpr, RUN: tl.constexpr):
+    """Indices of tile number ``tile`` of COUNT as [1, COUNT/run, run]."""
+    return (positions(tile, COUNT // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :])[None, :, :]
+
+
+@triton.jit
+def block_starts(column_tile, COUNT: tl.constexpr):
+    """First column of each block of tile number ``column_tile`` of COUNT columns, [COUNT/16, 1, 1]."""
+    return (positions(column_tile, COUNT // 16) * 16)[:, None, None]
+
+
+@triton.jit
+def load_column(lines, inside, column, columns, stride, TILE: tl.constexpr):
+    """What ``lines`` point to, moved on to a column, zero outside of ``columns``; TILE columns lie on each other."""
+    return tl.load(lines + column // TILE * stride, mask=inside & (column < columns), other=0)
+
+
+@triton.jit
+def load_two(lines, inside, column, columns, stride, TILE: tl.constexpr):
+    """Columns 0 and 8 from ``column`` on, along a last axis."""
+    one = load_column(lines, inside, column, columns, stride, TILE)
+    return tl.join(one, load_column(lines, inside, column + 8, columns, stride, TILE))
+
+
+@triton.jit
+def load_four(lines, inside, column, columns, stride, TILE: tl.constexpr):
+    """Columns 0, 4, 8 and 12 from ``column`` on, along two last axes."""
+    two = load_two(lines, inside, column, columns, stride, TILE)
+    return tl.join(two, load_two(lines, inside, column + 4, columns, stride, TILE))
+
+
+@triton.jit
+def load_eight(lines, inside, column, columns, stride, TILE: tl.constexpr):
+    """Every second column of a block, along three last axes."""
+    four = load_four(lines, inside, column, columns, stride, TILE)
+    return tl.join(four, load_four(lines, inside, column + 2, columns, stride, TILE))
+
+
+@triton.jit
+def load_blocks(lines, inside, column, columns, stride, TILE: tl.constexpr):
+    """Blocks of 16 columns [C/16, n, 16] from the columns where they start [C/16, 1, 1] and lines [1, n/run, run].
+
+    Where memory runs down the columns, a thread reads ``run`` neighbours at once. Sixteen loads, joined, leave the
+    whole block in the thread, whatever order of axes the compiler would have dealt one load in.
+    """
+    even = load_eight(lines, inside, column, columns, stride, TILE)
+    blocks = tl.join(even, load_eight(lines, inside, column + 1, columns, stride, TILE))
+    return tl.reshape(blocks, (column.shape[0], lines.shape[1] * lines.shape[2], 16))
+
+
+@triton.jit
+def load_columns(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr):
+    """``load_rows`` for a matrix whose columns are contiguous in memory."""
+    row = runs(row_tile, T.rows, T.run)
+    start = block_starts(column_tile, T.columns)
+    blocks = load_blocks(x + row * stride_row, row < rows, start, columns, stride_column, 1).to(tl.float32)
+    return tl.reshape(tl.permute(blocks, (1, 0, 2)), (T.rows, T.columns))
+
+
+@triton.jit
+def load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr):
+    """Tile [R, C] of a strided matrix as float32, zero outside of it."""
+    if T.down:
+        return load_columns(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T)
+    else:
+        return load_rows(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T)
+
+
+@triton.jit
+def unpack(packed):
+    """Values of the codes in bytes [..., n], [..., n, 2]."""
+    packed = packed.to(tl.int32)
+    return tl.join(decode_element(packed & 15), decode_element(packed >> 4))
+
+
+@triton.jit
+def load_scales(block_scale, row, block, rows, row_blocks, TILE: tl.constexpr):
+    """Values of the block scales of rows of codes and blocks of columns (indices that broadcast), 0 outside."""
+    pointers = block_scale + (row // TILE) * row_blocks + block
+    return decode_scale(tl.load(pointers, mask=(row < rows) & (block < row_blocks), other=0))
+
+
+@triton.jit
+def decode_tile(codes, block_scale, row, column_tile, rows, row_bytes, TILE: tl.constexpr, C: tl.constexpr):
+    """e2m1 * block_scale of a tile [R, C] of a coded matrix, zero outside; exact."""
+    R: tl.constexpr = row.shape[0]
+    byte, block = positions(column_tile, C // 2)[None, :], positions(column_tile, C // 16)[None, :]
+    row = row[:, None]
+    packed = tl.load(codes + row * row_bytes + byte, mask=(row < rows) & (byte < row_bytes), other=0)
+    scales = load_scales(block_scale, row, block, rows, row_bytes // 8, TILE)
+    return tl.reshape(tl.reshape(unpack(packed), (R, C // 16, 16)) * scales[:, :, None], (R, C))
+
+
+@triton.jit
+def decode_columns(
+    codes, block_scale, global_scale, row_tile, column_tile, rows, columns, row_bytes,
+    CODED: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """Tile [R, C] of the transpose of what codes [columns, row_bytes] stand for, zero outside of [rows, columns]."""
+    byte, start = runs(row_tile, T.rows // 2, T.run // 2), block_starts(column_tile, T.columns)
+    inside = byte < row_bytes
+    packed = load_blocks(codes + byte, inside, start, columns, row_bytes, 1)
+    scales = load_blocks(block_scale + byte // 8, inside, start, columns, row_bytes // 8, CODED.tile)
+    values = unpack(packed) * decode_scale(scales)[:, :, :, None]
+    if CODED.row_scaled:
+        column = start + tl.arange(0, 16)[None, None, :]
+        factor = tl.load(global_scale + column, mask=column < columns, other=0.0)
+    else:
+        factor = tl.load(global_scale + tl.arange(0, 1))[:, None, None]
+    values = tl.permute(values * factor[:, :, :, None], (1, 3, 0, 2))
+    row = positions(row_tile, T.rows)[:, None]
+    return tl.where(row < rows, tl.reshape(values, (T.rows, T.columns)), 0.0)
+
+
+@triton.jit
+def load_global(global_scale, row, rows, ROW_SCALED: tl.constexpr):
+    """Global scales [R, 1] or [1, 1]."""
+    if ROW_SCALED:
+        return tl.load(global_scale + row, mask=row < rows, other=0.0)[:, None]
+    else:
+        return tl.load(global_scale + tl.arange(0, 1))[:, None]
+
+
+@triton.jit
+def partners(pairs):
+    """The other element of each pair, pairs float32 [n, m, 2, s] along axis 2.
+
+    A sum of the bits, less one's own bits, modulo 2^32: one shuffle where the pair lies in two threads, and nothing at
+    all where it lies in one. (Through int64 because the interpreter sums there; compiled, that is free.)
+    """
+    own = bits(pairs)
+    return from_bits((tl.sum(own, axis=2, keep_dims=True) - own).to(tl.int64).to(tl.int32))
+
+
+@triton.jit
+def butterflies(y, GROUP: tl.constexpr):
+    """Unnormalised Walsh-Hadamard transform of the last axis of y [n, GROUP], strides 1, 2, ..., GROUP/2."""
+    N: tl.constexpr = y.shape[0]
+    minus = (tl.arange(0, 2) << 31)[None, None, :, None]  # the sign bit of the second: `-x` is 0 - x in triton 3.6
+    for s in tl.static_range(log2(GROUP)):
+        pairs = tl.reshape(y, (N, GROUP >> (s + 1), 2, 1 << s))
+        y = tl.reshape(partners(pairs) + from_bits(bits(pairs) ^ minus), (N, GROUP))
+    return y
+
+
+@triton.jit
+def sign_bits(sign_low, sign_high, ROUND: tl.constexpr, P: tl.constexpr):
+    """Signs of one round as 0 or 1, int32 [GROUP]."""
+    j = tl.arange(0, P.group)
+    if P.fixed:
+        return (FIXED_SIGNS >> j) & 1
+    else:
+        w0, w1, w2, w3 = philox(sign_low, sign_high, tl.full((1,), ROUND, tl.int64), SIGN_STREAM)
+        word = tl.where(j < 64, tl.where(j < 32, w0, w1), tl.where(j < 96, w2, w3))
+        return ((word >> (j & 31).to(tl.uint32)) & 1).to(tl.int32)
+
+
+@triton.jit
+def rotate(x, sign_low, sign_high, P: tl.constexpr):
+    """Tile [R, C] rotated along its columns as the policy says; C is a multiple of the group."""
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    y = tl.reshape(x, (R * C // P.group, P.group))
+    if P.fixed:
+        y = round_to_bf16(y)
+    for i in tl.static_range(len(P.round_scales)):
+        signs = sign_bits(sign_low, sign_high, i, P)
+        y = butterflies(from_bits(bits(y) ^ (signs << 31)[None, :]), P.group) * P.round_scales[i]
+    if P.fixed:
+        y = round_to_bf16(y)
+    return tl.reshape(y, (R, C))
+
+
+@triton.jit
+def element_noise(row, block, padded, seed_low, seed_high, TR: tl.constexpr):
+    """Uniforms of stream 1 of blocks [R/TR, TR, C/16, 16], by the indices of rows [R] and of blocks [C/16]."""
+    R: tl.constexpr = row.shape[0]
+    K: tl.constexpr = block.shape[0]
+    counter = (row * (padded // 8))[:, None, None] + (block * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    return tl.reshape(uniforms(seed_low, seed_high, counter, ELEMENT_STREAM), (R // TR, TR, K, 16))
+
+
+@triton.jit
+def pack_words(codes):
+    """Codes 0..15 (int32) [..., 8 n] of a tile [R, C] as words [R, C/8], the first in the lowest nibble."""
+    R: tl.constexpr = codes.shape[0]
+    C: tl.constexpr = codes.shape[1]
+    low, high = tl.split(tl.reshape(codes, (R, C // 2, 2)))
+    low, high = tl.split(tl.reshape(low | (high << 4), (R, C // 4, 2)))
+    low, high = tl.split(tl.reshape(low | (high << 8), (R, C // 8, 2)))
+    return low | (high << 16)
+
+
+@triton.jit
+def converted_words(x):
+    """``pack_words`` of the codes nearest to x, float32 [R, C], by the hardware of sm_100 and later.
+
+    PTX ISA, cvt to .e2m1x2 (from 8.6 on): .rn rounds to nearest, ties to even; .satfinite takes all beyond 6 to 6; the
+    sign stays, also that of zero, as E2M1 has a -0; NaN becomes +6, but no rule keeps codes of NaN. The first operand
+    becomes the upper half of the byte.
+    """
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    even, odd = tl.split(tl.reshape(x, (R, C // 8, 2, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    x0, x4 = tl.split(x0)
+    x1, x5 = tl.split(x1)
+    x2, x6 = tl.split(x2)
+    x3, x7 = tl.split(x3)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b8 a, b, c, d;
+        cvt.rn.satfinite.e2m1x2.f32 a, $2, $1;
+        cvt.rn.satfinite.e2m1x2.f32 b, $4, $3;
+        cvt.rn.satfinite.e2m1x2.f32 c, $6, $5;
+        cvt.rn.satfinite.e2m1x2.f32 d, $8, $7;
+        mov.b32 $0, {a, b, c, d};
+        }""",
+        "=r,f,f,f,f,f,f,f,f",
+        [x0, x1, x2, x3, x4, x5, x6, x7],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def store_codes(codes, values, row, column_tile, rows, padded):
+    """Pack codes [R, C] and store what lies inside [rows, padded]; ``codes`` points to int32, eight codes each.
+
+    values: the codes, or float32 for the hardware to round to them.
+    """
+    word = positions(column_tile, values.shape[1] // 8)
+    inside = (row[:, None] < rows) & (word[None, :] < padded // 8)
+    words = converted_words(values) if values.dtype.is_floating() else pack_words(values)
+    tl.store(codes + row[:, None] * (padded // 8) + word[None, :], words, mask=inside)
+
+
+@triton.jit
+def swizzled_offset(row, block, row_blocks):
+    """Where the tensor cores look for the scale of (row, block); see ``layout.py``."""
+    tile = (row // 128)[:, None] * ((row_blocks + 3) // 4) + (block // 4)[None, :]
+    return tile * 512 + ((row % 32) * 16 + (row % 128) // 32 * 4)[:, None] + (block % 4)[None, :]
+
+
+@triton.jit
+def store_swizzled(swizzled, bytes_, row, block, rows, row_blocks, TR: tl.constexpr):
+    """Scale bytes [R/TR, C/16], repeated over the TR rows of a tile, in the swizzled layout."""
+    R: tl.constexpr = row.shape[0]
+    K: tl.constexpr = block.shape[0]
+    spread = tl.reshape(tl.broadcast_to(bytes_[:, None, :], (R // TR, TR, K)), (R, K))
+    inside = (row[:, None] < rows) & (block[None, :] < row_blocks)
+    tl.store(swizzled + swizzled_offset(row, block, row_blocks), spread, mask=inside)

@@ -1,0 +1,190 @@
+"""What a layer step should cost: bytes and FLOPs of every kernel of a recipe, and the time that a machine then needs.
+
+A kernel takes the longer of its FLOPs and its bytes, each at the rate assumed in ``devices.py``, and a launch. Nothing
+here is measured: every time is a prediction, and knows neither the host nor waves of tiles. The shares of the peaks
+that GEMMs and kernels reach come in part from Quartet II's own timings, so that meeting its speed-ups tests the traffic
+and how times scale with shape, not those shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nvfp4.bench.devices import Device
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.recipes import GEMMS, RECIPES, Operand, Recipe
+
+BF16_BITS = 16.0
+CODE_BITS = 4.0
+SCALE_BITS = 8 / NVFP4.block_size
+WIDE_SCALE_BITS = BF16_BITS / NVFP4.block_size
+"""ms_eden's block scales before the tensor's range is known, in BF16; a second kernel turns them into E4M3."""
+
+
+QUANTISE = "quantise"
+MOST_TOKENS = 1 << 20
+
+
+class Layer(NamedTuple):
+    """x [tokens, inputs], w [outputs, inputs]."""
+
+    inputs: int
+    outputs: int
+
+
+def _block(width: int, up: int, down: int) -> tuple[Layer, ...]:
+    return Layer(width, 3 * width), Layer(width, width), Layer(width, up), Layer(down, width)
+
+
+MODELS: dict[str, tuple[Layer, ...]] = {
+    "800M": _block(2048, 11264, 5632),
+    "3B": _block(3072, 16384, 8192),
+    "7B": _block(4096, 22016, 11008),
+    "22B": _block(6144, 32768, 16384),
+}
+"""qkv, out, up and gate, down of one block: the layers that Quartet II (arXiv 2601.22813) times."""
+
+PUBLISHED_TOKENS = 16384
+"""8 x 2048. (With the 16 x 2048 of its script, BF16 would run at twice the peak of an RTX 5090.)"""
+
+PUBLISHED_SPEEDUPS = {
+    ("RTX 5090", "800M"): 3.12,
+    ("RTX 5090", "3B"): 3.64,
+    ("RTX 5090", "7B"): 3.89,
+    ("RTX 5090", "22B"): 4.185,
+    ("B200", "22B"): 2.5,
+}
+"""Measured by Quartet II's authors, forward and backward of a block over BF16, amax given: its speed notebook and
+abstract. On B200 they report no gain at 800M, which host time explains and this model does not."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How kernels are cut. shared_reads: both copies of a tensor (x and x^T, dy and dy^T) are made in one reading.
+
+    amax: whether the amax of x and w is computed here (or, as in published benchmarks, given).
+    """
+
+    name: str
+    shared_reads: bool
+    amax: bool
+
+
+OURS = Traffic("ours", shared_reads=True, amax=True)
+PUBLISHED = Traffic("Quartet II's kernels", shared_reads=False, amax=False)
+"""45 bits an element of the gradient, 20.5 forward, 11 to quantise again: arXiv 2601.22813, table 2 and its code."""
+OURS_AMAX_GIVEN = Traffic("ours, amax given", shared_reads=True, amax=False)
+"""29 bits an element of the gradient; to be held beside ``PUBLISHED``."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """gemm: "fprop", "dgrad" or "wgrad", for which it runs. again: of ``bytes``, those that an earlier kernel read too.
+
+    fp4: whether its FLOPs are NVFP4's. A kernel without FLOPs moves data.
+    """
+
+    name: str
+    gemm: str
+    flops: float
+    bytes: float
+    fp4: bool = False
+    again: float = 0.0
+
+    def seconds(self, device: Device) -> float:
+        """Predicted; what was read just before costs nothing if it fills at most half of the L2 cache."""
+        cached = self.again if self.again <= device.l2 / 2 else 0.0
+        work = self.flops / device.gemm_rate(self.fp4) if self.flops else 0.0
+        return max(work, (self.bytes - cached) / device.memory_rate) + device.launch
+
+
+def layer_kernels(recipe: Recipe, layer: Layer, tokens: int, traffic: Traffic = OURS) -> list[Kernel]:
+    """All kernels of a forward and backward: of each GEMM first those that make its operands. BF16 in and out."""
+    m, k, n = tokens, layer.inputs, layer.outputs
+    tensors = {"x": m * k, "w": n * k, "dy": m * n}
+    sides = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+    outputs = {"fprop": m * n, "dgrad": m * k, "wgrad": n * k}
+    kernels: list[Kernel] = []
+    for gemm in GEMMS:
+        spec = getattr(recipe, gemm)
+        bits = BF16_BITS * outputs[gemm]
+        stored = CODE_BITS + SCALE_BITS if spec.quantized else BF16_BITS  # 16x16 scales are read once a row too
+        for operand, name in zip((spec.left, spec.right), sides[gemm], strict=True):
+            shared = traffic.shared_reads and _read_before(recipe, gemm, name)
+            kernels += _operand_kernels(operand, name, gemm, tensors[name], traffic, shared)
+            bits += tensors[name] * stored
+        kernels.append(Kernel(f"{gemm} GEMM", gemm, 2.0 * m * k * n, bits / 8, spec.quantized))
+    return kernels
+
+
+def _read_before(recipe: Recipe, gemm: str, tensor: str) -> bool:
+    """Whether an earlier operand is quantised from the same tensor: dy for dgrad, x for fprop."""
+    if gemm != "wgrad":
+        return False
+    spec = recipe.dgrad.left if tensor == "dy" else recipe.fprop.left
+    right = recipe.wgrad.right
+    return spec.quantized and (tensor == "dy" or right.source == "tensor")
+
+
+def _operand_kernels(
+    operand: Operand, tensor: str, gemm: str, elements: int, traffic: Traffic, shared: bool
+) -> Iterator[Kernel]:
+    """What makes one operand; ``shared``: from elements that are being read for another copy anyway."""
+
+    def kernel(what: str, read: float, written: float, again: float = 0.0) -> Kernel:
+        scale = elements / 8
+        return Kernel(f"{what} {tensor}", gemm, 0.0, (read + written) * scale, again=again * scale)
+
+    source = CODE_BITS + SCALE_BITS if operand.source == "decoded" else BF16_BITS
+    if operand.source == "codes":
+        yield kernel("transpose codes of", CODE_BITS, CODE_BITS)
+    elif operand.quantizer is None:
+        if operand.source == "decoded":
+            yield kernel("decode", source, BF16_BITS)
+    elif operand.quantizer == "ms_eden":
+        yield kernel("rotate and round", 0.0 if shared else source, CODE_BITS + WIDE_SCALE_BITS)
+        yield kernel("fix scales of", WIDE_SCALE_BITS, SCALE_BITS)
+    else:
+        written = CODE_BITS + SCALE_BITS / operand.layout.block[0]
+        looks_first = traffic.amax and not shared and not operand.layout.row_scaled
+        if looks_first:
+            yield kernel("amax of", source, 0.0)
+        yield kernel("round", 0.0 if shared else source, written, again=source if looks_first else 0.0)
+
+
+def step_seconds(
+    recipe: Recipe, layers: Sequence[Layer], tokens: int, device: Device, traffic: Traffic = OURS
+) -> dict[str, float]:
+    """Predicted seconds of a forward and backward of these layers: {"fprop", "dgrad", "wgrad", "quantise"}."""
+    total = dict.fromkeys((*GEMMS, QUANTISE), 0.0)
+    for layer in layers:
+        for kernel in layer_kernels(recipe, layer, tokens, traffic):
+            total[kernel.gemm if kernel.flops else QUANTISE] += kernel.seconds(device)
+    return total
+
+
+def speedup(recipe: Recipe, layers: Sequence[Layer], tokens: int, device: Device, traffic: Traffic = OURS) -> float:
+    """Predicted: how many times faster than BF16 a forward and backward of these layers are."""
+    bf16 = sum(step_seconds(RECIPES["bf16"], layers, tokens, device).values())
+    return bf16 / sum(step_seconds(recipe, layers, tokens, device, traffic).values())
+
+
+def overtakes(recipe: Recipe, layers: Sequence[Layer], device: Device, traffic: Traffic = OURS) -> int | None:
+    """The number of tokens from which the recipe is predicted to be faster than BF16; None: not below a million.
+
+    The gain is taken to grow with tokens once there is one: what the weight costs does not.
+    """
+    low, high = 0, 1
+    while speedup(recipe, layers, high, device, traffic) <= 1:
+        low, high = high, 2 * high
+        if high > MOST_TOKENS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if speedup(recipe, layers, middle, device, traffic) <= 1:
+            low = middle
+        else:
+            high = middle
+    return high

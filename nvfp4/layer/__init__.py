@@ -1,0 +1,1 @@
+"""One converted layer: its three GEMMs, its noise, the codes of its weight."""

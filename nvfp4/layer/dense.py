@@ -1,0 +1,184 @@
+"""Products of 16-bit matrices on processors without instructions for them: float32 sums, one rounding, float32's speed.
+
+A linear layer in high precision is y = x w^T + bias with x [M, K], w [N, K] in BF16 (or FP16). A processor with AVX-512
+BF16 or AMX multiplies that natively and torch is fast. One without (AVX2, and AVX-512 before Cooper Lake) makes torch
+emulate: its BF16 ``F.linear`` forward and backward took 40 times as long as float32's at 1024^3 with AVX2, 5 times with
+AVX-512. But the product of two BF16 numbers is exact in float32, so a float32 GEMM is the BF16 GEMM up to the order of
+its sum. So here:
+
+    product(a, b)   a b^T [M, N] of a [M, K], b [N, K], each with either orientation in memory:
+                    the native kernel packs 16-bit elements straight into its float32 panels; without it, torch
+                    multiplies float32 copies
+    affine(x, w)    ``F.linear``: the product where torch emulates that dtype (``EMULATED``), else torch's own
+    dgrad, wgrad    the same product of (dy, w^T) and (dy^T, x^T), so derivatives of every order exist
+
+Eager mode calls the kernel directly; a compiled graph sees the operator ``nvfp4::dense_product``. Under autocast both
+operands are rounded to its dtype, as ``F.linear`` does. Processors are asked (``torch.cpu.get_capabilities``), nothing
+is measured and nothing kept: the same process gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nvfp4.backends.native.cpu import EMULATED, INSTRUCTIONS, dense_product
+from nvfp4.ops import is_dtensor, unseen
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x w^T + bias as ``F.linear``: x [..., K], weight [N, K], bias [N], y [..., N], dtypes as there.
+
+    Where torch emulates that dtype: float32 sums, bias added in float32, one rounding; elsewhere ``F.linear`` itself.
+    Errors are those of ``F.linear``.
+    """
+    dtype = _emulated(x, weight, bias)
+    if dtype is None:
+        return F.linear(x, weight, bias)
+    x, weight = x.to(dtype), weight.to(dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = product(rows, weight, None if bias is None else bias.to(dtype))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """a b^T + bias [M, N] of matrices a [M, K], b [N, K] on a CPU, summed in float32 and rounded once to ``out_dtype``.
+
+    a, b: float32, bfloat16 or float16, any strides, dtypes may differ. bias: [N], added in float32. out_dtype: by
+    default that of a; float32 keeps the sums. NaN and Inf behave as in a float32 GEMM; an empty contraction gives the
+    bias, or zeros. Differentiable any number of times; gradients have the dtypes of what they are gradients of.
+    """
+    dtype = a.dtype if out_dtype is None else out_dtype
+    if _watched(a):
+        return _operator(a, b, bias, dtype)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Product.apply(a, b, bias, dtype)
+    return dense_product(a, b, bias, dtype)
+
+
+def times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b [M, N] of matrices a [M, K], b [K, N] of one dtype: ``a @ b``, by ``product`` where torch emulates it."""
+    if a.device.type == "cpu" and a.dtype in EMULATED and b.dtype == a.dtype:
+        return product(a, b.t())
+    return a @ b
+
+
+class DenseLinear(nn.Linear):
+    """An ``nn.Linear`` in high precision that multiplies by ``affine``; ``dense_linears`` turns a layer into one."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """y = x w^T + bias of x = ``input``, as ``nn.Linear``."""
+        return affine(input, self.weight, self.bias)
+
+
+def dense_linears(model: nn.Module, enabled: bool = True) -> list[str]:
+    """Let the plain linears of ``model`` (or, with False, no longer) multiply by ``affine``; returns their names.
+
+    For what stays in high precision, such as the output embedding, and for models in BF16 without any recipe, on a
+    processor without BF16 instructions. Changes the class of each ``nn.Linear`` in place, and nothing else; its
+    subclasses are left alone. On any other device and dtype the layers then compute as before. ``nvfp4.convert``
+    converts them like any other, before or after.
+    """
+    before, after = (nn.Linear, DenseLinear) if enabled else (DenseLinear, nn.Linear)
+    found = {name: module for name, module in model.named_modules() if type(module) is before}
+    for module in found.values():
+        module.__class__ = after
+    return list(found)
+
+
+def slow_linears(model: nn.Module) -> str | None:
+    """One line on the plain linears of ``model`` that torch multiplies by emulation here, or None if there are none."""
+    slow = [m for m in model.modules() if type(m) is nn.Linear and _is_slow(m.weight)]
+    if not slow:
+        return None
+    dtype = str(slow[0].weight.dtype).removeprefix("torch.")
+    names = ", ".join(INSTRUCTIONS[slow[0].weight.dtype])
+    return (
+        f"{len(slow)} linears stay torch's, which emulates {dtype} on a processor without {names}, many times slower "
+        f"than float32: nvfp4.dense_linears(model) computes them as fast as float32"
+    )
+
+
+def _is_slow(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in EMULATED
+
+
+def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype of a linear layer's product if this module is to compute it, else None: torch does."""
+    if x.device.type != "cpu" or weight.device.type != "cpu" or is_dtensor(x) or is_dtensor(weight):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if torch.float64 in (x.dtype, weight.dtype):
+            return None
+    else:
+        dtype = x.dtype
+        if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+            return None  # torch says what is wrong
+    fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    return dtype if fits and dtype in EMULATED else None
+
+
+def _watched(x: torch.Tensor) -> bool:
+    """Whether a compiler or a dispatch mode has to see an operator; see ``linear.py``."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
+
+
+def _gradients(
+    ctx: Any, dy: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+    """dy b, dy^T a and the column sums of dy, each where it is needed, in the dtype of what it is a gradient of."""
+    needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+    a, b = ctx.saved_tensors
+    da = product(dy, b.t(), None, dtypes[0]) if needs[0] else None
+    db = product(dy.t(), a.t(), None, dtypes[1]) if needs[1] else None
+    dbias = dy.sum(0, dtype=torch.float32).to(dtypes[2]) if needs[2] else None
+    return da, db, dbias, None
+
+
+class _Product(torch.autograd.Function):
+    """``product`` in eager mode, without the dispatcher: at width 128 that takes as long as the product."""
+
+    @staticmethod
+    def forward(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return dense_product(a, b, bias, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Apart from ``forward``, so that torch.func can differentiate too."""
+        a, b, bias, _ = inputs
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(a if needs[1] else None, b if needs[0] else None)
+        ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _gradients(ctx, dy)
+
+
+@torch.library.custom_op("nvfp4::dense_product", mutates_args=())
+def _operator(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``product`` as compiled graphs call it."""
+    with unseen():
+        return dense_product(a, b, bias, dtype)
+
+
+@_operator.register_fake
+def _(a, b, bias, dtype):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    a, b, bias, _ = inputs
+    ctx.save_for_backward(a, b)
+    ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
+
+
+_operator.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,139 @@
+"""QTensor: a matrix in NVFP4, as codes and decode scales. A record, not a tensor subclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from nvfp4.numerics.codec import e2m1_decode, e4m3_decode, unpack
+from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.scaling import spread
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """NVFP4 codes and scales of a tensor whose ``axis`` (the one a GEMM contracts) has been moved last and flattened.
+
+    codes: uint8 [M, Kp/2], two E2M1 codes a byte, even column low; M is the product of the other axes, Kp the padded
+    contraction length. block_scale: uint8 E4M3 [M, Kp/16], or [ceil(M/16), Kp/16] for 16x16 blocks.
+    global_scale: float32 [1], or [M] when row-scaled; NaN marks non-finite input (for that row, or all of it).
+    block: (1, 16) or (16, 16). shape: of the original tensor. axis: the contraction axis in it, negative.
+    rotation: what the contraction axis went through, or None. value = e2m1 * block_scale * global_scale.
+    """
+
+    codes: torch.Tensor
+    block_scale: torch.Tensor
+    global_scale: torch.Tensor
+    block: tuple[int, int]
+    shape: tuple[int, ...]
+    axis: int = -1
+    rotation: Rotation | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        block: tuple[int, int] = ROW_BLOCK,
+        row_scaled: bool = False,
+        rotation: Rotation | None = None,
+        device: torch.device | str | None = None,
+    ) -> QTensor:
+        """Uninitialised codes and scales for a matrix [M, K] quantised along K."""
+        rows, columns = shape
+        unit = NVFP4.block_size if rotation is None else rotation.group
+        padded = (columns + unit - 1) // unit * unit
+        codes = torch.empty(rows, padded // 2, dtype=torch.uint8, device=device)
+        scale_shape = ((rows + block[0] - 1) // block[0], padded // NVFP4.block_size)
+        block_scale = torch.empty(scale_shape, dtype=torch.uint8, device=device)
+        global_scale = torch.empty(rows if row_scaled else 1, dtype=torch.float32, device=device)
+        return cls(codes, block_scale, global_scale, block, tuple(shape), -1, rotation)
+
+    @property
+    def rows(self) -> int:
+        """M: rows of the code matrix."""
+        return self.codes.shape[0]
+
+    @property
+    def contraction(self) -> int:
+        """K: length of the contraction axis before padding."""
+        return self.shape[self.axis]
+
+    @property
+    def padded_contraction(self) -> int:
+        """Kp: columns of the code matrix, a multiple of 16 (of the rotation group if rotated)."""
+        return self.codes.shape[1] * 2
+
+    @property
+    def row_scaled(self) -> bool:
+        """Whether each row has its own global scale."""
+        return self.global_scale.numel() != 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes live."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together: about 4.5 bits an element, 4.03 with 16x16 blocks."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(codes, block_scale, global_scale), e.g. for ``save_for_backward``."""
+        return self.codes, self.block_scale, self.global_scale
+
+    @property
+    def record(self) -> tuple[tuple[int, int], tuple[int, ...], int, Rotation | None]:
+        """(block, shape, axis, rotation): ``QTensor(*q.tensors, *q.record)`` is q again."""
+        return self.block, self.shape, self.axis, self.rotation
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same codes and scales on another device."""
+        codes, block_scale, global_scale = (t.to(device) for t in self.tensors)
+        return QTensor(codes, block_scale, global_scale, *self.record)
+
+    def decode_blocks(self) -> torch.Tensor:
+        """e2m1 * block_scale without the global scale, float32 [M, Kp]: exact, and exact in BF16 and FP16 too."""
+        scales = e4m3_decode(spread(self.block_scale, self.block, self.rows))
+        values = e2m1_decode(unpack(self.codes)).view(*scales.shape, NVFP4.block_size)
+        return (values * scales[..., None]).view(self.rows, self.padded_contraction)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, rotated: bool = False) -> torch.Tensor:
+        """The tensor it stands for, of the original ``shape``: fl(fl(e2m1 * block_scale) * global_scale).
+
+        A rotated operand is rotated back in float32 (an approximation of its input); ``rotated=True`` returns the
+        stored coordinates [M, Kp] instead, padding included. A NaN global scale makes its row, or all of it, NaN.
+        """
+        values = self.decode_blocks() * self.global_scale.view(-1, 1)
+        if rotated:
+            return values.to(dtype)
+        if self.rotation is not None:
+            values = self.rotation.invert(values)
+        lead = [size for i, size in enumerate(self.shape) if i != self.axis % len(self.shape)]
+        return values[:, : self.contraction].reshape(*lead, self.contraction).movedim(-1, self.axis).to(dtype)
+
+    def transpose(self) -> QTensor:
+        """The same codes and tile scales with rows and contraction exchanged; no value changes.
+
+        Needs 16x16 blocks, no rotation and a matrix (ValueError otherwise): only there do both directions share scales.
+        """
+        if self.block != TILE_BLOCK or self.rotation is not None or len(self.shape) != 2:
+            raise ValueError(
+                f"transpose() needs an unrotated matrix with block={TILE_BLOCK}, got block={self.block}, "
+                f"rotation={self.rotation}, shape={self.shape}; quantise the transposed tensor instead"
+            )
+        rows = F.pad(self.codes, (0, 0, 0, -self.rows % NVFP4.block_size))
+        upper, lower = rows[0::2], rows[1::2]  # of each 2x2 square of codes, two bytes
+        codes = torch.empty(self.padded_contraction, rows.shape[0] // 2, dtype=torch.uint8, device=self.device)
+        codes[0::2] = ((upper & 15) | (lower << 4)).t()
+        codes[1::2] = ((upper >> 4) | (lower & 240)).t()
+        return replace(
+            self,
+            codes=codes[: self.contraction],
+            block_scale=self.block_scale.t().contiguous(),
+            axis=-1 - self.axis % 2,
+        )

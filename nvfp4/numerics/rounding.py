@@ -1,0 +1,50 @@
+"""Real numbers to grid values: nearest (ties to even code), up, and stochastic from supplied bits.
+
+One rule for every format: a value with exponent e is rounded on a lattice of step 2^(max(e, min_exponent) -
+mantissa_bits). Because the step doubles exactly where the grid coarsens, rounding to an even multiple of the step is
+rounding to an even code. Magnitudes saturate at ``fmt.max``, signs survive (also of -0), NaN stays NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4.numerics.formats import ElementFormat
+
+_MANTISSA_BITS = 23  # of float32 (IEEE 754)
+_BIAS = 127
+
+
+def nearest(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
+    """The grid value nearest to each float32 of x, ties to the even code; same shape, float32.
+
+    E2M1 ties: .25 -> 0, .75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5 -> 2, 3.5 -> 4, 5 -> 4. |x| > max gives max.
+    """
+    magnitude = x.abs().clamp_(max=fmt.max)
+    step = _step(magnitude, fmt)
+    return magnitude.div_(step).round_().mul_(step).copysign_(x)
+
+
+def up(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
+    """The smallest grid value not below each float32 of x >= 0, at most max; same shape, float32."""
+    magnitude = x.clamp(max=fmt.max)
+    step = _step(magnitude, fmt)
+    return magnitude.div_(step).ceil_().mul_(step).clamp_(max=fmt.max)
+
+
+def stochastic(x: torch.Tensor, fmt: ElementFormat, u: torch.Tensor) -> torch.Tensor:
+    """One of the two grid neighbours of each float32 of x, the farther one more rarely: E[result] = clamp(x).
+
+    u: float32 of x's shape, uniform in (0, 1) (``rng.uniform``); an exactly representable value is never moved, and
+    with 16-bit u anything else is unbiased to 2^-17 of a step.
+    """
+    magnitude = x.abs().clamp_(max=fmt.max)
+    step = _step(magnitude, fmt)
+    return magnitude.div_(step).add_(u).floor_().mul_(step).clamp_(max=fmt.max).copysign_(x)
+
+
+def _step(magnitude: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
+    """Lattice step at each magnitude, a power of two made from its exponent field."""
+    exponent = magnitude.view(torch.int32) >> _MANTISSA_BITS
+    exponent.clamp_(min=fmt.min_exponent + _BIAS).sub_(fmt.mantissa_bits)
+    return exponent.bitwise_left_shift_(_MANTISSA_BITS).view(torch.float32)

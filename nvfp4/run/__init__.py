@@ -1,0 +1,1 @@
+"""A run of any trainer: its folder, checkpoints, log, signals, optimiser, model and tokens."""

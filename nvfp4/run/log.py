@@ -1,0 +1,84 @@
+"""log.jsonl: one JSON object for every step, whole lines only, cut back to the checkpoint when a run resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nvfp4.run.errors import TrainError
+from nvfp4.run.files import write_text
+
+Row = dict[str, Any]
+
+
+class Log:
+    """Appends rows; each is one ``write`` of a whole line, so a killed process leaves no half line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def write(self, row: Row) -> None:
+        """Append a row; NaN and Inf must be given as None. ``TrainError`` if the disk is full."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            written = os.write(self._descriptor, line)
+            if written != len(line):
+                raise OSError(None, "no space left for a whole line")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def flush(self) -> None:
+        """Bring all rows to the disk; done before every checkpoint, so that no checkpoint is ahead of the log."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:  # some file systems find out here that the disk is full
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _failed(self, error: OSError) -> TrainError:
+        return TrainError(f"cannot write {self.path}: {error.strerror or error}; make room and go on with --resume")
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a log, none if there is no file; an unfinished last line (full disk, power cut) is passed over."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise TrainError(f"cannot read {path}: {error.strerror or error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise TrainError(f"{path}, line {number} is no row of a run's log; move the file away")
+        rows.append(row)
+    return rows
+
+
+def last_row(path: Path) -> Row | None:
+    """The last whole row of a log that another process writes, from its last 64 KiB; None if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().split(b"\n")[:-1]
+        return dict(json.loads(lines[-1])) if lines else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the rows after ``step``: they will be written again by the resumed run."""
+    kept = [row for row in read(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

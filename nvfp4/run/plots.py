@@ -1,0 +1,154 @@
+"""The picture of a comparison: losses above, the gap to the baseline below."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: no display is needed, none is opened
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nvfp4.run.files import write_picture
+
+BASE_COLOUR, RAW_COLOUR = "#222222", "#D4D4D4"
+# Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers, from dark to light.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SMOOTHING = 0.02  # standard deviation of the Gaussian, as a share of the run
+
+
+def draw_comparison(report: dict[str, Any], path: Path) -> None:
+    """Write the PNG of what ``compare.comparison`` returns."""
+    figure = Figure(figsize=(9, 6.4), dpi=160, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    _draw_losses(top, report)
+    _draw_gaps(bottom, report)
+    first, count = report["runs"][0], report["runs"][0]["parameters"]
+    size = f"{count / 1e6:.1f} M parameters" if count >= 1e6 else f"{count / 1e3:.0f} k parameters"
+    title = f"NVFP4 recipes against {report['baseline']}: {size}, {first['steps']} updates"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    write_picture(figure, path)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Gaussian average of a curve, float64 [n]; NaN (a skipped step) has no weight, the ends use what is there."""
+    width = max(1.0, SMOOTHING * len(values))
+    reach = np.arange(-int(3 * width), int(3 * width) + 1)
+    kernel = np.exp(-0.5 * (reach / width) ** 2)
+    known = np.isfinite(values)
+    pad = len(reach) // 2
+    total = np.convolve(np.where(known, values, 0.0), kernel)[pad : pad + len(values)]
+    return total / np.convolve(known.astype(float), kernel)[pad : pad + len(values)]
+
+
+def spread(places: list[float], gap: float) -> list[float]:
+    """The places moved apart as little as needed so that neighbours are at least ``gap`` apart; order is kept."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved = list(places)
+    for _ in range(100):
+        for low, high in pairwise(order):
+            short = gap - (moved[high] - moved[low])
+            if short > 1e-9:
+                moved[low], moved[high] = moved[low] - short / 2, moved[high] + short / 2
+    return moved
+
+
+def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
+    ends, texts = [], []
+    for run, colour in zip(report["runs"], _colours(report), strict=True):
+        steps, raw = _curve(run)
+        curve = smooth(raw)
+        if run["recipe"] == report["baseline"]:  # the others' noise is that of the same batches: one says it
+            axes.plot(steps, raw, color=RAW_COLOUR, linewidth=0.5, zorder=1)
+        axes.plot(steps, curve, color=colour, linewidth=1.6, zorder=2)
+        scored = run["held_out"]
+        axes.plot(scored["step"], _scored(run), "o", color=colour, markersize=4.5, markeredgecolor="white", zorder=3)
+        ends.append(float(curve[-1]))
+        texts.append((f"{run['recipe']}  {run['val_bpb']:.3f}", colour))
+    settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
+    low = float(np.nanquantile(np.concatenate(settled), 0.005))  # a single lucky batch shall not flatten the curves
+    high = max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
+    axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title(
+        "Training loss (lines: smoothed; grey: each batch; dots: held out; labels: final held-out bits per byte)",
+        fontsize=9.5,
+        loc="left",
+    )
+    _finish(axes)
+    _label_ends(axes, ends, texts)
+
+
+def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
+    base = next(run for run in report["runs"] if run["recipe"] == report["baseline"])
+    ends, texts, extremes = [0.0], [(base["recipe"], BASE_COLOUR)], [0.0]
+    axes.axhline(0, color=BASE_COLOUR, linewidth=1.2)
+    for run, colour in zip(report["runs"], _colours(report), strict=True):
+        if run is base:
+            continue
+        steps, raw = _curve(run)
+        gap = smooth(raw - _curve(base)[1])  # the same batches in the same order, so the batch's own noise cancels
+        axes.plot(steps, gap, color=colour, linewidth=1.6)
+        scored = _scored(run) - _scored(base)
+        axes.plot(run["held_out"]["step"], scored, "o", color=colour, markersize=4.5, markeredgecolor="white")
+        extremes += [*gap[_settled(run) :], *scored[1:][np.isfinite(scored[1:])]]
+        ends.append(float(gap[-1]))
+        texts.append((f"{run['recipe']}  {run['gap_percent']:+.2f} %", colour))
+    margin = 0.12 * (max(extremes) - min(extremes)) or 0.01
+    axes.set_ylim(min(extremes) - margin, max(extremes) + margin)
+    axes.set_ylabel(f"gap to {base['recipe']}, nats")
+    axes.set_xlabel("optimiser update")
+    axes.set_title(
+        "Gap on the same batches (dots: held out; labels: gap of the final held-out bits per byte)",
+        fontsize=9.5,
+        loc="left",
+    )
+    _finish(axes)
+    _label_ends(axes, ends, texts)
+
+
+def _curve(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(run["curve"]["step"]), np.array(run["curve"]["loss"], dtype=np.float64)  # None becomes NaN
+
+
+def _scored(run: dict[str, Any]) -> np.ndarray:
+    return np.array(run["held_out"]["val_loss"], dtype=np.float64)
+
+
+def _colours(report: dict[str, Any]) -> list[str]:
+    others = iter(COLOURS * (1 + len(report["runs"]) // len(COLOURS)))
+    return [BASE_COLOUR if run["recipe"] == report["baseline"] else next(others) for run in report["runs"]]
+
+
+def _settled(run: dict[str, Any]) -> int:
+    """Where the steep fall of the first steps is over: the axis begins to matter there."""
+    return len(run["curve"]["step"]) // 12
+
+
+def _finish(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+
+
+def _label_ends(axes: Axes, ends: list[float], texts: list[tuple[str, str]]) -> None:
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height / axes.get_figure().dpi * 72  # type: ignore[union-attr]  # points
+    places = spread(ends, gap=13 / height * (high - low))
+    for place, (text, colour) in zip(places, texts, strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )

@@ -1,0 +1,117 @@
+"""What a person sees of a run: a line now and then, and on a terminal a bar below them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from nvfp4.run.log import Row
+
+
+class LastingConsole(Console):
+    """A console whose reader may leave (``| head``, a closed terminal) without ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here, without a checkpoint."""
+        self._fall_silent()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; a terminal that has hung up is as good as a broken pipe."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # else Python complains when it flushes at its end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+class Reporter:
+    """Prints lines; quiet (no bar, no colour) where the output is no terminal, silent where ``enabled`` is False."""
+
+    def __init__(self, name: str, steps: int, every: int, enabled: bool = True) -> None:
+        self.steps, self.every = steps, every
+        self.console = LastingConsole(quiet=not enabled, soft_wrap=True, highlight=False, markup=False)
+        self._recent: list[float] = []
+        self._bar: Progress | None = None
+        if enabled and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("eta {task.fields[eta]}"),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(name, total=steps, eta="?")
+
+    def start(self, step: int) -> None:
+        """Begin at a step (above 0 when resumed)."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.console.print(text)
+
+    def step(self, row: Row) -> None:
+        """Take note of a step; prints every ``every``-th, the first, the last and those skipped or evaluated."""
+        self._recent = [*self._recent[-49:], row["seconds"]]
+        eta = duration(sum(self._recent) / len(self._recent) * (self.steps - row["step"]))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], eta=eta)
+        if row["step"] % self.every == 0 or row["step"] in (1, self.steps) or row["skipped"] or "val_bpb" in row:
+            self.say(line(row, self.steps, eta))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def line(row: Row, steps: int, eta: str) -> str:
+    """``step 120/300  loss 2.4132  lr 3.9e-03  norm 0.82  12.3k tok/s  0.61 GiB  eta 0:42``, with bpb if evaluated."""
+    width = len(str(steps))
+    parts = [f"step {row['step']:{width}d}/{steps}", f"loss {_number(row['loss'])}", f"lr {row['lr']:.2e}"]
+    parts += [
+        f"norm {_number(row['grad_norm'], 3)}",
+        f"{rate(row['tokens_per_s'])} tok/s",
+        f"{row['memory_gib']:.2f} GiB",
+    ]
+    if "val_bpb" in row:
+        parts.append(f"held-out {_number(row['val_bpb'])} bpb")
+    parts.append("SKIPPED: not finite" if row["skipped"] else f"eta {eta}")
+    return "  ".join(parts)
+
+
+def rate(value: float) -> str:
+    """12345 as 12.3k."""
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: what PyTorch allocated on a CUDA device, else the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "nan" if value is None else f"{value:.{digits}f}"

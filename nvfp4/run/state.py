@@ -1,0 +1,111 @@
+"""What a run must remember to go on to the last bit, taken from and put back into its live objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from nvfp4.model.weights import load_noise_state, noise_state
+from nvfp4.run.checkpoint import Snapshot
+from nvfp4.run.errors import TrainError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def capture(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, state: dict[str, Any]
+) -> Snapshot:
+    """Model, optimiser, random states of all processes and the layers' call counters, beside the plain ``state``.
+
+    A collective call: every process must make it, the snapshot of the main process is the one to save. The others'
+    has no weights and no moments: a copy in every process would take the memory of as many models on one machine.
+    """
+    random = {
+        f"{device}.{rank}": value
+        for rank, states in enumerate(gather_object([_random()]))
+        for device, value in states.items()
+    }
+    state = {**state, "noise": noise_state(model)}
+    if not accelerator.is_main_process:
+        return Snapshot(state, {})
+    local = local_snapshot(model, optimizer, state)
+    return Snapshot(state, {**local.tensors, "random": random})
+
+
+def local_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """Weights and moments of this process, for a training that draws nothing."""
+    moments = {
+        f"{key}.{name}": value.cpu()
+        for name, parameter in _trained(model).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    weights = {name: tensor.detach().cpu() for name, tensor in _weights(model).items()}
+    return Snapshot(state, {"model": weights, "optimizer": moments})
+
+
+def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """Put a snapshot back; ``TrainError`` naming the tensors if it is of another model."""
+    restore_local(snapshot, model, optimizer)
+    load_noise_state(model, snapshot.state["noise"])
+    mine = {
+        k.partition(".")[0]: v
+        for k, v in snapshot.tensors["random"].items()
+        if k.endswith(f".{accelerator.process_index}")
+    }
+    if "cpu" in mine:  # a process that the saved run did not have keeps its own random state
+        torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine and torch.cuda.is_available():
+        torch.cuda.set_rng_state(mine["cuda"])
+
+
+def restore_local(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and moments back; ``TrainError`` naming the tensors if they are of another model."""
+    _check_same(_weights(model), snapshot.tensors["model"])
+    with torch.no_grad():
+        for name, tensor in _weights(model).items():
+            tensor.copy_(snapshot.tensors["model"][name])
+    moments: dict[str, Tensors] = {}
+    for key, value in snapshot.tensors["optimizer"].items():
+        kind, _, name = key.partition(".")
+        moments.setdefault(name, {})[kind] = value.clone()  # not the mapped file, which is deleted one day
+    names = {parameter: name for name, parameter in _trained(model).items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    states = {i: moments[name] for i, name in enumerate(order) if name in moments}
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _random() -> Tensors:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _weights(model: nn.Module) -> Tensors:
+    """Parameters and persistent buffers, each once though two names may reach it (tied embeddings)."""
+    saved = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in saved}
+
+
+def _check_same(model: Tensors, saved: Tensors) -> None:
+    wrong = [f"{name}: in the checkpoint only" for name in saved.keys() - model.keys()]
+    wrong += [f"{name}: missing from the checkpoint" for name in model.keys() - saved.keys()]
+    wrong += [
+        f"{name}: {list(saved[name].shape)} {saved[name].dtype} in the checkpoint, "
+        f"{list(tensor.shape)} {tensor.dtype} in the model"
+        for name, tensor in model.items()
+        if name in saved and (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise TrainError(f"the checkpoint is of another model: {'; '.join(sorted(wrong)[:5])}{more}")

@@ -1,0 +1,110 @@
+"""Several processes on one machine, over gloo and torchrun; what each checks is in ``distributed_worker.py``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import torch
+from limits import HANG
+from training import ROOT, environment, steps_of, tiny, write_texts
+
+import nvfp4
+from nvfp4.train.config import to_yaml
+from nvfp4.train.loop import pretrain
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python module in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], env=environment(), capture_output=True, text=True, timeout=HANG
+    )
+
+
+def run_checks(folder: Path, processes: int) -> dict[str, list[str | None]]:
+    """Of each check, the error that it ended with on every process."""
+    folder.mkdir()
+    script = str(ROOT / "tests" / "support" / "distributed_worker.py")
+    run = launch(*TORCHRUN, str(processes), script, str(folder))
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    failed = any(error for result in results for error in result.values())
+    complete = len(results) == processes and run.returncode == 0
+    assert failed or complete, run.stdout + run.stderr
+    return {name: [result.get(name, "not reached") for result in results] for name in results[0]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed") / "two"
+    return folder, run_checks(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def four(two):
+    folder = two[0].parent / "four"
+    return folder, run_checks(folder, 4)
+
+
+def verdict(results: dict[str, list[str | None]], name: str) -> None:
+    errors = results.get(name, ["not reached: an earlier check failed"])
+    assert not any(errors), "\n".join(f"process {rank}: {error}" for rank, error in enumerate(errors) if error)
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in worker.CHECKS[2]])
+def test_on_two_processes(two, check):
+    """Every check that needs two processes; its docstring says what it proves."""
+    verdict(two[1], check)
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in worker.CHECKS[4]])
+def test_on_four_processes(four, check):
+    """Every check that needs four processes."""
+    verdict(four[1], check)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_two_processes_loads_on_one_and_on_four(two, four):
+    """DCP: weights and momentum arrive to the bit, and one process that plays both ranks goes on to the bit."""
+    alone = worker.net("search_eden")
+    optimizer = worker.sgd(alone)
+    worker.play(alone, optimizer, range(2), 2)
+    torch.manual_seed(0)
+    model = nvfp4.convert(worker.Net(), "search_eden", seed=worker.SEED, verbose=False)
+    optimizer_of_model = worker.sgd(model)
+    worker.load_full_state(two[0], model, optimizer_of_model)
+    for rank in range(4):
+        worker.assert_same(torch.load(four[0] / f"{rank}.pt"), worker.tensors(alone, optimizer))
+    worker.assert_same(worker.tensors(model, optimizer_of_model), worker.tensors(alone, optimizer))
+    assert nvfp4.noise_state(model) == nvfp4.noise_state(alone)
+    losses = [worker.play(m, o, range(2, 4), 2) for m, o in ((alone, optimizer), (model, optimizer_of_model))]
+    assert losses[0] == losses[1]
+    worker.assert_same(worker.tensors(model, optimizer_of_model), worker.tensors(alone, optimizer))
+
+
+def test_the_loop_under_torchrun_and_accelerate_gives_the_losses_of_one_process(tmp_path):
+    """Two sequences a step, each quantised by itself: a + b in both, so loss and norm are equal to the bit.
+
+    rtn, since stochastic rounding differs between processes by design.
+    """
+    texts = write_texts(tmp_path / "texts")
+    config = tiny(tmp_path / "one", texts, recipe="rtn", batch=2, micro_batch=1, steps=6, save_every=0, eval_every=0)
+    pretrain(config)
+    one = steps_of(tmp_path / "one")
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                  "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]  # fmt: skip
+    for name, launcher in (("torchrun", [*TORCHRUN, "2", "-m"]), ("accelerate", accelerate)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(to_yaml(replace(config, out=str(tmp_path / name))))
+        run = launch(*launcher, "nvfp4.cli", "pretrain", "--config", str(path))
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert "2 process(es)" in run.stdout
+        many = steps_of(tmp_path / name)
+        for step in range(1, 7):
+            assert (many[step]["loss"], many[step]["grad_norm"]) == (one[step]["loss"], one[step]["grad_norm"]), step

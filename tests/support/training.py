@@ -1,0 +1,99 @@
+"""What the training tests share: a small text corpus, a tiny config, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from limits import HANG
+
+from nvfp4.run import log
+from nvfp4.train.config import PretrainConfig
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "if",
+    "x",
+    "else",
+    "return",
+    "def",
+    "for",
+    "value",
+    "in",
+    "range",
+    "0",
+    "1",
+    "(self, other):",
+    "é",
+    "∑",
+    "=",
+    "\n",
+]
+
+
+def write_texts(folder: Path, files: int = 12, words: int = 500) -> Path:
+    """Text files with the same content on every machine: words drawn by a linear congruential generator."""
+    state = 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        drawn = []
+        for _ in range(words):
+            state = (1103515245 * state + 12345) % 2**31
+            drawn.append(WORDS[(state >> 16) % len(WORDS)])
+        (folder / f"text{number:02d}.txt").write_text(" ".join(drawn), encoding="utf-8")
+    return folder
+
+
+def tiny(out: Path, data: Path, **changes: Any) -> PretrainConfig:
+    """A run of a few thousand parameters and a few seconds, one held-out file of twelve."""
+    fields: dict[str, Any] = {
+        "out": str(out),
+        "data": (str(data),),
+        "holdout": 0.1,
+        "depth": 1,
+        "width": 32,
+        "heads": 2,
+        "ffn": 64,
+        "lr": 1e-2,
+        "seq_len": 16,
+        "batch": 4,
+        "steps": 12,
+        "warmup": 2,
+        "device": "cpu",
+        "recipe": "bf16",
+        "eval_every": 5,
+        "eval_bytes": 256,
+        "final_eval_bytes": 512,
+        "save_every": 4,
+        "sample_tokens": 0,
+    }
+    return PretrainConfig(**{**fields, **changes})
+
+
+def steps_of(out: Path) -> dict[int, dict[str, Any]]:
+    """What log.jsonl says that must not depend on the clock or the machine, by step."""
+    clock = ("seconds", "tokens_per_s", "memory_gib")
+    rows = log.read(out / "log.jsonl")
+    assert len({row["step"] for row in rows}) == len(rows), "a step is logged twice"
+    return {row["step"]: {key: value for key, value in row.items() if key not in clock} for row in rows}
+
+
+def run_cli(*arguments: str, before: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """``nvfp4 ARGUMENTS`` in a process of its own, where the Python code ``before`` runs first."""
+    code = f"import sys\n{before}\nfrom nvfp4.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        **options,
+    )
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child process: the package under test, one thread."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

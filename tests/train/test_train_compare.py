@@ -1,0 +1,187 @@
+"""The comparison: one run for each recipe from the same start, three files, nothing done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from limits import HANG, until
+from training import environment, steps_of, tiny, write_texts
+
+from nvfp4.run.errors import TrainError
+from nvfp4.run.plots import draw_comparison, smooth, spread
+from nvfp4.train import compare as comparing
+from nvfp4.train.compare import compare, comparison, run_config, table
+from nvfp4.train.config import CompareConfig, TrainConfig, resolve, to_yaml
+
+RECIPES = ("bf16", "rtn", "quartet2")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def config_of(out, texts, **changes) -> CompareConfig:
+    base = tiny(out, texts)
+    shared = {field.name: getattr(base, field.name) for field in dataclasses.fields(TrainConfig)}
+    return CompareConfig(**{**shared, "recipes": RECIPES, **changes})
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, texts):
+    """One comparison through the command line, as a user starts it."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    path = out.parent / "given.yaml"
+    path.write_text(to_yaml(config_of(out, texts)))
+    command = [sys.executable, "-m", "nvfp4.cli", "compare", "--config", str(path)]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out, run.stdout
+
+
+def test_it_writes_one_table_one_picture_and_one_json(compared):
+    out, said = compared
+    assert {p.name for p in out.iterdir()} == {"compare.json", "compare.png", ".lock", *RECIPES}
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "compare.json").read_text())
+    assert [run["recipe"] for run in report["runs"]] == list(RECIPES)
+    for run in report["runs"]:
+        row = next(text for text in said.splitlines() if f" {run['recipe']} " in text and "│" in text)
+        assert f"{run['val_bpb']:.4f}" in row
+        assert f"{run['train_loss']:.4f}" in row
+
+
+def test_gaps_are_to_bf16_in_nats_and_percent(compared):
+    runs = {run["recipe"]: run for run in json.loads((compared[0] / "compare.json").read_text())["runs"]}
+    assert (runs["bf16"]["gap_nats"], runs["bf16"]["gap_percent"]) == (0, 0)
+    for recipe in ("rtn", "quartet2"):
+        run = runs[recipe]
+        assert run["gap_nats"] == run["val_loss"] - runs["bf16"]["val_loss"] != 0
+        assert run["gap_percent"] == pytest.approx(
+            100 * (run["val_bpb"] - runs["bf16"]["val_bpb"]) / runs["bf16"]["val_bpb"]
+        )
+        assert run["gap_nats"] == pytest.approx(run["gap_percent"] / 100 * runs["bf16"]["val_bpb"] * math.log(2))
+        assert run["curve"]["step"] == list(range(1, 13))
+        assert run["held_out"]["step"] == [0, 5, 10, 12]
+
+
+def test_all_recipes_start_alike_and_see_the_same_batches(compared, texts):
+    out, _ = compared
+    starts = [steps_of(out / recipe)[1]["loss"] for recipe in RECIPES]
+    assert max(starts) - min(starts) < 0.02  # the same weights and batch; only the quantisation of the forward differs
+    configs = [json.loads((out / recipe / "result.json").read_text())["config"] for recipe in RECIPES]
+    differing = {key for config in configs for key in config if config[key] != configs[0][key]}
+    assert differing == {"out", "recipe"}
+
+
+def test_finished_runs_are_not_done_again_and_a_missing_one_is(compared, texts, capsys):
+    out, _ = compared
+    before = {recipe: (out / recipe / "log.jsonl").stat().st_mtime_ns for recipe in RECIPES}
+    first = json.loads((out / "compare.json").read_text())
+    (out / "compare.json").unlink()
+    assert compare(config_of(out, texts)) == first
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert {recipe: (out / recipe / "log.jsonl").stat().st_mtime_ns for recipe in RECIPES} == before
+
+
+def test_runs_of_another_config_are_named_before_any_run_starts(compared, texts, monkeypatch):
+    monkeypatch.setattr(comparing, "start", None)
+    with pytest.raises(TrainError, match=r"bf16 holds a run of another config: lr: 0.01, now 0.5; give --overwrite"):
+        compare(config_of(compared[0], texts, lr=0.5))
+
+
+def test_a_run_that_fails_is_reported_with_its_recipe(tmp_path, texts):
+    absent = (str(tmp_path / "absent"),)
+    config = config_of(tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout)
+    with pytest.raises(TrainError, match="the run of bf16 ended with exit code 1; its message is above"):
+        compare(config)
+
+
+def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(tmp_path, texts):
+    config = config_of(tmp_path / "out", texts, recipes=("quartet2",), steps=4000, save_every=0, eval_every=0)
+    path = tmp_path / "given.yaml"
+    path.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "nvfp4.cli", "compare", "--config", str(path)]
+    run = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "quartet2" / "log.jsonl"
+    until(lambda: log.exists() and log.read_text().count("\n") > 3, run)
+    run.send_signal(signal.SIGINT)
+    said = "".join(run.communicate(timeout=HANG))
+    assert run.returncode == 130, said
+    assert "checkpoint saved" in said
+    assert "run the same command again to go on" in said
+    assert len(list((tmp_path / "out" / "quartet2" / "checkpoints").iterdir())) == 1
+
+
+def test_run_configs_differ_in_recipe_and_folder_only(tmp_path, texts):
+    config = resolve(config_of(tmp_path, texts, overwrite=True))
+    a, b = run_config(config, "bf16"), run_config(config, "rtn")
+    assert dataclasses.replace(b, recipe="bf16", out=a.out) == a
+    assert not a.overwrite
+
+
+def report_of(count: int, recipes: tuple[str, ...] = RECIPES) -> dict:
+    steps = list(range(1, count + 1))
+    runs = []
+    for i, recipe in enumerate(recipes):
+        losses = [None if step == 5 else 2 + 3 / step + 0.01 * i for step in steps]
+        held_out = {"step": [0, count], "val_loss": [5.5, 2.5 + 0.01 * i], "val_bpb": [7.9, 3.6]}
+        numbers = {
+            "val_bpb": 3.6 + 0.01 * i,
+            "gap_percent": 0.3 * i,
+            "gap_nats": 0.01 * i,
+            "val_loss": 2.5,
+            "train_loss": None,
+        }
+        costs = {
+            "parameters": 5,
+            "steps": count,
+            "val_bytes": 9,
+            "tokens_per_s": 5.0,
+            "seconds": 3.0,
+            "peak_memory_gib": 0.1,
+        }
+        runs.append(
+            {"recipe": recipe, "curve": {"step": steps, "loss": losses}, "held_out": held_out, **numbers, **costs}
+        )
+    return {"baseline": recipes[0], "runs": runs}
+
+
+@pytest.mark.parametrize("count", [5, 13, 400])
+@pytest.mark.parametrize("recipes", [("quartet2",), RECIPES, tuple(f"r{i}" for i in range(9))])
+def test_the_picture_is_drawn_for_short_and_long_runs_skipped_steps_and_many_recipes(tmp_path, count, recipes):
+    draw_comparison(report_of(count, recipes), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert table(report_of(count, recipes)).row_count == len(recipes)
+
+
+def test_smoothing_keeps_constants_and_passes_over_gaps():
+    values = np.full(300, 2.5)
+    values[[0, 17, 299]] = np.nan
+    assert smooth(values) == pytest.approx(2.5)
+    line = np.arange(300.0)
+    assert smooth(line)[100:200] == pytest.approx(line[100:200])
+    assert smooth(np.array([1.0])) == pytest.approx(1.0)
+
+
+def test_labels_are_moved_apart_in_order():
+    assert spread([1.0, 5.0], gap=1.0) == [1.0, 5.0]
+    moved = spread([2.0, 2.0, 2.1], gap=1.0)
+    assert sorted(moved) == moved
+    assert np.diff(moved) == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert np.mean(moved) == pytest.approx(np.mean([2.0, 2.0, 2.1]))
+
+
+def test_a_comparison_without_bf16_is_to_its_first_recipe(tmp_path, texts):
+    config = config_of(tmp_path, texts, recipes=("rtn", "nvidia"))
+    results = [{"recipe": r, "val_loss": 2.0 + i, "val_bpb": 3.0 + i} for i, r in enumerate(config.recipes)]
+    report = comparison(config, results)
+    assert report["baseline"] == "rtn"
+    assert [run["gap_nats"] for run in report["runs"]] == [0.0, 1.0]

@@ -1,0 +1,369 @@
+"""Faults put into a copy of the package one at a time, each of which a test has to find: ``make mutants``.
+
+    python tools/mutants.py [--only PATTERN] [--json FILE]
+
+Each mutant is one small change of arithmetic, layout or noise: a wrong tie, a constant off by one, a swapped operand, a
+step left out. For each of them the tests that ``make test`` runs on that code run until one fails. A mutant that
+survives is a hole in the tests, and the exit code is then 1.
+
+A copy of the tree in a temporary folder is changed, never this one. Python with torch in it is forked for each mutant,
+which saves the seconds that importing torch takes; one in csrc is compiled first, for the portable instruction set
+alone, since the headers are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("nvfp4", "csrc", "tests", "pyproject.toml", "setup.py", "benchmarks", "tools")
+CPU_SECONDS = 900
+"""A mutant that makes a loop endless is ended by its CPU time, on which a busy machine has no influence."""
+
+VECTORS = ("tests/backends/test_vectors.py", "-k", "reference or seeds")
+ROUNDING = ("tests/numerics/test_rounding.py",)
+CODEC = ("tests/numerics/test_codec.py", "tests/numerics/test_rounding.py")
+SCALING = ("tests/numerics/test_scaling.py", "tests/backends/test_vectors.py", "-k", "reference or seeds or scaling")
+LAYOUT = ("tests/numerics/test_layout.py",)
+HADAMARD = ("tests/numerics/test_hadamard.py",)
+RNG = ("tests/numerics/test_rng.py",)
+LAYER = ("tests/layer/test_linear.py", "-k", "composition or ranks or 31_ or 32_ or stored or transposed")
+NATIVE = ("tests/backends/test_native.py", "-k", "portable and (quantize or decode or dequantize or input)")
+TABLES = ("tests/backends/test_native.py", "-k", "tables or fold_in")
+BIAS = ("tests/layer/test_linear.py", "-k", "bias")
+REFUSED = ("tests/quantizers/test_quantizers.py", "-k", "seed or option or refuse")
+PRINTS = ("tests/backends/test_native.py", "-k", "fingerprint")
+TRITON = (
+    "tests/backends/test_triton.py",
+    "-k",
+    "quantize_equals or difficult or dequantize or noise or folded or every_code",
+)
+
+
+class Mutant(NamedTuple):
+    """``before``, which stands once in ``file``, becomes ``after``; these tests have to find it."""
+
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+def mutants(file: str, tests: tuple[str, ...], *changes: tuple[str, str]) -> list[Mutant]:
+    """One mutant for each (before, after)."""
+    return [Mutant(file, before, after, tests) for before, after in changes]
+
+
+MUTANTS = [
+    *mutants(
+        "nvfp4/numerics/formats.py",
+        CODEC,
+        ("min_exponent=0, max=6.0", "min_exponent=1, max=6.0"),
+        ("min_exponent=-6, max=448.0", "min_exponent=-6, max=416.0"),
+    ),
+    *mutants(
+        "nvfp4/numerics/formats.py",
+        VECTORS,
+        ("SEARCH_CAP = 256.0", "SEARCH_CAP = 288.0"),
+    ),
+    *mutants(
+        "nvfp4/numerics/rounding.py",
+        ROUNDING,
+        ("div_(step).round_()", "div_(step).add_(0.5).floor_()"),
+        (".ceil_()", ".round_()"),
+        (".add_(u).floor_()", ".add_(u).round_()"),
+        ("mul_(step).copysign_(x)", "mul_(step).mul_(x.sign())"),
+        ("fmt.min_exponent + _BIAS)", "fmt.min_exponent + _BIAS + 1)"),
+    ),
+    *mutants(
+        "nvfp4/numerics/codec.py",
+        CODEC,
+        ("values.signbit(), alpha=8", "values < 0, alpha=8"),
+        ("codes[..., 0::2] | codes[..., 1::2] << 4", "codes[..., 1::2] | codes[..., 0::2] << 4"),
+        ("values < 2.0**E4M3.min_exponent", "values < 2.0 ** (E4M3.min_exponent - 1)"),
+        ("a * 0.5 + 4", "a * 0.5 + 5"),
+    ),
+    *mutants(
+        "nvfp4/numerics/scaling.py",
+        SCALING,
+        ("block_amax * (scale * SIXTH)", "block_amax * scale / 6"),
+        ("torch.where(amax == 0, torch.ones_like(scale), scale)", "scale"),
+        ("x[..., :half] + x[..., half:]", "x[..., 0::2] + x[..., 1::2]"),
+        ("block_amax.amax(dim=1, keepdim=True)", "block_amax.amax(dim=0, keepdim=True).T"),
+    ),
+    *mutants(
+        "nvfp4/numerics/layout.py",
+        LAYOUT,
+        ("row % 32 * 16 + row % TILE_ROWS // 32 * 4", "row % 32 * 4 + row % TILE_ROWS // 32 * 128"),
+        ("return tiles.permute(0, 3, 2, 1, 4)", "return tiles.permute(0, 3, 1, 2, 4)"),
+    ),
+    *mutants(
+        "nvfp4/numerics/hadamard.py",
+        HADAMARD,
+        ("(1, 1, 1, -1, 1, -1, -1, -1, -1,", "(1, 1, 1, -1, 1, -1, -1, -1, 1,"),
+        ("if i == rounds - 1 and i % 2 == 0:", "if i == rounds - 1:"),
+    ),
+    *mutants(
+        "nvfp4/numerics/hadamard.py",
+        VECTORS,
+        ("(fwht(groups) * 0.25).to(torch.bfloat16).to(torch.float32).reshape", "(fwht(groups) * 0.25).reshape"),
+    ),
+    *mutants(
+        "nvfp4/numerics/rng.py",
+        RNG,
+        ("ROUNDS = 10", "ROUNDS = 9"),
+        ("add_(0.5).mul_", "add_(0.0).mul_"),
+        ("out[start:stop, j, 0] = word & 0xFFFF", "out[start:stop, j, 0] = word >> 16"),
+    ),
+    *mutants(
+        "nvfp4/numerics/rng.py",
+        VECTORS,
+        ("BLOCK_SCALE_STREAM = 2", "BLOCK_SCALE_STREAM = 1"),
+    ),
+    *mutants(
+        "nvfp4/layer/noise.py",
+        LAYER,
+        ("fold_in(sign_seed, 1 + LEFT, rank)", "fold_in(sign_seed, 1 + RIGHT, rank)"),
+        ("fold_in(seed % 2**64, layer, call, gemm)", "fold_in(seed % 2**64, layer, call, gemm, rank)"),
+        ("fold_in(seed % 2**64, layer, call, gemm)", "fold_in(seed % 2**64, layer, 0, gemm)"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/base.py",
+        REFUSED,
+        ("check_seed(getattr(options, name), name)", "pass"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/base.py",
+        VECTORS,
+        ("uniform(self._seed(), ELEMENT_STREAM,", "uniform(self._seed(), BLOCK_SCALE_STREAM,"),
+        ('poisoned = torch.where(finite, global_scale, float("nan"))', "poisoned = global_scale"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/rtn.py",
+        VECTORS,
+        ("(1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)", "1 / (block_scale * global_scale)"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/sr.py",
+        VECTORS,
+        ("up(base_scale(block_amax, encode), E4M3)", "nearest_scales(blocks)[0]"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/four_over_six.py",
+        VECTORS,
+        ("better = error < best_error", "better = error <= best_error"),
+        ("nearest(1.5 * base, E4M3)", "nearest(1.25 * base, E4M3)"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/scale_search.py",
+        VECTORS,
+        ("BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)", "BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5)"),
+    ),
+    *mutants(
+        "nvfp4/quantizers/ms_eden.py",
+        VECTORS,
+        ("numerator / denominator)", "denominator / numerator)"),
+        ("peak / torch.full_like(peak, E4M3.max)", "peak / 256"),
+        ("SEARCH_FACTORS = (1.0, 0.875,", "SEARCH_FACTORS = (1.0, 0.9375,"),
+    ),
+    *mutants(
+        "nvfp4/layer/gemms.py",
+        BIAS,
+        ("db = dy.sum(0, dtype=torch.float32)", "db = dy.sum(0)"),
+    ),
+    *mutants(
+        "nvfp4/layer/gemms.py",
+        LAYER,
+        ("partner=x.rotation)\n        return quantize_both", ")\n        return quantize_both"),
+    ),
+    *mutants(
+        "nvfp4/backends/triton/arithmetic.py",
+        TRITON,
+        ("draw.to(tl.float32) + 0.5", "draw.to(tl.float32)"),
+        ("b + 0x7FFF + ((b >> 16) & 1)", "b + 0x8000"),
+        ("tl.where(n.to(tl.float32) < steps, n + 1, n)", "n + 1"),
+    ),
+    *mutants(
+        "nvfp4/backends/triton/quantize/rules.py",
+        TRITON,
+        ("amax * (encode * SIXTH)", "(amax * encode) * SIXTH"),
+        ("best_error = tl.where(error < best_error, error, best_error)", "best_error = error"),
+        ("amax < SMALLEST_AMAX, 0.0, amax)", "amax < 0.0, 0.0, amax)"),
+    ),
+    *mutants(
+        "csrc/formats.h",
+        NATIVE,
+        ("kSearchCap = 256.0f", "kSearchCap = 288.0f"),
+    ),
+    *mutants(
+        "csrc/codec.h",
+        NATIVE,
+        ("b + 0x7fffu + (b >> 16 & 1u)", "b + 0x8000u"),
+    ),
+    *mutants(
+        "csrc/rounding.h",
+        NATIVE,
+        ("0x1p22f, 0x1p23f + 2.0f, 0x1p24f + 8.0f", "0x1p22f, 0x1p23f, 0x1p24f + 8.0f"),
+        ("select(to_float(n) < t, n + 1u, n)", "select(to_float(n) <= t, n + 1u, n)"),
+    ),
+    *mutants(
+        "csrc/scaling.h",
+        NATIVE,
+        ("amax * (scale * (1.0f / 6.0f))", "amax * scale / 6.0f"),
+    ),
+    *mutants(
+        "csrc/hadamard.h",
+        NATIVE,
+        ("0xD7E8u", "0xD7E9u"),
+    ),
+    *mutants(
+        "csrc/philox.h",
+        NATIVE,
+        ("(1.0f - 0x1p-17f)", "1.0f"),
+        ("0xBB67AE85u", "0xBB67AE86u"),
+    ),
+    *mutants(
+        "csrc/layout.h",
+        TABLES,
+        ("row % 128 / 32 * 4", "row % 128 / 32 * 8"),
+    ),
+    *mutants(
+        "csrc/quantizers.h",
+        NATIVE,
+        ("base * 1.5f", "base * 1.25f"),
+        ("best_error = smaller(error, best_error)", "best_error = error"),
+        ("amax < 0x1p-120f", "amax < 0x1p-149f"),
+    ),
+    *mutants(
+        "csrc/cpu/fingerprint.h",
+        PRINTS,
+        ("static_cast<size_t>(count - from)", "static_cast<size_t>(count - from - 1)"),
+    ),
+    *mutants(
+        "csrc/cpu/decode.h",
+        NATIVE,
+        ("c & 8u ? -v : v", "v"),
+    ),
+]
+
+
+def build(copy: Path) -> None:
+    """nvfp4._cpu of this copy for the portable instruction set, with what setup.py compiles objects with."""
+    import pybind11
+
+    for name in ("csrc/bind.cpp", "csrc/cpu/kernels.h"):
+        text = (copy / name).read_text()
+        (copy / name).write_text(text.replace("defined(__x86_64__)", "0"))
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", *include]
+    flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    objects = runpy.run_path(str(copy / "csrc" / "objects.py"))
+    commands = {
+        str(copy / "build" / f"{Path(source).stem}.o"): ["g++", *flags, "-c", str(copy / source)]
+        for source in ("csrc/cpu/portable.cpp", "csrc/bind.cpp")
+    }
+    objects["compile_changed"](commands)
+    library = copy / "nvfp4" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library.unlink(missing_ok=True)  # another process may have the old one in its memory
+    subprocess.run(["g++", "-shared", "-fopenmp", *commands, "-o", str(library)], check=True)
+
+
+def run(copy: Path, tests: tuple[str, ...], log: Path) -> int:
+    """pytest's exit code for these tests on the copy, in a fork of this process."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    if tests is TRITON:
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tools"))]
+    code = 99
+    try:
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests])
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def native(mutant: Mutant) -> bool:
+    return mutant.file.startswith("csrc/")
+
+
+def verdicts(chosen: list[Mutant], copy: Path) -> list[dict]:
+    """What became of each; RuntimeError where the tests fail without a mutant."""
+    log, rows = copy / "log.txt", []
+    for tests in {m.tests: None for m in chosen}:
+        if any(native(m) for m in chosen if m.tests == tests):
+            build(copy)
+        if (code := run(copy, tests, log)) != 0:
+            raise RuntimeError(f"{' '.join(tests)} ends with {code} without a mutant:\n{log.read_text()[-3000:]}")
+    for number, mutant in enumerate(chosen, 1):
+        file = copy / mutant.file
+        text = file.read_text()
+        assert text.count(mutant.before) == 1, (
+            f"{mutant.file} holds {mutant.before!r} {text.count(mutant.before)} times"
+        )
+        file.write_text(text.replace(mutant.before, mutant.after))
+        if native(mutant):
+            build(copy)
+        code = run(copy, mutant.tests, log)
+        file.write_text(text)
+        found = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+        by = found[0].split(" ")[1] if found else f"exit code {code}"
+        rows.append(
+            {"file": mutant.file, "before": mutant.before, "after": mutant.after, "killed": code != 0, "by": by}
+        )
+        print(
+            f"{number:3} {'killed' if code else 'SURVIVED'}  {mutant.file}: {mutant.before} -> {mutant.after}   {by}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> int:
+    """0 if every mutant was killed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose file matches this regular expression")
+    parser.add_argument("--json", help="where to keep the verdicts")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if re.search(options.only, m.file)]
+
+    import torch  # noqa: F401 - once, for all forks
+
+    sys.dont_write_bytecode = True  # of a file that changes within a second, or is back, bytecode would be stale
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "nvfp4"
+        copy.mkdir()
+        for name in COPIED:
+            source, ignored = ROOT / name, shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
+        rows = verdicts([m for m in chosen if not native(m)], copy)
+        rows += verdicts([m for m in chosen if native(m)], copy)
+    killed = sum(row["killed"] for row in rows)
+    print(f"{killed} of {len(rows)} mutants killed")
+    if options.json:
+        Path(options.json).write_text(json.dumps({"killed": killed, "of": len(rows), "mutants": rows}, indent=1) + "\n")
+    return killed != len(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

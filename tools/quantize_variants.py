@@ -1,0 +1,235 @@
+"""Every kernel in every form in which the recipes launch it, to be compiled ahead of time where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+from triton import next_power_of_2
+
+from nvfp4.backends.triton.backend import DECODING, SCALES, converts, tile_along, tile_down, tiles_of_both
+from nvfp4.backends.triton.launch import EXACT
+from nvfp4.backends.triton.quantize import kernels
+from nvfp4.backends.triton.quantize.rules import Coded, Policy, scaled_by_amax
+from nvfp4.backends.triton.variants import KernelVariant
+from nvfp4.numerics.formats import TILE_BLOCK
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.quantizers.registry import QUANTIZERS
+from nvfp4.recipes import GEMMS
+
+ELEMENTS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_POINTERS = {
+    "x_scale": "*u8",
+    "x_global": "*fp32",
+    "peak": "*i32",
+    "codes": "*i32",
+    "block_scale": "*u8",
+    "global_scale": "*fp32",
+    "swizzled": "*u8",
+    "lengths": "*fp32",
+    "words": "*i64",
+    "seeds": "*i64",
+}
+_SIZES = ("rows", "columns", "stride_row", "stride_column", "padded", "row_bytes", "row_blocks")
+_FIXED = Rotation(16, fixed=True)
+
+
+class Variant(NamedTuple):
+    """What ``triton.compile(ASTSource(kernel, signature, constexprs, attrs), options=options)`` wants."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int], list[list[Any]]]
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options; the same as at every launch."""
+        return {"num_warps": self.num_warps, **EXACT}
+
+
+def policies(capability: int) -> dict[str, Policy]:
+    """The policies compiled for on a card: every rule with each of its options, and the rotations of the recipes."""
+    options: list[tuple[str, dict[str, Any]]] = [("rtn_2d", {})]
+    for name in ("rtn", "sr", "sr_te"):
+        options += [
+            (name, o) for o in ({}, {"row_scaled": True}, {"rotation": _FIXED}, {"rotation": Rotation(16, 1, 0)})
+        ]
+    for name in ("sr", "sr_te", "scale_search"):
+        options.append((name, {"block": TILE_BLOCK}))
+    options += [("scale_search", o) for o in ({}, {"row_scaled": True})]
+    options += [("four_over_six", o) for o in ({}, {"metric": "mae"}, {"metric": "abs_max"})]
+    options += [("four_over_six", o) for o in ({"block": TILE_BLOCK}, {"row_scaled": True})]
+    options += [("ms_eden", {"rounds": rounds}) for rounds in (1, 2, 3)]
+    options += [("ms_eden", {"group": group}) for group in (16, 32, 64)]
+    options.append(("ms_eden", {"rounds": 2, "search": True}))
+    table = {}
+    for name, chosen in options:
+        label = "_".join([name, *(f"{key}={_label(value)}" for key, value in chosen.items())])
+        checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **chosen)
+        table[label] = Policy.of(QUANTIZERS[name], checked, converts(capability))
+    return table
+
+
+def _label(value: object) -> str:
+    if isinstance(value, Rotation):
+        return "nvidia" if value.fixed else f"{value.group}x{value.rounds}"
+    return "tile" if value == TILE_BLOCK else str(value)
+
+
+COMPILED = (
+    "rtn",
+    "rtn_2d",
+    "rtn_rotation=nvidia",
+    "sr_te",
+    "sr_te_rotation=nvidia",
+    "sr_rotation=16x1",
+    "four_over_six",
+    "four_over_six_block=tile",
+    "scale_search",
+    "ms_eden_rounds=1",
+    "ms_eden_rounds=2_search=True",
+)
+"""Policies of the named recipes; all policies on all cards would compile for hours."""
+
+CONVERSION = r"cvt\.rn\.satfinite\.e2m1x2\.f32"
+"""How PTX writes the rounding of two numbers to E2M1."""
+
+
+def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
+    """What ``aot`` compiles: policies of the recipes on BF16, its transpose, codes, and both orientations; or a few."""
+    table = policies(capability)
+    chosen: list[Variant] = []
+    for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
+        for source in ("bfloat16",) if few else ("bfloat16", "bfloat16^T", "tile_codes"):
+            chosen += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
+    if not few:
+        chosen += (
+            v for v in _both(table) if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
+        )
+    chosen += list(_scales())[:1]
+    chosen += list(_decoding())[:1]
+    chosen += (v for v in _seeds(table) if v.kernel is not kernels.amax_kernel)
+    return [
+        KernelVariant(
+            variant.name,
+            variant.kernel,
+            {name: kind for name, kind in variant.signature.items() if kind != "constexpr"},
+            variant.constexprs,
+            variant.num_warps,
+            instruction=CONVERSION if _converted(variant) else None,
+            divides=True,
+        )
+        for variant in chosen
+    ]
+
+
+def _converted(variant: Variant) -> bool:
+    """Whether an operand of this kernel is rounded to nearest, on a card that does so by itself."""
+    operands = [value for value in variant.constexprs.values() if isinstance(value, Policy)]
+    return any(policy.converts and policy.rule not in ("sr", "sr_te") for policy in operands)
+
+
+def all_variants() -> Iterator[Variant]:
+    """All of them: each policy on each kind of source, pairs of orientations, decoding; the same for every card."""
+    table = policies(capability=90)
+    for label, policy in table.items():
+        for source in (*ELEMENTS, *(f"{name}^T" for name in ELEMENTS), "codes", "tile_codes", "row_scaled_codes"):
+            yield from _single(label, policy, source)
+    yield from _both(table)
+    yield from _scales()
+    yield from _decoding()
+    yield from _seeds(table)
+
+
+def _single(label: str, policy: Policy, source: str, in_memory: bool = False) -> Iterator[Variant]:
+    """amax and quantise of one orientation; source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are
+    on the device, as CUDA graphs want them."""
+    coded = Coded(16 if source == "tile_codes" else 1, source == "row_scaled_codes") if "codes" in source else None
+    down = coded is not None or source.endswith("^T")
+    tile = tile_down(policy, coded is not None) if down else tile_along(policy)
+    constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile, "swizzled": None}
+    constants |= {"stride_row" if down else "stride_column": 1}
+    if coded is None:
+        constants |= {"x_scale": None, "x_global": None}
+    pointers = {"x": "*u8" if coded is not None else ELEMENTS[source.removesuffix("^T")]}
+    if not scaled_by_amax(policy.rule):
+        pointers["block_scale"] = "*fp32"
+    if in_memory:
+        pointers |= dict.fromkeys(("seed_low", "sign_low"), "*i64")
+        constants |= dict.fromkeys(("seed_high", "sign_high"))
+    for kernel in (kernels.amax_kernel, kernels.quantize_kernel):
+        if kernel is kernels.quantize_kernel or scaled_by_amax(policy.rule):
+            name = f"{label} of {source}{', seeds in memory' if in_memory else ''}"
+            yield _variant(name, kernel, tile.warps, pointers, constants)
+
+
+def _both(table: dict[str, Policy]) -> Iterator[Variant]:
+    pairs = [
+        ("rtn", "rtn"),
+        ("rtn", "rtn_rotation=nvidia"),
+        ("rtn_2d", "rtn_2d"),
+        ("sr_te", "sr_te_rotation=nvidia"),
+        ("sr_rotation=16x1", "sr_rotation=16x1"),
+        ("four_over_six", "four_over_six"),
+        ("ms_eden_rounds=1", "ms_eden_rounds=1"),
+    ]
+    for (left, right), (dtype, element) in product(pairs, ELEMENTS.items()):
+        rows, columns = table[left], table[right]
+        tiles = tiles_of_both(rows, columns)
+        constants = {"P_ROWS": rows, "P_COLUMNS": columns, "T_ROWS": tiles[0], "T_COLUMNS": tiles[1]}
+        pointers = {"x": element}
+        for side, policy in (("rows", rows), ("columns", columns)):
+            pointers |= {f"{name}_{side}": _POINTERS[name] for name in ("peak", "codes", "block_scale", "global_scale")}
+            if not scaled_by_amax(policy.rule):
+                pointers[f"block_scale_{side}"] = "*fp32"
+        for kernel in (kernels.amax_both_kernel, kernels.quantize_both_kernel):
+            if kernel is kernels.quantize_both_kernel or scaled_by_amax(rows.rule) or scaled_by_amax(columns.rule):
+                name = f"{left} and {right}^T of {dtype}"
+                yield _variant(name, kernel, tiles[0].warps, pointers, constants | {"stride_column": 1})
+
+
+def _scales() -> Iterator[Variant]:
+    rows, columns, warps = SCALES
+    for swizzled in (False, True):
+        constants = {"R": rows, "C": columns} | ({} if swizzled else {"swizzled": None})
+        name = f"ms_eden, {'swizzled' if swizzled else 'row-major'} scales"
+        yield _variant(name, kernels.finish_kernel, warps, {}, constants)
+
+
+def _seeds(table: dict[str, Policy]) -> Iterator[Variant]:
+    """What CUDA graphs need: seeds made on the device, and one kernel that finds its own there."""
+    gemms = len(GEMMS)
+    yield _variant("of three GEMMs", kernels.seeds_kernel, 1, {}, {"GEMMS": gemms, "COUNT": next_power_of_2(gemms)})
+    yield from _single("sr_rotation=16x1", table["sr_rotation=16x1"], "bfloat16", in_memory=True)
+
+
+def _decoding() -> Iterator[Variant]:
+    rows, columns, warps = DECODING
+    for (dtype, element), tile, row_scaled, with_global in product(
+        ELEMENTS.items(), (1, 16), (False, True), (False, True)
+    ):
+        if row_scaled and (tile == 16 or not with_global):
+            continue
+        constants = {"CODED": Coded(tile, row_scaled), "R": rows, "C": columns}
+        if not with_global:
+            constants |= {"global_scale": None}
+        name = f"{'rows' if row_scaled else 'tensor'} of {tile}x16 to {dtype}{'' if with_global else ', no global'}"
+        yield _variant(name, kernels.decode_kernel, warps, {"codes": "*u8", "out": element}, constants)
+
+
+def _variant(name: str, kernel: Any, warps: int, pointers: dict[str, str], constants: dict[str, Any]) -> Variant:
+    """Pointers are aligned to 16 bytes, sizes are multiples of 16, everything else is a 32-bit number."""
+    types = _POINTERS | pointers
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (key, kind) in enumerate(signature.items())
+        if (kind[0] == "*" and key not in kernels.SEEDS)
+        or (kind == "i32" and key.removesuffix("_rows").removesuffix("_columns") in _SIZES)
+    }
+    return Variant(f"{kernel.__name__}: {name}", kernel, signature, constants, attrs, warps)
