@@ -132,7 +132,7 @@ def test_families_and_tiles(monkeypatch):
     assert choose_tile(16, 4096, "mma_fp4", 170).m == 16
     assert choose_tile(16384, 16384, "mma_fp4", 170) == TILES["mma_fp4"][0]
     assert choose_tile(16384, 16384, "tcgen05", 148) == TILES["tcgen05"][0]
-    assert choose_tile(16384, 16384, "tcgen05", 148, residual=True) == TILES["tcgen05"][1]
+    assert choose_tile(16384, 16384, "tcgen05", 148, widest=128) == TILES["tcgen05"][1]
 
 
 def test_where_operands_are_decoded_first():

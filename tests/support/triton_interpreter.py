@@ -57,7 +57,7 @@ def gemm(a: tuple, b: tuple, dtype: Any, tile: tuple, native: bool, **extras: An
 
     left, right = (QTensor(*map(guarded, tensors), *record) for tensors, record in (a, b))
     extras = {name: guarded(tensor) for name, tensor in extras.items()}
-    return module.gemm(left, right, dtype, tile=module.Tile(*tile, 4, 2), native=native, **extras)
+    return module.gemm(left, right, dtype, tile=module.GemmTile(*tile, 4, 2), native=native, **extras)
 
 
 def guarded(tensor: Any) -> Any:
@@ -127,7 +127,7 @@ def last_tile(rows: int, columns: int, k: int, tail: int, seed: int) -> tuple[An
     ask = builder.create_get_program_id
     builder.create_get_program_id = lambda axis: interpreter.TensorHandle(np.array([tiles - 1], np.int32), tl.int32)
     try:
-        gemm_kernel[(1,)](*a.tensors, *b.tensors, None, None, out, rows, columns, k // 16,
+        gemm_kernel[(1,)](*a.tensors, *b.tensors, None, out, rows, columns, k // 16,
                           1, 1, False, False, False, 16, 16, 32, 1)  # fmt: skip
     finally:
         builder.create_get_program_id = ask

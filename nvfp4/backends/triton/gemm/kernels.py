@@ -65,24 +65,22 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _write(acc, out, a_global, b_global, bias, residual, rows, columns, M, N,
+def _write(acc, out, a_global, b_global, bias, rows, columns, M, N,
            A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
-    """fl(fl(acc * a_global) * b_global), plus bias, plus residual, each rounded to float32; then the one cast."""
+    """fl(fl(acc * a_global) * b_global), plus bias, each rounded to float32; then the one cast."""
     row_inside, column_inside = rows < M, columns < N
     a_scale = tl.load(a_global + rows, row_inside, other=0.0)[:, None] if A_ROWS else tl.load(a_global)
     b_scale = tl.load(b_global + columns, column_inside, other=0.0)[None, :] if B_ROWS else tl.load(b_global)
     y = product(acc * a_scale, b_scale)
-    inside = row_inside[:, None] & column_inside[None, :]
-    places = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if bias is not None:
         y += tl.load(bias + columns, column_inside, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        y += tl.load(residual + places, inside, other=0.0).to(tl.float32)
+    inside = row_inside[:, None] & column_inside[None, :]
+    places = rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(out + places, y.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, residual, out, M, N, blocks,
+def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, out, M, N, blocks,
                 A_TALL: tl.constexpr, B_TALL: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
                 NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                 GROUP: tl.constexpr) -> None:  # fmt: skip
@@ -90,7 +88,7 @@ def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, re
 
     a_codes [M, Kp / 2], b_codes [N, Kp / 2]; blocks: Kp / 16, rather than bytes, so that the compiler knows rows to be
     multiples of 8 bytes. A_TALL, B_TALL: rows that share a block scale, 1 or 16. A_ROWS, B_ROWS: whether the global
-    scale is one a row. bias [N] and residual [M, N] may be None. Compile without FMA contraction.
+    scale is one per row. bias [N] may be None. Compile without FMA contraction.
 
     Not persistent: a loop over tiles around the other one, flattened so that loads run ahead from tile to tile, moves
     the divisions of ``_place`` into the main loop (1400 instructions instead of 856 on sm_120, 2048 of 1416 on sm_100).
@@ -114,4 +112,4 @@ def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, re
                 acc = tl.dot(_decode(a, a_bytes, nibble), _decode(b, b_bytes, nibble).T, acc)
     if not NATIVE:
         acc *= UNSCALE
-    _write(acc, out, a_global, b_global, bias, residual, rows, columns, M, N, A_ROWS, B_ROWS)
+    _write(acc, out, a_global, b_global, bias, rows, columns, M, N, A_ROWS, B_ROWS)

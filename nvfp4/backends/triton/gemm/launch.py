@@ -22,11 +22,15 @@ BALANCE = {"tcgen05": 128, "mma_fp4": 16, "wgmma": 16, "mma": 8}
 GROUP = 8
 """Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk reads 65."""
 
+WIDEST_WITH_BIAS = 128
+"""Columns of a tile that adds a bias and writes float32: with 256 it spills 32 bytes per thread on sm_100, as ptxas of
+Triton 3.9 compiles it. 16-bit output with a bias does not spill."""
+
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Tile:
+class GemmTile:
     """What one program computes, [m, n] with steps of k along the contraction, and with how much."""
 
     m: int
@@ -36,14 +40,14 @@ class Tile:
     stages: int
 
 
-TILES: dict[str, tuple[Tile, ...]] = {
+TILES: dict[str, tuple[GemmTile, ...]] = {
     # 128 rows always: with 64, Triton 3.9 leaves FP4 and multiplies in FP16
-    "tcgen05": (Tile(128, 256, 256, 8, 3), Tile(128, 128, 256, 8, 4), Tile(128, 64, 256, 4, 4)),
-    "mma_fp4": (Tile(128, 128, 128, 8, 4), Tile(64, 128, 128, 4, 4), Tile(16, 128, 256, 4, 4)),
+    "tcgen05": (GemmTile(128, 256, 256, 8, 3), GemmTile(128, 128, 256, 8, 4), GemmTile(128, 64, 256, 4, 4)),
+    "mma_fp4": (GemmTile(128, 128, 128, 8, 4), GemmTile(64, 128, 128, 4, 4), GemmTile(16, 128, 256, 4, 4)),
     # 128 registers, so that two programs fit: one decodes while the other multiplies
-    "wgmma": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    "wgmma": (GemmTile(128, 128, 64, 8, 3), GemmTile(64, 64, 64, 4, 4)),
     # 4 warps: with 8, each decodes more of what its neighbours decode too (2376 instead of 1386 issues a step)
-    "mma": (Tile(128, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
+    "mma": (GemmTile(128, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(16, 64, 128, 4, 4)),
 }
 """The largest tiles that ptxas compiles without spilling (benchmarks/results/aot.json), smaller ones for fewer rows.
 Chosen by what they compile to: none has been timed on a GPU."""
@@ -72,18 +76,18 @@ def family(capability: int, native: bool = True) -> str:
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, residual: bool = False) -> Tile:
+def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, widest: int = 256) -> GemmTile:
     """The tile whose waves over the card cost least: full waves of one tile a multiprocessor, each as long as its tile.
 
     A tile takes as long as its products, m * n, and reading its operands from L2, ``BALANCE`` * (m + n); the sum, for
-    they overlap in part. With a residual, none of 256 columns: its epilogue would spill (288 bytes a thread on sm_100).
+    they overlap in part. widest: columns that a tile may have at most.
     """
 
-    def cost(tile: Tile) -> int:
+    def cost(tile: GemmTile) -> int:
         tiles = -(-rows // tile.m) * -(-columns // tile.n)
         return -(-tiles // multiprocessors) * (tile.m * tile.n + BALANCE[kind] * (tile.m + tile.n))
 
-    return min((tile for tile in TILES[kind] if tile.n < 256 or not residual), key=cost)
+    return min((tile for tile in TILES[kind] if tile.n <= widest), key=cost)
 
 
 @lru_cache(maxsize=64)
@@ -106,28 +110,28 @@ def gemm(
     b: QTensor,
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
-    tile: Tile | None = None,
+    tile: GemmTile | None = None,
     native: bool | None = None,
 ) -> torch.Tensor:
     """decode(a) @ decode(b)^T [a.rows, b.rows]: fl(fl(acc * a.global_scale) * b.global_scale), acc in float32.
 
-    bias [b.rows] and then residual [a.rows, b.rows] (any float dtype) are added in float32, then there is one cast to
-    ``out_dtype`` (float32, float16, bfloat16). tile, native: override what the device suggests. A NaN global scale
+    bias [b.rows] (any float dtype) is added in float32, then there is one cast to ``out_dtype`` (float32, float16,
+    bfloat16). tile, native: override what the device suggests. A NaN global scale
     makes its output NaN. Raises ValueError for other dtypes or shapes that do not fit.
     """
-    _check(a, b, out_dtype, bias, residual)
+    _check(a, b, out_dtype, bias)
     kind, multiprocessors = _device(a.device)
     # the interpreter's casts to BF16 truncate
     out = torch.empty(a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device)
     if out.numel() == 0:
         return out.to(out_dtype)
     if tile is None:
-        tile = choose_tile(a.rows, b.rows, kind, multiprocessors, residual is not None)
+        widest = 256 if bias is None or out_dtype != torch.float32 else WIDEST_WITH_BIAS
+        tile = choose_tile(a.rows, b.rows, kind, multiprocessors, widest)
     if native is None:
         native = kind in ("tcgen05", "mma_fp4")
-    tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias, residual)]
+    tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias)]
     arguments = (*tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size)
     scaling = (a.block[0], b.block[0], a.row_scaled, b.row_scaled)
     constants = (*scaling, native, tile.m, tile.n, tile.k, GROUP)
@@ -143,16 +147,13 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def _check(
-    a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None, residual: torch.Tensor | None
-) -> None:
+def _check(a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None) -> None:
     if out_dtype not in TYPES:
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
     if a.padded_contraction != b.padded_contraction:
         raise ValueError(f"a contracts {a.padded_contraction} columns and b {b.padded_contraction}; they must be equal")
-    for name, tensor, shape in (("bias", bias, (b.rows,)), ("residual", residual, (a.rows, b.rows))):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if bias is not None and tuple(bias.shape) != (b.rows,):
+        raise ValueError(f"bias must have shape ({b.rows},), got {tuple(bias.shape)}")
 
 
 def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
@@ -162,13 +163,14 @@ def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
     """
     kind = family(capability)
     plain = [_variant(kind, tile) for tile in TILES[kind]]
-    rich = _variant(kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, extras=True)
+    rich = _variant(kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, biased=True)
     if few:
         return [plain[0], rich]
-    widest = choose_tile(8192, 8192, kind, multiprocessors=1, residual=True)
+    narrower = choose_tile(8192, 8192, kind, 1, WIDEST_WITH_BIAS)
     options = [
         _variant(kind, TILES[kind][0], torch.float16, by_row=True),
-        _variant(kind, widest, torch.float32, tall=NVFP4.block_size, extras=True),
+        _variant(kind, TILES[kind][0], biased=True),
+        _variant(kind, narrower, torch.float32, tall=NVFP4.block_size, biased=True),
     ]
     other = family(capability, native=False)
     decoded = [] if other == kind else [_variant(other, tile) for tile in TILES[other][:1]]
@@ -179,13 +181,13 @@ def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
 
 def _variant(
     kind: str,
-    tile: Tile,
+    tile: GemmTile,
     out: torch.dtype = torch.bfloat16,
     tall: int = 1,
     by_row: bool = False,
-    extras: bool = False,
+    biased: bool = False,
 ) -> KernelVariant:
-    """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; extras: bias and residual."""
+    """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; biased: with a bias."""
     types = dict.fromkeys(("a_codes", "a_scale", "b_codes", "b_scale"), "*u8")
     types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{TYPES[out]}"}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32")
@@ -200,10 +202,10 @@ def _variant(
         "BK": tile.k,
         "GROUP": GROUP,
     }
-    if extras:
-        types |= {"bias": "*bf16", "residual": "*bf16"}
+    if biased:
+        types |= {"bias": "*bf16"}
     else:
-        constants |= {"bias": None, "residual": None}
-    traits = {TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "add": extras}
+        constants |= {"bias": None}
+    traits = {TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "bias": biased}
     name = " ".join([f"gemm {kind} {tile.m}x{tile.n}x{tile.k}", *(trait for trait, has in traits.items() if has)])
     return KernelVariant(name, gemm_kernel, types, constants, tile.warps, tile.stages, INSTRUCTIONS[kind])
