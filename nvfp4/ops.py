@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nvfp4.backends.base import Operation
 from nvfp4.backends.registry import AUTO, able, candidates, measured, select
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.torch_state import is_dtensor, without_autocast, without_dispatch_modes
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 
@@ -66,7 +65,7 @@ def quantize_with(
     axis = axis % x.dim() - x.dim()
     moved = x if axis == -1 else x.movedim(axis, -1)
     matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
-    with unseen():
+    with without_dispatch_modes():
         chosen = select(backend, "quantize", x.device, quantizer, options)
         if amax is None:
             q = chosen.quantize(matrix, quantizer, options)
@@ -88,7 +87,7 @@ def quantize_both(
     chosen = select(backend, "quantize", x.device, *rows)
     if chosen is not select(backend, "quantize", x.device, *columns):
         return quantize_with(x, *rows, backend=backend), quantize_with(x.t(), *columns, backend=backend)
-    with unseen():
+    with without_dispatch_modes():
         return chosen.quantize_both(x, rows, columns)
 
 
@@ -110,7 +109,7 @@ def quantize_activation(
         if columns is None:
             return quantize_with(x, *rows, backend=backend), None
         return quantize_both(x, rows, columns, backend=backend)
-    with unseen(), without_autocast(device):
+    with without_dispatch_modes(), without_autocast(device):
         return chosen.quantize_activation(activation, rows, columns)
 
 
@@ -118,7 +117,7 @@ def activation_gradients(
     activation: Activation, dy: torch.Tensor, *, backend: str = AUTO
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of the activation's two inputs, each in its dtype, from that of its result, dy [M, K]."""
-    with unseen(), without_autocast(dy.device):
+    with without_dispatch_modes(), without_autocast(dy.device):
         return select(backend, "activation", dy.device).activation_gradients(activation, dy)
 
 
@@ -130,19 +129,19 @@ def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backe
     """
     if len(q.shape) != 2 or q.axis != -1:
         raise ValueError(f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}")
-    with unseen():
+    with without_dispatch_modes():
         return select(backend, "quantize", q.device, quantizer, options).requantize(q, quantizer, options)
 
 
 def transpose(q: QTensor, *, backend: str = AUTO) -> QTensor:
     """The same codes and tile scales with rows and contraction exchanged; see ``QTensor.transpose``."""
-    with unseen():
+    with without_dispatch_modes():
         return select(backend, "transpose", q.device).transpose(q)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> torch.Tensor:
     """The tensor that q stands for, of its original shape, in ``dtype``; see ``QTensor.dequantize``."""
-    with unseen():
+    with without_dispatch_modes():
         return select(backend, "dequantize", q.device).dequantize(q, dtype)
 
 
@@ -164,7 +163,7 @@ def matmul(
     _check_product(a, b, out_dtype)
     if bias is not None and (bias.shape != (b.rows,) or bias.device != b.device):
         raise ValueError(f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}")
-    with unseen(), without_autocast(a.device):
+    with without_dispatch_modes(), without_autocast(a.device):
         y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
     shape = (*_lead(a), *_lead(b))
     return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
@@ -188,7 +187,7 @@ def grouped_matmul(
         raise ValueError(f"groups are on different devices: {', '.join(map(str, devices))}")
     if not a:
         return []
-    with unseen(), without_autocast(a[0].device):
+    with without_dispatch_modes(), without_autocast(a[0].device):
         return select(backend, "grouped_matmul", a[0].device).grouped_matmul(a, b, out_dtype)
 
 
@@ -219,26 +218,6 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def is_dtensor(x: object) -> bool:
-    """Whether x is a DTensor; where none was made their module is not loaded, which would take half a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def unseen() -> AbstractContextManager[object]:
-    """No dispatch mode within, such as selective checkpointing: what kernels write to memory would pass it by, and it
-    would take the memory for uninitialised. A mode that records sees constants; the operators of ``library`` it sees.
-    """
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, which would round a float32 GEMM to BF16; nothing where it is off or unknown to the device."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
     """A 64-bit number that changes whenever the bytes of x do, read at memory speed; None where x's backend has
     none."""
@@ -247,7 +226,7 @@ def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
 
 def draw_seeds(words: torch.Tensor, rank: int, gemms: int, *, backend: str = AUTO) -> torch.Tensor:
     """The seeds of one call of a layer, made where its words are; see ``Backend.draw_seeds``."""
-    with unseen():
+    with without_dispatch_modes():
         return select(backend, "draw_seeds", words.device).draw_seeds(words, rank, gemms)
 
 

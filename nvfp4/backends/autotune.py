@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nvfp4.backends.base import Backend
+from nvfp4.numerics.torch_state import without_dispatch_modes
 from nvfp4.quantizers.base import Quantizer
 
 Clock = Callable[[Callable[[], object], torch.device], float]
@@ -28,7 +28,7 @@ def race(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer
     Each runs once before, which compiles. Waits for the device; draws no random number.
     """
     options = quantizer.check(seed=1)
-    with _disable_current_modes(), torch.no_grad():
+    with without_dispatch_modes(), torch.no_grad():
         x = torch.linspace(-3, 3, SHAPE[0] * SHAPE[1], device=device).view(SHAPE).to(torch.bfloat16)
 
         def work(backend: Backend) -> Callable[[], object]:

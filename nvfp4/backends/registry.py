@@ -15,6 +15,7 @@ from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.scaled_mm import ScaledMmBackend
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.backends.triton.backend import TritonBackend
+from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
 _ORDER: tuple[Backend, ...] = (ScaledMmBackend(), CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
@@ -114,7 +115,7 @@ def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer |
         return BACKENDS.values()
     key = (device, quantizer.name)
     if key not in _SECONDS:
-        if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             return BACKENDS.values()
         options = quantizer.check(seed=1)
         able_here = [
@@ -152,7 +153,7 @@ def _obstacle(
         return reason
     key = (backend, operation, device, None if quantizer is None else quantizer.name)
     if key not in _FAULTS:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             return None  # a graph can be captured only after a warm-up, which has asked already
         reason = _FAULTS[key] = find_fault(backend, operation, device, quantizer)
         if reason is not None:

@@ -33,6 +33,7 @@ from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.layout import TILE_COLUMNS, TILE_ROWS, swizzle
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.scaling import spread
+from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
 try:
@@ -75,7 +76,7 @@ class SharedAlpha:
     def _is_ours(self, device: torch.device) -> bool:
         if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
             return False
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return False
         if self.device is None:
             self.device = device
@@ -195,7 +196,7 @@ class ScaledMmBackend(Backend):
 
     def _scale(self, q: QTensor) -> torch.Tensor:
         """Block scales, one a row, swizzled; kept as long as q lives, so that a weight's are swizzled once."""
-        capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing(q.device)
         kept = None if capturing else self._swizzled.get(q)  # a graph must swizzle at every replay, and keeps nothing
         if kept is None or kept[0] != q.block_scale._version:
             made = swizzle(spread(q.block_scale, q.block, q.rows)).view(torch.float8_e4m3fn)

@@ -6,7 +6,6 @@ A kernel built for another architecture may return zeros or what was in memory, 
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import ReferenceBackend
@@ -14,6 +13,7 @@ from nvfp4.numerics.activations import RMSNorm, SwiGLU
 from nvfp4.numerics.codec import e4m3_encode
 from nvfp4.numerics.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.torch_state import without_autocast, without_dispatch_modes
 from nvfp4.quantizers.base import Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 
@@ -39,7 +39,7 @@ def find_fault(backend: Backend, operation: Operation, device: torch.device, qua
     probe = _PROBES[operation]
     chosen = quantizer or get_quantizer("rtn")
     # the first use may lie under anything: a dispatch mode that counts or replays operators must not see these
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with without_dispatch_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
         want = probe(_REFERENCE, torch.device("cpu"), chosen)
         try:
             got = [tensor.cpu() for tensor in probe(backend, device, chosen)]

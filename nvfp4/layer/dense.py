@@ -24,10 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from nvfp4.backends.native.cpu import EMULATED, INSTRUCTIONS, dense_product
-from nvfp4.ops import is_dtensor, unseen
+from nvfp4.numerics.torch_state import autocast_dtype, is_dtensor, is_traced, without_dispatch_modes
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,7 +54,7 @@ def product(
     bias, or zeros. Differentiable any number of times; gradients have the dtypes of what they are gradients of.
     """
     dtype = a.dtype if out_dtype is None else out_dtype
-    if _watched(a):
+    if is_traced(a):
         return _operator(a, b, bias, dtype)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(a, b, bias, dtype)
@@ -113,8 +112,8 @@ def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     """The dtype of a linear layer's product if this module is to compute it, else None: torch does."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or is_dtensor(x) or is_dtensor(weight):
         return None
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         if torch.float64 in (x.dtype, weight.dtype):
             return None
     else:
@@ -124,11 +123,6 @@ def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
     return dtype if fits and dtype in EMULATED else None
-
-
-def _watched(x: torch.Tensor) -> bool:
-    """Whether a compiler or a dispatch mode has to see an operator; see ``linear.py``."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
 
 
 def _gradients(
@@ -166,7 +160,7 @@ class _Product(torch.autograd.Function):
 @torch.library.custom_op("nvfp4::dense_product", mutates_args=())
 def _operator(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """``product`` as compiled graphs call it."""
-    with unseen():
+    with without_dispatch_modes():
         return dense_product(a, b, bias, dtype)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from nvfp4.layer.gemms import Call, Saved, backward_operands, dense_forward, flatten, forward_operands, product
 from nvfp4.layer.linear import LinearState, output_dtype, refuse_second_derivative
@@ -22,7 +21,8 @@ from nvfp4.layer.noise import CALLS, HostWords, Noise, signed
 from nvfp4.layer.operators import restore
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import fold_in
-from nvfp4.ops import INPUT_DTYPES, grouped_matmul, is_dtensor, without_autocast
+from nvfp4.numerics.torch_state import is_dtensor, is_plain_parameter, without_autocast
+from nvfp4.ops import INPUT_DTYPES, grouped_matmul
 from nvfp4.recipes import Recipe
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -250,7 +250,7 @@ def objection(module: nn.Module) -> str | None:
         return "forward_replaced"
     if getattr(module, "_is_expert_parallel", False):
         return "expert_parallel"
-    if any(type(stack) is not nn.Parameter and not isinstance(stack, FakeTensor) for stack in (up, down)):
+    if is_dtensor(up) or is_dtensor(down) or not (is_plain_parameter(up) and is_plain_parameter(down)):
         return "tensor_subclass"
     return None if up.dtype in INPUT_DTYPES and down.dtype in INPUT_DTYPES else "dtype"
 

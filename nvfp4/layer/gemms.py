@@ -18,7 +18,8 @@ from nvfp4.layer.sharding import Shards, quantize_with_amax
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed
-from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, transpose, without_autocast
+from nvfp4.numerics.torch_state import without_autocast
+from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, transpose
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.recipes import Gemm, Operand, Recipe
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map_only
 from nvfp4.backends.registry import AUTO
 from nvfp4.numerics.activations import Activation, RMSNorm, SwiGLU
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.ops import INPUT_DTYPES, activation_gradients, quantize_activation, without_autocast
+from nvfp4.numerics.torch_state import without_autocast
+from nvfp4.ops import INPUT_DTYPES, activation_gradients, quantize_activation
 from nvfp4.quantizers.base import Options, Quantizer
 
 Spec = tuple[Quantizer, Options]

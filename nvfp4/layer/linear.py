@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nvfp4.backends.registry import AUTO
@@ -21,12 +20,13 @@ from nvfp4.layer import operators as layer_ops
 from nvfp4.layer.dense import affine
 from nvfp4.layer.gemms import Call, flatten, fprop, stored_operands
 from nvfp4.layer.lazy_activation import Deferred
-from nvfp4.layer.noise import CALLS, Noise, capturing, words_of
+from nvfp4.layer.noise import CALLS, Noise, words_of
 from nvfp4.layer.sharding import GatheredWeight, Shards
 from nvfp4.layer.shared_amax import Contents, SharedAmax
 from nvfp4.layer.streams import Done
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.ops import INPUT_DTYPES, fingerprint, is_dtensor
+from nvfp4.numerics.torch_state import autocast_dtype, is_capturing, is_dtensor, is_traced
+from nvfp4.ops import INPUT_DTYPES, fingerprint
 from nvfp4.recipes import Recipe
 
 
@@ -67,7 +67,7 @@ class LinearState:
 
     def takes(self, x: Deferred) -> bool:
         """Whether the next call can quantise x without its being written to memory, which nothing else asked for."""
-        whole = self.shards is None and not _as_operator(x)
+        whole = self.shards is None and not is_traced(x)
         return whole and self.recipe.fprop.quantized and not self.saves_input and not x.in_memory
 
     def fprop(
@@ -87,7 +87,7 @@ class LinearState:
             )
         shared = self.shared if quantized else None
         among = () if shared is None else shared.contents()
-        if _as_operator(x):
+        if is_traced(x):
             _check_whole(self.shards)
             w_amax = None if shared is None else shared.amax(among)
             key, backend = self.key, self.backend
@@ -117,7 +117,7 @@ class LinearState:
         if key is None:
             return None
         kept = self.weight_codes  # read once: another thread may end ``fixed_weights``
-        if capturing():
+        if is_capturing():
             return kept[1] if self.renews_weight and kept is not None and kept[0] == key else None
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
@@ -136,7 +136,7 @@ class LinearState:
     def content(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
         """What changes when the weight does: its bytes or, inside ``fixed_weights``, version and place; None if
         unknown."""
-        if _as_operator(weight):
+        if is_traced(weight):
             return None
         if self.keeps_weight and not weight.is_inference():
             # a weak reference, since a freed weight's address may be given to the next, as in .bfloat16().float()
@@ -174,14 +174,6 @@ def _check_whole(shards: Shards | None) -> None:
             "torch.compile, and other tracing, cannot see that a layer of parallelize_module is one part of a whole: "
             "run such layers eagerly, for example with torch.compiler.disable"
         )
-
-
-def _as_operator(x: torch.Tensor) -> bool:
-    """Whether somebody watches the operators that run: a compiler, or a dispatch mode such as selective checkpointing.
-
-    To them a layer must be one operator: kernels write to memory that they would take for uninitialised and exchange.
-    """
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
 
 
 def refuse_second_derivative() -> None:
@@ -223,7 +215,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         saved, needs = list(ctx.saved_tensors), list(ctx.needs)
-        if _as_operator(dy):
+        if is_traced(dy):
             _check_whole(ctx.shards)
             what = (ctx.key, ctx.backend, needs, ctx.features)
             made = layer_ops.backward(dy, saved, ctx.words, *what, *ctx.dtypes, ctx.capturable)
@@ -304,9 +296,9 @@ def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """The dtype that ``F.linear`` gives, also under autocast; TypeError if theirs do not fit."""
     if x.dtype not in INPUT_DTYPES or weight.dtype not in INPUT_DTYPES:
         raise TypeError(f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}")
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    cast = autocast_dtype(x.device)
+    if cast is not None:
+        return cast
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
     return x.dtype

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nvfp4.numerics.rng import DeviceSeed, Seed, check_seed, fold_in
+from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.ops import draw_seeds
 from nvfp4.recipes import GEMMS
 
@@ -117,7 +118,7 @@ class HostWords(tuple[int, int, int, int]):
 
     def seeds(self, gemm: str) -> GemmSeeds:
         """The seeds of one GEMM of this call; RuntimeError where a CUDA graph would repeat them for ever."""
-        if capturing():
+        if is_capturing():
             raise RuntimeError(
                 "a CUDA graph would replay this layer with the same noise for ever: call nvfp4.capturable(model) "
                 "before the capture, and before its warm-up; every replay then draws its own"
@@ -147,11 +148,6 @@ class DeviceWords:
 
 
 Words = HostWords | DeviceWords
-
-
-def capturing() -> bool:
-    """Whether what is computed now goes into a CUDA graph instead of being computed."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def words_of(words: torch.Tensor, capturable: bool, backend: str) -> Words:

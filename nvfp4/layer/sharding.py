@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from nvfp4.backends.registry import AUTO
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.ops import dequantize, is_dtensor, quantize_with
+from nvfp4.numerics.torch_state import is_dtensor
+from nvfp4.ops import dequantize, quantize_with
 from nvfp4.quantizers.base import Options, Quantizer
 
 if TYPE_CHECKING:

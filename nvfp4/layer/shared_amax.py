@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvfp4.layer.noise import capturing
 from nvfp4.layer.sharding import magnitude
 from nvfp4.layer.streams import Done
+from nvfp4.numerics.torch_state import is_capturing
 
 Contents = tuple[tuple[Any, ...] | None, ...]
 """What changes when a weight does, of each one that shares; None where there is no telling."""
@@ -46,7 +46,7 @@ class SharedAmax:
         """
         found = []
         for position, (layer, content) in enumerate(zip(self.layers, contents, strict=True)):
-            if content is None or capturing():
+            if content is None or is_capturing():
                 found.append(magnitude(layer.weight.detach()))
                 continue
             known = self._known.get(position)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from nvfp4.layer.lazy_activation import rms_norm, swiglu
 from nvfp4.layer.linear import Linear
 from nvfp4.numerics import activations
-from nvfp4.ops import INPUT_DTYPES, is_dtensor, without_autocast
+from nvfp4.numerics.torch_state import is_dtensor, is_traced, without_autocast
+from nvfp4.ops import INPUT_DTYPES
 
 FUSED = "fused"
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -214,8 +214,9 @@ def _restore(kind: type[_Fused], original: type[nn.Module]) -> nn.Module:
 
 def _watched(*tensors: torch.Tensor) -> bool:
     """Whether operators must be seen as they are: by compilers, dispatch modes, tracers or tensor subclasses."""
-    modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
-    return modes or any(isinstance(t, FakeTensor) or is_dtensor(t) or t.dtype not in INPUT_DTYPES for t in tensors)
+    if torch.jit.is_tracing():
+        return True
+    return any(is_traced(t) or is_dtensor(t) or t.dtype not in INPUT_DTYPES for t in tensors)
 
 
 def _eps(module: nn.Module) -> Any:

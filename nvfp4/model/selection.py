@@ -14,12 +14,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from nvfp4.layer.dense import DenseLinear
 from nvfp4.layer.experts import STACKS, Experts, objection
 from nvfp4.layer.linear import Linear
+from nvfp4.numerics.torch_state import is_plain_parameter
 from nvfp4.ops import INPUT_DTYPES
 from nvfp4.recipes import Recipe, as_recipe
 
@@ -249,25 +249,13 @@ def _cannot(facts: _Facts, module: nn.Linear) -> str | None:
         return "forward_replaced"
     if isinstance(module.weight, nn.UninitializedParameter):
         return "uninitialized"
-    if not all(_is_plain(parameter) for parameter in module.parameters(recurse=False)):
+    if not all(is_plain_parameter(parameter) for parameter in module.parameters(recurse=False)):
         return "tensor_subclass"
     if module.weight.dtype not in INPUT_DTYPES:
         return "dtype"
     if 0 in (module.in_features, module.out_features):  # a weight that is gathered when needed may be empty until then
         return "empty"
     return facts.bypassed.get(id(module))
-
-
-def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether it is an ordinary parameter, or a sharded or fake one that stands for such; others (quantised weights)
-    have arithmetic of their own."""
-    if type(parameter) is nn.Parameter or isinstance(parameter, FakeTensor):
-        return True
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # costs an import that a model of plain parameters need not pay
-
-    return isinstance(parameter, DTensor)
 
 
 def _bypassed(model: nn.Module) -> dict[int, str]:

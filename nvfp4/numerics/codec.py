@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4.numerics.constants import constant
 from nvfp4.numerics.formats import E2M1, E4M3
+from nvfp4.numerics.torch_state import constant
 
 _E2M1_VALUES = (*E2M1.grid, *(-value for value in E2M1.grid))
 _E4M3_VALUES = (*E4M3.grid, float("nan"))

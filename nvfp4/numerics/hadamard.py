@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nvfp4.numerics.constants import constant
 from nvfp4.numerics.rng import SIGN_STREAM, DeviceSeed, Seed, check_seed, philox
+from nvfp4.numerics.torch_state import constant
 
 GROUPS = (16, 32, 64, 128)
 MAX_ROUNDS = 3

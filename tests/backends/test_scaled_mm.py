@@ -99,6 +99,7 @@ class Cuda:
         self.stream, self.capturing = 0, False
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (device, self.stream))
         monkeypatch.setattr(torch.cuda, "default_stream", lambda device: (device, 0))
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
 
 

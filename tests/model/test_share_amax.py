@@ -144,7 +144,7 @@ def test_a_refusal_changes_nothing() -> None:
     """Overlapping groups, mixed dtypes, names instead of groups: an error, and the sharing that was there stays."""
     model = converted()
     nvfp4.share_amax(model)
-    before = [layer.nvfp4.shared for layer in nvfp4.weights.layers(model).values()]
+    before = [layer.nvfp4.shared for layer in nvfp4.model.weights.layers(model).values()]
     with pytest.raises(ValueError, match="overlap"):
         nvfp4.share_amax(model, [("q_proj", "k_proj"), ("k_proj", "v_proj")])
     with pytest.raises(TypeError, match="sequence of sequences"):
@@ -152,7 +152,7 @@ def test_a_refusal_changes_nothing() -> None:
     model[1].q_proj.half()
     with pytest.raises(ValueError, match="different dtypes"):
         nvfp4.share_amax(model)
-    assert [layer.nvfp4.shared for layer in nvfp4.weights.layers(model).values()] == before
+    assert [layer.nvfp4.shared for layer in nvfp4.model.weights.layers(model).values()] == before
 
 
 def test_kept_codes_ask_for_no_amax(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from assertions import assert_bytes_equal, assert_floats_bitwise
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nvfp4.numerics.codec import e2m1_decode, e2m1_encode, e4m3_decode, e4m3_encode, pack, unpack
-from nvfp4.numerics.constants import constant
+from nvfp4.numerics.torch_state import constant
 
 CODES = torch.arange(16, dtype=torch.uint8)
 BYTES = torch.arange(256, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import number
+from nvfp4.numerics.torch_state import without_autocast
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
 
 native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
@@ -220,7 +221,7 @@ def dense_product(
     (rows, depth), columns = a.shape, b.shape[0]
     kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
     if kernel is None or rows == 0 or columns == 0 or depth == 0:
-        with torch.autocast("cpu", enabled=False):  # it would round the sums before the bias is added
+        with without_autocast(a.device):  # it would round the sums before the bias is added
             y = a.to(torch.float32) @ b.to(torch.float32).t()
         return (y if bias is None else y.add_(bias)).to(dtype)
     a, b = _readable(a), _readable(b)
