@@ -1,6 +1,11 @@
-"""Compile the CUDA kernels without a GPU and say what came out: instructions, registers, spills, shared memory.
+"""Compiles the CUDA kernels without a GPU and says what came out: python -m tools.cuda_build
 
-``python -m tools.cuda_build --json PATH`` from a checkout; nvcc has to be on PATH.
+    each file of csrc/cuda  x  each target
+        nvcc -cubin --keep, with the flags of ``nvfp4.backends.native.cuda_targets.py``, as setup.py has them
+        registers, stack and spills from ptxas' own words, instructions from the machine code
+        a fault where the arithmetic is not the reference's, or values leave the registers
+
+``--json PATH`` keeps the table, which is benchmarks/results/cuda.json. nvcc has to be on PATH.
 """
 
 from __future__ import annotations
@@ -18,20 +23,30 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from nvfp4.backends.native.cuda_targets import FLAGS, SOURCES, TARGETS, find_nvcc
+from tools.machine_code import (
+    E2M1_CONVERSION,
+    inspected,
+    instruction_count,
+    memory_faults,
+    rounding_faults,
+    show,
+    toolkits_cuobjdump,
+)
 
 FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = tuple(f"sm_{target}" for target in TARGETS)
+
 TILE_COLUMNS, FLAT_ROWS, TILE_ROWS, BESIDE = 128, 32, 128, 608
-"""Of tile.h and quantize.h: elements of a tile, and bytes beside it; test_cuda_compile.py holds them equal."""
+"""Of tile.h and quantize.h: elements of a tile, and bytes beside it; a test holds them equal."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """One kernel for one target. instructions: of machine code; converts: E2M1 conversions; fault: or None."""
+class CudaKernel:
+    """One kernel for one target.
+
+    instructions: of machine code. converts: conversions to E2M1. fault: what is wrong, or None.
+    """
 
     kernel: str
     target: str
@@ -44,69 +59,59 @@ class Report:
     fault: str | None
 
 
-def compile_source(source: str, target: str, folder: Path) -> list[Report]:
-    """What the kernels of one file become on one target; RuntimeError with nvcc's words if it does not compile."""
-    made = folder / f"{source}.{target}"
-    made.mkdir()
-    command = [
-        str(find_nvcc()),
-        *FLAGS,
-        f"-arch={target}",
-        "-Xptxas",
-        "-v",
-        "-cubin",
-        "--keep",
-        "--keep-dir",
-        str(made),
-    ]
-    command += [str(FOLDER / f"{source}.cu"), "-o", str(made / "out.cubin")]
+def compile_source(source: str, target: str, folder: Path) -> list[CudaKernel]:
+    """What the kernels of one file become on one target.
+
+    Raises RuntimeError with nvcc's words if it does not compile.
+    """
+    parts = folder / f"{source}.{target}"
+    parts.mkdir()
+    cubin = parts / "out.cubin"
+    command = [str(find_nvcc()), *FLAGS, f"-arch={target}", "-Xptxas", "-v", "-cubin"]
+    command += ["--keep", "--keep-dir", str(parts), str(FOLDER / f"{source}.cu"), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source}.cu for {target}: {done.stderr}")
-    ptx = "\n".join(path.read_text() for path in made.glob("*.ptx"))
-    return list(_reports(done.stderr, _functions(ptx), _machine_code(made / "out.cubin"), target))
+
+    ptx = "\n".join(path.read_text() for path in parts.glob("*.ptx"))
+    return list(kernels_of(done.stderr, _functions(ptx), _machine_code(cubin), target))
 
 
-def _reports(log: str, ptx: dict[str, str], sass: dict[str, str], target: str) -> Iterator[Report]:
+def kernels_of(log: str, ptx: dict[str, str], sass: dict[str, str], target: str) -> Iterator[CudaKernel]:
+    """Every kernel that ptxas' log names. ptx, sass: by mangled name; sass may lack some."""
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
-    found = re.findall(pattern, log, re.DOTALL)
-    for (name, stack, stored, loaded, registers), plain in zip(found, _demangled([f[0] for f in found]), strict=True):
-        text, spilled = ptx[name], int(stored) + int(loaded)
-        code = sass.get(name, "")
-        faults = [
-            f"spills {spilled} bytes" if spilled else "",
-            f"keeps {stack} bytes in local memory" if int(stack) else "",
-            "reads or writes local memory" if not int(stack) and re.search(r"\b(LDL|STL)\b", code) else "",
-            # a quotient takes FFMAs, but none of two numbers at once: those ptxas makes of our own products and sums
-            "float32 products and sums are fused"
-            if re.search(r"\bfma\.rn\.f32", text) or re.search(r"\bFFMA2\b", code)
-            else "",
-            "float32 subnormals are flushed" if ".ftz" in text else "",
-            "an approximate quotient" if re.search(r"\b(div|rcp)\.(approx|full)", text) else "",
-        ]
-        yield Report(
-            kernel=plain,
+    entries = re.findall(pattern, log, re.DOTALL)
+    names = _demangled([entry[0] for entry in entries])
+    for (mangled, stack, stored, loaded, registers), name in zip(entries, names, strict=True):
+        text, code = ptx[mangled], sass.get(mangled, "")
+        spilled = int(stored) + int(loaded)
+        faults = [*memory_faults(code, spilled, int(stack)), *rounding_faults(text, code, True)]
+        if re.search(r"\b(div|rcp)\.(approx|full)", text):
+            faults.append("an approximate quotient")
+        yield CudaKernel(
+            kernel=name,
             target=target,
             registers=int(registers),
             spill_bytes=spilled,
             stack_bytes=int(stack),
-            shared_bytes=shared_bytes(plain),
-            instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE)),
-            converts=text.count("cvt.rn.satfinite.e2m1x2.f32"),
-            fault="; ".join(filter(None, faults)) or None,
+            shared_bytes=shared_bytes(name),
+            instructions=instruction_count(code),
+            converts=len(re.findall(E2M1_CONVERSION, text)),
+            fault="; ".join(faults) or None,
         )
 
 
 def shared_bytes(kernel: str) -> int:
-    """Dynamic shared memory a launch asks for, by the (demangled) name of the kernel."""
+    """Dynamic shared memory that a launch asks for, by the demangled name of the kernel."""
     width = 4 if "<unsigned int" in kernel else 2
     if kernel.startswith("amax"):
         rows = TILE_ROWS if kernel.endswith("true>") else FLAT_ROWS
     elif kernel.startswith("quantize"):
-        rows = FLAT_ROWS if kernel.endswith("None>") and "Eden" not in kernel else TILE_ROWS
+        is_flat = kernel.endswith("None>") and "Eden" not in kernel
+        rows = FLAT_ROWS if is_flat else TILE_ROWS
     else:
         return 0
     return rows * TILE_COLUMNS * width + BESIDE
@@ -117,22 +122,12 @@ def _functions(ptx: str) -> dict[str, str]:
 
 
 def _machine_code(cubin: Path) -> dict[str, str]:
-    """SASS of each kernel; nothing where there is no cuobjdump."""
-    tool = shutil.which("cuobjdump") or _tritons_cuobjdump()
+    """SASS of each kernel by its mangled name; nothing where there is no cuobjdump."""
+    tool = toolkits_cuobjdump()
     if tool is None:
         return {}
-    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function : (\w+)", text)[1:]
+    parts = re.split(r"Function : (\w+)", inspected(tool, "-sass", cubin.read_bytes()))[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _tritons_cuobjdump() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(tool) if tool.exists() else None
 
 
 def _demangled(names: list[str]) -> list[str]:
@@ -143,43 +138,33 @@ def _demangled(names: list[str]) -> list[str]:
     text = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout
     for noise in ("nvfp4::", "cuda::", "scalar::", "(anonymous namespace)::", "void "):
         text = text.replace(noise, "")
-    return [re.sub(r"\((Matrix|Operand|CodeMatrix).*", "", line).replace("> >", ">>") for line in text.splitlines()]
+    lines = text.splitlines()
+    return [re.sub(r"\((Matrix|Operand|CodeMatrix).*", "", line).replace("> >", ">>") for line in lines]
 
 
-def reports(targets: Iterable[str], sources: Iterable[str] = SOURCES, jobs: int = 2) -> list[Report]:
-    """Every kernel of every file for every target."""
+def reports(targets: Iterable[str], sources: Iterable[str] = SOURCES, jobs: int = 2) -> list[CudaKernel]:
+    """Every kernel of every file for every target, ``jobs`` compilers at once."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(compile_source, s, t, Path(folder)) for t, s in product(targets, sources)]
-        return [report for task in tasks for report in task.result()]
-
-
-def show(rows: list[Report]) -> None:
-    """A table, a kernel and target a line."""
-    table = Table(title="CUDA kernels, compiled and run on nothing", title_justify="left")
-    names = ("target", "kernel", "registers", "spills", "stack", "shared", "instructions", "E2M1 conversions")
-    for column in names:
-        table.add_column(column, justify="left" if column == "kernel" else "right")
-    for r in rows:
-        counts = (r.registers, r.spill_bytes, r.stack_bytes, r.shared_bytes, r.instructions, r.converts)
-        table.add_row(*map(str, (r.target, r.kernel, *counts)), style="red" if r.fault else None)
-    console = Console()
-    console.print(table)
-    for r in rows:
-        if r.fault:
-            console.print(f"{r.target} {r.kernel}: {r.fault}", style="red", markup=False)
+        tasks = [
+            pool.submit(compile_source, source, target, Path(folder)) for target, source in product(targets, sources)
+        ]
+        return [row for task in tasks for row in task.result()]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile, show, keep; 1 if any kernel has a fault."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--targets", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
     parser.add_argument("--json", type=Path, help="keep the table here")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     args = parser.parse_args(arguments)
     if find_nvcc() is None:
         parser.error("there is no nvcc on PATH")
-    rows = reports(args.targets, args.sources)
-    show(rows)
+
+    rows = reports(args.targets, args.sources, args.jobs)
+    show("CUDA kernels, compiled and run on nothing", [asdict(row) for row in rows])
     if args.json:
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
         args.json.write_text(f"[\n{lines}\n]\n")

@@ -62,7 +62,7 @@ def test_machine_code_is_looked_at(code: str, fault: str | None) -> None:
         "Compiling entry function 'k' for 'sm_100a'\n 0 bytes stack frame, 0 bytes spill stores, "
         "0 bytes spill loads\n Used 10 registers"
     )
-    (row,) = cuda_build._reports(log, {"k": ""}, {"k": f"        /*0010*/     {code}\n"}, "sm_100a")
+    (row,) = cuda_build.kernels_of(log, {"k": ""}, {"k": f"        /*0010*/     {code}\n"}, "sm_100a")
     assert (row.fault, row.instructions) == (fault, 1)
 
 

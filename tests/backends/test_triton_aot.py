@@ -85,7 +85,7 @@ def test_another_process_reports_the_same():
     rows = list(aot.reports(found, jobs=2))
     assert rows == list(aot.reports(found))
     kept = json.loads(aot.as_json(rows))
-    assert [aot.Report(*row) for row in kept["rows"]] == rows
+    assert [aot.TritonKernel(*row) for row in kept["rows"]] == rows
     assert kept["columns"][0] == "kernel"
 
 
