@@ -1,11 +1,14 @@
-"""A linear layer, forward and backward, against high-precision ones: time, and bytes saved for backward.
+"""A linear layer, forward and backward, against high-precision ones: time, and bytes kept in between.
 
-For each shape the candidates take turns: float32 ``nn.Linear``; BF16 in high precision as the layers of this package
-compute it (torch's own where the processor has BF16 instructions, else float32 sums of BF16 operands); the recipes.
-``--isa avx2`` measures as on a processor without AVX-512, in a process of its own: torch, MKL and oneDNN are told by
-environment variables, which they read when they start, our kernels by name.
+For each shape the candidates take turns: float32 ``nn.Linear``; BF16 in high precision as the layers
+of this package compute it (torch's own where the processor has BF16 instructions, else float32 sums
+of BF16 operands); the recipes. ``--isa avx2`` measures as on a processor without AVX-512, in a
+process of its own: torch, MKL and oneDNN are told by environment variables, which they read when
+they start, our kernels by name.
 
-python -m benchmarks.bench_linear --help
+    python -m benchmarks.bench_linear --isa avx2 --sizes 2048 --recipes nvidia --keep linear
+
+measures one recipe beside float32 and BF16, and leaves the other rows of results/linear.json alone.
 """
 
 from __future__ import annotations
@@ -15,21 +18,19 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.harness import gate, show
+from benchmarks.harness import gate, options, show
 from nvfp4.backends.native.cpu import use_instruction_set
-from nvfp4.bench.cases import SETS, Shape
-from nvfp4.bench.layers import check, layer_for, saved_bytes
+from nvfp4.bench.cases import SETS, Shape, layer_for, matrix
+from nvfp4.bench.gates import near_bf16
+from nvfp4.bench.measure import LayerCase
+from nvfp4.bench.tables import Row
 from nvfp4.bench.timing import interleaved
-from nvfp4.layer.dense import dense_linears
-from nvfp4.model.weights import invalidate
 from nvfp4.recipes import RECIPES
 
-TOLD = {
+HELD_BY = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "DNNL_MAX_CPU_ISA": "AVX2",
@@ -42,65 +43,63 @@ TOLD = {
 
 def main() -> None:
     """Parse, gate, time, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--shapes", default="square", choices=list(SETS))
-    parser.add_argument("--sizes", default="", help="only these of the shapes, by name, separated by commas")
-    parser.add_argument("--recipes", default="nvidia,quartet2,search_eden", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--sizes", default="", help="only these of the shapes, as in 1024,2048")
+    known = f"of {', '.join(RECIPES)}"
+    parser.add_argument("--recipes", default="nvidia,quartet2,search_eden", help=known)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--isa", default="best", help="instruction sets: best, avx2, or both, separated by commas")
+    parser.add_argument("--isa", default="best", help="best, avx2, or both: best,avx2")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each candidate")
-    parser.add_argument("--keep", metavar="NAME", help="keep the rows as results/NAME.json")
-    parser.add_argument("--rows", action="store_true", help="print the rows as JSON instead of a table")
+    parser.add_argument("--least", type=int, default=5, help="rounds, however long they take")
+    parser.add_argument("--rows", action="store_true", help="print the rows as JSON, no table")
     args = parser.parse_args()
-    rows = []
+
+    rows: list[Row] = []
     for isa in args.isa.split(","):
-        held = isa in TOLD and os.environ.get("ATEN_CPU_CAPABILITY") != TOLD[isa]["ATEN_CPU_CAPABILITY"]
-        rows += _elsewhere(isa) if held else _measured(args, isa)
+        held = HELD_BY.get(isa, {})
+        is_held = all(os.environ.get(name) == value for name, value in held.items())
+        rows += _measured(args, isa) if is_held else _elsewhere(isa)
     if args.rows:
         print(json.dumps(rows))
         return
-    show(f"linear, backend {args.backend}", rows, args.keep)
+    show(f"linear, backend {args.backend}", rows, args.keep, labels=3)
 
 
-def _elsewhere(isa: str) -> list[dict[str, Any]]:
+def _elsewhere(isa: str) -> list[Row]:
     """The rows of another process with these arguments, held to ``isa``."""
-    command = [sys.executable, "-m", "benchmarks.bench_linear", *sys.argv[1:], "--isa", isa, "--rows"]
-    said = subprocess.run(command, env=os.environ | TOLD[isa], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(said.splitlines()[-1])
-
-
-def _measured(args: argparse.Namespace, isa: str) -> list[dict[str, Any]]:
-    """The rows of every shape on the kernels of ``isa``."""
-    if isa in TOLD:
-        use_instruction_set(isa)
-    rows = []
-    for name, shape in SETS[args.shapes].items():
-        if not args.sizes or name in args.sizes.split(","):
-            rows += _of_shape(args, name, shape)
+    command = [sys.executable, "-m", "benchmarks.bench_linear", *sys.argv[1:]]
+    command += ["--isa", isa, "--rows"]
+    environment = os.environ | HELD_BY[isa]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
-def _of_shape(args: argparse.Namespace, name: str, shape: Shape) -> list[dict[str, Any]]:
-    recipes = ["bf16", *args.recipes.split(",")]
-    x = torch.randn(shape.tokens, shape.in_features).bfloat16().requires_grad_()
-    dy = torch.randn(shape.tokens, shape.out_features).bfloat16()
-    layers = {recipe: layer_for(shape, recipe, args.backend) for recipe in recipes}
-    dense_linears(layers["bf16"])
-    for recipe in recipes[1:]:
-        gate(check(layers[recipe], layers["bf16"], x), f"{recipe} at {name}")
-    wide = nn.Linear(shape.in_features, shape.out_features, bias=False)
-    wide_x, wide_dy = x.detach().float().requires_grad_(), dy.float()
+def _measured(args: argparse.Namespace, isa: str) -> list[Row]:
+    """The rows of every shape on the kernels of ``isa``."""
+    if isa in HELD_BY:
+        use_instruction_set(isa)
+    chosen = args.sizes.split(",") if args.sizes else list(SETS[args.shapes])
+    shapes = {name: shape for name, shape in SETS[args.shapes].items() if name in chosen}
+    return [row for name, shape in shapes.items() for row in _of_shape(args, name, shape)]
 
-    def step(layer: nn.Linear, x: torch.Tensor, dy: torch.Tensor) -> None:
-        x.grad = layer.weight.grad = None
-        invalidate(layer)  # an optimiser step lies between two calls in training: the weight is quantised anew
-        layer(x).backward(dy)
 
-    candidates = {recipe: (lambda layer=layer: step(layer, x, dy)) for recipe, layer in layers.items()}
-    ms = interleaved({"float32": lambda: step(wide, wide_x, wide_dy)} | candidates, args.seconds)
-    base = saved_bytes(layers["bf16"], x)
-    saved = {recipe: saved_bytes(layer, x) for recipe, layer in layers.items()}
-    saved["float32"] = saved_bytes(wide, wide_x)
+def _of_shape(args: argparse.Namespace, name: str, shape: Shape) -> list[Row]:
+    recipes = ["float32", "bf16", *args.recipes.split(",")]
+    x = matrix(shape.tokens, shape.in_features, seed=1)
+    dy = matrix(shape.tokens, shape.out_features, seed=2)
+    cases: dict[str, LayerCase] = {}
+    for recipe in recipes:
+        layer = layer_for(shape, recipe, args.backend)
+        dtype = layer.weight.dtype
+        cases[recipe] = LayerCase(layer, x.to(dtype, copy=True).requires_grad_(), dy.to(dtype))
+    for recipe in recipes[2:]:
+        near = near_bf16(cases[recipe].layer, cases["bf16"].layer, x)
+        gate(near, f"{recipe} at {name} is far from BF16")
+
+    ms = interleaved({recipe: case.step for recipe, case in cases.items()}, args.seconds, args.least)
+    saved = {recipe: case.saved_bytes() for recipe, case in cases.items()}
     return [
         {
             "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -110,9 +109,9 @@ def _of_shape(args: argparse.Namespace, name: str, shape: Shape) -> list[dict[st
             "x float32": ms[recipe] / ms["float32"],
             "x bf16": ms[recipe] / ms["bf16"],
             "saved MB": saved[recipe] / 1e6,
-            "saved x bf16": saved[recipe] / base,
+            "saved x bf16": saved[recipe] / saved["bf16"],
         }
-        for recipe in ms
+        for recipe in recipes
     ]
 
 

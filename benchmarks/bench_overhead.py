@@ -1,11 +1,12 @@
 """What one call of a small layer costs beside its kernels: Python, autograd, allocation.
 
-python -m benchmarks.bench_overhead --help
+Each call is timed twice: whole, in turns with the other recipes', and then with a stop-watch around
+every native kernel; the difference is what lies beside them. One thread.
+``python -m benchmarks.bench_overhead --help`` lists the options.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 
 import nvfp4.backends.native.cpu as cpu
-from benchmarks.harness import show
-from nvfp4.bench.cases import Shape
-from nvfp4.bench.layers import layer_for
-from nvfp4.bench.timing import interleaved
+from benchmarks.harness import options, show
+from nvfp4.bench.cases import Shape, layer_for, matrix
+from nvfp4.bench.tables import Row
+from nvfp4.bench.timing import Run, interleaved
 from nvfp4.recipes import RECIPES
 
 KERNELS = ("quantize", "quantize_both", "matmul", "decode", "fingerprint")
+CALLS = ("forward", "forward + backward")
 
 
 class Timed:
@@ -29,8 +31,8 @@ class Timed:
         self.native, self.nanoseconds = native, 0
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.native, name)
-        return self._timed(found) if name in KERNELS else found
+        attribute = getattr(self.native, name)
+        return self._timed(attribute) if name in KERNELS else attribute
 
     def _timed(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -42,7 +44,7 @@ class Timed:
         return run
 
 
-def in_kernels(run: Callable[[], Any], times: int = 300) -> float:
+def in_kernels(run: Run, times: int = 300) -> float:
     """Microseconds of one ``run`` within native kernels, mean."""
     native, timed = cpu.native, Timed(cpu.native)
     cpu.native = timed  # type: ignore[assignment]
@@ -54,48 +56,50 @@ def in_kernels(run: Callable[[], Any], times: int = 300) -> float:
     return timed.nanoseconds / times / 1e3
 
 
-def main() -> None:
-    """Parse, time, show."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", type=int, nargs=3, default=(32, 64, 64), metavar=("TOKENS", "IN", "OUT"))
-    parser.add_argument("--recipes", default="rtn,nvidia,quartet2,search_eden", help=f"of {', '.join(RECIPES)}")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each candidate")
-    parser.add_argument("--keep", metavar="NAME", help="keep the rows as results/NAME.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    shape = Shape(*args.shape)
-    x = torch.randn(shape.tokens, shape.in_features).bfloat16().requires_grad_()
-    dy = torch.randn(shape.tokens, shape.out_features).bfloat16()
-    layers = {recipe: layer_for(shape, recipe, "auto") for recipe in ["bf16", *args.recipes.split(",")]}
+def calls(recipe: str, shape: Shape) -> dict[str, Run]:
+    """A forward without gradients, and a forward and backward, of one layer."""
+    layer = layer_for(shape, recipe)
+    x = matrix(shape.tokens, shape.in_features, seed=1).requires_grad_()
+    dy = matrix(shape.tokens, shape.out_features, seed=2)
 
-    def forward(layer: torch.nn.Module) -> None:
+    def forward() -> None:
         with torch.no_grad():
             layer(x)
 
-    def step(layer: torch.nn.Module) -> None:
+    def step() -> None:
         layer(x).backward(dy)
 
-    rows = []
+    return dict(zip(CALLS, (forward, step), strict=True))
+
+
+def main() -> None:
+    """Parse, time, show."""
+    parser = options(__doc__)
+    sizes = ("TOKENS", "IN", "OUT")
+    parser.add_argument("--shape", type=int, nargs=3, default=(32, 64, 64), metavar=sizes)
+    known = f"of {', '.join(RECIPES)}"
+    parser.add_argument("--recipes", default="rtn,nvidia,quartet2,search_eden", help=known)
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each candidate")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    shape = Shape(*args.shape)
     runs = {
-        (recipe, what): (lambda run=run, layer=layer: run(layer))
-        for recipe, layer in layers.items()
-        for what, run in (("forward", forward), ("forward + backward", step))
+        (recipe, call): run
+        for recipe in ["bf16", *args.recipes.split(",")]
+        for call, run in calls(recipe, shape).items()
     }
-    ms = interleaved({f"{recipe} {what}": run for (recipe, what), run in runs.items()}, args.seconds)
-    for (recipe, what), run in runs.items():
-        total, kernels = ms[f"{recipe} {what}"] * 1e3, in_kernels(run)
-        plain = ms[f"bf16 {what}"] * 1e3
-        rows.append(
-            {
-                "recipe": recipe,
-                "call": what,
-                "us": total,
-                "us in kernels": kernels,
-                "us beside kernels": total - kernels,
-                "of these more than BF16's whole call": total - kernels - plain,
-            }
-        )
-    show(f"overhead, {shape.tokens} x {shape.in_features} -> {shape.out_features}, one thread", rows, args.keep)
+    ms = interleaved({f"{recipe} {call}": run for (recipe, call), run in runs.items()}, args.seconds)
+
+    rows: list[Row] = []
+    for (recipe, call), run in runs.items():
+        total, kernels = ms[f"{recipe} {call}"] * 1e3, in_kernels(run)
+        row: Row = {"recipe": recipe, "call": call, "us": total, "us in kernels": kernels}
+        beside = total - kernels
+        row["us beside kernels"] = beside
+        row["of these more than BF16's whole call"] = beside - ms[f"bf16 {call}"] * 1e3
+        rows.append(row)
+    show(f"overhead, {shape}, one thread", rows, args.keep, labels=2)
 
 
 if __name__ == "__main__":

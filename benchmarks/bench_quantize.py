@@ -1,84 +1,91 @@
-"""Time of every quantiser against a copy of the bytes it must move, on each instruction set of a processor.
+"""Time of every quantiser against a copy of the bytes it must move, on each instruction set.
 
-The copy, the quantiser on every instruction set and its peers take turns, so that a drifting machine moves them alike;
-each is first held equal to the reference, bit for bit. Figures are milliseconds and multiples of the copy.
-``python -m benchmarks.bench_quantize --help`` lists the options.
+The copy, the quantiser on every instruction set and its peers take turns, so that a drifting machine
+moves them alike; each is first held equal to the reference, bit for bit (``nvfp4/bench/gates.py``).
+Figures are milliseconds, and multiples of the copy.
+
+    python -m benchmarks.bench_quantize --only rtn sr --isa avx512 avx2 --keep quantize
+
+measures two of the quantisers and leaves the other rows of results/quantize.json as they are.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.harness import gate, show
+from benchmarks.harness import gate, options, show
 from nvfp4.backends.base import Backend
 from nvfp4.backends.native.cpu import instruction_sets, use_instruction_set
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.bench.cases import QUANTISERS
-from nvfp4.bench.timing import copier, interleaved
+from nvfp4.bench.cases import CPU, QUANTISERS, matrix, quantiser
+from nvfp4.bench.gates import fault_of
+from nvfp4.bench.tables import Row
+from nvfp4.bench.timing import Run, copier, interleaved
 from nvfp4.quantizers.registry import get_quantizer
 
+GATED_ROWS = 144
+"""Of the matrix to be timed: one tile of 128 and a ragged one; the reference takes minutes for more."""
 
-def peer(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+
+def peer(x: torch.Tensor) -> dict[str, Run]:
     """torchao's NVFP4 quantiser, amax included, where it is installed."""
     try:
         from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
     except ImportError:
         return {}
-    return {"torchao": lambda: NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().amax()))}
+
+    def to_nvfp4() -> object:
+        scale = per_tensor_amax_to_scale(x.abs().amax())
+        return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale)
+
+    return {"torchao": to_nvfp4}
 
 
-def held(isa: str, run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` on an instruction set of the processor; "" leaves things as they are."""
-
-    def on_that() -> object:
-        if isa:
-            use_instruction_set(isa)
-        return run()
-
-    return on_that
-
-
-def candidates(backend: Backend, x: torch.Tensor, name: str) -> dict[str, Callable[[], object]]:
-    """What is timed of one quantiser: x, x^T, both from one read, and the transpose from codes."""
-    quantizer_name, options = QUANTISERS[name]
-    quantizer, rtn = get_quantizer(quantizer_name), get_quantizer("rtn")
-    pair = (quantizer, quantizer.check(seed=1, sign_seed=2, **options))
+def candidates(backend: Backend, x: torch.Tensor, name: str, isa: str) -> dict[str, Run]:
+    """What is timed of one quantiser on an instruction set: x, x^T, both from one read, x^T from codes."""
+    case, rtn = quantiser(name), get_quantizer("rtn")
     saved = backend.quantize(x, rtn, rtn.check())
+
+    def held(run: Run) -> Run:
+        def on_that_isa() -> object:
+            hold(isa)
+            return run()
+
+        return on_that_isa
+
     return {
-        "row-wise": lambda: backend.quantize(x, *pair),
-        "transposed": lambda: backend.quantize(x.t(), *pair),
-        "both": lambda: backend.quantize_both(x, pair, pair),
-        "from codes": lambda: backend.requantize(saved, *pair),
+        f"row-wise {isa}": held(lambda: backend.quantize(x, *case)),
+        f"transposed {isa}": held(lambda: backend.quantize(x.t(), *case)),
+        f"both {isa}": held(lambda: backend.quantize_both(x, case, case)),
+        f"from codes {isa}": held(lambda: backend.requantize(saved, *case)),
     }
 
 
-def rows_of(backend: Backend, x: torch.Tensor, name: str, isas: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """One row per instruction set, all timed in turns; nothing is timed that differs from the reference."""
-    quantizer_name, options = QUANTISERS[name]
-    quantizer = get_quantizer(quantizer_name)
-    checked = quantizer.check(seed=1, sign_seed=2, **options)
-    expected = BACKENDS["reference"].quantize(x, quantizer, checked)
-    runs: dict[str, Callable[[], object]] = {}
-    for isa in isas:
-        if isa:
-            use_instruction_set(isa)
-        q = backend.quantize(x, quantizer, checked)
-        gate(all(torch.equal(a, b) for a, b in zip(q.tensors, expected.tensors, strict=True)), f"{name} {isa}")
-        runs |= {f"{what} {isa}": held(isa, run) for what, run in candidates(backend, x, name).items()}
+def hold(isa: str) -> None:
+    """Keep our kernels to an instruction set; "" leaves things as they are."""
+    if isa:
+        use_instruction_set(isa)
 
-    # amax reads the input, the quantiser reads it again and writes 4.5 bits an element; ms_eden reads it once
-    reads = 1 if quantizer.rotates else 2
-    copy = copier(int(x.numel() * (reads * x.element_size() + 9 / 16)))
-    ms = interleaved({"copy": copy, **runs, **(peer(x) if name == "rtn" else {})}, seconds)
+
+def rows_of(backend: Backend, x: torch.Tensor, name: str, isas: Sequence[str], seconds: float) -> list[Row]:
+    """One row per instruction set, all timed in turns; nothing is timed that is wrong."""
+    case = quantiser(name)
+    runs: dict[str, Run] = {"copy": copier(case.bytes_moved(x))}
+    for isa in isas:
+        hold(isa)
+        fault = fault_of(backend, case, x[:GATED_ROWS], CPU)
+        gate(fault is None, f"{name} {isa}: {fault}")
+        runs |= candidates(backend, x, name, isa)
+    if name == "rtn":
+        runs |= peer(x)
+
+    ms = interleaved(runs, seconds)
     return [
         {
             "quantiser": name,
-            **({"instruction set": isa} if isa else {}),
+            "instruction set": isa or "-",
             "copy ms": ms["copy"],
             "row-wise ms": ms[f"row-wise {isa}"],
             "x copy": ms[f"row-wise {isa}"] / ms["copy"],
@@ -86,7 +93,7 @@ def rows_of(backend: Backend, x: torch.Tensor, name: str, isas: Sequence[str], s
             "x copy (transposed)": ms[f"transposed {isa}"] / ms["copy"],
             "both ms": ms[f"both {isa}"],
             "from codes ms": ms[f"from codes {isa}"],
-            "torchao ms": ms.get("torchao", math.nan),
+            **({"torchao ms": ms["torchao"]} if "torchao" in ms else {}),
         }
         for isa in isas
     ]
@@ -94,23 +101,29 @@ def rows_of(backend: Backend, x: torch.Tensor, name: str, isas: Sequence[str], s
 
 def main() -> None:
     """Parse, gate, time, show."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes)
     parser.add_argument("--backend", default="cpu", choices=list(BACKENDS))
-    parser.add_argument("--isa", nargs="*", help="instruction sets of backend cpu; by default all but portable ones")
-    parser.add_argument("--only", nargs="*", default=list(QUANTISERS), choices=list(QUANTISERS), metavar="NAME")
+    usual = "instruction sets of backend cpu; by default all but portable ones"
+    parser.add_argument("--isa", nargs="*", help=usual)
+    names = list(QUANTISERS)
+    parser.add_argument("--only", nargs="*", default=names, choices=names, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each candidate")
-    parser.add_argument("--keep", metavar="NAME", help="keep the rows as results/NAME.json")
     args = parser.parse_args()
-    x = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(getattr(torch, args.dtype))
+
+    x = matrix(args.size, args.size, dtype=getattr(torch, args.dtype))
     isas: Sequence[str] = ("",)
     if args.backend == "cpu":
-        isas = args.isa or [isa for isa in instruction_sets() if isa != "portable"] or ["portable"]
-    rows = [row for name in args.only for row in rows_of(BACKENDS[args.backend], x, name, isas, args.seconds)]
+        vectors = [isa for isa in instruction_sets() if isa != "portable"]
+        isas = args.isa or vectors or ["portable"]
+    backend = BACKENDS[args.backend]
+    rows = [row for name in args.only for row in rows_of(backend, x, name, isas, args.seconds)]
     if args.backend == "cpu":
         use_instruction_set()
-    show(f"{args.size} x {args.size} {args.dtype}, backend {args.backend}", rows, args.keep)
+    title = f"{args.size} x {args.size} {args.dtype}, backend {args.backend}"
+    show(title, rows, args.keep, labels=2)
 
 
 if __name__ == "__main__":

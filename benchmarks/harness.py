@@ -1,18 +1,35 @@
-"""One way to report: gate on correctness, keep the result as data. How things are timed: ``nvfp4.bench.timing``."""
+"""What every script here does alike: stop at a wrong result, print one table, keep the rows as data.
+
+A kept file grows call by call: a row replaces the one with the same labels, and says itself on what
+machine, at what commit and beside how much other work it was measured. So a table of many rows may
+be measured in short calls, each of which has a machine to itself.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from nvfp4.bench.tables import Row, terminal
 from nvfp4.bench.timing import machine
 
 RESULTS = Path(__file__).parent / "results"
+
+OF_A_ROW = ("processor", "threads", "torch", "commit", "load", "date")
+"""What a kept row says of where it was measured."""
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what all scripts take; a script adds its own."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("--keep", metavar="NAME", help="keep the rows in results/NAME.json")
+    return parser
 
 
 def gate(ok: bool, what: str) -> None:
@@ -21,19 +38,37 @@ def gate(ok: bool, what: str) -> None:
         sys.exit(f"not timed, because it is wrong: {what}")
 
 
-def show(title: str, rows: list[dict[str, Any]], name: str | None = None) -> None:
-    """Print rows as a table under the machine line; with ``name`` also keep them as results/<name>.json."""
+def show(title: str, rows: Sequence[Row], name: str | None = None, labels: int = 1) -> None:
+    """Print rows as a table under the machine line.
+
+    name: also keep them in results/<name>.json. labels: how many columns name a row.
+    """
     facts = machine()
     console = Console()
-    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim", highlight=False)
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
+    line = ", ".join(f"{key} {value}" for key, value in facts.items())
+    console.print(line, style="dim", highlight=False)
+    console.print(terminal(title, rows, labels))
     if name:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps({"title": title, "machine": facts, "rows": rows}, indent=1) + "\n")
+        path = keep(RESULTS / f"{name}.json", title, rows, facts, labels)
         console.print(f"kept as {path.name} under benchmarks/results/", style="dim")
+
+
+def keep(path: Path, title: str, rows: Sequence[Row], facts: Row, labels: int = 1) -> Path:
+    """Merge rows into a file: each replaces the one whose first ``labels`` columns are the same."""
+    about = {key: facts[key] for key in OF_A_ROW if key in facts}
+    older = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = {label_of(row, labels): row for row in older}
+    for row in rows:
+        kept[label_of(row, labels)] = {**row, "machine": about}
+
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps({"title": title, "rows": list(kept.values())}, indent=1)
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n")
+    part.replace(path)
+    return path
+
+
+def label_of(row: Row, labels: int) -> tuple[str, ...]:
+    """The values of its first columns."""
+    return tuple(str(value) for value in list(row.values())[:labels])

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,13 +41,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(signal.Signals(number).name)
 
 
-def run_call(settings: Any, minutes: float, commit: str, quiet: bool = False) -> int:
-    """One call within its budget: all stages, then the report, whatever happens in between."""
+def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bool = False) -> int:
+    """One call within its budget: all stages, then the report, whatever happens in between.
+
+    commit: of what is measured, by default that of this checkout. Returns 0 if nothing was wrong, 1
+    if something was, 130 if it was interrupted.
+    """
     from benchmarks.gpu import report
     from benchmarks.gpu.calls import BACKGROUND, BUDGET_MINUTES, RESERVE, stages
     from benchmarks.gpu.processes import Runner
     from benchmarks.gpu.rows import append
+    from nvfp4.bench.timing import commit as commit_here
 
+    commit = commit or commit_here() or "unknown"
     began = time.monotonic()
     folder = Path(settings.folder)
     path = folder / f"call{settings.call}.jsonl"
@@ -91,19 +96,6 @@ def run_call(settings: Any, minutes: float, commit: str, quiet: bool = False) ->
     return code or int(report.read(folder)[settings.call].wrong > 0)
 
 
-def commit_of(folder: Path) -> str:
-    """Of the checkout, with + if files were changed; "unknown" without git."""
-    try:
-        git = ["git", "-C", str(folder)]
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=20)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    if commit.returncode:
-        return "unknown"
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """One call, or the plan."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -136,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.rehearse is not None:
         settings.kind, settings.scale, settings.build = "rehearsal", args.rehearse, False
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    return run_call(settings, minutes, args.commit or commit_of(ROOT))
+    return run_call(settings, minutes, args.commit)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ imported where it is used: whoever only starts units does without it.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -65,15 +64,17 @@ class GPU:
 
         torch.cuda.synchronize()
 
-    def timed(self, run: Run) -> Callable[[], float]:
-        """Run between two events; the result says how many ms lay between them, after ``synchronize``."""
+    def timed(self, run: Run) -> float:
+        """Milliseconds of the device between two events around ``run``, which begins on an idle one."""
         import torch
 
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.synchronize()
         start.record()
         run()
         stop.record()
-        return lambda: start.elapsed_time(stop)
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
 
     def capture(self, run: Run) -> tuple[Any, Run]:
         """(what ``run`` returned, what replays it into the same memory): a CUDA graph. Call ``warm`` before."""
@@ -234,11 +235,10 @@ class Rehearsal(GPU):
     def synchronize(self) -> None:
         """Nothing runs behind anybody's back."""
 
-    def timed(self, run: Run) -> Callable[[], float]:
-        start = time.perf_counter()
-        run()
-        passed = (time.perf_counter() - start) * 1e3
-        return lambda: passed
+    def timed(self, run: Run) -> float:
+        from nvfp4.bench.timing import on_cpu
+
+        return on_cpu(run)
 
     def capture(self, run: Run) -> tuple[Any, Run]:
         """A replay runs it again and copies into the first result's memory."""

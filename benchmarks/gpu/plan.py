@@ -27,8 +27,7 @@ from typing import Any
 from benchmarks.gpu.calls import BUDGET_MINUTES, RESERVE, WORKERS, stages
 from benchmarks.gpu.processes import Runner, Stage, Unit
 from benchmarks.gpu.rates import SECONDS
-from benchmarks.gpu.rows import Findings
-from benchmarks.gpu.rows import Stage as Ended
+from benchmarks.gpu.rows import CallRecord, StageRecord
 from benchmarks.gpu.settings import Settings
 from nvfp4.backends.native.cuda_targets import FLAGS
 from nvfp4.bench.timing import machine
@@ -103,7 +102,7 @@ def _time_units(stage: Stage, call: int, folder: Path, workers: int, end: float)
 
 def _times(path: Path, stage: str) -> dict[str, float]:
     """CPU seconds of each unit that was timed to its end."""
-    ended = Findings.of(path).stages.get(stage, Ended()).units
+    ended = CallRecord.of(path).stages.get(stage, StageRecord()).units
     return {name: unit["cpu s"] for name, unit in ended.items() if unit["state"] == "done" and "cpu s" in unit}
 
 

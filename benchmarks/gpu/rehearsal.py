@@ -1,11 +1,14 @@
-"""Both calls on a CPU, through every branch, with faults injected on purpose: python -m benchmarks.gpu.rehearsal
+"""Both calls on a CPU, through every branch, with faults injected: python -m benchmarks.gpu.rehearsal
 
-    1. stand-ins of compute-sanitizer and ncu are written to a folder that comes first on PATH
-    2. call 1 and call 2 run within their budgets at a tenth of the sizes, each fault of ``FAULTS`` in its unit
-    3. call 1 runs once more with seconds as its budget: what it did not reach must be named
-    4. the reports are judged: each fault is one row that says what happened, and nothing else is wrong
+    1  stand-ins of compute-sanitizer and ncu are written to a folder that comes first on PATH
+    2  call 1 and call 2 run at a tenth of the sizes, each fault of ``FAULTS`` in its unit
+    3  the reports are judged: each fault is one row that says what happened, nothing else is wrong,
+       and what the units computed would have fitted into the call's budget on ``CORES`` idle cores
+    4  call 1 runs once more with seconds as its budget: what it did not reach must be named
 
-Code 0 if all of that holds. ``--short`` takes one unit of each kind and a hundredth of the sizes: a test runs that.
+Code 0 if all of that holds. Limits by the clock are ``PATIENCE`` times those of a GPU: whoever
+rehearses may have other things to do, and no neighbour makes a right script wrong. ``--short`` takes
+one unit of each kind and a hundredth of the sizes: a test runs that.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from pathlib import Path
 
 from benchmarks.gpu import report
 from benchmarks.gpu.calls import stages
-from benchmarks.gpu.rows import Findings
-from benchmarks.gpu.settings import Settings
-from benchmarks.on_gpu import ROOT, commit_of, run_call
+from benchmarks.gpu.rows import CallRecord
+from benchmarks.gpu.settings import PATIENCE, Settings
+from benchmarks.on_gpu import ROOT, run_call
 
 FAULTS: dict[int, dict[str, tuple[str, str]]] = {
     1: {
@@ -113,6 +116,12 @@ def test_planted_skip():
 
 SMALL_BUDGET_MINUTES = 0.02
 
+CORES = 2
+"""For which the budget of a rehearsal is meant."""
+
+START = 0.4
+"""Seconds of a core for the process of a unit, measured, beside what the unit itself counts."""
+
 
 def prepare(folder: Path) -> None:
     """Stand-ins of programs first on PATH, and a file of tests of which one fails."""
@@ -138,29 +147,42 @@ def settings_of(call: int, folder: Path, scale: float, short: bool) -> Settings:
     return settings
 
 
-def judged(call: int, found: Findings, settings: Settings) -> list[str]:
+def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
     """What is not as it should be: a fault that is not one row, something else that is wrong, a unit that is lost."""
-    faults = []
+    bad = []
     seen = dict.fromkeys(FAULTS[call], 0)
-    for name, stage in found.stages.items():
+    for name, stage in record.stages.items():
         blamed = [(unit, end["reason"]) for unit, end in stage.with_state("failed").items()]
         blamed += [(unit, end["reason"]) for unit, end in stage.with_state("skipped").items() if "ncu" in end["reason"]]
         blamed += [(str(row.get("unit")), str(row)) for row in stage.rows if row.get("wrong")]
         for unit, said in blamed:
             if unit not in seen:
-                faults.append(f"{name}: {unit} was to be right: {said}")
+                bad.append(f"{name}: {unit} was to be right: {said}")
                 continue
             seen[unit] += 1
             if FAULTS[call][unit][1] not in said:
-                faults.append(f"{name}: {unit} was to say {FAULTS[call][unit][1]!r}: {said}")
+                bad.append(f"{name}: {unit} was to say {FAULTS[call][unit][1]!r}: {said}")
         if stage.not_reached:
-            faults.append(f"{name}: not reached: {', '.join(stage.not_reached)}")
-    faults += [f"{unit}: {count} rows, one was injected" for unit, count in seen.items() if count != 1]
+            bad.append(f"{name}: not reached: {', '.join(stage.not_reached)}")
+    bad += [f"{unit}: {count} rows, one was injected" for unit, count in seen.items() if count != 1]
 
     wanted = {unit.name for stage in stages(call) for unit in stage.units if settings.takes(unit)}
-    ended = {unit for stage in found.stages.values() for unit in stage.units}
-    faults += [f"{unit} is not in the report" for unit in sorted(wanted - ended)]
-    return faults
+    ended = {unit for stage in record.stages.values() for unit in stage.units}
+    bad += [f"{unit} is not in the report" for unit in sorted(wanted - ended)]
+    return bad
+
+
+def processor_seconds(call: int, record: CallRecord) -> float:
+    """What a call would have taken on ``CORES`` cores with nothing else to do.
+
+    The user time of all units, in stages of several workers shared among the cores.
+    """
+    total = 0.0
+    for stage in stages(call):
+        done = record.stages[stage.name]
+        cores = min(stage.workers, CORES)
+        total += (done.cpu_seconds + START * len(done.units)) / cores
+    return total
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -168,8 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "rehearsal")
     parser.add_argument("--scale", type=float, default=0.1)
-    parser.add_argument("--short", action="store_true", help="one unit of each kind, a hundredth of the sizes")
-    parser.add_argument("--budget-minutes", type=float, nargs=2, default=(5.0, 6.0), help="of call 1 and of call 2")
+    parser.add_argument("--short", action="store_true", help="one unit of each kind, tiny")
+    budget = "of call 1 and of call 2, on two idle cores"
+    parser.add_argument("--budget-minutes", type=float, nargs=2, default=(5.0, 6.0), help=budget)
     args = parser.parse_args(arguments)
     scale = 0.01 if args.short else args.scale
     out = args.out.resolve()
@@ -179,17 +202,23 @@ def main(arguments: list[str] | None = None) -> int:
         folder = out / f"call{call}"
         folder.mkdir(exist_ok=True)
         settings = settings_of(call, folder, scale, args.short)
+        budget = 60 * args.budget_minutes[call - 1]
         began = time.monotonic()
-        code = run_call(settings, args.budget_minutes[call - 1], commit_of(ROOT), quiet=True)
-        spent = time.monotonic() - began
-        print(f"\ncall {call}: {spent:.0f} s of {60 * args.budget_minutes[call - 1]:.0f}\n", flush=True)
-        bad += judged(call, report.read(folder)[call], settings)
+        code = run_call(settings, PATIENCE * budget / 60, quiet=True)
+        clock = time.monotonic() - began
+
+        record = report.read(folder)[call]
+        spent = processor_seconds(call, record)
+        line = f"call {call}: {spent:.0f} s of {CORES} cores, of {budget:.0f}; {clock:.0f} s by the clock"
+        print(f"\n{line}\n", flush=True)
+        bad += judged(call, record, settings)
         bad += [f"call {call} ended with code {code}, not 1"] if code != 1 else []
+        bad += [f"over its budget: {line}"] if spent > budget else []
 
     folder = out / "hurried"
     folder.mkdir(exist_ok=True)
     settings = settings_of(1, folder, scale, args.short)
-    run_call(settings, SMALL_BUDGET_MINUTES, commit_of(ROOT), quiet=True)
+    run_call(settings, SMALL_BUDGET_MINUTES, quiet=True)
     missed = {name for stage in report.read(folder)[1].stages.values() for name in stage.not_reached}
     named = {unit.name for unit in stages(1)[-1].units if settings.takes(unit)}
     if not named <= missed:

@@ -1,4 +1,8 @@
-"""One page and one JSON file from what calls wrote: card, goals, what is wrong, what was not reached, tables.
+"""One page and one JSON file from what calls wrote.
+
+    the page's head   card, clocks, versions; the goals; what is wrong, what could not run, what was
+                      not reached, each by name
+    below             the rows of each stage as tables
 
 Works on whatever is there: of both calls, of one, of one that was killed.
 """
@@ -10,24 +14,27 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.rows import Findings, Row, Stage
+from benchmarks.gpu.rows import CallRecord, StageRecord
+from nvfp4.bench.tables import Row, markdown, shown
 
 Goal = tuple[str, float | None, str, float]
+"""What is wanted, the figure or None, "<=" or ">=", and the bound."""
 
 
-def read(folder: Path) -> dict[int, Findings]:
-    """The findings of each call that has begun in this folder."""
+def read(folder: Path) -> dict[int, CallRecord]:
+    """What each call that has begun in this folder wrote."""
     paths = {call: folder / f"call{call}.jsonl" for call in (1, 2)}
-    return {call: Findings.of(path) for call, path in paths.items() if path.exists()}
+    return {call: CallRecord.of(path) for call, path in paths.items() if path.exists()}
 
 
 def write(folder: Path, call: int) -> str:
-    """call<n>.md and call<n>.json, each replaced in one step; returns the page's head, which is worth printing."""
+    """call<n>.md and call<n>.json, each replaced in one step; returns the page's head."""
     calls = read(folder)
     mine = calls[call]
     judged = judge(calls)
-    head = [f"# On a GPU, call {call}", "", *_about(mine), "", *_table(judged), "", *_troubles(mine)]
-    tables = [line for name, stage in mine.stages.items() for line in _stage(name, stage)]
+    head = [f"# On a GPU, call {call}", "", *_about(mine), "", *markdown(judged), ""]
+    head += [*_wrong(mine), "", *_skipped(mine), "", *_missed(mine)]
+    tables = [line for name, stage in mine.stages.items() for line in _tables(name, stage)]
     data = {
         "call": mine.call,
         "facts": facts(mine),
@@ -36,103 +43,98 @@ def write(folder: Path, call: int) -> str:
         "compared": mine.compared,
         "stages": {name: vars(stage) | {"not_reached": stage.not_reached} for name, stage in mine.stages.items()},
     }
+
     for path, text in (
         (folder / f"call{call}.md", "\n".join([*head, *tables])),
         (folder / f"call{call}.json", json.dumps(data, indent=1)),
     ):
-        fresh = path.with_suffix(".part")
-        fresh.write_text(text + "\n")
-        fresh.replace(path)
+        part = path.with_suffix(".part")
+        part.write_text(text + "\n")
+        part.replace(path)
     return "\n".join(head)
 
 
-def facts(found: Findings) -> Row:
+def facts(call: CallRecord) -> Row:
     """Card, clocks, versions, rates: what the machine stage said."""
-    rows = found.stages["machine"].rows if "machine" in found.stages else []
+    rows = call.stages["machine"].rows if "machine" in call.stages else []
     return {str(row["what"]): row["value"] for row in rows if "what" in row}
 
 
-def _about(found: Findings) -> list[str]:
-    about = {key: value for key, value in found.call.items() if key != "state"} | facts(found)
-    lines = [f"- {key}: {_cell(value)}" for key, value in about.items()]
-    ended = [
-        f"{name} {stage.state} ({stage.seconds:.0f} of {stage.limit:.0f} s)" for name, stage in found.stages.items()
+def _about(call: CallRecord) -> list[str]:
+    about = {key: value for key, value in call.call.items() if key != "state"} | facts(call)
+    lines = [f"- {key}: {shown(value)}" for key, value in about.items()]
+    stages = [
+        f"{name} {stage.state} ({stage.seconds:.0f} of {stage.limit:.0f} s)" for name, stage in call.stages.items()
     ]
-    lines.append(f"- stages: {', '.join(ended) or 'none begun'}")
-    lines.append(f"- {found.compared} comparisons, {found.wrong} wrong or failed")
+    lines.append(f"- stages: {', '.join(stages) or 'none begun'}")
+    lines.append(f"- {call.compared} comparisons, {call.wrong} wrong or failed")
     return lines
 
 
-def _troubles(found: Findings) -> list[str]:
-    """What is wrong, what failed, what could not run, what was not reached: by name."""
-    lines = ["## Wrong or failed", ""]
-    for name, stage in found.stages.items():
+def _chapter(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *(lines or ["Nothing."])]
+
+
+def _wrong(call: CallRecord) -> list[str]:
+    lines = []
+    for name, stage in call.stages.items():
         for row in stage.rows:
             if row.get("wrong"):
-                lines.append(
-                    f"- {name}: " + ", ".join(f"{k} {_cell(v)}" for k, v in row.items() if v != "" and k != "unit")
-                )
+                said = {key: value for key, value in row.items() if value != "" and key != "unit"}
+                cells = ", ".join(f"{key} {shown(value)}" for key, value in said.items())
+                lines.append(f"- {name}: {cells}".replace("|", "\\|").replace("\n", " "))
         lines += [f"- {name}: {unit}: {end['reason']}" for unit, end in stage.with_state("failed").items()]
-    if len(lines) == 2:
-        lines.append("Nothing.")
+    return _chapter("Wrong or failed", lines)
 
-    lines += ["", "## Could not run here", ""]
-    for name, stage in found.stages.items():
+
+def _skipped(call: CallRecord) -> list[str]:
+    lines = []
+    for name, stage in call.stages.items():
         reasons: dict[str, list[str]] = defaultdict(list)
         for unit, end in stage.with_state("skipped").items():
             reasons[end["reason"]].append(unit)
         lines += [f"- {name}: {len(units)} units: {why} ({', '.join(units)})" for why, units in reasons.items()]
-    if lines[-1] == "":
-        lines.append("Nothing.")
-
-    lines += ["", "## Not reached", ""]
-    for name, stage in found.stages.items():
-        if stage.not_reached:
-            lines.append(f"- {name} ({stage.state}): {', '.join(stage.not_reached)}")
-    if lines[-1] == "":
-        lines.append("Nothing.")
-    return lines
+    return _chapter("Could not run here", lines)
 
 
-def _stage(name: str, stage: Stage) -> list[str]:
-    """Rows with the same columns, one after the other, make one table."""
+def _missed(call: CallRecord) -> list[str]:
+    lines = [
+        f"- {name} ({stage.state}): {', '.join(stage.not_reached)}"
+        for name, stage in call.stages.items()
+        if stage.not_reached
+    ]
+    return _chapter("Not reached", lines)
+
+
+def _tables(name: str, stage: StageRecord) -> list[str]:
+    """Rows with the same columns make one table."""
+    tables: dict[tuple[str, ...], list[Row]] = {}
+    for row in stage.rows:
+        plain = {key: value for key, value in row.items() if key != "unit"}
+        tables.setdefault(tuple(plain), []).append(plain)
     lines = ["", f"## {name}: {stage.state}"]
-    group: list[Row] = []
-    rows = [{key: value for key, value in row.items() if key != "unit"} for row in stage.rows]
-    for row in [*sorted(rows, key=lambda row: list(map(str, row))), {}]:
-        if group and list(row) != list(group[0]):
-            lines += ["", *_table(group)]
-            group = []
-        group.append(row)
+    for columns in sorted(tables):
+        lines += ["", *markdown(tables[columns])]
     return lines
 
 
-def _table(rows: list[Row]) -> list[str]:
-    heads = list(rows[0])
-    body = [" | ".join(_cell(row.get(head, "")) for head in heads) for row in rows]
-    return [f"| {line} |" for line in (" | ".join(heads), " | ".join("---" for _ in heads), *body)]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def judge(calls: dict[int, Findings]) -> list[Row]:
-    """What is wanted, what was measured, and whether that is enough; "not measured" where a row is missing."""
+def judge(calls: dict[int, CallRecord]) -> list[Row]:
+    """What is wanted, what was measured, and whether that is enough."""
     return [_judged(*goal) for goal in _goals(calls)]
 
 
-def _judged(what: str, value: float | None, relation: str, limit: float) -> Row:
-    met = None if value is None else value >= limit if relation == ">=" else value <= limit
-    said = {None: "not measured", True: "yes", False: "NO"}[met]
-    return {"goal": f"{what} {relation} {limit:g}", "measured": "-" if value is None else value, "met": said}
+def _judged(what: str, value: float | None, relation: str, bound: float) -> Row:
+    if value is None:
+        met = "not measured"
+    else:
+        met = "yes" if (value >= bound if relation == ">=" else value <= bound) else "NO"
+    measured = "-" if value is None else value
+    return {"goal": f"{what} {relation} {bound:g}", "measured": measured, "met": met}
 
 
-def _goals(calls: dict[int, Findings]) -> list[Goal]:
+def _goals(calls: dict[int, CallRecord]) -> list[Goal]:
     """The goals of the first GPU work: nothing wrong, near the copy, near BF16, little kept."""
-    rows = [(name, row) for found in calls.values() for name, s in found.stages.items() for row in s.rows]
+    rows = [(name, row) for call in calls.values() for name, stage in call.stages.items() for row in stage.rows]
 
     def best(stage: str, column: str, highest: bool, **where: Any) -> float | None:
         values = [
@@ -144,8 +146,8 @@ def _goals(calls: dict[int, Findings]) -> list[Goal]:
             return None
         return max(values) if highest else min(values)
 
-    compared = sum(found.compared for found in calls.values())
-    wrong = float(sum(found.wrong for found in calls.values()))
+    compared = sum(call.compared for call in calls.values())
+    wrong = float(sum(call.wrong for call in calls.values()))
     goals: list[Goal] = [("wrong or failed", wrong if compared or wrong else None, "<=", 0.0)]
     for name, least in (("rtn", 0.70), ("ms_eden(2)", 0.45)):
         share = best("rates", "rows / copy", True, quantiser=name)
@@ -156,7 +158,8 @@ def _goals(calls: dict[int, Findings]) -> list[Goal]:
     for recipe in ("nvidia", "quartet2"):
         for size, most in ((8192, 1.25), (4096, 1.5)):
             ratio = best("linear", "x bf16", False, recipe=recipe, size=size)
-            goals.append((f"{recipe}, forward and backward at {size}, times BF16's", ratio, "<=", most))
+            what = f"{recipe}, forward and backward at {size}, times BF16's"
+            goals.append((what, ratio, "<=", most))
         saved = best("linear", "saved x bf16", False, recipe=recipe)
         goals.append((f"{recipe}, bytes saved for backward, of BF16's", saved, "<=", 0.30))
     return goals

@@ -1,14 +1,15 @@
-"""What a call found, written as it comes: one JSON object per line, appended and flushed, so that a kill loses nothing.
+"""What a call found, written as it comes: one JSON object per line, so that a kill loses nothing.
 
 The records, by ``kind``:
 
-    call    number, budget, commit, when it began
-    stage   its state ("running", then how it ended) and its limit in seconds
+    call    number, budget, commit, when it began; at its end how it ended
     plan    the names of the units of a stage, before the first of them starts
+    stage   its state ("running", then how it ended) and its limit in seconds
     row     one line of a table: what a unit computed or timed
     unit    how a unit ended: done, failed (with the reason), skipped (likewise) or stopped
 
-A unit that is in a plan and has no ``unit`` record was not reached; ``Findings.not_reached`` names it.
+``CallRecord.of`` reads them back. A unit that is in a plan and has no ``unit`` record was not reached,
+and is named so in the report.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from nvfp4.bench.tables import Row
 
 LONGEST_TEXT = 1500
-"""Characters of one value: a record stays below 4096 bytes or little more, so that appends of two processes to one
-file do not mix."""
+"""Characters of one value: a record stays below 4096 bytes or little more, so that appends of two
+processes to one file do not mix."""
 
 
 def append(path: Path, **record: Any) -> None:
@@ -58,8 +59,8 @@ def records(path: Path) -> Iterator[Row]:
 
 
 @dataclass
-class Stage:
-    """One stage of a call: how it ended, its tables, and how each of its units ended."""
+class StageRecord:
+    """One stage of a call: how it ended, its rows, and how each of its units ended."""
 
     state: str = "not begun"
     limit: float = 0.0
@@ -70,9 +71,14 @@ class Stage:
 
     @property
     def not_reached(self) -> list[str]:
-        """Names of units that did not end by themselves: not begun, or stopped when the time was over."""
+        """Units that did not end by themselves: not begun, or stopped when the time was over."""
         ended = {name for name, unit in self.units.items() if unit["state"] != "stopped"}
         return [name for name in self.planned if name not in ended]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What its units computed, compilers and other children included."""
+        return sum(float(unit.get("cpu s", 0.0)) for unit in self.units.values())
 
     def with_state(self, state: str) -> dict[str, Row]:
         """The units that ended so."""
@@ -80,24 +86,24 @@ class Stage:
 
 
 @dataclass
-class Findings:
-    """All that one or both calls wrote into a folder."""
+class CallRecord:
+    """All that a call wrote."""
 
     call: Row = field(default_factory=dict)
-    stages: dict[str, Stage] = field(default_factory=dict)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path) -> Findings:
-        """What is in a file; an earlier run into the same file is forgotten."""
-        found = cls()
+    def of(cls, path: Path) -> CallRecord:
+        """What is in a file; an earlier call into the same file is forgotten."""
+        read = cls()
         for record in records(path):
             kind = record.pop("kind", None)
             if kind == "call":
                 if record.get("state") == "began":
-                    found = cls()
-                found.call |= record
+                    read = cls()
+                read.call |= record
                 continue
-            stage = found.stages.setdefault(str(record.pop("stage", "?")), Stage())
+            stage = read.stages.setdefault(str(record.pop("stage", "?")), StageRecord())
             if kind == "stage":
                 stage.state = record["state"]
                 stage.limit = record.get("limit", stage.limit)
@@ -108,7 +114,7 @@ class Findings:
                 stage.units[record.pop("unit")] = record
             elif kind == "row":
                 stage.rows.append(record)
-        return found
+        return read
 
     @property
     def wrong(self) -> int:
@@ -120,4 +126,5 @@ class Findings:
     @property
     def compared(self) -> int:
         """Comparisons that were made."""
-        return sum(int(row.get("checked", 0)) for stage in self.stages.values() for row in stage.rows)
+        rows = (row for stage in self.stages.values() for row in stage.rows)
+        return sum(int(row.get("checked", 0)) for row in rows)

@@ -1,11 +1,31 @@
-"""What is measured: quantisers with their options, and layers of models."""
+"""What is measured: quantisers with their options, linear layers of models, and the numbers in both.
+
+All of it is the same on every machine and in every run, so that two tables may be held beside each
+other:
+
+    quantiser("sr")             the pair that a backend takes, and the bytes that it must move
+    matrix(4096, 4096)          BF16 [rows, columns]: N(0, 1), or what kernels get wrong
+    SETS["square"]["1024"]      a Shape: x [tokens, in_features], w [out_features, in_features]
+    layer_for(shape, "nvidia")  nn.Linear of that shape without bias, the same weight every time
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import nn
+
+from nvfp4.backends.registry import AUTO
+from nvfp4.layer.dense import dense_linears
+from nvfp4.model.convert import convert
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.quantizers.registry import get_quantizer
+from nvfp4.recipes import Recipe
+
+CPU = torch.device("cpu")
 
 QUANTISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
@@ -22,6 +42,61 @@ QUANTISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ms_eden(2, search)": ("ms_eden", {"rounds": 2, "search": True}),
 }
 """By the name in tables: every kind of operand that a recipe has."""
+
+
+class QuantiserCase(NamedTuple):
+    """A quantiser with its options and seeds: what ``backend.quantize(x, *case)`` takes."""
+
+    quantizer: Quantizer
+    options: Options
+
+    @property
+    def reads(self) -> int:
+        """How often the input is read: once for the amax and once to quantise.
+
+        A row that has a scale of its own is still in the cache by then, and a rotating quantiser
+        finds the tensor's range afterwards, from its block scales: one reading each.
+        """
+        return 1 if self.quantizer.rotates or self.options.row_scaled else 2
+
+    def code_bytes(self, elements: int) -> float:
+        """Bytes of codes (4 bits each) and block scales (8 bits per block) of so many elements."""
+        rows, columns = self.options.block
+        return elements * (0.5 + 1 / (rows * columns))
+
+    def bytes_moved(self, x: torch.Tensor) -> int:
+        """The least that quantising x must read and write."""
+        return int(self.reads * x.numel() * x.element_size() + self.code_bytes(x.numel()))
+
+
+def quantiser(name: str, seed: int = 1, sign_seed: int = 2) -> QuantiserCase:
+    """A row of ``QUANTISERS``; KeyError for a name that is not in it."""
+    registered, options = QUANTISERS[name]
+    quantizer = get_quantizer(registered)
+    return QuantiserCase(quantizer, quantizer.check(seed=seed, sign_seed=sign_seed, **options))
+
+
+Kind = Literal["normal", "wide", "nan"]
+KINDS: tuple[Kind, ...] = ("normal", "wide", "nan")
+
+
+def matrix(
+    rows: int,
+    columns: int,
+    kind: Kind = "normal",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> torch.Tensor:
+    """[rows, columns] on the CPU, the same on every machine.
+
+    "normal": N(0, 1). "wide": rows of magnitudes from 2^-20 to 2^20. "nan": the last element is one.
+    """
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    if kind == "wide":
+        x *= torch.exp2(torch.arange(rows).remainder(41).sub(20).float())[:, None]
+    if kind == "nan":
+        x[-1, -1] = float("nan")
+    return x.to(dtype)
 
 
 class Shape(NamedTuple):
@@ -49,3 +124,23 @@ LLAMA_8B = {
 """Llama 3 8B with 2048 tokens."""
 
 SETS = {"square": square(1024, 2048, 4096), "llama-8b": LLAMA_8B}
+
+
+def layer_for(shape: Shape, recipe: str | Recipe, backend: str = AUTO, device: torch.device = CPU) -> nn.Linear:
+    """A linear layer of that shape without bias, w ~ N(0, 1 / in_features).
+
+    recipe: what a BF16 layer is converted into, or the name of it. "bf16" is the layer in high
+    precision, which multiplies as the trainers' do (``dense_linears``): torch's own BF16 product is
+    5 to 40 times slower than float32's on processors that emulate it, and no measure of anything.
+    "float32" is the same weight in float32, torch's own layer.
+    """
+    dtype = torch.float32 if recipe == "float32" else torch.bfloat16
+    layer = nn.utils.skip_init(nn.Linear, shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device)
+    with torch.no_grad():
+        w = matrix(shape.out_features, shape.in_features) * shape.in_features**-0.5
+        layer.weight.copy_(w)
+    if recipe == "bf16":
+        dense_linears(layer)
+    elif recipe != "float32":
+        convert(layer, recipe, backend=backend, seed=0, verbose=False)
+    return layer

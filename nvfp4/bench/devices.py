@@ -1,7 +1,15 @@
-"""What machines can do at best, from their data sheets, and what share of it programs are assumed to reach."""
+"""What machines can do at best, and what share of it programs are assumed to reach.
+
+    DEVICES        GPUs by name: peaks from their data sheets, shares as published or assumed
+    this_cpu()     the processor at hand: its peaks are measured now
+    gpu_at_hand()  the row of ``DEVICES`` for the GPU of this machine, if it has one
+
+Every number carries its source, which the reports print beside what they predict from it.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -9,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from nvfp4.layer.dense import times
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,11 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Device:
-    """Dense peaks in FLOP/s (fp4 None: no such units, NVFP4 is decoded to 16 bits), bytes/s, bytes of L2, seconds.
+    """What a machine can do at best.
 
-    launch: from the end of a kernel to the start of the next in one stream.
+    fp4, fp8, bf16: dense peaks in FLOP/s; fp4 None: no such units, NVFP4 is decoded to 16 bits.
+    bandwidth: bytes/s. l2: bytes. launch: seconds from the end of a kernel to the start of the next
+    in one stream.
     """
 
     name: str
@@ -51,7 +63,7 @@ class Device:
 
 
 _LAUNCH = 3e-6
-"""Assumed: between dependent kernels of a stream without graphs, 2 to 4 microseconds are commonly measured."""
+"""Assumed: of dependent kernels without graphs, 2 to 4 microseconds are commonly measured."""
 
 _TWO_PASSES = "memory: what Quartet II's RTX 5090 times leave beside its GEMMs is 0.5 to 0.6 of peak"
 
@@ -112,35 +124,52 @@ DEVICES: dict[str, Device] = {
 
 
 def this_cpu(seconds: float = 0.2, clock: Callable[[], float] = time.perf_counter) -> Device:
-    """The processor at hand: peaks measured now, by a BF16 GEMM and a copy, the best of what fits into ``seconds``."""
+    """The processor at hand, measured: a BF16 GEMM and a copy, each the best of ``seconds``.
+
+    The GEMM is that of ``times``, torch's or this package's; clock: what tells the seconds.
+    """
     n = 1024
-    a, b = torch.ones(n, n, dtype=torch.bfloat16), torch.ones(n, n, dtype=torch.bfloat16)
+    a, b = (torch.ones(n, n, dtype=torch.bfloat16) for _ in range(2))
+    flops = 2 * n**3 / _best(lambda: times(a, b), seconds, clock)
+
     source = torch.ones(2**26, dtype=torch.uint8)
     target = torch.empty_like(source)
-    flops = 2 * n**3 / _best(lambda: a @ b, seconds, clock)
     bandwidth = 2 * source.numel() / _best(lambda: target.copy_(source), seconds, clock)
+
     names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
     l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
-    assumed = Efficiency(1.0, 1.0, 1.0, "peaks are measured; rounding is taken to be free, so times are lower bounds")
-    threads = torch.get_num_threads()
-    said = f"measured now: torch BF16 GEMM of {n}, copy of {source.numel() >> 20} MiB, {threads} threads"
-    return Device("CPU", None, None, flops, bandwidth, float(max(l2, 0)), 0.0, said, assumed)
+    why = "peaks are measured; rounding is taken to be free, so times are lower bounds"
+    what = f"BF16 GEMM of {n}, copy of {source.numel() >> 20} MiB, {torch.get_num_threads()} threads"
+    return Device(
+        "CPU",
+        fp4=None,
+        fp8=None,
+        bf16=flops,
+        bandwidth=bandwidth,
+        l2=float(max(l2, 0)),
+        launch=0.0,
+        source=f"measured now: {what}",
+        efficiency=Efficiency(1.0, 1.0, 1.0, why),
+    )
 
 
 def _best(run: Callable[[], Any], seconds: float, clock: Callable[[], float]) -> float:
     """The shortest run, in seconds; the first, which warms up, does not count."""
     run()
-    times: list[float] = []
+    shortest = math.inf
     end = clock() + seconds
-    while not times or clock() < end:
+    while shortest == math.inf or clock() < end:
         start = clock()
         run()
-        times.append(clock() - start)
-    return min(times)
+        shortest = min(shortest, clock() - start)
+    return shortest
 
 
 def find_device(name: str) -> Device:
-    """By its name in ``DEVICES``, case and spaces aside ("rtx5090"), or "cpu" for the one at hand; else ValueError."""
+    """By its name in ``DEVICES``, case and spaces aside ("rtx5090"), or "cpu" for the one at hand.
+
+    Raises ValueError for any other name.
+    """
     wanted = name.lower().replace(" ", "").replace("_", "")
     if wanted == "cpu":
         return this_cpu()
@@ -150,8 +179,9 @@ def find_device(name: str) -> Device:
     raise ValueError(f"unknown device {name!r}; known: {', '.join(DEVICES)}, cpu")
 
 
-def at_hand() -> Device | None:
+def gpu_at_hand() -> Device | None:
     """The GPU of this machine, if the table has it."""
     if not torch.cuda.is_available():
         return None
-    return next((device for device in DEVICES.values() if device.name in torch.cuda.get_device_name()), None)
+    name = torch.cuda.get_device_name()
+    return next((device for device in DEVICES.values() if device.name in name), None)

@@ -1,34 +1,84 @@
-"""The measurements themselves, each a generator of table rows; what is predicted stands beside and says so."""
+"""The measurements of ``nvfp4 bench all``, each a generator of table rows.
+
+    quantising       a backend's rows, columns and both in one call, against a copy of the same bytes
+    multiplying      a product of codes that are there already, against the BF16 product
+    layers           forward and backward, the weight quantised anew, and the bytes kept in between
+    optimizer_steps  two micro-batches and AdamW, the weight quantised in forwards or after the step
+
+What a machine of ``devices.py`` is predicted to take stands beside, in columns named "predicted".
+``LayerCase`` is the one timed layer: ``benchmarks/`` and ``roofline_report`` time it as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
+from torch import nn
 
-from nvfp4.backends.base import Backend
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.bench.cases import QUANTISERS, Shape, square
+from nvfp4.bench.cases import QUANTISERS, Shape, layer_for, matrix, quantiser, square
 from nvfp4.bench.devices import Device
 from nvfp4.bench.gates import at_hand
-from nvfp4.bench.layers import layer_for, normal, saved_bytes
-from nvfp4.bench.roofline import CODE_BITS, SCALE_BITS, Layer, step_seconds
-from nvfp4.bench.timing import copier, interleaved
+from nvfp4.bench.roofline import Layer, step_seconds
+from nvfp4.bench.tables import Row
+from nvfp4.bench.timing import Run, copier, interleaved, timer
+from nvfp4.layer.dense import times
+from nvfp4.layer.linear import Linear
 from nvfp4.model.after_step import after_step
 from nvfp4.model.weights import invalidate
-from nvfp4.numerics.formats import ROW_BLOCK
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import RECIPES
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A linear layer at work. x [tokens, in_features] wants a gradient; dy [tokens, out_features]."""
+
+    layer: nn.Linear
+    x: torch.Tensor
+    dy: torch.Tensor
+
+    def step(self) -> tuple[torch.Tensor, ...]:
+        """(dx, dw) of a forward and backward, with the weight quantised anew.
+
+        An optimiser's step lies between two calls in training, so no codes of the last one count.
+        """
+        invalidate(self.layer)
+        return torch.autograd.grad(self.layer(self.x), (self.x, self.layer.weight), self.dy)
+
+    def saved_bytes(self) -> int:
+        """Bytes that a forward keeps for the backward beside what the layer holds anyway.
+
+        It holds its weight, and an NVFP4 layer the weight's codes.
+        """
+        self.layer(self.x)
+        held = {self.layer.weight.data_ptr()}
+        if isinstance(self.layer, Linear) and self.layer.nvfp4.weight_codes is not None:
+            codes = self.layer.nvfp4.weight_codes[1]
+            held |= {tensor.data_ptr() for q in codes for tensor in q.tensors}
+
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in held:
+                sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.layer(self.x)
+        return sum(sizes)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is measured. size: rows and columns of the matrix to quantise; seconds, least: for each candidate."""
+    """How much is measured.
+
+    size: rows and columns of the matrix to quantise. seconds, least: time and runs per candidate.
+    expected: the device that the predictions are for, or None.
+    """
 
     device: torch.device
     size: int
@@ -39,114 +89,121 @@ class Workload:
     recipes: tuple[str, ...] = ("nvidia", "quartet2", "search_eden")
     expected: Device | None = field(default=None)
 
-    def time(self, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    def time(self, candidates: Mapping[str, Run]) -> dict[str, float]:
         """Median milliseconds of each."""
-        return interleaved(candidates, self.seconds, self.least, self.device)
+        return interleaved(candidates, self.seconds, self.least, timer(self.device))
 
 
 def workload(device: torch.device, quick: bool, seconds: float | None, expected: Device | None) -> Workload:
-    """The usual amount for a device; ``quick``: a small one that takes a processor less than a minute."""
+    """The usual amount for a device; ``quick``: one that takes a processor less than a minute."""
     if quick:
         sizes = square(256, 512)
-        return Workload(device, 512, sizes, sizes, 0.02 if seconds is None else seconds, 3, expected=expected)
-    sizes = square(2048, 4096, 8192) if device.type == "cuda" else square(512, 1024, 2048)
-    largest = 8192 if device.type == "cuda" else 4096
-    return Workload(device, largest, sizes, sizes, 0.5 if seconds is None else seconds, expected=expected)
+        budget = 0.02 if seconds is None else seconds
+        return Workload(device, 512, sizes, sizes, budget, least=3, expected=expected)
+    on_gpu = device.type == "cuda"
+    sizes = square(2048, 4096, 8192) if on_gpu else square(512, 1024, 2048)
+    largest = 8192 if on_gpu else 4096
+    budget = 0.5 if seconds is None else seconds
+    return Workload(device, largest, sizes, sizes, budget, expected=expected)
 
 
 def quantising(work: Workload) -> Iterator[Row]:
-    """Every quantiser of every backend: x, x^T, and both in one call, against a copy of the bytes x must move."""
-    x = normal(work.size, work.size).to(work.device)
-    for name, (quantizer_name, options) in QUANTISERS.items():
-        quantizer = get_quantizer(quantizer_name)
-        checked = quantizer.check(seed=1, sign_seed=2, **options)
-        reads = 1 if quantizer.rotates or checked.row_scaled else 2  # to find amax; a row, or ms_eden, needs one
-        scales = SCALE_BITS * ROW_BLOCK[0] / checked.block[0]
-        moved = x.numel() * (reads * x.element_size() + (CODE_BITS + scales) / 8)
+    """Every quantiser of every backend: x, x^T, and both in one call."""
+    x = matrix(work.size, work.size).to(work.device)
+    for name in QUANTISERS:
+        case = quantiser(name)
+        moved = case.bytes_moved(x)
         for backend in at_hand(work.device):
-            if "quantize" not in backend.operations or backend.refuses("quantize", quantizer, checked) is not None:
+            if "quantize" not in backend.operations or backend.refuses("quantize", *case):
                 continue
-            pair = (quantizer, checked)
             ms = work.time(
                 {
-                    "copy": copier(int(moved), work.device),
-                    "rows": partial(backend.quantize, x, *pair),
-                    "columns": partial(backend.quantize, x.t(), *pair),
-                    "both": partial(backend.quantize_both, x, pair, pair),
+                    "copy": copier(moved, work.device),
+                    "rows": partial(backend.quantize, x, *case),
+                    "columns": partial(backend.quantize, x.t(), *case),
+                    "both": partial(backend.quantize_both, x, case, case),
                 }
             )
             row: Row = {"quantiser": name, "backend": backend.name, "ms": ms["rows"]}
             row |= {"GB/s": moved / ms["rows"] / 1e6, "of a copy": ms["copy"] / ms["rows"]}
             row |= {"transposed ms": ms["columns"], "both ms": ms["both"]}
             if work.expected is not None:
-                row["predicted ms"] = 1e3 * (moved / work.expected.memory_rate + work.expected.launch)
+                seconds = moved / work.expected.memory_rate + work.expected.launch
+                row["predicted ms"] = 1e3 * seconds
             yield row
 
 
 def multiplying(work: Workload) -> Iterator[Row]:
-    """x w^T to BF16 on codes that are there already, by every backend, against torch's BF16 product."""
+    """x w^T to BF16 of codes that are there already, by every backend, and of BF16 as ``times`` does."""
     rtn = get_quantizer("rtn")
     for name, shape in work.gemms.items():
-        x = normal(shape.tokens, shape.in_features, 1).to(work.device)
-        w = normal(shape.out_features, shape.in_features, 2).to(work.device)
-        backends = [backend for backend in at_hand(work.device) if "matmul" in backend.operations]
-        maker = next(backend for backend in _all(work.device) if "quantize" in backend.operations)
+        x = matrix(shape.tokens, shape.in_features, seed=1).to(work.device)
+        w = matrix(shape.out_features, shape.in_features, seed=2).to(work.device)
+        makers = [*at_hand(work.device), BACKENDS["reference"]]
+        maker = next(backend for backend in makers if "quantize" in backend.operations)
         a, b = maker.quantize(x, rtn, rtn.check()), maker.quantize(w, rtn, rtn.check())
-        candidates: dict[str, Callable[[], Any]] = {"bf16": partial(torch.mm, x, w.t())}
-        candidates |= {each.name: partial(each.matmul, a, b, torch.bfloat16) for each in backends}
+
+        candidates: dict[str, Run] = {"bf16": partial(times, x, w.t())}
+        for backend in at_hand(work.device):
+            if "matmul" in backend.operations:
+                candidates[backend.name] = partial(backend.matmul, a, b, torch.bfloat16)
         ms = work.time(candidates)
+
         flops = 2.0 * shape.tokens * shape.in_features * shape.out_features
         for which, value in ms.items():
-            row: Row = {"GEMM": f"{name} ({shape})", "backend": which, "ms": value, "TFLOP/s": flops / value / 1e9}
-            row["speed-up over BF16"] = ms["bf16"] / value
+            row: Row = {"GEMM": f"{name} ({shape})", "backend": which, "ms": value}
+            row |= {"TFLOP/s": flops / value / 1e9, "speed-up over BF16": ms["bf16"] / value}
             if work.expected is not None:
-                row["predicted ms"] = 1e3 * (flops / work.expected.gemm_rate(which != "bf16") + work.expected.launch)
+                rate = work.expected.gemm_rate(which != "bf16")
+                row["predicted ms"] = 1e3 * (flops / rate + work.expected.launch)
             yield row
 
 
 def layers(work: Workload) -> Iterator[Row]:
-    """Forward and backward of a linear layer, its weight quantised anew, and the bytes it keeps in between."""
+    """Forward and backward of a linear layer, and the bytes it keeps in between."""
     for name, shape in work.layers.items():
-        x = normal(shape.tokens, shape.in_features, 1).to(work.device).requires_grad_()
-        dy = normal(shape.tokens, shape.out_features, 2).to(work.device)
-        made = {recipe: layer_for(shape, recipe, device=work.device) for recipe in ("bf16", *work.recipes)}
+        x = matrix(shape.tokens, shape.in_features, seed=1).to(work.device).requires_grad_()
+        dy = matrix(shape.tokens, shape.out_features, seed=2).to(work.device)
+        cases = {
+            recipe: LayerCase(layer_for(shape, recipe, device=work.device), x, dy) for recipe in ("bf16", *work.recipes)
+        }
+        ms = work.time({recipe: case.step for recipe, case in cases.items()})
+        saved = {recipe: case.saved_bytes() for recipe, case in cases.items()}
 
-        def step(layer: torch.nn.Linear, x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
-            x.grad = layer.weight.grad = None
-            invalidate(layer)  # an optimiser step lies between two calls in training
-            layer(x).backward(dy)
-
-        ms = work.time({recipe: partial(step, layer) for recipe, layer in made.items()})
-        kept = saved_bytes(made["bf16"], x)
-        for recipe, layer in made.items():
+        for recipe, case in cases.items():
             row: Row = {"layer": f"{name} ({shape})", "recipe": recipe, "ms": ms[recipe]}
-            row |= {"speed-up over BF16": ms["bf16"] / ms[recipe], "saved MB": saved_bytes(layer, x) / 1e6}
-            row["saved x BF16"] = saved_bytes(layer, x) / kept
+            row |= {"speed-up over BF16": ms["bf16"] / ms[recipe]}
+            row |= {"saved MB": saved[recipe] / 1e6, "saved x BF16": saved[recipe] / saved["bf16"]}
             if work.device.type == "cuda":
-                row["peak MB"] = _peak(partial(step, layer), work.device)
+                row["peak MB"] = _peak_bytes(case.step, work.device) / 1e6
             if work.expected is not None:
                 row |= _predicted(recipe, shape, work.expected)
             yield row
 
 
 def optimizer_steps(work: Workload) -> Iterator[Row]:
-    """A step of two micro-batches with fused AdamW, weights quantised in forwards or right after the step."""
+    """A step of two micro-batches with fused AdamW; a micro-batch has an eighth of the tokens."""
     name, shape = list(work.layers.items())[-1]
-    x = normal(max(shape.tokens // 8, 1), shape.in_features, 1).to(work.device)
-    candidates: dict[str, Callable[[], Any]] = {}
-    for helped in (False, True):
-        layer = layer_for(shape, work.recipes[-1], device=work.device)
+    recipe = work.recipes[-1]
+    small = shape._replace(tokens=max(shape.tokens // 8, 1))
+    x = matrix(small.tokens, small.in_features).to(work.device)
+
+    candidates: dict[str, Run] = {}
+    for when in ("in the forward", "after_step"):
+        layer = layer_for(shape, recipe, device=work.device)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-6, fused=True)
-        if helped:
+        if when == "after_step":
             after_step(optimizer, layer)
-        candidates["after_step" if helped else "in the forward"] = partial(_train, layer, optimizer, x)
+        candidates[when] = partial(_train, layer, optimizer, x)
     ms = work.time(candidates)
+
     for when, value in ms.items():
-        title = f"{name} ({x.shape[0]} x {shape.in_features} -> {shape.out_features}), {work.recipes[-1]}"
-        yield {"layer": title, "weight quantised": when, "ms": value, "of the usual": value / ms["in the forward"]}
+        title = f"{name} ({small}), {recipe}"
+        share = value / ms["in the forward"]
+        yield {"layer": title, "weight quantised": when, "ms": value, "of the usual": share}
 
 
-def _train(layer: torch.nn.Linear, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+def _train(layer: nn.Linear, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
     for _ in range(2):
         layer(x).sum().backward()
     optimizer.step()
@@ -156,23 +213,19 @@ def _train(layer: torch.nn.Linear, optimizer: torch.optim.Optimizer, x: torch.Te
 def _predicted(recipe: str, shape: Shape, device: Device) -> Row:
     layer = [Layer(shape.in_features, shape.out_features)]
     bf16, ours = (
-        1e3 * sum(step_seconds(RECIPES[each], layer, shape.tokens, device).values()) for each in ("bf16", recipe)
+        1e3 * sum(step_seconds(RECIPES[name], layer, shape.tokens, device).values()) for name in ("bf16", recipe)
     )
     return {"predicted ms": ours, "predicted speed-up": bf16 / ours}
 
 
-def _peak(step: Callable[[], Any], device: torch.device) -> float:
-    """Megabytes that a step allocates at most beside what is there before."""
+def _peak_bytes(step: Run, device: torch.device) -> int:
+    """The most that a step allocates beside what is there before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
     torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
-def _all(device: torch.device) -> list[Backend]:
-    return [*at_hand(device), BACKENDS["reference"]]
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 SECTIONS: dict[str, Callable[[Workload], Iterator[Row]]] = {
@@ -181,3 +234,4 @@ SECTIONS: dict[str, Callable[[Workload], Iterator[Row]]] = {
     "Linear layer, forward and backward": layers,
     "Optimiser step": optimizer_steps,
 }
+"""By the heading in the report, in the order in which they run."""

@@ -1,10 +1,18 @@
-"""``nvfp4 bench all``: gate, measure, and write the table with device, clocks and versions."""
+"""``nvfp4 bench all``: gate, measure, and write the page with device, clocks and versions.
+
+    bench_all("r.md")
+        1  options and paths are tried out, before anything runs
+        2  every gate (``gates.py``); nothing is timed if one is red
+        3  each section of ``measure.SECTIONS``, row by row as they come
+        4  after every section r.md and r.json are written anew, so an interruption keeps what there is
+
+Columns named "predicted" come from data sheets (``roofline.py``); everything else was measured.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,13 +20,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from nvfp4.bench.devices import DEVICES, Device, at_hand, this_cpu
+from nvfp4.bench.devices import DEVICES, Device, gpu_at_hand, this_cpu
 from nvfp4.bench.gates import Gate, check_all
-from nvfp4.bench.measure import SECTIONS, Row, workload
-from nvfp4.bench.roofline import MODELS, PUBLISHED_TOKENS, overtakes, speedup
-from nvfp4.bench.roofline_report import PREDICTED
+from nvfp4.bench.measure import SECTIONS, workload
+from nvfp4.bench.roofline import MODELS, PREDICTED, PUBLISHED_TOKENS, overtakes, speedup
+from nvfp4.bench.tables import Row, markdown, terminal
 from nvfp4.bench.timing import clocks, machine
 from nvfp4.recipes import RECIPES
 
@@ -27,7 +34,10 @@ PREDICTED_RECIPES = ("nvidia", "quartet2", "search_eden")
 
 @dataclass
 class Findings:
-    """What was looked at, on what machine, and what came out; complete: whether all of it was measured."""
+    """What was looked at, on what machine, and what came out.
+
+    expected: the device that predictions are for, or None. complete: whether all was measured.
+    """
 
     machine: dict[str, Any]
     expected: Device | None
@@ -41,33 +51,46 @@ class Findings:
         lines = ["# nvfp4 benchmark", ""]
         lines += [f"- {key}: {value}" for key, value in self.machine.items()]
         if self.clocks_at_the_end:
-            lines.append(f"- at the end: {', '.join(f'{k} {v}' for k, v in self.clocks_at_the_end.items())}")
-        differing = max((gate.differing for gate in self.gates), default=0.0)
-        lines += ["", f"{len(self.gates)} gates passed before anything was timed; largest share of differing bytes: "]
-        lines[-1] += f"{differing:.1e}. Times are medians of runs that took turns."
+            ends = ", ".join(f"{key} {value}" for key, value in self.clocks_at_the_end.items())
+            lines.append(f"- at the end: {ends}")
+
+        passed = f"{len(self.gates)} gates passed before anything was timed: every backend gives the"
+        lines += ["", f"{passed} reference's bytes. Times are medians of runs that took turns."]
         if self.expected is not None:
-            lines += ["", f"Columns named predicted: {PREDICTED}, for {self.expected.name} ({self.expected.source})."]
+            about = f"{PREDICTED}, for {self.expected.name} ({self.expected.source})"
+            lines += ["", f"Columns named predicted: {about}."]
         if not self.complete:
             lines += ["", "**Interrupted: what follows is what was measured until then.**"]
         for title, rows in self.sections.items():
-            lines += ["", f"## {title}", "", *_markdown_table(rows)]
-        title = f"## Blackwell: {PREDICTED}"
-        note = "From data sheets and the traffic of our kernels (`nvfp4 bench roofline`); nobody has measured these."
-        lines += ["", title, "", note, "", *_markdown_table(predictions())]
-        return "\n".join(lines) + "\n"
+            lines += ["", f"## {title}", "", *markdown(rows)]
+
+        note = "From data sheets and the traffic of our kernels (`nvfp4 bench roofline`)"
+        lines += ["", f"## Blackwell: {PREDICTED}", "", f"{note}; nobody has measured these.", ""]
+        return "\n".join([*lines, *markdown(predictions())]) + "\n"
 
     def as_json(self) -> str:
         """The same as data."""
-        kept = {"complete": self.complete, "machine": self.machine, "clocks_at_the_end": self.clocks_at_the_end}
-        kept |= {"gates": [asdict(gate) for gate in self.gates], "sections": self.sections}
-        kept["what"] = f"columns named predicted, and all of predictions: {PREDICTED}"
-        kept["predictions"] = predictions()
-        return json.dumps(kept, indent=1) + "\n"
+        data = {
+            "complete": self.complete,
+            "machine": self.machine,
+            "clocks_at_the_end": self.clocks_at_the_end,
+            "gates": [asdict(gate) for gate in self.gates],
+            "sections": self.sections,
+            "what": f"columns named predicted, and all of predictions: {PREDICTED}",
+            "predictions": predictions(),
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    def write(self, paths: tuple[Path, Path] | None) -> None:
+        """Replace the page and the data, if there are to be any."""
+        if paths is not None:
+            paths[0].write_text(self.markdown())
+            paths[1].write_text(self.as_json())
 
 
-@cache  # written anew with every section
+@cache  # every section writes the page anew
 def predictions() -> list[Row]:
-    """Speed-ups over BF16 of a block's forward and backward on the Blackwell cards of the table."""
+    """Speed-ups over BF16 of a block's forward and backward on the cards with FP4 tensor cores."""
     return [
         {
             "predicted for": device.name,
@@ -85,42 +108,55 @@ def predictions() -> list[Row]:
 
 
 def bench_all(
-    report: str | None = None, device: str = "auto", quick: bool = False, seconds: float | None = None
+    report: str | None = None,
+    device: str = "auto",
+    quick: bool = False,
+    seconds: float | None = None,
 ) -> Findings:
-    """Gate on correctness, then measure quantisers, GEMMs, layers and memory on one device, printing as it goes.
+    """Gate on correctness, then measure quantisers, GEMMs, layers and memory on one device.
 
-    report: a Markdown file to write; beside it the same as JSON. It grows with every section, so that whatever ends the
-    run keeps what was measured. device: "auto" (the GPU if there is one), "cpu", "cuda". quick: small shapes. seconds:
-    for each candidate. Raises ``WrongResults`` before anything is timed if a backend is wrong; ValueError for a device
-    that is not here, OSError for a path that cannot be written, both before anything is run.
+    report: a Markdown file to write; beside it the same as JSON. device: "auto" (the GPU if there is
+    one), "cpu", "cuda". quick: small shapes. seconds: per candidate.
+
+    Raises ``WrongResults`` before anything is timed if a backend is wrong; ValueError for a device
+    that is not here or a time that is not positive, OSError for a path that cannot be written, all
+    before anything is run.
     """
-    where = _device(device)
+    # mistakes of the caller
+    place = _device(device)
     paths = None if report is None else _writable(Path(report))
     if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds must be positive, got {seconds}")
+
+    # the machine, and whether it computes right
     console = Console()
-    found = Findings(machine(where), at_hand() if where.type == "cuda" else this_cpu(0.05 if quick else 0.5))
-    console.print(", ".join(f"{key} {value}" for key, value in found.machine.items()), style="dim", highlight=False)
-    found.gates = check_all(where, quick)
-    console.print(f"{len(found.gates)} gates passed")
-    work = workload(where, quick, seconds, found.expected)
+    expected = gpu_at_hand() if place.type == "cuda" else this_cpu(0.05 if quick else 0.5)
+    findings = Findings(machine(place), expected)
+    facts = ", ".join(f"{key} {value}" for key, value in findings.machine.items())
+    console.print(facts, style="dim", highlight=False)
+    findings.gates = check_all(place, quick)
+    console.print(f"{len(findings.gates)} gates passed")
+
+    # how fast it does
+    work = workload(place, quick, seconds, expected)
     try:
         for title, section in SECTIONS.items():
-            rows = found.sections.setdefault(title, [])
+            rows = findings.sections.setdefault(title, [])
             for row in section(work):
                 rows.append(row)
                 what = ", ".join(str(value) for value in list(row.values())[:2])
-                console.print(f"{title}: {what}: {row['ms']:.3g} ms", style="dim", highlight=False)
-            console.print(_rich_table(title, rows))
-            _write(found, paths)
-        found.complete = True
+                line = f"{title}: {what}: {row['ms']:.3g} ms"
+                console.print(line, style="dim", highlight=False)
+            console.print(terminal(title, rows, labels=2))
+            findings.write(paths)
+        findings.complete = True
     finally:
-        found.clocks_at_the_end = clocks(where)
-        _write(found, paths)
+        findings.clocks_at_the_end = clocks(place)
+        findings.write(paths)
         if paths is not None:
-            said = "" if found.complete else ", interrupted: what was measured until then"
-            console.print(f"written: {paths[0]}, {paths[1]}{said}", soft_wrap=True)
-    return found
+            how = "" if findings.complete else ", interrupted: what was measured until then"
+            console.print(f"written: {paths[0]}, {paths[1]}{how}", soft_wrap=True)
+    return findings
 
 
 def _device(name: str) -> torch.device:
@@ -129,18 +165,20 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not cuda:
         raise ValueError("device cuda: torch sees no GPU here; use cpu or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if cuda and name != "cpu" else torch.device("cpu")
+    if name == "cpu" or not cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _writable(path: Path) -> tuple[Path, Path]:
-    """The Markdown and the JSON file, tried out now: an hour later would be late to hear that they cannot be."""
+    """The Markdown and the JSON file, tried out now: after an hour it would be too late."""
     if path.is_dir():
         raise IsADirectoryError(f"report {str(path)!r} is a directory; name a file in it")
     data = path.with_suffix(".json")
     if data == path:
-        raise ValueError(
-            f"report {str(path)!r} is the page, so name it .md or the like; the data go beside it as .json"
-        )
+        hint = "name it .md or the like; the data go beside it as .json"
+        raise ValueError(f"report {str(path)!r} is the page, so {hint}")
+
     for each in (path, data):
         existed = each.exists()
         with each.open("a"):
@@ -148,39 +186,3 @@ def _writable(path: Path) -> tuple[Path, Path]:
         if not existed:
             each.unlink()
     return path, data
-
-
-def _write(found: Findings, paths: tuple[Path, Path] | None) -> None:
-    if paths is not None:
-        paths[0].write_text(found.markdown())
-        paths[1].write_text(found.as_json())
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
-def _markdown_table(rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        return ["(nothing measured)"]
-    columns = _columns(rows)
-    numeric = [isinstance(next(row[c] for row in rows if c in row), (int, float)) for c in columns]
-    lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---:' if n else '---' for n in numeric)}|"]
-    return lines + [f"| {' | '.join(_shown(row.get(column, '')) for column in columns)} |" for row in rows]
-
-
-def _rich_table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
-    columns = _columns(rows)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i < 2)
-    for row in rows:
-        table.add_row(*(_shown(row.get(column, "")) for column in columns))
-    return table
-
-
-def _shown(value: Any) -> str:
-    """Three digits, without an exponent for what is large."""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

@@ -1,9 +1,13 @@
-"""What a layer step should cost: bytes and FLOPs of every kernel of a recipe, and the time that a machine then needs.
+"""What a layer step should cost: bytes and FLOPs of each kernel of a recipe, and the time they take.
 
-A kernel takes the longer of its FLOPs and its bytes, each at the rate assumed in ``devices.py``, and a launch. Nothing
-here is measured: every time is a prediction, and knows neither the host nor waves of tiles. The shares of the peaks
-that GEMMs and kernels reach come in part from Quartet II's own timings, so that meeting its speed-ups tests the traffic
-and how times scale with shape, not those shares.
+    layer_kernels   the kernels of a forward and backward, of each GEMM first those of its operands
+    Kernel.seconds  the longer of its FLOPs and its bytes, at the rates of ``devices.py``, and a launch
+    step_seconds    the same by GEMM, and for quantising
+    speedup         over BF16; ``overtakes``: from how many tokens there is any
+
+Nothing here is measured: every time is a prediction, and knows neither the host nor waves of tiles.
+The shares of the peaks that GEMMs and kernels reach come in part from Quartet II's own timings, so
+that meeting its speed-ups tests the traffic and how times scale with shape, not those shares.
 """
 
 from __future__ import annotations
@@ -20,8 +24,11 @@ BF16_BITS = 16.0
 CODE_BITS = 4.0
 SCALE_BITS = 8 / NVFP4.block_size
 WIDE_SCALE_BITS = BF16_BITS / NVFP4.block_size
-"""ms_eden's block scales before the tensor's range is known, in BF16; a second kernel turns them into E4M3."""
+"""ms_eden's block scales before the tensor's range is known: BF16, until a second kernel makes E4M3 of
+them."""
 
+PREDICTED = "predicted, not measured"
+"""The words beside every number that comes from here."""
 
 QUANTISE = "quantise"
 MOST_TOKENS = 1 << 20
@@ -56,15 +63,17 @@ PUBLISHED_SPEEDUPS = {
     ("RTX 5090", "22B"): 4.185,
     ("B200", "22B"): 2.5,
 }
-"""Measured by Quartet II's authors, forward and backward of a block over BF16, amax given: its speed notebook and
-abstract. On B200 they report no gain at 800M, which host time explains and this model does not."""
+"""Measured by Quartet II's authors, forward and backward of a block over BF16, amax given: its speed
+notebook and abstract. On B200 they report no gain at 800M, which host time explains and this model
+does not."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """How kernels are cut. shared_reads: both copies of a tensor (x and x^T, dy and dy^T) are made in one reading.
+    """How kernels are cut.
 
-    amax: whether the amax of x and w is computed here (or, as in published benchmarks, given).
+    shared_reads: both copies of a tensor (x and x^T, dy and dy^T) are made in one reading. amax:
+    whether the amax of x and w is computed here, or given, as in published benchmarks.
     """
 
     name: str
@@ -74,16 +83,18 @@ class Traffic:
 
 OURS = Traffic("ours", shared_reads=True, amax=True)
 PUBLISHED = Traffic("Quartet II's kernels", shared_reads=False, amax=False)
-"""45 bits an element of the gradient, 20.5 forward, 11 to quantise again: arXiv 2601.22813, table 2 and its code."""
+"""45 bits per element of the gradient, 20.5 forward, 11 to quantise again: arXiv 2601.22813, table 2
+and its code."""
 OURS_AMAX_GIVEN = Traffic("ours, amax given", shared_reads=True, amax=False)
-"""29 bits an element of the gradient; to be held beside ``PUBLISHED``."""
+"""29 bits per element of the gradient; to be held beside ``PUBLISHED``."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """gemm: "fprop", "dgrad" or "wgrad", for which it runs. again: of ``bytes``, those that an earlier kernel read too.
+    """One kernel; without FLOPs it moves data.
 
-    fp4: whether its FLOPs are NVFP4's. A kernel without FLOPs moves data.
+    gemm: "fprop", "dgrad" or "wgrad", for which it runs. fp4: whether its FLOPs are NVFP4's. again: of
+    ``bytes``, those that the kernel before it read too.
     """
 
     name: str
@@ -94,14 +105,17 @@ class Kernel:
     again: float = 0.0
 
     def seconds(self, device: Device) -> float:
-        """Predicted; what was read just before costs nothing if it fills at most half of the L2 cache."""
+        """Predicted; what was read just before is free if it fills at most half of the L2 cache."""
         cached = self.again if self.again <= device.l2 / 2 else 0.0
         work = self.flops / device.gemm_rate(self.fp4) if self.flops else 0.0
         return max(work, (self.bytes - cached) / device.memory_rate) + device.launch
 
 
 def layer_kernels(recipe: Recipe, layer: Layer, tokens: int, traffic: Traffic = OURS) -> list[Kernel]:
-    """All kernels of a forward and backward: of each GEMM first those that make its operands. BF16 in and out."""
+    """All kernels of a forward and backward: of each GEMM first those that make its operands.
+
+    x [tokens, inputs], y [tokens, outputs] and their gradients are BF16.
+    """
     m, k, n = tokens, layer.inputs, layer.outputs
     tensors = {"x": m * k, "w": n * k, "dy": m * n}
     sides = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
@@ -110,7 +124,8 @@ def layer_kernels(recipe: Recipe, layer: Layer, tokens: int, traffic: Traffic = 
     for gemm in GEMMS:
         spec = getattr(recipe, gemm)
         bits = BF16_BITS * outputs[gemm]
-        stored = CODE_BITS + SCALE_BITS if spec.quantized else BF16_BITS  # 16x16 scales are read once a row too
+        # scales of 16x16 blocks are read once per row too, so the block shape does not matter here
+        stored = CODE_BITS + SCALE_BITS if spec.quantized else BF16_BITS
         for operand, name in zip((spec.left, spec.right), sides[gemm], strict=True):
             shared = traffic.shared_reads and _read_before(recipe, gemm, name)
             kernels += _operand_kernels(operand, name, gemm, tensors[name], traffic, shared)
@@ -131,7 +146,7 @@ def _read_before(recipe: Recipe, gemm: str, tensor: str) -> bool:
 def _operand_kernels(
     operand: Operand, tensor: str, gemm: str, elements: int, traffic: Traffic, shared: bool
 ) -> Iterator[Kernel]:
-    """What makes one operand; ``shared``: from elements that are being read for another copy anyway."""
+    """What makes one operand; ``shared``: of elements that are read for another copy anyway."""
 
     def kernel(what: str, read: float, written: float, again: float = 0.0) -> Kernel:
         scale = elements / 8
@@ -151,13 +166,14 @@ def _operand_kernels(
         looks_first = traffic.amax and not shared and not operand.layout.row_scaled
         if looks_first:
             yield kernel("amax of", source, 0.0)
-        yield kernel("round", 0.0 if shared else source, written, again=source if looks_first else 0.0)
+        read = 0.0 if shared else source
+        yield kernel("round", read, written, again=source if looks_first else 0.0)
 
 
 def step_seconds(
     recipe: Recipe, layers: Sequence[Layer], tokens: int, device: Device, traffic: Traffic = OURS
 ) -> dict[str, float]:
-    """Predicted seconds of a forward and backward of these layers: {"fprop", "dgrad", "wgrad", "quantise"}."""
+    """Predicted seconds of a forward and backward: {"fprop", "dgrad", "wgrad", "quantise"}."""
     total = dict.fromkeys((*GEMMS, QUANTISE), 0.0)
     for layer in layers:
         for kernel in layer_kernels(recipe, layer, tokens, traffic):
@@ -172,7 +188,7 @@ def speedup(recipe: Recipe, layers: Sequence[Layer], tokens: int, device: Device
 
 
 def overtakes(recipe: Recipe, layers: Sequence[Layer], device: Device, traffic: Traffic = OURS) -> int | None:
-    """The number of tokens from which the recipe is predicted to be faster than BF16; None: not below a million.
+    """From how many tokens the recipe is predicted to beat BF16; None: not below a million.
 
     The gain is taken to grow with tokens once there is one: what the weight costs does not.
     """

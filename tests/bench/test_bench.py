@@ -10,12 +10,12 @@ import types
 import pytest
 import torch
 
+from benchmarks import harness
 from nvfp4.backends.native.cpu import CpuBackend
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.bench import gates, measure, timing
-from nvfp4.bench import report as everything
+from nvfp4.bench import cases, gates, measure, report, tables, timing
 from nvfp4.bench.gates import WrongResults, check_all
-from nvfp4.bench.roofline_report import PREDICTED
+from nvfp4.bench.roofline import PREDICTED
 from nvfp4.bench.timing import interleaved, machine
 from nvfp4.cli import main
 
@@ -64,12 +64,12 @@ def test_the_command_measures_everything_and_says_on_what(tmp_path, capsys):
 
 def test_every_prediction_is_labelled():
     """In the page and in the data: the heading of the cards, and each column that was not measured."""
-    page = everything.Findings({}, None, complete=True).markdown()
+    page = report.Findings({}, None, complete=True).markdown()
     blackwell = page.partition(f"## Blackwell: {PREDICTED}")[2]
     assert "nobody has measured these" in blackwell
     assert "| B200 | 7B | 16384 | quartet2 |" in blackwell
     assert "B200" not in page.partition("## Blackwell")[0]
-    for row in everything.predictions():
+    for row in report.predictions():
         assert set(row) == {
             "predicted for", "block", "tokens", "recipe", "predicted speed-up", "predicted from tokens"
         }  # fmt: skip
@@ -141,8 +141,8 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
         yield {"quantiser": "rtn", "backend": "cpu", "ms": 1.25}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(everything, "SECTIONS", {"First": stopped, "Second": never})
-    monkeypatch.setattr(everything, "check_all", lambda device, quick: [])
+    monkeypatch.setattr(report, "SECTIONS", {"First": stopped, "Second": never})
+    monkeypatch.setattr(report, "check_all", lambda device, quick: [])
     path = tmp_path / "r.md"
     assert main(["bench", "all", "--device", "cpu", "--quick", "--report", str(path)]) == 130
     assert "| rtn | cpu | 1.25 |" in path.read_text()
@@ -169,7 +169,7 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
 def test_mistakes_are_heard_before_anything_runs(options, message, monkeypatch, tmp_path, capsys):
     """One line, code 1, and neither gates nor clocks were run; no file is left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(everything, "check_all", never)
+    monkeypatch.setattr(report, "check_all", never)
     assert main(["bench", "all", "--quick", *options]) == 1
     said = capsys.readouterr().err
     assert message in said
@@ -181,9 +181,9 @@ def test_an_older_report_is_kept_until_there_is_a_new_one(monkeypatch, tmp_path)
     """Trying the path out, and a red gate, leave it as it is."""
     path = tmp_path / "r.md"
     path.write_text("older")
-    monkeypatch.setattr(everything, "check_all", lambda device, quick: never())
+    monkeypatch.setattr(report, "check_all", lambda device, quick: never())
     with pytest.raises(Wrong):
-        everything.bench_all(str(path), "cpu", quick=True)
+        report.bench_all(str(path), "cpu", quick=True)
     assert path.read_text() == "older"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -230,3 +230,60 @@ def test_clocks_come_from_nvidia_smi_where_it_is(monkeypatch):
     assert "commit" not in machine(), "unknown, so not claimed"
     monkeypatch.setattr(timing.shutil, "which", lambda name: None)
     assert timing.clocks(cuda) == timing.clocks(CPU) == {}
+
+
+def test_kept_rows_replace_their_like(tmp_path):
+    """A row with the same labels gives way, the others stay, and each says where it was measured."""
+    path = tmp_path / "results" / "rows.json"
+    first, second = {"processor": "a", "commit": "1"}, {"processor": "b", "commit": "2", "python": "3"}
+    harness.keep(
+        path, "t", [{"quantiser": "rtn", "isa": "avx2", "ms": 1.0}, {"quantiser": "sr", "isa": "", "ms": 2.0}], first, 2
+    )
+    harness.keep(
+        path,
+        "t",
+        [{"quantiser": "rtn", "isa": "avx2", "ms": 3.0}, {"quantiser": "rtn", "isa": "", "ms": 4.0}],
+        second,
+        2,
+    )
+    rows = [(row["quantiser"], row["isa"], row["ms"], row["machine"]) for row in json.loads(path.read_text())["rows"]]
+    there = {"processor": "b", "commit": "2"}
+    assert rows == [("rtn", "avx2", 3.0, there), ("sr", "", 2.0, first), ("rtn", "", 4.0, there)]
+    assert [each.name for each in path.parent.iterdir()] == ["rows.json"]
+
+
+def test_tables_have_every_column():
+    """Of all rows, each once; a missing cell is empty; what Markdown would take for a new cell or line is not one."""
+    rows = [{"a": "x|y\nz", "b": 1234.5}, {"a": "w", "c": 0.123456}]
+    assert tables.markdown(rows) == [
+        "| a | b | c |",
+        "| --- | ---: | ---: |",
+        "| x\\|y z | 1234 |  |",
+        "| w |  | 0.123 |",
+    ]
+    assert tables.markdown([]) == ["(nothing measured)"]
+    table = tables.terminal("t", rows, labels=1, red=[False, True])
+    assert [column.justify for column in table.columns] == ["left", "right", "right"]
+    assert [row.style for row in table.rows] == [None, "red"]
+
+
+def test_matrices_are_what_they_say():
+    """The same every time; magnitudes from 2^-20 to 2^20; one NaN, in the last place."""
+    assert torch.equal(cases.matrix(8, 8), cases.matrix(8, 8))
+    wide = cases.matrix(41, 512, "wide", torch.float32).square().mean(1).sqrt()
+    assert torch.allclose(wide.log2(), torch.arange(-20.0, 21.0), atol=0.2)  # 512 squares: 0.045 is one sigma
+    nan = cases.matrix(3, 5, "nan").isnan()
+    assert (nan.sum(), nan[-1, -1]) == (1, True)
+
+
+def test_bytes_that_must_move():
+    """By hand for 64 x 32 BF16: two readings and 4.5 bits, one where a row has its scale or a rotation finds the range
+    afterwards, a sixteenth of the scales for 16 x 16 blocks."""
+    x = cases.matrix(64, 32)
+    moved = {name: cases.quantiser(name).bytes_moved(x) for name in ("rtn", "rtn row-scaled", "ms_eden(2)", "rtn_2d")}
+    assert moved == {
+        "rtn": 2 * 4096 + 1024 + 128,
+        "rtn row-scaled": 4096 + 1024 + 128,
+        "ms_eden(2)": 4096 + 1024 + 128,
+        "rtn_2d": 2 * 4096 + 1024 + 8,
+    }

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu import calls, report  # noqa: E402
 from benchmarks.gpu.layers import BF16_PRODUCTS, EXACT_PRODUCTS, tolerance  # noqa: E402
 from benchmarks.gpu.processes import Skip  # noqa: E402
-from benchmarks.gpu.rows import Findings, append  # noqa: E402
+from benchmarks.gpu.rows import CallRecord, append  # noqa: E402
 from benchmarks.gpu.settings import Settings  # noqa: E402
 from benchmarks.gpu.tools import TRITON_TESTS, errors_of, files_with_gpu_tests, ncu_rows  # noqa: E402
 
@@ -115,7 +115,7 @@ def processes_with(mark: str) -> list[int]:
 
 def begun(rows: Path) -> bool:
     """Whether the smoke stage is under way."""
-    stage = Findings.of(rows).stages.get("smoke")
+    stage = CallRecord.of(rows).stages.get("smoke")
     return stage is not None and any(unit["state"] == "done" for unit in stage.units.values())
 
 
@@ -138,7 +138,7 @@ def test_an_interrupted_call_ends_its_children_and_reports(tmp_path: Path, numbe
     child.send_signal(number)
     said, _ = child.communicate()
     assert child.returncode == 130, said[-3000:]
-    found = Findings.of(rows)
+    found = CallRecord.of(rows)
     assert found.call["ended"] == f"interrupted by {number.name}"
     assert "linear 8192 quartet2" in found.stages["linear"].not_reached
     assert f"- ended: interrupted by {number.name}" in (tmp_path / "call1.md").read_text()
@@ -155,6 +155,21 @@ def test_limits_are_below_the_budget_and_names_are_unique(call: int) -> None:
     assert sum(stage.limit for stage in plan) + calls.RESERVE < 60 * calls.BUDGET_MINUTES[call]
     names = [unit.name for stage in plan for unit in stage.units]
     assert len(names) == len(set(names))
+
+
+def test_a_rehearsal_counts_what_its_units_computed(tmp_path: Path) -> None:
+    """Of stages with several workers half, on two cores; what the clock said does not count."""
+    from benchmarks.gpu import rehearsal
+
+    path = tmp_path / "call1.jsonl"
+    append(path, kind="call", state="began", call=1)
+    for stage in calls.stages(1):
+        append(path, kind="stage", stage=stage.name, state="done", seconds=1e6)
+    append(path, kind="unit", stage="smoke", unit="a", state="done", **{"cpu s": 7.0})
+    append(path, kind="unit", stage="smoke", unit="b", state="failed", reason="killed")
+    append(path, kind="unit", stage="linear", unit="c", state="done", **{"cpu s": 3.0})
+    want = (7 + 2 * rehearsal.START) / 2 + 3 + rehearsal.START
+    assert rehearsal.processor_seconds(1, CallRecord.of(path)) == pytest.approx(want)
 
 
 def test_goals_are_judged(tmp_path: Path) -> None:
@@ -197,7 +212,7 @@ def test_operands_whose_products_are_exact_in_any_order() -> None:
     """What products are judged with: float64 and float32, forwards and backwards, scales in any way, all agree."""
     import torch
 
-    from benchmarks.gpu.checks import exact
+    from nvfp4.bench.gates import exact_operand as exact
     from nvfp4.numerics.formats import TILE_BLOCK
 
     for m, n, k, block in ((33, 40, 2048, (1, 16)), (64, 17, 272, TILE_BLOCK), (3, 5, 100, (1, 16))):
@@ -284,7 +299,7 @@ def test_goals_of_tests_that_are_cut_off(tmp_path: Path, monkeypatch: pytest.Mon
         collect.pytest_runtest_logreport(SimpleNamespace(failed=False, skipped=False, when="call"))
     bad = SimpleNamespace(failed=True, skipped=False, when="call", nodeid="bad", longreprtext="E  planted")
     collect.pytest_runtest_logreport(bad)
-    found = Findings.of(rows)
+    found = CallRecord.of(rows)
     assert (found.compared, found.wrong) == (4, 1)
 
 
@@ -369,7 +384,7 @@ def test_the_gpu_s_place_calls_what_torch_has(monkeypatch: pytest.MonkeyPatch) -
     assert place.size(8192) == 8192
     place.synchronize()
     place.warm(lambda: ran.append(1))
-    place.timed(lambda: ran.append(2))()
+    assert place.timed(lambda: ran.append(2)) == 1.0
     result, replay = place.capture(lambda: ran.append(3) or 4)
     replay()
     assert result == 4

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from nvfp4.bench import devices, roofline, roofline_report
-from nvfp4.bench.devices import DEVICES, Device, Efficiency, at_hand, find_device, this_cpu
+from nvfp4.bench import cases, devices, roofline, roofline_report
+from nvfp4.bench.devices import DEVICES, Device, Efficiency, find_device, gpu_at_hand, this_cpu
 from nvfp4.bench.roofline import (
     MODELS,
     OURS,
@@ -126,11 +126,11 @@ def test_devices_are_found_by_name(monkeypatch):
     assert find_device("rtx5090") is find_device("RTX 5090") is DEVICES["RTX 5090"]
     with pytest.raises(ValueError, match="unknown device 'B300'; known: B200, RTX 5090, H200, cpu"):
         find_device("B300")
-    assert at_hand() is None or torch.cuda.is_available()
+    assert gpu_at_hand() is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for said, wanted in (("NVIDIA B200", "B200"), ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("Tesla T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda said=said: said)
-        assert at_hand() == DEVICES.get(wanted)
+        assert gpu_at_hand() == DEVICES.get(wanted)
 
 
 def test_the_table_keeps_the_ratios_of_the_data_sheets():
@@ -164,15 +164,15 @@ def small(monkeypatch):
 def test_measured_beside_predicted(small, monkeypatch, capsys, tmp_path):
     """Both are in the table and in the file, under their names; the recipe's layer is really converted."""
     seen = []
-    convert = roofline_report.convert
-    monkeypatch.setattr(roofline_report, "convert", lambda *a, **k: seen.append(a[1].name) or convert(*a, **k))
+    convert = cases.convert
+    monkeypatch.setattr(cases, "convert", lambda *a, **k: seen.append(a[1].name) or convert(*a, **k))
     cpu = Device(**{**vars(machine(launch=1e-9)), "name": "CPU"})
     path = tmp_path / "r.json"
     rows = roofline_report.report(RECIPES["rtn"], ["tiny"], [cpu], 32, json_path=str(path), measure_cpu=True)
     assert seen == ["rtn", "rtn"]
     assert rows[0].measured_ms > 0
     assert rows[0].measured_bf16_ms > 0
-    monkeypatch.setattr(roofline_report, "measured_seconds", lambda recipe, *_: 2e-3 if recipe.quantized else 1e-3)
+    monkeypatch.setattr(roofline_report, "measured_ms", lambda *_: (1.0, 2.0))
     rows = roofline_report.report(RECIPES["rtn"], ["tiny"], [cpu], 32, json_path=str(path), measure_cpu=True)
     assert (rows[0].measured_bf16_ms, rows[0].measured_ms) == (1, 2)
     assert rows[0].predicted_ms["fprop"] > 0
