@@ -1,4 +1,17 @@
-"""quantize, dequantize, matmul: the only door to the backends. ``explain`` says which one runs and why."""
+"""quantize, dequantize, matmul: the only door to the backends. ``explain`` says which one runs and why.
+
+    x [..., K] --quantize--> QTensor: codes [M, Kp/2], block scales [M, Kp/16], global scale [1] or [M]
+    QTensor, QTensor --matmul--> a b^T [..., N]
+    QTensor --dequantize--> x again, up to rounding
+
+What happens in each call: arguments are checked here, so that no backend need do it; ``backends.registry`` picks the
+first backend that can (or the named one); it runs with dispatch modes and autocast off, which must not see or change
+what kernels do; and the result gets back the shape it is known by.
+
+The same operations are torch operators, registered when this file is imported: ``torch.ops.nvfp4.quantize``,
+``requantize``, ``dequantize`` and ``matmul``, with shapes for fake tensors, so that ``torch.compile`` and
+``torch.export`` see through them. They stand at the end of the file.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +25,8 @@ import torch
 from nvfp4.backends.base import Operation
 from nvfp4.backends.registry import AUTO, able, candidates, measured, select
 from nvfp4.numerics.activations import Activation
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.torch_state import is_dtensor, without_autocast, without_dispatch_modes
 from nvfp4.quantizers.base import Options, Quantizer
@@ -259,3 +274,125 @@ def _checked_input(x: torch.Tensor) -> torch.Tensor:
 
 def _lead(q: QTensor) -> list[int]:
     return [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
+
+
+# Operators of torch.library. Codes and scales travel as plain tensors; seeds, which are unsigned, as int64 of the same
+# bits. Tested with torch.library.opcheck. A dispatcher hands over arguments by position and leaves trailing defaults
+# out, so that ``how`` is a beginning of the list that ``_from_schema`` takes.
+_Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_HOW = (
+    "str quantizer, str backend='auto', int block_rows=1, bool row_scaled=False, str metric='mse', int group=0, "
+    "int rounds=1, bool fixed=False, bool search=False, int? seed=None, int? sign_seed=None"
+)
+
+
+def _from_schema(
+    name: str,
+    block_rows: int = 1,
+    row_scaled: bool = False,
+    metric: str = "mse",
+    group: int = 0,
+    rounds: int = 1,
+    fixed: bool = False,
+    search: bool = False,
+    seed: int | None = None,
+    sign_seed: int | None = None,
+) -> tuple[Quantizer, Options]:
+    """A quantiser and its options from the arguments of an operator; group 0: no rotation."""
+    quantizer = get_quantizer(name)
+    unsigned, unsigned_sign = (None if s is None else s % 2**64 for s in (seed, sign_seed))
+
+    # those that always rotate take the rotation apart; for the others it is one option
+    if quantizer.rotates:
+        how: dict[str, object] = {"group": group, "rounds": rounds, "search": search, "sign_seed": unsigned_sign}
+    else:
+        how = {"rotation": Rotation(group, rounds, None if fixed else unsigned_sign, fixed) if group else None}
+    if "metric" in quantizer.options:
+        how["metric"] = metric
+    block = (block_rows, NVFP4.block_size)
+    return quantizer, quantizer.check(block=block, row_scaled=row_scaled, seed=unsigned, **how)
+
+
+def _matrix(codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int) -> QTensor:
+    """The unrotated matrix [M, columns] of these tensors; there are tiles where scales have fewer rows than codes."""
+    rows = codes.shape[0]
+    block_rows = NVFP4.block_size if block_scale.shape[0] != rows else 1
+    return QTensor(codes, block_scale, global_scale, (block_rows, NVFP4.block_size), (rows, columns))
+
+
+@torch.library.custom_op("nvfp4::quantize", mutates_args=(), schema=f"(Tensor x, {_HOW}) -> (Tensor, Tensor, Tensor)")
+def _quantize(x: torch.Tensor, quantizer: str, backend: str = AUTO, *how: Any) -> _Codes:
+    """Codes, block scale and global scale of matrix x [M, K] along its last axis; see ``quantize``."""
+    chosen, options = _from_schema(quantizer, *how)
+    return quantize_with(x, chosen, options, backend=backend).tensors
+
+
+@_quantize.register_fake
+def _(x, quantizer, backend=AUTO, *how):
+    _, options = _from_schema(quantizer, *how)
+    return QTensor.empty(tuple(x.shape), options.block, options.row_scaled, options.rotation, x.device).tensors
+
+
+@torch.library.custom_op(
+    "nvfp4::requantize",
+    mutates_args=(),
+    schema=f"(Tensor codes, Tensor block_scale, Tensor global_scale, int columns, {_HOW}) -> (Tensor, Tensor, Tensor)",
+)
+def _requantize(
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    columns: int,
+    quantizer: str,
+    backend: str = AUTO,
+    *how: Any,
+) -> _Codes:
+    """The transpose [columns, M] of what unrotated codes stand for, quantised along M; see ``requantize_with``."""
+    q = _matrix(codes, block_scale, global_scale, columns)
+    return requantize_with(q, *_from_schema(quantizer, *how), backend=backend).tensors
+
+
+@_requantize.register_fake
+def _(codes, block_scale, global_scale, columns, quantizer, backend=AUTO, *how):
+    _, options = _from_schema(quantizer, *how)
+    shape = (columns, codes.shape[0])
+    return QTensor.empty(shape, options.block, options.row_scaled, options.rotation, codes.device).tensors
+
+
+@torch.library.custom_op("nvfp4::dequantize", mutates_args=())
+def _dequantize(
+    codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The unrotated matrix [M, columns] that codes and scales stand for."""
+    return dequantize(_matrix(codes, block_scale, global_scale, columns), dtype).contiguous()
+
+
+@_dequantize.register_fake
+def _(codes, block_scale, global_scale, columns, dtype):
+    return codes.new_empty(codes.shape[0], columns, dtype=dtype)
+
+
+@torch.library.custom_op("nvfp4::matmul", mutates_args=())
+def _matmul(
+    a_codes: torch.Tensor,
+    a_block_scale: torch.Tensor,
+    a_global_scale: torch.Tensor,
+    b_codes: torch.Tensor,
+    b_block_scale: torch.Tensor,
+    b_global_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """a b^T [M, N] of operands with equal contraction and rotation, which the caller vouches for."""
+    columns = a_codes.shape[1] * 2
+    a = _matrix(a_codes, a_block_scale, a_global_scale, columns)
+    b = _matrix(b_codes, b_block_scale, b_global_scale, columns)
+    return matmul(a, b, out_dtype, bias=bias, backend=backend)
+
+
+@_matmul.register_fake
+def _(
+    a_codes, a_block_scale, a_global_scale, b_codes, b_block_scale, b_global_scale, out_dtype, bias=None, backend="auto"
+):
+    return a_codes.new_empty(a_codes.shape[0], b_codes.shape[0], dtype=out_dtype)

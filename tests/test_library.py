@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvfp4 import library, ops
+from nvfp4 import ops
 from nvfp4.layer import operators as layer_ops
 from nvfp4.layer.gemms import stored_operands
 from nvfp4.layer.noise import signed
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
 
+library = torch.ops.nvfp4
 X = torch.randn(20, 70, generator=torch.Generator().manual_seed(0))
 CASES = [
     (("rtn",), {}),
@@ -26,7 +27,7 @@ CASES = [
 @pytest.mark.parametrize(("args", "kwargs"), CASES, ids=lambda value: str(value))
 def test_quantize_opcheck(args: tuple, kwargs: dict) -> None:
     """Schema, fake shapes, tracing with dynamic shapes: torch.library.opcheck raises where one is wrong."""
-    torch.library.opcheck(library.quantize, (X, *args), kwargs)
+    torch.library.opcheck(library.quantize.default, (X, *args), kwargs)
 
 
 def test_quantize_equals_ops() -> None:
@@ -41,10 +42,10 @@ def test_dequantize_and_matmul_opcheck() -> None:
     a, b = ops.quantize(X, "rtn", row_scaled=True), ops.quantize(X[:7], "four_over_six")
     tiles = ops.quantize(X, "rtn_2d")
     for q in (a, b, tiles):
-        torch.library.opcheck(library.dequantize, (*q.tensors, 70, torch.bfloat16))
+        torch.library.opcheck(library.dequantize.default, (*q.tensors, 70, torch.bfloat16))
         assert torch.equal(library.dequantize(*q.tensors, 70, torch.float32), ops.dequantize(q))
     for right in (b, tiles):
-        torch.library.opcheck(library.matmul, (*a.tensors, *right.tensors, torch.bfloat16))
+        torch.library.opcheck(library.matmul.default, (*a.tensors, *right.tensors, torch.bfloat16))
         assert torch.equal(library.matmul(*a.tensors, *right.tensors, torch.float32), ops.matmul(a, right))
 
 
@@ -65,7 +66,7 @@ def test_requantize_opcheck_and_value(args: tuple, kwargs: dict) -> None:
     """The operator passes, and equals quantising the decoded transpose."""
     q = ops.quantize(X, "four_over_six")
     inputs = (*q.tensors, X.shape[1], *args)
-    torch.library.opcheck(library.requantize, inputs, kwargs)
+    torch.library.opcheck(library.requantize.default, inputs, kwargs)
     want = library.quantize(ops.dequantize(q).t(), *args, **kwargs)
     assert all(torch.equal(a, b) for a, b in zip(library.requantize(*inputs, **kwargs), want, strict=True))
 
