@@ -108,8 +108,8 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     if (measured := commit()) is not None:
         facts["commit"] = measured
 
-    if hasattr(os, "getloadavg"):
-        facts["load"] = f"{os.getloadavg()[0]:.1f} processes wanted to run in the last minute"
+    if (load := _load()) is not None:
+        facts["load"] = load
     facts["date"] = time.strftime("%Y-%m-%d")
     return facts
 
@@ -142,10 +142,15 @@ def clocks(device: torch.device) -> dict[str, str]:
     return dict(zip(SMI, (value.strip() for value in done.stdout.split(",")), strict=False))
 
 
+CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+"""What git says of tracked files that are not as they were committed."""
+
+
 def commit() -> str | None:
     """Of the checkout that this package lies in, with + if tracked files were changed.
 
-    None if it lies in none: some other checkout may hold an installed package.
+    Kept figures are no change. None if it lies in none: some other checkout may hold an installed
+    package.
     """
     here = Path(__file__)
 
@@ -160,7 +165,19 @@ def commit() -> str | None:
     if ask("ls-files", "--error-unmatch", here.name) is None:
         return None
     head = ask("rev-parse", "--short", "HEAD")
-    return head and head + ("+" if ask("status", "--porcelain", "-uno") else "")
+    return head and head + ("+" if ask(*CHANGES) else "")
+
+
+def _load() -> str | None:
+    """What else runs: now, and as the system's mean over the last minute."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    mean = f"{os.getloadavg()[0]:.1f} in the last minute"
+    now = Path("/proc/loadavg")
+    if not now.exists():
+        return mean
+    running = int(now.read_text().split()[3].partition("/")[0])
+    return f"{running - 1} other processes running, {mean}"
 
 
 def _processor() -> str:
