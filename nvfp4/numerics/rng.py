@@ -11,10 +11,28 @@ from typing import Any, TypeVar
 
 import torch
 
-SIGN_STREAM = 0
-ELEMENT_STREAM = 1
-BLOCK_SCALE_STREAM = 2
-FOLD_STREAM = 3
+# Streams of Philox, the third word of the counter: two uses of one seed never share one. The first four are part of the
+# definition of the numerics and stand in csrc/philox.h and in the Triton kernels too.
+SIGN_STREAM = 0  # of a rotation
+ELEMENT_STREAM = 1  # stochastic rounding of elements, and of a policy's choices among tokens
+BLOCK_SCALE_STREAM = 2  # stochastic rounding of block scales
+FOLD_STREAM = 3  # new seeds from old ones: ``fold_in``
+ORDER_STREAM = 4  # of training windows within an epoch
+TABLE_STREAM = 5  # signs of a random projection: of its table,
+PARAMETER_STREAM = 6  # of the parameters of a gradient,
+PIECE_STREAM = 7  # and of the pieces that they are summed into
+
+# Branches of a run's seed, ``fold_in(seed, BRANCH, step, ...)``: what each kind of random number of a run comes from.
+MODEL_BRANCH = 1  # what a model draws itself, such as dropout; by process
+WARM_START_BRANCH = 10  # demonstrations of the supervised warm start; by update
+PROBLEM_BRANCH = 11  # problems of a step
+DRAW_BRANCH = 12  # tokens of completions
+COIN_BRANCH = 13  # rewards by chance, a control
+NORM_NOISE_BRANCH = 14  # noise on the sampler's norms
+EVALUATION_BRANCH = 21  # of the seed 0, as the next two: all runs are measured on the same problems and draws
+ABLATION_BRANCH = 22
+LENGTH_BRANCH = 23  # problems that are only measured for their length
+CANDIDATE_BRANCH = 31  # candidates of a round of Prismatic Synthesis
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # M0, M1 of Philox4x32 (SC 2011, table 2)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)

@@ -9,7 +9,7 @@ import torch
 
 from nvfp4.model.convert import convert
 from nvfp4.model.weights import fixed_weights
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import ABLATION_BRANCH, fold_in
 from nvfp4.recipes import RECIPES, W4A16, Gemm, Operand, Recipe
 from nvfp4.rl.attention import register
 from nvfp4.rl.config import RLConfig, make_task, training_fields
@@ -20,7 +20,7 @@ from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.run.model import build_model
 
-_SEED = fold_in(0, 22)
+_SEED = fold_in(0, ABLATION_BRANCH)
 PROMPTS, GROUP = 64, 8
 SPREAD = 0.06  # of random weights: thrice what transformers starts from, so that the model has opinions
 TIGHT = 1e-5  # |difference| of log-probabilities that a cache may cause

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from nvfp4.model.weights import fixed_weights
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import COIN_BRANCH, DRAW_BRANCH, NORM_NOISE_BRANCH, PROBLEM_BRANCH, fold_in
 from nvfp4.rl.batches import join
 from nvfp4.rl.norm_noise import noisy_norms, sigma_at
 from nvfp4.rl.objectives.advantages import has_spread
@@ -19,9 +19,6 @@ from nvfp4.rl.setup import Run
 from nvfp4.rl.spurious import coins, formatted, popular
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
-
-PROBLEMS, DRAWS, COINS, NOISE = 11, 12, 13, 14
-"""Folded into the seed: what each kind of random number of a step comes from."""
 
 TASK_REWARD = "task_reward"
 """Key of ``Samples.extra``: the verifier's word [S], whatever is maximised."""
@@ -115,11 +112,11 @@ def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) ->
     config = run.config
     assert config.group is not None
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    every = run.task.problems(config.prompts, fold_in(config.seed, PROBLEMS, step, batch), held_out=False)
+    every = run.task.problems(config.prompts, fold_in(config.seed, PROBLEM_BRANCH, step, batch), held_out=False)
     numbers = list(range(rank, config.prompts, world))
     prompts = [run.text.prompt(every[number].prompt) for number in numbers]
-    seed = fold_in(config.seed, DRAWS, step, batch)
-    noise = noisy_norms(run.sampler, sigma, fold_in(config.seed, NOISE, step))
+    seed = fold_in(config.seed, DRAW_BRANCH, step, batch)
+    noise = noisy_norms(run.sampler, sigma, fold_in(config.seed, NORM_NOISE_BRANCH, step))
     with torch.no_grad(), noise, fixed_weights(run.sampler), run.autocast():
         samples = rollout(run.sampler, prompts, numbers, config.group, sampling, run.stops, seed, config.rollout_rows)
     if not bool(torch.isfinite(samples.sampler_logprobs).all()):
@@ -129,7 +126,7 @@ def _batch(run: Run, step: int, batch: int, sigma: float, sampling: Sampling) ->
     task, reasons = rewards(run, problems, texts, samples.truncated.device)
     groups = samples.groups + batch * config.prompts
     if config.reward == "random":
-        coin_seed = fold_in(config.seed, COINS, step, batch) >> 1
+        coin_seed = fold_in(config.seed, COIN_BRANCH, step, batch) >> 1
         raw = coins(config.prompts, config.group, numbers, coin_seed, config.random_share).to(task)
     elif config.reward == "format":
         raw = formatted(run.task, problems, texts, samples.truncated)

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 
 from nvfp4.model.weights import fixed_weights
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import EVALUATION_BRANCH, fold_in
 from nvfp4.rl.collect import all_failed, completions, rewards
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.setup import Run
@@ -25,7 +25,7 @@ from nvfp4.rl.statistics import average, distinct_correct, pass_rates
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
 
-_SEED = fold_in(0, 21)  # not the run's: all runs of a task are measured on the same problems with the same draws
+_SEED = fold_in(0, EVALUATION_BRANCH)  # not the run's: all runs are measured on the same problems
 _ROWS = 512  # completions drawn at a time where the config leaves it open
 SHOWN = 8  # completions kept for people
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from nvfp4.numerics.rng import check_seed, philox
+from nvfp4.numerics.rng import PARAMETER_STREAM, PIECE_STREAM, TABLE_STREAM, check_seed, philox
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.rl.text import Text
@@ -27,9 +27,6 @@ from nvfp4.run.errors import TrainError
 from nvfp4.run.files import write_json
 
 DIMENSIONS = 1024
-SIGNS, PARAMETERS, PIECES = 5, 6, 7
-"""Streams of Philox, after those of the quantisers and the one that orders documents: of the table, of the parameters,
-and of the pieces."""
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -178,7 +175,7 @@ class Projection:
 
     def __init__(self, seed: int, dimensions: int = DIMENSIONS, device: torch.device | str = "cpu") -> None:
         self.seed, self.dimensions, self.device = seed, dimensions, device
-        self.table = _signs(seed, SIGNS, 0, _ROWS * dimensions, device).view(_ROWS, dimensions)
+        self.table = _signs(seed, TABLE_STREAM, 0, _ROWS * dimensions, device).view(_ROWS, dimensions)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """vectors: [n, P] on the device of the projection."""
@@ -196,11 +193,11 @@ class Projection:
 
     def of_parameters(self, start: int, stop: int) -> torch.Tensor:
         """One sign for each parameter from ``start``, a multiple of 128, to ``stop``."""
-        return _signs(self.seed, PARAMETERS, start, stop, self.device)
+        return _signs(self.seed, PARAMETER_STREAM, start, stop, self.device)
 
     def of_pieces(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start, dimensions]."""
-        found = _signs(self.seed, PIECES, start * self.dimensions, stop * self.dimensions, self.device)
+        found = _signs(self.seed, PIECE_STREAM, start * self.dimensions, stop * self.dimensions, self.device)
         return found.view(stop - start, self.dimensions)
 
 

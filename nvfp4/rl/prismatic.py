@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import CANDIDATE_BRANCH, fold_in
 from nvfp4.rl.gvendi import DIMENSIONS, Device, drawn, features_of, g_vendi, load_on
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.text import Text
@@ -25,7 +25,6 @@ from nvfp4.run.errors import TrainError
 from nvfp4.run.files import write_text
 
 _ITERATIONS = 50
-_STREAM = 31  # folded into the seed with the round: where the candidates of a round come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def grow(config: PrismaticConfig) -> Grown:
     kept: list[Problem] = []
     came: list[torch.Tensor] = []
     for number in range(config.rounds):
-        found = drawn(config.candidates, config.draw, fold_in(config.seed, _STREAM, number))
+        found = drawn(config.candidates, config.draw, fold_in(config.seed, CANDIDATE_BRANCH, number))
         fresh = list({p.prompt: p for p in found if p.prompt not in seen}.values())
         if not fresh:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import LENGTH_BRANCH, fold_in
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.jsonl import Jsonl
 from nvfp4.rl.text import Text
@@ -14,7 +14,7 @@ DRAWN = 256
 LEAST_NEW, LEAST_LOCAL = 8, 64
 """Tokens that a completion may have at least: of a new model, which knows the task alone, and of one that may think."""
 
-_SEED = fold_in(0, 23)
+_SEED = fold_in(0, LENGTH_BRANCH)
 _BLOCK = 32  # a context is a multiple of this many tokens
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import WARM_START_BRANCH, fold_in
 from nvfp4.rl.batches import demonstrations
 from nvfp4.rl.config import RLConfig, make_task, training_fields
 from nvfp4.rl.rollout import check_fits
@@ -36,7 +36,6 @@ from nvfp4.run.optim import adamw, learning_rates
 from nvfp4.run.progress import Reporter
 from nvfp4.run.signals import StopWish
 
-_STREAM = 10  # folded into the seed; the streams of ``collect.py`` and ``evaluate.py`` are others
 MARK = "warm_start.json"
 
 RELEVANT = (
@@ -70,7 +69,8 @@ def warm_start(config: RLConfig, folder: Path, report: Reporter) -> Path:
     # The updates, each a function of the state and of its number; a signal is obeyed between two.
     with StopWish() as wish:
         while step < config.warm_steps:
-            batch = demonstrated(task, text, config.warm_batch, config.warm_noise, fold_in(config.seed, _STREAM, step))
+            seed = fold_in(config.seed, WARM_START_BRANCH, step)
+            batch = demonstrated(task, text, config.warm_batch, config.warm_noise, seed)
             check_fits(model, batch.ids.shape[1])
             loss = _update(model, optimizer, batch, rates(step))
             step += 1

@@ -8,12 +8,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from nvfp4.numerics.rng import fold_in, philox
+from nvfp4.numerics.rng import ORDER_STREAM, fold_in, philox
 from nvfp4.run.corpus import Document
 from nvfp4.run.errors import TrainError
 from nvfp4.run.tokens import Tokenizer, pack
 
-ORDER_STREAM = 4  # of Philox, after the four streams that the quantisers use
 IGNORED = -100  # target that no loss counts; the default of torch.nn.functional.cross_entropy
 MAX_DOCUMENT_SHARE = 16  # one document fills at most 1/16 of a short evaluation, so that it is not one file's loss
 

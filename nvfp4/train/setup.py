@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.model.convert import ConvertWarning, convert
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import MODEL_BRANCH, fold_in
 from nvfp4.run import checkpoint
 from nvfp4.run.attention import without_emulation
 from nvfp4.run.checkpoint import Snapshot
@@ -28,8 +28,6 @@ from nvfp4.run.progress import Reporter
 from nvfp4.run.tokens import Tokenizer, load_tokenizer, pack
 from nvfp4.train.config import PretrainConfig
 from nvfp4.train.data import HeldOut, TrainWindows, held_out_windows
-
-_OWN_STREAM = 1  # folded into the seed, with the process index, for random numbers a model draws itself (dropout)
 
 
 @dataclass
@@ -89,7 +87,7 @@ def prepare(config: PretrainConfig) -> Run:
     forward = accelerator.prepare(model)
     if config.compile:
         forward = torch.compile(forward)
-    torch.manual_seed(fold_in(config.seed, _OWN_STREAM, accelerator.process_index))
+    torch.manual_seed(fold_in(config.seed, MODEL_BRANCH, accelerator.process_index))
     optimizer = adamw(model, config)
     return Run(
         config,

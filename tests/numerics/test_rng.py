@@ -8,6 +8,7 @@ import pytest
 import torch
 from assertions import assert_bytes_equal, assert_floats_bitwise
 
+from nvfp4.numerics import rng as random_bits
 from nvfp4.numerics.rng import (
     BLOCK_SCALE_STREAM,
     ELEMENT_STREAM,
@@ -47,6 +48,13 @@ def test_philox_of_tensors_is_philox_of_integers(seed: int) -> None:
     index = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62 + 12345])
     words = torch.stack(philox(seed, index, ELEMENT_STREAM), dim=1)
     assert words.tolist() == [list(oracle.philox(seed, i, ELEMENT_STREAM)) for i in index.tolist()]
+
+
+@pytest.mark.parametrize("kind", ["_STREAM", "_BRANCH"])
+def test_no_two_uses_share_random_numbers(kind: str) -> None:
+    """One table, each number once."""
+    table = {name: value for name, value in vars(random_bits).items() if name.endswith(kind)}
+    assert len(set(table.values())) == len(table) > 7
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
