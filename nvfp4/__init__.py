@@ -12,13 +12,14 @@ from importlib import import_module
 from typing import Any
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.layer.dense import dense_linears
 from nvfp4.layer.linear import Linear
-from nvfp4.model.after_step import after_step
-from nvfp4.model.convert import ConvertWarning, convert, disabled, forward_precision, revert, share_amax
+from nvfp4.model.convert import convert, revert
 from nvfp4.model.fuse import fuse, rms_norm_linear, swiglu_linear
-from nvfp4.model.report import check, health, observe, report
-from nvfp4.model.weights import capturable, fixed_weights, invalidate, load_noise_state, noise_state
+from nvfp4.model.health import health, observe
+from nvfp4.model.report import check, report
+from nvfp4.model.selection import ConvertWarning
+from nvfp4.model.switches import capturable, dense_linears, disabled, forward_precision, share_amax
+from nvfp4.model.weights import after_step, fixed_weights, invalidate, load_noise_state, noise_state
 from nvfp4.numerics.hadamard import Rotation, rotate
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import dequantize, explain, matmul, quantize

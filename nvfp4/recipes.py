@@ -29,10 +29,11 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 class Operand:
     """How one operand of a GEMM is made.
 
-    quantizer: a name from ``quantizers.registry``, or None for high precision. options: its options.
-    source: "tensor", the high-precision tensor itself; "codes", the codes and tile scales that fprop used, transposed
-    (w only, 16x16 blocks); "decoded", what fprop's codes stand for (x-hat, w-hat), which is quantised again, or used in
-    BF16 when ``quantizer`` is None. rotation: applied before quantising; its sign_seed is filled in at run time.
+    quantizer: a name from ``quantizers.registry``, or None for high precision. options: its
+    options. source: "tensor", the high-precision tensor itself; "codes", the codes and tile scales
+    that fprop used, transposed (w only, 16x16 blocks); "decoded", what fprop's codes stand for
+    (x-hat, w-hat), which is quantised again, or used in BF16 when ``quantizer`` is None. rotation:
+    applied before quantising; its sign_seed is filled in at run time.
     """
 
     quantizer: str | None = None
@@ -45,15 +46,15 @@ class Operand:
             raise ValueError(f"source must be one of {get_args(Source)}, got {self.source!r}")
         object.__setattr__(self, "options", tuple(sorted(self.options)))  # so that == ignores their order
         if self.rotation is not None and self.rotation.sign_seed is not None:
-            raise ValueError(f"sign_seed is drawn anew in every call; a recipe's rotation has none: {self.rotation}")
+            raise ValueError(f"sign_seed is drawn anew per call; a recipe's rotation has none: {self.rotation}")
         if self.quantizer is None or self.source == "codes":
             if self.options or self.rotation is not None or (self.quantizer is not None):
-                raise ValueError(f"an operand without a quantizer of its own takes no options or rotation: {self}")
+                raise ValueError(f"an operand without its own quantizer takes no options or rotation: {self}")
             return
         self.checked(seed=0)
 
     def checked(self, seed: int | None, rotation: Rotation | None = None, sign_seed: int | None = None) -> Options:
-        """The quantiser's ``Options`` for these seeds; ValueError or TypeError if the quantiser does not take them."""
+        """The quantiser's ``Options`` for these seeds; an error if it does not take them."""
         assert self.quantizer is not None
         options = dict(self.options)
         quantizer = get_quantizer(self.quantizer)
@@ -66,18 +67,18 @@ class Operand:
         return get_quantizer(self.quantizer)
 
     @cached_property
-    def layout(self) -> Options:
-        """Its ``Options`` but for the seeds, which are 0: what says how codes and scales lie."""
+    def static_options(self) -> Options:
+        """Its ``Options`` but for the seeds, which are 0: what is the same in every call."""
         return self.checked(seed=0)
 
-    def seeded(self, seed: Seed, sign_seed: Seed) -> Options:
-        """``checked`` for seeds of a call, the other options having been checked once: this one runs in every step."""
-        rotation = self.layout.rotation
+    def options_for(self, seed: Seed, sign_seed: Seed) -> Options:
+        """Its ``Options`` with the seeds of a call; the rest is checked once, not per step."""
+        rotation = self.static_options.rotation
         if rotation is not None and not rotation.fixed:
             rotation = Rotation(rotation.group, rotation.rounds, sign_seed)
-        made = object.__new__(Options)  # ``replace`` goes through every field, 7 us where this takes 1
-        vars(made).update(vars(self.layout), seed=seed, sign_seed=sign_seed, rotation=rotation)
-        return made
+        options = object.__new__(Options)  # ``replace`` goes through every field, 7 us where this takes 1
+        vars(options).update(vars(self.static_options), seed=seed, sign_seed=sign_seed, rotation=rotation)
+        return options
 
     @property
     def quantized(self) -> bool:
@@ -85,21 +86,33 @@ class Operand:
         return self.quantizer is not None or self.source == "codes"
 
     @cached_property
-    def turned(self) -> tuple[int, int, bool] | None:
-        """(group, rounds, fixed) of the rotation of its contraction axis, or None: must be equal on both operands."""
+    def rotation_key(self) -> tuple[int, int, bool] | None:
+        """(group, rounds, fixed) of its rotation, or None: must be equal on both operands."""
         if self.quantizer is None:
             return None
-        rotation = self.layout.rotation
+        rotation = self.static_options.rotation
         return None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
 
     @cached_property
-    def noiseless(self) -> Options | None:
-        """Its ``Options`` if it needs no seed, neither for rounding nor for signs; None otherwise."""
+    def options_without_noise(self) -> Options | None:
+        """Its ``Options`` if it needs no seed, neither for rounding nor for signs; or None."""
         if self.quantizer is None:
             return None
-        deterministic = self.rule.claims(self.layout).deterministic
-        random_signs = self.turned is not None and not self.turned[2]
-        return self.checked(seed=None) if deterministic and not random_signs else None
+        rotation = self.static_options.rotation
+        draws_signs = rotation is not None and not rotation.fixed
+        if draws_signs or not self.rule.claims(self.static_options).deterministic:
+            return None
+        return self.checked(seed=None)
+
+    @cached_property
+    def options_given_amax(self) -> Options | None:
+        """Its ``Options`` if its codes follow from the matrix and one amax alone; None otherwise.
+
+        A rotated matrix is scaled by what the rotation makes of it, a row-scaled one has an amax
+        per row.
+        """
+        options = self.options_without_noise
+        return None if options is None or options.rotation is not None or options.row_scaled else options
 
     def __str__(self) -> str:
         if not self.quantized:
@@ -125,11 +138,13 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Three GEMMs by name. Immutable; equal recipes compare equal; round-trips through ``to_dict`` and ``from_dict``.
+    """Three GEMMs by name; immutable, compared by value.
 
-    Raises ValueError naming the GEMM when a rule between fields is broken: both operands quantised or neither (fprop
-    may quantise w alone); equal rotations; "codes" only where fprop has 16x16 blocks; "decoded" only of what fprop
-    quantised; gradients come as tensors.
+    Round-trips through ``to_dict`` and ``from_dict``.
+
+    Raises ValueError naming the GEMM when a rule between fields is broken: both operands quantised
+    or neither (fprop may quantise w alone); equal rotations; "codes" only where fprop has 16x16
+    blocks; "decoded" only of what fprop quantised; gradients come as tensors.
     """
 
     name: str
@@ -145,26 +160,29 @@ class Recipe:
             ("wgrad", self.wgrad.right, self.fprop.left),
         ):
             if operand.source != "tensor" and not saved.quantized:
-                raise ValueError(f"{self.name}: {gemm}.right uses {operand.source!r}, but fprop does not quantise it")
-            if operand.source == "codes" and saved.turned is not None:
+                problem = f"{gemm}.right uses {operand.source!r}, but fprop does not quantise it"
+                raise ValueError(f"{self.name}: {problem}")
+            if operand.source == "codes" and saved.rotation_key is not None:
                 raise ValueError(
-                    f"{self.name}: {gemm}.right uses 'codes', but fprop rotates them along the axis that it contracts "
-                    f"({saved}); use 'decoded' to quantise again"
+                    f"{self.name}: {gemm}.right uses 'codes', but fprop rotates them along the "
+                    f"axis that it contracts ({saved}); use 'decoded' to quantise again"
                 )
-            if operand.source == "codes" and saved.checked(seed=0).block != TILE_BLOCK:
+            if operand.source == "codes" and saved.static_options.block != TILE_BLOCK:
                 raise ValueError(
-                    f"{self.name}: {gemm}.right uses 'codes', which needs block={TILE_BLOCK} in fprop, where a matrix "
-                    f"and its transpose share scales; use 'decoded' to quantise again"
+                    f"{self.name}: {gemm}.right uses 'codes', which needs block={TILE_BLOCK} in "
+                    "fprop, where a matrix and its transpose share scales; use 'decoded' to "
+                    "quantise again"
                 )
 
     def _check_gemm(self, name: str, gemm: Gemm) -> None:
         weights_only = name == "fprop" and gemm.right.quantized
         if gemm.left.quantized != gemm.right.quantized and not weights_only:
             raise ValueError(f"{self.name}: {name} quantises one operand only ({gemm.left} / {gemm.right})")
-        if gemm.left.turned != gemm.right.turned:
+        if gemm.left.rotation_key != gemm.right.rotation_key:
             raise ValueError(
-                f"{self.name}: {name} rotates its operands differently (group, rounds, fixed): {gemm.left.turned} and "
-                f"{gemm.right.turned}; the rotation only cancels if they are equal"
+                f"{self.name}: {name} rotates its operands differently (group, rounds, fixed): "
+                f"{gemm.left.rotation_key} and {gemm.right.rotation_key}; the rotation only "
+                "cancels if they are equal"
             )
         sources = (gemm.left.source, gemm.right.source) if name == "fprop" else (gemm.left.source,)
         if any(source != "tensor" for source in sources):
@@ -176,7 +194,7 @@ class Recipe:
         return self.fprop.right.quantized or any(getattr(self, gemm).quantized for gemm in GEMMS)
 
     def with_dense_forward(self) -> Recipe:
-        """This recipe with fprop in high precision: its backward quantises w and x themselves, not their codes."""
+        """This recipe with a dense fprop: the backward quantises w and x, not their codes."""
         dgrad = Gemm(self.dgrad.left, _of_tensor(self.dgrad.right, self.fprop.right))
         wgrad = Gemm(self.wgrad.left, _of_tensor(self.wgrad.right, self.fprop.left))
         return Recipe(f"{self.name}+bf16_forward", Gemm(), dgrad, wgrad)
@@ -208,7 +226,7 @@ class Recipe:
 
     @cached_property
     def key(self) -> str:
-        """Its name if that says everything, otherwise all of it as JSON; ``from_key`` is the inverse."""
+        """Its name if that says everything, else all of it as JSON; ``from_key`` inverts it."""
         return self.name if RECIPES.get(self.name) == self else json.dumps(self.to_dict())
 
     @staticmethod
@@ -222,7 +240,7 @@ class Recipe:
 
 
 def _of_tensor(spec: Operand, forward: Operand) -> Operand:
-    """An operand of the backward that does without the codes of the forward: quantised as they were, or as before."""
+    """An operand of the backward that does without the forward's codes: quantised as they were."""
     if spec.source == "codes":  # 16x16 tiles: the transpose has the same codes and scales
         return Operand(forward.quantizer, forward.options)
     return Operand(spec.quantizer, spec.options, rotation=spec.rotation)
@@ -238,7 +256,7 @@ def _operand(plain: Mapping[str, Any]) -> Operand:
 def operand(
     quantizer: str | None, *, source: Source = "tensor", rotation: Rotation | None = None, **options: Any
 ) -> Operand:
-    """``Operand`` with its options as keyword arguments: ``operand("ms_eden", source="decoded", rounds=2)``."""
+    """``Operand`` with options as keywords: ``operand("ms_eden", source="decoded", rounds=2)``."""
     return Operand(quantizer, tuple(options.items()), source, rotation)
 
 
@@ -293,8 +311,10 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
-"""Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527; quartet2, 2601.22813;
-search_eden and rl are ours."""
+"""Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527;
+quartet2, 2601.22813; search_eden and rl are ours.
+"""
 
 W4A16 = Recipe("w4a16", Gemm(operand(None), operand("four_over_six")), _DEQUANTISED, Gemm())
-"""Weights only, as QeRL has it (arXiv 2510.11696): x stays as it is, and the GEMMs are not NVFP4's."""
+"""Weights only, as QeRL has it (arXiv 2510.11696): x stays as it is, and the GEMMs are not NVFP4's.
+"""

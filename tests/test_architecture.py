@@ -34,7 +34,7 @@ PENDING_IMPORTS: dict[str, set[str]] = {
 }
 """Imports that still go up, by what is imported; each entry has to be needed."""
 
-PENDING_NAMES: set[str] = {"Call", "Loop", "Plan", "Policy", "Run", "_Target"}
+PENDING_NAMES: set[str] = {"Loop", "Run", "_Target"}
 """Class names that still mean several things; each entry has to be needed."""
 
 

@@ -7,8 +7,8 @@ import torch
 
 from nvfp4 import ops
 from nvfp4.layer import operators as layer_ops
-from nvfp4.layer.gemms import stored_operands
 from nvfp4.layer.noise import signed
+from nvfp4.layer.saved import Needs, inputs_to_save, saved_specs
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
 
@@ -89,8 +89,6 @@ def test_layer_operators_opcheck(recipe: Recipe, needs: list[bool]) -> None:
     forward = (x, weight, bias, words, recipe.key, "auto", f32, needs)
     torch.library.opcheck(layer_ops.fprop, forward)
     saved = layer_ops.fprop(*forward)[1:]
-    own = [
-        w for w, stored, need in zip((weight, x), stored_operands(recipe), needs, strict=False) if need and not stored
-    ]
+    own = inputs_to_save(saved_specs(recipe), Needs(*needs), weight, x)
     backward = (torch.randn(20, 33), [*saved, *own], words, recipe.key, "auto", needs, 70, f32, f32, f32)
     torch.library.opcheck(layer_ops.backward, backward)

@@ -186,7 +186,7 @@ MUTANTS = [
     *mutants(
         "nvfp4/layer/gemms.py",
         LAYER,
-        ("partner=x.rotation)\n        return quantize_both", ")\n        return quantize_both"),
+        ("LEFT, partner=x.rotation)\n", "LEFT)\n"),
     ),
     *mutants(
         "nvfp4/backends/triton/arithmetic.py",

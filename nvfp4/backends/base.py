@@ -101,7 +101,7 @@ class Backend(ABC):
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
         """The seeds of one call of a layer, int64 [gemms, 3] of their bits: for signs, the left and the right operand.
 
-        words: ``Noise.words``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for; rank: counts
+        words: ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for; rank: counts
         where words[3] is negative. Equal to ``noise.gemm_seeds``.
         """
         signs = fold_in_there(words[0], words[1], words[2], torch.arange(gemms, device=words.device))

@@ -27,8 +27,7 @@ from nvfp4.bench.tables import Row
 from nvfp4.bench.timing import Run, copier, interleaved, timer
 from nvfp4.layer.dense import times
 from nvfp4.layer.linear import Linear
-from nvfp4.model.after_step import after_step
-from nvfp4.model.weights import invalidate
+from nvfp4.model.weights import after_step, invalidate
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import RECIPES
 
@@ -56,8 +55,8 @@ class LayerCase:
         """
         self.layer(self.x)
         held = {self.layer.weight.data_ptr()}
-        if isinstance(self.layer, Linear) and self.layer.nvfp4.weight_codes is not None:
-            codes = self.layer.nvfp4.weight_codes[1]
+        if isinstance(self.layer, Linear) and self.layer.nvfp4.cache.entry is not None:
+            codes = self.layer.nvfp4.cache.entry.codes
             held |= {tensor.data_ptr() for q in codes for tensor in q.tensors}
 
         sizes: list[int] = []

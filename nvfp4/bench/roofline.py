@@ -162,8 +162,8 @@ def _operand_kernels(
         yield kernel("rotate and round", 0.0 if shared else source, CODE_BITS + WIDE_SCALE_BITS)
         yield kernel("fix scales of", WIDE_SCALE_BITS, SCALE_BITS)
     else:
-        written = CODE_BITS + SCALE_BITS / operand.layout.block[0]
-        looks_first = traffic.amax and not shared and not operand.layout.row_scaled
+        written = CODE_BITS + SCALE_BITS / operand.static_options.block[0]
+        looks_first = traffic.amax and not shared and not operand.static_options.row_scaled
         if looks_first:
             yield kernel("amax of", source, 0.0)
         read = 0.0 if shared else source

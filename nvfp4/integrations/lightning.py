@@ -15,7 +15,8 @@ from torch import nn
 from nvfp4.model.convert import convert
 from nvfp4.recipes import Recipe
 
-# Fabric comes within ``lightning`` and as ``lightning-fabric``; each has classes of its own and refuses the other's
+# Fabric comes within ``lightning`` and as ``lightning-fabric``; each has classes of its own and
+# refuses the other's
 _FABRIC = "lightning.fabric" if find_spec("lightning") else "lightning_fabric"
 _MixedPrecision: Any = import_module(f"{_FABRIC}.plugins.precision").MixedPrecision
 
@@ -23,9 +24,10 @@ _MixedPrecision: Any = import_module(f"{_FABRIC}.plugins.precision").MixedPrecis
 class NVFP4Precision(_MixedPrecision):
     """NVFP4 linear layers; the rest under autocast, as in Fabric's own mixed precision.
 
-    recipe, options: ``nvfp4.convert``'s. device: where autocast applies, "cpu" or "cuda". precision: "bf16-mixed", or
-    "16-mixed", which brings a gradient scaler. For weights in bfloat16 convert the model yourself and let Fabric have
-    ``precision="bf16-true"``. The optimizer may be made before or after, since parameters stay the same.
+    recipe, options: ``nvfp4.convert``'s. device: where autocast applies, "cpu" or "cuda".
+    precision: "bf16-mixed", or "16-mixed", which brings a gradient scaler. For weights in bfloat16
+    convert the model yourself and let Fabric have ``precision="bf16-true"``. The optimizer may be
+    made before or after, since parameters stay the same.
     """
 
     def __init__(

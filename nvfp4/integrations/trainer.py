@@ -1,4 +1,4 @@
-"""Hugging Face ``Trainer``, and TRL's: a callback for exact resumption. They need nothing else from us."""
+"""Hugging Face ``Trainer``, and TRL's: a callback for exact resumption; all else works as it is."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from nvfp4.model.weights import load_noise_state, noise_state
 
 
 class NoiseCallback(TrainerCallback, ExportableState):
-    """``Trainer(..., callbacks=[NoiseCallback()])``: checkpoints hold the noise state, so that resuming is bit for bit.
+    """``Trainer(..., callbacks=[NoiseCallback()])``: checkpoints hold the noise state.
 
-    The model has to be converted with the same arguments and the same ``seed`` before resuming.
+    So resuming is bit for bit. The model has to be converted with the same arguments and the same
+    ``seed`` before resuming.
     """
 
     model: nn.Module | None = None

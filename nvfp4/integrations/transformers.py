@@ -1,8 +1,9 @@
-"""Hugging Face transformers: a quantization config that makes ``from_pretrained`` return a converted model.
+"""Hugging Face transformers: a config that makes ``from_pretrained`` return a converted model.
 
-The model that comes back is an ordinary one whose linear layers compute in NVFP4. To transformers it is not quantised:
-its parameters are the checkpoint's, ``Trainer`` trains them without adapters, and ``save_pretrained`` writes plain
-weights and no ``quantization_config``, so that whoever loads them needs nothing but transformers.
+The model that comes back is an ordinary one whose linear layers compute in NVFP4. To transformers
+it is not quantised: its parameters are the checkpoint's, ``Trainer`` trains them without adapters,
+and ``save_pretrained`` writes plain weights and no ``quantization_config``, so that whoever loads
+them needs nothing but transformers.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from nvfp4.model.convert import convert
 from nvfp4.recipes import Recipe, as_recipe
 
 METHOD = "nvfp4_training"
-"""The name that transformers knows us by; "nvfp4" alone means packed weights to those who serve models."""
+"""The name in transformers; "nvfp4" alone means packed weights to those who serve models."""
 
 
 @register_quantization_config(METHOD)
 @dataclass
 class NVFP4TrainingConfig(QuantizationConfigMixin):
-    """``from_pretrained(..., quantization_config=NVFP4TrainingConfig("quartet2", exclude=["down_proj"]))``.
+    """``from_pretrained(..., quantization_config=NVFP4TrainingConfig("quartet2", ...))``.
 
-    The fields are ``nvfp4.convert``'s arguments. recipe: a name, a ``Recipe`` or ``Recipe.to_dict()``; only the latter
-    and names are kept, so that ``to_dict`` is ready for JSON. Raises ValueError for an unknown recipe or method.
+    The fields are ``nvfp4.convert``'s arguments. recipe: a name, a ``Recipe`` or
+    ``Recipe.to_dict()``; only the latter and names are kept, so that ``to_dict`` is ready for JSON.
+    Raises ValueError for an unknown recipe or method.
     """
 
     recipe: str | Recipe | Mapping[str, Any] = "search_eden"
@@ -61,16 +63,17 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class NVFP4TrainingQuantizer(HfQuantizer):
-    """What ``from_pretrained`` calls: converts the empty model, lets the weights load as ever, and steps aside."""
+    """What ``from_pretrained`` calls: converts the empty model; weights load as ever."""
 
     quantization_config: NVFP4TrainingConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # before, because a device_map wraps the forward of each layer afterwards, and such a layer would be kept
+        # before, because a device_map wraps the forward of each layer afterwards, and such a layer
+        # would be kept
         return self.quantization_config.convert(model)
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Remove every mark of quantisation: no ``quantization_config`` on disk, no demand for adapters."""
+        """Remove every mark of quantisation, on disk too, so that nothing demands adapters."""
         self.remove_quantization_config(model)
         return model
 

@@ -1,10 +1,11 @@
-"""TRL's GRPO on converted models: the reference rounds like the policy, and the sampler is held to the trainer.
+"""TRL's GRPO on converted models: the sampler is held to the trainer.
 
-trainer = NVFP4GRPOTrainer(model=nvfp4.convert(model, "rl"), args=..., ...)       # arguments as TRL's own
+    trainer = NVFP4GRPOTrainer(model=nvfp4.convert(model, "rl"), ...)   arguments as TRL's own
 
-Given a converted model, TRL loads the reference from its path, plain: the KL term starts above 0 and pulls towards a
-model that nobody asked for. Without vLLM it never compares what the sampler computed with what the trainer computes,
-which differ for every recipe whose scales depend on the other tokens of a batch. And what it saves loads plain.
+Given a converted model, TRL loads the reference from its path, plain: the KL term starts above 0
+and pulls towards a model that nobody asked for. Without vLLM it never compares what the sampler
+computed with what the trainer computes, which differ for every recipe whose scales depend on the
+other tokens of a batch. And what it saves loads plain.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ RECIPES_FILE = "nvfp4_training.json"
 
 
 def convert_like(model: nn.Module, policy: nn.Module, backend: str = "auto") -> nn.Module:
-    """Convert those layers of ``model`` that ``policy`` has converted, each into the same recipe; in place, returns it.
+    """Convert the layers of ``model`` that ``policy`` has converted into the same recipes.
 
-    For reference models and reloaded ones. Returns ``model`` as it is if nothing of ``policy`` is converted. Raises
-    ValueError if one of these layers of ``model`` is missing or cannot be converted.
+    In place; returns ``model``. For reference models and reloaded ones. Returns ``model`` as it is
+    if nothing of ``policy`` is converted. Raises ValueError if one of these layers of ``model`` is
+    missing or cannot be converted.
     """
     return _apply(model, _recipes(policy), backend)
 
@@ -54,11 +56,13 @@ def load_recipes(model: nn.Module, folder: str | Path, backend: str = "auto") ->
 class NVFP4Mixin:
     """For a trainer class derived from TRL's: ``class Mine(NVFP4Mixin, MyGRPOTrainer)``.
 
-    The reference model, if there is one, is converted like the policy; ``save_model`` writes the recipes too; and after
-    each generation by transformers the trainer scores what was sampled, for the metrics that TRL logs with vLLM:
-    ``sampling/sampling_logp_difference/{mean,max}`` of the absolute differences of log-probabilities, and
-    ``sampling/importance_sampling_ratio/{min,mean,max}`` of their token by token ratios. It costs one forward pass for
-    each generation; mismatch_meter=False saves it. Generation in turns (tools) or by continuous batching has no meter.
+    The reference model, if there is one, is converted like the policy; ``save_model`` writes the
+    recipes too; and after each generation by transformers the trainer scores what was sampled, for
+    the metrics that TRL logs with vLLM: ``sampling/sampling_logp_difference/{mean,max}`` of the
+    absolute differences of log-probabilities, and
+    ``sampling/importance_sampling_ratio/{min,mean,max}`` of their token by token ratios. It costs
+    one forward pass for each generation; mismatch_meter=False saves it. Generation in turns (tools)
+    or by continuous batching has no meter.
     """
 
     def __init__(self, *args: Any, mismatch_meter: bool = True, **kwargs: Any) -> None:
@@ -92,7 +96,7 @@ class NVFP4Mixin:
         return output
 
     def _scored(self, output: dict[str, Any]) -> torch.Tensor:
-        """The trainer's log-probabilities of the completions, by the function that its loss is made of."""
+        """The trainer's log-probabilities of the completions, by the function of its loss."""
         trainer: Any = self
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
@@ -104,12 +108,17 @@ class NVFP4Mixin:
 
 
 class NVFP4GRPOTrainer(NVFP4Mixin, GRPOTrainer):
-    """``trl.GRPOTrainer`` with what ``NVFP4Mixin`` adds; the model is to be converted before, with the recipe "rl"
-    if the sampler is to agree with the trainer."""
+    """``trl.GRPOTrainer`` with what ``NVFP4Mixin`` adds.
+
+    The model is to be converted before, with the recipe "rl" if the sampler is to agree with it.
+    """
 
 
 def _recipes(model: nn.Module) -> dict[str, Recipe]:
-    """By name, all names of a layer that has several; longer ones first, since a name is also a pattern for its end."""
+    """Recipes of the converted layers by name, all names of a layer that has several.
+
+    Longer names come first, since a name is also a pattern for its end.
+    """
     found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Linear)]
     found.sort(key=lambda item: -item[0].count("."))
     return {name: layer.nvfp4.full_recipe or layer.nvfp4.recipe for name, layer in found}
@@ -129,7 +138,7 @@ def _apply(model: nn.Module, recipes: dict[str, Recipe], backend: str) -> nn.Mod
 
 def _complain(names: Set[str], what: str) -> None:
     if names:
-        raise ValueError(f"{len(names)} layers that are converted in the other model {what}, first {min(names)!r}")
+        raise ValueError(f"{len(names)} layers converted in the other model {what}, first {min(names)!r}")
 
 
 def _inner(trainer: Any, model: nn.Module) -> nn.Module:
@@ -139,10 +148,10 @@ def _inner(trainer: Any, model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _recorded(model: nn.Module, temperature: float) -> Iterator[list[torch.Tensor]]:
-    """Within this context: the distributions of each step of ``generate``, log-probabilities float32 [rows, V].
+    """Within this context: log-probabilities of each step of ``generate``, float32 [rows, V].
 
-    They are the model's, before any cut of top-k or top-p, as the trainer sees them. A step of generation is a forward
-    without gradient that uses a cache.
+    They are the model's, before any cut of top-k or top-p, as the trainer sees them. A step of
+    generation is a forward without gradient that uses a cache.
     """
     steps: list[torch.Tensor] = []
 

@@ -1,20 +1,24 @@
-"""Products of 16-bit matrices on processors without instructions for them: float32 sums, one rounding, float32's speed.
+"""Products of 16-bit matrices on processors without instructions for them, at float32's speed.
 
-A linear layer in high precision is y = x w^T + bias with x [M, K], w [N, K] in BF16 (or FP16). A processor with AVX-512
-BF16 or AMX multiplies that natively and torch is fast. One without (AVX2, and AVX-512 before Cooper Lake) makes torch
-emulate: its BF16 ``F.linear`` forward and backward took 40 times as long as float32's at 1024^3 with AVX2, 5 times with
-AVX-512. But the product of two BF16 numbers is exact in float32, so a float32 GEMM is the BF16 GEMM up to the order of
+A linear layer in high precision is y = x w^T + bias with x [M, K], w [N, K] in BF16 (or FP16). A
+processor with AVX-512 BF16 or AMX multiplies that natively and torch is fast. One without (AVX2,
+and AVX-512 before Cooper Lake) makes torch emulate: its BF16 ``F.linear`` forward and backward took
+40 times as long as float32's at 1024^3 with AVX2, 5 times with AVX-512. But the product of two BF16
+numbers is exact in float32, so a float32 GEMM, rounded once, is the BF16 GEMM up to the order of
 its sum. So here:
 
     product(a, b)   a b^T [M, N] of a [M, K], b [N, K], each with either orientation in memory:
-                    the native kernel packs 16-bit elements straight into its float32 panels; without it, torch
-                    multiplies float32 copies
-    affine(x, w)    ``F.linear``: the product where torch emulates that dtype (``EMULATED``), else torch's own
-    dgrad, wgrad    the same product of (dy, w^T) and (dy^T, x^T), so derivatives of every order exist
+                    the native kernel packs 16-bit elements straight into its float32 panels;
+                    without it, torch multiplies float32 copies
+    affine(x, w)    ``F.linear``: the product where torch emulates that dtype (``EMULATED``),
+                    else torch's own
+    times(a, b)     ``a @ b``, likewise
+    gradients       the same product of (dy, w^T) and (dy^T, x^T): derivatives of every order exist
 
-Eager mode calls the kernel directly; a compiled graph sees the operator ``nvfp4::dense_product``. Under autocast both
-operands are rounded to its dtype, as ``F.linear`` does. Processors are asked (``torch.cpu.get_capabilities``), nothing
-is measured and nothing kept: the same process gives the same bits.
+Eager mode calls the kernel directly; a compiled graph sees the operator ``nvfp4::dense_product``.
+Under autocast both operands are rounded to its dtype, as ``F.linear`` does. Processors are asked
+(``torch.cpu.get_capabilities``), nothing is measured and nothing kept: the same process gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -25,15 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvfp4.backends.native.cpu import EMULATED, INSTRUCTIONS, dense_product
+from nvfp4.backends.native.cpu import EMULATED, dense_product
 from nvfp4.numerics.torch_state import autocast_dtype, is_dtensor, is_traced, without_dispatch_modes
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y = x w^T + bias as ``F.linear``: x [..., K], weight [N, K], bias [N], y [..., N], dtypes as there.
+    """y = x w^T + bias as ``F.linear``: x [..., K], weight [N, K], bias [N], y [..., N].
 
-    Where torch emulates that dtype: float32 sums, bias added in float32, one rounding; elsewhere ``F.linear`` itself.
-    Errors are those of ``F.linear``.
+    Where torch emulates that dtype: float32 sums, bias added in float32, one rounding; elsewhere
+    ``F.linear`` itself. Errors are those of ``F.linear``.
     """
     dtype = _emulated(x, weight, bias)
     if dtype is None:
@@ -47,11 +51,12 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """a b^T + bias [M, N] of matrices a [M, K], b [N, K] on a CPU, summed in float32 and rounded once to ``out_dtype``.
+    """a b^T + bias [M, N] of a [M, K], b [N, K] on a CPU: float32 sums, rounded once to out_dtype.
 
-    a, b: float32, bfloat16 or float16, any strides, dtypes may differ. bias: [N], added in float32. out_dtype: by
-    default that of a; float32 keeps the sums. NaN and Inf behave as in a float32 GEMM; an empty contraction gives the
-    bias, or zeros. Differentiable any number of times; gradients have the dtypes of what they are gradients of.
+    a, b: float32, bfloat16 or float16, any strides, dtypes may differ. bias: [N], added in float32.
+    out_dtype: by default that of a; float32 keeps the sums. NaN and Inf behave as in a float32
+    GEMM; an empty contraction gives the bias, or zeros. Differentiable any number of times;
+    gradients have the dtypes of what they are gradients of.
     """
     dtype = a.dtype if out_dtype is None else out_dtype
     if is_traced(a):
@@ -62,54 +67,29 @@ def product(
 
 
 def times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b [M, N] of matrices a [M, K], b [K, N] of one dtype: ``a @ b``, by ``product`` where torch emulates it."""
-    if a.device.type == "cpu" and a.dtype in EMULATED and b.dtype == a.dtype:
+    """a b [M, N] of a [M, K], b [K, N] of one dtype: ``a @ b``; by ``product`` if emulated."""
+    if is_emulated(a) and b.dtype == a.dtype and not (is_dtensor(a) or is_dtensor(b)):
         return product(a, b.t())
     return a @ b
 
 
 class DenseLinear(nn.Linear):
-    """An ``nn.Linear`` in high precision that multiplies by ``affine``; ``dense_linears`` turns a layer into one."""
+    """An ``nn.Linear`` that multiplies by ``affine``; ``nvfp4.dense_linears`` makes it one."""
+
+    original = nn.Linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y = x w^T + bias of x = ``input``, as ``nn.Linear``."""
         return affine(input, self.weight, self.bias)
 
 
-def dense_linears(model: nn.Module, enabled: bool = True) -> list[str]:
-    """Let the plain linears of ``model`` (or, with False, no longer) multiply by ``affine``; returns their names.
-
-    For what stays in high precision, such as the output embedding, and for models in BF16 without any recipe, on a
-    processor without BF16 instructions. Changes the class of each ``nn.Linear`` in place, and nothing else; its
-    subclasses are left alone. On any other device and dtype the layers then compute as before. ``nvfp4.convert``
-    converts them like any other, before or after.
-    """
-    before, after = (nn.Linear, DenseLinear) if enabled else (DenseLinear, nn.Linear)
-    found = {name: module for name, module in model.named_modules() if type(module) is before}
-    for module in found.values():
-        module.__class__ = after
-    return list(found)
-
-
-def slow_linears(model: nn.Module) -> str | None:
-    """One line on the plain linears of ``model`` that torch multiplies by emulation here, or None if there are none."""
-    slow = [m for m in model.modules() if type(m) is nn.Linear and _is_slow(m.weight)]
-    if not slow:
-        return None
-    dtype = str(slow[0].weight.dtype).removeprefix("torch.")
-    names = ", ".join(INSTRUCTIONS[slow[0].weight.dtype])
-    return (
-        f"{len(slow)} linears stay torch's, which emulates {dtype} on a processor without {names}, many times slower "
-        f"than float32: nvfp4.dense_linears(model) computes them as fast as float32"
-    )
-
-
-def _is_slow(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in EMULATED
+def is_emulated(x: torch.Tensor) -> bool:
+    """Whether torch emulates products of x's dtype where x is."""
+    return x.device.type == "cpu" and x.dtype in EMULATED
 
 
 def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype | None:
-    """The dtype of a linear layer's product if this module is to compute it, else None: torch does."""
+    """The dtype of a linear layer's product if it is computed here; None: torch computes it."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or is_dtensor(x) or is_dtensor(weight):
         return None
     dtype = autocast_dtype(x.device)
@@ -128,7 +108,7 @@ def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 def _gradients(
     ctx: Any, dy: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
-    """dy b, dy^T a and the column sums of dy, each where it is needed, in the dtype of what it is a gradient of."""
+    """dy b, dy^T a and the column sums of dy, each if needed, in the dtype it is a gradient of."""
     needs, dtypes = ctx.needs_input_grad, ctx.dtypes
     a, b = ctx.saved_tensors
     da = product(dy, b.t(), None, dtypes[0]) if needs[0] else None
@@ -138,7 +118,10 @@ def _gradients(
 
 
 class _Product(torch.autograd.Function):
-    """``product`` in eager mode, without the dispatcher: at width 128 that takes as long as the product."""
+    """``product`` in eager mode.
+
+    Without the dispatcher, which at width 128 takes as long as the product.
+    """
 
     @staticmethod
     def forward(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

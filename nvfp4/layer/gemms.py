@@ -1,44 +1,77 @@
-"""fprop, dgrad and wgrad of one layer call, as functions of tensors; no autograd, no module, no device.
+"""The three GEMMs of one layer call, as functions of tensors: no autograd, no module, no device.
 
-Nothing but FP4 codes and scales is kept for the backward, unless the recipe leaves a GEMM in high precision.
+    forward    quantise x [M, K], and w [N, K] if no earlier call has; multiply,
+               y [M, N] = x w^T + bias; pack what the backward will need
+    backward   unpack it, quantise dy [M, N] along both axes in one read, multiply twice:
+               dx [M, K] = dy w, dw [N, K] = dy^T x; db [N] = sum of dy over the tokens
+
+``forward`` and ``backward`` take and return plain tensors, so eager mode calls them as they are and
+a compiled graph calls them inside the operators of ``operators.py``. Between them lie the steps
+that stacked experts take one by one (``experts.py``): the operands of each GEMM first, then all
+products of a GEMM in one launch.
+
+A GEMM that the recipe does not quantise runs in high precision. Noise comes from
+``LayerCall.noise`` alone, which is a function of (seed, layer, call, GEMM, operand, rank).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 
 from nvfp4.layer.dense import affine, times
-from nvfp4.layer.lazy_activation import Deferred
-from nvfp4.layer.noise import LEFT, RIGHT, DeviceWords, Words, signed
+from nvfp4.layer.lazy_activation import LazyActivation
+from nvfp4.layer.noise import LEFT, RIGHT, CallNoise, noise_for_call
+from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, pack, saved_specs, unpack
 from nvfp4.layer.sharding import Shards, quantize_with_amax
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.numerics.rng import DeviceSeed
 from nvfp4.numerics.torch_state import without_autocast
 from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, transpose
 from nvfp4.quantizers.base import Options, Quantizer
-from nvfp4.recipes import Gemm, Operand, Recipe
+from nvfp4.recipes import Recipe
 
-Saved = torch.Tensor | QTensor | None
+Pair = tuple[QTensor, QTensor]
+"""The left and the right operand of a GEMM: the product is left @ right^T."""
 
 
-class Call(NamedTuple):
-    """One call of a layer: its recipe, the backend, its ``Noise.words``, and which operands are cut."""
+class LayerCall(NamedTuple):
+    """One call of a layer: recipe, backend, noise; shards: which operands are a part of a whole."""
 
     recipe: Recipe
     backend: str
-    words: Words
+    noise: CallNoise
     shards: Shards | None = None
 
-    def operand(self, x: torch.Tensor | QTensor, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
+    @classmethod
+    def of(
+        cls, key: str, backend: str, state: torch.Tensor, capturable: bool, shards: Shards | None = None
+    ) -> LayerCall:
+        """The call under the recipe with this ``Recipe.key``, with the noise of ``Noise.state``."""
+        return cls(Recipe.from_key(key), backend, noise_for_call(state, capturable, backend), shards)
+
+    def quantizer(self, gemm: str, side: int, partner: Rotation | None = None) -> tuple[Quantizer, Options]:
+        """The quantiser of an operand, with the seeds of this call in its options.
+
+        partner: the rotation of the other operand if an earlier call made that one; its signs are
+        used again.
+        """
+        pair = getattr(self.recipe, gemm)
+        spec = pair.right if side == RIGHT else pair.left
+        if spec.options_without_noise is not None:
+            return spec.rule, spec.options_without_noise
+        sign_seed, seeds = self.noise.seeds(gemm)
+        if partner is not None and partner.sign_seed is not None:
+            sign_seed = partner.sign_seed
+        return spec.rule, spec.options_for(seeds[side], sign_seed)
+
+    def operand(self, x: Matrix, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
         """Matrix x [rows, contraction] (any strides) as the recipe's operand of a GEMM.
 
-        A QTensor stands for the transpose of what it decodes to: x-hat^T or w-hat^T, quantised again.
-        partner: the rotation of the other operand, if that one was made in an earlier call; its signs are used again.
+        A QTensor stands for the transpose of what it decodes to: x-hat^T or w-hat^T, which is
+        quantised again. partner: as in ``quantizer``.
         """
         quantizer, options = self.quantizer(gemm, side, partner)
         if self.shards is not None and self.shards.needs_amax(gemm, side, options):
@@ -47,89 +80,115 @@ class Call(NamedTuple):
             return requantize_with(x, quantizer, options, backend=self.backend)
         return quantize_with(x, quantizer, options, backend=self.backend)
 
-    def quantizer(self, gemm: str, side: int, partner: Rotation | None = None) -> tuple[Quantizer, Options]:
-        """The quantiser of an operand, with the seeds of this call in its options."""
-        spec = _side(getattr(self.recipe, gemm), side)
-        if spec.noiseless is not None:
-            return spec.rule, spec.noiseless
-        sign_seed, seeds = self.words.seeds(gemm)
-        if partner is not None and partner.sign_seed is not None:
-            sign_seed = partner.sign_seed
-        return spec.rule, spec.seeded(seeds[side], sign_seed)
+    def weight(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> QTensor:
+        """fprop's operand of the weight [N, K].
 
-    def weight(self, weight: torch.Tensor, amax: torch.Tensor | None) -> QTensor:
-        """fprop's weight operand, scaled by ``amax`` [1] if other layers share it."""
+        amax: float32 [1], what to scale by if it is not the weight's own magnitude.
+        """
         if amax is None:
             return self.operand(weight, "fprop", RIGHT)
         return quantize_with_amax(weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend)
 
-    def matmul(self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """a @ b^T [a rows, b rows] on this call's backend."""
-        return matmul(a, b, dtype, bias=bias, backend=self.backend)
 
-
-def _side(gemm: Gemm, side: int) -> Operand:
-    return gemm.right if side == RIGHT else gemm.left
-
-
-def fprop(
-    call: Call,
+def forward(
+    call: LayerCall,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
-    needs: Sequence[bool],
+    needs: Needs,
     w_amax: torch.Tensor | None = None,
     w_codes: QTensor | None = None,
-) -> tuple[torch.Tensor, Saved, Saved]:
-    """y = x w^T + bias [M, N] in ``dtype``, and what (dgrad, wgrad) will need of (w, x) if ``needs`` says so.
+) -> list[torch.Tensor]:
+    """y [M, N] in ``dtype``, then the tensors of codes that the backward needs (``saved.pack``).
 
-    w_amax: what to scale the weight by, if not by its own. w_codes: the weight's operand, where it is known already.
+    w_amax: as in ``LayerCall.weight``. w_codes: what that gave of the weight in an earlier call, if
+    it is known.
     """
-    x_codes, w_codes, saved_w, saved_x = forward_operands(call, x, weight, needs, w_amax, w_codes)
-    if x_codes is None or w_codes is None:
-        y = dense_forward(call, x, weight if w_codes is None else w_codes, bias, dtype)
+    operands, saved = forward_operands(call, x, weight, needs, w_amax, w_codes)
+    if operands.x is None or operands.w is None:
+        y = dense_fprop(call, x, weight if operands.w is None else operands.w, bias, dtype)
     else:
-        y = call.matmul(x_codes, w_codes, dtype, bias)
-    return y, saved_w, saved_x
+        y = matmul(operands.x, operands.w, dtype, bias=bias, backend=call.backend)
+    return [y, *pack(saved)]
 
 
-def dense_forward(
-    call: Call, x: torch.Tensor, w: torch.Tensor | QTensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """x w^T + bias in ``dtype``; of w, what its codes stand for where the recipe quantises w alone."""
-    w = dequantize(w, dtype, backend=call.backend) if isinstance(w, QTensor) else w.to(dtype)
-    return affine(x.to(dtype), w, None if bias is None else bias.to(dtype))
+def backward(
+    call: LayerCall, dy: torch.Tensor, tensors: Sequence[torch.Tensor], needs: Needs, features: int, dtypes: Dtypes
+) -> list[torch.Tensor]:
+    """Those of dx [M, K], dw [N, K] and db [N] that ``needs`` asks for, each in its dtype.
+
+    tensors: what ``forward`` returned after y, then ``saved.inputs_to_save``. features: K.
+    """
+    # what the forward left: codes first, then w and x themselves
+    rest = iter(tensors)
+    m, n = dy.shape
+    saved = unpack(rest, call.recipe, needs, (m, features, n), call.noise)
+    if needs.dx and saved.for_dx is None:
+        saved = saved._replace(for_dx=next(rest))
+    if needs.dw and saved.for_dw is None:
+        saved = saved._replace(for_dw=next(rest))
+
+    # autocast would round a dense GEMM in float32 to BF16
+    gradients = []
+    with without_autocast(dy.device):
+        operands = backward_operands(call, dy, saved, needs)
+        if needs.dx:
+            gradients.append(product(call, dy, operands.dgrad, saved.for_dx, dtypes.dx))
+        if needs.dw:
+            gradients.append(product(call, dy.t(), operands.wgrad, saved.for_dw, dtypes.dw))
+        if needs.db:
+            db = dy.sum(0, dtype=torch.float32)
+            gradients.append(db.to(cast(torch.dtype, dtypes.db)))
+    return gradients
+
+
+class ForwardOperands(NamedTuple):
+    """fprop's x and w, each None where it enters as it is."""
+
+    x: QTensor | None
+    w: QTensor | None
 
 
 def forward_operands(
-    call: Call,
+    call: LayerCall,
     x: torch.Tensor,
     weight: torch.Tensor,
-    needs: Sequence[bool],
+    needs: Needs,
     w_amax: torch.Tensor | None = None,
     w_codes: QTensor | None = None,
-) -> tuple[QTensor | None, QTensor | None, Saved, Saved]:
-    """What fprop multiplies, (x, w), each None where it is dense, and what (dgrad, wgrad) will need of (w, x)."""
+) -> tuple[ForwardOperands, Saved]:
+    """What fprop multiplies, and what the backward needs; w_amax, w_codes: as in ``forward``."""
     recipe = call.recipe
-    keep = stored_operands(recipe)
-    x_codes = x_transposed = None
+    specs = saved_specs(recipe)
+
+    # w, unless its codes are there from an earlier call
     if not recipe.fprop.right.quantized:
         w_codes = None
     elif w_codes is None:
         w_codes = call.weight(weight, w_amax)
+
+    # x and, where wgrad quantises x^T itself, that too: in one read if fprop wants x as well
+    transposed = needs.dw and specs.x_is_transposed
+    x_codes = x_transposed = None
     if recipe.fprop.quantized:
-        x_codes, x_transposed = _x_operands(call, x, needs[1] and keep[1] is recipe.wgrad.right)
-    saved_w: Saved = None if not needs[0] else weight if keep[0] is None else w_codes
-    saved_x: Saved = None if not needs[1] else x if keep[1] is None else x_codes
-    if needs[1] and keep[1] is not None and keep[1] is recipe.wgrad.right:
-        saved_x = call.operand(x.t(), "wgrad", RIGHT) if x_transposed is None else x_transposed
-    return x_codes, w_codes, saved_w, saved_x
+        x_codes, x_transposed = _x_operands(call, x, transposed)
+    if transposed and x_transposed is None:
+        x_transposed = call.operand(x.t(), "wgrad", RIGHT)
+
+    # what the backward will start from
+    for_dx: Matrix | None = None
+    for_dw: Matrix | None = None
+    if needs.dx:
+        for_dx = weight if specs.for_dx is None else w_codes
+    if needs.dw:
+        for_dw = x if specs.for_dw is None else x_transposed if transposed else x_codes
+    return ForwardOperands(x_codes, w_codes), Saved(for_dx, for_dw)
 
 
-def _x_operands(call: Call, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
-    """x for fprop and, where wgrad wants x^T itself and not fprop's codes, that one as well."""
-    if isinstance(x, Deferred):
+def _x_operands(call: LayerCall, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
+    """fprop's operand of x and, if ``both`` and in one read, wgrad's operand x^T."""
+    if isinstance(x, LazyActivation):
         columns = call.quantizer("wgrad", RIGHT) if both else None
         return x.operands(call.quantizer("fprop", LEFT), columns, call.backend)
     if not both or call.shards is not None:
@@ -138,126 +197,66 @@ def _x_operands(call: Call, x: torch.Tensor, both: bool) -> tuple[QTensor, QTens
     return quantize_both(x, rows, columns, backend=call.backend)
 
 
-def backward(
-    call: Call,
-    dy: torch.Tensor,
-    saved_w: Saved,
-    saved_x: Saved,
-    needs: Sequence[bool],
-    dtypes: Sequence[torch.dtype | None],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dx [M, K], dw [N, K], dbias [N]) of dy [M, N], each in its dtype, or None where it is not needed."""
-    dx = dw = db = None
-    with without_autocast(dy.device):
-        dy_rows, w, dy_columns, x = backward_operands(call, dy, saved_w, saved_x, needs)
-        if needs[0]:
-            dx = product(call, dy, dy_rows, w, saved_w, dtypes[0])
-        if needs[1]:
-            dw = product(call, dy.t(), dy_columns, x, saved_x, dtypes[1])
-        if needs[2]:
-            db = dy.sum(0, dtype=torch.float32).to(dtypes[2])
-    return dx, dw, db
+def dense_fprop(
+    call: LayerCall, x: torch.Tensor, w: Matrix, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """x w^T + bias in ``dtype``; w: itself, or its codes, which are decoded."""
+    w = dequantize(w, dtype, backend=call.backend) if isinstance(w, QTensor) else w.to(dtype)
+    return affine(x.to(dtype), w, None if bias is None else bias.to(dtype))
 
 
-def backward_operands(
-    call: Call, dy: torch.Tensor, saved_w: Saved, saved_x: Saved, needs: Sequence[bool]
-) -> tuple[QTensor | None, QTensor | None, QTensor | None, QTensor | None]:
-    """dgrad's (dy, w^T) and wgrad's (dy^T, x^T), each None where it is not needed or not quantised."""
-    w = _dgrad_operand(call, saved_w) if needs[0] and call.recipe.dgrad.quantized else None
-    x = _wgrad_operand(call, saved_x) if needs[1] and call.recipe.wgrad.quantized else None
-    dy_rows, dy_columns = _dy_operands(call, dy, w, x)
-    return dy_rows, w, dy_columns, x
+class BackwardOperands(NamedTuple):
+    """dgrad's (dy, w^T) and wgrad's (dy^T, x^T); None where it is not needed or not quantised."""
+
+    dgrad: Pair | None
+    wgrad: Pair | None
 
 
-def _dgrad_operand(call: Call, saved: Saved) -> QTensor:
-    """w^T [K, N], contracted along N."""
+def backward_operands(call: LayerCall, dy: torch.Tensor, saved: Saved, needs: Needs) -> BackwardOperands:
+    """The operands of the backward's GEMMs; dy is read once where both want it.
+
+    An x^T that the forward quantised keeps the signs of that call, and dy^T has to meet it under
+    the same ones.
+    """
+    recipe = call.recipe
+    w = _w_operand(call, saved.for_dx) if needs.dx and recipe.dgrad.quantized else None
+    x = _x_transposed(call, saved.for_dw) if needs.dw and recipe.wgrad.quantized else None
+
+    if w is not None and x is not None and call.shards is None:
+        rows, columns = call.quantizer("dgrad", LEFT), call.quantizer("wgrad", LEFT, partner=x.rotation)
+        dy_rows, dy_columns = quantize_both(dy, rows, columns, backend=call.backend)
+        return BackwardOperands((dy_rows, w), (dy_columns, x))
+
+    return BackwardOperands(
+        None if w is None else (call.operand(dy, "dgrad", LEFT), w),
+        None if x is None else (call.operand(dy.t(), "wgrad", LEFT, partner=x.rotation), x),
+    )
+
+
+def _w_operand(call: LayerCall, saved: Matrix | None) -> QTensor:
+    """dgrad's operand w^T [K, N], contracted along N."""
     if call.recipe.dgrad.right.source == "codes":
         return transpose(cast(QTensor, saved), backend=call.backend)
     return call.operand(saved if isinstance(saved, QTensor) else cast(torch.Tensor, saved).t(), "dgrad", RIGHT)
 
 
-def _wgrad_operand(call: Call, saved: Saved) -> QTensor:
-    """x^T [K, M], contracted along the tokens."""
+def _x_transposed(call: LayerCall, saved: Matrix | None) -> QTensor:
+    """wgrad's operand x^T [K, M], contracted along the tokens."""
     q, source = cast(QTensor, saved), call.recipe.wgrad.right.source
     if source == "decoded":
         return call.operand(q, "wgrad", RIGHT)
     return transpose(q, backend=call.backend) if source == "codes" else q
 
 
-def _dy_operands(
-    call: Call, dy: torch.Tensor, w: QTensor | None, x: QTensor | None
-) -> tuple[QTensor | None, QTensor | None]:
-    """dy for dgrad and dy^T for wgrad, as far as their partners exist; read together where both do.
-
-    An x^T quantised in the forward keeps the signs of that call, and dy^T has to meet it under the same.
-    """
-    if w is not None and x is not None and call.shards is None:
-        rows, columns = call.quantizer("dgrad", LEFT), call.quantizer("wgrad", LEFT, partner=x.rotation)
-        return quantize_both(dy, rows, columns, backend=call.backend)
-    return (
-        None if w is None else call.operand(dy, "dgrad", LEFT),
-        None if x is None else call.operand(dy.t(), "wgrad", LEFT, partner=x.rotation),
-    )
-
-
 def product(
-    call: Call, dy: torch.Tensor, left: QTensor | None, right: QTensor | None, saved: Saved, dtype: torch.dtype | None
+    call: LayerCall, dy: torch.Tensor, operands: Pair | None, saved: Matrix | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """In FP4 or, where the recipe says so, dy @ saved in dy's dtype, or in BF16 of a decoded forward operand."""
-    assert dtype is not None
-    if left is not None and right is not None:
-        return call.matmul(left, right, dtype)
+    """One GEMM of the backward in ``dtype``: in FP4, or dense.
+
+    Dense: dy @ saved in dy's dtype or, of codes that fprop used, in BF16 of what they stand for.
+    """
+    if operands is not None:
+        return matmul(*operands, dtype, backend=call.backend)
     if isinstance(saved, QTensor):
         return times(dy.to(torch.bfloat16), dequantize(saved, torch.bfloat16)).to(dtype)
     return times(dy, cast(torch.Tensor, saved).to(dy.dtype)).to(dtype)
-
-
-def stored_operands(recipe: Recipe) -> tuple[Operand | None, Operand | None]:
-    """Which codes a forward keeps of (w, x) for the backward; None: the tensor itself, which costs nothing for w."""
-    w, x = recipe.dgrad.right, recipe.wgrad.right
-    return (
-        None if w.source == "tensor" else recipe.fprop.right,
-        recipe.fprop.left if x.source != "tensor" else x if x.quantized else None,
-    )
-
-
-def flatten(saved: Saved) -> tuple[torch.Tensor, ...]:
-    """The tensors of codes to save for the backward.
-
-    The seed of drawn signs travels with the codes that they turned: under activation checkpointing both must be the
-    recomputation's, since a layer used twice may have finished a backward since its first forward.
-    """
-    if not isinstance(saved, QTensor):
-        return ()
-    if saved.rotation is None or saved.rotation.sign_seed is None:
-        return saved.tensors
-    seed = saved.rotation.sign_seed
-    if isinstance(seed, DeviceSeed):
-        return *saved.tensors, seed.bits.clone()  # two results of an operator may not share memory
-    return *saved.tensors, torch.tensor(signed(seed), device="cpu")
-
-
-def unflatten(tensors: Iterator[torch.Tensor], stored: Operand, shape: tuple[int, int], words: Words) -> QTensor:
-    """The inverse of ``flatten`` for the matrix of ``shape`` that ``stored`` quantised, taking tensors in order.
-
-    words: of the call, which say whether a seed is a number or lies on a device.
-    """
-    layout = stored.layout
-    codes, block_scale, global_scale = next(tensors), next(tensors), next(tensors)
-    rotation = layout.rotation
-    if rotation is not None and not rotation.fixed:
-        bits = next(tensors)
-        sign_seed = DeviceSeed(bits) if isinstance(words, DeviceWords) else int(bits) % 2**64
-        rotation = replace(rotation, sign_seed=sign_seed)
-    return QTensor(codes, block_scale, global_scale, layout.block, shape, -1, rotation)
-
-
-def empty_codes(
-    stored: Operand, shape: tuple[int, int], like: torch.Tensor, capturable: bool
-) -> tuple[torch.Tensor, ...]:
-    """Uninitialised tensors as ``flatten`` makes them, on the device of ``like``; for shape inference."""
-    layout = stored.layout
-    tensors = QTensor.empty(shape, layout.block, layout.row_scaled, layout.rotation, like.device).tensors
-    if layout.rotation is None or layout.rotation.fixed:
-        return tensors
-    return *tensors, torch.empty((), dtype=torch.int64, device=like.device if capturable else "cpu")

@@ -1,178 +1,144 @@
-"""The linear layer: ``nn.Linear`` with its three GEMMs in NVFP4, in eager mode and in compiled graphs.
+"""The linear layer: ``nn.Linear`` with its three GEMMs in NVFP4, y [.., N] = x [.., K] w^T + bias.
 
-The arithmetic is in ``gemms.py``. Here it meets autograd: eager mode calls it directly and keeps a weight's codes for
-as long as the weight stays the same; a compiled graph calls the operators of ``operators.py``, which do the same sums.
+    forward    x is flattened to [M, K];
+               ``WeightCache`` has the codes of w, or makes them;
+               ``gemms.forward`` quantises x, multiplies, and packs what the backward needs: codes,
+               4.5 bits per element, which autograd keeps
+    backward   ``gemms.backward`` unpacks them, quantises dy [M, N] and multiplies twice;
+               the noise counts one call more
+
+Each way is one function of plain tensors. Eager mode calls it directly; where a compiler or a
+dispatch mode watches, the operator of ``operators.py`` around it is called instead, and gives the
+same bits.
+
+What a layer knows beside its parameters is its ``LinearState``, in the attribute ``nvfp4``. Under
+``nvfp4.disabled`` it computes as an ``nn.Linear``. Where weight or x is a DTensor,
+``tensor_parallel.py`` says which part is computed here. x may be a ``LazyActivation``, which is
+quantised without being written if that is possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from nvfp4.backends.registry import AUTO
-from nvfp4.layer import operators as layer_ops
+from nvfp4.layer import gemms, operators
 from nvfp4.layer.dense import affine
-from nvfp4.layer.gemms import Call, flatten, fprop, stored_operands
-from nvfp4.layer.lazy_activation import Deferred
-from nvfp4.layer.noise import CALLS, Noise, words_of
+from nvfp4.layer.gemms import LayerCall
+from nvfp4.layer.lazy_activation import LazyActivation
+from nvfp4.layer.noise import CALLS, Noise, noise_for_call
+from nvfp4.layer.saved import Dtypes, Needs, inputs_to_save, saved_specs
 from nvfp4.layer.sharding import GatheredWeight, Shards
-from nvfp4.layer.shared_amax import Contents, SharedAmax
-from nvfp4.layer.streams import Done
-from nvfp4.numerics.qtensor import QTensor
-from nvfp4.numerics.torch_state import autocast_dtype, is_capturing, is_dtensor, is_traced
-from nvfp4.ops import INPUT_DTYPES, fingerprint
+from nvfp4.layer.weight_cache import Codes, WeightCache
+from nvfp4.numerics.torch_state import autocast_dtype, is_dtensor, is_traced
+from nvfp4.ops import INPUT_DTYPES
 from nvfp4.recipes import Recipe
 
 
 @dataclass
 class LinearState:
-    """What a converted layer knows beside its parameters. noise.calls is the only part that changes in training."""
+    """What a converted layer knows beside its parameters.
+
+    recipe, backend: what runs, and where. noise: its seed, index and call counter; the counter
+    alone changes in training. enabled: False makes it an ``nn.Linear``. full_recipe: the recipe to
+    come back to while ``forward_precision`` keeps the forward in BF16. shards: set for one call if
+    operands are one process's part of a whole. cache: the codes of its weight.
+    """
 
     recipe: Recipe
     noise: Noise
     backend: str = AUTO
     enabled: bool = True
-    full_recipe: Recipe | None = None  # the one to come back to, while forward_precision keeps the forward in BF16
-    keeps_weight: bool = field(default=False, repr=False, compare=False)
-    renews_weight: bool = field(default=False, repr=False, compare=False)  # codes stay where they lie: see ``renew``
-    weight_codes: tuple[tuple[Any, ...], tuple[QTensor, ...], Done] | None = field(
-        default=None, repr=False, compare=False
-    )
+    full_recipe: Recipe | None = None
     shards: Shards | None = field(default=None, repr=False, compare=False)
-    shared: SharedAmax | None = field(default=None, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {
-            "keeps_weight": False,
-            "renews_weight": False,
-            "weight_codes": None,
-        }  # a copy or a pickle is outside the scope
+    cache: WeightCache = field(default_factory=WeightCache, repr=False, compare=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "recipe":  # spelt out, since compiled graphs hold a recipe as its key
+        if name == "recipe":  # worked out once, since every call asks
             self.key = value.key
-            self.saves_weight, self.saves_input = (stored is None for stored in stored_operands(value))
+            self.specs = saved_specs(value)
 
-    def call(self) -> Call:
+    def call(self) -> LayerCall:
         """The next call of this layer."""
-        words = words_of(self.noise.words, self.noise.capturable, self.backend)
-        return Call(self.recipe, self.backend, words, self.shards)
+        noise = noise_for_call(self.noise.state, self.noise.capturable, self.backend)
+        return LayerCall(self.recipe, self.backend, noise, self.shards)
 
-    def takes(self, x: Deferred) -> bool:
-        """Whether the next call can quantise x without its being written to memory, which nothing else asked for."""
-        whole = self.shards is None and not is_traced(x)
-        return whole and self.recipe.fprop.quantized and not self.saves_input and not x.in_memory
+    def can_quantize_lazily(self, x: LazyActivation) -> bool:
+        """Whether the next call can quantise x from its formula.
 
-    def fprop(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        needs: Sequence[bool],
+        Not where something else had the values written already.
+        """
+        if self.shards is not None or x.is_written or is_traced(x):
+            return False
+        return self.recipe.fprop.quantized and self.specs.for_dw is not None
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, needs: Needs
     ) -> list[torch.Tensor]:
-        """y [M, N], and the codes that backward will need where ``needs`` asks for dx and dw."""
-        quantized, noise = self.recipe.fprop.right.quantized, self.noise
-        if noise.capturable and noise.words.device != x.device:
+        """y [M, N] in ``dtype`` of x [M, K], then the tensors of codes that the backward needs."""
+        noise = self.noise
+        if noise.capturable and noise.state.device != x.device:
             raise RuntimeError(
-                f"x is on {x.device}, but the noise of this layer was put on {noise.words.device} by "
-                f"nvfp4.capturable(model): call it again, now that the model has moved"
+                f"x is on {x.device}, but the noise of this layer was put on {noise.state.device} "
+                "by nvfp4.capturable(model): call it again, now that the model has moved"
             )
-        shared = self.shared if quantized else None
-        among = () if shared is None else shared.contents()
+
+        # somebody watches: the operator
         if is_traced(x):
             _check_whole(self.shards)
-            w_amax = None if shared is None else shared.amax(among)
-            key, backend = self.key, self.backend
-            return layer_ops.fprop(
-                x, weight, bias, noise.words, key, backend, dtype, list(needs), w_amax, noise.capturable
-            )
+            how = (noise.state, self.key, self.backend, dtype, list(needs))
+            return operators.fprop(x, weight, bias, *how, self.weight_amax(), noise.capturable)
+
+        # nobody does: the same function, with the weight's codes if they are kept
         call = self.call()
-        kept = self.operands(weight, call, among) if quantized else None
-        w_amax = shared.amax(among) if shared is not None and kept is None else None
-        y, saved_w, saved_x = fprop(call, x, weight, bias, dtype, needs, w_amax, None if kept is None else kept[0])
-        return [y, *flatten(saved_w), *flatten(saved_x)]
+        kept = self.kept_codes(weight, call)
+        if kept is not None:
+            return gemms.forward(call, x, weight, bias, dtype, needs, w_codes=kept[0])
+        return gemms.forward(call, x, weight, bias, dtype, needs, w_amax=self.weight_amax())
 
-    def operands(self, weight: torch.Tensor, call: Call, among: Contents = ()) -> tuple[QTensor, ...] | None:
-        """The weight as fprop's operands, quantised once for as long as it stays the same; None: not to be kept.
+    def weight_amax(self) -> torch.Tensor | None:
+        """What the weight's codes are scaled by, float32 [1].
 
-        Where the backend can fingerprint memory, it is the bytes themselves that are compared: version counters miss
-        fused optimizers, writes through ``.data`` and custom kernels. Elsewhere codes are kept inside ``fixed_weights``
-        only. Stochastic operands are never kept, nor anything under torch.distributed, where memory may be sharded.
-        A CUDA graph takes codes that ``after_step`` renews where they lie; others would be freed or grow old under it,
-        and its own hold nothing before a replay. among: ``SharedAmax.contents``, if the weight is scaled by others too.
+        None for its own magnitude, or if fprop takes the weight as it is.
         """
-        if isinstance(weight, GatheredWeight):
+        return self.cache.amax() if self.recipe.fprop.right.quantized else None
+
+    def kept_codes(self, weight: torch.Tensor, call: LayerCall) -> Codes | None:
+        """The weight as fprop's operands, quantised once for as long as it stays the same.
+
+        None if they are not to be kept: see ``weight_cache``, which also keeps no stochastic
+        operand.
+        """
+        spec = self.recipe.fprop.right
+        if isinstance(weight, GatheredWeight) and spec.quantized:
             return (weight.codes,)
-        if self.recipe.fprop.right.noiseless is None or (dist.is_available() and dist.is_initialized()):
+        if spec.options_without_noise is None:
             return None
-        key = self._weight_key(weight, among)
-        if key is None:
-            return None
-        kept = self.weight_codes  # read once: another thread may end ``fixed_weights``
-        if is_capturing():
-            return kept[1] if self.renews_weight and kept is not None and kept[0] == key else None
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
-                amax = None if self.shared is None else self.shared.amax(among)
-                kept = self.weight_codes = (key, self.made(weight, amax, call), Done(weight.device))
-        kept[2].before_reading(tensor for q in kept[1] for tensor in q.tensors)
-        return kept[1]
+        return self.cache.get(weight, self.key, self.backend, partial(self.quantized, weight, call))
 
-    def _weight_key(self, weight: torch.Tensor, among: Contents) -> tuple[Any, ...] | None:
-        """What the weight's codes are kept under, or None if there is no telling whether they would change."""
-        content = self.content(weight)
-        if content is None or any(other is None for other in among):
-            return None
-        return (*content, weight.dtype, weight.shape, weight.device, self.key, self.backend, among)
+    def renew_codes(self, weight: torch.Tensor) -> None:
+        """Quantise the weight now, as the next forward would, into the memory of its codes."""
+        old, self.cache.entry = self.cache.entry, None
+        self.kept_codes(weight, self.call())
+        self.cache.overwrite(old)
 
-    def content(self, weight: torch.Tensor) -> tuple[Any, ...] | None:
-        """What changes when the weight does: its bytes or, inside ``fixed_weights``, version and place; None if
-        unknown."""
-        if is_traced(weight):
-            return None
-        if self.keeps_weight and not weight.is_inference():
-            # a weak reference, since a freed weight's address may be given to the next, as in .bfloat16().float()
-            return weight._version, StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), weight.stride()
-        found = fingerprint(weight, backend=self.backend)
-        return None if found is None else (found,)
-
-    def made(self, weight: torch.Tensor, amax: torch.Tensor | None, call: Call) -> tuple[QTensor, ...]:
+    def quantized(self, weight: torch.Tensor, call: LayerCall, amax: torch.Tensor | None) -> Codes:
         """The operands that fprop needs of a weight: one, or for stacked experts one each."""
         return (call.weight(weight, amax),)
 
-    def renew(self, weight: torch.Tensor) -> None:
-        """Quantise the weight now, as the next forward would; codes kept before are overwritten where they lie.
-
-        So what was captured in a CUDA graph reads the new ones, and a backward that still waits for the old ones is
-        told so by autograd, as it would be of the weight itself.
-        """
-        old, self.weight_codes = self.weight_codes, None
-        among = () if self.shared is None else self.shared.contents()
-        new = self.operands(weight, self.call(), among) if self.recipe.fprop.right.quantized else None
-        if new is None or old is None or [q.record for q in old[1]] != [q.record for q in new]:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            for kept, made in zip(old[1], new, strict=True):
-                for target, source in zip(kept.tensors, made.tensors, strict=True):
-                    target.copy_(source)
-        assert self.weight_codes is not None
-        self.weight_codes = (self.weight_codes[0], old[1], Done(weight.device))
-
 
 def _check_whole(shards: Shards | None) -> None:
-    """RuntimeError for a part of a layer where operators are watched: they know of no other processes."""
+    """RuntimeError for a part of a layer in a trace, which knows of no other processes."""
     if shards is not None:
         raise RuntimeError(
-            "torch.compile, and other tracing, cannot see that a layer of parallelize_module is one part of a whole: "
-            "run such layers eagerly, for example with torch.compiler.disable"
+            "torch.compile, and other tracing, cannot see that a layer of parallelize_module is "
+            "one part of a whole: run such layers eagerly, for example with torch.compiler.disable"
         )
 
 
@@ -180,13 +146,13 @@ def refuse_second_derivative() -> None:
     """RuntimeError in a backward that is to be differentiated."""
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only create_graph=True leaves it on in there
         raise RuntimeError(
-            "nvfp4 layers have no second derivative: differentiate without create_graph=True, or compute this "
-            "forward under nvfp4.disabled(model)"
+            "nvfp4 layers have no second derivative: differentiate without create_graph=True, or "
+            "compute this forward under nvfp4.disabled(model)"
         )
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x w^T + bias with x [M, K], w [N, K]; see ``recipes.py`` for the three GEMMs."""
+    """y [M, N] = x w^T + bias with x [M, K], w [N, K]; see ``recipes.py`` for the three GEMMs."""
 
     @staticmethod
     def forward(
@@ -197,53 +163,55 @@ class _LinearFunction(torch.autograd.Function):
         state: LinearState,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        needs = ctx.needs_input_grad[:3]
-        y, *codes = state.fprop(x, weight, bias, dtype, needs)
-        ctx.words = state.noise.words  # not a saved tensor: other backward passes may advance it before this one
+        needs = Needs(*ctx.needs_input_grad[:3])
+        y, *codes = state.forward(x, weight, bias, dtype, needs)
+        ctx.save_for_backward(*codes, *inputs_to_save(state.specs, needs, weight, x))
+
+        # the backward belongs to the state as it is now, but for the noise: no saved tensor, since
+        # other backward passes may advance the counter before this one
+        ctx.noise = state.noise.state
         ctx.capturable = state.noise.capturable
-        ctx.key, ctx.backend, ctx.shards, ctx.needs = state.key, state.backend, state.shards, needs
-        ctx.features = x.shape[1]
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        if needs[0] and state.saves_weight:
-            codes.append(weight)
-        if needs[1] and state.saves_input:
-            codes.append(x)
-        ctx.save_for_backward(*codes)
+        ctx.key, ctx.backend, ctx.shards = state.key, state.backend, state.shards
+        ctx.needs, ctx.features = needs, x.shape[1]
+        ctx.dtypes = Dtypes(x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        saved, needs = list(ctx.saved_tensors), list(ctx.needs)
+        saved, needs, dtypes = ctx.saved_tensors, ctx.needs, ctx.dtypes
         if is_traced(dy):
             _check_whole(ctx.shards)
-            what = (ctx.key, ctx.backend, needs, ctx.features)
-            made = layer_ops.backward(dy, saved, ctx.words, *what, *ctx.dtypes, ctx.capturable)
+            how = (ctx.noise, ctx.key, ctx.backend, list(needs), ctx.features)
+            gradients = operators.backward(dy, list(saved), *how, *dtypes, ctx.capturable)
         else:
-            words = words_of(ctx.words, ctx.capturable, ctx.backend)
-            call = Call(Recipe.from_key(ctx.key), ctx.backend, words, ctx.shards)
-            made = layer_ops.eager_backward(call, dy, saved, needs, ctx.features, ctx.dtypes)
-        gradients = iter(made)
-        dx, dw, db = [next(gradients) if need else None for need in needs]
-        ctx.words[CALLS].add_(1)
+            call = LayerCall.of(ctx.key, ctx.backend, ctx.noise, ctx.capturable, ctx.shards)
+            gradients = gemms.backward(call, dy, saved, needs, ctx.features, dtypes)
+        ctx.noise[CALLS].add_(1)
+
+        in_order = iter(gradients)
+        dx, dw, db = [next(in_order) if need else None for need in needs]
         return dx, dw, db, None, None
 
 
 class Linear(nn.Linear):
-    """An ``nn.Linear`` whose GEMMs run in NVFP4; made by ``nvfp4.convert``, which turns a layer into one in place.
+    """An ``nn.Linear`` whose GEMMs run in NVFP4; ``nvfp4.convert`` turns a layer into one in place.
 
-    Parameters, keys of ``state_dict``, hooks and dtypes are those of ``nn.Linear``. x: [..., in_features] in float32,
-    bfloat16 or float16, any rank from 1, any number of tokens; y: [..., out_features] in the dtype ``F.linear`` would
-    give (under autocast, the autocast dtype). NaN or Inf in x or the weight make the output NaN. With DTensors, as
-    ``parallelize_module`` makes them, y is a DTensor: see ``tensor_parallel.py``.
+    Parameters, keys of ``state_dict``, hooks and dtypes are those of ``nn.Linear``. x: [...,
+    in_features] in float32, bfloat16 or float16, any rank from 1, any number of tokens; y: [...,
+    out_features] in the dtype ``F.linear`` would give (under autocast, the autocast dtype). NaN or
+    Inf in x or the weight make the output NaN. With DTensors, as ``parallelize_module`` makes them,
+    y is a DTensor: see ``tensor_parallel.py``.
     """
 
     nvfp4: LinearState
+    original = nn.Linear
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise TypeError(
-            "nvfp4.Linear has no constructor, since seed and index of its noise belong to a model: make an nn.Linear "
-            "and convert it, or the model that holds it, with nvfp4.convert"
+            "nvfp4.Linear has no constructor, since seed and index of its noise belong to a "
+            "model: make an nn.Linear and convert it, or the model that holds it, with "
+            "nvfp4.convert"
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -257,39 +225,43 @@ class Linear(nn.Linear):
         if not (state.enabled and state.recipe.quantized):
             return affine(x, self.weight, self.bias)
         if is_dtensor(self.weight) or is_dtensor(x):
-            return self._sharded(x)
-        return self._compute(x, self.weight, self.bias, state)
+            return self._forward_part(x)
+        return _linear(x, self.weight, self.bias, state)
 
-    def _sharded(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_part(self, x: torch.Tensor) -> torch.Tensor:
         """This process's part of y, as a DTensor, of DTensors x and weight."""
-        from nvfp4.layer.tensor_parallel import layout
+        from nvfp4.layer.tensor_parallel import layout  # costs an import that a model of plain parameters need not pay
 
         where = layout(x, self.weight)
         self.nvfp4.noise.rank = where.noise_rank
         state = replace(self.nvfp4, shards=where.shards)
-        return where.whole(self._compute(*where.local(x, self.weight, self.bias), state), self.out_features)
-
-    def _compute(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: LinearState
-    ) -> torch.Tensor:
-        if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-            raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")
-        dtype = output_dtype(x, weight)
-        rows = x.reshape(-1, weight.shape[1])
-        if isinstance(rows, Deferred) and not state.takes(rows):
-            rows = rows.written()
-        if torch.is_grad_enabled():
-            y = _LinearFunction.apply(rows, weight, bias, state, dtype)
-        else:
-            y = state.fprop(rows, weight, bias, dtype, (False, False, False))[0]
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return where.whole(_linear(*where.local(x, self.weight, self.bias), state), self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes, bias, recipe and backend."""
         state = self.nvfp4
-        shared = "" if state.shared is None else f", amax shared by {len(state.shared.layers)}"
+        group = state.cache.group
+        shared = "" if group is None else f", amax shared by {len(group.layers)}"
         off = "" if state.enabled else ", disabled"
-        return f"{super().extra_repr()}, recipe={state.recipe.name}, backend={state.backend}{shared}{off}"
+        runs = f"recipe={state.recipe.name}, backend={state.backend}"
+        return f"{super().extra_repr()}, {runs}{shared}{off}"
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: LinearState) -> torch.Tensor:
+    """y [..., N] of plain tensors x [..., K], weight [N, K], bias [N]."""
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")
+    dtype = output_dtype(x, weight)
+
+    rows = x.reshape(-1, weight.shape[1])
+    if isinstance(rows, LazyActivation) and not state.can_quantize_lazily(rows):
+        rows = rows.written()
+
+    if torch.is_grad_enabled():
+        y = _LinearFunction.apply(rows, weight, bias, state, dtype)
+    else:
+        y = state.forward(rows, weight, bias, dtype, Needs(False, False))[0]
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

@@ -1,7 +1,18 @@
-"""Where a layer's random bits come from: a function of (seed, layer, call, GEMM, operand, rank) and of nothing else.
+"""Where a layer's random bits come from: a function of these numbers and of nothing else.
 
-On the host, where seeds are numbers that kernels get as arguments; or, for a layer that is ``capturable``, in the
-memory of its device, where the kernels of a CUDA graph find new ones at every replay.
+    sign seed of a GEMM        fold_in(seed, layer, call, GEMM): both operands rotate alike,
+                               wherever they are made
+    rounding seed of a side    fold_in(sign seed, 1 + side, rank), left 0, right 1: operands and
+                               ranks round differently
+
+``call`` counts finished backward passes, so a forward that is recomputed meets the seeds of the
+first one, and a model that resumes with its ``noise_state`` goes on to the last bit.
+
+The four numbers of a layer (seed, layer, calls, rank) are ``Noise.state``, int64 [4]. On the host
+they are read at each call, and kernels get seeds as arguments (``HostNoise``). A CUDA graph would
+freeze such arguments, so the state of a layer that is ``capturable`` lies on its device: a kernel
+makes the seeds there (``DeviceNoise``), the backward advances the counter there, and every replay
+finds new ones.
 """
 
 from __future__ import annotations
@@ -18,8 +29,10 @@ from nvfp4.ops import draw_seeds
 from nvfp4.recipes import GEMMS
 
 LEFT, RIGHT = 0, 1
+"""The sides of a GEMM, as ``GemmSeeds`` counts them."""
+
 CALLS = 2
-"""Place of the call counter in ``Noise.words``."""
+"""Place of the call counter in ``Noise.state``."""
 
 GemmSeeds = tuple[Seed, tuple[Seed, Seed]]
 """Sign seed, rounding seeds of the left and the right operand."""
@@ -30,79 +43,72 @@ def signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+def _number_at(place: int, meaning: str) -> Any:
+    """One of the numbers of ``Noise.state``, to read and to set."""
+
+    def get(noise: Noise) -> int:
+        return int(noise.state[place])
+
+    def put(noise: Noise, number: int) -> None:
+        noise.state[place] = number
+
+    return property(get, put, doc=meaning)
+
+
 class Noise:
     """The noise of one layer: its seed, its index, and how often it was used.
 
-    seed: the user's, in [0, 2^64). layer: index in conversion order. calls: backward passes finished so far; it
-    advances at the end of a backward, so that recomputing a forward (activation checkpointing) meets the same noise.
-    rank: the process to round for; None is this one. words: the four as int64 [4], None as -1, which compiled graphs
-    read and advance; on the CPU or, if ``capturable``, on the layer's device, where to read one of them here waits.
+    seed: the user's, in [0, 2^64). layer: index in conversion order. calls: backward passes
+    finished so far; it advances at the end of a backward, so that recomputing a forward (activation
+    checkpointing) meets the same noise. rank: the process to round for; None is this one. state:
+    the four as int64 [4], None as -1, which compiled graphs read and advance; on the CPU or, if
+    ``capturable``, on the layer's device, where to read one of them here waits.
     """
 
     def __init__(self, seed: int, layer: int, calls: int = 0, rank: int | None = None) -> None:
         self.__setstate__([signed(check_seed(seed)), layer, calls, -1 if rank is None else rank])
 
     def __getstate__(self) -> list[int]:
-        return self.words.tolist()  # integers, which no map_location moves
+        return self.state.tolist()  # integers, which no map_location moves
 
-    def __setstate__(self, words: list[int]) -> None:
-        self.place(torch.tensor(words, dtype=torch.int64, device="cpu"), "cpu", capturable=False)
+    def __setstate__(self, state: list[int]) -> None:
+        self.place(torch.tensor(state, dtype=torch.int64, device="cpu"), "cpu", capturable=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Noise:
-        made = Noise.__new__(Noise)
-        made.place(self.words, self.words.device, self.capturable)
-        return made
+        copied = Noise.__new__(Noise)
+        copied.place(self.state, self.state.device, self.capturable)
+        return copied
 
-    def place(self, words: torch.Tensor, device: torch.device | str, capturable: bool) -> None:
-        """Keep a copy of ``words`` on ``device``, whose memory stays the same from then on."""
+    def place(self, state: torch.Tensor, device: torch.device | str, capturable: bool) -> None:
+        """Keep a copy of ``state`` on ``device``, whose memory stays the same from then on."""
         with torch.inference_mode(False):  # a model converted for a rollout may train later
-            self.words = words.to(device, copy=True)
+            self.state = state.to(device, copy=True)
         self.capturable = capturable
         if capturable:  # a compiled backward advances it, which CUDA graphs allow at fixed addresses only
             from torch._dynamo import mark_static_address  # takes seconds to import
 
-            mark_static_address(self.words)
+            mark_static_address(self.state)
 
     @property
     def seed(self) -> int:
         """The user's seed."""
-        return int(self.words[0]) % 2**64
+        return int(self.state[0]) % 2**64
 
-    @property
-    def layer(self) -> int:
-        """Index of the layer in conversion order."""
-        return int(self.words[1])
-
-    @layer.setter
-    def layer(self, layer: int) -> None:
-        self.words[1] = layer
-
-    @property
-    def calls(self) -> int:
-        """Backward passes finished so far."""
-        return int(self.words[CALLS])
-
-    @calls.setter
-    def calls(self, calls: int) -> None:
-        self.words[CALLS] = calls
+    layer = _number_at(1, "Index of the layer in conversion order.")
+    calls = _number_at(CALLS, "Backward passes finished so far.")
 
     @property
     def rank(self) -> int | None:
         """The process to round for, None for this one."""
-        rank = int(self.words[3])
+        rank = int(self.state[3])
         return None if rank < 0 else rank
 
     @rank.setter
     def rank(self, rank: int | None) -> None:
-        self.words[3] = -1 if rank is None else rank
-
-    def seeds(self, gemm: str, call: int | None = None) -> tuple[int, tuple[int, int]]:
-        """(sign seed, rounding seeds of the left and the right operand) of a GEMM in a call, by default the next."""
-        seed, layer, calls, rank = self.words.tolist()
-        return gemm_seeds((seed, layer, calls if call is None else call, rank), gemm)
+        self.state[3] = -1 if rank is None else rank
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Noise) and self.words.tolist() == other.words.tolist()
+        return isinstance(other, Noise) and self.state.tolist() == other.state.tolist()
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
@@ -111,56 +117,55 @@ class Noise:
         return f"Noise(seed={self.seed}, layer={self.layer}, calls={self.calls}{rank})"
 
 
-class HostWords(tuple[int, int, int, int]):
-    """``Noise.words`` as integers."""
+class HostNoise(tuple[int, int, int, int]):
+    """``Noise.state`` as integers, for one call."""
 
     __slots__ = ()
 
     def seeds(self, gemm: str) -> GemmSeeds:
-        """The seeds of one GEMM of this call; RuntimeError where a CUDA graph would repeat them for ever."""
+        """The seeds of one GEMM; RuntimeError where a CUDA graph would repeat them for ever."""
         if is_capturing():
             raise RuntimeError(
-                "a CUDA graph would replay this layer with the same noise for ever: call nvfp4.capturable(model) "
-                "before the capture, and before its warm-up; every replay then draws its own"
+                "a CUDA graph would replay this layer with the same noise for ever: call "
+                "nvfp4.capturable(model) before the capture, and before its warm-up; every replay "
+                "then draws its own"
             )
         return gemm_seeds(self, gemm)
 
 
-class DeviceWords:
-    """``Noise.words`` on their device, and the seeds of one call, which are made there when first asked for.
+class DeviceNoise:
+    """``Noise.state`` on its device; the seeds of one call are made there when first asked for.
 
-    words: int64 [4]. backend: of the layer.
+    state: int64 [4]. backend: of the layer.
     """
 
-    def __init__(self, words: torch.Tensor, backend: str) -> None:
-        self._words, self._backend = words, backend
+    def __init__(self, state: torch.Tensor, backend: str) -> None:
+        self._state = state
+        self._backend = backend
         self._table: torch.Tensor | None = None
         self._seeds: dict[str, GemmSeeds] = {}
 
     def seeds(self, gemm: str) -> GemmSeeds:
-        """The seeds of one GEMM of this call, the same objects each time: both operands must see equal signs."""
+        """The seeds of one GEMM, the same objects each time: both operands must see equal signs."""
         if gemm not in self._seeds:
             if self._table is None:
-                self._table = draw_seeds(self._words, _process(), len(GEMMS), backend=self._backend)
+                self._table = draw_seeds(self._state, _process(), len(GEMMS), backend=self._backend)
             sign_seed, left, right = map(DeviceSeed, self._table[GEMMS.index(gemm)].unbind())
             self._seeds[gemm] = sign_seed, (left, right)
         return self._seeds[gemm]
 
 
-Words = HostWords | DeviceWords
+CallNoise = HostNoise | DeviceNoise
 
 
-def words_of(words: torch.Tensor, capturable: bool, backend: str) -> Words:
-    """``Noise.words`` for one call: read, unless they are on a device for good."""
-    return DeviceWords(words, backend) if capturable else HostWords(words.tolist())
+def noise_for_call(state: torch.Tensor, capturable: bool, backend: str) -> CallNoise:
+    """``Noise.state`` for one call: read, unless it is on a device for good."""
+    return DeviceNoise(state, backend) if capturable else HostNoise(state.tolist())
 
 
-def gemm_seeds(words: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
-    """(sign seed, rounding seeds of the left and the right operand) of one GEMM for ``Noise.words`` as integers.
-
-    Signs are equal on all ranks, since both operands must rotate alike wherever they come from; rounding differs.
-    """
-    *call, rank = words
+def gemm_seeds(state: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
+    """(sign seed, (left, right rounding seed)) of one GEMM for ``Noise.state`` as integers."""
+    *call, rank = state
     return _gemm_seeds(*call, GEMMS.index(gemm), _process() if rank < 0 else rank)
 
 

@@ -1,8 +1,9 @@
 """Matrices of which every process holds a part, quantised as if each process held them whole.
 
-The one thing that codes of a part need to know of the whole is its largest magnitude, from which the global scale is
-made; blocks need nothing, as long as no block is cut (1x16 blocks: cut the contraction axis at multiples of 16; 16x16
-tiles: the rows too). So an all-reduce of one number gives every part the codes that it has in the whole, bit for bit.
+The one thing that codes of a part need to know of the whole is its largest magnitude, from which
+the global scale is made; blocks need nothing, as long as no block is cut (1x16 blocks: cut the
+contraction axis at multiples of 16; 16x16 tiles: the rows too). So an all-reduce of one number
+gives every part the codes that it has in the whole, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ ROWS, CONTRACTION = 0, 1
 def quantize_with_amax(
     x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor, *, backend: str = AUTO
 ) -> QTensor:
-    """Matrix x [M, K] with the codes it has inside a larger matrix whose largest magnitude is ``amax``.
+    """Matrix x [M, K] with the codes it has inside a larger matrix of magnitude ``amax``.
 
-    amax: [1], or [M] when row-scaled, in float32; not finite if the whole is not. ValueError for a rotated operand,
-    whose scale comes from the rotated values, and for a stochastic quantiser, whose noise comes from the place in x.
+    amax: [1], or [M] when row-scaled, in float32; not finite if the whole is not. ValueError for a
+    rotated operand, whose scale comes from the rotated values, and for a stochastic quantiser,
+    whose noise comes from the place in x.
     """
     if options.rotation is not None or not quantizer.claims(options).deterministic:
         raise ValueError(f"codes of {quantizer.name} under {options} are not a function of x and amax")
@@ -41,15 +43,21 @@ def quantize_with_amax(
 
 
 def magnitude(x: torch.Tensor, row_scaled: bool = False) -> torch.Tensor:
-    """Largest magnitude of x [M, K], or of each row: float32 [1], or [M]; 0 of nothing; no copy of x is made."""
+    """Largest magnitude of x [M, K], float32 [1], or of each row, [M]; of nothing 0.
+
+    No copy of x is made.
+    """
     if x.numel() == 0:
         return torch.zeros(x.shape[0] if row_scaled else 1, dtype=torch.float32, device=x.device)
     low, high = x.aminmax(dim=1) if row_scaled else x.aminmax()
     return torch.maximum(low.abs(), high.abs()).to(torch.float32).view(-1)
 
 
-def shared_amax(x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = False) -> torch.Tensor:
-    """Largest magnitude over the parts x [M, K] of a process group: float32 [1], or [M]; Inf if any is NaN or Inf."""
+def amax_of_parts(x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = False) -> torch.Tensor:
+    """Largest magnitude over the parts x [M, K] of a process group: float32 [1], or [M].
+
+    Inf if any is NaN or Inf. A collective call.
+    """
     amax = magnitude(x.detach(), row_scaled)
     amax = torch.where(amax.isfinite(), amax, torch.inf)  # backends differ in what the maximum of a NaN is
     dist.all_reduce(amax, dist.ReduceOp.MAX, group)
@@ -60,41 +68,38 @@ def shared_amax(x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = Fa
 class Shards:
     """Which operands of a layer's GEMMs this process holds a part of.
 
-    mesh: of the processes that hold the parts, with one dimension. cut: (gemm, side) to the axis of that operand, as it
-    enters the GEMM, along which it is cut (ROWS or CONTRACTION).
+    mesh: of the processes that hold the parts, with one dimension. cut: (gemm, side) to the axis of
+    that operand, as it enters the GEMM, along which it is cut (ROWS or CONTRACTION).
     """
 
     mesh: DeviceMesh
     cut: dict[tuple[str, int], int]
 
     def needs_amax(self, gemm: str, side: int, options: Options) -> bool:
-        """Whether an operand has codes of the whole only if its scale is agreed on; a row may have a scale of its own.
+        """Whether an operand has the whole's codes only if its scale is agreed on.
 
         Stochastic and rotated operands scale by their part's values, which is as unbiased.
         """
         axis = self.cut.get((gemm, side))
-        return (
-            axis is not None
-            and options.seed is None
-            and options.rotation is None
-            and not (options.row_scaled and axis == ROWS)
-        )
+        if axis is None or options.seed is not None or options.rotation is not None:
+            return False
+        return not (options.row_scaled and axis == ROWS)  # a row that is whole has a scale of its own
 
     def quantize(self, x: torch.Tensor | QTensor, quantizer: Quantizer, options: Options, backend: str) -> QTensor:
-        """This process's part x of an operand, with the codes that it has in the whole; a collective call.
+        """This process's part x of an operand, with the codes of the whole; a collective call.
 
         A QTensor stands for the transpose of what it decodes to.
         """
         part = dequantize(x, backend=backend).t() if isinstance(x, QTensor) else x
-        amax = shared_amax(part, self.mesh.get_group(), options.row_scaled)
+        amax = amax_of_parts(part, self.mesh.get_group(), options.row_scaled)
         return quantize_with_amax(part, quantizer, options, amax, backend=backend)
 
 
 class GatheredWeight(torch.Tensor):
     """A weight [N, K] that reached this process as codes; its values are not here.
 
-    codes: the QTensor, whose memory belongs to the all-gather. Lives from the all-gather of a layer to its resharding,
-    never in an optimizer or a ``state_dict``.
+    codes: the QTensor, whose memory belongs to the all-gather. Lives from the all-gather of a layer
+    to its resharding, never in an optimizer or a ``state_dict``.
     """
 
     codes: QTensor
@@ -121,14 +126,14 @@ class GatheredWeight(torch.Tensor):
         if func is torch.ops.aten.zeros_like.default:
             return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         raise RuntimeError(
-            f"{func} needs the values of a weight that was gathered in FP4: to compute in high precision, as under "
-            f"nvfp4.disabled(model), or in a graph of torch.compile, call nvfp4.fp4_all_gather(model, "
-            f"False) first"
+            f"{func} needs the values of a weight that was gathered in FP4: to compute in high "
+            "precision, as under nvfp4.disabled(model), or in a graph of torch.compile, call "
+            "nvfp4.fp4_all_gather(model, False) first"
         )
 
 
 def values_here(x: torch.Tensor) -> torch.Tensor | None:
-    """The values of x that this process holds: x itself, its part of a DTensor, None for a gathered weight."""
+    """The values of x that this process holds: of a DTensor its part, of a gathered weight None."""
     if isinstance(x, GatheredWeight):
         return None
     return x.detach().to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]

@@ -2,21 +2,26 @@
 
 ``parallelize_module`` with ``ColwiseParallel`` and ``RowwiseParallel`` works as for ``nn.Linear``:
 
-    style    x          weight    y         dx         dw        operands cut over the mesh
-    colwise  Replicate  Shard(0)  Shard(-1) Partial    Shard(0)  w (rows), dy (contraction), w^T, dy^T
-    rowwise  Shard(-1)  Shard(1)  Partial   Shard(-1)  Shard(1)  x, w (contraction), w^T, x^T (rows)
-    -        Shard(t)   Replicate Shard(t)  Shard(t)   Partial   none: other tokens, as in data parallel
-    -        Replicate  Replicate Replicate Replicate  Replicate none
+    style    x          weight     y          dx         dw
+    colwise  Replicate  Shard(0)   Shard(-1)  Partial    Shard(0)
+    rowwise  Shard(-1)  Shard(1)   Partial    Shard(-1)  Shard(1)
+    -        Shard(t)   Replicate  Shard(t)   Shard(t)   Partial     other tokens per process
+    -        Replicate  Replicate  Replicate  Replicate  Replicate
 
-Scales. Each partial product is multiplied by its own global scales before it is summed, so no sum needs equal scales.
-A deterministic, unrotated operand takes the amax of the whole tensor nevertheless (``sharding.py``): fprop then has
-the codes of a single process, bit for bit, where K (rowwise) and N (colwise with 16x16 tiles) are cut at multiples of
-16. Stochastic and rotated operands, all in dgrad and wgrad, scale by their own part; they stay unbiased.
+Which operands of the GEMMs a process then has a part of is in ``_COLWISE`` and ``_ROWWISE``; in the
+last two lines it has them whole.
 
-Noise. Signs are equal on all processes. Rounding differs between processes, also where an operand is replicated (x^T in
-colwise, dy in rowwise): what it enters is a different shard of dw or dx on each process, so that no two copies of
-anything drift apart. They would where the result is replicated: layers of the last line round alike on all processes,
-and so must layers with a plain weight that ``parallelize_module`` left whole: ``nvfp4.share_noise``.
+Scales. Each partial product is multiplied by its own global scales before it is summed, so no sum
+needs equal scales. A deterministic, unrotated operand takes the amax of the whole tensor
+nevertheless (``sharding.py``): fprop then has the codes of a single process, bit for bit, where K
+(rowwise) and N (colwise with 16x16 tiles) are cut at multiples of 16. Stochastic and rotated
+operands, all in dgrad and wgrad, scale by their own part; they stay unbiased.
+
+Noise. Signs are equal on all processes. Rounding differs between processes, also where an operand
+is replicated (x^T in colwise, dy in rowwise): what it enters is a different shard of dw or dx on
+each process, so that no two copies of anything drift apart. They would where the result is
+replicated: layers of the last line round alike on all processes, and so must layers with a plain
+weight that ``parallelize_module`` left whole: ``nvfp4.share_noise``.
 """
 
 from __future__ import annotations
@@ -28,28 +33,29 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from nvfp4.layer.noise import LEFT, RIGHT
 from nvfp4.layer.sharding import CONTRACTION, ROWS, Shards
 
-_LEFT, _RIGHT = 0, 1
 _COLWISE = {
-    ("fprop", _RIGHT): ROWS,
-    ("dgrad", _LEFT): CONTRACTION,
-    ("dgrad", _RIGHT): CONTRACTION,
-    ("wgrad", _LEFT): ROWS,
+    ("fprop", RIGHT): ROWS,
+    ("dgrad", LEFT): CONTRACTION,
+    ("dgrad", RIGHT): CONTRACTION,
+    ("wgrad", LEFT): ROWS,
 }
 _ROWWISE = {
-    ("fprop", _LEFT): CONTRACTION,
-    ("fprop", _RIGHT): CONTRACTION,
-    ("dgrad", _RIGHT): ROWS,
-    ("wgrad", _RIGHT): ROWS,
+    ("fprop", LEFT): CONTRACTION,
+    ("fprop", RIGHT): CONTRACTION,
+    ("dgrad", RIGHT): ROWS,
+    ("wgrad", RIGHT): ROWS,
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where x [..., K], weight [N, K] and what comes of them lie on a mesh of one dimension; see the head of the file.
+    """Where x [..., K], weight [N, K] and what comes of them lie on a mesh of one dimension.
 
-    shards: what is cut, for the operands. noise_rank: the rank to round for where all processes must round alike.
+    shards: what is cut, for the operands. noise_rank: the rank to round for where all processes
+    must round alike.
     """
 
     mesh: DeviceMesh
@@ -63,7 +69,7 @@ class Layout:
     def local(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """This process's parts of the three DTensors; gradients that come back are parts as the layout says."""
+        """This process's parts of the three DTensors; their gradients are parts as well."""
         parts = _part(x, self.x_grad), _part(weight, self.weight_grad)
         if bias is None:
             return *parts, None
@@ -82,7 +88,7 @@ class Layout:
 
 
 class _OnFirst(torch.autograd.Function):
-    """The bias of partial sums: added by the first process alone, and its gradient is the same on each."""
+    """The bias of partial sums: the first process alone adds it; its gradient is equal on each."""
 
     @staticmethod
     def forward(ctx: Any, bias: torch.Tensor, first: bool) -> torch.Tensor:
@@ -96,9 +102,12 @@ class _OnFirst(torch.autograd.Function):
 def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
     """The layout of a layer; TypeError naming what was found if it is none of the four above."""
     if not isinstance(weight, DTensor) or not isinstance(x, DTensor):
-        found = "x is a DTensor, weight a plain tensor" if isinstance(x, DTensor) else "weight is a DTensor, x is not"
+        which = "x is a DTensor, weight a plain tensor"
+        if not isinstance(x, DTensor):
+            which = "weight is a DTensor, x is not"
         raise TypeError(
-            f"{found}: call the module that fully_shard wrapped, or give this layer ColwiseParallel or RowwiseParallel"
+            f"{which}: call the module that fully_shard wrapped, or parallelize this layer by "
+            f"ColwiseParallel or RowwiseParallel"
         )
     mesh = weight.device_mesh
     if mesh.ndim != 1 or x.device_mesh != mesh:
@@ -115,8 +124,8 @@ def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
     if isinstance(of_x, Shard) and of_weight == Replicate() and of_x.dim < x.dim() - 1:
         return Layout(mesh, of_x, of_x, Partial(), Partial(), Shards(mesh, {}))
     raise TypeError(
-        f"x is {of_x!r} and weight {of_weight!r}; supported are ColwiseParallel (x Replicate(), weight Shard(0)), "
-        f"RowwiseParallel (x Shard(-1), weight Shard(1)) and a replicated weight"
+        f"x is {of_x!r} and weight {of_weight!r}; supported are ColwiseParallel (x Replicate(), "
+        "weight Shard(0)), RowwiseParallel (x Shard(-1), weight Shard(1)) and a replicated weight"
     )
 
 

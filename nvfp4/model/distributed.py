@@ -1,11 +1,14 @@
 """Options for models spread over processes. DDP, FSDP2 and tensor parallelism need none of them.
 
-    model = nvfp4.convert(model)                     # first: parameters keep their identity
-    fully_shard(model); fp4_all_gather(model)        # FSDP2, weights travel as codes
-    parallelize_module(model, mesh, plan); share_noise(model, mesh)      # tensor parallelism, see tensor_parallel.py
+    model = nvfp4.convert(model)            first: parameters keep their identity
+    fully_shard(model)                      FSDP2
+    fp4_all_gather(model)                   weights travel as codes, a quarter of the bytes
+    parallelize_module(model, mesh, plan)   tensor parallelism, see ``layer/tensor_parallel.py``
+    share_noise(model, mesh)                what it left whole rounds alike on all processes
 
-Weights under FSDP2 are DTensors outside of forward and plain tensors inside, so a converted layer notices nothing.
-Quantised weights are not kept between calls while torch.distributed runs: gathered memory comes and goes.
+Weights under FSDP2 are DTensors outside of forward and plain tensors inside, so a converted layer
+notices nothing. Quantised weights are not kept between calls while torch.distributed runs: gathered
+memory comes and goes.
 """
 
 from __future__ import annotations
@@ -22,59 +25,63 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from nvfp4.layer.linear import Linear, LinearState
-from nvfp4.layer.sharding import GatheredWeight, quantize_with_amax, shared_amax
+from nvfp4.layer.sharding import GatheredWeight, amax_of_parts, quantize_with_amax
 from nvfp4.model.weights import layers
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.quantizers.base import Options
-from nvfp4.quantizers.registry import get_quantizer
-from nvfp4.recipes import Recipe
 
 _BEFORE, _AFTER = "fsdp_pre_all_gather", "fsdp_post_all_gather"
-"""FSDP2's extension points, looked up on the sharded tensor; torchao's FP8 all-gather uses them too."""
+"""FSDP2's extension points, looked up on the sharded tensor (torchao's FP8 gather uses them too).
+"""
 
 
 def share_noise(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Let converted layers that ``parallelize_module`` left whole round alike on all processes of the tensor mesh.
+    """Let layers that ``parallelize_module`` left whole round alike on all processes of the mesh.
 
-    Nothing averages the gradients of such copies, so they must be equal to the bit or the copies drift apart. mesh: of
-    one dimension, as given to ``parallelize_module``; call it after that, on all its processes. Returns ``model``.
-    ValueError if the processes converted with different seeds.
+    Nothing averages the gradients of such copies, so they must be equal to the bit or the copies
+    drift apart. mesh: of one dimension, as given to ``parallelize_module``; call it after that, on
+    all its processes. Returns ``model``. ValueError if the processes converted with different
+    seeds.
     """
     if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension, as for parallelize_module, got {mesh}; name one: mesh['tp']")
+        raise ValueError(f"mesh must have one dimension, as for parallelize_module, got {mesh}: say mesh['tp']")
+
+    # equal seeds, or the rank below would not make the noise equal
     seeds: list[Any] = [None] * mesh.size()
     dist.all_gather_object(seeds, [layer.nvfp4.noise.seed for layer in layers(model).values()], mesh.get_group())
     if any(other != seeds[0] for other in seeds):
-        raise ValueError("the processes converted with different seeds: give convert the same seed= on all of them")
+        raise ValueError("the processes converted with different seeds: give convert one seed= on all of them")
+
+    # all round as the first process; layers with a DTensor weight set their rank in forward
     first = int(mesh.mesh.flatten()[0])
-    for layer in layers(model).values():  # those with a DTensor weight set theirs in forward
+    for layer in layers(model).values():
         layer.nvfp4.noise.rank = first
     return model
 
 
 def fp4_all_gather(model: nn.Module, enabled: bool = True) -> dict[str, str]:
-    """Let FSDP2 gather the weights of converted layers as FP4 codes: a quarter of the bytes, the same bits.
+    """Let FSDP2 gather weights of converted layers as FP4 codes: a quarter of the bytes, same bits.
 
-    Each process quantises its shard (the scale from an all-reduced amax), codes and scales are gathered. Results equal
-    gathering in high precision and quantising. Parameters, gradients, ``state_dict`` and checkpoints stay as they are.
-    model: after ``fully_shard``, outside of forward and backward; again after ``.to()`` or ``load_state_dict`` with
-    ``assign=True``. enabled: False goes back to gathering in high precision, e.g. for ``nvfp4.disabled(model)``.
+    Each process quantises its shard (the scale from an all-reduced amax), codes and scales are
+    gathered. Results equal gathering in high precision and quantising. Parameters, gradients,
+    ``state_dict`` and checkpoints stay as they are. model: after ``fully_shard``, outside of
+    forward and backward; again after ``.to()`` or ``load_state_dict`` with ``assign=True``.
+    enabled: False goes back to gathering in high precision, e.g. for ``nvfp4.disabled(model)``.
     Returns the layers that are still gathered in high precision by name, each with the reason.
     """
     names = {id(layer): name for name, layer in layers(model).items()}
-    kept: dict[str, str | None] = dict.fromkeys(names.values(), "not sharded")
+    reasons: dict[str, str | None] = dict.fromkeys(names.values(), "not sharded")
     for parameter in _sharded_parameters(model):
         is_weight = parameter._module_info.param_name == "weight"
         name = names.get(id(parameter._module_info.module)) if is_weight else None
-        reason = "off" if not enabled or name is None else _reason_against(parameter)
+        reason = "off" if not enabled or name is None else _why_not(parameter)
         _switch(parameter, reason is None)
         if name is not None:
-            kept[name] = reason
-    return {name: reason for name, reason in kept.items() if reason is not None}
+            reasons[name] = reason
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _before(
+def _pre_all_gather(
     shard: Callable[[], torch.Tensor | None],
     mesh: DeviceMesh,
     outer_size: torch.Size,
@@ -82,24 +89,31 @@ def _before(
     module: nn.Module,
     mp_policy: MixedPrecisionPolicy,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-    """What FSDP2 sends of a weight, (codes, block scales, global scale) of this process's shard, and (block, shape)."""
+    """What FSDP2 sends of a weight: its shard's codes, block scales and global scale.
+
+    And what it hands on: (block, shape of the whole).
+    """
     part = shard()
     assert part is not None
     if not isinstance(module, Linear):
         raise RuntimeError("the layer was reverted while its weight is gathered in FP4: call fp4_all_gather(model)")
-    state, options = module.nvfp4, _weight_options(module.nvfp4.recipe)
+    spec = module.nvfp4.recipe.fprop.right
+    options = spec.options_given_amax
     assert options is not None
+
     part = part if mp_policy.param_dtype is None else part.to(mp_policy.param_dtype)
-    quantizer = get_quantizer(str(state.recipe.fprop.right.quantizer))
-    amax = shared_amax(part, mesh.get_group())
-    q = quantize_with_amax(part, quantizer, options, amax, backend=state.backend)
+    amax = amax_of_parts(part, mesh.get_group())
+    q = quantize_with_amax(part, spec.rule, options, amax, backend=module.nvfp4.backend)
     return q.tensors, (q.block, tuple(outer_size))
 
 
-def _after(
+def _post_all_gather(
     gathered: tuple[torch.Tensor, ...], record: tuple[Any, ...], dtype: torch.dtype, *, out: Any = None
 ) -> tuple[GatheredWeight, tuple[()]] | None:
-    """The weight that FSDP2 received, made once: later all-gathers write into the memory of its codes (``out``)."""
+    """The weight that FSDP2 received.
+
+    Made once: later all-gathers write into the memory of its codes (``out``).
+    """
     if out is not None:
         return None
     codes, block_scale, global_scale = gathered
@@ -116,38 +130,36 @@ def _sharded_parameters(model: nn.Module) -> list[Any]:
 
 
 def _switch(parameter: Any, on: bool) -> None:
-    """Set or remove FSDP2's extension points on the sharded tensor, and let it make its buffers anew."""
+    """Set or remove FSDP2's extension points on the shard, and let it make its buffers anew."""
     shard = parameter._sharded_local_tensor
     if on and not hasattr(shard, _BEFORE):
-        setattr(shard, _BEFORE, partial(_before, weakref.ref(shard)))
-        setattr(shard, _AFTER, _after)
+        setattr(shard, _BEFORE, partial(_pre_all_gather, weakref.ref(shard)))
+        setattr(shard, _AFTER, _post_all_gather)
     elif not on and hasattr(shard, _BEFORE):
         delattr(shard, _BEFORE)
         delattr(shard, _AFTER)
+
+    # the buffers of the other kind of gather are of no use
     parameter._init_extensions()
     if on != isinstance(getattr(parameter, "_unsharded_param", None), GatheredWeight):
         parameter.all_gather_outputs = []
         vars(parameter).pop("_unsharded_param", None)
 
 
-def _weight_options(recipe: Recipe) -> Options | None:
-    """Options of fprop's weight if its codes follow from the weight and its amax alone, otherwise None."""
-    options = recipe.fprop.right.noiseless
-    return None if options is None or options.rotation is not None or options.row_scaled else options
-
-
-def _reason_against(parameter: Any) -> str | None:
+def _why_not(parameter: Any) -> str | None:
     """Why this weight must travel in high precision, in words; None if it need not."""
     layer, shard = parameter._module_info.module, parameter._sharded_local_tensor
     state: LinearState = layer.nvfp4
-    options = _weight_options(state.recipe)
+
+    # the recipe, the layer, the weight
+    options = state.recipe.fprop.right.options_given_amax
     if options is None:
         return f"recipe {state.recipe.name}: codes of w in fprop depend on more than w and its amax"
     if state.recipe.dgrad.right.source == "tensor":
         return f"recipe {state.recipe.name}: dgrad needs w in high precision"
     if not state.enabled:
         return "layer is disabled"
-    if state.shared is not None:
+    if state.cache.group is not None:
         return "its scale is shared with other layers"
     if parameter._module_info.shared_modules:
         return "weight is tied"
@@ -157,6 +169,8 @@ def _reason_against(parameter: Any) -> str | None:
         return "weight is offloaded to the cpu"
     if parameter.post_forward_mesh_info not in (None, parameter.mesh_info):
         return "reshard_after_forward is a number"
+
+    # shards of whole blocks: a block that is cut would have two scales
     rows = parameter._orig_size[0]
     processes = parameter.mesh_info.shard_mesh_size
     unit = processes * (options.block[0] if options.block == TILE_BLOCK else 1)

@@ -1,7 +1,15 @@
-"""fuse: RMSNorm and SwiGLU of a model straight into the codes of the converted layers that they feed.
+"""fuse: RMSNorm and SwiGLU of a model straight into the codes of the converted layers they feed.
 
-A module keeps its identity, as under ``convert``: its class becomes a subclass of what it was, and nothing else. What a
-module computes is found out by trying it, not by its name; one that computes something else stays as it is.
+    norm(x) -> q, k, v        the norm returns a ``LazyActivation``; each layer quantises its
+                              formula, and all three share the codes
+    silu(gate) * up -> down   the MLP hands ``swiglu(gate, up)`` to down_proj
+
+A module keeps its identity, as under ``convert``: its class becomes a subclass of what it was
+(``reclass.py``), and nothing else changes. What a module computes is found out by trying it on
+random numbers, not by its name; one that computes something else stays as it is, with the reason.
+
+Where operators must be seen as they are (a compiler, a dispatch mode, a DTensor) and under
+``disabled``, a fused module computes as it did before.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ from torch import nn
 
 from nvfp4.layer.lazy_activation import rms_norm, swiglu
 from nvfp4.layer.linear import Linear
+from nvfp4.model.reclass import can_restore, reclass, restore
 from nvfp4.numerics import activations
 from nvfp4.numerics.torch_state import is_dtensor, is_traced, without_autocast
 from nvfp4.ops import INPUT_DTYPES
@@ -23,8 +32,12 @@ FUSED = "fused"
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 EPS_NAMES = ("variance_epsilon", "eps")
 PROBE_ROWS = 16
+
 AGREEMENT = 0.99
-"""Share of BF16 results that must be equal: the order of a sum changes 1 in 10^5, one more rounding every fourth."""
+"""Share of BF16 results of a trial that must be equal.
+
+The order of a sum changes 1 result in 10^5, one more rounding every fourth.
+"""
 
 
 def rms_norm_linear(
@@ -32,8 +45,9 @@ def rms_norm_linear(
 ) -> tuple[torch.Tensor, ...]:
     """layer(RMSNorm(x)) of each layer, for x [..., K] and norm_weight [K]; q, k and v, for example.
 
-    The normalised x is quantised once for all converted layers whose recipes ask for equal operands, never written, and
-    its codes are kept once for the backward. Layers that are not converted find it as an ordinary tensor.
+    The normalised x is quantised once for all converted layers whose recipes ask for equal
+    operands, never written, and its codes are kept once for the backward. Layers that are not
+    converted find it as an ordinary tensor.
     Raises as ``lazy_activation.rms_norm`` and the layers do.
     """
     normal = rms_norm(x, norm_weight, eps, backend=_backend(*layers))
@@ -49,35 +63,55 @@ def swiglu_linear(gate: torch.Tensor, up: torch.Tensor, layer: nn.Linear) -> tor
 
 
 def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
-    """Fuse RMSNorms and SwiGLU MLPs with the converted layers they feed, in place; ``on=False`` undoes it.
+    """Fuse RMSNorms and SwiGLU MLPs with the converted layers they feed, in place; False undoes it.
 
-    MLPs: modules of gate_proj, up_proj, down_proj and act_fn that compute down(silu(gate(x)) * up(x)), down_proj being
-    converted. Norms: modules of a class named ...RMSNorm that compute what Llama's does, beside converted layers of
-    their width. Parameters, ``state_dict``, hooks, copies, pickles and checkpointing stay as they were. Returns, by
-    dotted name, "fused" or the reason why not: not_converted, other_formula, forward_replaced, parameters, dtype,
-    feeds_no_converted_layer. Compiled graphs, DTensors and ``disabled`` compute as without; a module compiled by itself
-    (not with ``fullgraph``) breaks its graph to read a deferred input. On a CPU it saves memory, about a third of what
-    blocks keep, and costs time, since torch recomputes the activations: a sixth to a third of a small Llama's step.
-    RuntimeError, on undoing, for a module that ``fully_shard`` was called on itself; in a forward that changes a norm's
-    input in place before a layer has used the result.
+    MLPs: modules of gate_proj, up_proj, down_proj and act_fn that compute
+    down(silu(gate(x)) * up(x)), down_proj being converted. Norms: modules of a class named
+    ...RMSNorm that compute what Llama's does, beside converted layers of their width. Parameters,
+    ``state_dict``, hooks, copies, pickles and checkpointing stay as they were.
+
+    Returns, by dotted name, "fused" or the reason why not: not_converted, other_formula,
+    forward_replaced, parameters, dtype, feeds_no_converted_layer. Compiled graphs, DTensors and
+    ``disabled`` compute as without; a module compiled by itself (not with ``fullgraph``) breaks its
+    graph to read a lazy input. On a CPU it saves memory, about a third of what blocks keep, and
+    costs time, since torch recomputes the activations: a sixth to a third of a small Llama's step.
+
+    RuntimeError, on undoing, for a module that ``fully_shard`` was called on itself; in a forward
+    that changes a norm's input in place before a layer has used the result.
     """
     if not on:
-        return _separate(model)
+        return _unfuse(model)
     verdicts = {}
-    tried: dict[Any, bool] = {}
+    trials: dict[Any, bool] = {}
     for name, module, widths in _candidates(model):
-        kind: type[_Fused] = _Norm if widths is not None else _GatedMLP
-        reason = None if isinstance(module, _Fused) else kind.objection(module, widths or set(), tried)
-        if reason is None and not isinstance(module, _Fused):
-            module.__class__ = _fused_class(kind, type(module))
+        if isinstance(module, FusedModule):
+            verdicts[name] = FUSED
+            continue
+        reason = _why_not_mlp(module, trials) if widths is None else _why_not_norm(module, widths, trials)
+        if reason is None:
+            reclass(module, FusedMLP if widths is None else FusedNorm)
         verdicts[name] = reason or FUSED
     return verdicts
+
+
+def _unfuse(model: nn.Module) -> dict[str, str]:
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedModule)}
+    for name, module in fused.items():
+        if not can_restore(module):
+            raise RuntimeError(
+                f"{name} has become a {type(module).__name__}: call nvfp4.fuse(model, False) "
+                "before fully_shard (or parametrize), or shard the blocks that hold the module"
+            )
+    for module in fused.values():
+        vars(module).pop("nvfp4_fused", None)
+        restore(module)
+    return dict.fromkeys(fused, "separated")
 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the fused modules of ``model`` compute as they did before ``fuse``."""
-    changed = [module for module in model.modules() if isinstance(module, _Fused) and module.nvfp4_fused]
+    changed = [module for module in model.modules() if isinstance(module, FusedModule) and module.nvfp4_fused]
     for module in changed:
         module.nvfp4_fused = False
     try:
@@ -87,86 +121,26 @@ def unfused(model: nn.Module) -> Iterator[nn.Module]:
             module.nvfp4_fused = True
 
 
-def _separate(model: nn.Module) -> dict[str, str]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, _Fused)}
-    for name, module in found.items():
-        if "original" not in vars(type(module)):
-            raise RuntimeError(
-                f"{name} has become a {type(module).__name__}: call nvfp4.fuse(model, False) before fully_shard (or "
-                f"parametrize), or shard the blocks that hold the module"
-            )
-    for module in found.values():
-        vars(module).pop("nvfp4_fused", None)
-        module.__class__ = type(module).original  # type: ignore[assignment]
-    return dict.fromkeys(found, "separated")
+class FusedModule(nn.Module):
+    """What fused modules have in common: ``nvfp4_fused`` is False while they compute as before."""
 
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[int] | None]]:
-    """Modules that look right, each with its name; norms with the widths of the converted layers around them."""
-    seen: set[int] = set()
-    for prefix, parent in list(model.named_modules()):
-        if all(isinstance(getattr(parent, part, None), nn.Module) for part in MLP_PARTS):
-            yield prefix, parent, None
-        for name, child in parent.named_children():
-            if type(child).__name__.endswith("RMSNorm") and id(child) not in seen:
-                seen.add(id(child))
-                yield f"{prefix}.{name}" if prefix else name, child, _widths(parent)
-
-
-def _widths(parent: nn.Module) -> set[int]:
-    """in_features of the converted layers that a module, or one of its children, holds itself (PEFT: in a wrapper)."""
-    held = [inner for child in parent.children() for inner in (child, *child.children())]
-    held = [getattr(inner, "base_layer", inner) for inner in held]
-    return {inner.in_features for inner in held if isinstance(inner, Linear)}
-
-
-class _Fused(nn.Module):
-    """What fused modules have in common. original: the class the module had; nvfp4_fused: False while disabled."""
-
-    original: type[nn.Module]
     nvfp4_fused = True
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if "original" not in vars(type(self)):
-            return super().__reduce_ex__(protocol)
-        return _restore, (type(self).__bases__[0], self.original), vars(self).copy()
 
-    @classmethod
-    def objection(cls, module: nn.Module, widths: set[int], tried: dict[Any, bool]) -> str | None:
-        """Why a module cannot be fused, or None. tried: what probes have found, by what they depend on."""
-        raise NotImplementedError
-
-
-class _Norm(_Fused):
-    """An RMSNorm whose result is deferred."""
+class FusedNorm(FusedModule):
+    """An RMSNorm whose result is lazy."""
 
     weight: nn.Parameter
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The normalised x [..., K]."""
-        if not self.nvfp4_fused or kwargs or len(args) != 1 or _watched(args[0], self.weight):
+        if not self.nvfp4_fused or kwargs or len(args) != 1 or _needs_tensors(args[0], self.weight):
             return super().forward(*args, **kwargs)
         return rms_norm(args[0], self.weight, _eps(self))
 
-    @classmethod
-    def objection(cls, module: nn.Module, widths: set[int], tried: dict[Any, bool]) -> str | None:
-        weight = vars(module)["_parameters"].get("weight")
-        if "forward" in vars(module):
-            return "forward_replaced"
-        if weight is None or weight.dim() != 1 or _eps(module) is None or len([*module.parameters()]) != 1:
-            return "parameters"
-        if weight.dtype not in INPUT_DTYPES:
-            return "dtype"
-        if len(weight) not in widths:
-            return "feeds_no_converted_layer"
-        key = (type(module), _eps(module), len(weight))
-        if key not in tried:
-            tried[key] = _agrees(lambda: _try_norm(module, len(weight)))
-        return None if tried[key] else "other_formula"
 
-
-class _GatedMLP(_Fused):
-    """An MLP whose silu(gate) * up is deferred."""
+class FusedMLP(FusedModule):
+    """An MLP whose silu(gate) * up is lazy."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -179,41 +153,13 @@ class _GatedMLP(_Fused):
         hooked = act_fn._forward_hooks or act_fn._forward_pre_hooks or act_fn._backward_hooks
         if not self.nvfp4_fused or kwargs or len(args) != 1 or hooked:
             return super().forward(*args, **kwargs)
-        gate, up = self.gate_proj(args[0]), self.up_proj(args[0])
-        return self.down_proj(act_fn(gate) * up if _watched(gate, up) else swiglu(gate, up))
-
-    @classmethod
-    def objection(cls, module: nn.Module, widths: set[int], tried: dict[Any, bool]) -> str | None:
-        down = module.get_submodule("down_proj")
-        if "forward" in vars(module) or "forward" in vars(module.get_submodule("act_fn")):
-            return "forward_replaced"
-        if not isinstance(getattr(down, "base_layer", down), Linear):
-            return "not_converted"
-        key = (type(module), type(module.get_submodule("act_fn")))
-        if key not in tried:
-            tried[key] = set(dict(module.named_children())) == set(MLP_PARTS) and _agrees(lambda: _try_mlp(module))
-        return None if tried[key] else "other_formula"
+        gate = self.gate_proj(args[0])
+        up = self.up_proj(args[0])
+        return self.down_proj(act_fn(gate) * up if _needs_tensors(gate, up) else swiglu(gate, up))
 
 
-_CLASSES: dict[tuple[type[_Fused], type[nn.Module]], type[_Fused]] = {}
-
-
-def _fused_class(kind: type[_Fused], original: type[nn.Module]) -> type[_Fused]:
-    """The subclass of both: always the same one, so that copies and pickles find it."""
-    if (kind, original) not in _CLASSES:
-        members = {"original": original, "__doc__": original.__doc__}
-        _CLASSES[kind, original] = type(f"Fused{original.__name__}", (kind, original), members)
-    return _CLASSES[kind, original]
-
-
-def _restore(kind: type[_Fused], original: type[nn.Module]) -> nn.Module:
-    """An empty module of a fused class, for copies and pickles."""
-    made = _fused_class(kind, original)
-    return made.__new__(made)
-
-
-def _watched(*tensors: torch.Tensor) -> bool:
-    """Whether operators must be seen as they are: by compilers, dispatch modes, tracers or tensor subclasses."""
+def _needs_tensors(*tensors: torch.Tensor) -> bool:
+    """Whether operators must be seen as they are, by whoever traces or by a tensor subclass."""
     if torch.jit.is_tracing():
         return True
     return any(is_traced(t) or is_dtensor(t) or t.dtype not in INPUT_DTYPES for t in tensors)
@@ -227,34 +173,85 @@ def _backend(*layers: nn.Linear) -> str:
     return next((layer.nvfp4.backend for layer in layers if isinstance(layer, Linear)), "auto")
 
 
-class _Says(nn.Module):
-    """Stands in for a linear layer: returns what it was made with (its input, if None), and remembers its inputs."""
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[int] | None]]:
+    """Modules that look right, by name: norms with the widths around them, MLPs with None."""
+    seen: set[int] = set()
+    for prefix, parent in list(model.named_modules()):
+        if all(isinstance(getattr(parent, part, None), nn.Module) for part in MLP_PARTS):
+            yield prefix, parent, None
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm") and id(child) not in seen:
+                seen.add(id(child))
+                yield f"{prefix}.{name}" if prefix else name, child, _widths(parent)
 
-    def __init__(self, value: torch.Tensor | None) -> None:
-        super().__init__()
-        self.value, self.asked = value, []  # type: ignore[var-annotated]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The given value."""
-        self.asked.append(x)
-        return x if self.value is None else self.value
+def _widths(parent: nn.Module) -> set[int]:
+    """in_features of the converted layers that a module, or one of its children, holds itself."""
+    held = [inner for child in parent.children() for inner in (child, *child.children())]
+    held = [getattr(inner, "base_layer", inner) for inner in held]  # PEFT keeps the layer in a wrapper
+    return {inner.in_features for inner in held if isinstance(inner, Linear)}
 
 
-def _agrees(probe: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> bool:
-    """Whether both results of a probe are one formula's, rounded in the same places."""
+def _why_not_norm(module: nn.Module, widths: set[int], trials: dict[Any, bool]) -> str | None:
+    """Why a norm cannot be fused, or None. trials: what was found out, by what it depends on."""
+    weight = vars(module)["_parameters"].get("weight")
+    if "forward" in vars(module):
+        return "forward_replaced"
+    if weight is None or weight.dim() != 1 or _eps(module) is None or len([*module.parameters()]) != 1:
+        return "parameters"
+    if weight.dtype not in INPUT_DTYPES:
+        return "dtype"
+    if len(weight) not in widths:
+        return "feeds_no_converted_layer"
+    key = (type(module), _eps(module), len(weight))
+    if key not in trials:
+        trials[key] = _agrees(lambda: _try_norm(module, len(weight)))
+    return None if trials[key] else "other_formula"
+
+
+def _why_not_mlp(module: nn.Module, trials: dict[Any, bool]) -> str | None:
+    """Why an MLP cannot be fused, or None."""
+    down = module.get_submodule("down_proj")
+    if "forward" in vars(module) or "forward" in vars(module.get_submodule("act_fn")):
+        return "forward_replaced"
+    if not isinstance(getattr(down, "base_layer", down), Linear):
+        return "not_converted"
+    key = (type(module), type(module.get_submodule("act_fn")))
+    if key not in trials:
+        same_parts = set(dict(module.named_children())) == set(MLP_PARTS)
+        trials[key] = same_parts and _agrees(lambda: _try_mlp(module))
+    return None if trials[key] else "other_formula"
+
+
+def _agrees(trial: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether both results of a trial are one formula's, rounded in the same places."""
     with torch.no_grad(), without_autocast(torch.device("cpu")):
         try:
-            got, want = probe()
+            got, want = trial()
         except Exception:  # whatever it raises on plain inputs, it is not the formula
             return False
     return got.dtype == want.dtype and got.shape == want.shape and bool((got == want).float().mean() > AGREEMENT)
 
 
-def _stand_in(module: nn.Module, **replaced: Any) -> nn.Module:
-    """A module of the same class and attributes, in training, with other parameters or children."""
-    made = type(module).__new__(type(module))
-    vars(made).update(vars(module) | {"training": True} | replaced)
-    return made
+def _try_norm(module: nn.Module, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what it computes, RMSNorm) of random x [PROBE_ROWS, width] and a random weight."""
+    x, weight = _random(PROBE_ROWS, width, 0), _random(1, width, 1)[0]
+    stand_in = _stand_in(module, _parameters={"weight": nn.Parameter(weight)})
+    return type(module).forward(stand_in, x), activations.RMSNorm(x, weight, _eps(module)).values()
+
+
+def _try_mlp(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what it hands to its last layer, SwiGLU) of random gate and up [PROBE_ROWS, 64]."""
+    x, gate, up = (_random(PROBE_ROWS, 64, seed) for seed in range(3))
+    parts = {"gate_proj": _Recorder(gate), "up_proj": _Recorder(up), "down_proj": _Recorder(None)}
+    stand_in = _stand_in(module, _modules=vars(module)["_modules"] | parts)
+    result = type(module).forward(stand_in, x)
+
+    # each layer is asked once, gate and up for x itself
+    once = all(len(part.inputs) == 1 for part in parts.values())
+    if not once or any(parts[name].inputs[0] is not x for name in ("gate_proj", "up_proj")):
+        raise ValueError("it asks its layers something else")
+    return result, activations.SwiGLU(gate, up).values()
 
 
 def _random(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -262,19 +259,22 @@ def _random(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32).to(torch.bfloat16)
 
 
-def _try_norm(module: nn.Module, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, weight = _random(PROBE_ROWS, width, 0), _random(1, width, 1)[0]
-    stand_in = _stand_in(module, _parameters={"weight": nn.Parameter(weight)})
-    return type(module).forward(stand_in, x), activations.RMSNorm(x, weight, _eps(module)).values()
+def _stand_in(module: nn.Module, **replaced: Any) -> nn.Module:
+    """A module of the same class and attributes, in training, with other parameters or children."""
+    copied = type(module).__new__(type(module))
+    vars(copied).update(vars(module) | {"training": True} | replaced)
+    return copied
 
 
-def _try_mlp(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    x, gate, up = (_random(PROBE_ROWS, 64, seed) for seed in range(3))
-    parts = {"gate_proj": _Says(gate), "up_proj": _Says(up), "down_proj": _Says(None)}
-    stand_in = _stand_in(module, _modules=vars(module)["_modules"] | parts)
-    got = type(module).forward(stand_in, x)
-    if any(len(part.asked) != 1 for part in parts.values()) or any(
-        parts[name].asked[0] is not x for name in ("gate_proj", "up_proj")
-    ):
-        raise ValueError("it asks its layers something else")
-    return got, activations.SwiGLU(gate, up).values()
+class _Recorder(nn.Module):
+    """Stands in for a linear layer: keeps its inputs, returns ``value`` or else the input."""
+
+    def __init__(self, value: torch.Tensor | None) -> None:
+        super().__init__()
+        self.value = value
+        self.inputs: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The given value."""
+        self.inputs.append(x)
+        return x if self.value is None else self.value

@@ -1,9 +1,13 @@
-"""What happened to a model and to its numbers: the conversion report, and the health of quantised tensors."""
+"""What convert did to a model, or would do: a row per linear layer, as a table.
+
+report(model)   what runs in which recipe on which backend, and why the rest was kept
+check(model)    the same before anything is changed, with the bytes and the padding it costs;
+                of names and shapes alone, too
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +19,10 @@ from torch import nn
 from nvfp4.backends.registry import AUTO, check_backend, select
 from nvfp4.layer.experts import STACKS, Experts
 from nvfp4.layer.linear import Linear
-from nvfp4.layer.sharding import values_here
-from nvfp4.model.convert import complain
-from nvfp4.model.selection import Decision, ExpertsDecision, ModuleFilter, Patterns, Recipes, make_policy, not_linear
-from nvfp4.model.weights import layers, stored_weights
-from nvfp4.numerics.codec import e2m1_decode, e4m3_decode, unpack
-from nvfp4.numerics.formats import E2M1, NVFP4
-from nvfp4.numerics.qtensor import QTensor
-from nvfp4.numerics.scaling import spread
-from nvfp4.ops import dequantize, quantize_with
-from nvfp4.quantizers.registry import get_quantizer
+from nvfp4.model.convertible import not_linear
+from nvfp4.model.selection import Decision, ModuleFilter, Patterns, Recipes, Selection
+from nvfp4.model.weights import quantized_weights
+from nvfp4.numerics.formats import NVFP4
 from nvfp4.recipes import GEMMS, Operand, Recipe
 
 
@@ -54,8 +52,9 @@ class LayerReport:
 class LayerCheck(LayerReport):
     """One linear layer that ``convert`` would meet.
 
-    padding: multiply-adds spent on padding by fprop and dgrad, as a share of the needed ones; wgrad pads the tokens,
-    which a model does not tell. nvfp4_bytes, bf16_bytes: of the weight as fprop reads it; equal where it is kept.
+    padding: multiply-adds spent on padding by fprop and dgrad, as a share of the needed ones; wgrad
+    pads the tokens, which a model does not tell. nvfp4_bytes, bf16_bytes: of the weight as fprop
+    reads it; equal where it is kept.
     """
 
     padding: float = 0.0
@@ -70,7 +69,10 @@ class LayerCheck(LayerReport):
 
 @dataclass(frozen=True)
 class Report:
-    """Every linear layer of a model; prints as a table. not_linear: what else multiplies by weights, counted."""
+    """Every linear layer of a model; prints as a table.
+
+    not_linear: what else multiplies by weights, counted.
+    """
 
     layers: tuple[LayerReport, ...]
     not_linear: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ class Report:
         return ("layer", "out x in", "recipe", *GEMMS, "backend", "kept because")
 
     def __rich__(self) -> Table:
+        # below the table: the operands of each recipe, which have no room in the rows
         used = dict.fromkeys((layer.recipe, layer.gemms) for layer in self.layers if layer.recipe is not None)
         lines = [
             f"{recipe}: " + "; ".join(f"{gemm} {operands}" for gemm, operands in zip(GEMMS, gemms, strict=True))
@@ -94,6 +97,7 @@ class Report:
         ]
         if self.not_linear:
             lines.append(f"not linear, so not converted: {', '.join(self.not_linear)}")
+
         table = Table(title=self._title(), title_justify="left", caption="\n".join(lines), caption_justify="left")
         for column in self._columns():
             table.add_column(column, overflow="fold")
@@ -133,22 +137,29 @@ class Check(Report):
 
 
 def report(model: nn.Module) -> Report:
-    """Every ``nn.Linear`` of ``model`` with its recipe and backend, or the reason why ``convert`` kept it; and every
-    converted stack of experts, the size that of one expert."""
+    """Every ``nn.Linear`` of ``model`` with its recipe and backend, or the reason why it was kept.
+
+    Of a converted stack of experts, the size of one expert.
+    """
     rows = []
+
+    # linear layers, converted or kept
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            backend = _backend(module.nvfp4.backend, module.weight.device)
-            rows.append(LayerReport(**_described(name, module, module.nvfp4.recipe, backend, None)))
+            state = module.nvfp4
+            backend = _backend(state.backend, module.weight.device)
+            rows.append(LayerReport(**_described(name, module, state.recipe, backend, None)))
         elif isinstance(module, nn.Linear):
             reason = getattr(module, "nvfp4_kept", "not_converted")
             rows.append(LayerReport(**_described(name, module, None, None, reason)))
-    for name, stored in stored_weights(model).items():
-        if isinstance(stored.owner, Experts):
-            state, (_, outputs, inputs) = stored.state, stored.weight.shape
-            like = nn.Linear(inputs, outputs, bias=False, device="meta")
-            backend = _backend(state.backend, stored.weight.device)
-            rows.append(LayerReport(**_described(name, like, state.recipe, backend, None)))
+
+    # stacks of experts, each as the layer that one of them is
+    for name, handle in quantized_weights(model).items():
+        if isinstance(handle.owner, Experts):
+            _, outputs, inputs = handle.weight.shape
+            one = nn.Linear(inputs, outputs, bias=False, device="meta")
+            backend = _backend(handle.state.backend, handle.weight.device)
+            rows.append(LayerReport(**_described(name, one, handle.state.recipe, backend, None)))
     return Report(tuple(rows), not_linear(model))
 
 
@@ -165,24 +176,25 @@ def check(
     experts: bool = False,
     strict: bool = False,
 ) -> Check:
-    """What ``convert`` with these arguments would do, and what it costs; changes nothing and needs no weights.
+    """What ``convert`` would do with these arguments, and what it costs; changes nothing.
 
-    model_or_shapes: a model, also on the meta device, or a mapping from dotted names to (out_features, in_features).
-    Of shapes it can only know what names and sizes tell: no ties, hooks or subclasses. The other arguments are those
-    of ``convert``, and so are the warnings and, when ``strict``, the errors; a backend is checked for its name alone.
-    Raises ValueError or TypeError for what ``convert`` refuses, and for a shape that is not two positive integers.
+    model_or_shapes: a model, also on the meta device, or a mapping from dotted names to
+    (out_features, in_features). Of shapes it can only know what names and sizes tell: no ties,
+    hooks or subclasses. The other arguments are those of ``convert``, and so are the warnings and,
+    when ``strict``, the errors; a backend is checked for its name alone. Raises ValueError or
+    TypeError for what ``convert`` refuses, and for a shape that is not two positive integers.
     """
-    policy = make_policy(recipe, filter_fn, include, exclude, keep_first, keep_last, experts)
+    selection = Selection.of(recipe, filter_fn, include, exclude, keep_first, keep_last, experts)
     check_backend(backend)
     model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else _skeleton(model_or_shapes)
-    plan = policy.plan(model)
-    complain(plan, strict)
+    plan = selection.plan(model)
+    plan.complain(strict)
     rows = [_checked(decision, backend) for decision in plan.decisions]
     rows += [row for decision in plan.experts for row in _checked_experts(decision, backend)]
     return Check(tuple(rows), plan.not_linear)
 
 
-def _checked_experts(decision: ExpertsDecision, backend: str) -> Iterator[LayerCheck]:
+def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[LayerCheck]:
     """A row for each stack: the size is that of one expert, the bytes are those of all."""
     for name in STACKS:
         stack = getattr(decision.module, name)
@@ -192,7 +204,8 @@ def _checked_experts(decision: ExpertsDecision, backend: str) -> Iterator[LayerC
         yield replace(row, nvfp4_bytes=count * row.nvfp4_bytes, bf16_bytes=count * row.bf16_bytes)
 
 
-def _checked(decision: Decision, backend: str) -> LayerCheck:
+def _checked(decision: Decision[nn.Linear], backend: str) -> LayerCheck:
+    """The row of one layer: as it is if converted already, as it would be, or why not."""
     module, recipe = decision.module, decision.recipe
     if isinstance(module, Linear):
         recipe, backend = module.nvfp4.recipe, module.nvfp4.backend
@@ -201,6 +214,8 @@ def _checked(decision: Decision, backend: str) -> LayerCheck:
     size = 2 * rows * columns
     if recipe is None:
         return LayerCheck(**described, nvfp4_bytes=size, bf16_bytes=size)
+
+    # fprop contracts K, dgrad contracts N: each pads its own
     padded = (_padded(recipe.fprop.right, columns) / columns + _padded(recipe.dgrad.left, rows) / rows) / 2
     codes = _stored_bytes(recipe.fprop.right, rows, columns) if recipe.fprop.quantized else size
     return LayerCheck(**described, padding=padded - 1, nvfp4_bytes=codes, bf16_bytes=size)
@@ -227,111 +242,40 @@ def _padded(spec: Operand, length: int) -> int:
     """How long a contraction of this length gets in NVFP4."""
     if spec.quantizer is None:
         return length
-    rotation = spec.checked(seed=0).rotation
+    rotation = spec.static_options.rotation
     unit = NVFP4.block_size if rotation is None else rotation.group
     return -(-length // unit) * unit
 
 
 def _stored_bytes(spec: Operand, rows: int, columns: int) -> int:
-    """Of the codes (two a byte), block scales (one byte) and global scales (four) of a matrix [rows, columns]."""
-    options, padded = spec.checked(seed=0), _padded(spec, columns)
+    """Bytes of codes (two per byte), block scales and global scales of a matrix [rows, columns]."""
+    options, padded = spec.static_options, _padded(spec, columns)
     scales = -(-rows // options.block[0]) * (padded // NVFP4.block_size)
     return rows * padded // 2 + scales + 4 * (rows if options.row_scaled else 1)
 
 
 def _skeleton(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
-    """A model on the meta device that has linear layers of these names and sizes, and nothing else."""
+    """A model on the meta device: linear layers of these names and sizes, and nothing else."""
     root = nn.Module()
     for name, shape in shapes.items():
         if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"the shape of {name!r} must be (out_features, in_features), positive, got {shape!r}")
+            raise ValueError(f"{name!r} must have a shape (out_features, in_features), positive, got {shape!r}")
+
+        # the modules on the way to it
         *parents, last = name.split(".")
         owner = root
         for parent in parents:
             if parent not in dict(owner.named_children()):
                 owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
+
+        # the layer
         if not last or hasattr(owner, last):
-            raise ValueError(f"{name!r} cannot name a layer: it is empty, holds other layers, or nn.Module has it")
+            raise ValueError(f"{name!r} cannot name a layer: empty, or holds other layers, or nn.Module has it")
         owner.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16))
     return root
 
 
 def _backend(backend: str, device: torch.device) -> str:
+    """The name of the backend that multiplies there; on the meta device what was asked for."""
     return backend if device.type == "meta" else select(backend, "matmul", device).name
-
-
-@dataclass(frozen=True)
-class Health:
-    """How one tensor took quantisation. All but ``amax`` are shares of elements, or relative to its mean square.
-
-    relative_mse: mean squared error over mean square. saturated: elements at code +-6 whose value was further out.
-    underflow: non-zero elements in a block whose scale became 0, so that they decode to 0. flushed: non-zero elements
-    that decode to 0, those included. non_finite: NaN or Inf elements; if any, the other shares are NaN.
-    """
-
-    amax: float
-    relative_mse: float
-    saturated: float
-    underflow: float
-    flushed: float
-    non_finite: float
-
-
-def health(x: torch.Tensor, q: QTensor) -> Health:
-    """Compare x, of any float dtype, with its unrotated quantisation q along the last axis. Synchronises the device."""
-    if q.rotation is not None or q.axis != -1 or tuple(x.shape) != q.shape:
-        raise ValueError("health needs x and an unrotated q of x along its last axis")
-    matrix = x.detach().to(torch.float32).reshape(q.rows, q.contraction)
-    decoded = dequantize(q).reshape(matrix.shape)
-    codes = e2m1_decode(unpack(q.codes))[:, : q.contraction].abs()
-    block_scale = e4m3_decode(spread(q.block_scale, q.block, q.rows))
-    scale = block_scale.repeat_interleave(NVFP4.block_size, dim=1)[:, : q.contraction]
-    non_zero = matrix != 0
-    beyond = (codes == E2M1.max) & (matrix.abs() > decoded.abs()) & (scale > 0)
-    count = max(matrix.numel(), 1)
-    finite = bool(matrix.isfinite().all())
-
-    def share(mask: torch.Tensor) -> float:
-        return mask.sum().item() / count if finite else float("nan")
-
-    square = matrix.double().square().sum()  # squares leave the range of float32 long before x does
-    error = (matrix.double() - decoded).square().sum()
-    return Health(
-        amax=matrix.abs().amax().item() if matrix.numel() else 0.0,
-        relative_mse=(error / square).item() if square > 0 else 0.0 if finite else float("nan"),
-        saturated=share(beyond),
-        underflow=share(non_zero & (scale == 0)),
-        flushed=share(non_zero & (decoded == 0)),
-        non_finite=(~matrix.isfinite()).sum().item() / count,
-    )
-
-
-@contextmanager
-def observe(model: nn.Module) -> Iterator[dict[str, Health]]:
-    """Within this context every forward records the health of each converted layer's x and w under its fprop recipe.
-
-    Yields a dict that fills with "layer/x" and "layer/w"; the last forward wins. Costs a second quantisation.
-    Under tensor parallelism it looks at this process's part; a weight gathered in FP4 has no values and is left out.
-    """
-    seen: dict[str, Health] = {}
-    found = layers(model).items()
-    hooks = [layer.register_forward_pre_hook(_observer(name, seen), with_kwargs=True) for name, layer in found]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _observer(name: str, seen: dict[str, Health]):
-    def record(layer: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        assert isinstance(layer, Linear)
-        fprop, x = layer.nvfp4.recipe.fprop, args[0] if args else kwargs["input"]
-        for key, given, spec in (("x", x, fprop.left), ("w", layer.weight, fprop.right)):
-            tensor = values_here(given)
-            if tensor is not None and spec.quantizer is not None and spec.turned is None and tensor.numel():
-                q = quantize_with(tensor.detach(), get_quantizer(spec.quantizer), spec.checked(seed=0))
-                seen[f"{name}/{key}"] = health(tensor, q)
-
-    return record

@@ -1,70 +1,91 @@
 """Which linear layer of a model is converted into which recipe, and why each of the others is kept.
 
-A ``Policy`` is the arguments of ``convert``, checked; its ``plan`` looks at a model and changes nothing. The reasons
-are the machine-readable words that ``report`` and ``check`` show.
+``Selection`` is the arguments of ``convert``, checked; its ``plan`` looks at a model and changes
+nothing:
+
+    1  every linear once, with all of its dotted names; with experts=True stacked experts as well
+    2  facts about the whole model: the blocks that keep_first and keep_last name, the output
+       embedding, ties
+    3  a decision about each: a recipe, or the reason to keep it, the first that holds of
+           cannot be    parametrised, a subclass, another dtype, a forward that was replaced, ...
+           should not   tied to an embedding, an adapter, excluded, not included, the output
+                        embedding, in a kept block
+           need not     filter_fn said no; no pattern of the recipe fits; the recipe is bf16
+    4  what the owner should hear: patterns that match nothing, no layer at all, and what multiplies
+       by weights without being a linear layer
+
+The reasons are the machine-readable words that ``report`` and ``check`` show.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from nvfp4.layer.dense import DenseLinear
-from nvfp4.layer.experts import STACKS, Experts, objection
-from nvfp4.layer.linear import Linear
-from nvfp4.numerics.torch_state import is_plain_parameter
-from nvfp4.ops import INPUT_DTYPES
+from nvfp4.model.convertible import (
+    ALREADY,
+    bypassed,
+    has_stacks,
+    is_linear,
+    not_linear,
+    why_not_experts,
+    why_not_linear,
+)
 from nvfp4.recipes import Recipe, as_recipe
 
 OUTPUT_NAMES = ("lm_head", "output", "head", "embed_out")
 """Last name part of an output embedding where the model does not say which it is."""
 
-ALREADY, ON_PURPOSE = "already_converted", "bf16"
+ON_PURPOSE = "bf16"
 
 ModuleFilter = Callable[[nn.Module, str], bool]
 Recipes = str | Recipe | Mapping[str, "str | Recipe"]
 Patterns = str | Sequence[str] | None
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one linear layer: either ``recipe`` or ``reason`` (to keep it) is None. names: all its paths."""
+Decided = TypeVar("Decided", bound=nn.Module)
 
-    module: nn.Linear
+
+class ConvertWarning(UserWarning):
+    """A conversion that did less than asked: a name matches nothing, or no layer was converted."""
+
+
+@dataclass(frozen=True)
+class Decision(Generic[Decided]):
+    """What happens to one module; names: all its paths.
+
+    Either ``recipe`` or ``reason``, to keep it, is None.
+    """
+
+    module: Decided
     names: tuple[str, ...]
     recipe: Recipe | None
     reason: str | None
 
 
 @dataclass(frozen=True)
-class ExpertsDecision:
-    """The same of one module that holds stacked experts."""
+class ConversionPlan:
+    """Every decision about a model, and what its owner should hear.
 
-    module: nn.Module
-    names: tuple[str, ...]
-    recipe: Recipe | None
-    reason: str | None
+    not_linear: what multiplies by weights and is no linear layer. complaints: what the arguments
+    got wrong.
+    """
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Every decision about a model, and what its owner should hear. not_linear: what no linear layer computes."""
-
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision[nn.Linear], ...]
     kept_blocks: tuple[str, ...]
     not_linear: tuple[str, ...]
     complaints: tuple[str, ...]
-    experts: tuple[ExpertsDecision, ...] = ()
+    experts: tuple[Decision[nn.Module], ...] = ()
 
     def summary(self) -> str:
-        """One line: recipes, how many layers are converted, how many are kept by reason, and the blocks kept."""
+        """One line: recipes, number converted, number kept by reason, blocks kept."""
         recipes = Counter(d.recipe.name for d in self.decisions if d.recipe is not None)
         counts = ", ".join(f"{name}: {count}" for name, count in recipes.most_common())
         extra = f"; not_linear: {', '.join(self.not_linear)}" if self.not_linear else ""
@@ -74,6 +95,22 @@ class Plan:
             done = sum(d.recipe is not None for d in self.experts)
             blocks = f"; experts: converted {done}, {_kept(self.experts)}{blocks}"
         return f"converted {recipes.total()}{by_recipe}, {_kept(self.decisions)}{extra}{blocks}"
+
+    def complain(self, strict: bool, stacklevel: int = 3) -> None:
+        """Warn of what is wrong, or raise ValueError if strict.
+
+        Of what no argument can change it only warns.
+        """
+        for message in self.complaints:
+            if strict:
+                raise ValueError(message)
+            warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
+        experts = next((kind for kind in self.not_linear if "expert" in kind), None)
+        if experts is not None:
+            why = ", ".join(sorted({decision.reason for decision in self.experts if decision.reason is not None}))
+            hint = f" ({why})" if self.experts else "; experts=True converts those it knows"
+            message = f"{experts}: fused experts are no linear layers and stay in high precision{hint}"
+            warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
 
 
 @dataclass(frozen=True)
@@ -88,8 +125,11 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Who is converted into what; made by ``make_policy``. recipes: by pattern, in order; None matches every layer."""
+class Selection:
+    """Who is converted into what; made by ``Selection.of``.
+
+    recipes: by pattern, in order; None matches every layer.
+    """
 
     recipes: tuple[tuple[str | None, Recipe], ...]
     filter_fn: ModuleFilter | None
@@ -99,11 +139,38 @@ class Policy:
     keep_last: int | float
     experts: bool = False
 
-    def plan(self, model: nn.Module) -> Plan:
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipes,
+        filter_fn: ModuleFilter | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        keep_first: int | float = 0,
+        keep_last: int | float = 0,
+        experts: bool = False,
+    ) -> Selection:
+        """Check the arguments of ``convert`` and ``check``; an error names the wrong one."""
+        if isinstance(recipe, Mapping):
+            wrong = next((pattern for pattern in recipe if not isinstance(pattern, str)), None)
+            if wrong is not None:
+                raise TypeError(f"recipe goes from name patterns to recipes, got the pattern {wrong!r}")
+            recipes: tuple[tuple[str | None, Recipe], ...] = tuple((glob, as_recipe(r)) for glob, r in recipe.items())
+        else:
+            recipes = ((None, as_recipe(recipe)),)
+        if filter_fn is not None and not callable(filter_fn):
+            raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}")
+        for argument, value in (("keep_first", keep_first), ("keep_last", keep_last)):
+            _check_share(argument, value)
+        return cls(recipes, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last, experts)
+
+    def plan(self, model: nn.Module) -> ConversionPlan:
         """Decide about every linear layer of ``model``, each once, in the order of the walk."""
-        linears = _linears(model)
-        stacks = _stacks(model) if self.experts else []
+        linears = _with_names(model, is_linear)
+        stacks = _with_names(model, has_stacks) if self.experts else []
         names = [name for _, paths in (*linears, *stacks) for name in paths]
+
+        # facts about the whole model
         ask = getattr(model, "get_output_embeddings", None)
         output = None if ask is None else ask()
         facts = _Facts(
@@ -111,46 +178,61 @@ class Policy:
             frozenset() if output is None else frozenset(map(id, output.modules())),  # PEFT wraps the layer
             ask is not None,
             frozenset(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)),
-            _bypassed(model),
+            bypassed(model),
         )
+
+        # a decision about each
         decisions = tuple(self._decide(facts, module, paths) for module, paths in linears)
         experts = tuple(self._decide_experts(facts, module, paths) for module, paths in stacks)
+
+        # what the owner should hear
         unfit = not_linear(model, {id(d.module) for d in experts if d.recipe is not None})
         complaints = [*self._unmatched(names), *_nothing_converted((*decisions, *experts), unfit)]
-        return Plan(decisions, tuple(facts.kept_blocks), unfit, tuple(complaints), experts)
+        return ConversionPlan(decisions, tuple(facts.kept_blocks), unfit, tuple(complaints), experts)
 
-    def _decide(self, facts: _Facts, module: nn.Linear, paths: list[str]) -> Decision:
-        """A layer with several names is converted only if every name is; the first pattern that fits any gives the
-        recipe."""
-        reasons = [self._reason_to_keep(facts, module, path) for path in paths]
+    def _decide(self, facts: _Facts, module: nn.Linear, paths: list[str]) -> Decision[nn.Linear]:
+        """Of a layer: converted only if every one of its names is.
+
+        The first pattern that fits any of them gives the recipe.
+        """
+        reasons = [self._why_keep(facts, module, path) for path in paths]
         return Decision(module, tuple(paths), *self._verdict(paths, reasons))
 
-    def _decide_experts(self, facts: _Facts, module: nn.Module, paths: list[str]) -> ExpertsDecision:
-        """As for a layer, by the name of the module; ``filter_fn`` is not asked, which expects linears."""
-        reasons = [objection(module) or self._left_out(facts, path) for path in paths]
-        return ExpertsDecision(module, tuple(paths), *self._verdict(paths, reasons))
+    def _decide_experts(self, facts: _Facts, module: nn.Module, paths: list[str]) -> Decision[nn.Module]:
+        """Of stacked experts, by the name of the module.
+
+        ``filter_fn`` is not asked, since it expects linears.
+        """
+        reasons = [why_not_experts(module) or self._why_left_out(facts, path) for path in paths]
+        return Decision(module, tuple(paths), *self._verdict(paths, reasons))
 
     def _verdict(self, paths: list[str], reasons: list[str | None]) -> tuple[Recipe | None, str | None]:
+        """(recipe, None) or (None, reason), from the reasons against each of a module's names."""
         reason = next((reason for reason in reasons if reason is not None), None)
-        fitting = (r for glob, r in self.recipes if glob is None or any(matches(glob, path) for path in paths))
-        recipe = next(fitting, None)
-        if reason is None:
-            reason = "no_recipe" if recipe is None else None if recipe.quantized else ON_PURPOSE
-        return recipe if reason is None else None, reason
+        if reason is not None:
+            return None, reason
+        for pattern, recipe in self.recipes:
+            if pattern is None or any(matches(pattern, path) for path in paths):
+                return (recipe, None) if recipe.quantized else (None, ON_PURPOSE)
+        return None, "no_recipe"
 
-    def _reason_to_keep(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
-        accepted = self.filter_fn is None or self.filter_fn(module, name)  # asked about every name, whatever else holds
-        return _cannot(facts, module) or self._should_not(facts, module, name) or (None if accepted else "filter_fn")
+    def _why_keep(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
+        # asked about every name, whatever else holds
+        accepted = self.filter_fn is None or self.filter_fn(module, name)
+        why_not = why_not_linear(module) or facts.bypassed.get(id(module)) or self._why_should_not(facts, module, name)
+        return why_not or (None if accepted else "filter_fn")
 
-    def _should_not(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
+    def _why_should_not(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
+        """Why a linear that could be converted should not be, or None."""
         if id(module.weight) in facts.embeddings:
             return "tied_to_embedding"
         if any(part.startswith("lora_") for part in name.split(".")):
             return "adapter"
         is_output = id(module) in facts.output if facts.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES
-        return self._left_out(facts, name, is_output)
+        return self._why_left_out(facts, name, is_output)
 
-    def _left_out(self, facts: _Facts, name: str, is_output: bool = False) -> str | None:
+    def _why_left_out(self, facts: _Facts, name: str, is_output: bool = False) -> str | None:
+        """Why the arguments leave a name out, or None."""
         if any(matches(pattern, name) for pattern in self.exclude):
             return "excluded"
         if self.include:
@@ -161,35 +243,13 @@ class Policy:
         return next((why for block, why in facts.kept_blocks.items() if f"{name}.".startswith(f"{block}.")), None)
 
     def _unmatched(self, names: list[str]) -> Iterator[str]:
+        """A complaint about each pattern that matches none of the names."""
         recipes = tuple(pattern for pattern, _ in self.recipes if pattern is not None)
         for argument, patterns in (("recipe", recipes), ("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(matches(pattern, name) for name in names):
-                    yield f"{argument} {pattern!r} matches no linear layer; names look like {names[:3]}"
-
-
-def make_policy(
-    recipe: Recipes,
-    filter_fn: ModuleFilter | None = None,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    keep_first: int | float = 0,
-    keep_last: int | float = 0,
-    experts: bool = False,
-) -> Policy:
-    """Check the arguments that ``convert`` and ``check`` share; ValueError or TypeError names the wrong one."""
-    if isinstance(recipe, Mapping):
-        wrong = next((pattern for pattern in recipe if not isinstance(pattern, str)), None)
-        if wrong is not None:
-            raise TypeError(f"recipe as a mapping goes from name patterns to recipes, got the pattern {wrong!r}")
-        recipes: tuple[tuple[str | None, Recipe], ...] = tuple((glob, as_recipe(r)) for glob, r in recipe.items())
-    else:
-        recipes = ((None, as_recipe(recipe)),)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}")
-    for argument, value in (("keep_first", keep_first), ("keep_last", keep_last)):
-        _check_share(argument, value)
-    return Policy(recipes, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last, experts)
+                    seen = f"names look like {names[:3]}"
+                    yield f"{argument} {pattern!r} matches no linear layer; {seen}"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -201,91 +261,24 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
-def not_linear(model: nn.Module, converted: Collection[int] = ()) -> tuple[str, ...]:
-    """What multiplies by weights without being an ``nn.Linear``, counted: GPT-2's Conv1D, fused expert parameters.
-
-    converted: modules, by id, that are about to be; experts that are already do not count either.
-    """
-    conv1d = sum(type(m).__name__ == "Conv1D" and _rank(getattr(m, "weight", None)) == 2 for m in model.modules())
-    experts = 0
-    for name, module in model.named_modules():
-        done = isinstance(module, Experts) or id(module) in converted
-        if not done and "expert" in f"{name} {type(module).__name__}".lower():
-            experts += sum(_rank(parameter) == 3 for parameter in module.parameters(recurse=False))
-    counted = ((conv1d, "Conv1D"), (experts, "3-D expert parameter"))
-    return tuple(f"{what} x {count}" for count, what in counted if count)
-
-
-def _rank(tensor: object) -> int | None:
-    return tensor.dim() if isinstance(tensor, torch.Tensor) else None
-
-
-def _stacks(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Each module with stacked experts once, with every dotted name that reaches it."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
+def _with_names(model: nn.Module, is_meant: Callable[[nn.Module], bool]) -> list[tuple[Any, list[str]]]:
+    """Each module that is meant once, in the order of the walk, with every name that reaches it."""
+    modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if all(_rank(getattr(module, stack, None)) == 3 for stack in STACKS):
-            found.setdefault(id(module), (module, []))[1].append(name)
-    return list(found.values())
+        if is_meant(module):
+            modules.setdefault(id(module), (module, []))[1].append(name)
+    return list(modules.values())
 
 
-def _linears(model: nn.Module) -> list[tuple[nn.Linear, list[str]]]:
-    """Each linear layer once, in the order of the walk, with every dotted name that reaches it."""
-    found: dict[int, tuple[nn.Linear, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            found.setdefault(id(module), (module, []))[1].append(name)
-    return list(found.values())
-
-
-def _cannot(facts: _Facts, module: nn.Linear) -> str | None:
-    if isinstance(module, Linear):
-        return ALREADY
-    if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
-        return "parametrized"  # also the older weight_norm, whose weight is computed by a hook
-    if type(module) not in (nn.Linear, DenseLinear):
-        return "subclass"
-    if "forward" in vars(module):
-        return "forward_replaced"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "uninitialized"
-    if not all(is_plain_parameter(parameter) for parameter in module.parameters(recurse=False)):
-        return "tensor_subclass"
-    if module.weight.dtype not in INPUT_DTYPES:
-        return "dtype"
-    if 0 in (module.in_features, module.out_features):  # a weight that is gathered when needed may be empty until then
-        return "empty"
-    return facts.bypassed.get(id(module))
-
-
-def _bypassed(model: nn.Module) -> dict[int, str]:
-    """Linears, by id, whose owner reads their weight and never calls them: converting them would change nothing.
-
-    In eval mode ``nn.TransformerEncoderLayer`` hands its weights to one fused kernel, if its batch comes first and
-    ``torch.backends.mha.set_fastpath_enabled(False)`` was not called; ``nn.MultiheadAttention`` always uses the weight.
-    """
-    found: dict[int, str] = {}
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
-            found[id(module.out_proj)] = "bypassed"
-        if isinstance(module, nn.TransformerEncoderLayer) and _may_take_fast_path(module):
-            found |= dict.fromkeys((id(module.linear1), id(module.linear2)), "fast_path")
-    return found
-
-
-def _may_take_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
-    torchs = type(layer).forward is nn.TransformerEncoderLayer.forward
-    return torchs and layer.self_attn.batch_first and torch.backends.mha.get_fastpath_enabled()
-
-
-def _nothing_converted(decisions: Sequence[Decision | ExpertsDecision], unfit: tuple[str, ...]) -> Iterator[str]:
+def _nothing_converted(decisions: Sequence[Decision[Any]], unfit: tuple[str, ...]) -> Iterator[str]:
     fine = {None, ALREADY, ON_PURPOSE}
     if not any(decision.reason in fine for decision in decisions):
         extra = f"; not_linear: {', '.join(unfit)}" if unfit else ""
-        yield f"no layer was converted: the model has {len(decisions)} linear layers, {_kept(decisions)}{extra}"
+        here = f"the model has {len(decisions)} linear layers, {_kept(decisions)}{extra}"
+        yield f"no layer was converted: {here}"
 
 
-def _kept(decisions: Sequence[Decision | ExpertsDecision]) -> str:
+def _kept(decisions: Sequence[Decision[Any]]) -> str:
     kept = Counter(decision.reason for decision in decisions if decision.reason is not None)
     detail = ", ".join(f"{reason}: {count}" for reason, count in kept.most_common())
     return f"kept {kept.total()}" + (f" ({detail})" if detail else "")
@@ -294,24 +287,30 @@ def _kept(decisions: Sequence[Decision | ExpertsDecision]) -> str:
 def _kept_blocks(model: nn.Module, names: list[str], first: int | float, last: int | float) -> dict[str, str]:
     """Dotted names of the blocks to keep, with the reason.
 
-    A stack is whatever has children named 0, 1, ..., be it a list, a Sequential or a dict; the outermost on the way to
-    a linear counts, and of its blocks those that hold linears (an activation between them is no block).
+    A stack is whatever has children named 0, 1, ..., be it a list, a Sequential or a dict; the
+    outermost on the way to a linear counts, and of its blocks those that hold linears (an
+    activation between them is no block).
     """
     if not first and not last:
         return {}
+
+    # stacks by dotted name, with the numbers of their blocks
     stacks: dict[str, set[int]] = {}
     for name in names:
         parts = name.split(".")
         for depth, part in enumerate(parts):
             stack = ".".join(parts[:depth])
-            if part.isdecimal() and hasattr(model.get_submodule(stack), "0"):  # a later pipeline stage has no block 0
+            # a later pipeline stage has no block 0, and its blocks are not the first
+            if part.isdecimal() and hasattr(model.get_submodule(stack), "0"):
                 stacks.setdefault(stack, set()).add(int(part))
                 break
     if not stacks:
         raise ValueError(
-            "keep_first and keep_last count numbered blocks (layers.0, h.1, ...), but no linear layer of the model is "
-            "in one; name the layers to keep with exclude"
+            "keep_first and keep_last count numbered blocks (layers.0, h.1, ...), but no linear "
+            "layer of the model is in one; name the layers to keep with exclude"
         )
+
+    # the blocks at either end of each
     kept: dict[str, str] = {}
     for stack, numbers in stacks.items():
         blocks = [f"{stack}.{number}" if stack else str(number) for number in sorted(numbers)]
@@ -323,18 +322,25 @@ def _kept_blocks(model: nn.Module, names: list[str], first: int | float, last: i
 def _check_share(name: str, value: int | float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value < (1 if isinstance(value, float) else math.inf):
-        raise ValueError(f"{name} must be a number of blocks (int >= 0) or a share (0 <= float < 1), got {value!r}")
+        wanted = "a number of blocks (int >= 0) or a share (0 <= float < 1)"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _share(value: int | float, count: int) -> int:
-    # the share is a decimal number in the user's mind: 0.28 of 25 blocks is 7, though 0.28 * 25 > 7 in binary
-    return min(count, value if isinstance(value, int) else math.ceil(round(value * count, 9)))
+    """How many of ``count`` blocks a count, or a share rounded up, is."""
+    if isinstance(value, int):
+        return min(count, value)
+    # a share is decimal in the user's mind: 0.28 of 25 blocks is 7, though 0.28 * 25 > 7 in binary
+    return min(count, math.ceil(round(value * count, 9)))
 
 
 def _patterns(patterns: Patterns) -> tuple[str, ...]:
-    found = () if patterns is None else patterns if isinstance(patterns, Sequence) else (patterns,)
-    found = (found,) if isinstance(found, str) else tuple(found)
-    wrong = next((pattern for pattern in found if not isinstance(pattern, str)), None)
+    """One pattern or several as a tuple; TypeError for what is no string."""
+    if patterns is None:
+        return ()
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        patterns = (patterns,)
+    wrong = next((pattern for pattern in patterns if not isinstance(pattern, str)), None)
     if wrong is not None:
         raise TypeError(f"include and exclude take names with globs, such as 'layers.0', got {wrong!r}")
-    return found
+    return tuple(patterns)

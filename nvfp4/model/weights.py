@@ -1,25 +1,32 @@
-"""The quantised weights of a model: which there are, how long their codes are kept, where their noise stands."""
+"""The quantised weights of a model: which there are, how long codes are kept, where noise stands.
+
+A forward quantises a weight whenever it has changed (``layer/weight_cache.py``). Two functions say
+that it has not, and no result changes:
+
+    with fixed_weights(model): ...    for generation, or the micro-batches of one optimiser step
+    after_step(optimizer, model)      for training: a step of the optimiser quantises what it
+                                      changed, and no forward does
+
+``invalidate`` says that it has, after a write that leaves no trace. ``noise_state`` is what a
+checkpoint holds beside the ``state_dict``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nvfp4.layer.linear import Linear, LinearState
+from nvfp4.layer.weight_cache import Mode
 
 
-def layers(model: nn.Module) -> dict[str, Linear]:
-    """The converted layers of a model by dotted name, each once, in conversion order."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    return dict(sorted(found.items(), key=lambda item: item[1].nvfp4.noise.layer))
-
-
-class Stored(NamedTuple):
-    """A weight that is quantised: its state, the module that holds it and the name of the parameter there."""
+class WeightHandle(NamedTuple):
+    """A quantised weight: its state, the module that holds it, the parameter's name there."""
 
     state: LinearState
     owner: nn.Module
@@ -38,85 +45,149 @@ class Stored(NamedTuple):
             self.owner.nvfp4 = state  # type: ignore[assignment]
 
 
-def stored_weights(model: nn.Module) -> dict[str, Stored]:
-    """Every quantised weight of a model, each once, in conversion order, by the name of its layer; of stacked experts
-    by the name of the parameter."""
-    found = {}
+def quantized_weights(model: nn.Module) -> dict[str, WeightHandle]:
+    """Every quantised weight of a model, each once, in conversion order.
+
+    By the name of its layer; of stacked experts by the name of the parameter.
+    """
+    handles = {}
     for name, module in model.named_modules():
         state = vars(module).get("nvfp4")
         if isinstance(state, LinearState):
-            found[name] = Stored(state, module, "weight")
+            handles[name] = WeightHandle(state, module, "weight")
         elif isinstance(state, dict):
-            of_stack = {p: s for p, s in state.items() if isinstance(s, LinearState)}
-            found |= {f"{name}.{p}" if name else p: Stored(s, module, p) for p, s in of_stack.items()}
-    return dict(sorted(found.items(), key=lambda item: item[1].state.noise.layer))
+            stacks = {parameter: s for parameter, s in state.items() if isinstance(s, LinearState)}
+            for parameter, of_stack in stacks.items():
+                handles[f"{name}.{parameter}" if name else parameter] = WeightHandle(of_stack, module, parameter)
+    return dict(sorted(handles.items(), key=lambda item: item[1].state.noise.layer))
+
+
+def layers(model: nn.Module) -> dict[str, Linear]:
+    """The converted layers of a model by name, in conversion order; no stacked experts."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    return dict(sorted(linears.items(), key=lambda item: item[1].nvfp4.noise.layer))
 
 
 def states(model: nn.Module) -> dict[str, LinearState]:
-    """The state of every quantised weight of a model, named and ordered as in ``stored_weights``."""
-    return {name: stored.state for name, stored in stored_weights(model).items()}
+    """The state of every quantised weight, named and ordered as in ``quantized_weights``."""
+    return {name: handle.state for name, handle in quantized_weights(model).items()}
 
 
 @contextmanager
 def fixed_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context each weight is quantised once: for generation, or the micro-batches of one optimizer step.
+    """Within this context each weight is quantised once.
 
-    No result changes. Ordinary in-place changes of a weight are noticed. A fused optimizer (``fused=True``), a write
-    through ``.data`` or a custom kernel leaves no trace: end the context before it, or call ``invalidate`` after it.
+    For generation, or the micro-batches of one optimizer step.
+
+    No result changes. Ordinary in-place changes of a weight are noticed. A fused optimizer
+    (``fused=True``), a write through ``.data`` or a custom kernel leaves no trace: end the context
+    before it, or call ``invalidate`` after it.
     """
-    fixed = [state for state in states(model).values() if not state.keeps_weight]
-    for state in fixed:
-        state.keeps_weight = True
+    caches = [state.cache for state in states(model).values() if state.cache.mode is Mode.BYTES]
+    for cache in caches:
+        cache.mode = Mode.FIXED
     try:
         yield model
     finally:
-        for state in fixed:
-            state.keeps_weight, state.weight_codes = False, None
-            if state.shared is not None:  # versions tell nothing of what happens to weights out there
-                state.shared.forget()
+        for cache in caches:
+            cache.leave()
 
 
 def invalidate(model: nn.Module) -> None:
-    """Forget every quantised weight; needed only inside ``fixed_weights``, after a write that leaves no trace."""
-    for state in states(model).values():
-        state.weight_codes = None
-        if state.shared is not None:
-            state.shared.forget()
+    """Forget every quantised weight.
 
-
-def capturable(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """Keep the noise of each converted layer of ``model`` on the device of its weight, or (False) on the host again.
-
-    Call it before a CUDA graph is captured, and before its warm-up: kernels then draw their seeds from the device's
-    memory and the backward advances it there, so every replay makes new noise, the very noise that eager calls would
-    make. Changes no result; costs one small kernel a forward or backward that has noise. Under ``torch.compile(mode=
-    "reduce-overhead")`` too. Copies stay capturable, unpickled models do not; call it again when the model has moved.
-    Reading ``noise_state`` then waits for the device. Returns ``model``; RuntimeError for weights on the meta device.
+    Needed only inside ``fixed_weights``, after a write that leaves no trace.
     """
-    found = layers(model)
-    for name, layer in found.items():
-        if enabled and layer.weight.device.type == "meta":
-            raise RuntimeError(
-                f"{name or 'the layer'} has no memory yet: materialise the model, then make it capturable"
-            )
-    for layer in found.values():
-        noise = layer.nvfp4.noise
-        noise.place(noise.words, layer.weight.device if enabled else "cpu", enabled)
-    return model
+    for state in states(model).values():
+        state.cache.forget()
+
+
+def after_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> AfterStep:
+    """Quantise converted weights now and after every ``optimizer.step()``, not in forwards.
+
+    No result changes, whatever the recipe. It saves what forwards would spend: the quantisation
+    where codes cannot be kept otherwise (on a GPU each forward quantises), on the CPU the look at
+    every byte; with accumulation, of each micro-batch. The price is the codes between steps, 4.5
+    bits per weight. A skipped step (``GradScaler``) costs nothing.
+
+    Weights changed in between are noticed as in ``fixed_weights``: ``load_state_dict`` and other
+    in-place operations are, replaced memory is; writes through ``.data``, by a custom kernel or by
+    the step of another fused optimizer are not: call ``renew`` of what is returned, or
+    ``nvfp4.invalidate``, or hand each optimizer in. Layers converted later need a call of their
+    own. Operands with noise, torch.distributed and compiled graphs quantise in the forward as ever.
+    ``remove()``, or leaving ``with after_step(...):``, ends it. Raises TypeError for an optimizer
+    without step hooks, such as accelerate's wrapper: give the one inside.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer with step hooks, got {kind}")
+    return AfterStep(optimizer, model)
+
+
+class AfterStep:
+    """What ``after_step`` set up; ``remove``, or leaving it as a context, ends it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._weights = list(quantized_weights(model).values())
+        self._caches = [handle.state.cache for handle in self._weights if handle.state.cache.mode is Mode.BYTES]
+        for cache in self._caches:
+            cache.mode = Mode.AFTER_STEP
+        self._hook = optimizer.register_step_post_hook(self._stepped)
+        self.renew()
+
+    def renew(self) -> None:
+        """Quantise every weight now, after a write that leaves no trace (such as ``.data``)."""
+        _quantize_now(self._weights)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}  # read now: groups may be added
+        _quantize_now([handle for handle in self._weights if id(handle.weight) in changed])
+
+    def remove(self) -> None:
+        """Forward passes quantise their weights again; what was kept is forgotten."""
+        self._hook.remove()
+        for cache in self._caches:
+            cache.leave()
+        self._caches = []
+
+    def __enter__(self) -> AfterStep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _quantize_now(weights: list[WeightHandle]) -> None:
+    """Quantise these weights as the next forward would.
+
+    All magnitudes that layers share are forgotten first: a fused step leaves no trace on them.
+    """
+    for handle in weights:
+        if handle.state.cache.group is not None:
+            handle.state.cache.group.forget()
+    for handle in weights:
+        if not handle.weight.is_meta:
+            handle.state.renew_codes(handle.weight)
 
 
 def noise_state(model: nn.Module) -> dict[str, int]:
-    """Backward passes finished by each converted layer, by name; with ``state_dict`` it resumes bit for bit."""
+    """Finished backward passes of each layer, by name; a run resumes by it and ``state_dict``."""
     return {name: state.noise.calls for name, state in states(model).items()}
 
 
 def load_noise_state(model: nn.Module, calls: Mapping[str, int]) -> None:
-    """Restore ``noise_state``; KeyError-free: raises ValueError naming layers that are missing or unexpected."""
-    found = states(model)
-    if found.keys() != calls.keys():
+    """Restore ``noise_state``.
+
+    Raises ValueError, and changes nothing, naming layers that are missing or unexpected.
+    """
+    here = states(model)
+    if here.keys() != calls.keys():
         raise ValueError(
-            f"noise state does not fit the model: missing {sorted(found.keys() - calls.keys())}, "
-            f"unexpected {sorted(calls.keys() - found.keys())}; convert the model with the same options first"
+            f"noise state does not fit the model: missing {sorted(here.keys() - calls.keys())}, "
+            f"unexpected {sorted(calls.keys() - here.keys())}; convert the model with the same "
+            "options first"
         )
-    for name, state in found.items():
+    for name, state in here.items():
         state.noise.calls = int(calls[name])

@@ -45,9 +45,8 @@ def weight_codes(model: nn.Module) -> dict[str, QTensor]:
     with torch.no_grad():
         for name, layer in layers(model).items():
             state = layer.nvfp4
-            if state.enabled and state.recipe.fprop.right.noiseless is not None:
-                amax = None if state.shared is None else state.shared.amax(state.shared.contents())
-                found[name] = state.call().weight(layer.weight.detach(), amax)
+            if state.enabled and state.recipe.fprop.right.options_without_noise is not None:
+                found[name] = state.call().weight(layer.weight.detach(), state.weight_amax())
     return found
 
 

@@ -17,7 +17,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.model.convert import ConvertWarning, convert
+from nvfp4.model.convert import convert
+from nvfp4.model.selection import ConvertWarning
 from nvfp4.rl import sizes
 from nvfp4.rl.attention import register
 from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, training_fields

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from nvfp4.model.convert import disabled
+from nvfp4.model.switches import disabled
 from nvfp4.run import log
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import write_text

@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.model.convert import ConvertWarning, convert
+from nvfp4.model.convert import convert
+from nvfp4.model.selection import ConvertWarning
 from nvfp4.numerics.rng import MODEL_BRANCH, fold_in
 from nvfp4.run import checkpoint
 from nvfp4.run.attention import without_emulation

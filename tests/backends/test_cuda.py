@@ -327,7 +327,7 @@ def _size(size: tuple) -> tuple[int, ...]:
 
 
 def _operand(native, spec) -> object:
-    return _Target(native, (16, 128), spec.rule, spec.seeded(1, 2), torch.device("cpu")).operand
+    return _Target(native, (16, 128), spec.rule, spec.options_for(1, 2), torch.device("cpu")).operand
 
 
 def simt_faults(folder) -> Callable[[bytes], int]:

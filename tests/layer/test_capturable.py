@@ -205,14 +205,14 @@ def test_a_capture_takes_kept_codes_and_keeps_none(capture: Callable[[bool], Non
     with torch.no_grad(), nvfp4.fixed_weights(layer):
         capture(True)
         want = layer(x)
-        assert layer.nvfp4.weight_codes is None
+        assert layer.nvfp4.cache.entry is None
         capture(False)
         layer(x)
-        kept = layer.nvfp4.weight_codes
+        kept = layer.nvfp4.cache.entry
         assert kept is not None
         capture(True)
         assert torch.equal(layer(x), want)
-        assert layer.nvfp4.weight_codes is kept
+        assert layer.nvfp4.cache.entry is kept
 
 
 def test_a_model_that_moved_is_refused() -> None:
@@ -294,5 +294,5 @@ def test_compiled_with_cuda_graphs() -> None:
 
 def test_the_words_keep_their_order() -> None:
     """What the device reads at places 0 to 3 is seed, layer, calls, rank."""
-    assert Noise(SEED, 4, 5, 6).words.tolist() == [SEED - 2**64, 4, 5, 6]
-    assert twin(make("rtn", 4, 4), "rtn", calls=9).nvfp4.noise.words[2] == 9
+    assert Noise(SEED, 4, 5, 6).state.tolist() == [SEED - 2**64, 4, 5, 6]
+    assert twin(make("rtn", 4, 4), "rtn", calls=9).nvfp4.noise.state[2] == 9

@@ -377,3 +377,12 @@ def test_info_says_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.dense_product_name() in nvfp4.info()
     monkeypatch.setattr(cpu, "EMULATED", frozenset())
     assert cpu.dense_product_name().startswith("torch's")
+
+
+def test_products_of_dtensors_are_left_to_torch(monkeypatch):
+    """A kernel would multiply this process's part as if it were the whole."""
+    monkeypatch.setattr(dense, "EMULATED", frozenset({torch.bfloat16}))
+    monkeypatch.setattr(dense, "is_dtensor", lambda x: x is b)
+    monkeypatch.setattr(dense, "product", lambda *args: pytest.fail("the kernel was called"))
+    a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
+    assert torch.equal(dense.times(a, b), a @ b)

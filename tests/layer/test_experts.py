@@ -18,9 +18,9 @@ from torch import nn
 
 import nvfp4
 from nvfp4.layer.experts import Experts, ExpertsState, expert_call, grouped_linear
-from nvfp4.layer.gemms import Call
-from nvfp4.layer.noise import HostWords, Noise, gemm_seeds
-from nvfp4.model.weights import stored_weights
+from nvfp4.layer.gemms import LayerCall
+from nvfp4.layer.noise import HostNoise, Noise, gemm_seeds
+from nvfp4.model.weights import quantized_weights
 from nvfp4.numerics.rng import fold_in
 from nvfp4.recipes import RECIPES, Recipe
 
@@ -74,10 +74,10 @@ def test_noise_is_nobodys_twice():
     seen = set()
     for layer in range(4):
         for calls in range(4):
-            call = Call(RECIPES["quartet2"], "auto", HostWords((3, layer, calls, 0)))
-            words = [expert_call(call, e).words for e in range(4)]
+            call = LayerCall(RECIPES["quartet2"], "auto", HostNoise((3, layer, calls, 0)))
+            words = [expert_call(call, e).noise for e in range(4)]
             if layer < 2:
-                words = [call.words]  # layers 0 and 1 are ordinary, 2 and 3 stacks
+                words = [call.noise]  # layers 0 and 1 are ordinary, 2 and 3 stacks
             seen |= {gemm_seeds(w, gemm)[0] for w in words for gemm in ("fprop", "dgrad", "wgrad")}
     assert len(seen) == 3 * (2 * 4 + 2 * 4 * 4)
 
@@ -202,7 +202,7 @@ def test_identity_of_a_model():
     nvfp4.revert(model)
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(loss_of(model), want)
-    assert not stored_weights(model)
+    assert not quantized_weights(model)
 
 
 def test_copies_pickles_and_resumption():
@@ -279,8 +279,8 @@ def test_forward_precision_and_fixed_weights_know_experts():
     free = loss_of(model)
     with nvfp4.fixed_weights(model):
         assert torch.equal(loss_of(model), free)
-        held = [stored.state for stored in stored_weights(model).values() if isinstance(stored.owner, Experts)]
-        assert all(len(state.weight_codes[1]) == 4 for state in held)
+        held = [handle.state for handle in quantized_weights(model).values() if isinstance(handle.owner, Experts)]
+        assert all(len(state.cache.entry.codes) == 4 for state in held)
 
 
 def test_after_step_covers_experts():

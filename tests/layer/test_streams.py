@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvfp4.layer.streams import Done
+from nvfp4.layer.weight_cache import Done
 
 
 class Stream:

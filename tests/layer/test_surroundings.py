@@ -184,4 +184,4 @@ def test_options_of_an_operand_are_checked_once_and_seeded_right() -> None:
                 drawn = spec.rotation is not None and not spec.rotation.fixed
                 rotation = Rotation(spec.rotation.group, spec.rotation.rounds, 9) if drawn else None
                 want: Options = spec.checked(seed=5, rotation=rotation, sign_seed=9)
-                assert spec.seeded(5, 9) == want
+                assert spec.options_for(5, 9) == want

@@ -12,7 +12,8 @@ from torch import nn
 
 import nvfp4
 from nvfp4.layer import gemms
-from nvfp4.model.weights import layers, stored_weights
+from nvfp4.layer.weight_cache import Mode
+from nvfp4.model.weights import layers, states
 
 RECIPES = ["nvidia", "quartet2", "search_eden", "rl"]
 
@@ -56,19 +57,19 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, pa
 def quantised_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """One entry for every weight that is quantised."""
     seen: list[int] = []
-    real = gemms.Call.weight
+    real = gemms.LayerCall.weight
 
     def counted(call, weight, amax):
         seen.append(id(weight))
         return real(call, weight, amax)
 
-    monkeypatch.setattr(gemms.Call, "weight", counted)
+    monkeypatch.setattr(gemms.LayerCall, "weight", counted)
     return seen
 
 
 def no_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where telling whether bytes changed would cost a synchronisation."""
-    monkeypatch.setattr("nvfp4.layer.linear.fingerprint", lambda x, backend="auto": None)
+    monkeypatch.setattr("nvfp4.layer.weight_cache.fingerprint", lambda x, backend="auto": None)
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as on a gpu"])
@@ -104,10 +105,10 @@ def test_codes_are_overwritten_where_they_lie():
     model = model_of("quartet2")
     optimizer = optimizer_of(model)
     nvfp4.after_step(optimizer, model)
-    places = [layer.nvfp4.weight_codes[1][0].codes.data_ptr() for layer in layers(model).values()]
-    before = [layer.nvfp4.weight_codes[1][0].codes.clone() for layer in layers(model).values()]
+    places = [layer.nvfp4.cache.entry.codes[0].codes.data_ptr() for layer in layers(model).values()]
+    before = [layer.nvfp4.cache.entry.codes[0].codes.clone() for layer in layers(model).values()]
     train(model, optimizer)
-    codes = [layer.nvfp4.weight_codes[1][0].codes for layer in layers(model).values()]
+    codes = [layer.nvfp4.cache.entry.codes[0].codes for layer in layers(model).values()]
     assert [c.data_ptr() for c in codes] == places
     assert not any(torch.equal(a, b) for a, b in zip(before, codes, strict=True))
     late = model(torch.randn(4, 32)).sum()
@@ -166,9 +167,9 @@ def test_nothing_is_left_behind():
     first = nvfp4.after_step(optimizer, model)
     second = nvfp4.after_step(optimizer, model)
     second.remove()
-    assert all(stored.state.keeps_weight for stored in stored_weights(model).values())
+    assert all(state.cache.mode is Mode.AFTER_STEP for state in states(model).values())
     first.remove()
-    assert not any(stored.state.keeps_weight for stored in stored_weights(model).values())
+    assert not any(state.cache.mode is Mode.AFTER_STEP for state in states(model).values())
     assert not optimizer._optimizer_step_post_hooks
 
 

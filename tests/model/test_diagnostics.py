@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import nvfp4
-from nvfp4.model.report import Health, LayerReport
+from nvfp4.model.health import Health
+from nvfp4.model.report import LayerReport
 from nvfp4.recipes import Gemm, Recipe, operand
 
 # Under rtn with tensor maximum 2688 = 6 * 448 the global scale is 1, so block scales are e4m3(maximum / 6):

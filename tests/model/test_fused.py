@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 import nvfp4
-from nvfp4.layer.lazy_activation import Deferred, rms_norm, swiglu
+from nvfp4.layer.lazy_activation import LazyActivation, rms_norm, swiglu
 from nvfp4.layer.linear import LinearState
 from nvfp4.numerics.activations import RMSNorm, SwiGLU
 
@@ -55,7 +55,7 @@ def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and from then on layers take no formulas: activations are written first."""
-    return lambda: monkeypatch.setattr(LinearState, "takes", lambda self, x: False)
+    return lambda: monkeypatch.setattr(LinearState, "can_quantize_lazily", lambda self, x: False)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -163,10 +163,10 @@ def test_everybody_else_finds_an_ordinary_tensor() -> None:
     want = RMSNorm(x.detach().reshape(-1, WIDTH), weight, 1e-6).values().view_as(x)
     assert (y.shape, y.dtype, y.dim(), y.numel(), len(y)) == (x.shape, x.dtype, 3, x.numel(), 2)
     assert y.requires_grad
-    assert isinstance(y.view(-1, WIDTH), Deferred)
-    assert not y.in_memory
+    assert isinstance(y.view(-1, WIDTH), LazyActivation)
+    assert not y.is_written
     assert torch.equal(y.reshape(2, -1), want.reshape(2, -1))
-    assert y.in_memory
+    assert y.is_written
     for use in (lambda t: t + 1, lambda t: 2 * t, lambda t: t[0, 1:], lambda t: t.float().sum(), torch.relu):
         assert torch.equal(use(y), use(want))
         assert type(use(y)) is torch.Tensor
@@ -347,7 +347,7 @@ def test_compiled_graphs_compute_as_without() -> None:
     with torch.no_grad():
         want = run(x)
         nvfp4.fuse(model)
-        assert type(block.input_layernorm(x)) is Deferred
+        assert type(block.input_layernorm(x)) is LazyActivation
         assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), want)
     torch.compiler.reset()
 
@@ -386,7 +386,7 @@ def test_disabled_is_the_model_that_it_was() -> None:
         assert_equal(derivatives(), want)
     with pytest.raises(KeyError), nvfp4.disabled(model):
         raise KeyError
-    assert type(block.input_layernorm(x)) is Deferred
+    assert type(block.input_layernorm(x)) is LazyActivation
 
 
 @pytest.mark.parametrize("use", ["layer", "arithmetic"])

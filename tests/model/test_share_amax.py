@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import nvfp4
-from nvfp4.layer import shared_amax
+from nvfp4.layer import weight_cache
 from nvfp4.layer.linear import Linear
 from nvfp4.layer.sharding import magnitude
+from nvfp4.model.weights import layers
 from nvfp4.ops import matmul, quantize
 from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
 
@@ -39,7 +40,7 @@ def converted(recipe: str | Recipe = "quartet2", **kwargs) -> nn.Module:
 
 def codes_of(layer: Linear) -> nvfp4.QTensor:
     layer(torch.randn(3, 48))
-    return layer.nvfp4.weight_codes[1][0]
+    return layer.nvfp4.cache.entry.codes[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
@@ -83,7 +84,7 @@ def test_copies_share_among_themselves() -> None:
     model = converted()
     nvfp4.share_amax(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other[0].q_proj.nvfp4.shared.layers[1] is other[0].k_proj
+        assert other[0].q_proj.nvfp4.cache.group.layers[1] is other[0].k_proj
         before = codes_of(other[0].q_proj).global_scale.clone()
         model[0].k_proj.weight.data.mul_(2)
         assert torch.equal(codes_of(other[0].q_proj).global_scale, before)
@@ -135,7 +136,7 @@ def test_sharing_survives_what_convert_does_to_copies() -> None:
     nvfp4.convert(model, "quartet2", verbose=False)
     block = model[2]
     assert block.q_proj.nvfp4.noise.layer not in {m.q_proj.nvfp4.noise.layer for m in model[:2]}
-    assert block.q_proj.nvfp4.shared.layers == (block.q_proj, block.k_proj, block.v_proj)
+    assert block.q_proj.nvfp4.cache.group.layers == (block.q_proj, block.k_proj, block.v_proj)
     block.k_proj.weight.data.mul_(10)
     assert torch.equal(codes_of(block.q_proj).global_scale, codes_of(block.k_proj).global_scale)
 
@@ -144,7 +145,7 @@ def test_a_refusal_changes_nothing() -> None:
     """Overlapping groups, mixed dtypes, names instead of groups: an error, and the sharing that was there stays."""
     model = converted()
     nvfp4.share_amax(model)
-    before = [layer.nvfp4.shared for layer in nvfp4.model.weights.layers(model).values()]
+    before = [layer.nvfp4.cache.group for layer in layers(model).values()]
     with pytest.raises(ValueError, match="overlap"):
         nvfp4.share_amax(model, [("q_proj", "k_proj"), ("k_proj", "v_proj")])
     with pytest.raises(TypeError, match="sequence of sequences"):
@@ -152,7 +153,7 @@ def test_a_refusal_changes_nothing() -> None:
     model[1].q_proj.half()
     with pytest.raises(ValueError, match="different dtypes"):
         nvfp4.share_amax(model)
-    assert [layer.nvfp4.shared for layer in nvfp4.model.weights.layers(model).values()] == before
+    assert [layer.nvfp4.cache.group for layer in layers(model).values()] == before
 
 
 def test_kept_codes_ask_for_no_amax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,16 +162,16 @@ def test_kept_codes_ask_for_no_amax(monkeypatch: pytest.MonkeyPatch) -> None:
     block = converted()[0]
     nvfp4.share_amax(block)
     x, seen = torch.randn(3, 48), []
-    monkeypatch.setattr(shared_amax, "magnitude", lambda w: seen.append(w) or magnitude(w))
+    monkeypatch.setattr(weight_cache, "magnitude", lambda w: seen.append(w) or magnitude(w))
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a value was read on the host"))
     with torch.no_grad(), nvfp4.fixed_weights(block):
         block(x)
         assert len(seen) == 3
-        kept = block.q_proj.nvfp4.weight_codes
+        kept = block.q_proj.nvfp4.cache.entry
         block(x)
         assert len(seen) == 3
-        assert block.q_proj.nvfp4.weight_codes is kept
+        assert block.q_proj.nvfp4.cache.entry is kept
         block.k_proj.weight.mul_(2)
         block(x)
         assert len(seen) == 4
-        assert torch.equal(codes_of(block.q_proj).global_scale, 2 * kept[1][0].global_scale)
+        assert torch.equal(codes_of(block.q_proj).global_scale, 2 * kept.codes[0].global_scale)

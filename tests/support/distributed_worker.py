@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 
 import nvfp4
+from nvfp4.layer.noise import gemm_seeds
 from nvfp4.layer.sharding import GatheredWeight
 from nvfp4.model.distributed import fp4_all_gather, share_noise
 from nvfp4.model.weights import layers
@@ -443,7 +444,8 @@ def tensor_parallel_replicas() -> None:
     with pytest.raises(ValueError, match="converted with different seeds"):
         share_noise(unlike, mesh)
     seeds = [None, None]
-    dist.all_gather_object(seeds, model[1].nvfp4.noise.seeds("wgrad", 0))
+    seed, index, _, rank = model[1].nvfp4.noise.state.tolist()
+    dist.all_gather_object(seeds, gemm_seeds((seed, index, 0, rank), "wgrad"))
     assert seeds[0][0] == seeds[1][0]  # signs
     assert len({s for _, pair in seeds for s in pair}) == 4  # rounding
 

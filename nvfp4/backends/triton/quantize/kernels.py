@@ -283,7 +283,7 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=("rank",))
 def seeds_kernel(words, seeds, rank, GEMMS: tl.constexpr, COUNT: tl.constexpr):
-    """Seeds [GEMMS, 3] of one call from ``Noise.words``; see ``Backend.draw_seeds``. COUNT: GEMMS to a power of two."""
+    """Seeds [GEMMS, 3] of one call from ``Noise.state``; see ``Backend.draw_seeds``. COUNT: GEMMS to a power of two."""
     gemm, side = tl.arange(0, COUNT), tl.arange(0, 2)
     low, high = seed_halves(words, None)
     low, high = fold_in(low, high, tl.load(words + 1))
