@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 
+import children
 import pytest
-from limits import HANG
 from training import ROOT, environment, run_cli, write_texts
 
 from nvfp4 import cli
@@ -126,13 +126,7 @@ def test_info_names_the_backends(capsys):
 
 def test_the_example_runs(tmp_path):
     write_texts(tmp_path)
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "pretrain_tiny.py"), str(tmp_path / "out")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+    run = children.script(ROOT / "examples" / "pretrain_tiny.py", environment(), str(tmp_path / "out"))
     assert run.returncode == 0, run.stdout + run.stderr
     numbers = re.search(r"bits per byte: bf16 (\S+), quartet2 (\S+), gap (\S+) %", run.stdout)
     assert numbers

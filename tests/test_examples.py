@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import pytest
-from limits import HANG
+from training import environment
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMISES = {
@@ -28,9 +26,6 @@ def test_every_example_is_listed_here() -> None:
 @pytest.mark.parametrize("name", [name for name, promise in PROMISES.items() if promise])
 def test_example_runs(name: str) -> None:
     """Exit code 0 and the promised line; pretrain_tiny is run by test_cli."""
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=HANG, env=environment
-    )
+    ran = children.script(EXAMPLES / name, environment())
     assert ran.returncode == 0, ran.stderr
     assert PROMISES[name] in ran.stdout

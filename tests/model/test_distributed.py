@@ -1,4 +1,4 @@
-"""Several processes on one machine, over gloo and torchrun; what each checks is in ``distributed_worker.py``."""
+"""Several processes on one machine, over gloo; what each checks is in ``distributed_worker.py``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import distributed_worker as worker
 import pytest
 import torch
 from limits import HANG
-from training import ROOT, environment, steps_of, tiny, write_texts
+from training import environment, steps_of, tiny, write_texts
 
 import nvfp4
 from nvfp4.train.config import to_yaml
@@ -28,11 +29,24 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_processes_are_told_what_torchrun_tells(tmp_path):
+    """Every variable that it sets: what runs here in processes of ours runs under torchrun too."""
+    script = tmp_path / "names.py"
+    script.write_text("import json, os\nprint('told', json.dumps(dict(os.environ)))")
+    run = launch(*TORCHRUN, "1", str(script))
+    told = json.loads(run.stdout.partition("told ")[2])
+    ours = children.torchrun_environment(0, 1, int(told["MASTER_PORT"]))
+    of_the_agent = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    assert told.keys() - environment().keys() - of_the_agent == ours.keys()
+    free = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID"}
+    assert {name: told[name] for name in ours.keys() - free} == {name: ours[name] for name in ours.keys() - free}
+
+
 def run_checks(folder: Path, processes: int) -> dict[str, list[str | None]]:
     """Of each check, the error that it ended with on every process."""
     folder.mkdir()
-    script = str(ROOT / "tests" / "support" / "distributed_worker.py")
-    run = launch(*TORCHRUN, str(processes), script, str(folder))
+    code = "import sys, distributed_worker\ndistributed_worker.main(sys.argv[1:])"
+    run = children.processes(processes, code, [str(folder)], environment())
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     failed = any(error for result in results for error in result.values())
     complete = len(results) == processes and run.returncode == 0
@@ -88,23 +102,32 @@ def test_a_checkpoint_of_two_processes_loads_on_one_and_on_four(two, four):
     worker.assert_same(worker.tensors(model, optimizer_of_model), worker.tensors(alone, optimizer))
 
 
-def test_the_loop_under_torchrun_and_accelerate_gives_the_losses_of_one_process(tmp_path):
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(ACCELERATE, id="accelerate"),
+        pytest.param([*TORCHRUN, "2", "-m"], id="torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_the_loop_under_a_launcher_gives_the_losses_of_one_process(tmp_path, launcher):
     """Two sequences a step, each quantised by itself: a + b in both, so loss and norm are equal to the bit.
 
-    rtn, since stochastic rounding differs between processes by design.
+    rtn, since stochastic rounding differs between processes by design. torchrun is slow: accelerate starts its
+    processes through it.
     """
     texts = write_texts(tmp_path / "texts")
     config = tiny(tmp_path / "one", texts, recipe="rtn", batch=2, micro_batch=1, steps=6, save_every=0, eval_every=0)
     pretrain(config)
     one = steps_of(tmp_path / "one")
-    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                  "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]  # fmt: skip
-    for name, launcher in (("torchrun", [*TORCHRUN, "2", "-m"]), ("accelerate", accelerate)):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(to_yaml(replace(config, out=str(tmp_path / name))))
-        run = launch(*launcher, "nvfp4.cli", "pretrain", "--config", str(path))
-        assert run.returncode == 0, run.stdout + run.stderr
-        assert "2 process(es)" in run.stdout
-        many = steps_of(tmp_path / name)
-        for step in range(1, 7):
-            assert (many[step]["loss"], many[step]["grad_norm"]) == (one[step]["loss"], one[step]["grad_norm"]), step
+    path = tmp_path / "many.yaml"
+    path.write_text(to_yaml(replace(config, out=str(tmp_path / "many"))))
+    run = launch(*launcher, "nvfp4.cli", "pretrain", "--config", str(path))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 process(es)" in run.stdout
+    many = steps_of(tmp_path / "many")
+    for step in range(1, 7):
+        assert (many[step]["loss"], many[step]["grad_norm"]) == (one[step]["loss"], one[step]["grad_norm"]), step

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import ClassVar
 
+import children
 import pytest
 import torch
 import torch.nn.functional as F
-from limits import HANG
 from rl_runs import SEVENS, Sevens, rows_of, tiny
 from safetensors.torch import load_file
-from training import environment
+from training import CLI, environment
 
 import nvfp4
 from nvfp4 import cli
@@ -338,9 +336,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     config = tiny(tmp_path / "two", task=SEVENS, reward="task", steps=3, objective="prorl_v2", group=4, temperature=1.0)
     config = dataclasses.replace(config, objective_options=("dynamic_sampling=false",))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "nvfp4.cli", "rl", "--config", str(tmp_path / "config.yaml")]
-    child = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
+    child = children.processes(2, CLI, ["rl", "--config", str(tmp_path / "config.yaml")], environment())
     assert child.returncode == 0, child.stderr
     rl(dataclasses.replace(config, out=str(tmp_path / "one")))
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")

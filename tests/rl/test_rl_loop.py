@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ import torch
 from limits import until
 from rl_runs import FAILING, SEVENS, rows_of, tiny
 from safetensors.torch import load_file
-from training import environment
+from training import start_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nvfp4.rl import learn as learning
@@ -145,10 +143,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(finished, tmp_path):
     out = tmp_path / "killed"
     given = tmp_path / "given.yaml"
     given.write_text(to_yaml(dataclasses.replace(resolve(finished[0]), out=str(out))))
-    command = [sys.executable, "-m", "nvfp4.cli", "rl", "--config", str(given)]
-    child = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    child = start_cli("rl", "--config", str(given))
     assert until(lambda: len(log.read(out / "log.jsonl")) >= 4, child)
-    child.kill()
+    child.send_signal(signal.SIGKILL)
     child.wait()
     (out / "result.json").unlink(missing_ok=True)  # where the kill came after the end
     rl(dataclasses.replace(finished[0], out=str(out), resume=True))

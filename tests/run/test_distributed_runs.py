@@ -1,4 +1,4 @@
-"""Both trainers under torchrun as a user starts them: no device named, more processes than problems, one evaluation."""
+"""Both trainers in processes as torchrun starts them: no device named, more processes than problems, one evaluation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
 from rl_runs import rows_of
 from rl_runs import tiny as tiny_rl
 from safetensors.torch import load_file
-from test_distributed import TORCHRUN, launch
-from training import steps_of, tiny, write_texts
+from training import CLI, environment, steps_of, tiny, write_texts
 
 from nvfp4.rl import collect as collecting
 from nvfp4.rl.config import resolve as resolve_rl
@@ -36,7 +36,7 @@ def texts(tmp_path_factory):
 
 
 def two_processes(command: str, given: Path, *options: str) -> str:
-    run = launch(*TORCHRUN, "2", "-m", "nvfp4.cli", command, "--config", str(given), *options)
+    run = children.processes(2, CLI, [command, "--config", str(given), *options], environment())
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("process(es)") == run.stdout.count("2 process(es)") == 1
     return run.stdout
@@ -133,7 +133,7 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = SimpleNamespace(device=torch.device("mps"), num_processes=1)
-    monkeypatch.setattr("nvfp4.run.processes.Accelerator", lambda cpu: alone)
+    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: alone)
     with pytest.raises(TrainError, match="device: 2 processes were started, but on mps they do not find each other"):
         accelerator_for("mps")
     monkeypatch.setenv("WORLD_SIZE", "1")

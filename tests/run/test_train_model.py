@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from limits import HANG
+from safetensors.torch import load_file
 from training import environment, steps_of, tiny, write_texts
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -83,21 +84,24 @@ def test_a_sample_may_be_longer_than_the_context(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_export_loads_where_there_is_no_nvfp4(tmp_path, texts, dtype):
-    config = tiny(tmp_path / "run", texts, recipe="quartet2", steps=3, export_dtype=dtype, tie_embeddings=True)
-    pretrain(config)
+def test_the_export_loads_where_there_is_no_nvfp4(tmp_path, texts):
+    """In either dtype, in one process for both: it imports transformers anew, which takes seconds."""
+    for dtype in ("bf16", "fp32"):
+        out = tmp_path / dtype
+        pretrain(tiny(out, texts, recipe="quartet2", steps=3, export_dtype=dtype, tie_embeddings=True))
     code = """
 import json, sys, torch
 sys.modules["nvfp4"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("if x", return_tensors="pt")["input_ids"]
-logits = model(ids).logits.float().flatten()[:8].tolist()
-print(json.dumps([str(model.dtype), ids.tolist(), logits, type(model).__name__]))
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("if x", return_tensors="pt")["input_ids"]
+    logits = model(ids).logits.float().flatten()[:8].tolist()
+    print(json.dumps([str(model.dtype), ids.tolist(), logits, type(model).__name__]))
 """
+    folders = [tmp_path / dtype / "export" for dtype in ("bf16", "fp32")]
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run" / "export")],
+        [sys.executable, "-c", code, *map(str, folders)],
         env=environment(),
         cwd=tmp_path,
         capture_output=True,
@@ -105,17 +109,17 @@ print(json.dumps([str(model.dtype), ids.tolist(), logits, type(model).__name__])
         timeout=HANG,
     )
     assert run.returncode == 0, run.stderr
-    kind, ids, logits, name = json.loads(run.stdout)
-    assert kind == {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]
-    assert ids == [list(b"if x")]
-    assert name == "LlamaForCausalLM"
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
-    assert ours(torch.tensor(ids)).logits.float().flatten()[:8].tolist() == pytest.approx(logits, abs=1e-2)
-    if dtype == "fp32":  # the master weights, bit for bit
-        from safetensors.torch import load_file
+    loaded = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [kind for kind, *_ in loaded] == ["torch.bfloat16", "torch.float32"]
+    for folder, (_, ids, logits, name) in zip(folders, loaded, strict=True):
+        assert ids == [list(b"if x")]
+        assert name == "LlamaForCausalLM"
+        ours = AutoModelForCausalLM.from_pretrained(folder)
+        assert ours(torch.tensor(ids)).logits.float().flatten()[:8].tolist() == pytest.approx(logits, abs=1e-2)
 
-        saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000003" / "model.safetensors")
-        assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in saved.items())
+    # float32: the master weights, bit for bit
+    saved = load_file(tmp_path / "fp32" / "checkpoints" / "step-00000003" / "model.safetensors")
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in saved.items())
 
 
 def test_training_goes_on_from_an_export(tmp_path, texts):

@@ -1,4 +1,4 @@
-"""What runs in each process under torchrun: ``distributed_worker.py FOLDER``, all checks for that number of processes.
+"""What runs in each of several processes: ``main([FOLDER])``, all checks for their number.
 
 FOLDER/RANK.json tells of each check the error it ended with, or null. Run by ``test_distributed.py``.
 """
@@ -640,8 +640,10 @@ CHECKS: dict[int, tuple[Callable[[], None], ...]] = {
 }
 
 
-def main(only: list[str]) -> None:
-    """Run the checks up to the first that fails; what came of each is written to a file."""
+def main(arguments: list[str]) -> None:
+    """FOLDER [CHECKS]: run them up to the first that fails; what came of each is written to a file."""
+    global FOLDER
+    FOLDER, only = Path(arguments[0]), arguments[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=HANG))
     errors: dict[str, str | None] = {}
@@ -657,12 +659,11 @@ def main(only: list[str]) -> None:
         gc.collect()
     (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(errors))
     if any(errors.values()):
-        os._exit(1)  # the others may wait for this process in a collective: torchrun ends them
+        os._exit(1)  # the others may wait for this process in a collective, and are ended
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()  # else gloo's threads abort the interpreter
 
 
 if __name__ == "__main__":
-    FOLDER = Path(sys.argv[1])
-    main(sys.argv[2:])
+    main(sys.argv[1:])

@@ -6,16 +6,16 @@ what anything takes, and what is waited for is an event: a row in a log, the end
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 HANG = 1500.0
 """Seconds; the slowest test takes less than 60 on two cores. Below pytest's own limit, so that a child is ended."""
 
 
-def until(happened: Callable[[], bool], process: subprocess.Popen) -> bool:
-    """Wait for something that this process does; False if it ended or hung without it."""
+def until(happened: Callable[[], bool], process: Any) -> bool:
+    """Wait for something that this process does, which can be polled; False if it ended or hung without it."""
     end = time.monotonic() + HANG
     while not happened():
         if process.poll() is not None or time.monotonic() > end:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from limits import HANG
+import children
 
 from nvfp4.run import log
 from nvfp4.train.config import PretrainConfig
@@ -81,17 +80,18 @@ def steps_of(out: Path) -> dict[int, dict[str, Any]]:
     return {row["step"]: {key: value for key, value in row.items() if key not in clock} for row in rows}
 
 
-def run_cli(*arguments: str, before: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+CLI = "import sys\nfrom nvfp4.cli import main\nsys.exit(main(sys.argv[1:]))"
+"""``python -m nvfp4.cli`` as a text, for a process that has imported it."""
+
+
+def run_cli(*arguments: str, before: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``nvfp4 ARGUMENTS`` in a process of its own, where the Python code ``before`` runs first."""
-    code = f"import sys\n{before}\nfrom nvfp4.cli import main\nsys.exit(main(sys.argv[1:]))"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        **options,
-    )
+    return children.python(f"{before}\n{CLI}", list(arguments), environment(), cwd)
+
+
+def start_cli(*arguments: str) -> children.Child:
+    """The same, without waiting for its end."""
+    return children.Child(CLI, list(arguments), environment())
 
 
 def environment() -> dict[str, str]:

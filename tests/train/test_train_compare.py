@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import signal
-import subprocess
-import sys
 
+import children
 import numpy as np
 import pytest
-from limits import HANG, until
-from training import environment, steps_of, tiny, write_texts
+from limits import until
+from training import start_cli, steps_of, tiny, write_texts
 
 from nvfp4.run.errors import TrainError
 from nvfp4.run.plots import draw_comparison, smooth, spread
@@ -34,16 +35,19 @@ def config_of(out, texts, **changes) -> CompareConfig:
     return CompareConfig(**{**shared, "recipes": RECIPES, **changes})
 
 
+def forked(arguments: list[str]) -> children.Child:
+    """In the place of ``start``: the run in a process that need not import everything first."""
+    return start_cli(*arguments)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, texts):
-    """One comparison through the command line, as a user starts it."""
-    out = tmp_path_factory.mktemp("compare") / "out"
-    path = out.parent / "given.yaml"
-    path.write_text(to_yaml(config_of(out, texts)))
-    command = [sys.executable, "-m", "nvfp4.cli", "compare", "--config", str(path)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return out, run.stdout
+    """One comparison, each of its runs in a process."""
+    out, said = tmp_path_factory.mktemp("compare") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(comparing, "start", forked)
+        compare(config_of(out, texts))
+    return out, said.getvalue()
 
 
 def test_it_writes_one_table_one_picture_and_one_json(compared):
@@ -97,7 +101,8 @@ def test_runs_of_another_config_are_named_before_any_run_starts(compared, texts,
         compare(config_of(compared[0], texts, lr=0.5))
 
 
-def test_a_run_that_fails_is_reported_with_its_recipe(tmp_path, texts):
+def test_a_run_that_fails_is_reported_with_its_recipe(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(comparing, "start", forked)
     absent = (str(tmp_path / "absent"),)
     config = config_of(tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout)
     with pytest.raises(TrainError, match="the run of bf16 ended with exit code 1; its message is above"):
@@ -108,12 +113,12 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(t
     config = config_of(tmp_path / "out", texts, recipes=("quartet2",), steps=4000, save_every=0, eval_every=0)
     path = tmp_path / "given.yaml"
     path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "nvfp4.cli", "compare", "--config", str(path)]
-    run = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = start_cli("compare", "--config", str(path))
     log = tmp_path / "out" / "quartet2" / "log.jsonl"
     until(lambda: log.exists() and log.read_text().count("\n") > 3, run)
     run.send_signal(signal.SIGINT)
-    said = "".join(run.communicate(timeout=HANG))
+    run = run.finished()
+    said = run.stdout + run.stderr
     assert run.returncode == 130, said
     assert "checkpoint saved" in said
     assert "run the same command again to go on" in said

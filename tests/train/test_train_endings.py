@@ -17,7 +17,7 @@ from limits import HANG
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from test_train_compare import config_of, report_of
-from training import environment, run_cli, steps_of, tiny, write_texts
+from training import environment, run_cli, start_cli, steps_of, tiny, write_texts
 
 from nvfp4 import cli
 from nvfp4.run import checkpoint, log, model
@@ -324,15 +324,15 @@ def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_go
     """The child used to train on for hours, and the same command then only said that somebody trains there."""
     config = config_of(tmp_path / "out", texts, recipes=("bf16",), steps=3000, save_every=0, eval_every=0)
     (tmp_path / "given.yaml").write_text(to_yaml(config))
-    command = [*CLI, "compare", "--config", str(tmp_path / "given.yaml")]
+    command = ["compare", "--config", str(tmp_path / "given.yaml")]
     folder = RunFolder(str(tmp_path / "out" / "bf16"))
-    parent = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    parent = start_cli(*command)
     child = 0
     try:
         wait_for(lambda: len(log.read(folder.log)) > 3, parent)
         child = int((folder.root / ".lock").read_text().split()[1])
         assert child != parent.pid
-        parent.kill()
+        parent.send_signal(signal.SIGKILL)
         parent.wait()
         until = time.monotonic() + HANG
         while time.monotonic() < until and alive(child):
@@ -340,16 +340,12 @@ def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_go
         assert not alive(child)
         saved = checkpoint.newest_first(folder.checkpoints)
         assert [path.name for path in saved] == [f"step-{max(steps_of(folder.root)):08d}"]
-        second = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-        lines = []
-        for line in second.stdout:
-            lines.append(line)
-            if line.startswith("resuming from"):
-                break
-        second.terminate()
-        second.communicate(timeout=HANG)
-        assert lines[-1].startswith(f"resuming from {saved[0]}"), "".join(lines)
-        assert second.returncode == 143
+        second = start_cli(*command)
+        wait_for(lambda: "\nresuming from " in second.output(), second)
+        second.send_signal(signal.SIGTERM)
+        ended = second.finished()
+        assert f"\nresuming from {saved[0]}" in ended.stdout
+        assert ended.returncode == 143
     finally:
         for pid in (parent.pid, child):
             if pid and alive(pid):

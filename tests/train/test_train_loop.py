@@ -6,15 +6,13 @@ import copy
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 
+import children
 import pytest
 import torch
 from accelerate import Accelerator
-from limits import HANG
 from torch import nn
-from training import environment, steps_of, tiny, write_texts
+from training import CLI, environment, steps_of, tiny, write_texts
 
 from nvfp4.run import log
 from nvfp4.run.corpus import Document
@@ -355,15 +353,8 @@ def test_two_processes_under_torchrun_train_the_same_run(tmp_path, texts):
     from nvfp4.train.config import to_yaml
 
     path.write_text(to_yaml(dataclasses.replace(config, out=str(tmp_path / "two"))))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for more in ([], ["--resume", "--steps", "6", "--allow-changes", "steps"]):
-        run = subprocess.run(
-            [*torchrun, "-m", "nvfp4.cli", "pretrain", "--config", str(path), *more],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=HANG,
-        )
+        run = children.processes(2, CLI, ["pretrain", "--config", str(path), *more], environment())
         assert run.returncode == 0, run.stdout + run.stderr
     assert "2 process(es)" in run.stdout
     one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")

@@ -20,7 +20,7 @@ from nvfp4.train.loop import pretrain
 
 KILL = """
 import os, signal
-from nvfp4.run import {module} as place
+import nvfp4.{module} as place
 original = place.{name}
 def last(*args, **kwargs):
     result = original(*args, **kwargs)
@@ -29,9 +29,9 @@ def last(*args, **kwargs):
     return result
 place.{name} = last
 """
-AFTER_LOGGING_STEP_6 = KILL.format(module="log", name="Log.write", when="args[1]['step'] == 6", signal="SIGKILL")
+AFTER_LOGGING_STEP_6 = KILL.format(module="run.log", name="Log.write", when="args[1]['step'] == 6", signal="SIGKILL")
 INSIDE_CHECKPOINT_8 = KILL.format(
-    module="checkpoint", name="save_file", when="'00000008' in str(args[1])", signal="SIGKILL"
+    module="run.checkpoint", name="save_file", when="'00000008' in str(args[1])", signal="SIGKILL"
 )
 
 
@@ -99,7 +99,10 @@ def test_the_layers_call_counters_are_what_makes_it_exact(tmp_path, texts, monke
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, texts, name, code):
     config = tiny(tmp_path / "run", texts, save_every=0)
     stop = KILL.format(
-        module="step", name="next_token_loss", when="args[0].windows.batch == 4 and step_is_7()", signal=name
+        module="train.step",
+        name="next_token_loss",
+        when="args[0].windows.batch == 4 and step_is_7()",
+        signal=name,
     )
     stop += "\ncalls = []\ndef step_is_7():\n    calls.append(1)\n    return len(calls) == 7\n"
     child = started_from_file(config, tmp_path, stop)
