@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -143,6 +144,19 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Asked for by a test whose runs of reinforcement learning draw their pictures."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a few seconds draw none, which would take three quarters of their time."""
+    finish = sys.modules.get("nvfp4.rl.finish")
+    if finish is not None and "pictures" not in request.fixturenames:
+        monkeypatch.setattr(finish, "draw_run", lambda *args: None)
 
 
 @pytest.fixture

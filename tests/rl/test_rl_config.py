@@ -263,7 +263,7 @@ def test_the_warm_start_learns_and_is_made_once(tmp_path, capsys):
     assert json.loads((folder / MARK).read_text())["warm_steps"] == 1
 
 
-def test_a_comparison(tmp_path, monkeypatch):
+def test_a_comparison(tmp_path, monkeypatch, pictures):
     """Arms of every recipe and seed and a control, from one model; finished ones are kept; figures come together."""
     started = []
 
