@@ -26,6 +26,7 @@ from test_matmul import exact_operand
 from test_native import BOTH, CASES, DTYPES, KINDS, assert_same, data, same
 
 import nvfp4
+from nvfp4.backends import registry
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.registry import BACKENDS, BackendUnavailable, select
 from nvfp4.backends.triton.backend import _MISSING, INTERPRETED, TritonBackend, halves
@@ -230,6 +231,8 @@ def test_seeds_of_every_size(seed: int) -> None:
 def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, twice, of a capturable layer: the bits of one whose seeds are arguments; nothing is read
     back. Words whose every half has its top bit set."""
+    if INTERPRETED:  # by the other tests of this file, in a fifth of the time
+        monkeypatch.setattr(registry, "find_fault", lambda *args: None)
     layer, there = (layer.to(DEVICE) for layer in pair(recipe, 32, 16, "triton"))
     layer.nvfp4.noise.calls = there.nvfp4.noise.calls = 2**63 - 2**31 - 9
     nvfp4.capturable(there)
