@@ -89,7 +89,7 @@ coverage: $(TESTED) ## lines and branches that the tests reach, also from child 
 	$(BIN)/python tools/covered.py --json benchmarks/results/coverage.json -n $(JOBS) --dist worksteal $(ARGS)
 
 aarch64: $(READY) ## the CPU kernels cross-compiled for aarch64 and emulated; takes Debian's g++-aarch64-linux-gnu, qemu-user
-	$(BIN)/python -m pytest -q -rs tests/backends/test_aarch64.py
+	$(BIN)/python -m pytest -q -rs -m slow tests/backends/test_aarch64.py
 
 bench: $(READY) ## time the quantisers and the linear layer, and keep the figures
 	$(BIN)/python -m benchmarks.bench_quantize --keep quantize

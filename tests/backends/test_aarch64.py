@@ -1,6 +1,7 @@
 """The kernels compiled for aarch64 (NEON) and run under emulation, against the same source on this processor.
 
-Debian's packages g++-aarch64-linux-gnu and qemu-user are all it takes; ``make aarch64`` says so.
+Debian's packages g++-aarch64-linux-gnu and qemu-user are all it takes; ``make aarch64`` says so. Slow: two compilers
+and an emulated processor. ``make test`` has the same source on this processor, in test_native.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TOOLS = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64", "
 # as in setup.py, without threads
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-static"]
 
-pytestmark = pytest.mark.skipif(missing(*TOOLS) is not None, reason=f"{missing(*TOOLS)}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing(*TOOLS) is not None, reason=f"{missing(*TOOLS)}")]
 
 
 def build(compiler: str, to: Path) -> Path:

@@ -121,9 +121,10 @@ def begun(rows: Path) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_call_ends_its_children_and_reports(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM in the middle of a unit: no process is left, the rest is named as not reached."""
+    """Ctrl-C in the middle of a unit: no process is left, the rest is named as not reached. SIGTERM, which one handler
+    takes alike, is slow: a whole call once more."""
     mark = f"ON_GPU_TEST={tmp_path}"
     name, _, value = mark.partition("=")
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--call", "1", "--rehearse", "0.01"]
