@@ -11,7 +11,6 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,13 +41,25 @@ degraded = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module")
+def made(account: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Outside]]:
+    """The things outside of the attempts of this account, so far."""
+    made: list[Outside] = []
+    yield made
+    for outside in made:
+        outside.close()
+
+
 @pytest.fixture
-def outside(account: Account, tmp_path: Path) -> Iterator[Outside]:
-    outside = Outside(tmp_path, account.uid)
-    for parent in tmp_path.parents[:3]:  # pytest's are its owner's alone
-        parent.chmod(0o755)
-    yield outside
-    outside.close()
+def outside(account: Account, made: list[Outside], tmp_path_factory: pytest.TempPathFactory) -> Outside:
+    """Those of the attempt before, which it left as they were, or else new ones: a process takes a fork of all of
+    pytest's memory."""
+    if not made or made[-1].state() != made[-1].before:
+        folder = tmp_path_factory.mktemp("outside")
+        for parent in folder.parents[:2]:  # pytest's are its owner's alone
+            parent.chmod(0o755)
+        made.append(Outside(folder, account.uid))
+    return made[-1]
 
 
 HEAD = """

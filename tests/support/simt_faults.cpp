@@ -1,5 +1,5 @@
 // Kernels that break a rule of CUDA each; ``run_kernel`` returns 1 if simt.h noticed.
-#include "../csrc/cuda/simt.h"
+#include "../../csrc/cuda/simt.h"
 
 #include <cstring>
 
