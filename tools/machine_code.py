@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from rich.console import Console
@@ -25,13 +26,18 @@ E2M1_CONVERSION = r"cvt\.rn\.satfinite\.e2m1x2\.f32"
 
 
 def tritons_cuobjdump() -> str | None:
-    """NVIDIA's disassembler in Triton's wheel, which knows the cards that this Triton knows."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(tool) if tool.exists() else None
+    """NVIDIA's disassembler in a wheel of Triton, the newest of those on the path.
+
+    Where an older Triton comes first on the path, as in ``make aot``, it compiles, and the newer one
+    behind it reads: the disassembler of Triton 3.6 cannot decode sm_103a, for which 3.6 compiles.
+    """
+
+    def release(wheel: Distribution) -> list[int]:
+        return [int(part) for part in wheel.version.split(".")[:2]]
+
+    newest_first = sorted(distributions(name="triton"), key=release, reverse=True)
+    tools = (Path(str(d.locate_file("triton/backends/nvidia/bin/cuobjdump"))) for d in newest_first)
+    return next((str(tool) for tool in tools if tool.exists()), None)
 
 
 def toolkits_cuobjdump() -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ triton = pytest.importorskip("triton")
 
 from nvfp4.backends.triton.gemm.decoded import pays  # noqa: E402
 from nvfp4.backends.triton.gemm.launch import TILES, choose_tile, family, kernel_variants  # noqa: E402
-from tools import aot  # noqa: E402
+from tools import aot, machine_code  # noqa: E402
 from tools.quantize_variants import kernel_variants as quantizers  # noqa: E402
 
 if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
@@ -143,3 +144,18 @@ def test_where_operands_are_decoded_first():
     assert not pays(16, 8192, 8192, "wgmma")
     assert not pays(8192, 8192, 512, "mma")
     assert not any(pays(16384, 16384, 16384, kind) for kind in ("tcgen05", "mma_fp4"))
+
+
+def test_the_newest_disassembler_reads_what_an_older_triton_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling needs the old Triton first on the path; its disassembler does not know all cards it compiles for."""
+    for version in ("3.6.0", "3.10.1", "3.9.0"):
+        wheel = tmp_path / version
+        (wheel / f"triton-{version}.dist-info").mkdir(parents=True)
+        (wheel / f"triton-{version}.dist-info" / "METADATA").write_text(f"Name: triton\nVersion: {version}\n")
+        (wheel / "triton/backends/nvidia/bin").mkdir(parents=True)
+        (wheel / "triton/backends/nvidia/bin/cuobjdump").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / version) for version in ("3.6.0", "3.10.1", "3.9.0")])
+
+    assert machine_code.tritons_cuobjdump() == str(tmp_path / "3.10.1/triton/backends/nvidia/bin/cuobjdump")
