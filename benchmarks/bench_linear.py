@@ -1,10 +1,10 @@
-"""A linear layer, forward and backward, against high-precision ones: time, and bytes kept in between.
+"""A linear layer, forward and backward, against high-precision ones: time, and bytes kept between.
 
-For each shape the candidates take turns: float32 ``nn.Linear``; BF16 in high precision as the layers
-of this package compute it (torch's own where the processor has BF16 instructions, else float32 sums
-of BF16 operands); the recipes. ``--isa avx2`` measures as on a processor without AVX-512, in a
-process of its own: torch, MKL and oneDNN are told by environment variables, which they read when
-they start, our kernels by name.
+For each shape the candidates take turns: float32 ``nn.Linear``; BF16 in high precision as the
+layers of this package compute it (torch's own where the processor has BF16 instructions, else
+float32 sums of BF16 operands); the recipes. ``--isa avx2`` measures as on a processor without
+AVX-512, in a process of its own: torch, MKL and oneDNN are told by environment variables, which
+they read when they start, our kernels by name.
 
     python -m benchmarks.bench_linear --isa avx2 --sizes 2048 --recipes nvidia --keep linear
 

@@ -1,8 +1,8 @@
 """Time of every quantiser against a copy of the bytes it must move, on each instruction set.
 
-The copy, the quantiser on every instruction set and its peers take turns, so that a drifting machine
-moves them alike; each is first held equal to the reference, bit for bit (``nvfp4/bench/gates.py``).
-Figures are milliseconds, and multiples of the copy.
+The copy, the quantiser on every instruction set and its peers take turns, so that a drifting
+machine moves them alike; each is first held equal to the reference, bit for bit
+(``nvfp4/bench/gates.py``). Figures are milliseconds, and multiples of the copy.
 
     python -m benchmarks.bench_quantize --only rtn sr --isa avx512 avx2 --keep quantize
 
@@ -26,7 +26,7 @@ from nvfp4.bench.timing import Run, copier, interleaved
 from nvfp4.quantizers.registry import get_quantizer
 
 GATED_ROWS = 144
-"""Of the matrix to be timed: one tile of 128 and a ragged one; the reference takes minutes for more."""
+"""Of the matrix to be timed: a tile of 128 and a ragged one; the reference is slow."""
 
 
 def peer(x: torch.Tensor) -> dict[str, Run]:
@@ -44,7 +44,10 @@ def peer(x: torch.Tensor) -> dict[str, Run]:
 
 
 def candidates(backend: Backend, x: torch.Tensor, name: str, isa: str) -> dict[str, Run]:
-    """What is timed of one quantiser on an instruction set: x, x^T, both from one read, x^T from codes."""
+    """What is timed of one quantiser on an instruction set, by name.
+
+    Rows of x, those of x^T, both from one read of x, and those of x^T from codes of x.
+    """
     case, rtn = quantiser(name), get_quantizer("rtn")
     saved = backend.quantize(x, rtn, rtn.check())
 

@@ -1,10 +1,11 @@
 """Reinforcement learning as data, each figure from runs of ``nvfp4 rl`` itself.
 
-compare: full precision against NVFP4 over three seeds, and a control (``nvfp4 rl --preset sort``); no figure is printed
-or kept unless every gate of the comparison holds. objectives: every objective from one warm start over three seeds,
-with its authors' settings and at least two updates per rollout, as one is not enough to tell most of them apart.
-foreign: samplers that are not the trainer, with and without a correction. tasks: every task as it comes. The last two
-have one seed each.
+compare     full precision against NVFP4 over three seeds, and a control (``nvfp4 rl --preset
+            sort``); no figure is printed or kept unless every gate of the comparison holds
+objectives  every objective from one warm start over three seeds, with its authors' settings and
+            at least two updates per rollout: one is not enough to tell most of them apart
+foreign     samplers that are not the trainer, with and without a correction; one seed
+tasks       every task as it comes; one seed
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _ends(before: dict[str, Any], after: dict[str, Any]) -> tuple[tuple[str, dic
 
 
 def warm(out: Path) -> RLConfig:
-    """What the runs of objectives have in common: sort, one warm start, and one temperature for all evaluations."""
+    """What the runs of objectives share: sort, one warm start, one temperature for evaluations."""
     sort = {name: PRESETS["sort"][name] for name in ("task", "max_new_tokens", "context")}
     cadence = {"eval_problems": 24, "eval_samples": 8, "eval_temperature": 1.0, "save_every": 0, "check_every": 5}
     config = RLConfig(**sort, **cadence, device="cpu", depth=2, steps=STEPS)
@@ -100,8 +101,11 @@ def warm(out: Path) -> RLConfig:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """An objective as its authors have it, for ``COMPLETIONS`` of a small model. But at least temperature 1, with all
-    tokens: sampled colder, the warm start hardly fails, and then there is nothing to learn from."""
+    """An objective as its authors have it, for ``COMPLETIONS`` of a small model.
+
+    But at least temperature 1, with all tokens: sampled colder, the warm start hardly fails, and
+    there is nothing to learn from.
+    """
     defaults = OBJECTIVES[name].defaults
     group = GROUPS.get(name, defaults.group)
     prompts = COMPLETIONS // group
@@ -113,7 +117,7 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:
-    """Runs of each objective, seed by seed, so that what is finished is worth something at any time."""
+    """Runs of each objective, seed by seed, so that what is finished is complete at any time."""
     base = warm(out)
     for seed in SEEDS:
         for name in OBJECTIVES:
@@ -121,7 +125,7 @@ def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each objective: means over its seeds, and the spread as the sample's standard deviation."""
+    """One row per objective: means over its seeds, and the sample standard deviation as spread."""
     found = []
     for name in OBJECTIVES:
         runs = [row for row in rows if row["run"].rpartition(" seed ")[0] == name]
@@ -173,7 +177,8 @@ def main() -> None:
             rows.append(short(name, rl(dataclasses.replace(config, out=folder, resume=True))))
             print(name, json.dumps(rows[-1]), flush=True)
     if args.what == "objectives":
-        title = f"nvfp4 rl, objectives, recipe rl, {STEPS} steps of {COMPLETIONS} completions, objectives {code()}"
+        work = f"{STEPS} steps of {COMPLETIONS} completions"
+        title = f"nvfp4 rl, objectives, recipe rl, {work}, objectives {code()}"
         show(title, over_seeds(rows), args.keep)
     else:
         show(f"nvfp4 rl, {args.what}, one seed, recipe rl", rows, args.keep)
@@ -183,7 +188,7 @@ STUDIES = {"objectives": objectives, "foreign": foreign, "tasks": tasks}
 
 
 def code() -> str:
-    """The tree of nvfp4/rl/objectives that is checked out: what any commit with these very objectives has."""
+    """The git tree of nvfp4/rl/objectives: any commit with these very objectives has it."""
     git = ["git", "rev-parse", "--short=10", "HEAD:nvfp4/rl/objectives"]
     return subprocess.run(git, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""What every script here does alike: stop at a wrong result, print one table, keep the rows as data.
+"""What every script here does alike: stop at a wrong result, print a table, keep the rows as data.
 
 A kept file grows call by call: a row replaces the one with the same labels, and says itself on what
 machine, at what commit and beside how much other work it was measured. So a table of many rows may

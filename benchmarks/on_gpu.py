@@ -1,22 +1,31 @@
-"""Everything about a GPU that is lent for fifteen minutes, in two calls: is it right, how fast is it, are goals met.
+"""A GPU that is lent for fifteen minutes, used in two calls: is it right, how fast is it, are goals
+met.
 
-    python -m benchmarks.on_gpu --call 1 --out FOLDER     5 minutes: build, smoke, rates, layers, graphs, 2^31 elements
-    python -m benchmarks.on_gpu --call 2 --out FOLDER     6 minutes: tests, compute-sanitizer, ncu, the other dtypes
-    python -m benchmarks.on_gpu --plan                    what each stage is expected to take, and from what
-    python -m benchmarks.on_gpu --call 1 --rehearse 0.1   all of it on a CPU at a tenth of the sizes; `make rehearsal`
+    python -m benchmarks.on_gpu --call 1 --out FOLDER
+        5 minutes: build, smoke, rates, layers, graphs, 2^31 elements
+    python -m benchmarks.on_gpu --call 2 --out FOLDER
+        6 minutes: tests, compute-sanitizer, ncu, the other dtypes
+    python -m benchmarks.on_gpu --plan
+        what each stage is expected to take, and from what
+    python -m benchmarks.on_gpu --call 1 --rehearse 0.1
+        all of it on a CPU at a tenth of the sizes; ``make rehearsal`` does so with faults injected
 
-On a machine with fifteen minutes: give each call a command of its own with a limit a minute above its budget, one right
-after the other, so that the extension, Triton's cache and the machine's start are paid for once; mend between them only
-what a minute mends. A bare machine needs torch, triton, numpy, rich, setuptools, pybind11 and nvcc (pytest, hypothesis,
-xdist and pytest-timeout for the tests); no package index, no pydantic. FOLDER then holds four files per call:
+On a machine with fifteen minutes: give each call a command of its own with a limit a minute above
+its budget, one right after the other, so that the extension, Triton's cache and the machine's start
+are paid for once; mend between them only what a minute mends. A bare machine needs torch, triton,
+numpy, rich, setuptools, pybind11 and nvcc (pytest, hypothesis, xdist and pytest-timeout for the
+tests); no package index, no pydantic. FOLDER then holds four files per call:
 
-    call1.jsonl  each row as it came: what a killed call leaves     call1.md, call1.json  the report: goals first, then
-    call1.log    what compilers, tests and tools said                 wrong, skipped and not reached by name, tables
+    call1.jsonl             each row as it came: what a killed call leaves
+    call1.log               what compilers, tests and tools said
+    call1.md, call1.json    the report: goals first; wrong, skipped and not reached by name; tables
 
-Keep both .json under benchmarks/results/, which name card, clocks, versions and commit. The last lines printed are the
-head of the report; the code is 0 if nothing was wrong, 1 if something was, 130 if it was interrupted.
+Keep both .json under benchmarks/results/, which name card, clocks, versions and commit. The last
+lines printed are the head of the report; the code is 0 if nothing was wrong, 1 if something was,
+130 if it was interrupted.
 
-Each unit of work is a process of its own (``gpu/processes.py``): a fault, a death or a hang costs one row.
+Each unit of work is a process of its own (``gpu/processes.py``): a fault, a death or a hang costs
+one row.
 """
 
 from __future__ import annotations

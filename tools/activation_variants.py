@@ -1,4 +1,4 @@
-"""The kernels of ``fused_kernels`` in the forms in which the recipes launch them, to be compiled ahead of time."""
+"""The fused RMSNorm and SwiGLU kernels in the forms in which recipes launch them, for ``aot``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ for _side in ("rows", "columns"):
 
 
 def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
-    """What ``aot`` compiles: every pair of ``PAIRS`` after both formulas, and the gradients; or a few, all in BF16."""
+    """What ``aot`` compiles: each pair of ``PAIRS`` after both formulas, and the gradients.
+
+    All in BF16. few: the few that the tests compile.
+    """
     table = policies(capability)
     chosen: list[KernelVariant] = []
     for rows, columns in PAIRS[:1] if few else PAIRS:

@@ -94,7 +94,7 @@ class TritonKernel:
 
 
 def compile_variant(variant: KernelVariant, capability: int) -> Any:
-    """Triton's compiled kernel (``asm``, ``metadata``); pointers are aligned to 16 as in training."""
+    """Triton's compiled kernel (``asm``, ``metadata``), pointers aligned to 16 as in training."""
     names = variant.kernel.arg_names
     types = {name: variant.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}

@@ -1,10 +1,11 @@
-"""Lines and branches of nvfp4 that the tests reach, child processes included, kept as data: ``make coverage``.
+"""Lines and branches of nvfp4 that the tests reach, child processes included, kept as data: ``make
+coverage``.
 
     python tools/covered.py --json FILE [pytest's options]
 
-Needs ``coverage`` 7.10 or later, which sets up every Python process that a test starts (``patch = subprocess``): the
-workers of pytest-xdist, the command line, torchrun's processes, the interpreter of Triton's kernels. What is compiled
-is not counted: csrc, and kernels on a GPU.
+Needs ``coverage`` 7.10 or later, which sets up every Python process that a test starts (``patch =
+subprocess``): the workers of pytest-xdist, the command line, torchrun's processes, the interpreter
+of Triton's kernels. What is compiled is not counted: csrc, and kernels on a GPU.
 """
 
 from __future__ import annotations

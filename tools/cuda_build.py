@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels without a GPU and says what came out: python -m tools.cuda_build
 
     each file of csrc/cuda  x  each target
-        nvcc -cubin --keep, with the flags of ``nvfp4.backends.native.cuda_targets.py``, as setup.py has them
+        nvcc -cubin --keep, with the flags of nvfp4/backends/native/cuda_targets.py, as setup.py
         registers, stack and spills from ptxas' own words, instructions from the machine code
         a fault where the arithmetic is not the reference's, or values leave the registers
 

@@ -72,8 +72,8 @@ def memory_faults(sass: str, spill_bytes: int, stack_bytes: int = 0) -> Iterator
 def rounding_faults(ptx: str, sass: str, divides: bool) -> Iterator[str]:
     """Arithmetic other than that of the reference, which rounds after every operation.
 
-    divides: whether the kernel divides. ptxas makes a correctly rounded quotient of FFMAs and scaled
-    subnormals of its own, but of no two numbers at once, so PTX and FFMA2 have to tell.
+    divides: whether the kernel divides. ptxas makes a correctly rounded quotient of FFMAs and
+    scaled subnormals of its own, but of no two numbers at once, so PTX and FFMA2 have to tell.
     """
     if divides:
         is_fused = re.search(r"\bfma\.(?!rn\.f64)", ptx) or re.search(r"\bFFMA2\b", sass)
@@ -88,7 +88,7 @@ def rounding_faults(ptx: str, sass: str, divides: bool) -> Iterator[str]:
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """A table of kernels, one line per kernel and card; those with a "fault" are red, and said below."""
+    """A table of one line per kernel and card; a "fault" makes it red, and is said below."""
     faults = [row["fault"] for row in rows]
     plain = [{key: value for key, value in row.items() if key != "fault"} for row in rows]
     console = Console()

@@ -1,4 +1,9 @@
-"""Every kernel in every form in which the recipes launch it, to be compiled ahead of time where there is no GPU."""
+"""The quantising kernels in every form in which recipes launch them, for ``aot`` to compile.
+
+kernel_variants  the rules of the named recipes on BF16, its transpose, tile codes, and both
+                 orientations in one read
+all_variants     every rule on every source and dtype, which the tests launch over no driver
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,10 @@ _FIXED = Rotation(16, fixed=True)
 
 
 class Variant(NamedTuple):
-    """What ``triton.compile(ASTSource(kernel, signature, constexprs, attrs), options=options)`` wants."""
+    """A kernel as ``triton.compile`` wants it.
+
+    ``compile(ASTSource(kernel, signature, constexprs, attrs), options=options)``.
+    """
 
     name: str
     kernel: Any
@@ -52,7 +60,7 @@ class Variant(NamedTuple):
 
 
 def policies(capability: int) -> dict[str, Policy]:
-    """The policies compiled for on a card: every rule with each of its options, and the rotations of the recipes."""
+    """Compiled for on a card: every rule with each of its options, and the recipes' rotations."""
     options: list[tuple[str, dict[str, Any]]] = [("rtn_2d", {})]
     for name in ("rtn", "sr", "sr_te"):
         options += [
@@ -100,7 +108,10 @@ CONVERSION = r"cvt\.rn\.satfinite\.e2m1x2\.f32"
 
 
 def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
-    """What ``aot`` compiles: policies of the recipes on BF16, its transpose, codes, and both orientations; or a few."""
+    """What ``aot`` compiles: the recipes' policies on BF16, its transpose, codes, and both at once.
+
+    few: the few that the tests compile.
+    """
     table = policies(capability)
     chosen: list[Variant] = []
     for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
@@ -134,7 +145,10 @@ def _converted(variant: Variant) -> bool:
 
 
 def all_variants() -> Iterator[Variant]:
-    """All of them: each policy on each kind of source, pairs of orientations, decoding; the same for every card."""
+    """All of them, the same for every card.
+
+    Each policy on each kind of source, pairs of orientations, scales, decoding, seeds.
+    """
     table = policies(capability=90)
     for label, policy in table.items():
         for source in (*ELEMENTS, *(f"{name}^T" for name in ELEMENTS), "codes", "tile_codes", "row_scaled_codes"):
@@ -146,8 +160,11 @@ def all_variants() -> Iterator[Variant]:
 
 
 def _single(label: str, policy: Policy, source: str, in_memory: bool = False) -> Iterator[Variant]:
-    """amax and quantise of one orientation; source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are
-    on the device, as CUDA graphs want them."""
+    """amax and quantise of one orientation.
+
+    source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are on the device, for
+    CUDA graphs.
+    """
     coded = Coded(16 if source == "tile_codes" else 1, source == "row_scaled_codes") if "codes" in source else None
     down = coded is not None or source.endswith("^T")
     tile = tile_down(policy, coded is not None) if down else tile_along(policy)
@@ -217,12 +234,13 @@ def _decoding() -> Iterator[Variant]:
         constants = {"CODED": Coded(tile, row_scaled), "R": rows, "C": columns}
         if not with_global:
             constants |= {"global_scale": None}
-        name = f"{'rows' if row_scaled else 'tensor'} of {tile}x16 to {dtype}{'' if with_global else ', no global'}"
+        scaled, without = "rows" if row_scaled else "tensor", "" if with_global else ", no global"
+        name = f"{scaled} of {tile}x16 to {dtype}{without}"
         yield _variant(name, kernels.decode_kernel, warps, {"codes": "*u8", "out": element}, constants)
 
 
 def _variant(name: str, kernel: Any, warps: int, pointers: dict[str, str], constants: dict[str, Any]) -> Variant:
-    """Pointers are aligned to 16 bytes, sizes are multiples of 16, everything else is a 32-bit number."""
+    """Pointers are aligned to 16 bytes, sizes multiples of 16, the rest 32-bit numbers."""
     types = _POINTERS | pointers
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}

@@ -1,4 +1,11 @@
-"""Builds the extensions on the machine at hand: the GPU's kernels for its card alone, then the CPU's."""
+"""Builds the extensions on the machine at hand: the GPU's kernels for its card, then the CPU's.
+
+    build      setup.py with NVFP4_CPU=0: every unit that needs ``_cuda`` waits for this
+    build_cpu  setup.py with NVFP4_CUDA=0, beside everything else
+
+One command for both would have ``_cuda`` wait for the CPU's kernels: setuptools copies extensions
+into place when all of them are built, two minutes later.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +22,40 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def build(job: Job) -> None:
-    """``_cuda`` for the card at hand alone; what came of it, as a fresh process sees it. Nothing is fetched."""
+    """``_cuda`` for the card at hand alone; nothing is fetched.
+
+    The row says what came of it, as a fresh process sees it.
+    """
     if importable("nvfp4._cuda") is None:
         job.add(module="_cuda", seconds=0.0, result="it was there already", said="-")
         return
-    made(job, "_cuda", {"NVFP4_CPU": "0", "NVFP4_CUDA": "1"})
+    run_setup(job, "_cuda", {"NVFP4_CPU": "0", "NVFP4_CUDA": "1"})
 
 
 def build_cpu(job: Job) -> None:
-    """The CPU's kernels, which no check needs and some tests use: beside everything else, at low priority."""
+    """The CPU's kernels, at low priority beside everything else.
+
+    No check needs them, and some tests use them.
+    """
     if importable("nvfp4._cpu") is None:
         raise Skip("it was there already")
     os.nice(15)
+    # why there is no _cuda, if there is none: this build knows nothing of it
     missing = ROOT / "nvfp4" / MISSING_FILE
-    said = missing.read_text() if missing.exists() else None  # why there is no _cuda: this build knows nothing of it
+    said = missing.read_text() if missing.exists() else None
     try:
-        made(job, "_cpu", {"NVFP4_CUDA": "0"})
+        run_setup(job, "_cpu", {"NVFP4_CUDA": "0"})
     finally:
         missing.unlink(missing_ok=True)
         if said is not None:
             missing.write_text(said)
 
 
-def made(job: Job, module: str, environment: dict[str, str]) -> None:
-    """Run setup.py in place with these variables; a row, and an exception if the module cannot be imported then.
+def run_setup(job: Job, module: str, environment: dict[str, str]) -> None:
+    """Run setup.py in place with these variables; one row.
 
-    Of the targets, setup.py takes the card at hand by itself; a rehearsal asks it for its version instead.
+    Of the targets, setup.py takes the card at hand by itself; a rehearsal asks it for its version
+    instead. Raises RuntimeError if the module cannot be imported afterwards.
     """
     began = time.monotonic()
     what = ["-q", "build_ext", "--inplace"] if job.settings.build else ["--version"]
@@ -60,8 +75,10 @@ def made(job: Job, module: str, environment: dict[str, str]) -> None:
 
 
 def importable(module: str) -> str | None:
-    """None if a fresh process can import the extension, else the last line of its complaint. Without the package
-    around it, which would import torch first."""
+    """None if a fresh process can import the extension, else the last line of its complaint.
+
+    Without the package around it, which would import torch first.
+    """
     folder, _, name = module.rpartition(".")
     command = [*python(), "-c", f"import sys; sys.path.insert(0, {folder!r}); import {name}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,7 +1,11 @@
-"""What the two calls do, in the order of importance, as data: stages with their limits, units in each.
+"""What the two calls do, in the order of importance, as data: stages, and units in each.
 
-Limits, in seconds, sum to less than a call's budget, so no stage can take a later one's time; a stage that ends early
-hands what is left to the next. Where the expected times come from: ``plan.py``.
+    call 1  machine, smoke (each backend once), rates, linear, graphs, large (2^31 elements)
+    call 2  machine, tests, sanitizer, counters, others (dtypes, shapes, recipes)
+
+The limits of stages, in seconds, sum to less than the call's budget, so no stage can take a later
+one's time; one that ends early hands what is left to the next. Where the expected times come from:
+``plan.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ RESERVE = 10.0
 """Seconds of a call kept back for starting the server of processes, ending them, and the report."""
 
 WORKERS = max(2, min(16, os.cpu_count() or 2))
-"""Processes at once where compiling is what takes time: the cores, of which the machine on loan has 16."""
+"""Processes at once where compiling takes the time: the cores, 16 on the machine on loan."""
 
 ALIGNED, RAGGED = (256, 512), (17, 33)
 OTHER_SHAPES = ((130, 100), (5, 270), (1, 1))
@@ -28,7 +32,10 @@ RECIPES = ("bf16", "nvidia", "quartet2", DEFAULT_RECIPE)
 QUANTIZER_NAMES = ("rtn", "rtn_2d", "sr", "sr_te", "four_over_six", "scale_search", "ms_eden")
 
 DECODED_SHAPES = ((512, 768, 1024), (37, 150, 100), (257, 130, 96))
-"""M, N, K of what ``matmul_decoded`` and each tile multiply: whole tiles; ragged in all three; ragged in the rows."""
+"""M, N, K of what ``matmul_decoded`` and each tile multiply.
+
+Whole tiles; ragged in all three; ragged in the rows.
+"""
 
 PRODUCT_SHAPES = ((256, 512, 256), (257, 130, 96), (1, 513, 272), (1, 1, 1), (3000, 2000, 512))
 MOST_WAYS = 5
@@ -76,7 +83,10 @@ def _quantise(backend: str, name: str, shape: tuple[int, int], dtype: str) -> Un
 
 
 def _smoke() -> Iterator[Unit]:
-    """Triton compiles while ``_cuda`` is built; C++, which compiles nothing, comes as soon as it is there."""
+    """Triton compiles while ``_cuda`` is built.
+
+    C++ compiles nothing, and comes as soon as it is there.
+    """
     for name in QUANTISERS:
         yield _quantise("cuda", name, ALIGNED, "bf16")
         yield _quantise("cuda", name, RAGGED, "bf16")

@@ -1,4 +1,5 @@
-"""Is it right: each backend by its name against the reference, bit for bit, on what kernels get wrong.
+"""Is it right: each backend by its name against the reference, bit for bit, on what kernels get
+wrong.
 
     a unit      one (backend, quantiser, shape, dtype), or one shape or tile of a product
     its row     comparisons made, how many were wrong, and which the first of these was
@@ -98,7 +99,10 @@ def quantise(job: Job, backend: str, name: str, shape: tuple[int, int], dtype: s
 
 
 def product_of(job: Job, backend: str, shape: tuple[int, int, int]) -> None:
-    """a b^T of one shape: row scales or not, 16x16 blocks or not, every dtype, with and without bias."""
+    """a b^T of one shape, in every combination.
+
+    Row scales or not, 16x16 blocks or not, every output dtype, with and without bias.
+    """
     place = job.settings.place
     chip = place.backend(backend)
     if "matmul" not in chip.operations:

@@ -1,9 +1,12 @@
-"""A pytest plugin for ``on_gpu``: which tests run on a GPU, and a row for each that fails, written as it does.
+"""A pytest plugin for ``on_gpu``: which tests run on a GPU, and a row per failure, as it comes.
 
-Chosen are tests marked ``cuda``, and in the files of ``tools.TRITON_TESTS`` all that neither interpret nor look at
-compiled code. In other files Triton is left out where a test runs on every backend: it would compile for minutes what
-those files hold it to. With ON_GPU_EVERYTHING set (rehearsals) nothing is left out. Only the process that reports
-writes: under xdist the one that started the others.
+    chosen    tests marked ``cuda``, and in the files of ``tools.TRITON_TESTS`` all that neither
+              interpret nor look at compiled code
+    left out  in other files, Triton where a test runs on every backend: it would compile for
+              minutes what those files hold it to
+
+With ON_GPU_EVERYTHING set (rehearsals) nothing is left out. Only the process that reports writes:
+under xdist the one that started the others.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     waits_for_nothing   after its first step no layer makes the host wait for the device
     compiles_once       no seed and no address is a reason to compile again
 
-All but the first run one small layer, ``SMALL``, in whole tiles: its kernels lie in Triton's cache by
-then.
+All but the first run one small layer, ``SMALL``, in whole tiles: its kernels lie in Triton's cache
+by then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nvfp4.model.weights import capturable
 from nvfp4.recipes import GEMMS, RECIPES
 
 EXACT_PRODUCTS = 2.0**-16
-"""Tolerance, in units of the largest element, of a float32 layer whose products have NVFP4 operands.
+"""Tolerance of a float32 layer with NVFP4 operands, in units of the largest element.
 
 Their elements are exact in BF16, so products are exact in float32. Sums are at most 96 long: in
 another order, and with global scales and bias, they move by at most (96 + 3) 2^-24 of the sum of
@@ -41,10 +41,10 @@ magnitudes, which on these normal numbers is less than twice the largest result:
 BF16_PRODUCTS = 2.0**-7
 """The same where results are rounded to BF16.
 
-Operands in BF16 (autocast), or a recipe with a dense product (``rl``: its input and weight gradients
-multiply BF16). BF16 has 8 significant bits, so a rounding that falls the other way moves an element
-by at most 2^-7 of it; with 10^4 elements and sums in another order, one such is more likely than
-none.
+Operands in BF16 (autocast), or a recipe with a dense product (``rl``: its input and weight
+gradients multiply BF16). BF16 has 8 significant bits, so a rounding that falls the other way moves
+an element by at most 2^-7 of it; with 10^4 elements and sums in another order, one such is more
+likely than none.
 """
 
 SMALL = Shape(tokens=128, in_features=256, out_features=128)
@@ -132,11 +132,10 @@ def graph_of_quantiser(job: Job, backend: str, name: str) -> None:
 
 
 def graph_of_layer(job: Job, backend: str, recipe: str) -> None:
-    """Each replay of a ``capturable`` layer gives what an eager twin gives at that call, and noise
-    is drawn anew.
+    """Each replay of a ``capturable`` layer gives what an eager twin gives at that call.
 
-    The twin runs on a side stream: a product of scaled_mm may differ in its last bit on the default
-    one.
+    So noise is drawn anew. The twin runs on a side stream: a product of scaled_mm may differ in its
+    last bit on the default one.
     """
     place = job.settings.place
     module, x, dy = small_layer(job, backend, recipe)

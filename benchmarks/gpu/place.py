@@ -1,13 +1,13 @@
 """Where units run: a GPU, or what stands in for one. The only file that knows the difference.
 
-    GPU         the card at hand: CUDA graphs, streams, events, torch's profiler
-    Rehearsal   a CPU: the backends' names belong to the CPU's kernels, a graph is a list of calls, sizes are a
-                fraction of the real ones, and faults are injected on purpose. Shows that the script works.
-    CompileOnly a CPU: Triton compiles for a card, for real and as specialised as there, and launches nothing.
-                Shows how long compiling takes.
+    GPU          the card at hand: CUDA graphs, streams, events, torch's profiler
+    Rehearsal    a CPU: the backends' names belong to the CPU's kernels, a graph is a list of calls,
+                 sizes are a part of the real ones, faults are injected: does the script work?
+    CompileOnly  a CPU: Triton compiles for a card, for real and as specialised as there, and
+                 launches nothing: how long does compiling take?
 
-Units ask ``job.settings.place`` for everything that is CUDA's own, and else compute on ``place.device``. torch is
-imported where it is used: whoever only starts units does without it.
+Units ask ``job.settings.place`` for everything that is CUDA's own, and else compute on
+``place.device``. torch is imported where it is used: whoever only starts units does without it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class GPU:
         torch.cuda.synchronize()
 
     def timed(self, run: Run) -> float:
-        """Milliseconds of the device between two events around ``run``, which begins on an idle one."""
+        """Milliseconds between two events around ``run``, which begins on an idle device."""
         import torch
 
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,7 +77,10 @@ class GPU:
         return float(start.elapsed_time(stop))
 
     def capture(self, run: Run) -> tuple[Any, Run]:
-        """(what ``run`` returned, what replays it into the same memory): a CUDA graph. Call ``warm`` before."""
+        """A CUDA graph: (what ``run`` returned, what replays it into the same memory).
+
+        Call ``warm`` before.
+        """
         import torch
 
         graph = torch.cuda.CUDAGraph()
@@ -103,7 +106,7 @@ class GPU:
         torch.cuda.current_stream().wait_stream(stream)
 
     def side_by_side(self, runs: list[Run], times: int) -> list[list[Any]]:
-        """Each run on a stream of its own, taking turns, none waiting for another; their results."""
+        """Results of each run, on a stream of its own; they take turns, and none waits."""
         import torch
 
         streams = [torch.cuda.Stream() for _ in runs]
@@ -164,7 +167,10 @@ class GPU:
         torch.cuda.cudart().cudaProfilerStop()
 
     def compile(self, layer: Any) -> Any:
-        """``torch.compile`` without a graph break, and without Inductor's 16 processes that each import torch."""
+        """``torch.compile`` without a graph break.
+
+        And without Inductor's 16 processes, which each import torch.
+        """
         import torch
         from torch._inductor import config
 
@@ -183,7 +189,7 @@ class GPU:
         return backend
 
     def gemms(self) -> dict[str, Callable[..., torch.Tensor]]:
-        """The ways to multiply that "auto" may not take for a shape: every tile of the card, and decoding first."""
+        """Every tile of the card, and decoding first: what "auto" may not take for a shape."""
         from functools import partial
 
         from nvfp4.backends.registry import BACKENDS
@@ -199,7 +205,7 @@ class GPU:
 
 
 class Rehearsal(GPU):
-    """A CPU that plays the GPU: the same lines run, what they find out about speed is worth nothing."""
+    """A CPU that plays the GPU: the same lines run; what they say of speed is worth nothing."""
 
     kind = "rehearsal"
     toolboxes = ()
@@ -288,7 +294,10 @@ class Rehearsal(GPU):
 
 
 class CompileOnly(Rehearsal):
-    """Triton's real JIT for an H100 or H200 over a driver that launches nothing; results are what memory held."""
+    """Triton's real JIT for an H100 over a driver that launches nothing.
+
+    Results are what memory held.
+    """
 
     kind = "compile"
 

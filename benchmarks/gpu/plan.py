@@ -1,13 +1,16 @@
-"""What each stage is expected to take, and from what: ``benchmarks/results/on_gpu_plan.json``, ``on_gpu --plan``.
-
-Measured, on any machine with the Triton that GPU users have and with nvcc, by
+"""What each stage of a call is expected to take, and from what: ``on_gpu --plan`` prints it.
 
     python -m benchmarks.gpu.plan --measure build/plan --keep benchmarks/results/on_gpu_plan.json
 
-is the user CPU time of each unit of a stage that compiles, with Triton's JIT compiling for an H100 over a driver that
-launches nothing, and the time of nvcc for each CUDA source for sm_90a. The same seconds on 16 hardware threads, taken
-as 8 times as fast as one, and what the code itself waits for (timing) are the expected time. What a GPU does to it, the
-making of a CUDA context above all, is an assumption and says so.
+measures, on any machine with the Triton that GPU users have and with nvcc:
+
+    user CPU seconds of each unit that compiles: Triton's JIT for an H100 over a driver that launches
+    nothing
+    seconds of nvcc for each CUDA source, for sm_90a
+
+Expected of a stage on 16 hardware threads: the compiling at ``SPEED`` times one thread's, and per
+unit what its process costs (``CONTEXT``) and what its own code waits for (``WAITS``). What a GPU
+does to it, the making of a CUDA context above all, is an assumption and says so.
 """
 
 from __future__ import annotations
@@ -36,11 +39,14 @@ ROOT = Path(__file__).parent.parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "on_gpu_plan.json"
 
 SPEED = 8
-"""How many times as fast as one thread 16 hardware threads compile: as many as there are cores."""
+"""How much faster than one thread 16 hardware threads compile: as many times as there are cores."""
 
 CONTEXT = 1.2
-"""Seconds of a unit beside its work. 0.4 of imports were measured; 0.8 for a CUDA context and for loading kernels that
-lie in Triton's cache are assumed."""
+"""Seconds of a unit beside its work.
+
+Measured: 0.4 of imports. Assumed: 0.8 for a CUDA context and for loading kernels from Triton's
+cache.
+"""
 
 SLOWER = 1.4
 """By how much longer the slowest CUDA source takes while all threads are busy. Assumed."""
@@ -63,15 +69,20 @@ WAITS = {
     "layers:compiles_once": 8.0,
     "layers:layer": 12.0,
 }
-"""Seconds that a unit waits by its own code: what it times, by the number of its candidates, and what is assumed: 2.5
-for the self-checks and the profile of a layer, 15 for torch.compile, 8 for a layer's pairs of operands that no unit has
-compiled before (12 with ragged tokens), 40 for torch under compute-sanitizer, 5 for one call under ncu, 105 for pytest
-in 16 processes, which is cut off at its limit with every failure written till then."""
+"""Seconds that a unit waits by its own code: what it times, by the number of its candidates.
+
+Assumed are 2.5 for the self-checks and the profile of a layer, 15 for torch.compile, 8 for a
+layer's pairs of operands that no unit has compiled before (12 with ragged tokens), 40 for torch
+under compute-sanitizer, 5 for one call under ncu, and 105 for pytest in 16 processes, which is cut
+off at its limit with every failure written till then.
+"""
 
 
 def measure(folder: Path, names: list[str], workers: int, seconds: float) -> None:
-    """Time the units of these stages, and with "build" nvcc, for at most so many seconds; into files of a folder, so
-    that a measurement that was ended goes on from there."""
+    """Time the units of these stages, and with "build" nvcc, for at most so many seconds.
+
+    folder: keeps what was timed, so that a measurement that was ended goes on from there.
+    """
     end = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # empty at first, as on a fresh machine
@@ -120,8 +131,10 @@ def kept(folder: Path) -> dict[str, Any]:
 
 
 def table(call: int) -> list[dict[str, Any]]:
-    """Per stage of a call: units, CPU seconds of compiling, expected and allowed seconds, how much is reached in
-    these."""
+    """Per stage of a call: units, CPU seconds of compiling, expected and allowed seconds.
+
+    "reached": how much of the stage ends within its limit.
+    """
     figures = json.loads(KEPT.read_text())
     plan, rows = stages(call), []
     for stage in plan:
@@ -152,7 +165,7 @@ def build_seconds(figures: dict[str, Any]) -> float:
 
 
 def _cpu_seconds(unit: Unit, stage: str, figures: dict[str, Any]) -> float:
-    """As measured; for a unit that compiles and was not timed, the mean of all of its kind that were."""
+    """As measured; for a unit that compiles and was not timed, the mean of its kind."""
     times = figures["stages"].get(stage, {})
     if unit.name in times or not _compiles(unit):
         return times.get(unit.name, 0.0)
@@ -170,7 +183,8 @@ def show() -> int:
     """Print it."""
     figures = json.loads(KEPT.read_text())
     about = ", ".join(f"{key} {figures[key]}" for key in ("triton", "processor", "date", "unit"))
-    print(f"Measured: {about}.\nExpected: compiling / {SPEED}, {CONTEXT} s per process, and what units wait for.\n")
+    print(f"Measured: {about}.")
+    print(f"Expected: compiling / {SPEED}, {CONTEXT} s per process, and what units wait for.\n")
     for call, minutes in BUDGET_MINUTES.items():
         rows = table(call)
         heads = list(rows[0])
@@ -178,7 +192,8 @@ def show() -> int:
         for row in [dict(zip(heads, heads, strict=True)), *rows]:
             print("  ".join(f"{row[head]!s:>{widths[head]}}" for head in heads))
         expected, limit = (sum(row[key] for row in rows) for key in ("expected s", "limit s"))
-        print(f"call {call}: {expected:.0f} s expected, {limit + RESERVE:.0f} at most, {60 * minutes:.0f} its budget\n")
+        most = limit + RESERVE
+        print(f"call {call}: {expected:.0f} s expected, {most:.0f} at most of {60 * minutes:.0f}\n")
     build = figures["nvcc sm_90a"]
     slowest = max(build, key=build.get, default="-")
     print(f"_cuda for sm_90a, beside it: {build_seconds(figures):.0f} s, as long as {slowest} takes")
@@ -186,7 +201,7 @@ def show() -> int:
 
 
 def _compiles(unit: Unit) -> bool:
-    """Whether a unit has Triton compile something that is not in its cache yet, and that a CPU can pass to it."""
+    """Whether a unit has Triton compile what is not in its cache yet, and a CPU can ask for it."""
     elsewhere = {"cuda", "scaled_mm"} & set(map(str, unit.arguments))
     return unit.function.startswith("checks:") and unit.function != "checks:large" and not elsewhere
 

@@ -1,13 +1,16 @@
-"""Runs units, each in a process of its own: a fault of one kernel poisons a CUDA context for good, and costs one row.
+"""Runs units, each in a process of its own.
+
+A fault of one kernel poisons a CUDA context for good; here it costs one row.
 
     Runner.run_stage(stage):
         the next unit of the queue starts whenever fewer than ``stage.workers`` run
-        its process is forked from a server that has torch imported and no CUDA context, so it costs 0.4 s and not 3
+        its process is forked from a server with torch imported and no CUDA context: 0.4 s, not 3
         what it sends (rows, its end) is written to the file of rows as it comes
-        it has died without an end: one ``failed`` record with the signal's name, and the next one starts
+        it has died without an end: one ``failed`` record that names the signal, and the next starts
         it is beyond its seconds, or the stage beyond its own: its whole process group is killed
 
-Background units (the builds) go on while stages run, one after the other; units that need the first wait for its end.
+Background units (the builds) go on while stages run, one after the other; units that need the first
+wait for its end.
 """
 
 from __future__ import annotations
@@ -34,10 +37,16 @@ TICK = 0.25
 """Seconds between two looks at the clock."""
 
 LONGEST_TICK = 3.0
-"""Seconds that one tick counts for at most in the limit of a unit: a machine that stood still took no unit's time."""
+"""Seconds that one tick counts for at most in the limit of a unit.
+
+A machine that stood still for a minute, as in a neighbour's measurement, took no unit's time.
+"""
 
 PRELOADED = ["torch", "triton", "numpy"]
-"""Imported once, by the server that units are forked from. Not nvfp4: an extension may get built in between."""
+"""Imported once, by the server that units are forked from.
+
+Not nvfp4: an extension may get built in between.
+"""
 
 EVERYTHING = [*PRELOADED, "nvfp4", *(f"benchmarks.gpu.{name}" for name in ("checks", "layers", "rates", "stand_in"))]
 """The same where nothing is built: 0.4 s less for each unit."""
@@ -51,9 +60,10 @@ BACKGROUND = "build"
 
 
 class Unit(NamedTuple):
-    """What one process does: ``function`` ("module:name" below benchmarks.gpu) of the job and ``arguments``.
+    """What one process does: ``function`` of the job and ``arguments``.
 
-    seconds: after so many it is killed. needs_build: it does not start before the build has ended.
+    function: "module:name" below benchmarks.gpu. seconds: after so many it is killed. needs_build:
+    it does not start before the build has ended.
     """
 
     name: str
@@ -102,7 +112,10 @@ class _Live:
 
 
 class Runner:
-    """Starts, watches and ends the processes of all units; the only writer of the file of rows but for pytest's."""
+    """Starts, watches and ends the processes of all units.
+
+    The only writer of the file of rows, but for pytest's.
+    """
 
     def __init__(self, path: Path, log: Path, settings: Any, quiet: bool = False) -> None:
         self.path, self.log, self.settings, self.quiet = path, log, settings, quiet
@@ -113,8 +126,10 @@ class Runner:
         self._context.set_forkserver_preload(PRELOADED if settings.build else EVERYTHING)
 
     def begin_background(self, units: Iterable[Unit]) -> None:
-        """Start the first, and each other one when the one before has ended. Units that need the build wait for the
-        first."""
+        """Start the first, and each other one when the one before has ended.
+
+        Units that need the build wait for the first.
+        """
         self.background = deque(units)
         self.build = self.background[0].name
         append(self.path, kind="stage", stage=BACKGROUND, state="running")

@@ -1,12 +1,13 @@
-"""How fast: quantisers by backend against a copy, layers against BF16, in milliseconds of the device.
+"""How fast: quantisers by backend against a copy, layers against BF16, in milliseconds of the
+device.
 
     medians(place, {"copy": copy, "rows": call}, seconds)
         each candidate becomes a replayed CUDA graph of ``REPEATS`` calls: the device's time alone
         candidates take turns, as everywhere (``nvfp4/bench/timing.py``), and the median is kept
     "eager": the same without a graph, so that the host counts where it is the slower one
 
-Call i of a graph reads an operand of its own, ``REPEATS`` in turn: 4 x 37 MB of codes do not stay in
-the 50 to 126 MB of an L2.
+Call i of a graph reads an operand of its own, ``REPEATS`` in turn: 4 x 37 MB of codes do not stay
+in the 50 to 126 MB of an L2.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Call = Callable[[int], Any]
 
 
 def machine_facts(job: Job) -> None:
-    """Card, clocks, versions and commit; the two rates that all is held against; clocks under load."""
+    """Card, clocks, versions, commit; the rates that all is held against; clocks under load."""
     place = job.settings.place
     for key, value in machine(place.device).items():
         job.add(what=key, value=value)
@@ -67,8 +68,8 @@ def _normal(place: Any, n: int) -> torch.Tensor:
 def quantising(job: Job, backend: str, name: str, both: bool) -> None:
     """Rows of one BF16 matrix against a copy of the bytes that they must move.
 
-    both: also columns, and rows and columns in one call. "one read over two" is how much longer rows
-    and columns take one after the other.
+    both: also columns, and rows and columns in one call. "one read over two" is how much longer
+    rows and columns take one after the other.
     """
     place = job.settings.place
     chip, case = place.backend(backend), case_of(name)

@@ -1,4 +1,5 @@
-"""Both calls on a CPU, through every branch, with faults injected: python -m benchmarks.gpu.rehearsal
+"""Both calls on a CPU, through every branch, with faults injected: python -m
+benchmarks.gpu.rehearsal
 
     1  stand-ins of compute-sanitizer and ncu are written to a folder that comes first on PATH
     2  call 1 and call 2 run at a tenth of the sizes, each fault of ``FAULTS`` in its unit
@@ -7,8 +8,8 @@
     4  call 1 runs once more with seconds as its budget: what it did not reach must be named
 
 Code 0 if all of that holds. Limits by the clock are ``PATIENCE`` times those of a GPU: whoever
-rehearses may have other things to do, and no neighbour makes a right script wrong. ``--short`` takes
-one unit of each kind and a hundredth of the sizes: a test runs that.
+rehearses may have other things to do, and no neighbour makes a right script wrong. ``--short``
+takes one unit of each kind and a hundredth of the sizes: a test runs that.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ FAULTS: dict[int, dict[str, tuple[str, str]]] = {
         "triton layer rl f32": ("silent", "without a word"),
     },
 }
-"""By call and unit: the fault, and what the report must say of it. In ``pytest`` a planted test fails."""
+"""By call and unit: the fault, and what the report must say of it.
+
+In ``pytest`` a planted test fails.
+"""
 
 BESIDE = {
     1: (
@@ -148,7 +152,10 @@ def settings_of(call: int, folder: Path, scale: float, short: bool) -> Settings:
 
 
 def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
-    """What is not as it should be: a fault that is not one row, something else that is wrong, a unit that is lost."""
+    """What is not as it should be.
+
+    A fault that is not one row, something else that is wrong, a unit that is lost.
+    """
     bad = []
     seen = dict.fromkeys(FAULTS[call], 0)
     for name, stage in record.stages.items():
@@ -209,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         record = report.read(folder)[call]
         spent = processor_seconds(call, record)
-        line = f"call {call}: {spent:.0f} s of {CORES} cores, of {budget:.0f}; {clock:.0f} s by the clock"
+        line = f"call {call}: {spent:.0f} s of {CORES} cores, of {budget:.0f}; by the clock {clock:.0f}"
         print(f"\n{line}\n", flush=True)
         bad += judged(call, record, settings)
         bad += [f"call {call} ended with code {code}, not 1"] if code != 1 else []

@@ -8,8 +8,8 @@ The records, by ``kind``:
     row     one line of a table: what a unit computed or timed
     unit    how a unit ended: done, failed (with the reason), skipped (likewise) or stopped
 
-``CallRecord.of`` reads them back. A unit that is in a plan and has no ``unit`` record was not reached,
-and is named so in the report.
+``CallRecord.of`` reads them back. A unit that is in a plan and has no ``unit`` record was not
+reached, and is named so in the report.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from typing import Any
 from nvfp4.bench.tables import Row
 
 LONGEST_TEXT = 1500
-"""Characters of one value: a record stays below 4096 bytes or little more, so that appends of two
-processes to one file do not mix."""
+"""Characters of one value.
+
+A record stays below 4096 bytes or little more, so that appends of two processes do not mix.
+"""
 
 
 def append(path: Path, **record: Any) -> None:

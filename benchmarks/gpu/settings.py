@@ -14,16 +14,20 @@ HANGING_SECONDS = 3.0
 """Of a unit that is made to hang: it would not end in any time."""
 
 PATIENCE = 20
-"""How much longer than a GPU's any other unit of a rehearsal may take, whose machine may have other things to do."""
+"""How much longer than on a GPU a unit of a rehearsal may take, and a call.
+
+The machine may have other things to do.
+"""
 
 
 @dataclass
 class Settings:
     """What all units of a call share; picklable, since each of them is a process of its own.
 
-    folder: where reports and logs go. kind: "gpu", "rehearsal" or "compile". scale: of all sizes and times (1 on a
-    GPU). faults: by the name of a unit, what to inject. tests: what pytest is given instead of what runs on a GPU.
-    only: the names of units that run, all if there are none. build: whether the extensions are built for real.
+    folder: where reports and logs go. kind: "gpu", "rehearsal" or "compile". scale: of all sizes
+    and times (1 on a GPU). faults: by the name of a unit, what to inject. tests: what pytest is
+    given instead of what runs on a GPU. only: the names of units that run, all if there are none.
+    build: whether the extensions are built for real.
     """
 
     call: int
@@ -47,7 +51,7 @@ class Settings:
         return unit.seconds if self.kind == "gpu" else unit.seconds * PATIENCE
 
     def enter(self, unit: Any) -> None:
-        """In the process of a unit, before it runs: make its place, and the fault that is wanted of it."""
+        """In the process of a unit, before it runs: make its place, and be its fault."""
         fault = self.faults.get(unit.name, "")
         self.place = {"gpu": GPU, "rehearsal": Rehearsal, "compile": CompileOnly}[self.kind](self.scale)
         self.place.prepare(fault)

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.small_case BACKEND CASE SETTINGS
 
 BACKEND   cuda or triton
-CASE      small: every quantiser in three dtypes and both orientations on small ragged matrices; with
-          triton, which would compile for minutes, three quantisers in BF16
+CASE      small: every quantiser in three dtypes and both orientations on small ragged matrices;
+          with triton, which would compile for minutes, three quantisers in BF16
           rtn, ms_eden, both, amax: one call of that kind on a matrix of 8192 x 8192, which alone is
           profiled
 SETTINGS  a JSON object with kind and scale, as in ``settings.Settings``

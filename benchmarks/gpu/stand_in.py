@@ -1,4 +1,8 @@
-"""Backends for places without a GPU: the CPU's kernels under a GPU backend's name, and Triton that launches nothing."""
+"""Backends for places without a GPU.
+
+stand_in        the CPU's kernels under a GPU backend's name
+launch_nothing  Triton for a card that is not there: it compiles, and launches nothing
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ REGISTERS = 65536
 
 
 def stand_in(real: Backend, name: str, operations: tuple[Operation, ...], wrong: bool) -> Backend:
-    """``real`` under another name, with these operations; ``wrong``: the first code of each result is another."""
+    """``real`` under another name, with these operations.
+
+    wrong: the first code of each result is another, and each product is one more.
+    """
 
     class StandIn(type(real)):  # type: ignore[misc]
         def unavailable(self, device: torch.device) -> str | None:
@@ -52,7 +59,7 @@ def stand_in(real: Backend, name: str, operations: tuple[Operation, ...], wrong:
 
 
 class NoDriver:
-    """Triton's driver for a card that is not there: it loads nothing and launches nothing, and counts both."""
+    """Triton's driver for a card that is not there: it loads and launches nothing."""
 
     def __init__(self, capability: int, multiprocessors: int) -> None:
         self.capability, self.multiprocessors = capability, multiprocessors
@@ -89,7 +96,10 @@ class NoDriver:
 
 
 def launch_nothing(capability: int, multiprocessors: int) -> None:
-    """Let the Triton backend compile for that card on this machine; what it returns is whatever memory held."""
+    """Let the Triton backend compile for that card on this machine.
+
+    What it returns is whatever memory held.
+    """
     import triton
 
     from nvfp4.backends import registry

@@ -26,7 +26,10 @@ REFUSED = re.compile(r"ERR_NVGPUCTRPERM|LibraryNotLoaded|Device not supported", 
 """What profiler and sanitizer say where the machine does not let them: no fault of a kernel."""
 
 BY_FIXTURE = re.compile(r"def test_\w+\([^)]*\bbackend(: str)?, device\b")
-"""A test that ``tests/conftest.py`` runs on every backend and device, the GPU's too, which it marks ``cuda``."""
+"""A test that ``tests/conftest.py`` runs on every backend and device.
+
+The GPU's too, which it marks ``cuda``.
+"""
 
 COUNTERS = (
     "gpu__time_duration.sum",
@@ -50,7 +53,10 @@ SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
 
 
 def tests(job: Job) -> None:
-    """The package's own tests of what runs on CUDA; each failure is a row as it comes (``collect.py``)."""
+    """The package's own tests of what runs on CUDA.
+
+    Each failure is a row as it comes (``collect.py``).
+    """
     for needed in ("pytest", "hypothesis"):
         if find_spec(needed) is None:
             raise Skip(f"{needed} is not installed here")
@@ -85,7 +91,10 @@ def files_with_gpu_tests() -> list[str]:
 
 
 def sanitizer(job: Job, tool: str, backend: str) -> None:
-    """compute-sanitizer over every quantiser of a backend on small ragged matrices: bad addresses, or races."""
+    """compute-sanitizer over every quantiser of a backend: bad addresses, or races.
+
+    On small ragged matrices (``small_case.py``).
+    """
     program = found(job, "compute-sanitizer")
     command = [program, "--tool", tool, "--print-limit", "20", "--launch-timeout", "0"]
     # torch asks the driver for functions that it may not have: answers, and no errors of a kernel
@@ -105,8 +114,8 @@ def sanitizer(job: Job, tool: str, backend: str) -> None:
 def errors_of(tool: str, said: str, text: str, code: int) -> int:
     """How many errors or hazards a tool counted; ``Skip`` if it cannot work on this machine.
 
-    said: standard output; text: that and standard error; code: of the program. None counted says nothing of a program
-    that did not get to its end: RuntimeError.
+    said: standard output; text: that and standard error; code: of the program. None counted says
+    nothing of a program that did not get to its end: RuntimeError.
     """
     if (refused := REFUSED.search(text)) is not None:
         raise Skip(f"{tool} does not work on this machine: {refused[0]}")
@@ -143,7 +152,10 @@ def counters(job: Job, backend: str, what: str) -> None:
 
 
 def ncu_rows(text: str) -> list[dict[str, str]]:
-    """Of ncu's raw page as CSV, one row per kernel with the counters that are kept. Its second line holds units."""
+    """Of ncu's raw page as CSV, one row per kernel with the counters that are kept.
+
+    Its second line holds units.
+    """
     lines = [line for line in text.splitlines() if line.startswith('"')]
     table = list(csv.DictReader(lines))
     rows = []
@@ -162,7 +174,10 @@ def case(job: Job, backend: str, what: str) -> list[str]:
 
 
 def found(job: Job, program: str) -> str:
-    """Its path; ``Skip`` that names it if there is none. CUDA's tools often lie beside nvcc, not on PATH."""
+    """The path of a program; ``Skip`` that names it if there is none.
+
+    CUDA's tools often lie beside nvcc and not on PATH.
+    """
     nvcc = shutil.which("nvcc")
     beside = [str(Path(nvcc).resolve().parent)] if nvcc else []
     places = [os.environ.get("PATH", ""), *beside, *job.settings.place.toolboxes]

@@ -1,1 +1,1 @@
-"""Benchmarks that run from an installed package: ``nvfp4 bench all``, and what ``benchmarks/`` shares with it."""
+"""``nvfp4 bench``: measuring from an installed package, shared with ``benchmarks/``."""

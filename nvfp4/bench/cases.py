@@ -1,4 +1,4 @@
-"""What is measured: quantisers with their options, linear layers of models, and the numbers in both.
+"""What is measured: quantisers with their options, layers of models, and the numbers in both.
 
 All of it is the same on every machine and in every run, so that two tables may be held beside each
 other:
@@ -89,7 +89,7 @@ def matrix(
 ) -> torch.Tensor:
     """[rows, columns] on the CPU, the same on every machine.
 
-    "normal": N(0, 1). "wide": rows of magnitudes from 2^-20 to 2^20. "nan": the last element is one.
+    "normal": N(0, 1). "wide": rows of magnitudes from 2^-20 to 2^20. "nan": with one at the end.
     """
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     if kind == "wide":

@@ -23,7 +23,7 @@ from nvfp4.layer.dense import times
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peaks that kernels are assumed to reach, and where the assumption comes from."""
+    """Shares of the peaks that kernels are assumed to reach, and where that comes from."""
 
     fp4: float
     bf16: float
@@ -79,13 +79,13 @@ DEVICES: dict[str, Device] = {
             bandwidth=8e12,
             l2=126e6,
             launch=_LAUNCH,
-            source="NVIDIA HGX B200 data sheet (1000 W; an eighth of it, dense); L2: Blackwell tuning guide",
+            source="HGX B200 data sheet (1000 W; an eighth, dense); L2: Blackwell tuning guide",
             efficiency=Efficiency(
                 fp4=0.56,
                 bf16=0.72,
                 memory=0.6,
-                source="FP4: mean of the 4720 to 5342 TFLOP/s that Quartet II publishes for its GEMMs; BF16: assumed, "
-                "1.6 PFLOP/s; " + _TWO_PASSES,
+                source="FP4: mean of the 4720 to 5342 TFLOP/s that Quartet II publishes for its "
+                "GEMMs; BF16: assumed, 1.6 PFLOP/s; " + _TWO_PASSES,
             ),
         ),
         Device(
@@ -96,14 +96,14 @@ DEVICES: dict[str, Device] = {
             bandwidth=1.792e12,
             l2=96 * 2**20,
             launch=_LAUNCH,
-            source="NVIDIA RTX Blackwell GPU architecture white paper, appendix A (dense, FP32 accumulation)",
+            source="RTX Blackwell architecture white paper, appendix A (dense, FP32 sums)",
             efficiency=Efficiency(
                 fp4=0.72,
                 bf16=1.05,
                 memory=0.6,
-                source="FP4: mean of the 1162 to 1241 TFLOP/s that Quartet II publishes for its GEMMs; BF16: 210 to "
-                "230 TFLOP/s follow from its times and speed-ups at 16384 tokens, above the peak at the nominal clock; "
-                + _TWO_PASSES,
+                source="FP4: mean of the 1162 to 1241 TFLOP/s that Quartet II publishes for its "
+                "GEMMs; BF16: its times and speed-ups at 16384 tokens give 210 to 230 TFLOP/s, "
+                "above the peak at the nominal clock; " + _TWO_PASSES,
             ),
         ),
         Device(
@@ -114,7 +114,7 @@ DEVICES: dict[str, Device] = {
             bandwidth=4.8e12,
             l2=50e6,
             launch=_LAUNCH,
-            source="NVIDIA H200 data sheet (SXM, dense: half of the figures with sparsity); L2: H100 white paper",
+            source="H200 data sheet (SXM, dense: half of its sparse figures); L2: H100 white paper",
             efficiency=Efficiency(
                 fp4=0.72, bf16=0.72, memory=0.6, source="assumed as on B200; decoding codes is taken to be free"
             ),

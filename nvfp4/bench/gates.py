@@ -1,6 +1,6 @@
 """What has to be right before anything is timed: every backend against the reference, bit for bit.
 
-    comparisons(backend, case, x, there)  one quantiser on one matrix: every road that leads to codes
+    comparisons(backend, case, x, there)  one quantiser on one matrix: every road to codes
     fault_of(backend, case, x)            the same as one sentence, or None
     exact_operand(rows, columns)          codes whose products no order of summation can change
     near_bf16(layer, exact, x)            a whole layer: the right operands of the right GEMMs
@@ -180,12 +180,14 @@ def same(got: QTensor, want: QTensor) -> bool:
 
 
 def exact_operand(rows: int, columns: int, block: tuple[int, int] = ROW_BLOCK, row_scaled: bool = False) -> QTensor:
-    """[rows, columns] of any codes on block scales of 1/2, 1 and 2 and global scales of 1/2 (by row also 1 and 3/2).
+    """Any codes [rows, columns], block scales of 1/2, 1 and 2, a global scale of 1/2.
+
+    row_scaled: global scales of 1/2, 1 and 3/2 by row.
 
     A product of two such elements is a multiple of 1/16 not above 144, and 1/2 * 1/2 or 3/2 * 1/2
-    times a sum of 2048 of them one of 1/64 not above 144 * 2048 * 3/4, so below 2^24 of those: exact
-    in float32 in any order of summation and with the global scales applied in any way. A wrong place
-    of a scale, or a missing one, shows.
+    times a sum of 2048 of them one of 1/64 not above 144 * 2048 * 3/4, so below 2^24 of those:
+    exact in float32 in any order of summation and with the global scales applied in any way. A
+    wrong place of a scale, or a missing one, shows.
 
     With global scales of real data cuBLASLt's fl(ga * gb) may round a tie the other way than the
     reference, and a right product would be called wrong.
@@ -222,7 +224,7 @@ def _product_fault(backend: Backend, device: torch.device) -> str | None:
 def near_bf16(layer: nn.Linear, exact: nn.Linear, x: torch.Tensor) -> bool:
     """Whether y, dx and dw of a layer are near those of ``exact``, the same layer in BF16.
 
-    Quantised, but of the right things: a wrong operand, scale or transpose is off by its whole norm.
+    Quantised, but of the right things: a wrong operand, scale or transpose is off by its norm.
     """
     dy = matrix(x.shape[0], exact.out_features, seed=3).to(x.device)
     results = []

@@ -1,6 +1,6 @@
 """The measurements of ``nvfp4 bench all``, each a generator of table rows.
 
-    quantising       a backend's rows, columns and both in one call, against a copy of the same bytes
+    quantising       rows, columns, and both in one call, against a copy of the same bytes
     multiplying      a product of codes that are there already, against the BF16 product
     layers           forward and backward, the weight quantised anew, and the bytes kept in between
     optimizer_steps  two micro-batches and AdamW, the weight quantised in forwards or after the step
@@ -34,7 +34,10 @@ from nvfp4.recipes import RECIPES
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A linear layer at work. x [tokens, in_features] wants a gradient; dy [tokens, out_features]."""
+    """A linear layer at work.
+
+    x: [tokens, in_features], which wants a gradient. dy: [tokens, out_features].
+    """
 
     layer: nn.Linear
     x: torch.Tensor
@@ -133,7 +136,7 @@ def quantising(work: Workload) -> Iterator[Row]:
 
 
 def multiplying(work: Workload) -> Iterator[Row]:
-    """x w^T to BF16 of codes that are there already, by every backend, and of BF16 as ``times`` does."""
+    """x w^T to BF16 of codes that are there already, by every backend, and of BF16 by ``times``."""
     rtn = get_quantizer("rtn")
     for name, shape in work.gemms.items():
         x = matrix(shape.tokens, shape.in_features, seed=1).to(work.device)

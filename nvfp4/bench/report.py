@@ -4,7 +4,7 @@
         1  options and paths are tried out, before anything runs
         2  every gate (``gates.py``); nothing is timed if one is red
         3  each section of ``measure.SECTIONS``, row by row as they come
-        4  after every section r.md and r.json are written anew, so an interruption keeps what there is
+        4  after every section r.md and r.json are written anew: an interruption loses one section
 
 Columns named "predicted" come from data sheets (``roofline.py``); everything else was measured.
 """
@@ -115,8 +115,8 @@ def bench_all(
 ) -> Findings:
     """Gate on correctness, then measure quantisers, GEMMs, layers and memory on one device.
 
-    report: a Markdown file to write; beside it the same as JSON. device: "auto" (the GPU if there is
-    one), "cpu", "cuda". quick: small shapes. seconds: per candidate.
+    report: a Markdown file to write; beside it the same as JSON. device: "auto" (the GPU if there
+    is one), "cpu", "cuda". quick: small shapes. seconds: per candidate.
 
     Raises ``WrongResults`` before anything is timed if a backend is wrong; ValueError for a device
     that is not here or a time that is not positive, OSError for a path that cannot be written, all

@@ -1,7 +1,7 @@
-"""What a layer step should cost: bytes and FLOPs of each kernel of a recipe, and the time they take.
+"""What a layer step should cost: bytes and FLOPs of each kernel of a recipe, and their time.
 
     layer_kernels   the kernels of a forward and backward, of each GEMM first those of its operands
-    Kernel.seconds  the longer of its FLOPs and its bytes, at the rates of ``devices.py``, and a launch
+    Kernel.seconds  the longer of FLOPs and bytes, at the rates of ``devices.py``, and a launch
     step_seconds    the same by GEMM, and for quantising
     speedup         over BF16; ``overtakes``: from how many tokens there is any
 
@@ -24,8 +24,10 @@ BF16_BITS = 16.0
 CODE_BITS = 4.0
 SCALE_BITS = 8 / NVFP4.block_size
 WIDE_SCALE_BITS = BF16_BITS / NVFP4.block_size
-"""ms_eden's block scales before the tensor's range is known: BF16, until a second kernel makes E4M3 of
-them."""
+"""ms_eden's block scales before the tensor's range is known.
+
+They are BF16, until a second kernel makes E4M3 of them.
+"""
 
 PREDICTED = "predicted, not measured"
 """The words beside every number that comes from here."""
@@ -63,9 +65,11 @@ PUBLISHED_SPEEDUPS = {
     ("RTX 5090", "22B"): 4.185,
     ("B200", "22B"): 2.5,
 }
-"""Measured by Quartet II's authors, forward and backward of a block over BF16, amax given: its speed
-notebook and abstract. On B200 they report no gain at 800M, which host time explains and this model
-does not."""
+"""Measured by Quartet II's authors: a block's forward and backward over BF16, amax given.
+
+From its speed notebook and abstract. On B200 they report no gain at 800M, which host time explains
+and this model does not.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,10 @@ class Traffic:
 
 OURS = Traffic("ours", shared_reads=True, amax=True)
 PUBLISHED = Traffic("Quartet II's kernels", shared_reads=False, amax=False)
-"""45 bits per element of the gradient, 20.5 forward, 11 to quantise again: arXiv 2601.22813, table 2
-and its code."""
+"""45 bits per element of the gradient, 20.5 forward, 11 to quantise again.
+
+arXiv 2601.22813, table 2 and its code.
+"""
 OURS_AMAX_GIVEN = Traffic("ours, amax given", shared_reads=True, amax=False)
 """29 bits per element of the gradient; to be held beside ``PUBLISHED``."""
 
@@ -93,8 +99,8 @@ OURS_AMAX_GIVEN = Traffic("ours, amax given", shared_reads=True, amax=False)
 class Kernel:
     """One kernel; without FLOPs it moves data.
 
-    gemm: "fprop", "dgrad" or "wgrad", for which it runs. fp4: whether its FLOPs are NVFP4's. again: of
-    ``bytes``, those that the kernel before it read too.
+    gemm: "fprop", "dgrad" or "wgrad", for which it runs. fp4: whether its FLOPs are NVFP4's. again:
+    of ``bytes``, those that the kernel before it read too.
     """
 
     name: str

@@ -48,7 +48,7 @@ RUNS = 10
 
 @dataclass(frozen=True)
 class Prediction:
-    """One block of a model on one device: predicted milliseconds and, where it ran, measured ones."""
+    """One block of a model on one device, predicted, and measured where it ran."""
 
     device: str
     model: str
@@ -109,10 +109,11 @@ def report(
     plot_path: str | None = None,
     measure_cpu: bool = False,
 ) -> list[Prediction]:
-    """Print every table; keep the rows as JSON and the speed-up over tokens as a picture, where a path is given.
+    """Print every table; where a path is given, keep the rows as JSON and draw the picture.
 
     The GPU of this machine is measured too if it is among the devices; the processor if
-    ``measure_cpu``. Raises ValueError for an unknown model, OSError for a path that cannot be written.
+    ``measure_cpu``. Raises ValueError for an unknown model, OSError for a path that cannot be
+    written.
     """
     unknown = [model for model in models if model not in MODELS]
     if unknown:
@@ -152,7 +153,7 @@ def report(
 
 
 def _published(devices: Sequence[Device], models: Sequence[str]) -> list[Row]:
-    """Quartet II's speed-ups beside those predicted of its traffic and of ours, amax given as there."""
+    """Quartet II's speed-ups beside those predicted of its traffic and of ours, amax given."""
     recipe = RECIPES["quartet2"]
 
     def predicted(device: Device, model: str, traffic: Any) -> float:
@@ -255,7 +256,7 @@ def _keep(path: Path, rows: Sequence[Prediction], devices: Sequence[Device], pub
 
 
 def draw(recipe: Recipe, model: str, devices: Sequence[Device], rows: Sequence[Prediction], path: Path) -> None:
-    """Write the picture: predicted speed-up over tokens, one line per device; points were measured."""
+    """Write the picture: predicted speed-up over tokens, a line per device; points: measured."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -6,8 +6,8 @@
         the median of each
 
 A shared machine drifts, and turns let the drift fall on all candidates alike: ratios hold where
-single times do not. What one run takes is asked of ``timed``: the clock of a CPU, or two events of a
-GPU with its L2 cache filled with something else before (``timer``).
+single times do not. What one run takes is asked of ``timed``: the clock of a CPU, or two events of
+a GPU with its L2 cache filled with something else before (``timer``).
 """
 
 from __future__ import annotations

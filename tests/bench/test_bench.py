@@ -1,4 +1,6 @@
-"""nvfp4 bench all: right before fast, everything in the report, and no prediction that is not labelled one."""
+"""nvfp4 bench all: right before fast, everything in the report, and no prediction that is not
+labelled one.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def no_self_check(monkeypatch):
 
 
 def test_the_command_measures_everything_and_says_on_what(tmp_path, capsys):
-    """A quick run on the processor: sections, units, machine, versions, gates; the same figures as data."""
+    """A quick run on the processor: sections, units, machine, versions, gates; the same figures as
+    data.
+    """
     path = tmp_path / "report.md"
     options = ["--report", str(path), "--quick", "--device", "cpu", "--seconds", "0.001"]
     assert main(["bench", "all", *options]) == 0
@@ -63,7 +67,7 @@ def test_the_command_measures_everything_and_says_on_what(tmp_path, capsys):
 
 
 def test_every_prediction_is_labelled():
-    """In the page and in the data: the heading of the cards, and each column that was not measured."""
+    """In the page and in the data: the heading of the cards, each column that was not measured."""
     page = report.Findings({}, None, complete=True).markdown()
     blackwell = page.partition(f"## Blackwell: {PREDICTED}")[2]
     assert "nobody has measured these" in blackwell
@@ -86,7 +90,9 @@ def never(*args, **kwargs):
 @pytest.mark.parametrize("fault", ["quantize", "transposed", "both", "again", "matmul", "nan"])
 @pytest.mark.skipif(BACKENDS["cpu"].unavailable(CPU) is not None, reason="the native extension is not built")
 def test_a_red_gate_stops_everything(fault, monkeypatch, tmp_path, capsys, no_self_check):
-    """One bit of one code in one orientation, or one element of a product: named, code 1, no figure and no file."""
+    """One bit of one code in one orientation, or one element of a product: named, code 1, no figure
+    and no file.
+    """
     real = {name: getattr(CpuBackend, name) for name in ("quantize", "quantize_both", "requantize", "matmul")}
 
     def spoilt(q):
@@ -135,7 +141,9 @@ def test_layers_have_a_gate_of_their_own(monkeypatch):
 
 
 def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
-    """Ctrl-C in the middle of a section: its rows so far are written and the page says so; exit code 130."""
+    """Ctrl-C in the middle of a section: its rows so far are written and the page says so; exit
+    code 130.
+    """
 
     def stopped(work):
         yield {"quantiser": "rtn", "backend": "cpu", "ms": 1.25}
@@ -200,7 +208,9 @@ def test_help_describes_both_benchmarks(capsys):
 
 
 def test_candidates_take_turns():
-    """a b, then a b again and again: a drift of the machine falls on both; the first run of each is not counted."""
+    """a b, then a b again and again: a drift of the machine falls on both; the first run of each is
+    not counted.
+    """
     order = []
     ms = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=4)
     assert order == ["a", "b"] * 5
@@ -208,7 +218,9 @@ def test_candidates_take_turns():
 
 
 def test_clocks_come_from_nvidia_smi_where_it_is(monkeypatch):
-    """Asked for the GPU at hand by its uuid; without the program, or when it fails, there is nothing, and no error."""
+    """Asked for the GPU at hand by its uuid; without the program, or when it fails, there is
+    nothing, and no error.
+    """
     cuda, asked = torch.device("cuda", 0), []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="ab-1"))
     monkeypatch.setattr(timing.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -233,7 +245,7 @@ def test_clocks_come_from_nvidia_smi_where_it_is(monkeypatch):
 
 
 def test_kept_rows_replace_their_like(tmp_path):
-    """A row with the same labels gives way, the others stay, and each says where it was measured."""
+    """A row with the same labels gives way, the others stay; each says where it was measured."""
     path = tmp_path / "results" / "rows.json"
     first, second = {"processor": "a", "commit": "1"}, {"processor": "b", "commit": "2", "python": "3"}
     harness.keep(
@@ -253,7 +265,9 @@ def test_kept_rows_replace_their_like(tmp_path):
 
 
 def test_tables_have_every_column():
-    """Of all rows, each once; a missing cell is empty; what Markdown would take for a new cell or line is not one."""
+    """Of all rows, each once; a missing cell is empty; what Markdown would take for a new cell or
+    line is not one.
+    """
     rows = [{"a": "x|y\nz", "b": 1234.5}, {"a": "w", "c": 0.123456}]
     assert tables.markdown(rows) == [
         "| a | b | c |",
@@ -277,8 +291,9 @@ def test_matrices_are_what_they_say():
 
 
 def test_bytes_that_must_move():
-    """By hand for 64 x 32 BF16: two readings and 4.5 bits, one where a row has its scale or a rotation finds the range
-    afterwards, a sixteenth of the scales for 16 x 16 blocks."""
+    """By hand for 64 x 32 BF16: two readings and 4.5 bits, one where a row has its scale or a
+    rotation finds the range afterwards, a sixteenth of the scales for 16 x 16 blocks.
+    """
     x = cases.matrix(64, 32)
     moved = {name: cases.quantiser(name).bytes_moved(x) for name in ("rtn", "rtn row-scaled", "ms_eden(2)", "rtn_2d")}
     assert moved == {

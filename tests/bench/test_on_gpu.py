@@ -1,5 +1,7 @@
-"""benchmarks/on_gpu.py, of which no session with a GPU may find out that it has a typing error: both calls are
-rehearsed on the CPU with faults injected, in an interpreter that has no pydantic; interrupted; and judged."""
+"""benchmarks/on_gpu.py, of which no session with a GPU may find out that it has a typing error:
+both calls are rehearsed on the CPU with faults injected, in an interpreter that has no pydantic;
+interrupted; and judged.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
-    """The short rehearsal without what is ``ABSENT``; its limits are far off, since this machine may be busy."""
+    """The short rehearsal without what is ``ABSENT``; its limits are far off, since this machine
+    may be busy.
+    """
     folder = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, "-m", "benchmarks.gpu.rehearsal", "--short", "--out", str(folder / "out")]
     command += ["--budget-minutes", "600", "600"]
@@ -60,8 +64,10 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
 
 @pytest.mark.timeout(3600)
 def test_the_rehearsal_reports_each_fault_as_one_row(rehearsed: tuple) -> None:
-    """Wrong bits, exceptions, deaths, silence, hangs, a missing tool, hazards, a failing test: one row each that says
-    so; nothing else wrong; all units accounted for; nothing imported that a bare machine lacks."""
+    """Wrong bits, exceptions, deaths, silence, hangs, a missing tool, hazards, a failing test: one
+    row each that says so; nothing else wrong; all units accounted for; nothing imported that a bare
+    machine lacks.
+    """
     done, _ = rehearsed
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "The rehearsal went well." in done.stdout
@@ -69,7 +75,7 @@ def test_the_rehearsal_reports_each_fault_as_one_row(rehearsed: tuple) -> None:
 
 @pytest.mark.timeout(3600)
 def test_the_reports_hold_everything(rehearsed: tuple) -> None:
-    """Four files per call; goals, machine, tables and what could not run, on the page and as data."""
+    """Four files per call; goals, machine, tables, what could not run: on the page, as data."""
     _, out = rehearsed
     for call in (1, 2):
         files = {path.name for path in (out / f"call{call}").iterdir()}
@@ -90,7 +96,9 @@ def test_the_reports_hold_everything(rehearsed: tuple) -> None:
 
 @pytest.mark.timeout(3600)
 def test_packages_that_are_absent_are_named_not_imported(tmp_path: Path) -> None:
-    """The blocker blocks; a file of tests that needs pydantic is skipped with its name; a core file still runs."""
+    """The blocker blocks; a file of tests that needs pydantic is skipped with its name; a core file
+    still runs.
+    """
     command = [sys.executable, "-c", "import pydantic"]
     assert subprocess.run(command, env=environment(tmp_path), capture_output=True).returncode == 1
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
@@ -123,8 +131,10 @@ def begun(rows: Path) -> bool:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_call_ends_its_children_and_reports(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C in the middle of a unit: no process is left, the rest is named as not reached. SIGTERM, which one handler
-    takes alike, is slow: a whole call once more."""
+    """Ctrl-C in the middle of a unit: no process is left, the rest is named as not reached.
+
+    SIGTERM, which one handler takes alike, is slow: a whole call once more.
+    """
     mark = f"ON_GPU_TEST={tmp_path}"
     name, _, value = mark.partition("=")
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--call", "1", "--rehearse", "0.01"]
@@ -174,7 +184,9 @@ def test_a_rehearsal_counts_what_its_units_computed(tmp_path: Path) -> None:
 
 
 def test_goals_are_judged(tmp_path: Path) -> None:
-    """Enough, not enough, and not measured; the better backend counts; a line cut off by a kill is left out."""
+    """Enough, not enough, and not measured; the better backend counts; a line cut off by a kill is
+    left out.
+    """
     path = tmp_path / "call1.jsonl"
     append(path, kind="call", state="began", call=1)
     for backend, share in (("cuda", 0.71), ("triton", 0.5)):
@@ -200,7 +212,9 @@ def test_goals_are_judged(tmp_path: Path) -> None:
 
 
 def test_tolerances_of_layers() -> None:
-    """rl has dense products in its backward, so one BF16 rounding more or less is right, in float32 as well."""
+    """rl has dense products in its backward, so one BF16 rounding more or less is right, in float32
+    as well.
+    """
     import torch
 
     assert tolerance("rl", torch.float32, False) == BF16_PRODUCTS
@@ -210,7 +224,9 @@ def test_tolerances_of_layers() -> None:
 
 
 def test_operands_whose_products_are_exact_in_any_order() -> None:
-    """What products are judged with: float64 and float32, forwards and backwards, scales in any way, all agree."""
+    """What products are judged with: float64 and float32, forwards and backwards, scales in any
+    way, all agree.
+    """
     import torch
 
     from nvfp4.bench.gates import exact_operand as exact
@@ -250,7 +266,9 @@ def test_goals_of_every_device_are_marked_cuda(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_goals_of_chosen_tests() -> None:
-    """Marked ones, and the files named; of tests that run on every backend Triton's in these files alone."""
+    """Marked ones, and the files named; of tests that run on every backend Triton's in these files
+    alone.
+    """
     from types import SimpleNamespace
 
     from benchmarks.gpu.collect import _on_gpu
@@ -271,7 +289,9 @@ def test_goals_of_chosen_tests() -> None:
 
 
 def test_goals_of_compute_sanitizer() -> None:
-    """Counted errors count; none counted is good only of a program that ran to its end; a refusal is no fault."""
+    """Counted errors count; none counted is good only of a program that ran to its end; a refusal
+    is no fault.
+    """
     good = "ran\n========= ERROR SUMMARY: 0 errors\n"
     assert errors_of("memcheck", good, good, 0) == 0
     bad = "========= Invalid __global__ read\n========= ERROR SUMMARY: 3 errors\n"
@@ -287,7 +307,9 @@ def test_goals_of_compute_sanitizer() -> None:
 
 
 def test_goals_of_tests_that_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts are written as they come, each test in one of them, so that a killed pytest leaves what it did."""
+    """Counts are written as they come, each test in one of them, so that a killed pytest leaves
+    what it did.
+    """
     from types import SimpleNamespace
 
     from benchmarks.gpu import collect
@@ -323,7 +345,9 @@ def test_goals_explained_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rows_of_ncu() -> None:
-    """Its raw page: words of its own, a head, units, a row per kernel; only the counters that are kept."""
+    """Its raw page: words of its own, a head, units, a row per kernel; only the counters that are
+    kept.
+    """
     text = (
         '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum","other","launch__registers_per_thread"\n'
         '"","","us","","register/thread"\n"0","amax_kernel(int)","12.5","1","40"\n"1","quantize","7","2","64"\n'
@@ -343,8 +367,9 @@ def test_settings_travel_to_processes() -> None:
 
 
 def test_the_plan_fits() -> None:
-    """Expected times, from compile times that were measured, are below the limits of each stage and the budgets; only
-    the last stage, which has what is left, may be cut."""
+    """Expected times, from compile times that were measured, are below the limits of each stage and
+    the budgets; only the last stage, which has what is left, may be cut.
+    """
     from benchmarks.gpu import plan
 
     for call in (1, 2):
@@ -356,8 +381,9 @@ def test_the_plan_fits() -> None:
 
 
 def test_the_gpu_s_place_calls_what_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is CUDA's own, with torch's own signatures in the place of its functions: no typing error waits for a
-    GPU."""
+    """All that is CUDA's own, with torch's own signatures in the place of its functions: no typing
+    error waits for a GPU.
+    """
     from unittest import mock
 
     import torch

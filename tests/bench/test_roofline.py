@@ -1,4 +1,6 @@
-"""The roofline: bytes and FLOPs by hand, published speed-ups from published traffic, predictions that say so."""
+"""The roofline: bytes and FLOPs by hand, published speed-ups from published traffic, predictions
+that say so.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from nvfp4.recipes import RECIPES
 TOKENS, LAYER = 1024, Layer(512, 2048)
 ELEMENTS = {"x": 1024 * 512, "w": 2048 * 512, "dy": 1024 * 2048}
 TOLERANCE = 0.06
-"""Of a predicted speed-up: Quartet II's GEMMs reach 3 % more or less than their mean, and BF16 5 %, by shape."""
+"""Of a predicted speed-up: Quartet II's GEMMs reach 3 % more or less than their mean, and BF16 5 %,
+by shape.
+"""
 
 
 def bits_moved(recipe: str, tensor: str, traffic: roofline.Traffic, gemms=("fprop", "dgrad", "wgrad")) -> float:
@@ -95,7 +99,9 @@ def test_seconds_by_hand():
 
 @pytest.mark.parametrize(("device", "model"), PUBLISHED_SPEEDUPS)
 def test_published_speedups_follow_from_published_traffic(device, model):
-    """And ours, which reads the gradient once, comes out better, by what 16 of 45 bits of the gradient are worth."""
+    """And ours, which reads the gradient once, comes out better, by what 16 of 45 bits of the
+    gradient are worth.
+    """
     recipe, layers, published = RECIPES["quartet2"], MODELS[model], PUBLISHED_SPEEDUPS[device, model]
     theirs = speedup(recipe, layers, PUBLISHED_TOKENS, DEVICES[device], PUBLISHED)
     ours = speedup(recipe, layers, PUBLISHED_TOKENS, DEVICES[device], OURS_AMAX_GIVEN)
@@ -134,7 +140,9 @@ def test_devices_are_found_by_name(monkeypatch):
 
 
 def test_the_table_keeps_the_ratios_of_the_data_sheets():
-    """Per tensor core FP4 is 4 times BF16 on data centre Blackwell, 8 times on GeForce (FP32 sums at half rate)."""
+    """Per tensor core FP4 is 4 times BF16 on data centre Blackwell, 8 times on GeForce (FP32 sums
+    at half rate).
+    """
     assert DEVICES["B200"].fp4 == 4 * DEVICES["B200"].bf16 == 2 * DEVICES["B200"].fp8
     assert DEVICES["RTX 5090"].fp4 == 8 * DEVICES["RTX 5090"].bf16 == 4 * DEVICES["RTX 5090"].fp8
     assert DEVICES["H200"].fp8 == 2 * DEVICES["H200"].bf16
@@ -142,8 +150,9 @@ def test_the_table_keeps_the_ratios_of_the_data_sheets():
 
 
 def test_this_cpu_is_measured():
-    """FLOP/s of 2 n^3 and bytes/s of a read and a write, by the shortest of the runs, as a clock that is made up has
-    it: 9 s, 4 s and 6 s."""
+    """FLOP/s of 2 n^3 and bytes/s of a read and a write, by the shortest of the runs, as a clock
+    that is made up has it: 9 s, 4 s and 6 s.
+    """
     reads = iter([0, 0, 9, 9, 10, 14, 15, 20, 26, 99] * 2)
     cpu = this_cpu(seconds=20, clock=lambda: next(reads))
     assert cpu.bf16 == 2 * 1024**3 / 4
@@ -162,7 +171,9 @@ def small(monkeypatch):
 
 
 def test_measured_beside_predicted(small, monkeypatch, capsys, tmp_path):
-    """Both are in the table and in the file, under their names; the recipe's layer is really converted."""
+    """Both are in the table and in the file, under their names; the recipe's layer is really
+    converted.
+    """
     seen = []
     convert = cases.convert
     monkeypatch.setattr(cases, "convert", lambda *a, **k: seen.append(a[1].name) or convert(*a, **k))
