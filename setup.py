@@ -59,7 +59,7 @@ OBJECTS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "csrc" / 
 # the lists of the CUDA kernels, from a file of the package that needs nothing of it
 NATIVE = Path(__file__).parent / "nvfp4" / "backends" / "native"
 CUDA = SimpleNamespace(**runpy.run_path(str(NATIVE / "cuda_targets.py")))
-CUDA_FLAGS = [*CUDA.FLAGS, "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+CUDA_FLAGS = [*CUDA.FLAGS, *CUDA.OF_A_LIBRARY]
 
 
 def find_nvcc():

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from triton import next_power_of_2
 
 from nvfp4.backends.triton.backend import DECODING, SCALES, converts, tile_along, tile_down, tiles_of_both
-from nvfp4.backends.triton.launch import EXACT
 from nvfp4.backends.triton.quantize import kernels
 from nvfp4.backends.triton.quantize.rules import Coded, Policy, scaled_by_amax
 from nvfp4.backends.triton.variants import KernelVariant
@@ -22,6 +21,7 @@ from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.quantizers.registry import QUANTIZERS
 from nvfp4.recipes import GEMMS
+from tools.machine_code import E2M1_CONVERSION
 
 ELEMENTS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _POINTERS = {
@@ -36,27 +36,7 @@ _POINTERS = {
     "words": "*i64",
     "seeds": "*i64",
 }
-_SIZES = ("rows", "columns", "stride_row", "stride_column", "padded", "row_bytes", "row_blocks")
 _FIXED = Rotation(16, fixed=True)
-
-
-class Variant(NamedTuple):
-    """A kernel as ``triton.compile`` wants it.
-
-    ``compile(ASTSource(kernel, signature, constexprs, attrs), options=options)``.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[tuple[int], list[list[Any]]]
-    num_warps: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The compiler's options; the same as at every launch."""
-        return {"num_warps": self.num_warps, **EXACT}
 
 
 def policies(capability: int) -> dict[str, Policy]:
@@ -103,9 +83,6 @@ COMPILED = (
 )
 """Policies of the named recipes; all policies on all cards would compile for hours."""
 
-CONVERSION = r"cvt\.rn\.satfinite\.e2m1x2\.f32"
-"""How PTX writes the rounding of two numbers to E2M1."""
-
 
 def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     """What ``aot`` compiles: the recipes' policies on BF16, its transpose, codes, and both at once.
@@ -113,7 +90,7 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     few: the few that the tests compile.
     """
     table = policies(capability)
-    chosen: list[Variant] = []
+    chosen: list[KernelVariant] = []
     for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
         for source in ("bfloat16",) if few else ("bfloat16", "bfloat16^T", "tile_codes"):
             chosen += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
@@ -124,27 +101,10 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     chosen += list(_scales())[:1]
     chosen += list(_decoding())[:1]
     chosen += (v for v in _seeds(table) if v.kernel is not kernels.amax_kernel)
-    return [
-        KernelVariant(
-            variant.name,
-            variant.kernel,
-            {name: kind for name, kind in variant.signature.items() if kind != "constexpr"},
-            variant.constexprs,
-            variant.num_warps,
-            instruction=CONVERSION if _converted(variant) else None,
-            divides=True,
-        )
-        for variant in chosen
-    ]
+    return chosen
 
 
-def _converted(variant: Variant) -> bool:
-    """Whether an operand of this kernel is rounded to nearest, on a card that does so by itself."""
-    operands = [value for value in variant.constexprs.values() if isinstance(value, Policy)]
-    return any(policy.converts and policy.rule not in ("sr", "sr_te") for policy in operands)
-
-
-def all_variants() -> Iterator[Variant]:
+def all_variants() -> Iterator[KernelVariant]:
     """All of them, the same for every card.
 
     Each policy on each kind of source, pairs of orientations, scales, decoding, seeds.
@@ -159,7 +119,7 @@ def all_variants() -> Iterator[Variant]:
     yield from _seeds(table)
 
 
-def _single(label: str, policy: Policy, source: str, in_memory: bool = False) -> Iterator[Variant]:
+def _single(label: str, policy: Policy, source: str, in_memory: bool = False) -> Iterator[KernelVariant]:
     """amax and quantise of one orientation.
 
     source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are on the device, for
@@ -184,7 +144,7 @@ def _single(label: str, policy: Policy, source: str, in_memory: bool = False) ->
             yield _variant(name, kernel, tile.warps, pointers, constants)
 
 
-def _both(table: dict[str, Policy]) -> Iterator[Variant]:
+def _both(table: dict[str, Policy]) -> Iterator[KernelVariant]:
     pairs = [
         ("rtn", "rtn"),
         ("rtn", "rtn_rotation=nvidia"),
@@ -209,7 +169,7 @@ def _both(table: dict[str, Policy]) -> Iterator[Variant]:
                 yield _variant(name, kernel, tiles[0].warps, pointers, constants | {"stride_column": 1})
 
 
-def _scales() -> Iterator[Variant]:
+def _scales() -> Iterator[KernelVariant]:
     rows, columns, warps = SCALES
     for swizzled in (False, True):
         constants = {"R": rows, "C": columns} | ({} if swizzled else {"swizzled": None})
@@ -217,14 +177,14 @@ def _scales() -> Iterator[Variant]:
         yield _variant(name, kernels.finish_kernel, warps, {}, constants)
 
 
-def _seeds(table: dict[str, Policy]) -> Iterator[Variant]:
+def _seeds(table: dict[str, Policy]) -> Iterator[KernelVariant]:
     """What CUDA graphs need: seeds made on the device, and one kernel that finds its own there."""
     gemms = len(GEMMS)
     yield _variant("of three GEMMs", kernels.seeds_kernel, 1, {}, {"GEMMS": gemms, "COUNT": next_power_of_2(gemms)})
     yield from _single("sr_rotation=16x1", table["sr_rotation=16x1"], "bfloat16", in_memory=True)
 
 
-def _decoding() -> Iterator[Variant]:
+def _decoding() -> Iterator[KernelVariant]:
     rows, columns, warps = DECODING
     for (dtype, element), tile, row_scaled, with_global in product(
         ELEMENTS.items(), (1, 16), (False, True), (False, True)
@@ -239,15 +199,21 @@ def _decoding() -> Iterator[Variant]:
         yield _variant(name, kernels.decode_kernel, warps, {"codes": "*u8", "out": element}, constants)
 
 
-def _variant(name: str, kernel: Any, warps: int, pointers: dict[str, str], constants: dict[str, Any]) -> Variant:
-    """Pointers are aligned to 16 bytes, sizes multiples of 16, the rest 32-bit numbers."""
+def _variant(name: str, kernel: Any, warps: int, pointers: dict[str, str], constants: dict[str, Any]) -> KernelVariant:
+    """The constants that the kernel has; of its other arguments pointers, and 32-bit numbers.
+
+    A kernel that rounds an operand to nearest has to use the card's conversion, if it has one.
+    """
     types = _POINTERS | pointers
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (key, kind) in enumerate(signature.items())
-        if (kind[0] == "*" and key not in kernels.SEEDS)
-        or (kind == "i32" and key.removesuffix("_rows").removesuffix("_columns") in _SIZES)
-    }
-    return Variant(f"{kernel.__name__}: {name}", kernel, signature, constants, attrs, warps)
+    operands = [value for value in constants.values() if isinstance(value, Policy)]
+    converts = any(each.converts and each.rule not in ("sr", "sr_te") for each in operands)
+    return KernelVariant(
+        f"{kernel.__name__}: {name}",
+        kernel,
+        {key: types.get(key, "i32") for key in kernel.arg_names if key not in constants},
+        constants,
+        warps,
+        instruction=E2M1_CONVERSION if converts else None,
+        divides=True,
+    )

@@ -32,7 +32,7 @@ from benchmarks.gpu.processes import Runner, Stage, Unit
 from benchmarks.gpu.rates import SECONDS
 from benchmarks.gpu.rows import CallRecord, StageRecord
 from benchmarks.gpu.settings import Settings
-from nvfp4.backends.native.cuda_targets import FLAGS
+from nvfp4.backends.native.cuda_targets import FLAGS, OF_A_LIBRARY, SOURCES, find_nvcc
 from nvfp4.bench.timing import machine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,8 +86,8 @@ def measure(folder: Path, names: list[str], workers: int, seconds: float) -> Non
     end = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # empty at first, as on a fresh machine
-    if "build" in names and not (folder / "build.json").exists():
-        (folder / "build.json").write_text(json.dumps(_nvcc()))
+    if "build" in names:
+        _time_nvcc(folder / "build.json")
     for call in (1, 2):
         for stage in stages(call):
             if stage.name in names:
@@ -206,18 +206,23 @@ def _compiles(unit: Unit) -> bool:
     return unit.function.startswith("checks:") and unit.function != "checks:large" and not elsewhere
 
 
-def _nvcc() -> dict[str, float]:
-    """Seconds of each CUDA source for sm_90a alone, one after the other, with setup.py's flags."""
-    flags = [*FLAGS, "--compress-mode=size", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
-    seconds = {}
+def _time_nvcc(path: Path) -> None:
+    """User seconds of each CUDA source for sm_90a alone, with setup.py's flags, into a file.
+
+    One after the other; what the file has already is not timed again.
+    """
+    seconds = json.loads(path.read_text()) if path.exists() else {}
+    flags = [*FLAGS, *OF_A_LIBRARY, "-gencode=arch=compute_90a,code=sm_90a"]
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")):
+        for source in (f"{name}.cu" for name in SOURCES):
+            if source in seconds:
+                continue
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            command = ["nvcc", *flags, "-c", source, "-o", f"{folder}/object.o"]
+            command = [str(find_nvcc()), *flags, "-c", f"csrc/cuda/{source}", "-o", f"{folder}/object.o"]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            seconds[Path(source).name] = round(after - before, 1)
-    return seconds
+            seconds[source] = round(after - before, 1)
+            path.write_text(json.dumps(seconds))
 
 
 def main() -> int:

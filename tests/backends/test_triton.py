@@ -366,16 +366,14 @@ REPRESENTATIVE = [
 def test_compiled_code(name: str, tmp_path: Path) -> None:
     """For sm_90, without a GPU: nothing is fused, flushed or approximated, no FP8 type, no register spilled."""
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
 
+    from tools.aot import compile_variant
     from tools.quantize_variants import all_variants
 
     variant = {v.name: v for v in all_variants()}[name]
-    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attrs)
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path)
-        compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=variant.options)
+        compiled = compile_variant(variant, 90)
     assert not compiled.metadata.enable_fp_fusion  # ptxas is told --fmad=false
     found = set(re.findall(r"fma\.\w+|\.ftz|div\.full|div\.approx|rcp\.\w+|e4m3|e2m1|\.local", compiled.asm["ptx"]))
     assert not found, f"{name} has {found}"
@@ -418,8 +416,7 @@ def test_variants_cover_every_kernel() -> None:
     assert {v.kernel for v in variants} == family
     assert len({v.name for v in variants}) == len(variants)
     for v in variants:
-        assert list(v.signature) == v.kernel.arg_names
-        assert {k for k, kind in v.signature.items() if kind == "constexpr"} == set(v.constexprs)
+        assert sorted([*v.types, *v.constants]) == sorted(v.kernel.arg_names)
 
 
 @interpreted

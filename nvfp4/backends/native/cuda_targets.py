@@ -24,6 +24,12 @@ TARGETS = ("90a", "100a", "103a", "120a", "121a")
 SOURCES = ("plain", "searched", "eden", "fused", "scales")
 """Files of csrc/cuda/, without their ``.cu``."""
 
+OF_A_LIBRARY = (
+    "--compress-mode=size",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+)
+"""What setup.py adds to ``FLAGS``: device code is compressed, and host code as strict as the CPU's."""
+
 FLAGS = (
     "-std=c++17",
     "-O3",
