@@ -20,7 +20,9 @@ from nvfp4.rl.config import PRESETS, RENAMED, RLConfig
 from nvfp4.rl.gvendi import GVendiConfig
 from nvfp4.rl.prismatic import PrismaticConfig
 from nvfp4.run.errors import Interrupted, TrainError
-from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, from_fields, read_config_file
+from nvfp4.run.fields import from_fields, read_config_file
+from nvfp4.run.options import RunConfig
+from nvfp4.train.config import CompareConfig, PretrainConfig
 
 DESCRIPTION = "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
 FAILED = 1
@@ -170,7 +172,7 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
     look.add_argument("--objective")
     known, _ = look.parse_known_args(arguments)
     kind = next((kind for kind in RUNNERS if kind.__name__.lower() == known.command), None)
-    if kind is None or not issubclass(kind, TrainConfig | RLConfig):
+    if kind is None or not issubclass(kind, RunConfig):
         return {}
     if issubclass(kind, RLConfig):
         _refuse_renamed(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
@@ -181,8 +183,7 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
         fields |= {**read_config_file(known.config), "config": known.config}
         if issubclass(kind, RLConfig):
             _refuse_renamed(fields)
-    read: Any = from_fields
-    return {kind: read(kind, fields, known.config or "options")} if fields else {}
+    return {kind: from_fields(kind, fields, known.config or "options")} if fields else {}
 
 
 def _preset(name: str, model: str | None, objective: str | None) -> dict[str, Any]:

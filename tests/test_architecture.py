@@ -28,10 +28,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_SHELF = 12
 
-PENDING_IMPORTS: dict[str, set[str]] = {
-    # the options that both trainers share are still part of the pretrainer's config
-    "train.config": {"run.corpus", "run.folder", "run.model", "run.optim", "run.tokens"},
-}
+PENDING_IMPORTS: dict[str, set[str]] = {}
 """Imports that still go up, by what is imported; each entry has to be needed."""
 
 PENDING_NAMES: set[str] = {"Loop", "Run", "_Target"}

@@ -12,7 +12,7 @@ from nvfp4.model.weights import fixed_weights
 from nvfp4.numerics.rng import ABLATION_BRANCH, fold_in
 from nvfp4.recipes import RECIPES, W4A16, Gemm, Operand, Recipe
 from nvfp4.rl.attention import register
-from nvfp4.rl.config import RLConfig, make_task, training_fields
+from nvfp4.rl.config import RLConfig, make_task, model_source
 from nvfp4.rl.meter import mismatch
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.score import score
@@ -73,7 +73,7 @@ def measure(config: RLConfig, variant: Variant, spread: float | None, prompts: i
     assert config.tokenizer is not None
     assert config.max_new_tokens is not None
     text = Text(load_vocabulary(config.tokenizer), config.chat)
-    model: Any = build_model(training_fields(config), text).eval()
+    model: Any = build_model(model_source(config), text, config.seed).eval()
     if spread is not None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

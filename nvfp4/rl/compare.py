@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from nvfp4.rl.ablation import ablate
-from nvfp4.rl.config import RLConfig, kept_fields, resolve, to_yaml
+from nvfp4.rl.config import RLConfig, resolve
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.gates import verdicts
 from nvfp4.rl.plots import draw_comparison
@@ -29,6 +29,7 @@ from nvfp4.rl.warmstart import warm_start
 from nvfp4.run import log
 from nvfp4.run.children import start
 from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import saved_fields, to_yaml
 from nvfp4.run.files import write_json, write_text
 from nvfp4.run.progress import Reporter
 from nvfp4.run.signals import StopWish
@@ -133,7 +134,7 @@ def comparison(config: RLConfig, arms: list[Arm], ablation: list[dict[str, Any]]
         curves = {name: [row[name] for row in rows] for name in named}
         kept = {key: value for key, value in result.items() if key not in ("config", "completions")}
         runs.append({"name": arm.name, **kept, "curve": {"step": [row["step"] for row in rows], **curves}})
-    report = {"config": kept_fields(config), "runs": runs, "ablation": ablation}
+    report = {"config": saved_fields(config), "runs": runs, "ablation": ablation}
     return {**report, "gates": verdicts(runs, ablation)}
 
 
@@ -146,7 +147,7 @@ def _arm(config: RLConfig, recipe: str, seed: int, reward: str) -> Arm:
 
 def _finished(arm: Arm) -> bool:
     done = arm.folder.read_result()
-    return done is not None and done["config"] == kept_fields(arm.config)
+    return done is not None and done["config"] == saved_fields(arm.config)
 
 
 def _start(arm: Arm) -> subprocess.Popen[bytes]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from nvfp4.recipes import RECIPES, W4A16, Recipe
 from nvfp4.rl import sizes
@@ -21,28 +21,25 @@ from nvfp4.rl.tasks.registry import load_task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.run.errors import TrainError
-from nvfp4.run.tokens import check_model_folder
-from nvfp4.train import config as train_config
-from nvfp4.train.config import (
-    BelowOne,
+from nvfp4.run.fields import check_together, checked, fill, refuse_idle
+from nvfp4.run.options import (
     Count,
     CountOrZero,
     Flag,
     Fraction,
+    Free,
     Listed,
     Names,
     NotNegative,
     Positive,
+    ResumableConfig,
     Seed,
-    TrainConfig,
+    Seeds,
+    Sizes,
+    ffn_for,
 )
+from nvfp4.run.tokens import check_model_folder
 
-
-def _split_numbers(value: Any) -> Any:
-    return tuple(int(part) for part in value.split(",")) if isinstance(value, str) else value
-
-
-Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split_numbers)]
 AboveZero = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -59,22 +56,46 @@ Options = Annotated[Names, BeforeValidator(_pairs)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig:
+class RLConfig(ResumableConfig):
     """Config of ``nvfp4 rl``. Construct it freely; ``resolve`` checks it and fills in what was left open."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    # Run folder
-    out: str = "runs/rl"
+    # Defaults and sentences of the shared options that are reinforcement learning's own
+    out: Free[str] = "runs/rl"
     """Run folder: config.yaml, log.jsonl, completions.jsonl, plots, checkpoints/, export/, base/, result.json."""
-    overwrite: Flag = False
-    """Delete what an earlier run left in --out and start again."""
-    resume: Flag = False
-    """Go on from the newest good checkpoint in --out; from the start if there is none yet."""
-    resume_from: str | None = None
-    """Go on from exactly this checkpoint folder; an error if it is damaged or of another run."""
-    allow_changes: Names = ()
-    """Fields that may differ from the checkpoint's config on resume, e.g. steps lr; then it is another run."""
+    model: str | None = None
+    """Folder of a local Hugging Face causal LM to train; None: a new model from the fields below, warmed up."""
+    depth: Count = 4
+    """Layers of a new model."""
+    width: Count | None = None
+    """Hidden size of a new model; None: 128."""
+    heads: Count | None = None
+    """Attention heads of a new model; None: width / 32."""
+    steps: Count = 60
+    """Steps: rollouts and the updates on them."""
+    lr: Positive | None = None
+    """Peak learning rate of AdamW; None: 1e-4 for a new model, for --model what the objective's authors use, 1e-6 for
+    most of them."""
+    warmup: CountOrZero = 0
+    """Steps over which the learning rate rises linearly."""
+    decay: Fraction = 0.0
+    """Share of all steps over which wsd decays."""
+    weight_decay: NotNegative | None = None
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none. None: what the objective's authors
+    use, else 0."""
+    max_bad_steps: Free[Count] = 5
+    """Steps in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run stops."""
+    seed: Seed = 0
+    """Seed of the problems, the draws, the order of updates, the initial weights and the stochastic rounding."""
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """Compute dtype of everything around the NVFP4 layers; bf16 (autocast) costs the exactness of rollouts."""
+    log_every: Free[Count] = 10
+    """Steps between printed lines; log.jsonl has every step."""
+    eval_every: Free[CountOrZero] = 0
+    """Steps between evaluations; 0: only at the beginning and at the end."""
+    save_every: Free[CountOrZero] = 50
+    """Steps between checkpoints; 0: only at the end."""
+    export_dtype: Free[Literal["bf16", "fp32"]] = "fp32"
+    """Dtype of the exported Hugging Face model."""
 
     # Task
     task: str = "sort"
@@ -82,7 +103,7 @@ class RLConfig:
     problems, or a class of yours as module:Class or file.py:Class."""
     task_options: Options = ()
     """Options of the task as name=value; an unknown name lists all."""
-    unsafe_rewards: Flag = False
+    unsafe_rewards: Free[Flag] = False
     """Run reward functions and programs of the model even where nothing can confine them, with all that your account
     may do; without it such a run is refused."""
     reward: Literal["task", "random", "incorrect", "format", "majority"] = "task"
@@ -93,21 +114,11 @@ class RLConfig:
     """Probability with which --reward random gives 1."""
 
     # Model
-    model: str | None = None
-    """Folder of a local Hugging Face causal LM to train; None: a new model from the fields below, warmed up."""
     tokenizer: str | None = None
     """symbols (32), bytes (272), or the folder of a local Hugging Face tokenizer; None: that of --model, for a new
     model the smallest that can spell the task."""
     chat: Flag = False
     """Put prompts through the tokenizer's chat template."""
-    architecture: Literal["llama", "qwen3"] = "llama"
-    """Architecture of a new model."""
-    depth: Count = 4
-    """Layers of a new model."""
-    width: Count | None = None
-    """Hidden size of a new model; None: 128."""
-    heads: Count | None = None
-    """Attention heads of a new model; None: width / 32."""
     context: Count | None = None
     """Longest sequence of a new model, prompt and completion, in tokens; None: what the task's problems need."""
     attention: Literal["auto", "float64", "sdpa"] = "auto"
@@ -131,16 +142,6 @@ class RLConfig:
     sampler_recipe: str | None = None
     """Recipe of the sampler where it is to differ from the trainer, as a foreign inference engine would: then see
     mismatch/* and correct with --objective-options correction=token_truncate; None: the sampler is the trainer."""
-    keep_first: int | float = 0
-    """Blocks at the start kept in high precision: a count, or if below 1 a share of them, rounded up."""
-    keep_last: int | float = 0
-    """Blocks at the end kept in high precision: a count, or if below 1 a share of them, rounded up."""
-    include: Names = ()
-    """Only linears whose names match one of these globs are converted; empty: all but the output embedding."""
-    exclude: Names = ()
-    """Linears whose names match one of these globs stay in high precision."""
-    backend: str = "auto"
-    """Backend of the NVFP4 layers; auto: the fastest that runs here."""
 
     # Rollouts
     prompts: Count = 32
@@ -184,68 +185,22 @@ class RLConfig:
     track_kl: Flag = False
     """Score with the model of the beginning too, so that the log has the KL even if the objective does not ask."""
 
-    # Optimiser
-    steps: Count = 60
-    """Steps: rollouts and the updates on them."""
-    lr: Positive | None = None
-    """Peak learning rate of AdamW; None: 1e-4 for a new model, for --model what the objective's authors use, 1e-6 for
-    most of them."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """After the warm-up: constant then linear decay over the last --decay share (wsd), or cosine."""
-    warmup: CountOrZero = 0
-    """Steps over which the learning rate rises linearly."""
-    decay: Fraction = 0.0
-    """Share of all steps over which wsd decays."""
-    min_lr: Fraction = 0.0
-    """Learning rate at the end, as a share of the peak."""
-    weight_decay: NotNegative | None = None
-    """Decoupled weight decay of matrices; norms, biases and embeddings have none. None: what the objective's authors
-    use, else 0."""
-    beta1: BelowOne = 0.9
-    """AdamW's decay rate of the first moment."""
-    beta2: BelowOne = 0.95
-    """AdamW's decay rate of the second moment."""
-    eps: Positive = 1e-8
-    """AdamW's epsilon."""
-    clip: NotNegative = 1.0
-    """Largest L2 norm of the gradient; 0: no clipping."""
-    max_bad_steps: Count = 5
-    """Steps in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run stops."""
-
     # Compute
-    seed: Seed = 0
-    """Seed of the problems, the draws, the order of updates, the initial weights and the stochastic rounding."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device; auto: the first accelerator, else the CPU. Under torchrun one process per device, data parallel."""
-    dtype: Literal["bf16", "fp32"] = "fp32"
-    """Compute dtype of everything around the NVFP4 layers; bf16 (autocast) costs the exactness of rollouts."""
-    deterministic: Flag = True
-    """Deterministic kernels, so that a resumed run repeats the uninterrupted one to the last bit."""
-    strict: Flag = True
+    strict: Free[Flag] = True
     """Stop if sampler and trainer differ by a bit on equal shapes, which would be a defect."""
-    check_every: CountOrZero = 10
+    check_every: Free[CountOrZero] = 10
     """Steps between those checks, each a forward without gradient; 0: never."""
 
     # Evaluation and cadence
-    eval_problems: Count = 256
+    eval_problems: Free[Count] = 256
     """Problems of an evaluation, the same each time and never those of training."""
-    eval_samples: Count = 16
+    eval_samples: Free[Count] = 16
     """Completions of each of them; pass@k is estimated for k = 1, 2, 4, ... up to this."""
     eval_temperature: Positive | None = None
     """Temperature of those completions, all tokens being allowed; None: as in training, --top-k and --top-p
     included."""
-    eval_every: CountOrZero = 0
-    """Steps between evaluations; 0: only at the beginning and at the end."""
-    log_every: Count = 10
-    """Steps between printed lines; log.jsonl has every step."""
-    log_completions: CountOrZero = 8
+    log_completions: Free[CountOrZero] = 8
     """Completions of each step kept in completions.jsonl."""
-    save_every: CountOrZero = 50
-    """Steps between checkpoints; 0: only at the end."""
-    keep: Count = 2
-    """Newest checkpoints kept."""
-    export_dtype: Literal["bf16", "fp32"] = "fp32"
-    """Dtype of the exported Hugging Face model."""
 
     # Comparison
     seeds: Seeds = ()
@@ -254,7 +209,7 @@ class RLConfig:
     """Train once in each of these recipes (bf16,rl), and compare; empty: only --recipe."""
     control: Flag = False
     """Add a run with random rewards to the comparison."""
-    workers: Count | None = None
+    workers: Free[Count | None] = None
     """Runs of a comparison at the same time, each with one thread on the CPU; None: one for each core."""
 
 
@@ -275,12 +230,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 RL_RECIPES: dict[str, Recipe] = {**RECIPES, W4A16.name: W4A16}
 
-FREE_ON_RESUME = (
-    *("strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers"),
-    "unsafe_rewards",
-)
-"""Fields that cannot change what is learnt, besides those of pretraining: a run may be resumed with other values."""
-
 RENAMED = {
     "truncated_reward": "what a completion keeps that the length limit cuts off is up to the objective: give "
     "--objective-options truncated=scale truncated_scale=0 for what was the default, nothing to keep all"
@@ -291,15 +240,12 @@ NEW_MODEL_LR = 1e-4
 """Learning rate of a new, small model, whatever the objective: what its authors use is for models of billions."""
 
 EVALUATION = ("eval_every", "eval_problems", "eval_samples")
-"""Fields that change what is learnt by an objective that reads evaluations."""
-
-OWN_MEANING = {"tokenizer", "micro_batch", "out", "resume", "resume_from", "allow_changes"}
-"""Fields that both trainers have, and that say something else in pretraining."""
+"""Fields that are free on resume, but for an objective that learns from evaluations."""
 
 
 def resolve(config: RLConfig) -> RLConfig:
     """The same config with every derived value filled in; ``TrainError`` naming each field that is wrong."""
-    config = cast(Any, train_config.from_fields)(RLConfig, dataclasses.asdict(config), "config")
+    config = checked(config)
     _check_objective(config.objective)
     for name in (config.recipe, *config.recipes, config.sampler_recipe):
         if name is not None and name not in RL_RECIPES:
@@ -313,7 +259,7 @@ def resolve(config: RLConfig) -> RLConfig:
         "warm_steps": task.warm_steps if new else 0,
         "tokenizer": task.vocabulary if new else config.model,
     }
-    config = _as_its_authors(_filled(config, left_open))
+    config = _as_its_authors(fill(config, left_open))
     _check_objective_acts(config)
     return _with_sizes(config, task)
 
@@ -327,7 +273,7 @@ def _as_its_authors(config: RLConfig) -> RLConfig:
         "minibatches": minibatches,
         "lr": defaults.lr if config.model is not None else NEW_MODEL_LR,
     }
-    return _filled(config, values)
+    return fill(config, values)
 
 
 def plan(config: RLConfig) -> Plan:
@@ -347,11 +293,6 @@ def remarks(config: RLConfig) -> list[str]:
     ]
 
 
-def _filled(config: RLConfig, values: dict[str, Any]) -> RLConfig:
-    missing: dict[str, Any] = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **missing)
-
-
 def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
     """With max_new_tokens and the context of a new model, as the task's problems need them."""
     new = config.model is None
@@ -359,10 +300,10 @@ def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
         return config
     assert config.tokenizer is not None
     prompt, answer = sizes.lengths(task, Text(load_vocabulary(config.tokenizer), config.chat))
-    config = _filled(config, {"max_new_tokens": sizes.completion_tokens(answer, new)})
+    config = fill(config, {"max_new_tokens": sizes.completion_tokens(answer, new)})
     assert config.max_new_tokens is not None
     longest = make_objective(config).longest_completion(config.max_new_tokens)
-    return _filled(config, {"context": sizes.context_tokens(prompt, longest)}) if new else config
+    return fill(config, {"context": sizes.context_tokens(prompt, longest)}) if new else config
 
 
 def make_task(config: RLConfig) -> Task:
@@ -403,26 +344,22 @@ def _values(given: tuple[str, ...], field: str) -> dict[str, Any]:
     return values
 
 
-def kept_fields(config: RLConfig) -> dict[str, Any]:
-    """Names and values as JSON and YAML have them, without what concerns one start of the run only."""
-    return train_config.to_fields(train_config.lasting(cast(Any, config)))
-
-
-def to_yaml(config: RLConfig) -> str:
-    """A config as a YAML file that ``--config`` reads back."""
-    return train_config.to_yaml(cast(Any, config))
-
-
-def training_fields(config: RLConfig) -> TrainConfig:
-    """What the parts that both trainers share (model, tokenizer, optimiser, schedule) need of a resolved config."""
-    both = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(RLConfig)}
-    fields = {name: getattr(config, name) for name in both - OWN_MEANING}
-    if config.model is None:
-        width = config.width or 128
-        fields |= {"width": width, "heads": config.heads or max(1, width // 32), "seq_len": config.context}
-    else:
-        fields |= {"width": None, "heads": None, "seq_len": 2}
-    return train_config.resolve(TrainConfig(**fields))
+def model_source(config: RLConfig) -> str | Sizes:
+    """What ``build_model`` builds the model of a resolved config from; ``TrainError`` if its sizes do not fit."""
+    if config.model is not None:
+        return config.model
+    assert config.context is not None
+    width = config.width or 128
+    heads = config.heads or max(1, width // 32)
+    return Sizes(
+        architecture=config.architecture,
+        depth=config.depth,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        ffn=ffn_for(width),
+        context=config.context,
+    )
 
 
 def _check_objective(name: str) -> None:
@@ -451,17 +388,9 @@ def _check_objective_acts(config: RLConfig) -> None:
 def _check_together(config: RLConfig) -> None:
     if config.minibatches is not None and config.prompts % config.minibatches:
         raise TrainError(f"minibatches: must divide prompts = {config.prompts}, got {config.minibatches}")
-    if config.warmup >= config.steps:
-        raise TrainError(f"warmup: must be below steps = {config.steps}, got {config.warmup}")
     if config.aqn_stages == 1:
         raise TrainError("aqn_stages: the first has no noise, so at least 2 are needed; 0 for none")
-    if config.resume_from is not None and (config.resume or config.overwrite):
-        raise TrainError("resume_from: names one checkpoint, so leave out --resume and --overwrite")
-    if config.resume and config.overwrite:
-        raise TrainError("overwrite: deletes the run that --resume would go on with; give one of the two")
-    unknown = set(config.allow_changes) - {field.name for field in dataclasses.fields(config)}
-    if unknown:
-        raise TrainError(f"allow_changes: no such field: {', '.join(sorted(unknown))}; see --help for the fields")
+    check_together(config)
     if config.model is not None and (config.width or config.heads):
         raise TrainError(f"width, heads: {config.model} brings its own sizes; leave them out")
     if config.reward != "random" and config.random_share != 0.5:
@@ -471,16 +400,14 @@ def _check_together(config: RLConfig) -> None:
 
 
 def _check_can_act(config: RLConfig) -> None:
-    made, alone, wsd = config.model is not None, not (config.seeds or config.recipes), config.schedule == "wsd"
+    made, alone = config.model is not None, not (config.seeds or config.recipes)
     rules = (
         ("architecture depth context", made, "--model brings its own sizes"),
         ("warm_batch warm_lr warm_noise", made or config.warm_steps == 0, "there is no warm start"),
         ("control workers", alone, "only a comparison has them: give --seeds or --recipes"),
         ("recipe", bool(config.recipes), "--recipes says which"),
         ("aqn_start aqn_end", config.aqn_stages == 0, "there is no noise without --aqn-stages"),
-        ("decay", not wsd, "only the schedule wsd has such a part"),
-        ("min_lr", wsd and config.decay == 0, "without --decay the schedule wsd stays at its peak"),
     )
-    train_config.refuse_idle(config, rules)
+    refuse_idle(config, rules)
     if made and config.warm_steps:
         raise TrainError(f"warm_steps: {config.model} is trained as it is, without a warm start; leave it out")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from nvfp4.rl.config import kept_fields
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.plots import draw_run
 from nvfp4.rl.setup import Run
 from nvfp4.run import log
+from nvfp4.run.fields import saved_fields
 from nvfp4.run.model import export
 from nvfp4.run.progress import duration, rate
 
@@ -66,5 +66,5 @@ def _result(run: Run, rows: list[log.Row], before: dict[str, float], after: dict
         "seconds": sum(row["step_time"] for row in rows),
         "peak_memory_gib": max(row["memory_gib"] for row in rows),
         "skipped_steps": sum(row["skipped"] for row in rows),
-        "config": kept_fields(run.config),
+        "config": saved_fields(run.config),
     }

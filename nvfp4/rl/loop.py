@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nvfp4.rl.collect import Collected, collect
-from nvfp4.rl.config import RLConfig, kept_fields, remarks, resolve, to_yaml, training_fields
+from nvfp4.rl.config import RLConfig, remarks, resolve
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.finish import finish, summary
 from nvfp4.rl.folder import RLFolder
@@ -20,6 +20,7 @@ from nvfp4.rl.setup import Run, open_folder, prepare
 from nvfp4.run import checkpoint, state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import saved_fields, to_yaml
 from nvfp4.run.log import Log, Row
 from nvfp4.run.optim import learning_rates
 from nvfp4.run.processes import agreed
@@ -36,7 +37,7 @@ def rl(config: RLConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     done = RLFolder(config.out).read_result() if config.resume else None
-    if done is not None and done["config"] == kept_fields(config):
+    if done is not None and done["config"] == saved_fields(config):
         print(f"{config.out} is finished: {summary(done)}")
         return done
     with deterministic(config.deterministic), process_group():
@@ -57,7 +58,7 @@ class Loop:
 
     def __init__(self, run: Run) -> None:
         self.prepared, self.config = run, run.config
-        self.learning_rate = learning_rates(training_fields(run.config))
+        self.learning_rate = learning_rates(run.config)
         self.step = self.bad_in_a_row = self.tokens = 0
         self.before: dict[str, Any] | None = None
         run.report.say(to_yaml(run.config).rstrip())
@@ -174,7 +175,7 @@ class Loop:
             "bad_in_a_row": self.bad_in_a_row,
             "tokens": self.tokens,
             "objective": run.objective.state_dict(),
-            "config": kept_fields(self.config),
+            "config": saved_fields(self.config),
             "corpus_sha256": getattr(run.task, "sha256", ""),
             "machine": machine(run.accelerator),
         }

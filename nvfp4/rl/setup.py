@@ -21,7 +21,7 @@ from nvfp4.model.convert import convert
 from nvfp4.model.selection import ConvertWarning
 from nvfp4.rl import sizes
 from nvfp4.rl.attention import register
-from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, training_fields
+from nvfp4.rl.config import EVALUATION, RL_RECIPES, RLConfig, make_objective, make_task, model_source
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.progress import Progress
@@ -125,13 +125,13 @@ def _prepare(
     needed = sizes.longest_prompt(task, text) + objective.longest_completion(config.max_new_tokens)
     if config.model is None:
         check_context(config.context, needed)  # not after a warm start, and not when a later stage begins
-    shared = training_fields(config)
+    source = model_source(config)
     if config.model is None and config.warm_steps:
         if accelerator.is_main_process:
             warm_start(config, folder.base, report)
         accelerator.wait_for_everyone()
-        shared = training_fields(from_base(config, folder.base))
-    model = build_model(shared, text).eval()  # without dropout: the sampler has none
+        source = str(folder.base)
+    model = build_model(source, text, config.seed).eval()  # without dropout: the sampler has none
     check_context(getattr(model.config.get_text_config(), "max_position_embeddings", None), needed)
     _set_attention(model, config, accelerator)
     model.to(accelerator.device)
@@ -146,7 +146,7 @@ def _prepare(
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)
     forward = accelerator.prepare(model)
-    optimizer = adamw(model, shared)
+    optimizer = adamw(model, config)
     stops = text.stops(model)
     return Run(
         *(config, accelerator, report, folder, task, objective, text, stops),
@@ -183,7 +183,8 @@ def open_folder(run: Run) -> Snapshot | None:
     snapshot = None
     if run.accelerator.is_main_process:
         problems = getattr(run.task, "sha256", "")
-        found, notes = run.folder.ready(run.config, problems, run.objective.reads_evaluations)
+        bound = frozenset(EVALUATION if run.objective.reads_evaluations else ())
+        found, notes = run.folder.open(run.config, problems, bound)
         for note in notes:
             run.report.say(note)
         if found is not None:

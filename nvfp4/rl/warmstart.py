@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from nvfp4.numerics.rng import WARM_START_BRANCH, fold_in
 from nvfp4.rl.batches import demonstrations
-from nvfp4.rl.config import RLConfig, make_task, training_fields
+from nvfp4.rl.config import RLConfig, make_task, model_source
 from nvfp4.rl.rollout import check_fits
 from nvfp4.rl.samples import Samples
 from nvfp4.rl.score import score
@@ -58,10 +58,10 @@ def warm_start(config: RLConfig, folder: Path, report: Reporter) -> Path:
     assert config.warm_steps is not None
     assert config.tokenizer is not None
     shared = dataclasses.replace(
-        training_fields(config), steps=config.warm_steps, lr=config.warm_lr, warmup=config.warm_steps // 10, decay=0.5
+        config, steps=config.warm_steps, lr=config.warm_lr, warmup=config.warm_steps // 10, decay=0.5
     )
     text, task = Text(load_vocabulary(config.tokenizer)), make_task(config)
-    model = build_model(shared, text).eval()
+    model = build_model(model_source(config), text, config.seed).eval()
     optimizer, rates = adamw(model, shared), learning_rates(shared)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     step = _go_on(unfinished, fields, model, optimizer, report)

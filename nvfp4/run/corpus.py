@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4.run.errors import TrainError
-from nvfp4.train.config import TrainConfig
+from nvfp4.run.options import DataOptions
 
 # site-packages is not the standard library. Tests are left out because distributions ship Python with or without
 # them, and because some of their files are deliberately not UTF-8 or not Python.
@@ -65,7 +65,7 @@ class Corpus:
         )
 
 
-def load_corpus(config: TrainConfig) -> Corpus:
+def load_corpus(config: DataOptions) -> Corpus:
     """Read, split and hash the documents of ``data`` and ``held_out_data``; ``TrainError`` names what cannot be used.
 
     All text is held in memory. Empty documents are passed over. Of a corpus that is one single document, the last

@@ -1,4 +1,12 @@
-"""The run folder: what is in it, whether a run may start there, and the checkpoint it goes on from."""
+"""The run folder: what is in it, whether a run may start there, and the checkpoint it goes on from.
+
+    config.yaml    the resolved config, which --config reads back     checkpoints/  newest ``keep``, see checkpoint.py
+    log.jsonl      a row per step                                     export/       a Hugging Face model
+    result.json    written last: its presence says that the run is finished
+    .lock          held by the process that trains here
+
+``open`` is the one way in: it refuses what would mix two runs, finds the checkpoint, cuts the logs back to it.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +16,29 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nvfp4.run import checkpoint, log
 from nvfp4.run.checkpoint import DamagedCheckpoint, Snapshot
 from nvfp4.run.errors import TrainError
+from nvfp4.run.fields import differences, lasting, read_config_file, to_yaml
 from nvfp4.run.files import write_json, write_text
-from nvfp4.train.config import PretrainConfig, differences, lasting, to_yaml
+from nvfp4.run.options import ResumableConfig
+
+Found = tuple[Path, Snapshot] | None
+"""A checkpoint and its folder, or None: from the start."""
 
 
 class RunFolder:
     """Paths below ``out``.
 
-    bound: fields that are free on resume as a rule and not in this run, since it learns from what they say.
+    logs: JSON lines with a step each, cut back to the checkpoint when a run resumes; the first has a row per step.
+    renamed: fields of earlier versions that a run cannot go on with, and what to give instead. data_field: the one that
+    names the text or the problems.
     """
 
-    bound: frozenset[str] = frozenset()
+    data_field: ClassVar[str] = "data"
+    renamed: ClassVar[dict[str, str]] = {}
 
     def __init__(self, out: str) -> None:
         self.root = Path(out).expanduser()
@@ -33,6 +48,8 @@ class RunFolder:
         self.export = self.root / "export"
         self.sample = self.root / "sample.txt"
         self.result = self.root / "result.json"
+        self.logs: tuple[Path, ...] = (self.log,)
+        self.pictures: tuple[Path, ...] = ()
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
@@ -52,7 +69,7 @@ class RunFolder:
         ``TrainError`` if something stays: a checkpoint of the earlier run would be taken for the newest of this one.
         """
         try:
-            for path in (self.result, self.config, self.log, self.sample):
+            for path in (self.result, self.config, self.sample, *self.pictures, *self.logs):
                 path.unlink(missing_ok=True)
             for folder in (self.checkpoints, self.export):
                 if folder.is_symlink():
@@ -67,8 +84,11 @@ class RunFolder:
     def lock(self) -> None:
         """Make the folder and keep it to this process until it ends; ``TrainError`` if another one trains in it.
 
-        The lock is the kernel's and ends with the process, however that ends; what the file says is for people.
+        The lock is the kernel's and ends with the process, however that ends; what the file says is for people. A
+        second call does nothing.
         """
+        if "_lock" in vars(self):
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = open(self.root / ".lock", "a+")  # noqa: SIM115 - held open as long as the run lives
@@ -95,35 +115,71 @@ class RunFolder:
         if lock is not None:
             lock.close()
 
-    def open(self, config: PretrainConfig, corpus_sha256: str) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
+    def open(
+        self, config: ResumableConfig, data_sha256: str, bound: frozenset[str] = frozenset()
+    ) -> tuple[Found, list[str]]:
         """Make the folder ready; returns the checkpoint to go on from (None: from the start) and notes for the user.
 
-        ``TrainError`` if another run's files are in the way, or if the checkpoint is damaged, of another config or of
-        another corpus. Afterwards the log ends at the snapshot's step and config.yaml holds ``config``.
+        data_sha256: of the text or the problems. bound: fields that are free on resume as a rule and not in this run,
+        which learns from what they say. ``TrainError`` if another run's files are in the way, or if the checkpoint is
+        damaged, of another config or of other data. Afterwards the logs end at the snapshot's step and config.yaml
+        holds ``config``.
         """
         self.lock()
+
+        # Refuse what would mix two runs.
         if config.overwrite:
             self.clear()
         self.refuse_earlier(config)
+        self._refuse_renamed(config)
         found, notes = self._find(config)
+        step = -1 if found is None else found[1].state["step"]
         if found is not None:
-            _check_fits(found[1], config, corpus_sha256, self.bound)
-            self._check_log(found[1].state["step"])
+            self._check_fits(found[1], config, data_sha256, bound)
+            self._check_log(step)
+
+        # From here on it is this run's.
         write_text(self.config, to_yaml(lasting(config)))
         try:
             self.result.unlink(missing_ok=True)
         except OSError as error:
             raise TrainError(f"out: cannot delete {self.result}: {error.strerror}") from error
-        log.cut(self.log, -1 if found is None else found[1].state["step"])
+        for path in self.logs:
+            log.cut(path, step)
         return found, notes
 
-    def refuse_earlier(self, config: PretrainConfig) -> None:
+    def refuse_earlier(self, config: ResumableConfig) -> None:
         """``TrainError`` if another run's files are in the way of this config."""
         present = [p.name for p in (self.config, self.log, self.checkpoints, self.result) if p.exists()]
         if present and not (config.overwrite or config.resume or config.resume_from is not None):
             raise TrainError(
                 f"out: {self.root} holds an earlier run ({', '.join(present)}); give --resume to go on with it, "
                 f"--overwrite to delete it, or another --out"
+            )
+
+    def _refuse_renamed(self, config: ResumableConfig) -> None:
+        """``TrainError`` for a run of an earlier version that is to go on: what it did has another name now."""
+        if not (self.renamed and (config.resume or config.resume_from) and self.config.exists()):
+            return
+        for name in self.renamed.keys() & read_config_file(self.config).keys():
+            raise TrainError(
+                f"resume: {self.config} is of an earlier version, whose {name} is no longer an option: "
+                f"{self.renamed[name]}; finish it with that version, or start again with --overwrite"
+            )
+
+    def _check_fits(self, snapshot: Snapshot, config: ResumableConfig, data_sha256: str, bound: frozenset[str]) -> None:
+        """``TrainError`` for a checkpoint of another config or of other data."""
+        differing = differences(snapshot.state["config"], config, bound)
+        if differing:
+            raise TrainError(
+                f"the checkpoint is of another config: {'; '.join(differing)}; give the saved values, choose another "
+                f"--out, or name the fields in --allow-changes"
+            )
+        saved, field = snapshot.state["corpus_sha256"], self.data_field
+        if saved != data_sha256 and field not in config.allow_changes:
+            raise TrainError(
+                f"{field}: the files have changed since the checkpoint: corpus sha256 {saved}, now {data_sha256}; "
+                f"restore them, start a new run, or give --allow-changes {field}"
             )
 
     def _check_log(self, step: int) -> None:
@@ -136,7 +192,7 @@ class RunFolder:
                 f"again with --overwrite"
             )
 
-    def _find(self, config: PretrainConfig) -> tuple[tuple[Path, Snapshot] | None, list[str]]:
+    def _find(self, config: ResumableConfig) -> tuple[Found, list[str]]:
         if config.resume_from is not None:
             path = Path(config.resume_from).expanduser()
             snapshot = checkpoint.load(path)
@@ -153,7 +209,7 @@ class RunFolder:
             raise TrainError(f"{notes[0]}. All {len(paths)} checkpoints are damaged; start again with --overwrite")
         return None, ["no checkpoint yet: starting from the beginning"] if config.resume else []
 
-    def _take_over(self, path: Path, config: PretrainConfig) -> None:
+    def _take_over(self, path: Path, config: ResumableConfig) -> None:
         """Go on from a named checkpoint: of this run, or of another, whose log is then copied to a new folder."""
         source = path.resolve().parent.parent
         if source != self.root.resolve():
@@ -165,18 +221,3 @@ class RunFolder:
             raise TrainError(
                 f"allow_changes: {self.root} has checkpoints after {path.name} that would not fit; choose a new --out"
             )
-
-
-def _check_fits(snapshot: Snapshot, config: PretrainConfig, corpus_sha256: str, bound: frozenset[str]) -> None:
-    differing = differences(snapshot.state["config"], config, bound)
-    if differing:
-        raise TrainError(
-            f"the checkpoint is of another config: {'; '.join(differing)}; give the saved values, choose another "
-            f"--out, or name the fields in --allow-changes"
-        )
-    saved = snapshot.state["corpus_sha256"]
-    if saved != corpus_sha256 and "data" not in config.allow_changes:
-        raise TrainError(
-            f"data: the files have changed since the checkpoint: corpus sha256 {saved}, now {corpus_sha256}; "
-            f"restore them, start a new run, or give --allow-changes data"
-        )

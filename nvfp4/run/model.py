@@ -17,34 +17,42 @@ from transformers.utils import logging
 from nvfp4.run.causal import check_causal
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import sync
+from nvfp4.run.options import Sizes
 from nvfp4.run.tokens import Tokenizer, check_model_folder
-from nvfp4.train.config import TrainConfig
 
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
+def build_model(
+    source: str | Sizes, tokenizer: Tokenizer, seed: int, longest: int = 2, recompute: bool = False
+) -> PreTrainedModel:
     """A causal LM with float32 weights on the CPU, ready to train; the same weights for the same (sizes, seed).
 
-    config: resolved. ``TrainError`` if ``--model`` does not load or is too small for the tokenizer or the sequences.
-    The global random state is left as it was.
+    source: the folder of a local one, or the sizes of a new one. longest: tokens of the longest sequence it will see.
+    recompute: activations in the backward pass. ``TrainError`` if it does not load, is not causal, or is too small for
+    the tokenizer or the sequences. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = load_model(config.model) if config.model is not None else _new(config, tokenizer)
-        if config.model is not None:
-            check_causal(model, config.model)
+        torch.manual_seed(seed)
+        if isinstance(source, Sizes):
+            model = _new(source, tokenizer)
+        else:
+            model = load_model(source)
+            check_causal(model, source)
+
+    # A model of others may not suit the tokenizer and the sequences.
     text = model.config.get_text_config()
     if text.vocab_size < tokenizer.vocab_size:
         raise TrainError(
             f"tokenizer: has {tokenizer.vocab_size} tokens, the model embeds only {text.vocab_size}; "
             f"give the model's own tokenizer"
         )
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and longest < config.seq_len:
-        raise TrainError(f"seq_len: the model takes at most {longest} tokens, got {config.seq_len}")
-    if config.recompute:
+    most = getattr(text, "max_position_embeddings", None)
+    if most is not None and most < longest:
+        raise TrainError(f"seq_len: the model takes at most {most} tokens, got {longest}")
+
+    if recompute:
         # Renamed within transformers 5; the old name warns, the new one is missing before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -123,19 +131,17 @@ def _continue(model: PreTrainedModel, context: torch.Tensor, count: int, separat
     return whole[:, context.shape[1] :]
 
 
-def _new(config: TrainConfig, tokenizer: Tokenizer) -> PreTrainedModel:
-    assert config.width is not None
-    assert config.heads is not None
-    settings = ARCHITECTURES[config.architecture](
+def _new(sizes: Sizes, tokenizer: Tokenizer) -> PreTrainedModel:
+    settings = ARCHITECTURES[sizes.architecture](
         vocab_size=tokenizer.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.ffn,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.width // config.heads,
-        max_position_embeddings=config.seq_len,
-        tie_word_embeddings=config.tie_embeddings,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.ffn,
+        num_hidden_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.width // sizes.heads,
+        max_position_embeddings=sizes.context,
+        tie_word_embeddings=sizes.tie_embeddings,
         bos_token_id=tokenizer.separator,
         eos_token_id=tokenizer.separator,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
-from nvfp4.train.config import TrainConfig
+from nvfp4.run.options import OptimOptions
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -23,15 +23,16 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: OptimOptions) -> torch.optim.AdamW:
     """AdamW over ``decay_groups`` with the resolved config's settings; one fused kernel where the device has one."""
     assert config.lr is not None
+    assert config.weight_decay is not None
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     groups = decay_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 
 
-def learning_rates(config: TrainConfig) -> Callable[[int], float]:
+def learning_rates(config: OptimOptions) -> Callable[[int], float]:
     """The learning rate of update 0, 1, ..., steps - 1, from transformers' schedules; never 0 within the run.
 
     Their step 0 and their last step have rate 0 (or the minimum); ours are the steps between.

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from nvfp4.run.corpus import Document
 from nvfp4.run.errors import TrainError
-from nvfp4.train.config import BYTES, TrainConfig
+
+BYTES = "bytes"
+"""The name of ``ByteTokenizer``."""
 
 if TYPE_CHECKING:  # loading it takes seconds, which a command line that refuses or helps need not wait for
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -83,15 +85,17 @@ class HuggingFaceTokenizer:
         self.inner.save_pretrained(folder)
 
 
-def load_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer of the config; ``TrainError`` if its folder is missing, holds none, or ``--model`` brings none."""
-    path = config.tokenizer
-    if config.model is not None:
-        check_model_folder(config.model)
-    if path is None and config.model is not None:
-        if not any((Path(config.model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-            raise TrainError(f"tokenizer: {config.model} holds none; give --tokenizer with a folder, or bytes")
-        path = config.model
+def load_tokenizer(path: str | None, model: str | None) -> Tokenizer:
+    """The tokenizer of a folder, of ``bytes``, else that of the model's folder; without either, bytes.
+
+    ``TrainError`` if a folder is missing or holds no tokenizer.
+    """
+    if model is not None:
+        check_model_folder(model)
+    if path is None and model is not None:
+        if not any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            raise TrainError(f"tokenizer: {model} holds none; give --tokenizer with a folder, or bytes")
+        path = model
     return ByteTokenizer() if path in (None, BYTES) else HuggingFaceTokenizer(str(path))
 
 

@@ -17,22 +17,13 @@ from rich.table import Table
 from nvfp4.run import log
 from nvfp4.run.children import start
 from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import differences, lasting, read_config_file, saved_fields, to_fields, to_yaml
 from nvfp4.run.files import write_json, write_text
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.plots import draw_comparison
 from nvfp4.run.progress import duration, rate
 from nvfp4.run.signals import StopWish
-from nvfp4.train.config import (
-    CompareConfig,
-    PretrainConfig,
-    TrainConfig,
-    differences,
-    lasting,
-    read_config_file,
-    resolve,
-    to_fields,
-    to_yaml,
-)
+from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, resolve
 from nvfp4.train.finish import LAST
 
 BASELINE = "bf16"
@@ -131,7 +122,7 @@ def _check_run(plan: PretrainConfig) -> None:
 def _trained(plan: PretrainConfig) -> dict[str, Any]:
     folder = RunFolder(plan.out)
     done = folder.read_result()
-    if done is not None and done["config"] == to_fields(lasting(plan)):
+    if done is not None and done["config"] == saved_fields(plan):
         print(f"{plan.recipe}: finished before, in {folder.root}", flush=True)
         return done
     write_text(folder.config, to_yaml(lasting(plan)))

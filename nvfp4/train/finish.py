@@ -9,10 +9,10 @@ from typing import Any
 from nvfp4.model.switches import disabled
 from nvfp4.run import log
 from nvfp4.run.errors import TrainError
+from nvfp4.run.fields import saved_fields
 from nvfp4.run.files import write_text
 from nvfp4.run.model import export, sample
 from nvfp4.run.progress import duration, rate
-from nvfp4.train.config import lasting, to_fields
 from nvfp4.train.data import held_out_windows
 from nvfp4.train.evaluate import Score, evaluate
 from nvfp4.train.setup import Run
@@ -80,7 +80,7 @@ def _result(run: Run, trained: Score, plain: Score) -> dict[str, Any]:
         "peak_memory_gib": max(row["memory_gib"] for row in rows),
         "skipped_steps": sum(row["skipped"] for row in rows),
         "corpus_sha256": run.corpus.sha256,
-        "config": to_fields(lasting(run.config)),
+        "config": saved_fields(run.config),
     }
 
 

@@ -15,13 +15,14 @@ from accelerate.state import AcceleratorState
 
 from nvfp4.run import checkpoint, state
 from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import saved_fields, to_yaml
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.log import Log, Row
 from nvfp4.run.optim import learning_rates
 from nvfp4.run.processes import agreed
 from nvfp4.run.progress import memory_gib
 from nvfp4.run.signals import StopWish
-from nvfp4.train.config import PretrainConfig, lasting, resolve, to_fields, to_yaml
+from nvfp4.train.config import PretrainConfig, resolve
 from nvfp4.train.evaluate import evaluate
 from nvfp4.train.finish import finish, summary
 from nvfp4.train.setup import Run, open_folder, prepare
@@ -36,7 +37,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     done = RunFolder(config.out).read_result() if config.resume else None
-    if done is not None and done["config"] == to_fields(lasting(config)):
+    if done is not None and done["config"] == saved_fields(config):
         print(f"{config.out} is finished: {summary(done)}")
         return done
     with deterministic(config.deterministic), process_group():
@@ -142,7 +143,7 @@ class Loop:
         plain = {
             "step": self.step,
             "bad_in_a_row": self.bad_in_a_row,
-            "config": to_fields(lasting(self.config)),
+            "config": saved_fields(self.config),
             "corpus_sha256": run.corpus.sha256,
             "machine": machine(run.accelerator),
         }

@@ -77,12 +77,14 @@ def prepare(config: PretrainConfig) -> Run:
     """
     accelerator = _accelerator(config)
     report = Reporter(config.recipe, config.steps, config.log_every, accelerator.is_main_process)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
     corpus = load_corpus(config)
     tokens, _ = pack(corpus.train, tokenizer)
     windows = TrainWindows(tokens, config.seq_len, config.batch, config.seed)
     held_out = held_out_windows(corpus.held_out, tokenizer, config.seq_len, config.eval_bytes)
-    model = _convert(build_model(config, tokenizer), config, accelerator.is_main_process)
+    source = config.sizes() if config.model is None else config.model
+    model = build_model(source, tokenizer, config.seed, config.seq_len, config.recompute)
+    model = _convert(model, config, accelerator.is_main_process)
     for note in without_emulation(model, accelerator.device, config.dtype):
         report.say(note)
     forward = accelerator.prepare(model)

@@ -16,7 +16,7 @@ from limits import HANG
 from training import environment, steps_of, tiny, write_texts
 
 import nvfp4
-from nvfp4.train.config import to_yaml
+from nvfp4.run.fields import to_yaml
 from nvfp4.train.loop import pretrain
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -21,7 +21,7 @@ from nvfp4 import cli
 from nvfp4.recipes import W4A16, Gemm, Recipe, operand
 from nvfp4.rl import ablation, setup
 from nvfp4.rl import compare as comparing
-from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, remarks, resolve, to_yaml
+from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, remarks, resolve
 from nvfp4.rl.gates import verdicts
 from nvfp4.rl.loop import rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
@@ -31,6 +31,7 @@ from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rl.warmstart import MARK, warm_start
 from nvfp4.run import log
 from nvfp4.run.errors import TrainError
+from nvfp4.run.fields import to_yaml
 from nvfp4.run.progress import Reporter
 
 

@@ -22,7 +22,7 @@ from nvfp4.rl import learn as learning
 from nvfp4.rl import rollout as rollouts
 from nvfp4.rl import warmstart
 from nvfp4.rl.collect import collect
-from nvfp4.rl.config import resolve, to_yaml
+from nvfp4.rl.config import resolve
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.learn import learn
 from nvfp4.rl.loop import rl
@@ -37,6 +37,7 @@ from nvfp4.rl.warmstart import warm_start
 from nvfp4.run import log
 from nvfp4.run.causal import check_causal
 from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import to_yaml
 from nvfp4.run.model import build_model
 from nvfp4.run.processes import float64_device
 from nvfp4.run.progress import Reporter

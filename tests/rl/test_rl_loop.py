@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nvfp4.rl import learn as learning
 from nvfp4.rl import loop as loops
 from nvfp4.rl.collect import collect
-from nvfp4.rl.config import resolve, to_yaml
+from nvfp4.rl.config import resolve
 from nvfp4.rl.learn import learn
 from nvfp4.rl.loop import Loop, rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
@@ -29,6 +29,7 @@ from nvfp4.rl.setup import prepare
 from nvfp4.rl.tokens import Symbols
 from nvfp4.run import checkpoint, log
 from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import to_yaml
 
 TIS = ("correction=token_truncate", "correction_high=1.0001")
 

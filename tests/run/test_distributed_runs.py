@@ -23,8 +23,8 @@ from nvfp4.rl.loop import rl
 from nvfp4.run import checkpoint, state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
+from nvfp4.run.fields import to_yaml
 from nvfp4.run.processes import accelerator_for
-from nvfp4.train.config import to_yaml
 from nvfp4.train.loop import pretrain
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what auto means without a GPU")

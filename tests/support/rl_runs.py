@@ -12,7 +12,7 @@ import torch
 import nvfp4
 from nvfp4.recipes import RECIPES, Recipe
 from nvfp4.rl.attention import register
-from nvfp4.rl.config import RLConfig, resolve, training_fields
+from nvfp4.rl.config import RLConfig, model_source, resolve
 from nvfp4.rl.tasks.base import Problem, Task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
@@ -66,7 +66,7 @@ def tiny(out: Path, **changes: Any) -> RLConfig:
 def model_of(recipe: str | Recipe = "rl", attention: str = "float64", spread: float = 0.15) -> Any:
     """A Llama of two layers with random weights, converted; its distributions are far from even."""
     config = resolve(tiny(Path("unused")))
-    model: Any = build_model(training_fields(config), Text(load_vocabulary("symbols"))).eval()
+    model: Any = build_model(model_source(config), Text(load_vocabulary("symbols")), config.seed).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():

@@ -16,10 +16,11 @@ from limits import until
 from training import start_cli, steps_of, tiny, write_texts
 
 from nvfp4.run.errors import TrainError
+from nvfp4.run.fields import to_yaml
 from nvfp4.run.plots import draw_comparison, smooth, spread
 from nvfp4.train import compare as comparing
 from nvfp4.train.compare import compare, comparison, run_config, table
-from nvfp4.train.config import CompareConfig, TrainConfig, resolve, to_yaml
+from nvfp4.train.config import CompareConfig, TrainConfig, resolve
 
 RECIPES = ("bf16", "rtn", "quartet2")
 

@@ -8,18 +8,10 @@ import json
 import pytest
 import yaml
 
+from nvfp4.rl.config import RLConfig
 from nvfp4.run.errors import TrainError
-from nvfp4.train.config import (
-    CompareConfig,
-    PretrainConfig,
-    differences,
-    from_fields,
-    lasting,
-    read_config_file,
-    resolve,
-    to_fields,
-    to_yaml,
-)
+from nvfp4.run.fields import differences, free_on_resume, from_fields, lasting, read_config_file, to_fields, to_yaml
+from nvfp4.train.config import CompareConfig, PretrainConfig, resolve
 
 
 @pytest.mark.parametrize(
@@ -148,3 +140,13 @@ def test_differences_name_what_changes_a_loss_and_nothing_else():
     assert differences(saved, dataclasses.replace(changed, allow_changes=("steps",))) == [
         "recipe: 'quartet2', now 'rtn'"
     ]
+
+
+def test_what_may_change_on_resume_is_what_cannot_change_a_loss():
+    """Word for word: a field that is marked by mistake would let two runs be mixed."""
+    shared = {"out", "overwrite", "resume", "resume_from", "allow_changes", "device", "max_bad_steps", "keep"}
+    shared |= {"log_every", "eval_every", "save_every", "export_dtype"}
+    text = {"eval_bytes", "eval_batch", "final_eval_bytes", "sample_tokens", "prompt"}
+    assert free_on_resume(PretrainConfig) == shared | text
+    rollouts = {"strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers"}
+    assert free_on_resume(RLConfig) == shared | rollouts | {"unsafe_rewards"}

@@ -23,11 +23,11 @@ from nvfp4 import cli
 from nvfp4.run import checkpoint, log, model
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
+from nvfp4.run.fields import to_yaml
 from nvfp4.run.files import write_picture
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.plots import draw_comparison
 from nvfp4.run.tokens import ByteTokenizer
-from nvfp4.train.config import to_yaml
 from nvfp4.train.loop import pretrain
 
 CLI = [sys.executable, "-m", "nvfp4.cli"]

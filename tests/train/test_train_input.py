@@ -20,7 +20,8 @@ from training import run_cli, write_texts
 from nvfp4.rl.tasks.jsonl import read_problems
 from nvfp4.run.corpus import load_corpus
 from nvfp4.run.errors import TrainError
-from nvfp4.train.config import PretrainConfig, read_config_file
+from nvfp4.run.fields import read_config_file
+from nvfp4.train.config import PretrainConfig
 
 NOBODY = 65534
 DEEP = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"

@@ -350,7 +350,7 @@ def test_two_processes_under_torchrun_train_the_same_run(tmp_path, texts):
     config = tiny(tmp_path / "one", texts, steps=4, save_every=2)
     pretrain(config)
     path = tmp_path / "two.yaml"
-    from nvfp4.train.config import to_yaml
+    from nvfp4.run.fields import to_yaml
 
     path.write_text(to_yaml(dataclasses.replace(config, out=str(tmp_path / "two"))))
     for more in ([], ["--resume", "--steps", "6", "--allow-changes", "steps"]):

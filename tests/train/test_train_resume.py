@@ -15,7 +15,7 @@ from training import run_cli, steps_of, tiny, write_texts
 from nvfp4.cli import main
 from nvfp4.run import checkpoint
 from nvfp4.run.errors import Interrupted, TrainError
-from nvfp4.train.config import to_yaml
+from nvfp4.run.fields import to_yaml
 from nvfp4.train.loop import pretrain
 
 KILL = """

@@ -1,0 +1,182 @@
+"""A config as named fields: read from files, checked, saved beside the run, compared with that of a checkpoint.
+
+    file or command line -> from_fields (types and ranges) -> a trainer's resolve (rules between fields, derived values)
+        -> saved_fields, to_yaml (config.yaml, result.json, state.json) -> differences (on resume)
+
+Every message names the field, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from nvfp4.run.errors import TrainError
+from nvfp4.run.options import FREE, ResumableConfig, RunConfig
+
+Config = TypeVar("Config", bound=RunConfig)
+Resumable = TypeVar("Resumable", bound=ResumableConfig)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The fields of a .yaml, .yml, .toml or .json file; ``TrainError`` if it is missing or malformed."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            fields = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            fields = json.loads(text)
+        elif path.suffix == ".toml":
+            fields = _toml(text)
+        else:
+            raise TrainError(f"config: expected a .yaml, .yml, .toml or .json file, got {path}")
+    except OSError as error:
+        raise TrainError(f"config: cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise TrainError(f"config: {path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise TrainError(f"config: {path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise TrainError(f"config: {path} must hold fields with values, got a {type(fields).__name__}")
+    return fields
+
+
+def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Config:
+    """A config of class ``kind`` from names and values; ``TrainError`` beginning with ``origin`` if wrong."""
+    try:
+        return _validated(kind, fields)
+    except TrainError as error:
+        raise TrainError(f"{origin}: {error}") from None
+
+
+def checked(config: Config) -> Config:
+    """The same config, its types and ranges checked as those of a file are, since Python does not."""
+    return _validated(type(config), dataclasses.asdict(config))
+
+
+def to_fields(config: RunConfig) -> dict[str, Any]:
+    """Names and values of a config as JSON and YAML have them (lists for tuples)."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+
+
+def lasting(config: Resumable) -> Resumable:
+    """The config without what concerns one start of the run only, as it is saved beside the run."""
+    return dataclasses.replace(config, resume=False, resume_from=None, overwrite=False, allow_changes=())
+
+
+def saved_fields(config: ResumableConfig) -> dict[str, Any]:
+    """``to_fields`` of ``lasting``: what result.json and checkpoints say of the config."""
+    return to_fields(lasting(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """A config as a YAML file that ``--config`` reads back."""
+    return yaml.safe_dump(to_fields(config), sort_keys=False, allow_unicode=True)
+
+
+def free_on_resume(kind: type[RunConfig]) -> frozenset[str]:
+    """Fields that cannot change what is learnt: those whose type is ``Free``."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if FREE in getattr(hint, "__metadata__", ()))
+
+
+def differences(saved: dict[str, Any], config: ResumableConfig, bound: frozenset[str] = frozenset()) -> list[str]:
+    """``field: saved value, now value`` of fields that can change a loss, differ and are not in ``allow_changes``.
+
+    bound: fields that are free as a rule and not in this run.
+    """
+    present = to_fields(config)
+    ignored = (free_on_resume(type(config)) - bound) | set(config.allow_changes)
+    names = [name for name in {**saved, **present} if name not in ignored]
+    return [
+        f"{name}: {saved.get(name)!r}, now {present.get(name)!r}"
+        for name in names
+        if saved.get(name) != present.get(name)
+    ]
+
+
+def fill(config: Config, values: dict[str, Any]) -> Config:
+    """The config with ``values`` in the fields that are None."""
+    return dataclasses.replace(config, **{name: v for name, v in values.items() if getattr(config, name) is None})
+
+
+def refuse_idle(config: RunConfig, rules: tuple[tuple[str, bool, str], ...]) -> None:
+    """``TrainError`` for an option that was given and cannot act: whoever gave it expects something of it.
+
+    rules: names of fields, whether they are without effect in this config, and why. A field that has its default was
+    not given. To them come the rules of the learning rate, which are every trainer's.
+    """
+    wsd = config.schedule == "wsd"
+    shared = (
+        ("decay", not wsd, "only the schedule wsd has such a part"),
+        ("min_lr", wsd and config.decay == 0, "without --decay the schedule wsd stays at its peak"),
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for names, idle, why in (*rules, *shared):
+        for name in names.split() if idle else ():
+            value = getattr(config, name)
+            if value != defaults[name]:
+                raise TrainError(f"{name}: {value!r} has no effect, since {why}; leave it out")
+
+
+def check_together(config: RunConfig) -> None:
+    """``TrainError`` for fields of every trainer that contradict each other."""
+    if config.warmup is not None and config.warmup >= config.steps:
+        raise TrainError(f"warmup: must be below steps = {config.steps}, got {config.warmup}")
+    if not isinstance(config, ResumableConfig):
+        return
+    if config.resume_from is not None and (config.resume or config.overwrite):
+        raise TrainError("resume_from: names one checkpoint, so leave out --resume and --overwrite")
+    if config.resume and config.overwrite:
+        raise TrainError("overwrite: deletes the run that --resume would go on with; give one of the two")
+    unknown = set(config.allow_changes) - {field.name for field in dataclasses.fields(config)}
+    if unknown:
+        raise TrainError(f"allow_changes: no such field: {', '.join(sorted(unknown))}; see --help for the fields")
+
+
+def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
+    try:
+        config = pydantic.TypeAdapter(kind).validate_python(fields)
+    except pydantic.ValidationError as error:
+        raise TrainError("; ".join(_explain(kind, item) for item in error.errors(include_url=False))) from None
+
+    # What pydantic takes for a text and no file can hold.
+    if config.out == "":  # the working folder, if nobody looks: a variable of the shell that was not set
+        raise TrainError("out: expected the name of a folder, got ''")
+    for name, value in vars(config).items():
+        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+            raise TrainError(f"{name}: expected a text without null bytes, got {value!r}")
+    prompt = getattr(config, "prompt", None)
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError:
+        raise TrainError(f"prompt: expected a text in UTF-8, got {prompt!a}") from None
+    return config
+
+
+def _explain(kind: type[RunConfig], item: Any) -> str:
+    name = str(item["loc"][0])
+    known = [field.name for field in dataclasses.fields(kind)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        return f"{name}: no such field" + (f"; did you mean {close[0]}?" if close else "; see --help for the fields")
+    expected = item["msg"].removeprefix("Input should be ")
+    return f"{name}: expected {expected}, got {item['input']!r}"
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        raise TrainError("config: TOML needs Python 3.11 or newer; write the file as YAML or JSON") from None
+    return tomllib.loads(text)
