@@ -27,7 +27,6 @@ from nvfp4.rl.loop import rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import from_base
 from nvfp4.rl.warmstart import warm_start
-from nvfp4.run.progress import Reporter
 
 ENDS = ("eval/pass@1", "eval/pass@1/low", "eval/pass@1/high", "eval/pass@4", "eval/pass@16", "eval/greedy")
 
@@ -96,7 +95,7 @@ def warm(out: Path) -> RLConfig:
     cadence = {"eval_problems": 24, "eval_samples": 8, "eval_temperature": 1.0, "save_every": 0, "check_every": 5}
     config = RLConfig(**sort, **cadence, device="cpu", depth=2, steps=STEPS)
     base = resolve(config)
-    warm_start(base, out / "base", Reporter("warm start", 300, 100))
+    warm_start(base, out / "base")
     return from_base(config, out / "base")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from nvfp4.rl.evaluate import evaluate
@@ -15,7 +14,8 @@ from nvfp4.run.progress import duration, rate
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Evaluate as trained, draw the plot, export the model, write the result and return it ({} in other processes)."""
+    """Evaluate as trained, draw the plot, export the model, write the result and return it ({} in
+    other processes)."""
     after, shown = evaluate(run)
     if not run.accelerator.is_main_process:
         return {}
@@ -62,9 +62,6 @@ def _result(run: Run, rows: list[log.Row], before: dict[str, float], after: dict
             "quantile_999": max(row["mismatch/quantile_999"] for row in rows),
             "same_shape": max(checked, default=None),
         },
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
-        "seconds": sum(row["step_time"] for row in rows),
-        "peak_memory_gib": max(row["memory_gib"] for row in rows),
-        "skipped_steps": sum(row["skipped"] for row in rows),
+        **log.costs(rows, "step_time"),
         "config": saved_fields(run.config),
     }

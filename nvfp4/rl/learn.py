@@ -17,6 +17,7 @@ from nvfp4.rl.score import score
 from nvfp4.rl.setup import Run
 from nvfp4.run.errors import TrainError
 from nvfp4.run.processes import float64_device
+from nvfp4.run.update import apply_gradients
 
 
 @dataclass
@@ -179,18 +180,8 @@ def _update(
     if world > 1:
         values = accelerator.reduce(values, reduction="sum")
     found = dict(zip(names, values.tolist(), strict=True))
-    trained = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
-    total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if run.config.clip:
-        torch.nn.utils.clip_grads_with_norm_(trained, run.config.clip, total_norm)
-    norm = float(total_norm)
-    good = math.isfinite(norm) and math.isfinite(found["loss"])
-    if good:
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return found, norm if good else None
+    norm, done = apply_gradients(run.model, run.optimizer, lr, run.config.clip, found["loss"])
+    return found, norm if done else None
 
 
 def _backward(run: Run, part: Samples, live: list[Scores | None], temperature: float, totals: Totals) -> Metrics:

@@ -1,27 +1,21 @@
-"""Everything a run is made of, built from the config; what can be refused is refused here, before the first step."""
+"""Everything a run is made of, built from the config; what can be refused is refused here, before
+the first step."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.model.convert import convert
-from nvfp4.model.selection import ConvertWarning
 from nvfp4.rl import sizes
 from nvfp4.rl.attention import register
-from nvfp4.rl.config import EVALUATION, RL_RECIPES, RLConfig, make_objective, make_task, model_source
+from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, model_source
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.progress import Progress
@@ -32,37 +26,33 @@ from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
 from nvfp4.rl.warmstart import warm_start
-from nvfp4.run import checkpoint
 from nvfp4.run.attention import without_emulation
-from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
-from nvfp4.run.model import build_model
+from nvfp4.run.loop import RunParts
+from nvfp4.run.model import build_model, quantize_model
 from nvfp4.run.optim import adamw
 from nvfp4.run.processes import accelerator_for
 
 
-@dataclass
-class Run:
-    """The objects of one run in one process. Only models, optimiser, objective and the log change while it trains.
+@dataclass(kw_only=True)
+class Run(RunParts):
+    """The objects of one run in one process. Only models, optimiser, objective and the logs change
+    while it trains.
 
-    model: the policy, which is scored. forward: the same one, wrapped to average gradients over processes. sampler: the
-    same one too, or another model on the same weights, in a recipe of its own. reference: a frozen copy from the
-    beginning, or from the last reset, if it is needed.
+    model: the policy, which is scored. sampler: the same one, or another model on the same weights,
+    in a recipe of its own. reference: a frozen copy from the beginning, or from the last reset, if
+    it is needed.
     """
 
     config: RLConfig
     accelerator: Accelerator
-    report: Progress
     folder: RLFolder
     task: Task
     objective: Objective
     text: Text
     stops: Stops
-    model: PreTrainedModel
     sampler: PreTrainedModel
-    forward: Any
     reference: PreTrainedModel | None
-    optimizer: torch.optim.AdamW
 
     def sampling(self) -> Sampling:
         """How the next completions are drawn in training; the objective may have a say."""
@@ -73,12 +63,6 @@ class Run:
         assert config.top_k is not None
         assert config.top_p is not None
         return Sampling(length, objective.temperature(config.temperature), config.top_k, config.top_p)
-
-    def autocast(self) -> AbstractContextManager:
-        """The compute dtype, the same for sampler, trainer and reference."""
-        if self.config.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
     def score(self, forward: Any, samples: Samples, temperature: float) -> Scores:
         """``score`` with what the objective asks for."""
@@ -120,37 +104,55 @@ def _prepare(
 ) -> Run:
     """The rest of ``prepare``, in a folder that is this process's."""
     assert config.tokenizer is not None
-    text = Text(load_vocabulary(config.tokenizer), config.chat)
     assert config.max_new_tokens is not None
+    main = accelerator.is_main_process
+
+    # Room for the longest prompt and completion, not found missing after a warm start, or when a
+    # later stage begins.
+    text = Text(load_vocabulary(config.tokenizer), config.chat)
     needed = sizes.longest_prompt(task, text) + objective.longest_completion(config.max_new_tokens)
     if config.model is None:
-        check_context(config.context, needed)  # not after a warm start, and not when a later stage begins
+        check_context(config.context, needed)
     source = model_source(config)
+
+    # A new model learns from demonstrations first, in the main process, while the others wait.
     if config.model is None and config.warm_steps:
-        if accelerator.is_main_process:
-            warm_start(config, folder.base, report)
+        if main:
+            warm_start(config, folder.base)
         accelerator.wait_for_everyone()
         source = str(folder.base)
     model = build_model(source, text, config.seed).eval()  # without dropout: the sampler has none
     check_context(getattr(model.config.get_text_config(), "max_position_embeddings", None), needed)
+
+    # The policy, and beside it a sampler in another recipe on the same weights, if one is asked
+    # for.
     _set_attention(model, config, accelerator)
     model.to(accelerator.device)
     sampler = model
     if config.sampler_recipe is not None:
         sampler = on_the_same_weights(model)
-        _convert(sampler, config, config.sampler_recipe, accelerator.is_main_process)
-    _convert(model, config, config.recipe, accelerator.is_main_process)
+        quantize_model(sampler, RL_RECIPES[config.sampler_recipe], config, config.seed, main)
+    quantize_model(model, RL_RECIPES[config.recipe], config, config.seed, main)
     for each in (model,) if sampler is model else (model, sampler):
         without_emulation(each, accelerator.device, config.dtype)
+
     reference = None
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)
-    forward = accelerator.prepare(model)
-    optimizer = adamw(model, config)
-    stops = text.stops(model)
     return Run(
-        *(config, accelerator, report, folder, task, objective, text, stops),
-        *(model, sampler, forward, reference, optimizer),
+        config=config,
+        accelerator=accelerator,
+        report=report,
+        folder=folder,
+        task=task,
+        objective=objective,
+        text=text,
+        stops=text.stops(model),
+        model=model,
+        sampler=sampler,
+        forward=accelerator.prepare(model),
+        reference=reference,
+        optimizer=adamw(model, config),
     )
 
 
@@ -177,25 +179,6 @@ def from_base(config: RLConfig, folder: Path) -> RLConfig:
     return dataclasses.replace(config, model=str(folder), warm_steps=0, width=None, heads=None, **without)
 
 
-def open_folder(run: Run) -> Snapshot | None:
-    """Make the run folder ready (main process) and give every process the snapshot to go on from, or None."""
-    path: list[Any] = [None]
-    snapshot = None
-    if run.accelerator.is_main_process:
-        problems = getattr(run.task, "sha256", "")
-        bound = frozenset(EVALUATION if run.objective.reads_evaluations else ())
-        found, notes = run.folder.open(run.config, problems, bound)
-        for note in notes:
-            run.report.say(note)
-        if found is not None:
-            path, snapshot = [found[0]], found[1]
-    if run.accelerator.num_processes > 1:
-        path = broadcast_object_list(path)
-        if path[0] is not None and snapshot is None:
-            snapshot = checkpoint.load(path[0], verify=False)  # the main process has read every byte
-    return snapshot
-
-
 def _accelerator(config: RLConfig) -> Accelerator:
     accelerator = accelerator_for(config.device)
     count = accelerator.num_processes
@@ -216,24 +199,3 @@ def _set_attention(model: PreTrainedModel, config: RLConfig, accelerator: Accele
         wanted = "float64" if accelerator.device.type == "cpu" else "sdpa"
     if wanted == "float64":
         model.set_attn_implementation(register())
-
-
-def _convert(model: PreTrainedModel, config: RLConfig, recipe: str, main: bool) -> None:
-    quantized = recipe != "bf16"
-    with warnings.catch_warnings():
-        warnings.simplefilter("default" if quantized and main else "ignore", ConvertWarning)
-        try:
-            convert(
-                model,
-                RL_RECIPES[recipe],
-                seed=config.seed,
-                include=config.include or None,
-                exclude=config.exclude or None,
-                keep_first=config.keep_first,
-                keep_last=config.keep_last,
-                backend=config.backend,
-                strict=quantized,  # a run that is called NVFP4 must be
-                verbose=main,
-            )
-        except (ValueError, BackendUnavailable) as error:
-            raise TrainError(f"recipe {recipe}: {error}") from error

@@ -1,10 +1,13 @@
-"""The warm start: supervised learning from a teacher that is often wrong, so that there is something left to learn.
+"""The warm start: supervised learning from a teacher that is often wrong, so that there is
+something left to learn.
 
 Clean demonstrations would saturate a small task, and without any a new model never finds a reward.
 
-Each update is a function of (weights, moments, seed, number of the update), so weights and moments are all that a
-checkpoint needs: base.unfinished/ holds the newest until base/ is complete, and the same command goes on from it to
-the last bit, after a signal, which saves, and after kill -9.
+    problems of the task -> answers, a share of them corrupted -> cross-entropy of the answers -> AdamW
+
+It is a training of the same loop as the run that follows, in full precision, on the CPU, in the
+main process alone. base.unfinished/ holds its newest checkpoint until base/ is complete, and the
+same command goes on from it to the last bit: after a signal, which saves, and after kill -9.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +32,23 @@ from nvfp4.rl.score import score
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.text import Text
 from nvfp4.rl.tokens import load_vocabulary
-from nvfp4.run import checkpoint, state
+from nvfp4.run import checkpoint
+from nvfp4.run.checkpoint import DamagedCheckpoint
 from nvfp4.run.errors import Interrupted
 from nvfp4.run.files import write_json
+from nvfp4.run.folder import Found, RunFolder
+from nvfp4.run.log import Row
+from nvfp4.run.loop import Loop, RunParts, Training
 from nvfp4.run.model import build_model, export
 from nvfp4.run.optim import adamw, learning_rates
+from nvfp4.run.options import ResumableConfig
+from nvfp4.run.processes import Alone
 from nvfp4.run.progress import Reporter
 from nvfp4.run.signals import StopWish
+from nvfp4.run.update import apply_gradients
 
 MARK = "warm_start.json"
+CLIP = 1.0  # largest norm of the gradient
 
 RELEVANT = (
     *("task", "task_options", "tokenizer", "architecture", "depth", "width", "heads", "context"),
@@ -44,85 +56,110 @@ RELEVANT = (
 )
 
 
-def warm_start(config: RLConfig, folder: Path, report: Reporter) -> Path:
-    """Train a new model on demonstrations, in full precision on the CPU, and export it to ``folder``; returns that.
+def warm_start(config: RLConfig, folder: Path) -> Path:
+    """Train a new model on demonstrations, in full precision on the CPU, and export it to
+    ``folder``; returns that.
 
-    A folder that an equal config has filled before is used again. The end of a text is learnt with the answer. Raises
-    ``Interrupted`` after a signal; ``save_every`` updates lie between two checkpoints.
+    A folder that an equal config has filled before is used again. The end of a text is learnt with
+    the answer. Raises ``Interrupted`` after a signal; ``save_every`` updates lie between two
+    checkpoints.
     """
     fields = {name: getattr(config, name) for name in RELEVANT}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     mark = folder / MARK
     if mark.is_file() and mark.read_bytes() == _as_json(fields).encode():
         return folder
-    assert config.warm_steps is not None
-    assert config.tokenizer is not None
-    shared = dataclasses.replace(
-        config, steps=config.warm_steps, lr=config.warm_lr, warmup=config.warm_steps // 10, decay=0.5
-    )
-    text, task = Text(load_vocabulary(config.tokenizer)), make_task(config)
-    model = build_model(model_source(config), text, config.seed).eval()
-    optimizer, rates = adamw(model, shared), learning_rates(shared)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    step = _go_on(unfinished, fields, model, optimizer, report)
 
-    # The updates, each a function of the state and of its number; a signal is obeyed between two.
+    # The run's own options but for what the warm start has of its own; one checkpoint is enough.
+    assert config.warm_steps is not None
+    own: dict[str, Any] = {"steps": config.warm_steps, "lr": config.warm_lr, "warmup": config.warm_steps // 10}
+    training = WarmStart(dataclasses.replace(config, **own, decay=0.5, keep=1), folder, fields)
     with StopWish() as wish:
-        while step < config.warm_steps:
-            seed = fold_in(config.seed, WARM_START_BRANCH, step)
-            batch = demonstrated(task, text, config.warm_batch, config.warm_noise, seed)
-            check_fits(model, batch.ids.shape[1])
-            loss = _update(model, optimizer, batch, rates(step))
-            step += 1
-            if step % 100 == 0 or step == config.warm_steps:
-                report.say(f"warm start {step}/{config.warm_steps}  loss {loss:.4f}")
-            due = config.save_every > 0 and step % config.save_every == 0
-            if (wish.received or due) and step < config.warm_steps:
-                checkpoint.save(unfinished, state.local_snapshot(model, optimizer, {"step": step, "fields": fields}), 1)
-            if wish.received and step < config.warm_steps:
-                saved = f"stopped at update {step} of the warm start, checkpoint saved"
-                raise Interrupted(wish.received, f"{saved}; the same command goes on from there")
-        export(model, text, folder, "fp32")
+        received = Loop(training).run()
+        training.finish()
         write_json(mark, fields)  # last: it says that the folder is complete
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if wish.received:
-        raise Interrupted(
-            wish.received, "stopped after the warm start, which is kept; the same command goes on from it"
-        )
+    shutil.rmtree(training.run.folder.checkpoints, ignore_errors=True)
+    if received or wish.received:
+        kept = "stopped after the warm start, which is kept; the same command goes on from it"
+        raise Interrupted(received or wish.received, kept)
     return folder
 
 
-def _go_on(
-    unfinished: Path,
-    fields: dict[str, Any],
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    report: Reporter,
-) -> int:
-    """The number of updates that an equal warm start has saved, which model and optimiser then have behind them."""
-    for path in checkpoint.newest_first(unfinished):
-        try:
-            snapshot = checkpoint.load(path)
-        except checkpoint.DamagedCheckpoint as error:
-            report.say(f"{error}; the warm start begins again")
-            continue
-        if snapshot.state["fields"] == fields:
-            state.restore_local(snapshot, model, optimizer)
-            report.say(f"warm start: resuming from {path}")
-            return int(snapshot.state["step"])
-    return 0
+class WarmStart(Training):
+    """The answers of demonstrations. Each update is a function of (weights, moments, seed, number
+    of the update)."""
+
+    def __init__(self, config: RLConfig, folder: Path, fields: dict[str, Any]) -> None:
+        assert config.tokenizer is not None
+        self.config, self.fields = config, fields
+        self.text, self.task = Text(load_vocabulary(config.tokenizer)), make_task(config)
+        self.learning_rate = learning_rates(config)
+        model = build_model(model_source(config), self.text, config.seed).eval()
+        super().__init__(
+            RunParts(
+                config=config,
+                accelerator=Alone(),
+                report=Reporter("warm start", config.steps, 100),
+                folder=WarmFolder(folder, fields),
+                model=model,
+                forward=model,
+                optimizer=adamw(model, config),
+            )
+        )
+
+    def step(self, step: int) -> Row:
+        """One update; the loss before it, in nats per token."""
+        run, config = self.run, self.config
+        began = time.perf_counter()
+        seed = fold_in(config.seed, WARM_START_BRANCH, step)
+        batch = demonstrated(self.task, self.text, config.warm_batch, config.warm_noise, seed)
+        check_fits(run.model, batch.ids.shape[1])
+        loss = supervised_loss(run.model, batch)
+        loss.backward()
+        value = float(loss.detach())
+        norm, done = apply_gradients(run.model, run.optimizer, self.learning_rate(step), CLIP, value)
+        return {"loss": value, "grad_norm": norm, "skipped": not done, "seconds": time.perf_counter() - began}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must be of to be gone on from."""
+        return {"fields": self.fields}
+
+    def finish(self) -> dict[str, Any]:
+        """The export, which the run begins with."""
+        export(self.run.model, self.text, self.run.folder.export, "fp32")
+        return {}
+
+    def stopped(self, step: int) -> str:
+        """What ``Interrupted`` says after a signal."""
+        return f"stopped at update {step} of the warm start, checkpoint saved; the same command goes on from there"
+
+    def cure(self) -> str:
+        """What helps where losses are no numbers."""
+        return "lower --warm-lr"
 
 
-def _update(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Samples, rate: float) -> float:
-    """One supervised update with learning rate ``rate``; the loss before it, in nats per token."""
-    loss = supervised_loss(model, batch)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+class WarmFolder(RunFolder):
+    """base/ and base.unfinished/ below a run's folder, whose lock the run holds."""
+
+    def __init__(self, base: Path, fields: dict[str, Any]) -> None:
+        super().__init__(str(base.parent))
+        self.export, self.checkpoints = base, base.with_name(f"{base.name}.unfinished")
+        self.logs, self.fields = (), fields
+
+    def open(
+        self, config: ResumableConfig, data_sha256: str, bound: frozenset[str] = frozenset()
+    ) -> tuple[Found, list[str]]:
+        """The newest checkpoint that an equal warm start has saved, if there is one."""
+        notes = []
+        for path in checkpoint.newest_first(self.checkpoints):
+            try:
+                snapshot = checkpoint.load(path)
+            except DamagedCheckpoint as error:
+                notes.append(f"{error}; the warm start begins again")
+                continue
+            if snapshot.state["fields"] == self.fields:
+                return (path, snapshot), [*notes, f"warm start: resuming from {path}"]
+        return None, notes
 
 
 def demonstrated(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:

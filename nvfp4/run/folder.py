@@ -1,11 +1,14 @@
 """The run folder: what is in it, whether a run may start there, and the checkpoint it goes on from.
 
-    config.yaml    the resolved config, which --config reads back     checkpoints/  newest ``keep``, see checkpoint.py
-    log.jsonl      a row per step                                     export/       a Hugging Face model
-    result.json    written last: its presence says that the run is finished
-    .lock          held by the process that trains here
+    config.yaml   the resolved config, which --config reads back
+    log.jsonl     a row per step
+    checkpoints/  the newest ``keep``, see checkpoint.py
+    export/       a Hugging Face model
+    result.json   written last: its presence says that the run is finished
+    .lock         held by the process that trains here
 
-``open`` is the one way in: it refuses what would mix two runs, finds the checkpoint, cuts the logs back to it.
+``open`` is the one way in: it refuses what would mix two runs, finds the checkpoint, and cuts the
+logs back to it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,9 +37,9 @@ Found = tuple[Path, Snapshot] | None
 class RunFolder:
     """Paths below ``out``.
 
-    logs: JSON lines with a step each, cut back to the checkpoint when a run resumes; the first has a row per step.
-    renamed: fields of earlier versions that a run cannot go on with, and what to give instead. data_field: the one that
-    names the text or the problems.
+    logs: JSON lines with a step each, cut back to the checkpoint when a run resumes; the first has
+    a row per step. renamed: fields of earlier versions that a run cannot go on with, and what to
+    give instead. data_field: the one that names the text or the problems.
     """
 
     data_field: ClassVar[str] = "data"
@@ -66,7 +71,8 @@ class RunFolder:
     def clear(self) -> None:
         """Delete what a run has written, and nothing else that may lie in the folder.
 
-        ``TrainError`` if something stays: a checkpoint of the earlier run would be taken for the newest of this one.
+        ``TrainError`` if something stays: a checkpoint of the earlier run would be taken for the
+        newest of this one.
         """
         try:
             for path in (self.result, self.config, self.sample, *self.pictures, *self.logs):
@@ -82,10 +88,11 @@ class RunFolder:
             ) from error
 
     def lock(self) -> None:
-        """Make the folder and keep it to this process until it ends; ``TrainError`` if another one trains in it.
+        """Make the folder and keep it to this process until it ends; ``TrainError`` if another one
+        trains in it.
 
-        The lock is the kernel's and ends with the process, however that ends; what the file says is for people. A
-        second call does nothing.
+        The lock is the kernel's and ends with the process, however that ends; what the file says is
+        for people. A second call does nothing.
         """
         if "_lock" in vars(self):
             return
@@ -115,15 +122,25 @@ class RunFolder:
         if lock is not None:
             lock.close()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """``lock`` within."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.release()
+
     def open(
         self, config: ResumableConfig, data_sha256: str, bound: frozenset[str] = frozenset()
     ) -> tuple[Found, list[str]]:
-        """Make the folder ready; returns the checkpoint to go on from (None: from the start) and notes for the user.
+        """Make the folder ready; returns the checkpoint to go on from (None: from the start) and
+        notes for the user.
 
-        data_sha256: of the text or the problems. bound: fields that are free on resume as a rule and not in this run,
-        which learns from what they say. ``TrainError`` if another run's files are in the way, or if the checkpoint is
-        damaged, of another config or of other data. Afterwards the logs end at the snapshot's step and config.yaml
-        holds ``config``.
+        data_sha256: of the text or the problems. bound: fields that are free on resume as a rule
+        and not in this run, which learns from what they say. ``TrainError`` if another run's files
+        are in the way, or if the checkpoint is damaged, of another config or of other data.
+        Afterwards the logs end at the snapshot's step and config.yaml holds ``config``.
         """
         self.lock()
 
@@ -158,7 +175,8 @@ class RunFolder:
             )
 
     def _refuse_renamed(self, config: ResumableConfig) -> None:
-        """``TrainError`` for a run of an earlier version that is to go on: what it did has another name now."""
+        """``TrainError`` for a run of an earlier version that is to go on: what it did has another
+        name now."""
         if not (self.renamed and (config.resume or config.resume_from) and self.config.exists()):
             return
         for name in self.renamed.keys() & read_config_file(self.config).keys():
@@ -183,7 +201,8 @@ class RunFolder:
             )
 
     def _check_log(self, step: int) -> None:
-        """``TrainError`` if the log has no row of the checkpoint's step, which it had when that was saved."""
+        """``TrainError`` if the log has no row of the checkpoint's step, which it had when that was
+        saved."""
         rows = log.read(self.log)
         if not any(row["step"] == step for row in rows):
             last = f"ends at step {rows[-1]['step']}" if rows else "is missing or empty"
@@ -210,7 +229,8 @@ class RunFolder:
         return None, ["no checkpoint yet: starting from the beginning"] if config.resume else []
 
     def _take_over(self, path: Path, config: ResumableConfig) -> None:
-        """Go on from a named checkpoint: of this run, or of another, whose log is then copied to a new folder."""
+        """Go on from a named checkpoint: of this run, or of another, whose log is then copied to a
+        new folder."""
         source = path.resolve().parent.parent
         if source != self.root.resolve():
             if self.checkpoints.exists() or self.log.exists():

@@ -1,9 +1,17 @@
-"""log.jsonl: one JSON object for every step, whole lines only, cut back to the checkpoint when a run resumes."""
+"""log.jsonl: a JSON object per step, whole lines only, cut back to the checkpoint on resume.
+
+    {"step": 120, "loss": 2.4132, "lr": 0.0039, ..., "skipped": false}
+
+A row is one ``write`` of one line to a file opened for appending, so a process that is killed leaves
+no half line; a full disk may, and a reader passes over it. NaN and Inf are null, since JSON has
+neither. Every checkpoint is preceded by an ``fsync``: the log may be ahead of it, never behind.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +42,8 @@ class Log:
             raise self._failed(error) from error
 
     def flush(self) -> None:
-        """Bring all rows to the disk; done before every checkpoint, so that no checkpoint is ahead of the log."""
+        """Bring all rows to the disk; done before every checkpoint, so that no checkpoint is ahead
+        of the log."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:  # some file systems find out here that the disk is full
@@ -48,7 +57,8 @@ class Log:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a log, none if there is no file; an unfinished last line (full disk, power cut) is passed over."""
+    """All rows of a log, none if there is no file; an unfinished last line (full disk, power cut)
+    is passed over."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -67,8 +77,23 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
+def costs(rows: list[Row], seconds: str) -> Row:
+    """What the steps of a run have cost, also those before a resume; seconds: the figure that says
+    how long one took.
+
+    tokens_per_s is the median, memory the peak in GiB.
+    """
+    return {
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
+        "seconds": sum(row[seconds] for row in rows),
+        "peak_memory_gib": max(row["memory_gib"] for row in rows),
+        "skipped_steps": sum(row["skipped"] for row in rows),
+    }
+
+
 def last_row(path: Path) -> Row | None:
-    """The last whole row of a log that another process writes, from its last 64 KiB; None if there is none."""
+    """The last whole row of a log that another process writes, from its last 64 KiB; None if there
+    is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))

@@ -1,9 +1,17 @@
-"""The model: a new transformers Llama or Qwen3 of the config's sizes, or any local causal LM; sample and export."""
+"""The model of a run: built or loaded, its linears converted, sampled from, exported.
+
+    Sizes -> a new Llama or Qwen3     folder -> any local causal LM, looked at for causality
+    float32 weights on the CPU -> ``quantize_model`` -> (the trainer moves and wraps it)
+    ``export``: the same architecture with plain linears, which transformers loads without nvfp4
+
+The weights are a function of (sizes, seed): every process and every recipe begins with the same.
+"""
 
 from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +22,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.utils import logging
 
+from nvfp4.backends.registry import BackendUnavailable
+from nvfp4.model.convert import convert
+from nvfp4.model.selection import ConvertWarning
+from nvfp4.recipes import Recipe
 from nvfp4.run.causal import check_causal
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import sync
-from nvfp4.run.options import Sizes
+from nvfp4.run.options import QuantOptions, Sizes
 from nvfp4.run.tokens import Tokenizer, check_model_folder
 
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
@@ -27,11 +39,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(
     source: str | Sizes, tokenizer: Tokenizer, seed: int, longest: int = 2, recompute: bool = False
 ) -> PreTrainedModel:
-    """A causal LM with float32 weights on the CPU, ready to train; the same weights for the same (sizes, seed).
+    """A causal LM with float32 weights on the CPU, ready to train; the same weights for the same
+    (sizes, seed).
 
-    source: the folder of a local one, or the sizes of a new one. longest: tokens of the longest sequence it will see.
-    recompute: activations in the backward pass. ``TrainError`` if it does not load, is not causal, or is too small for
-    the tokenizer or the sequences. The global random state is left as it was.
+    source: the folder of a local one, or the sizes of a new one. longest: tokens of the longest
+    sequence it will see. recompute: activations in the backward pass. ``TrainError`` if it does not
+    load, is not causal, or is too small for the tokenizer or the sequences. The global random state
+    is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,11 +74,40 @@ def build_model(
     return model.train()
 
 
-def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
-    """``tokens`` tokens that follow ``prompt``, drawn at temperature 0.8; ends early at the separator.
+def quantize_model(
+    model: PreTrainedModel, recipe: str | Recipe, options: QuantOptions, seed: int, verbose: bool
+) -> None:
+    """Convert the linears to a recipe, in place.
 
-    A text longer than the model's context goes on from its last half context. Leaves the global random state and the
-    training mode as they were.
+    verbose: say which are converted, and warn of those that cannot be. ``TrainError`` for options
+    that do not fit, and for a recipe that quantises and finds nothing to quantise.
+    """
+    recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if recipe.quantized and verbose else "ignore", ConvertWarning)
+        try:
+            convert(
+                model,
+                recipe,
+                seed=seed,
+                include=options.include or None,
+                exclude=options.exclude or None,
+                keep_first=options.keep_first,
+                keep_last=options.keep_last,
+                backend=options.backend,
+                strict=recipe.quantized,  # a run that is called NVFP4 must be
+                verbose=verbose,
+            )
+        except (ValueError, BackendUnavailable) as error:
+            raise TrainError(f"recipe {recipe.name}: {error}") from error
+
+
+def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
+    """``tokens`` tokens that follow ``prompt``, drawn at temperature 0.8; ends early at the
+    separator.
+
+    A text longer than the model's context goes on from its last half context. Leaves the global
+    random state and the training mode as they were.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     ids = torch.tensor([[tokenizer.separator, *tokenizer.encode([prompt])[0].tolist()]], device=model.device)
@@ -83,7 +126,8 @@ def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: in
 
 
 def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
-    """Write an ordinary Hugging Face folder (model and tokenizer, weights in ``dtype``) that needs no nvfp4 to load.
+    """Write an ordinary Hugging Face folder (model and tokenizer, weights in ``dtype``) that needs
+    no nvfp4 to load.
 
     The folder appears complete or not at all; an older one is replaced.
     """
@@ -105,7 +149,8 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         sync(folder.parent)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # tokenizers raises a bare Exception, safetensors an error of its own, where the disk is full
+        # tokenizers raises a bare Exception, safetensors an error of its own, where the disk is
+        # full
         if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
             raise
         reason = getattr(error, "strerror", None) or error

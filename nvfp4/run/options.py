@@ -1,4 +1,5 @@
-"""The options that every trainer has, as frozen dataclasses in groups; a config is these and its own.
+"""The options that every trainer has, as frozen dataclasses in groups; a config is these and its
+own.
 
     FolderOptions   out, overwrite                  QuantOptions   keep_first ... backend
     ModelOptions    model, architecture, sizes      OptimOptions   steps, lr ... max_bad_steps
@@ -77,7 +78,8 @@ class ModelOptions:
     """Which model is trained: one of a folder, or a new one of these sizes."""
 
     model: str | None = None
-    """Folder of a local Hugging Face causal LM to go on training; None: a new model from the fields below."""
+    """Folder of a local Hugging Face causal LM to go on training; None: a new model from the fields
+    below."""
     architecture: Literal["llama", "qwen3"] = "llama"
     """Architecture of a new model."""
     depth: Count = 2
@@ -90,7 +92,8 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a new model is built from. context: longest sequence, in tokens. ``TrainError`` if heads do not fit."""
+    """What a new model is built from. context: longest sequence, in tokens. ``TrainError`` if heads
+    do not fit."""
 
     architecture: Literal["llama", "qwen3"]
     depth: int
@@ -123,11 +126,13 @@ class QuantOptions:
     """Which linears are quantised, and where; the recipe itself belongs to the command."""
 
     keep_first: int | float = 0
-    """Blocks at the start kept in high precision: a count, or if below 1 a share of them, rounded up."""
+    """Blocks at the start kept in high precision: a count, or if below 1 a share of them, rounded
+    up."""
     keep_last: int | float = 0
     """Blocks at the end kept in high precision: a count, or if below 1 a share of them, rounded up."""
     include: Names = ()
-    """Only linears whose names match one of these globs are converted; empty: all but the output embedding."""
+    """Only linears whose names match one of these globs are converted; empty: all but the output
+    embedding."""
     exclude: Names = ()
     """Linears whose names match one of these globs stay in high precision."""
     backend: str = "auto"
@@ -139,13 +144,15 @@ class DataOptions:
     """Text to learn from, for those that do."""
 
     data: Names = ()
-    """Text, JSONL or Parquet files, folders or globs; empty: the .py files of this Python's standard library."""
+    """Text, JSONL or Parquet files, folders or globs; empty: the .py files of this Python's
+    standard library."""
     held_out_data: Names = ()
     """Files, folders or globs for evaluation; empty: --holdout decides by document name."""
     text_field: str = "text"
     """JSONL field or Parquet column that holds the text."""
     holdout: Share = 0.03
-    """Share of the documents held out, chosen by the SHA-256 of their relative path, so the same on every machine."""
+    """Share of the documents held out, chosen by the SHA-256 of their relative path, so the same on
+    every machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,8 @@ class OptimOptions:
     clip: NotNegative = 1.0
     """Largest L2 norm of the gradient; 0: no clipping."""
     max_bad_steps: Free[Count] = 5
-    """Updates in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run stops."""
+    """Updates in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run
+    stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +193,11 @@ class ComputeOptions:
     seed: Seed = 0
     """Seed of the initial weights, the data order and the stochastic rounding."""
     device: Free[Literal["auto", "cpu", "cuda", "mps"]] = "auto"
-    """Device; auto: the first accelerator, else the CPU. Under torchrun one process per device, data parallel."""
+    """Device; auto: the first accelerator, else the CPU. Under torchrun one process per device,
+    data parallel."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype under autocast, the same for every recipe; weights and optimiser state are always float32."""
+    """Compute dtype under autocast, the same for every recipe; weights and optimiser state are
+    always float32."""
     deterministic: Flag = True
     """Deterministic kernels, so that a resumed run repeats the uninterrupted one to the last bit."""
 
@@ -217,7 +227,8 @@ class ResumeOptions:
     resume_from: Free[str | None] = None
     """Go on from exactly this checkpoint folder; an error if it is damaged or of another run."""
     allow_changes: Free[Names] = ()
-    """Fields that may differ from the checkpoint's config on resume, e.g. steps lr; then it is another run."""
+    """Fields that may differ from the checkpoint's config on resume, e.g. steps lr; then it is
+    another run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
-"""One process or several: the accelerator of a run, what all agree on, and where float64 can live.
+"""One process or several, and what surrounds a run in each: kernels that repeat themselves, a group
+that ends.
 
-``torchrun`` starts processes and says so in the environment; ``Accelerator`` joins them. Both trainers
-begin here, so that neither can start two runs where one was meant.
+``torchrun`` starts processes and says so in the environment; ``Accelerator`` joins them. Every
+trainer begins here, so that none can start two runs where one was meant.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -17,12 +20,29 @@ if TYPE_CHECKING:  # seconds, and the objectives, which the command line names, 
     from accelerate import Accelerator
 
 
+class Alone:
+    """One process on the CPU that trains while the others of a run, if there are any, wait for it."""
+
+    device = torch.device("cpu")
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What all have: the tensor."""
+        return tensor
+
+    def wait_for_everyone(self) -> None:
+        """Nobody else is there."""
+
+
+Processes: TypeAlias = "Accelerator | Alone"
+
+
 def accelerator_for(device: str) -> Accelerator:
     """The accelerator of this process; device: auto, cpu, cuda or mps.
 
-    auto is the first accelerator, else the CPU; under a launcher of several processes it is cuda, else
-    the CPU, since MPS cannot join them. ``TrainError`` if the device is not here, or if the processes
-    that were started do not find each other: each would train alone, in one folder.
+    auto is the first accelerator, else the CPU; under a launcher of several processes it is cuda,
+    else the CPU, since MPS cannot join them. ``TrainError`` if the device is not here, or if the
+    processes that were started do not find each other: each would train alone, in one folder.
     """
     from accelerate import Accelerator
 
@@ -40,7 +60,7 @@ def accelerator_for(device: str) -> Accelerator:
     return accelerator
 
 
-def agreed(accelerator: Accelerator, received: int) -> int:
+def agreed(accelerator: Processes, received: int) -> int:
     """The largest of all processes' numbers: a signal that any got stops all at the same step."""
     if accelerator.num_processes == 1:
         return received
@@ -48,8 +68,61 @@ def agreed(accelerator: Accelerator, received: int) -> int:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS, which has no float64."""
+    """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS, which
+    has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels within; a kernel that has no such form warns. The settings before come
+    back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, we never read it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave a process group that the run made itself, once all are done: its threads must end
+    before Python does."""
+    ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    yield
+    if ours and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # else a later run in this process finds a dead group
+
+
+def machine(accelerator: Processes) -> dict[str, Any]:
+    """What the last bits of a sum may depend on."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def other_machine(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """A note for the user if these differ, or nothing."""
+    known = {key: value for key, value in present.items() if key in saved}
+    changed = [f"{key} {saved[key]}, now {value}" for key, value in known.items() if saved[key] != value]
+    if not changed:
+        return []
+    return [f"note: the checkpoint was written with {'; '.join(changed)}: the losses go on, but not to the last bit"]
 
 
 def _launched() -> int:

@@ -1,4 +1,8 @@
-"""What a person sees of a run: a line now and then, and on a terminal a bar below them."""
+"""What a person sees of a run: a line now and then, and on a terminal a bar below them.
+
+Lines go to the output as plain text where that is no terminal. A reader who leaves (``| head``, a
+terminal that closes) ends the lines, not the run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import os
 import resource
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -38,10 +42,18 @@ class LastingConsole(Console):
 
 
 class Reporter:
-    """Prints lines; quiet (no bar, no colour) where the output is no terminal, silent where ``enabled`` is False."""
+    """Prints lines; quiet (no bar, no colour) where the output is no terminal, silent where
+    ``enabled`` is False.
+
+    every: steps between lines. A trainer says in ``figures`` what it shows of a row, in ``seconds``
+    which figure is the time of a step, and in ``evaluated`` which one makes a row worth a line.
+    """
+
+    seconds: ClassVar[str] = "seconds"
+    evaluated: ClassVar[str] = "val_bpb"
 
     def __init__(self, name: str, steps: int, every: int, enabled: bool = True) -> None:
-        self.steps, self.every = steps, every
+        self.name, self.steps, self.every = name, steps, every
         self.console = LastingConsole(quiet=not enabled, soft_wrap=True, highlight=False, markup=False)
         self._recent: list[float] = []
         self._bar: Progress | None = None
@@ -66,32 +78,29 @@ class Reporter:
         self.console.print(text)
 
     def step(self, row: Row) -> None:
-        """Take note of a step; prints every ``every``-th, the first, the last and those skipped or evaluated."""
-        self._recent = [*self._recent[-49:], row["seconds"]]
-        eta = duration(sum(self._recent) / len(self._recent) * (self.steps - row["step"]))
+        """Take note of a step; prints every ``every``-th, the first, the last and those skipped or
+        evaluated."""
+        step = row["step"]
+        self._recent = [*self._recent[-49:], row[self.seconds]]
+        eta = duration(sum(self._recent) / len(self._recent) * (self.steps - step))
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], eta=eta)
-        if row["step"] % self.every == 0 or row["step"] in (1, self.steps) or row["skipped"] or "val_bpb" in row:
-            self.say(line(row, self.steps, eta))
+            self._bar.update(self._task, completed=step, eta=eta)
+        if step % self.every == 0 or step in (1, self.steps) or row["skipped"] or self.evaluated in row:
+            self.say("  ".join([*self.figures(row), "SKIPPED: not finite" if row["skipped"] else f"eta {eta}"]))
+
+    def figures(self, row: Row) -> list[str]:
+        """What is shown of a row, before the time that is left."""
+        return [f"{self.name} {row['step']}/{self.steps}", f"loss {number(row['loss'])}"]
 
     def close(self) -> None:
+        """The end, whatever it was."""
         if self._bar is not None:
             self._bar.stop()
 
 
-def line(row: Row, steps: int, eta: str) -> str:
-    """``step 120/300  loss 2.4132  lr 3.9e-03  norm 0.82  12.3k tok/s  0.61 GiB  eta 0:42``, with bpb if evaluated."""
-    width = len(str(steps))
-    parts = [f"step {row['step']:{width}d}/{steps}", f"loss {_number(row['loss'])}", f"lr {row['lr']:.2e}"]
-    parts += [
-        f"norm {_number(row['grad_norm'], 3)}",
-        f"{rate(row['tokens_per_s'])} tok/s",
-        f"{row['memory_gib']:.2f} GiB",
-    ]
-    if "val_bpb" in row:
-        parts.append(f"held-out {_number(row['val_bpb'])} bpb")
-    parts.append("SKIPPED: not finite" if row["skipped"] else f"eta {eta}")
-    return "  ".join(parts)
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure that may be missing because it was not finite."""
+    return "nan" if value is None else f"{value:.{digits}f}"
 
 
 def rate(value: float) -> str:
@@ -106,12 +115,9 @@ def duration(seconds: float) -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: what PyTorch allocated on a CUDA device, else the resident memory of this process."""
+    """Peak memory in GiB: what PyTorch allocated on a CUDA device, else the resident memory of this
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "nan" if value is None else f"{value:.{digits}f}"

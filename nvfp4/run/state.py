@@ -1,59 +1,63 @@
-"""What a run must remember to go on to the last bit, taken from and put back into its live objects."""
+"""What a run must remember to go on to the last bit, taken from its live objects and put back.
+
+    model       parameters and persistent buffers, each once though two names may reach it
+    optimizer   moments, by kind and name of the parameter
+    random      torch's generators, of every process and device
+    noise       how many backward passes each converted layer has finished: the seed of its next noise
+
+The first three are groups of tensors, the last is plain, beside what the trainer says of itself.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
 from nvfp4.model.weights import load_noise_state, noise_state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
+from nvfp4.run.processes import Processes
 
 Tensors = dict[str, torch.Tensor]
 
 
 def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, state: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Processes, state: dict[str, Any]
 ) -> Snapshot:
-    """Model, optimiser, random states of all processes and the layers' call counters, beside the plain ``state``.
+    """Model, optimiser, random states of all processes and the layers' call counters, beside the
+    plain ``state``.
 
-    A collective call: every process must make it, the snapshot of the main process is the one to save. The others'
-    has no weights and no moments: a copy in every process would take the memory of as many models on one machine.
+    A collective call: every process must make it, the snapshot of the main process is the one to
+    save. The others' has no weights and no moments: a copy in every process would take the memory
+    of as many models on one machine.
     """
-    random = {
-        f"{device}.{rank}": value
-        for rank, states in enumerate(gather_object([_random()]))
-        for device, value in states.items()
-    }
+    mine = [_random()]
+    every = mine if accelerator.num_processes == 1 else gather_object(mine)
+    random = {f"{device}.{rank}": value for rank, states in enumerate(every) for device, value in states.items()}
     state = {**state, "noise": noise_state(model)}
     if not accelerator.is_main_process:
         return Snapshot(state, {})
-    local = local_snapshot(model, optimizer, state)
-    return Snapshot(state, {**local.tensors, "random": random})
-
-
-def local_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    """Weights and moments of this process, for a training that draws nothing."""
     moments = {
         f"{key}.{name}": value.cpu()
         for name, parameter in _trained(model).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     weights = {name: tensor.detach().cpu() for name, tensor in _weights(model).items()}
-    return Snapshot(state, {"model": weights, "optimizer": moments})
+    return Snapshot(state, {"model": weights, "optimizer": moments, "random": random})
 
 
-def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Processes) -> None:
     """Put a snapshot back; ``TrainError`` naming the tensors if it is of another model."""
-    restore_local(snapshot, model, optimizer)
-    load_noise_state(model, snapshot.state["noise"])
+    _restore_weights(snapshot, model, optimizer)
+
+    # What a warm start of an earlier version has not saved, it has not drawn from.
+    load_noise_state(model, snapshot.state.get("noise", {}))
     mine = {
         k.partition(".")[0]: v
-        for k, v in snapshot.tensors["random"].items()
+        for k, v in snapshot.tensors.get("random", {}).items()
         if k.endswith(f".{accelerator.process_index}")
     }
     if "cpu" in mine:  # a process that the saved run did not have keeps its own random state
@@ -62,8 +66,8 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
         torch.cuda.set_rng_state(mine["cuda"])
 
 
-def restore_local(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and moments back; ``TrainError`` naming the tensors if they are of another model."""
+def _restore_weights(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and moments back."""
     _check_same(_weights(model), snapshot.tensors["model"])
     with torch.no_grad():
         for name, tensor in _weights(model).items():

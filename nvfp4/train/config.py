@@ -1,4 +1,10 @@
-"""The config of pretraining: the options of every run and what only pretraining knows; rules, derived values."""
+"""The options of pretraining, and what follows from them.
+
+    depth -> width -> heads, ffn, lr      the size dial: whatever is left open follows from depth
+    seq_len -> eval_batch                 steps -> warmup
+
+``TrainConfig`` is what one pretraining and a comparison of several share.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +28,7 @@ from nvfp4.run.options import (
     Positive,
     ResumableConfig,
     RunConfig,
+    Seeds,
     Sizes,
     ffn_for,
     round_up,
@@ -30,7 +37,8 @@ from nvfp4.run.options import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataOptions, RunConfig):
-    """What a pretraining and a comparison of several need. Construct it freely; ``resolve`` checks and fills it in."""
+    """What a pretraining and a comparison of several need. Construct it freely; ``resolve`` checks
+    and fills it in."""
 
     # Defaults and sentences of the shared options that are pretraining's own
     out: Free[str] = "runs/pretrain"
@@ -57,7 +65,8 @@ class TrainConfig(DataOptions, RunConfig):
     """Use one matrix for the input and the output embedding of a new model."""
 
     tokenizer: str | None = None
-    """Folder of a local Hugging Face tokenizer, or bytes (257 tokens); None: that of --model, without one bytes."""
+    """Folder of a local Hugging Face tokenizer, or bytes (257 tokens); None: that of --model,
+    without one bytes."""
 
     # Batch
     seq_len: Annotated[int, Field(ge=2, strict=True)] = 128
@@ -75,10 +84,12 @@ class TrainConfig(DataOptions, RunConfig):
 
     # Evaluation
     eval_bytes: Free[Count] = 32768
-    """Bytes of held-out text (UTF-8) in an evaluation during the run, of at least 16 documents if there are."""
+    """Bytes of held-out text (UTF-8) in an evaluation during the run, of at least 16 documents if
+    there are."""
     eval_batch: Free[Count | None] = None
-    """Sequences in one forward pass of an evaluation, whatever --micro-batch and the processes are: with one scale per
-    activation tensor the loss depends on it; None: as many as hold 2048 tokens, at least 1."""
+    """Sequences in one forward pass of an evaluation, whatever --micro-batch and the processes are:
+    with one scale per activation tensor the loss depends on it; None: as many as hold 2048 tokens,
+    at least 1."""
     final_eval_bytes: Free[CountOrZero] = 131072
     """Bytes of held-out text (UTF-8) in the evaluation at the end; 0: all of it."""
     sample_tokens: Free[CountOrZero] = 300
@@ -87,7 +98,8 @@ class TrainConfig(DataOptions, RunConfig):
     """Prompt of the text sample; None: the first line of a held-out document."""
 
     def sizes(self) -> Sizes:
-        """The sizes of a new model, of a resolved config; ``TrainError`` if they do not fit each other."""
+        """The sizes of a new model, of a resolved config; ``TrainError`` if they do not fit each
+        other."""
         width, heads = self.width or 0, self.heads or 0
         return Sizes(
             architecture=self.architecture,
@@ -106,7 +118,8 @@ class PretrainConfig(TrainConfig, ResumableConfig):
     """Config of ``nvfp4 pretrain``: one model, one recipe."""
 
     recipe: str = "quartet2"
-    """Recipe of the linears: bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden or rl."""
+    """Recipe of the linears: bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden or
+    rl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +127,25 @@ class CompareConfig(TrainConfig):
     """Config of ``nvfp4 compare``: the same run once for each recipe."""
 
     out: Free[str] = "runs/compare"
-    """Folder of the comparison: compare.json, compare.png, and a run folder for each recipe. Finished runs are kept."""
+    """Folder of the comparison: compare.json, compare.png, and a run folder for each recipe.
+    Finished runs are kept."""
     recipes: Listed = ("bf16", "nvidia", "quartet2", "search_eden")
-    """Recipes to train (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl); gaps are to bf16."""
+    """Recipes to train (bf16, rtn, nvidia, four_over_six, tetrajet2, quartet2, search_eden, rl);
+    gaps are to bf16."""
+    seeds: Seeds = ()
+    """Train each recipe once per seed (0,1,2), and say how sure the gaps are; empty: one run each,
+    of --seed."""
 
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
 def resolve(config: Config) -> Config:
-    """The same config with every derived value filled in; ``TrainError`` naming each field that is wrong.
+    """The same config with every derived value filled in; ``TrainError`` naming each field that is
+    wrong.
 
-    width, heads, kv_heads, ffn and lr follow from depth. With ``model`` given its own config decides the sizes, so they
-    must be left open.
+    width, heads, kv_heads, ffn and lr follow from depth. With ``model`` given its own config
+    decides the sizes, so they must be left open.
     """
     config = checked(config)
     _check(config)
@@ -134,8 +153,8 @@ def resolve(config: Config) -> Config:
     if config.model is not None:
         return fill(config, {"lr": 2e-5})
 
-    # The size dial: the others follow from depth. 0.4 / width fits the learning rates of GPT-3 (Brown et al. 2020,
-    # table 2.1): 768 -> 5.2e-4, 4096 -> 1.0e-4.
+    # The size dial: the others follow from depth. 0.4 / width fits the learning rates of GPT-3
+    # (Brown et al. 2020, table 2.1): 768 -> 5.2e-4, 4096 -> 1.0e-4.
     width = config.width or round_up(64 * config.depth, 128)
     heads = config.heads or max(1, width // (64 if width <= 1024 else 128))
     config = fill(
@@ -147,7 +166,8 @@ def resolve(config: Config) -> Config:
 
 
 def _check(config: TrainConfig) -> None:
-    """``TrainError`` for options that contradict each other, have no effect, or name what is not there."""
+    """``TrainError`` for options that contradict each other, have no effect, or name what is not
+    there."""
     if config.micro_batch is not None and config.batch % config.micro_batch:
         raise TrainError(f"micro_batch: must divide batch = {config.batch}, got {config.micro_batch}")
     check_together(config)

@@ -1,4 +1,8 @@
-"""The end of a run: exact held-out score, text sample, export, result.json."""
+"""The end of a pretraining: exact held-out score, text sample, export, result.json.
+
+The held-out text is scored twice: as trained, and with the layers in BF16. The second says what the
+weights know, the first what a deployment in NVFP4 would see; their difference is the forward's noise.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,21 @@ from nvfp4.run.model import export, sample
 from nvfp4.run.progress import duration, rate
 from nvfp4.train.data import held_out_windows
 from nvfp4.train.evaluate import Score, evaluate
-from nvfp4.train.setup import Run
+from nvfp4.train.setup import PretrainRun
 
 LAST = 20  # steps whose mean is called the training loss: one step's batch is too noisy to name
 
 
-def finish(run: Run) -> dict[str, Any]:
-    """Score the held-out text as trained and again with the layers in BF16, write sample and export, return the result.
+def finish(run: PretrainRun) -> dict[str, Any]:
+    """Score the held-out text as trained and again with the layers in BF16, write sample and
+    export, return the result.
 
-    Loss is in nats per token, bpb in bits per UTF-8 byte, memory in GiB; seconds are those of all updates, also those
-    before a resume.
+    Loss is in nats per token, bpb in bits per UTF-8 byte, memory in GiB; seconds are those of all
+    updates, also those before a resume.
     """
     config = run.config
+
+    # The score, as trained and with the layers in BF16.
     held_out = held_out_windows(run.corpus.held_out, run.tokenizer, config.seq_len, config.final_eval_bytes)
     trained = evaluate(run.model, held_out, run.eval_rows, run.autocast, run.accelerator)
     plain = trained
@@ -41,6 +48,8 @@ def finish(run: Run) -> dict[str, Any]:
         )
     if not run.accelerator.is_main_process:
         return {}
+
+    # What is left: a text, a model, the result.
     result = _result(run, trained, plain)
     run.report.say(summary(result))
     if config.sample_tokens:
@@ -62,7 +71,7 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def _result(run: Run, trained: Score, plain: Score) -> dict[str, Any]:
+def _result(run: PretrainRun, trained: Score, plain: Score) -> dict[str, Any]:
     rows = [row for row in log.read(run.folder.log) if "seconds" in row]
     losses = [row["loss"] for row in rows[-LAST:] if row["loss"] is not None]
     return {
@@ -75,20 +84,16 @@ def _result(run: Run, trained: Score, plain: Score) -> dict[str, Any]:
         "val_bpb_bf16": plain.bits_per_byte,
         "val_tokens": trained.tokens,
         "val_bytes": trained.size,
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
-        "seconds": sum(row["seconds"] for row in rows),
-        "peak_memory_gib": max(row["memory_gib"] for row in rows),
-        "skipped_steps": sum(row["skipped"] for row in rows),
+        **log.costs(rows, "seconds"),
         "corpus_sha256": run.corpus.sha256,
         "config": saved_fields(run.config),
     }
 
 
-def _sample(run: Run) -> None:
-    config = run.config
-    prompt = (
-        config.prompt if config.prompt is not None else run.corpus.held_out[0].text.lstrip().split("\n")[0][:80] + "\n"
-    )
+def _sample(run: PretrainRun) -> None:
+    config, prompt = run.config, run.config.prompt
+    if prompt is None:
+        prompt = run.corpus.held_out[0].text.lstrip().split("\n")[0][:80] + "\n"
     with run.autocast():
         text = sample(run.model, run.tokenizer, prompt, config.sample_tokens, config.seed)
     write_text(run.folder.sample, prompt + text)

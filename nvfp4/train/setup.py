@@ -1,51 +1,43 @@
-"""Everything a run is made of, built from the config; what can be refused is refused here, before the first step."""
+"""Everything a pretraining is made of, built from the config, in one process.
+
+    processes -> tokenizer -> corpus -> windows of tokens -> model -> its recipe -> wrapped -> AdamW
+
+What can be refused is refused here, before the first step.
+"""
 
 from __future__ import annotations
 
-import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
 
-from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.model.convert import convert
-from nvfp4.model.selection import ConvertWarning
 from nvfp4.numerics.rng import MODEL_BRANCH, fold_in
-from nvfp4.run import checkpoint
 from nvfp4.run.attention import without_emulation
-from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.corpus import Corpus, load_corpus
 from nvfp4.run.errors import TrainError
 from nvfp4.run.folder import RunFolder
-from nvfp4.run.model import build_model
+from nvfp4.run.log import Row
+from nvfp4.run.loop import RunParts
+from nvfp4.run.model import build_model, quantize_model
 from nvfp4.run.optim import adamw
 from nvfp4.run.processes import accelerator_for
-from nvfp4.run.progress import Reporter
+from nvfp4.run.progress import Reporter, number, rate
 from nvfp4.run.tokens import Tokenizer, load_tokenizer, pack
 from nvfp4.train.config import PretrainConfig
 from nvfp4.train.data import HeldOut, TrainWindows, held_out_windows
 
 
-@dataclass
-class Run:
-    """The objects of one run in one process. Only ``model``, ``optimizer`` and the log change while it trains."""
+@dataclass(kw_only=True)
+class PretrainRun(RunParts):
+    """The objects of one pretraining in one process."""
 
     config: PretrainConfig
     accelerator: Accelerator
-    report: Reporter
-    folder: RunFolder
     corpus: Corpus
     tokenizer: Tokenizer
     windows: TrainWindows
     held_out: HeldOut
-    model: PreTrainedModel
-    forward: Any
-    optimizer: torch.optim.AdamW
 
     @property
     def rows(self) -> int:
@@ -63,68 +55,70 @@ class Run:
         """Forward passes whose gradients make one update."""
         return self.config.batch // (self.rows * self.accelerator.num_processes)
 
-    def autocast(self) -> AbstractContextManager:
-        """The compute dtype, the same for every recipe."""
-        if self.config.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+
+class TextReporter(Reporter):
+    """``step 120/300  loss 2.4132  lr 3.9e-03  norm 0.82  12.3k tok/s  0.61 GiB  eta 0:42``, with
+    bpb if evaluated."""
+
+    def figures(self, row: Row) -> list[str]:
+        """What is shown of a row, before the time that is left."""
+        width = len(str(self.steps))
+        shown = [
+            f"step {row['step']:{width}d}/{self.steps}",
+            f"loss {number(row['loss'])}",
+            f"lr {row['lr']:.2e}",
+            f"norm {number(row['grad_norm'], 3)}",
+            f"{rate(row['tokens_per_s'])} tok/s",
+            f"{row['memory_gib']:.2f} GiB",
+        ]
+        return [*shown, f"held-out {number(row['val_bpb'])} bpb"] if "val_bpb" in row else shown
 
 
-def prepare(config: PretrainConfig) -> Run:
-    """Build a run from a resolved config: data, model converted to the recipe, optimiser. Touches no file of the run.
+def prepare(config: PretrainConfig) -> PretrainRun:
+    """Build a run from a resolved config: data, model converted to the recipe, optimiser. Touches
+    no file of the run.
 
     ``TrainError`` for anything in the config that cannot work here.
     """
     accelerator = _accelerator(config)
-    report = Reporter(config.recipe, config.steps, config.log_every, accelerator.is_main_process)
+    main = accelerator.is_main_process
+    report = TextReporter(config.recipe, config.steps, config.log_every, main)
+
+    # The text, as windows of tokens.
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     corpus = load_corpus(config)
     tokens, _ = pack(corpus.train, tokenizer)
     windows = TrainWindows(tokens, config.seq_len, config.batch, config.seed)
     held_out = held_out_windows(corpus.held_out, tokenizer, config.seq_len, config.eval_bytes)
+
+    # The model, converted on the CPU, then moved and wrapped.
     source = config.sizes() if config.model is None else config.model
     model = build_model(source, tokenizer, config.seed, config.seq_len, config.recompute)
-    model = _convert(model, config, accelerator.is_main_process)
+    quantize_model(model, config.recipe, config, config.seed, main)
     for note in without_emulation(model, accelerator.device, config.dtype):
         report.say(note)
     forward = accelerator.prepare(model)
     if config.compile:
         forward = torch.compile(forward)
+
     torch.manual_seed(fold_in(config.seed, MODEL_BRANCH, accelerator.process_index))
-    optimizer = adamw(model, config)
-    return Run(
-        config,
-        accelerator,
-        report,
-        RunFolder(config.out),
-        corpus,
-        tokenizer,
-        windows,
-        held_out,
-        model,
-        forward,
-        optimizer,
+    return PretrainRun(
+        config=config,
+        accelerator=accelerator,
+        report=report,
+        folder=RunFolder(config.out),
+        corpus=corpus,
+        tokenizer=tokenizer,
+        windows=windows,
+        held_out=held_out,
+        model=model,
+        forward=forward,
+        optimizer=adamw(model, config),
     )
 
 
-def open_folder(run: Run) -> Snapshot | None:
-    """Make the run folder ready (main process) and give every process the snapshot to go on from, or None."""
-    path: list[Any] = [None]
-    snapshot = None
-    if run.accelerator.is_main_process:
-        found, notes = run.folder.open(run.config, run.corpus.sha256)
-        for note in notes:
-            run.report.say(note)
-        if found is not None:
-            path, snapshot = [found[0]], found[1]
-    if run.accelerator.num_processes > 1:
-        path = broadcast_object_list(path)
-        if path[0] is not None and snapshot is None:
-            snapshot = checkpoint.load(path[0], verify=False)  # the main process has read every byte
-    return snapshot
-
-
 def _accelerator(config: PretrainConfig) -> Accelerator:
+    """The processes; ``TrainError`` if the batch cannot be dealt out to them."""
     accelerator = accelerator_for(config.device)
     count = accelerator.num_processes
     if config.batch % count:
@@ -135,25 +129,3 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
             f"over {count} processes), got {config.micro_batch}"
         )
     return accelerator
-
-
-def _convert(model: PreTrainedModel, config: PretrainConfig, main: bool) -> PreTrainedModel:
-    quantized = config.recipe != "bf16"
-    with warnings.catch_warnings():
-        warnings.simplefilter("default" if quantized and main else "ignore", ConvertWarning)
-        try:
-            convert(
-                model,
-                config.recipe,
-                seed=config.seed,
-                include=config.include or None,
-                exclude=config.exclude or None,
-                keep_first=config.keep_first,
-                keep_last=config.keep_last,
-                backend=config.backend,
-                strict=quantized,  # a run that is called NVFP4 must be
-                verbose=main,
-            )
-        except (ValueError, BackendUnavailable) as error:
-            raise TrainError(f"recipe {config.recipe}: {error}") from error
-    return model

@@ -40,7 +40,6 @@ from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import to_yaml
 from nvfp4.run.model import build_model
 from nvfp4.run.processes import float64_device
-from nvfp4.run.progress import Reporter
 from nvfp4.run.tokens import ByteTokenizer
 from nvfp4.train import setup as pretraining
 from nvfp4.train import step as pretraining_step
@@ -141,15 +140,16 @@ def test_a_class_of_a_user_that_fails_is_named_with_its_line(tmp_path, body, mes
 def stopped_at(monkeypatch, update: int, number: int) -> list[float]:
     """A signal in that update of the warm start; the losses of all that are done."""
     losses: list[float] = []
-    original = warmstart._update
+    original = warmstart.supervised_loss
 
     def watched(*args):
-        losses.append(original(*args))
+        loss = original(*args)
+        losses.append(float(loss))
         if len(losses) == update:
             os.kill(os.getpid(), number)
-        return losses[-1]
+        return loss
 
-    monkeypatch.setattr(warmstart, "_update", watched)
+    monkeypatch.setattr(warmstart, "supervised_loss", watched)
     return losses
 
 
@@ -157,7 +157,7 @@ def test_a_warm_start_that_is_stopped_goes_on_to_the_last_bit(tmp_path, monkeypa
     """SIGTERM used to lose it: a third training loop, without handler and without checkpoint."""
     config = resolve(tiny(tmp_path / "a", warm_steps=7, warm_batch=4, save_every=0))
     whole = stopped_at(monkeypatch, 99, signal.SIGTERM)
-    warm_start(config, tmp_path / "a" / "base", Reporter("warm start", 7, 100))
+    warm_start(config, tmp_path / "a" / "base")
     monkeypatch.undo()
     first = stopped_at(monkeypatch, 3, signal.SIGTERM)
     config = dataclasses.replace(config, out=str(tmp_path / "b"))
@@ -175,9 +175,9 @@ def test_a_warm_start_that_is_stopped_goes_on_to_the_last_bit(tmp_path, monkeypa
 
 
 def test_a_warm_start_that_is_killed_goes_on_and_one_of_another_config_does_not(tmp_path, monkeypatch):
-    code = "import os, signal\nfrom nvfp4.rl import warmstart\noriginal, calls = warmstart._update, []\n"
+    code = "import os, signal\nfrom nvfp4.rl import warmstart\noriginal, calls = warmstart.supervised_loss, []\n"
     code += "def update(*args):\n    calls.append(1)\n    len(calls) == 6 and os.kill(os.getpid(), signal.SIGKILL)\n"
-    code += "    return original(*args)\nwarmstart._update = update\n"
+    code += "    return original(*args)\nwarmstart.supervised_loss = update\n"
     config = tiny(tmp_path / "run", warm_steps=7, warm_batch=4, save_every=2, steps=1)
     (tmp_path / "given.yaml").write_text(to_yaml(resolve(config)))
     child = run_cli("rl", "--config", str(tmp_path / "given.yaml"), before=code)
@@ -187,7 +187,7 @@ def test_a_warm_start_that_is_killed_goes_on_and_one_of_another_config_does_not(
     for out, changes, left in (("other", {"warm_lr": 1e-3}, 7), ("run", {}, 3)):
         updates = stopped_at(monkeypatch, 99, signal.SIGTERM)
         changed = resolve(dataclasses.replace(config, out=str(tmp_path / out), **changes))
-        warm_start(changed, tmp_path / out / "base", Reporter("warm start", 7, 100))
+        warm_start(changed, tmp_path / out / "base")
         assert len(updates) == left
         monkeypatch.undo()
 

@@ -23,13 +23,14 @@ from nvfp4.rl import loop as loops
 from nvfp4.rl.collect import collect
 from nvfp4.rl.config import resolve
 from nvfp4.rl.learn import learn
-from nvfp4.rl.loop import Loop, rl
+from nvfp4.rl.loop import Reinforcement, rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import prepare
 from nvfp4.rl.tokens import Symbols
 from nvfp4.run import checkpoint, log
 from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import to_yaml
+from nvfp4.run.loop import Loop
 
 TIS = ("correction=token_truncate", "correction_high=1.0001")
 
@@ -290,9 +291,9 @@ def test_dynamic_sampling_replaces_flat_groups_or_gives_up(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_in_time(tmp_path, monkeypatch):
     """Weights stay as they are, steps are counted as skipped, and the run says what to do."""
-    loop = Loop(prepare(resolve(tiny(tmp_path / "a", max_bad_steps=2))))
-    before = {name: value.clone() for name, value in loop.prepared.model.state_dict().items()}
-    objective = loop.prepared.objective
+    loop = Loop(Reinforcement(prepare(resolve(tiny(tmp_path / "a", max_bad_steps=2)))))
+    before = {name: value.clone() for name, value in loop.parts.model.state_dict().items()}
+    objective = loop.parts.objective
     original = objective.loss
 
     def broken(*args):
@@ -300,10 +301,10 @@ def test_a_loss_that_is_not_finite_stops_in_time(tmp_path, monkeypatch):
         return loss * float("nan"), metrics
 
     monkeypatch.setattr(objective, "loss", broken)
-    loop._one_step()
+    loop.one_step()
     with pytest.raises(TrainError, match="NaN or Inf in 2 steps in a row"):
-        loop._one_step()
-    after = loop.prepared.model.state_dict()
+        loop.one_step()
+    after = loop.parts.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert rows_of(tmp_path / "a")[-1]["skipped"] is True
 
@@ -312,12 +313,12 @@ def test_a_loss_that_is_not_finite_stops_in_time(tmp_path, monkeypatch):
 def test_every_objective_runs_in_the_loop(tmp_path, name):
     """Two updates on micro-batches: what each asks of the loop (logits, hidden states, a reference) is there."""
     shared = {"group": 4, "temperature": 1.0, "minibatches": 2, "micro_batch": 3, "eval_problems": 2, "steps": 2}
-    loop = Loop(prepare(resolve(tiny(tmp_path / "a", objective=name, **shared))))
-    before = {key: value.clone() for key, value in loop.prepared.model.state_dict().items()}
-    loop._one_step()
-    loop._one_step()
+    loop = Loop(Reinforcement(prepare(resolve(tiny(tmp_path / "a", objective=name, **shared)))))
+    before = {key: value.clone() for key, value in loop.parts.model.state_dict().items()}
+    loop.one_step()
+    loop.one_step()
     rows = rows_of(tmp_path / "a")
     assert all(row["grad_norm"] > 0 and not row["skipped"] for row in rows)
     assert all(row["mismatch/max"] == 0 for row in rows)
-    after = loop.prepared.model.state_dict()
+    after = loop.parts.model.state_dict()
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])

@@ -107,9 +107,9 @@ def test_only_the_main_process_copies_the_model_when_one_is_saved():
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(4)).sum().backward()
     optimizer.step()
-    others = state.capture(model, optimizer, SimpleNamespace(is_main_process=False), {"step": 1})
+    others = state.capture(model, optimizer, SimpleNamespace(is_main_process=False, num_processes=1), {"step": 1})
     assert others.tensors == {}
-    main = state.capture(model, optimizer, SimpleNamespace(is_main_process=True), {"step": 1})
+    main = state.capture(model, optimizer, SimpleNamespace(is_main_process=True, num_processes=1), {"step": 1})
     assert {name: len(group) for name, group in main.tensors.items()} == {"model": 2, "optimizer": 6, "random": 1}
 
 

@@ -15,11 +15,11 @@ import pytest
 from limits import until
 from training import start_cli, steps_of, tiny, write_texts
 
+from nvfp4.run import arms
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import to_yaml
 from nvfp4.run.plots import draw_comparison, smooth, spread
-from nvfp4.train import compare as comparing
-from nvfp4.train.compare import compare, comparison, run_config, table
+from nvfp4.train.compare import compare, comparison, plan, table
 from nvfp4.train.config import CompareConfig, TrainConfig, resolve
 
 RECIPES = ("bf16", "rtn", "quartet2")
@@ -46,7 +46,7 @@ def compared(tmp_path_factory, texts):
     """One comparison, each of its runs in a process."""
     out, said = tmp_path_factory.mktemp("compare") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(comparing, "start", forked)
+        patch.setattr(arms, "start", forked)
         compare(config_of(out, texts))
     return out, said.getvalue()
 
@@ -97,13 +97,13 @@ def test_finished_runs_are_not_done_again_and_a_missing_one_is(compared, texts, 
 
 
 def test_runs_of_another_config_are_named_before_any_run_starts(compared, texts, monkeypatch):
-    monkeypatch.setattr(comparing, "start", None)
+    monkeypatch.setattr(arms, "start", None)
     with pytest.raises(TrainError, match=r"bf16 holds a run of another config: lr: 0.01, now 0.5; give --overwrite"):
         compare(config_of(compared[0], texts, lr=0.5))
 
 
 def test_a_run_that_fails_is_reported_with_its_recipe(tmp_path, texts, monkeypatch):
-    monkeypatch.setattr(comparing, "start", forked)
+    monkeypatch.setattr(arms, "start", forked)
     absent = (str(tmp_path / "absent"),)
     config = config_of(tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout)
     with pytest.raises(TrainError, match="the run of bf16 ended with exit code 1; its message is above"):
@@ -128,7 +128,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(t
 
 def test_run_configs_differ_in_recipe_and_folder_only(tmp_path, texts):
     config = resolve(config_of(tmp_path, texts, overwrite=True))
-    a, b = run_config(config, "bf16"), run_config(config, "rtn")
+    a, b, _ = (arm.config for arm in plan(config))
     assert dataclasses.replace(b, recipe="bf16", out=a.out) == a
     assert not a.overwrite
 
@@ -188,6 +188,32 @@ def test_labels_are_moved_apart_in_order():
 def test_a_comparison_without_bf16_is_to_its_first_recipe(tmp_path, texts):
     config = config_of(tmp_path, texts, recipes=("rtn", "nvidia"))
     results = [{"recipe": r, "val_loss": 2.0 + i, "val_bpb": 3.0 + i} for i, r in enumerate(config.recipes)]
-    report = comparison(config, results)
+    report = comparison(config, plan(config), results)
     assert report["baseline"] == "rtn"
     assert [run["gap_nats"] for run in report["runs"]] == [0.0, 1.0]
+
+
+def test_seeds_are_compared_in_pairs(tmp_path, texts):
+    """Each gap is to bf16 of the same seed; their mean is given with its standard error, by hand here."""
+    config = resolve(config_of(tmp_path, texts, recipes=("bf16", "rtn"), seeds=(3, 5, 8)))
+    grid = plan(config)
+    assert [arm.name for arm in grid[2:5]] == ["bf16-seed8", "rtn-seed3", "rtn-seed5"]
+    assert [(arm.config.recipe, arm.config.seed) for arm in grid[2:4]] == [("bf16", 8), ("rtn", 3)]
+    losses = [2.0, 2.5, 3.0, 2.25, 2.625, 3.5]
+    results = [
+        {"recipe": arm.config.recipe, "val_loss": loss, "val_bpb": loss} for arm, loss in zip(grid, losses, strict=True)
+    ]
+    report = comparison(config, grid, results)
+    assert [run["gap_nats"] for run in report["runs"]] == [0, 0, 0, 0.25, 0.125, 0.5]
+    gap = report["paired"]["rtn"]
+    assert gap["mean"] == pytest.approx(0.875 / 3)
+    deviations = [each - 0.875 / 3 for each in (0.25, 0.125, 0.5)]
+    assert gap["standard_error"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 2 / 3))
+    assert gap["seeds"] == 3
+
+
+def test_one_seed_alone_says_nothing_about_its_error_and_one_without_a_partner_does_not_count():
+    found = arms.paired({("bf16", 0): 1.0, ("rtn", 0): 1.5, ("rtn", 1): 9.0, ("sr", 1): 2.0}, "bf16")
+    assert found.keys() == {"rtn"}
+    assert (found["rtn"]["mean"], found["rtn"]["seeds"]) == (0.5, 1)
+    assert math.isnan(found["rtn"]["standard_error"])

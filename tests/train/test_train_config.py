@@ -46,7 +46,7 @@ def test_wrong_values_are_named_with_what_was_expected(fields, message):
 
 
 def test_all_wrong_fields_are_named_at_once_and_the_file_too():
-    with pytest.raises(TrainError, match=r"^run\.yaml: batch: .*; steps: "):
+    with pytest.raises(TrainError, match=r"^run\.yaml: steps: .*; batch: "):
         from_fields(PretrainConfig, {"steps": 0, "batch": -1}, "run.yaml")
 
 

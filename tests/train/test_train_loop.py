@@ -18,14 +18,14 @@ from nvfp4.run import log
 from nvfp4.run.corpus import Document
 from nvfp4.run.errors import TrainError
 from nvfp4.run.optim import adamw, decay_groups, learning_rates
-from nvfp4.run.progress import Reporter, duration, line, rate
+from nvfp4.run.progress import duration, rate
 from nvfp4.run.tokens import ByteTokenizer
 from nvfp4.train import loop, step
 from nvfp4.train.config import PretrainConfig, resolve
 from nvfp4.train.data import held_out_windows
 from nvfp4.train.evaluate import evaluate
 from nvfp4.train.loop import pretrain
-from nvfp4.train.setup import prepare
+from nvfp4.train.setup import TextReporter, prepare
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_a_full_disk_under_the_log_is_said(tmp_path, monkeypatch):
 
 
 def test_the_step_line_is_plain_where_there_is_no_terminal(capsys):
-    report = Reporter("x", steps=200, every=10)
+    report = TextReporter("x", steps=200, every=10)
     report.start(0)
     row = {"lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 12345.0, "memory_gib": 0.6, "seconds": 0.5, "skipped": False}
     for number in range(1, 22):
@@ -326,11 +326,8 @@ def test_the_step_line_is_plain_where_there_is_no_terminal(capsys):
 def test_numbers_for_people():
     assert [rate(v) for v in (12.3, 999.0, 1000.0, 45678.0)] == ["12", "999", "1.0k", "45.7k"]
     assert [duration(v) for v in (0, 59.6, 3599, 3600, 100000)] == ["0:00", "1:00", "59:59", "1:00:00", "27:46:40"]
-    assert "loss nan" in line(
-        {"step": 1, "loss": None, "lr": 1, "grad_norm": None, "tokens_per_s": 1, "memory_gib": 1, "skipped": True},
-        10,
-        "?",
-    )
+    skipped = {"step": 1, "loss": None, "lr": 1, "grad_norm": None, "tokens_per_s": 1, "memory_gib": 1}
+    assert TextReporter("x", 10, 1).figures(skipped)[1] == "loss nan"
 
 
 # Devices and processes

@@ -1,0 +1,183 @@
+"""A grid of runs, each a child process: every recipe with every seed, and controls.
+
+    plan -> Arm, Arm, ...   what is finished is not done again
+    run_all                 so many at a time; the first failure, or a signal, stops them all
+    paired                  what a recipe costs, in pairs of runs that share seed and data
+    publish                 compare.json, compare.png, tables
+
+A run in a process of its own has its own peak memory and its own crash. A signal to the parent stops
+all of them, each with a checkpoint, and the same command goes on; so does the parent's death
+(``children.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.table import Table
+
+from nvfp4.run.children import start
+from nvfp4.run.errors import Interrupted, TrainError
+from nvfp4.run.fields import saved_fields, to_yaml
+from nvfp4.run.files import write_json, write_text
+from nvfp4.run.folder import RunFolder
+from nvfp4.run.options import ResumableConfig
+from nvfp4.run.signals import StopWish
+
+POLL = 0.05
+"""Seconds between two looks at the children."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a grid: its name, the command of ``nvfp4`` that does it, its config, and where it
+    runs."""
+
+    name: str
+    command: str
+    config: ResumableConfig
+    folder: RunFolder = field(compare=False)
+
+    @property
+    def output(self) -> Path:
+        """What it prints, where that does not go to the terminal."""
+        return self.folder.root / "output.txt"
+
+    def result(self) -> dict[str, Any] | None:
+        """What it has left at its end; None if it has not ended, or was of another config."""
+        done = self.folder.read_result()
+        return done if done is not None and done["config"] == saved_fields(self.config) else None
+
+
+class Display:
+    """What people see of the runs: here their own lines, one run after the other. A context
+    manager.
+
+    own_lines: the runs print to the terminal, else to their ``output``.
+    """
+
+    own_lines: ClassVar[bool] = True
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def started(self, arm: Arm) -> None:
+        """A run begins."""
+        print(f"--- {arm.name} ---", flush=True)
+
+    def look(self, arm: Arm) -> None:
+        """A run goes on."""
+
+    def ended(self, arm: Arm) -> None:
+        """A run has ended, well or not."""
+
+
+def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, Any]]:
+    """Do what is not finished, ``workers`` at a time, and return the results; the first failure
+    stops them all.
+
+    ``TrainError`` with the last words of a run that fails, ``Interrupted`` after a signal, which
+    all have obeyed.
+    """
+    waiting = [arm for arm in arms if arm.result() is None]
+    for arm in arms:
+        if arm not in waiting:
+            print(f"{arm.name}: finished before, in {arm.folder.root}", flush=True)
+    running: dict[Arm, subprocess.Popen[bytes]] = {}
+    with ExitStack() as stack:
+        wish, _ = stack.enter_context(StopWish()), stack.enter_context(display)
+        stack.callback(_stop, running)  # whatever ends this: no run goes on alone
+        while (waiting or running) and not wish.received:
+            while waiting and len(running) < workers:
+                arm = waiting.pop(0)
+                display.started(arm)
+                running[arm] = _start(arm, display)
+            time.sleep(POLL)
+            for arm, child in list(running.items()):
+                display.look(arm)
+                if child.poll() is not None:
+                    del running[arm]
+                    display.ended(arm)
+                    if child.returncode != 0 or arm.result() is None:
+                        raise TrainError(_why(arm, child.returncode, display))
+        if wish.received:
+            raise Interrupted(wish.received, "stopped; run the same command again to go on")
+    return [result for arm in arms if (result := arm.result()) is not None]
+
+
+def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dict[str, float]]:
+    """What each recipe has more than ``baseline`` in the run of the same seed: same initial
+    weights, same data order.
+
+    values: of (recipe, seed). Each recipe but the baseline with its mean difference, the standard
+    error of that mean over seeds (the sample's deviation / sqrt n; NaN for one seed) and n. Seeds
+    that only one of the two has count not.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for recipe in dict.fromkeys(name for name, _ in values if name != baseline):
+        gaps = [
+            value - values[baseline, seed]
+            for (name, seed), value in values.items()
+            if name == recipe and (baseline, seed) in values
+        ]
+        if gaps:
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+            found[recipe] = {"mean": statistics.fmean(gaps), "standard_error": error, "seeds": len(gaps)}
+    return found
+
+
+def publish(
+    report: dict[str, Any], root: Path, draw: Callable[[dict[str, Any], Path], None], tables: list[Table]
+) -> dict[str, Any]:
+    """Write compare.json and compare.png, print the tables; returns the report."""
+    data, picture = root / "compare.json", root / "compare.png"
+    write_json(data, report)
+    draw(report, picture)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for shown in tables:
+        console.print(shown)
+    print(f"written: {data}, {picture}")
+    return report
+
+
+def _start(arm: Arm, display: Display) -> subprocess.Popen[bytes]:
+    given = arm.folder.root / "given.yaml"
+    write_text(given, to_yaml(arm.config))
+    threads = {} if arm.config.device == "cuda" else {"OMP_NUM_THREADS": "1"}
+    arguments = [arm.command, "--config", str(given), "--resume"]
+    if display.own_lines:
+        return start(arguments)
+    try:
+        with open(arm.output, "ab") as output:
+            return start(arguments, threads, output)
+    except OSError as error:
+        raise TrainError(
+            f"cannot write {error.filename}: {error.strerror}; make room and run the same again"
+        ) from error
+
+
+def _stop(running: dict[Arm, subprocess.Popen[bytes]]) -> None:
+    for child in running.values():
+        child.terminate()
+    for child in running.values():
+        child.wait()
+
+
+def _why(arm: Arm, code: int, display: Display) -> str:
+    if display.own_lines:
+        return f"the run of {arm.name} ended with exit code {code}; its message is above"
+    lines = arm.output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{arm.name} ended with exit code {code}: {lines[-1] if lines else 'no message'}"
