@@ -1,4 +1,5 @@
-"""The config of a reinforcement learning run: one dataclass for command line, config file and run folder."""
+"""The config of a reinforcement learning run: one dataclass for command line, config file and run
+folder."""
 
 from __future__ import annotations
 
@@ -57,13 +58,16 @@ Options = Annotated[Names, BeforeValidator(_pairs)]
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(ResumableConfig):
-    """Config of ``nvfp4 rl``. Construct it freely; ``resolve`` checks it and fills in what was left open."""
+    """Config of ``nvfp4 rl``. Construct it freely; ``resolve`` checks it and fills in what was left
+    open."""
 
     # Defaults and sentences of the shared options that are reinforcement learning's own
     out: Free[str] = "runs/rl"
-    """Run folder: config.yaml, log.jsonl, completions.jsonl, plots, checkpoints/, export/, base/, result.json."""
+    """Run folder: config.yaml, log.jsonl, completions.jsonl, plots, checkpoints/, export/, base/,
+    result.json."""
     model: str | None = None
-    """Folder of a local Hugging Face causal LM to train; None: a new model from the fields below, warmed up."""
+    """Folder of a local Hugging Face causal LM to train; None: a new model from the fields below,
+    warmed up."""
     depth: Count = 4
     """Layers of a new model."""
     width: Count | None = None
@@ -73,21 +77,24 @@ class RLConfig(ResumableConfig):
     steps: Count = 60
     """Steps: rollouts and the updates on them."""
     lr: Positive | None = None
-    """Peak learning rate of AdamW; None: 1e-4 for a new model, for --model what the objective's authors use, 1e-6 for
-    most of them."""
+    """Peak learning rate of AdamW; None: 1e-4 for a new model, for --model what the objective's
+    authors use, 1e-6 for most of them."""
     warmup: CountOrZero = 0
     """Steps over which the learning rate rises linearly."""
     decay: Fraction = 0.0
     """Share of all steps over which wsd decays."""
     weight_decay: NotNegative | None = None
-    """Decoupled weight decay of matrices; norms, biases and embeddings have none. None: what the objective's authors
-    use, else 0."""
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none. None: what the
+    objective's authors use, else 0."""
     max_bad_steps: Free[Count] = 5
-    """Steps in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run stops."""
+    """Steps in a row with a NaN or Inf loss or gradient, each skipped and counted, before the run
+    stops."""
     seed: Seed = 0
-    """Seed of the problems, the draws, the order of updates, the initial weights and the stochastic rounding."""
+    """Seed of the problems, the draws, the order of updates, the initial weights and the stochastic
+    rounding."""
     dtype: Literal["bf16", "fp32"] = "fp32"
-    """Compute dtype of everything around the NVFP4 layers; bf16 (autocast) costs the exactness of rollouts."""
+    """Compute dtype of everything around the NVFP4 layers; bf16 (autocast) costs the exactness of
+    rollouts."""
     log_every: Free[Count] = 10
     """Steps between printed lines; log.jsonl has every step."""
     eval_every: Free[CountOrZero] = 0
@@ -99,36 +106,37 @@ class RLConfig(ResumableConfig):
 
     # Task
     task: str = "sort"
-    """Whose problems are drawn and whose verifier rewards: a name (an unknown one lists all), a .jsonl file of
-    problems, or a class of yours as module:Class or file.py:Class."""
+    """Whose problems are drawn and whose verifier rewards: a name (an unknown one lists all), a
+    .jsonl file of problems, or a class of yours as module:Class or file.py:Class."""
     task_options: Options = ()
     """Options of the task as name=value; an unknown name lists all."""
     unsafe_rewards: Free[Flag] = False
-    """Run reward functions and programs of the model even where nothing can confine them, with all that your account
-    may do; without it such a run is refused."""
+    """Run reward functions and programs of the model even where nothing can confine them, with all
+    that your account may do; without it such a run is refused."""
     reward: Literal["task", "random", "incorrect", "format", "majority"] = "task"
-    """What is maximised. Controls that a gain has to beat (arXiv 2506.10947): random, coins; incorrect, the group's
-    most frequent wrong answer; format, what looks like an answer, right or wrong; majority, the group's most frequent
-    answer, without a verifier."""
+    """What is maximised. Controls that a gain has to beat (arXiv 2506.10947): random, coins;
+    incorrect, the group's most frequent wrong answer; format, what looks like an answer, right or
+    wrong; majority, the group's most frequent answer, without a verifier."""
     random_share: Fraction = 0.5
     """Probability with which --reward random gives 1."""
 
     # Model
     tokenizer: str | None = None
-    """symbols (32), bytes (272), or the folder of a local Hugging Face tokenizer; None: that of --model, for a new
-    model the smallest that can spell the task."""
+    """symbols (32), bytes (272), or the folder of a local Hugging Face tokenizer; None: that of
+    --model, for a new model the smallest that can spell the task."""
     chat: Flag = False
     """Put prompts through the tokenizer's chat template."""
     context: Count | None = None
-    """Longest sequence of a new model, prompt and completion, in tokens; None: what the task's problems need."""
+    """Longest sequence of a new model, prompt and completion, in tokens; None: what the task's
+    problems need."""
     attention: Literal["auto", "float64", "sdpa"] = "auto"
-    """float64: sums that do not depend on the batch, so that rollouts over a KV cache equal the trainer to the bit;
-    sdpa: PyTorch's kernels; auto: float64 on the CPU."""
+    """float64: sums that do not depend on the batch, so that rollouts over a KV cache equal the
+    trainer to the bit; sdpa: PyTorch's kernels; auto: float64 on the CPU."""
 
     # Warm start
     warm_steps: CountOrZero | None = None
-    """Supervised updates on demonstrations before the first rollout; None: what the task says (300) for a new model,
-    0 for --model."""
+    """Supervised updates on demonstrations before the first rollout; None: what the task says (300)
+    for a new model, 0 for --model."""
     warm_batch: Count = 128
     """Demonstrations in one supervised update."""
     warm_lr: Positive = 2e-3
@@ -140,8 +148,9 @@ class RLConfig(ResumableConfig):
     recipe: str = "rl"
     """Recipe of the linears: rl, w4a16 (weights only), bf16 (none) or any of nvfp4.convert."""
     sampler_recipe: str | None = None
-    """Recipe of the sampler where it is to differ from the trainer, as a foreign inference engine would: then see
-    mismatch/* and correct with --objective-options correction=token_truncate; None: the sampler is the trainer."""
+    """Recipe of the sampler where it is to differ from the trainer, as a foreign inference engine
+    would: then see mismatch/* and correct with --objective-options correction=token_truncate; None:
+    the sampler is the trainer."""
 
     # Rollouts
     prompts: Count = 32
@@ -149,19 +158,22 @@ class RLConfig(ResumableConfig):
     group: Annotated[int, Field(ge=2, strict=True)] | None = None
     """Completions of each prompt; None: what the objective's authors use, else 8."""
     max_new_tokens: Count | None = None
-    """Longest completion in tokens, with its end-of-text token; None: what the task's answers need, with --model at
-    least 64."""
+    """Longest completion in tokens, with its end-of-text token; None: what the task's answers need,
+    with --model at least 64."""
     temperature: Positive | None = None
-    """Temperature of sampling, and of all log-probabilities; None: what the objective's authors use, else 1."""
+    """Temperature of sampling, and of all log-probabilities; None: what the objective's authors
+    use, else 1."""
     top_k: CountOrZero | None = None
-    """Draw among the most likely tokens only; 0: among all; None: what the objective's authors use, else 0."""
+    """Draw among the most likely tokens only; 0: among all; None: what the objective's authors use,
+    else 0."""
     top_p: AboveZero | None = None
-    """Draw among the fewest tokens that together have this probability; None: what the objective's authors use, else
-    1."""
+    """Draw among the fewest tokens that together have this probability; None: what the objective's
+    authors use, else 1."""
     rollout_rows: Count | None = None
     """Completions drawn at a time in one process; None: all, with objective brorl 1024."""
     max_batches: Count = 10
-    """Rounds of rollouts to look for groups that the objective keeps (dynamic sampling), before the run stops."""
+    """Rounds of rollouts to look for groups that the objective keeps (dynamic sampling), before the
+    run stops."""
     aqn_stages: CountOrZero = 0
     """Adaptive noise on the sampler's norms (QeRL): parts of its schedule, e.g. 10; 0: no noise."""
     aqn_start: Positive = 1e-2
@@ -175,15 +187,17 @@ class RLConfig(ResumableConfig):
     objective_options: Options = ()
     """Options of the objective as name=value; an unknown name lists all."""
     minibatches: Count | None = None
-    """Updates for each pass over the completions of a step; None: as many as the objective's authors do, or the next
-    smaller number that divides --prompts. At one update in all, ratios to the old policy are 1 and no clip acts."""
+    """Updates for each pass over the completions of a step; None: as many as the objective's
+    authors do, or the next smaller number that divides --prompts. At one update in all, ratios to
+    the old policy are 1 and no clip acts."""
     epochs: Count = 1
     """Passes over the completions of a step."""
     micro_batch: Count | None = None
-    """Completions in one forward of one process, the rest is accumulated; None: all of an update, with objective brorl
-    64."""
+    """Completions in one forward of one process, the rest is accumulated; None: all of an update,
+    with objective brorl 64."""
     track_kl: Flag = False
-    """Score with the model of the beginning too, so that the log has the KL even if the objective does not ask."""
+    """Score with the model of the beginning too, so that the log has the KL even if the objective
+    does not ask."""
 
     # Compute
     strict: Free[Flag] = True
@@ -197,20 +211,22 @@ class RLConfig(ResumableConfig):
     eval_samples: Free[Count] = 16
     """Completions of each of them; pass@k is estimated for k = 1, 2, 4, ... up to this."""
     eval_temperature: Positive | None = None
-    """Temperature of those completions, all tokens being allowed; None: as in training, --top-k and --top-p
-    included."""
+    """Temperature of those completions, all tokens being allowed; None: as in training, --top-k and
+    --top-p included."""
     log_completions: Free[CountOrZero] = 8
     """Completions of each step kept in completions.jsonl."""
 
     # Comparison
     seeds: Seeds = ()
-    """Train once for each of these seeds (0,1,2) from one warm start, and compare; empty: one run, of --seed."""
+    """Train once for each of these seeds (0,1,2) from one warm start, and compare; empty: one run,
+    of --seed."""
     recipes: Listed = ()
     """Train once in each of these recipes (bf16,rl), and compare; empty: only --recipe."""
     control: Flag = False
     """Add a run with random rewards to the comparison."""
     workers: Free[Count | None] = None
-    """Runs of a comparison at the same time, each with one thread on the CPU; None: one for each core."""
+    """Runs of a comparison at the same time, each with one thread on the CPU; None: one for each
+    core."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -237,14 +253,16 @@ RENAMED = {
 """Options of earlier versions, and what to give instead."""
 
 NEW_MODEL_LR = 1e-4
-"""Learning rate of a new, small model, whatever the objective: what its authors use is for models of billions."""
+"""Learning rate of a new, small model, whatever the objective: what its authors use is for models
+of billions."""
 
 EVALUATION = ("eval_every", "eval_problems", "eval_samples")
 """Fields that are free on resume, but for an objective that learns from evaluations."""
 
 
 def resolve(config: RLConfig) -> RLConfig:
-    """The same config with every derived value filled in; ``TrainError`` naming each field that is wrong."""
+    """The same config with every derived value filled in; ``TrainError`` naming each field that is
+    wrong."""
     config = checked(config)
     _check_objective(config.objective)
     for name in (config.recipe, *config.recipes, config.sampler_recipe):
@@ -283,7 +301,8 @@ def plan(config: RLConfig) -> Plan:
 
 
 def remarks(config: RLConfig) -> list[str]:
-    """What a user should know about a resolved config that may be meant: fewer updates than the authors do."""
+    """What a user should know about a resolved config that may be meant: fewer updates than the
+    authors do."""
     wanted, updates = OBJECTIVES[config.objective].defaults.updates, plan(config).updates
     if updates > 1 or wanted == 1:
         return []
@@ -345,7 +364,8 @@ def _values(given: tuple[str, ...], field: str) -> dict[str, Any]:
 
 
 def model_source(config: RLConfig) -> str | Sizes:
-    """What ``build_model`` builds the model of a resolved config from; ``TrainError`` if its sizes do not fit."""
+    """What ``build_model`` builds the model of a resolved config from; ``TrainError`` if its sizes
+    do not fit."""
     if config.model is not None:
         return config.model
     assert config.context is not None

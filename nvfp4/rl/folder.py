@@ -1,4 +1,5 @@
-"""The folder of a reinforcement learning run: that of any run, and completions, a picture and the warm start."""
+"""The folder of a reinforcement learning run: that of any run, and completions, a picture and the
+warm start."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from nvfp4.run.folder import RunFolder
 
 
 class RLFolder(RunFolder):
-    """Paths below ``out``. base: the model after the warm start; beside it, while it is made, base.unfinished."""
+    """Paths below ``out``. base: the model after the warm start; beside it, while it is made,
+    base.unfinished."""
 
     data_field = "task"
     renamed = RENAMED
@@ -21,7 +23,8 @@ class RLFolder(RunFolder):
         self.pictures = (self.plot,)
 
     def claim(self, config: RLConfig) -> None:
-        """Before a warm start, which takes minutes and replaces base/: ``TrainError`` if the run could not begin then.
+        """Before a warm start, which takes minutes and replaces base/: ``TrainError`` if the run
+        could not begin then.
 
         The folder is this process's from now on.
         """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Text:
-    """Both ways between text and ids; also what the rest of ``nvfp4.train`` takes for a tokenizer.
+    """Both ways between text and ids; also what the rest of ``nvfp4.run`` takes for a tokenizer.
 
     Prompts begin with the begin-of-text token, if the tokenizer has one. chat: they go through its chat template, as
     one turn of the user. Completions end with the end-of-text token, or any other that ``stops`` says.

@@ -1,7 +1,9 @@
-"""A model's high-precision parts on a CPU without BF16 instructions: linears and attention with float32 sums.
+"""A model's high-precision parts on a CPU without BF16 instructions: linears and attention with
+float32 sums.
 
-Torch emulates BF16 products there. Of one attention layer with 8 x 2 heads, 128 tokens and 64 columns, forward and
-backward took 13 ms in BF16, 3.6 ms in float32 and 3.9 ms as below with AVX2; 9.2, 3.4 and 4.0 ms with AVX-512.
+Torch emulates BF16 products there. Of one attention layer with 8 x 2 heads, 128 tokens and 64
+columns, forward and backward took 13 ms in BF16, 3.6 ms in float32 and 3.9 ms as below with AVX2;
+9.2, 3.4 and 4.0 ms with AVX-512.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def float32_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' sdpa attention of float32 copies of query, key and value [batch, heads, tokens, columns].
+    """transformers' sdpa attention of float32 copies of query, key and value [batch, heads, tokens,
+    columns].
 
     Rounded once, to the dtype of the query. A mask that is added is taken along in float32.
     """
@@ -41,10 +44,12 @@ def float32_attention(
 
 
 def without_emulation(model: PreTrainedModel, device: torch.device, dtype: str) -> list[str]:
-    """Where this CPU would emulate BF16, compute the high-precision parts of ``model`` with float32 sums instead.
+    """Where this CPU would emulate BF16, compute the high-precision parts of ``model`` with float32
+    sums instead.
 
-    In place, of a converted model; nothing for another ``device``, or for a ``dtype`` of the config other than bf16. An
-    attention other than sdpa stays as it is. Returns what was changed and why, a line for the user, or nothing.
+    In place, of a converted model; nothing for another ``device``, or for a ``dtype`` of the config
+    other than bf16. An attention other than sdpa stays as it is. Returns what was changed and why,
+    a line for the user, or nothing.
     """
     if device.type != "cpu" or dtype != "bf16" or torch.bfloat16 not in EMULATED:
         return []

@@ -1,7 +1,7 @@
 """Whether a model is causal: the logits at a position may not move when later tokens change.
 
-transformers loads a BERT as a "causal LM" with no more than a warning. Trained on next tokens it reads
-the answer, its loss falls to nothing, and neither the log nor the export shows why.
+transformers loads a BERT as a "causal LM" with no more than a warning. Trained on next tokens it
+reads the answer, its loss falls to nothing, and neither the log nor the export shows why.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ TOKENS = 16
 """Length of the sequence that is looked at; its second half is what changes."""
 
 LEAK = 1e-4
-"""Of the spread of the logits: more than this is sight, less is rounding. Weights are float32 and both
-sequences have one shape, so a causal model gives 0; measured: Llama, GPT-2, OPT and Mamba 0, Mixtral
-and Qwen3-MoE, whose kernels group the rows by their values, 1.4e-7. BERT and RoBERTa of two layers
-with fresh weights (deviation .02, the weakest attention there is) move by 2e-3 to 3e-3."""
+"""Of the spread of the logits: more than this is sight, less is rounding. Weights are float32 and
+both sequences have one shape, so a causal model gives 0; measured: Llama, GPT-2, OPT and Mamba 0,
+Mixtral and Qwen3-MoE, whose kernels group the rows by their values, 1.4e-7. BERT and RoBERTa of two
+layers with fresh weights (deviation .02, the weakest attention there is) move by 2e-3 to 3e-3."""
 
 
 def check_causal(model: Any, name: str) -> None:
-    """``TrainError`` if logits of a model on the CPU see later tokens, or are NaN; name: for the message.
+    """``TrainError`` if logits of a model on the CPU see later tokens, or are NaN; name: for the
+    message.
 
     Two forwards of 16 tokens. model(input_ids=int64 [1, n]).logits: [1, n, vocab]. Draws nothing.
     """

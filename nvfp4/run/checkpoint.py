@@ -29,7 +29,8 @@ _TEMPORARY = ".unfinished-"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """state: plain values for JSON, with ``step``; tensors: groups of named tensors, each name at most once."""
+    """state: plain values for JSON, with ``step``; tensors: groups of named tensors, each name at
+    most once."""
 
     state: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]]
@@ -38,8 +39,9 @@ class Snapshot:
 def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write a checkpoint under ``folder`` and delete all but the ``keep`` newest; returns its path.
 
-    Everything is written under a temporary name, flushed to the disk and renamed last. ``TrainError`` if it cannot be
-    written (a full disk, say): what was half-written is removed and the earlier checkpoints are as they were.
+    Everything is written under a temporary name, flushed to the disk and renamed last.
+    ``TrainError`` if it cannot be written (a full disk, say): what was half-written is removed and
+    the earlier checkpoints are as they were.
     """
     path = folder / f"step-{snapshot.state['step']:08d}"
     temporary = folder / f"{_TEMPORARY}{path.name}"
@@ -66,10 +68,11 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
 
 def load(path: Path, verify: bool = True) -> Snapshot:
-    """Read a checkpoint and check every size and hash; ``TrainError`` names a file that is missing or changed.
+    """Read a checkpoint and check every size and hash; ``TrainError`` names a file that is missing
+    or changed.
 
-    The tensors are views of the mapped files: they cost memory of the page cache, which processes share. verify: False
-    for one of several processes, where another has read every byte.
+    The tensors are views of the mapped files: they cost memory of the page cache, which processes
+    share. verify: False for one of several processes, where another has read every byte.
     """
     manifest = _read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -91,7 +94,8 @@ def load(path: Path, verify: bool = True) -> Snapshot:
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first; unfinished ones are not among them.
 
-    ``TrainError`` for a folder that cannot be listed, which would pass for a run without checkpoints.
+    ``TrainError`` for a folder that cannot be listed, which would pass for a run without
+    checkpoints.
     """
     try:
         names = os.listdir(folder)
@@ -114,7 +118,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _check_file(path: Path, name: str, expected: dict[str, Any], verify: bool) -> None:
-    """``DamagedCheckpoint`` if a file is not there as it was written; its hash is looked at under ``verify``."""
+    """``DamagedCheckpoint`` if a file is not there as it was written; its hash is looked at under
+    ``verify``."""
     file = path / name
     if not file.is_file():
         raise _damaged(path, f"{name} is missing")
@@ -148,4 +153,5 @@ def _damaged(path: Path, reason: str) -> TrainError:
 
 
 class DamagedCheckpoint(TrainError):
-    """A checkpoint whose files are not what was written; ``--resume`` then goes back to the one before."""
+    """A checkpoint whose files are not what was written; ``--resume`` then goes back to the one
+    before."""

@@ -18,9 +18,10 @@ from typing import IO
 
 from nvfp4.run.errors import TrainError
 
-# How long libgomp's threads spin before they sleep. By default they spin for milliseconds, which on cores that others
-# use too turns every parallel region into a wait: two busy neighbours on two cores took a run of 0.5 M parameters from
-# 36k tokens/s to below 1k. With this it keeps 20k, and alone it is as fast as before.
+# How long libgomp's threads spin before they sleep. By default they spin for milliseconds, which on
+# cores that others use too turns every parallel region into a wait: two busy neighbours on two
+# cores took a run of 0.5 M parameters from 36k tokens/s to below 1k. With this it keeps 20k, and
+# alone it is as fast as before.
 PATIENT = {"GOMP_SPINCOUNT": "1000"}
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -29,10 +30,11 @@ _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 def start(
     arguments: list[str], environment: dict[str, str] | None = None, output: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """``nvfp4 ARGUMENTS`` as a child in a session of its own, so that Ctrl-C on the terminal reaches the parent alone.
+    """``nvfp4 ARGUMENTS`` as a child in a session of its own, so that Ctrl-C on the terminal
+    reaches the parent alone.
 
-    environment: variables besides those of this process and ``PATIENT``. output: where its lines go, else where ours
-    do. ``TrainError`` if no process can be started.
+    environment: variables besides those of this process and ``PATIENT``. output: where its lines
+    go, else where ours do. ``TrainError`` if no process can be started.
     """
     try:
         return subprocess.Popen(

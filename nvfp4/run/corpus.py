@@ -1,10 +1,13 @@
-"""Text as documents: where they come from, in which order, which are held out, and the hash that identifies them all.
+"""Text as documents: where they come from, in which order, which are held out, and the hash that
+identifies them all.
 
-A document is a text file, a line of a JSONL file or a row of a Parquet file. Whether it is held out depends on its
-relative name alone, so adding files never moves another document, and two machines with the same files agree.
+A document is a text file, a line of a JSONL file or a row of a Parquet file. Whether it is held out
+depends on its relative name alone, so adding files never moves another document, and two machines
+with the same files agree.
 
-Nothing is left out in silence: a folder that cannot be listed, a link that leads nowhere and a line that is no text
-stop the run with their name, since a corpus with a hole would train another model without anybody knowing.
+Nothing is left out in silence: a folder that cannot be listed, a link that leads nowhere and a line
+that is no text stop the run with their name, since a corpus with a hole would train another model
+without anybody knowing.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from typing import Any
 from nvfp4.run.errors import TrainError
 from nvfp4.run.options import DataOptions
 
-# site-packages is not the standard library. Tests are left out because distributions ship Python with or without
-# them, and because some of their files are deliberately not UTF-8 or not Python.
+# site-packages is not the standard library. Tests are left out because distributions ship Python
+# with or without them, and because some of their files are deliberately not UTF-8 or not Python.
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 JSONL = (".jsonl", ".ndjson")
@@ -33,14 +36,16 @@ PARQUET = (".parquet",)
 
 @dataclass(frozen=True)
 class Document:
-    """name: relative path, with ``:line`` or ``:row`` for JSONL and Parquet; text: as read, never empty."""
+    """name: relative path, with ``:line`` or ``:row`` for JSONL and Parquet; text: as read, never
+    empty."""
 
     name: str
     text: str
 
     @property
     def draw(self) -> float:
-        """A number in [0, 1) from the SHA-256 of the name: below the holdout share, the document is held out."""
+        """A number in [0, 1) from the SHA-256 of the name: below the holdout share, the document is
+        held out."""
         return int.from_bytes(hashlib.sha256(_raw(self.name)).digest()[:8], "big") / 2**64
 
     @property
@@ -51,7 +56,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """train in sorted order of files; held_out in order of their draw, so that any first few are a fair sample."""
+    """train in sorted order of files; held_out in order of their draw, so that any first few are a
+    fair sample."""
 
     train: list[Document]
     held_out: list[Document]
@@ -66,11 +72,12 @@ class Corpus:
 
 
 def load_corpus(config: DataOptions) -> Corpus:
-    """Read, split and hash the documents of ``data`` and ``held_out_data``; ``TrainError`` names what cannot be used.
+    """Read, split and hash the documents of ``data`` and ``held_out_data``; ``TrainError`` names
+    what cannot be used.
 
-    All text is held in memory. Empty documents are passed over. Of a corpus that is one single document, the last
-    ``holdout`` share of its characters is held out; if the hash holds out no document at all, the one with the smallest
-    draw is.
+    All text is held in memory. Empty documents are passed over. Of a corpus that is one single
+    document, the last ``holdout`` share of its characters is held out; if the hash holds out no
+    document at all, the one with the smallest draw is.
     """
     files = find_files(config.data, "data") if config.data else standard_library_files()
     documents = _read_all(files, config.text_field)
@@ -96,10 +103,11 @@ def load_corpus(config: DataOptions) -> Corpus:
 
 
 def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
-    """(relative name, path) of every file that the files, folders and globs name, each file once, sorted by name.
+    """(relative name, path) of every file that the files, folders and globs name, each file once,
+    sorted by name.
 
-    The name is relative to the folder, to the fixed part of the glob, or to the file's own folder. ``field`` names the
-    config field in the ``TrainError`` for a pattern that matches nothing.
+    The name is relative to the folder, to the fixed part of the glob, or to the file's own folder.
+    ``field`` names the config field in the ``TrainError`` for a pattern that matches nothing.
     """
     found: dict[Path, str] = {}
     for pattern in patterns:
@@ -121,7 +129,8 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
 
 
 def standard_library_files() -> list[tuple[str, Path]]:
-    """(relative name, path) of the .py files of the running Python's standard library, sorted by name."""
+    """(relative name, path) of the .py files of the running Python's standard library, sorted by
+    name."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     try:
@@ -139,7 +148,8 @@ def standard_library_files() -> list[tuple[str, Path]]:
 def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files of one pattern, sorted.
 
-    ``OSError`` for a folder that cannot be listed, ``TrainError`` for a file or a link that leads nowhere.
+    ``OSError`` for a folder that cannot be listed, ``TrainError`` for a file or a link that leads
+    nowhere.
     """
     if path.is_dir():
         root, paths = path, _below(path)
@@ -163,7 +173,8 @@ def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
 
 
 def _below(root: Path) -> list[Path]:
-    """Everything under a folder but what is hidden, sorted; links to folders are not followed, so none can loop."""
+    """Everything under a folder but what is hidden, sorted; links to folders are not followed, so
+    none can loop."""
     paths = []
     for folder, below, names in os.walk(root, onerror=_refuse):
         below[:] = [name for name in below if not name.startswith(".")]
@@ -177,7 +188,8 @@ def _refuse(error: OSError) -> None:
 
 
 def _refuse_unreadable_folders(path: Path, root: Path) -> None:
-    """``OSError`` for a folder that ``path``, a glob, would look into and may not: ``glob`` passes over those."""
+    """``OSError`` for a folder that ``path``, a glob, would look into and may not: ``glob`` passes
+    over those."""
     for end in range(len(root.parts), len(path.parts)):
         for folder in glob.iglob(str(Path(*path.parts[:end])), recursive=True):
             if os.path.isdir(folder):
@@ -242,9 +254,11 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
 
 
 def read_json(line: str) -> Any:
-    """The value of a line of JSON; ``ValueError`` says what it is instead, whatever is wrong with it.
+    """The value of a line of JSON; ``ValueError`` says what it is instead, whatever is wrong with
+    it.
 
-    A lone surrogate (``"\\ud800"``) is refused although JSON can spell it: no encoding and no tokenizer can.
+    A lone surrogate (``"\\ud800"``) is refused although JSON can spell it: no encoding and no
+    tokenizer can.
     """
     try:
         row = json.loads(line)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 
 class TrainError(Exception):
-    """Something the user can put right; the message names it, says what was expected, what came and what to do."""
+    """Something the user can put right; the message names it, says what was expected, what came and
+    what to do."""
 
 
 class Interrupted(Exception):
-    """A SIGINT, SIGTERM or SIGHUP (``signal_number``) was obeyed: the step was finished and a checkpoint saved."""
+    """A SIGINT, SIGTERM or SIGHUP (``signal_number``) was obeyed: the step was finished and a
+    checkpoint saved."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

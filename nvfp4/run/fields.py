@@ -1,7 +1,10 @@
-"""A config as named fields: read from files, checked, saved beside the run, compared with that of a checkpoint.
+"""A config as named fields: read from files, checked, saved beside the run, compared on resume.
 
-    file or command line -> from_fields (types and ranges) -> a trainer's resolve (rules between fields, derived values)
-        -> saved_fields, to_yaml (config.yaml, result.json, state.json) -> differences (on resume)
+    file or command line
+      -> from_fields            types and ranges
+      -> a trainer's resolve    rules between fields, derived values
+      -> saved_fields, to_yaml  result.json, checkpoints, config.yaml
+      -> differences            what of a checkpoint's config is not as it was
 
 Every message names the field, what was expected and what came.
 """
@@ -26,7 +29,8 @@ Resumable = TypeVar("Resumable", bound=ResumableConfig)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The fields of a .yaml, .yml, .toml or .json file; ``TrainError`` if it is missing or malformed."""
+    """The fields of a .yaml, .yml, .toml or .json file; ``TrainError`` if it is missing or
+    malformed."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -52,7 +56,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Config:
-    """A config of class ``kind`` from names and values; ``TrainError`` beginning with ``origin`` if wrong."""
+    """A config of class ``kind`` from names and values; ``TrainError`` beginning with ``origin`` if
+    wrong."""
     try:
         return _validated(kind, fields)
     except TrainError as error:
@@ -91,7 +96,8 @@ def free_on_resume(kind: type[RunConfig]) -> frozenset[str]:
 
 
 def differences(saved: dict[str, Any], config: ResumableConfig, bound: frozenset[str] = frozenset()) -> list[str]:
-    """``field: saved value, now value`` of fields that can change a loss, differ and are not in ``allow_changes``.
+    """``field: saved value, now value`` of fields that can change a loss, differ and are not in
+    ``allow_changes``.
 
     bound: fields that are free as a rule and not in this run.
     """
@@ -111,10 +117,12 @@ def fill(config: Config, values: dict[str, Any]) -> Config:
 
 
 def refuse_idle(config: RunConfig, rules: tuple[tuple[str, bool, str], ...]) -> None:
-    """``TrainError`` for an option that was given and cannot act: whoever gave it expects something of it.
+    """``TrainError`` for an option that was given and cannot act: whoever gave it expects something
+    of it.
 
-    rules: names of fields, whether they are without effect in this config, and why. A field that has its default was
-    not given. To them come the rules of the learning rate, which are every trainer's.
+    rules: names of fields, whether they are without effect in this config, and why. A field that
+    has its default was not given. To them come the rules of the learning rate, which are every
+    trainer's.
     """
     wsd = config.schedule == "wsd"
     shared = (

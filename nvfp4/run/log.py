@@ -20,6 +20,9 @@ from nvfp4.run.files import write_text
 
 Row = dict[str, Any]
 
+LAST = 20
+"""Steps whose mean is called the training loss: the batch of one step is too noisy to name."""
+
 
 class Log:
     """Appends rows; each is one ``write`` of a whole line, so a killed process leaves no half line."""

@@ -1,4 +1,13 @@
-"""AdamW with decay groups, and the learning rate as a pure function of the step."""
+"""AdamW with decay groups, and the learning rate as a pure function of the number of the update.
+
+    update        0 ... warmup         ... steps - decay * steps         ... steps - 1
+    wsd           rises linearly        stays at the peak                 falls linearly to min_lr
+    cosine        rises linearly        falls as half a cosine to min_lr
+
+There is no scheduler with a state: a resumed run asks for the rate of its next update. transformers'
+schedules have rate 0 in their step 0 and the minimum in their last; ours are the steps between, so no
+update is wasted on a rate of 0.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,8 @@ from nvfp4.run.options import OptimOptions
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices with ``weight_decay``; norms, biases and embeddings (tied ones too) with none.
+    """Two parameter groups: matrices with ``weight_decay``; norms, biases and embeddings (tied ones
+    too) with none.
 
     Frozen parameters are in neither. Order follows ``named_parameters``.
     """
@@ -24,7 +34,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(model: nn.Module, config: OptimOptions) -> torch.optim.AdamW:
-    """AdamW over ``decay_groups`` with the resolved config's settings; one fused kernel where the device has one."""
+    """AdamW over ``decay_groups`` with the resolved config's settings; one fused kernel where the
+    device has one."""
     assert config.lr is not None
     assert config.weight_decay is not None
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
@@ -33,10 +44,7 @@ def adamw(model: nn.Module, config: OptimOptions) -> torch.optim.AdamW:
 
 
 def learning_rates(config: OptimOptions) -> Callable[[int], float]:
-    """The learning rate of update 0, 1, ..., steps - 1, from transformers' schedules; never 0 within the run.
-
-    Their step 0 and their last step have rate 0 (or the minimum); ours are the steps between.
-    """
+    """The learning rate of update 0, 1, ..., steps - 1; never 0 within the run."""
     assert config.lr is not None
     assert config.warmup is not None
     peak, steps = config.lr, config.steps + 1

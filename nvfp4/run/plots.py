@@ -1,4 +1,8 @@
-"""The picture of a comparison: losses above, the gap to the baseline below."""
+"""The picture of a comparison: losses above, the gap to the baseline below.
+
+All runs see the same batches in the same order, so the noise of a batch cancels in the difference:
+the lower panel shows gaps that the upper one hides.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,8 @@ from matplotlib.figure import Figure
 from nvfp4.run.files import write_picture
 
 BASE_COLOUR, RAW_COLOUR = "#222222", "#D4D4D4"
-# Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers, from dark to light.
+# Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers, from dark to
+# light.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SMOOTHING = 0.02  # standard deviation of the Gaussian, as a share of the run
 
@@ -35,7 +40,8 @@ def draw_comparison(report: dict[str, Any], path: Path) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Gaussian average of a curve, float64 [n]; NaN (a skipped step) has no weight, the ends use what is there."""
+    """Gaussian average of a curve, float64 [n]; NaN (a skipped step) has no weight, the ends use
+    what is there."""
     width = max(1.0, SMOOTHING * len(values))
     reach = np.arange(-int(3 * width), int(3 * width) + 1)
     kernel = np.exp(-0.5 * (reach / width) ** 2)
@@ -46,7 +52,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def spread(places: list[float], gap: float) -> list[float]:
-    """The places moved apart as little as needed so that neighbours are at least ``gap`` apart; order is kept."""
+    """The places moved apart as little as needed so that neighbours are at least ``gap`` apart;
+    order is kept."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for _ in range(100):

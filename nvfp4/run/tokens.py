@@ -1,4 +1,10 @@
-"""Text to tokens and back: bytes, or any local Hugging Face tokenizer."""
+"""Text to tokens and back: bytes, or any local Hugging Face tokenizer.
+
+    documents ab, c -> sep a b sep c sep      one stream, in the smallest dtype that holds the ids
+
+Bytes need no training and no download: 256 ids and a separator. They are saved as an ordinary
+Hugging Face tokenizer (byte-level BPE without merges), so an export loads without this package.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +19,11 @@ from tokenizers import Tokenizer as FastTokenizer
 from nvfp4.run.corpus import Document
 from nvfp4.run.errors import TrainError
 
+if TYPE_CHECKING:  # loading it takes seconds, for which a command line that helps need not wait
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 BYTES = "bytes"
 """The name of ``ByteTokenizer``."""
-
-if TYPE_CHECKING:  # loading it takes seconds, which a command line that refuses or helps need not wait for
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SEPARATOR = 256
 SEPARATOR_TEXT = "<|endoftext|>"
@@ -44,7 +50,8 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255 and a document separator, 256. Saved as an ordinary Hugging Face tokenizer."""
+    """UTF-8 bytes as ids 0 to 255 and a document separator, 256. Saved as an ordinary Hugging Face
+    tokenizer."""
 
     vocab_size = SEPARATOR + 1
     separator = SEPARATOR
@@ -60,7 +67,8 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A local Hugging Face tokenizer; its end-of-text token (else begin, else separator) separates documents."""
+    """A local Hugging Face tokenizer; its end-of-text token (else begin, else separator) separates
+    documents."""
 
     def __init__(self, path: str) -> None:
         self.inner = _load(path)
@@ -86,7 +94,8 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(path: str | None, model: str | None) -> Tokenizer:
-    """The tokenizer of a folder, of ``bytes``, else that of the model's folder; without either, bytes.
+    """The tokenizer of a folder, of ``bytes``, else that of the model's folder; without either,
+    bytes.
 
     ``TrainError`` if a folder is missing or holds no tokenizer.
     """
@@ -109,7 +118,8 @@ def check_model_folder(path: str) -> None:
 
 
 def pack(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """separator, document, separator, document, ..., separator: the ids [tokens], and the places of the separators."""
+    """separator, document, separator, document, ..., separator: the ids [tokens], and the places of
+    the separators."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = np.array([tokenizer.separator], dtype)
     pieces, places = [separator], [0]

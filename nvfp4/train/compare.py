@@ -22,7 +22,6 @@ from nvfp4.run.folder import RunFolder
 from nvfp4.run.plots import draw_comparison
 from nvfp4.run.progress import duration, rate
 from nvfp4.train.config import CompareConfig, PretrainConfig, TrainConfig, resolve
-from nvfp4.train.finish import LAST
 
 BASELINE = "bf16"
 
@@ -89,7 +88,7 @@ def table(report: dict[str, Any]) -> Table:
         title=f"{first['parameters']:,} parameters, {first['steps']} steps; held out: {first['val_bytes']:,} bytes",
         caption="\n".join(
             [
-                f"loss in nats per token (training: mean of the last {LAST} steps); gap % in bits per byte",
+                f"loss in nats per token (training: mean of the last {log.LAST} steps); gap % in bits per byte",
                 *(
                     f"{recipe}: {gap['mean']:+.4f} ± {gap['standard_error']:.4f} nats over {gap['seeds']} seeds"
                     for recipe, gap in report.get("paired", {}).items()

@@ -1,4 +1,12 @@
-"""Batches as a pure function of (seed, step), and the held-out windows: no state, so resuming needs the step alone."""
+"""Batches as a pure function of (seed, step), and the held-out windows.
+
+    tokens [n] -> windows of seq_len + 1 at every seq_len, from the epoch's own offset
+    epoch e    -> a permutation of the windows, by sorting Philox words of (seed, e)
+    step s     -> windows s * batch ... (s + 1) * batch - 1 of that order
+
+There is no state: resuming needs the number of the step alone, and any number of processes deals the
+same windows out. Held-out text is cut into windows once; every token of it is a target once.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +22,24 @@ from nvfp4.run.errors import TrainError
 from nvfp4.run.tokens import Tokenizer, pack
 
 IGNORED = -100  # target that no loss counts; the default of torch.nn.functional.cross_entropy
-MAX_DOCUMENT_SHARE = 16  # one document fills at most 1/16 of a short evaluation, so that it is not one file's loss
+MAX_DOCUMENT_SHARE = 16
+"""One document fills at most 1/16 of a short evaluation, so that it is not one file's loss."""
 
 
 @lru_cache(maxsize=2)
 def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of range(count), int64, by sorting Philox words: the same on every machine and library version."""
+    """A permutation of range(count), int64, by sorting Philox words: the same on every machine and
+    library version."""
     high, low, _, _ = philox(fold_in(seed, epoch), torch.arange(count), ORDER_STREAM)
     return torch.argsort((high >> 1) << 32 | low, stable=True).numpy()
 
 
 class TrainWindows:
-    """Windows of ``seq_len + 1`` tokens in shuffled order; every epoch has its own order and its own offset.
+    """Windows of ``seq_len + 1`` tokens in shuffled order; every epoch has its own order and its
+    own offset.
 
-    tokens: int [n]. Sequence s of the run (s = step * batch + row) is window ``s mod count`` of epoch ``s div count``.
-    Raises ``TrainError`` if the text is too short for one window.
+    tokens: int [n]. Sequence s of the run (s = step * batch + row) is window ``s mod count`` of
+    epoch ``s div count``. Raises ``TrainError`` if the text is too short for one window.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch: int, seed: int) -> None:
@@ -41,7 +52,8 @@ class TrainWindows:
             )
 
     def starts(self, step: int) -> np.ndarray:
-        """Where in the tokens each sequence of a step begins, int64 [batch]; a pure function of (seed, step)."""
+        """Where in the tokens each sequence of a step begins, int64 [batch]; a pure function of
+        (seed, step)."""
         sequences = np.arange(step * self.batch, (step + 1) * self.batch)
         starts = np.empty(self.batch, np.int64)
         for epoch in np.unique(sequences // self.count):
@@ -60,10 +72,12 @@ class TrainWindows:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out text ready to be scored: inputs and targets int64 [windows, seq_len]; bytes of the text in UTF-8.
+    """Held-out text ready to be scored: inputs and targets int64 [windows, seq_len]; bytes of the
+    text in UTF-8.
 
-    Every token of the text is a target exactly once. The separators between documents are inputs but no targets
-    (``IGNORED``), as is padding: only text is scored, and only text is counted in ``size``.
+    Every token of the text is a target exactly once. The separators between documents are inputs
+    but no targets (``IGNORED``), as is padding: only text is scored, and only text is counted in
+    ``size``.
     """
 
     inputs: torch.Tensor
@@ -79,17 +93,22 @@ class HeldOut:
 def held_out_windows(documents: list[Document], tokenizer: Tokenizer, seq_len: int, limit: int) -> HeldOut:
     """Windows over the first ``limit`` bytes (0: all) of held-out documents.
 
-    With a limit each document gives at most a sixteenth of it (more if there are fewer than 16), cut at a character.
+    With a limit each document gives at most a sixteenth of it (more if there are fewer than 16),
+    cut at a character.
     """
     chosen = documents if limit == 0 else _excerpts(documents, limit)
+    size = sum(document.size for document in chosen)
+
+    # Each token is to be predicted from those before it, but for the separators.
     tokens, separators = pack(chosen, tokenizer)
     stream = torch.from_numpy(tokens.astype(np.int64))
     inputs, targets = stream[:-1], stream[1:].clone()
     targets[separators[1:] - 1] = IGNORED
+
+    # The last window is filled up.
     short = -len(inputs) % seq_len
     inputs = torch.nn.functional.pad(inputs, (0, short), value=tokenizer.separator)
     targets = torch.nn.functional.pad(targets, (0, short), value=IGNORED)
-    size = sum(document.size for document in chosen)
     return HeldOut(inputs.view(-1, seq_len), targets.view(-1, seq_len), size)
 
 

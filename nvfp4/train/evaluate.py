@@ -1,9 +1,10 @@
-"""Held-out loss and bits per byte, a function of the weights, the text and the rows of a forward alone.
+"""Held-out loss and bits per byte, a function of the weights, the text and the rows of a forward
+alone.
 
-A recipe with one scale per activation tensor (all but ``rl`` and ``bf16``) quantises the rows of a forward
-together, so its loss depends on which rows those are: in a small model 8.3516, 8.3505 and 8.3512 bits per
-byte for 1, 2 and 8 of them (``nvidia``). So the windows are dealt out in batches of ``eval_batch`` rows,
-whatever the micro-batch and the number of processes are.
+A recipe with one scale per activation tensor (all but ``rl`` and ``bf16``) quantises the rows of a
+forward together, so its loss depends on which rows those are: in a small model 8.3516, 8.3505 and
+8.3512 bits per byte for 1, 2 and 8 of them (``nvidia``). So the windows are dealt out in batches of
+``eval_batch`` rows, whatever the micro-batch and the number of processes are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nvfp4.train.data import IGNORED, HeldOut
 
 @dataclass(frozen=True)
 class Score:
-    """nats: negative log-likelihood of the text, summed; tokens and size: how many tokens and UTF-8 bytes it has."""
+    """nats: negative log-likelihood of the text, summed; tokens and size: how many tokens and UTF-8
+    bytes it has."""
 
     nats: float
     tokens: int
@@ -47,10 +49,12 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     accelerator: Accelerator,
 ) -> Score:
-    """Score every token of the held-out text once, ``rows`` windows at a time, shared among the processes.
+    """Score every token of the held-out text once, ``rows`` windows at a time, shared among the
+    processes.
 
-    model(input_ids=int64 [rows, seq_len]).logits must be [rows, seq_len, vocab]. The result is the same to the bit for
-    any number of processes. Changes neither the training mode, nor a random state, nor the layers' call counters.
+    model(input_ids=int64 [rows, seq_len]).logits must be [rows, seq_len, vocab]. The result is the
+    same to the bit for any number of processes. Changes neither the training mode, nor a random
+    state, nor the layers' call counters.
     """
     training = model.training
     model.eval()

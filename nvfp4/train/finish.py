@@ -21,8 +21,6 @@ from nvfp4.train.data import held_out_windows
 from nvfp4.train.evaluate import Score, evaluate
 from nvfp4.train.setup import PretrainRun
 
-LAST = 20  # steps whose mean is called the training loss: one step's batch is too noisy to name
-
 
 def finish(run: PretrainRun) -> dict[str, Any]:
     """Score the held-out text as trained and again with the layers in BF16, write sample and
@@ -73,7 +71,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def _result(run: PretrainRun, trained: Score, plain: Score) -> dict[str, Any]:
     rows = [row for row in log.read(run.folder.log) if "seconds" in row]
-    losses = [row["loss"] for row in rows[-LAST:] if row["loss"] is not None]
+    losses = [row["loss"] for row in rows[-log.LAST :] if row["loss"] is not None]
     return {
         "recipe": run.config.recipe,
         "steps": run.config.steps,
