@@ -86,7 +86,7 @@ def quantize_with(
             q = chosen.quantize(matrix, quantizer, options)
         else:
             q = chosen.quantize_with_amax(matrix, quantizer, options, amax)
-    return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation)
+    return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation, q.swizzled_scale)
 
 
 def quantize_both(

@@ -13,6 +13,7 @@ from typing import Any
 
 from triton import next_power_of_2
 
+from nvfp4.backends.base import SWIZZLED_MAJORS
 from nvfp4.backends.triton.backend import DECODING, SCALES, converts, tile_along, tile_down, tiles_of_both
 from nvfp4.backends.triton.quantize import kernels
 from nvfp4.backends.triton.quantize.rules import Coded, Policy, scaled_by_amax
@@ -94,6 +95,10 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
         for source in ("bfloat16",) if few else ("bfloat16", "bfloat16^T", "tile_codes"):
             chosen += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
+    if not few and capability // 10 in SWIZZLED_MAJORS:
+        for label in (label for label in COMPILED if scaled_by_amax(table[label].rule)):
+            found = _single(label, table[label], "bfloat16", swizzled=True)
+            chosen += (v for v in found if v.kernel is kernels.quantize_kernel)
     if not few:
         chosen += (
             v for v in _both(table) if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
@@ -119,16 +124,18 @@ def all_variants() -> Iterator[KernelVariant]:
     yield from _seeds(table)
 
 
-def _single(label: str, policy: Policy, source: str, in_memory: bool = False) -> Iterator[KernelVariant]:
+def _single(
+    label: str, policy: Policy, source: str, in_memory: bool = False, swizzled: bool = False
+) -> Iterator[KernelVariant]:
     """amax and quantise of one orientation.
 
     source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are on the device, for
-    CUDA graphs.
+    CUDA graphs. swizzled: scales are also written as tensor cores read them.
     """
     coded = Coded(16 if source == "tile_codes" else 1, source == "row_scaled_codes") if "codes" in source else None
     down = coded is not None or source.endswith("^T")
     tile = tile_down(policy, coded is not None) if down else tile_along(policy)
-    constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile, "swizzled": None}
+    constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile} | ({} if swizzled else {"swizzled": None})
     constants |= {"stride_row" if down else "stride_column": 1}
     if coded is None:
         constants |= {"x_scale": None, "x_global": None}
@@ -140,7 +147,7 @@ def _single(label: str, policy: Policy, source: str, in_memory: bool = False) ->
         constants |= dict.fromkeys(("seed_high", "sign_high"))
     for kernel in (kernels.amax_kernel, kernels.quantize_kernel):
         if kernel is kernels.quantize_kernel or scaled_by_amax(policy.rule):
-            name = f"{label} of {source}{', seeds in memory' if in_memory else ''}"
+            name = f"{label} of {source}{', seeds in memory' if in_memory else ''}{', swizzled' if swizzled else ''}"
             yield _variant(name, kernel, tile.warps, pointers, constants)
 
 

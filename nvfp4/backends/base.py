@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +18,16 @@ from nvfp4.numerics.rng import fold_in_there
 from nvfp4.quantizers.base import Options, Quantizer
 
 Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"]
+
+
+SWIZZLED_MAJORS = (10, 12)
+"""Major compute capabilities with NVFP4 units that cuBLASLt programs: its GEMM reads swizzled block scales."""
+
+
+@lru_cache(maxsize=64)
+def reads_swizzled(device: torch.device) -> bool:
+    """Whether GEMMs on this device read swizzled scales, so that a quantiser had better write them on the way."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in SWIZZLED_MAJORS
 
 
 class Backend(ABC):
@@ -67,6 +78,7 @@ class Backend(ABC):
             codes=q.codes[:rows, : blocks * NVFP4.block_size // 2].contiguous(),
             block_scale=q.block_scale[: -(-rows // options.block[0]), :blocks].contiguous(),
             shape=(rows, columns),
+            swizzled_scale=None,
         )
 
     def quantize_both(

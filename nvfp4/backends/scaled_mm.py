@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.base import SWIZZLED_MAJORS, Backend, Operation
 from nvfp4.backends.reference import apply_globals, reference_matmul
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.layout import TILE_COLUMNS, TILE_ROWS, swizzle
@@ -40,9 +40,6 @@ try:
     from nvfp4.backends.triton.gemm.decoded import scaled
 except ImportError:  # there is no Triton
     scaled = None  # type: ignore[assignment]
-
-MAJORS = (10, 12)
-"""Compute capabilities with NVFP4 units that cuBLASLt programs. torch itself lets Hopper through, to fail late."""
 
 GROUPED_MAJORS = (10,)
 """Those that ``scaled_grouped_mm`` accepts for FP4 (and 9, which has no FP4)."""
@@ -109,7 +106,7 @@ class ScaledMmBackend(Backend):
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "there is no NVIDIA GPU that torch can use"
         major, minor = torch.cuda.get_device_capability(device)
-        if major not in MAJORS:
+        if major not in SWIZZLED_MAJORS:  # torch itself lets Hopper through, to fail late
             return f"compute capability {major}.{minor} has no FP4 units that cuBLASLt knows; it needs 10.x or 12.x"
         return None
 
@@ -195,7 +192,12 @@ class ScaledMmBackend(Backend):
         return [self._scale(q), q.global_scale] if with_global else [self._scale(q)]
 
     def _scale(self, q: QTensor) -> torch.Tensor:
-        """Block scales, one a row, swizzled; kept as long as q lives, so that a weight's are swizzled once."""
+        """Block scales, one per row and block, swizzled: those that the quantiser wrote on the way, or made here.
+
+        What is made here is kept as long as q lives, so that a weight's scales are swizzled once.
+        """
+        if (ready := _ready_scale(q)) is not None:
+            return ready
         capturing = is_capturing(q.device)
         kept = None if capturing else self._swizzled.get(q)  # a graph must swizzle at every replay, and keeps nothing
         if kept is None or kept[0] != q.block_scale._version:
@@ -204,6 +206,17 @@ class ScaledMmBackend(Backend):
                 return made
             kept = self._swizzled[q] = (q.block_scale._version, made)
         return kept[1]
+
+
+def _ready_scale(q: QTensor) -> torch.Tensor | None:
+    """The swizzled scales that q carries, unless its block scales may have been written to without them.
+
+    Kernels write through raw pointers and leave versions at 0; ``QTensor.overwrite`` raises both alike.
+    """
+    made = q.swizzled_scale
+    if made is None or made.is_inference() or q.block_scale.is_inference():
+        return None
+    return made.view(torch.float8_e4m3fn) if made._version == q.block_scale._version else None
 
 
 def _finished(

@@ -154,8 +154,7 @@ class WeightCache:
             return
         with torch.inference_mode(False), torch.no_grad():
             for target, source in zip(old.codes, new.codes, strict=True):
-                for there, here in zip(target.tensors, source.tensors, strict=True):
-                    there.copy_(here)
+                target.overwrite(source)
         self.entry = CachedCodes(new.key, old.codes, Done(old.codes[0].device))
 
     def forget(self) -> None:

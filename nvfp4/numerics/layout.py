@@ -30,18 +30,3 @@ def swizzle(block_scale: torch.Tensor) -> torch.Tensor:
     padded = F.pad(block_scale, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
     tiles = padded.view(-(-rows // TILE_ROWS), 4, 32, -(-columns // TILE_COLUMNS), TILE_COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
-
-
-def unswizzle(swizzled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The inverse of ``swizzle``: bytes back to row-major [rows, columns], padding cut off.
-
-    Raises ValueError if the number of bytes is not the one that (rows, columns) needs.
-    """
-    expected = swizzled_bytes(rows, columns)
-    if swizzled.numel() != expected:
-        raise ValueError(
-            f"swizzled scales of {rows} rows and {columns} columns take {expected} bytes, got {swizzled.numel()}"
-        )
-    row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
-    tiles = swizzled.view(row_tiles, column_tiles, 32, 4, TILE_COLUMNS).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS)[:rows, :columns].contiguous()

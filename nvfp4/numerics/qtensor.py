@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nvfp4.numerics.codec import e2m1_decode, e4m3_decode, unpack
 from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.layout import swizzle
 from nvfp4.numerics.scaling import spread
 
 
@@ -22,6 +23,9 @@ class QTensor:
     global_scale: float32 [1], or [M] when row-scaled; NaN marks non-finite input (for that row, or all of it).
     block: (1, 16) or (16, 16). shape: of the original tensor. axis: the contraction axis in it, negative.
     rotation: what the contraction axis went through, or None. value = e2m1 * block_scale * global_scale.
+    swizzled_scale: the block scales once more, one per row and block, in the order in which tensor cores read them
+    (``layout.swizzle``); uint8, from backends that made them on the way, else None. ``tensors`` leaves it out, so
+    what is saved between forward and backward carries none.
     """
 
     codes: torch.Tensor
@@ -31,6 +35,7 @@ class QTensor:
     shape: tuple[int, ...]
     axis: int = -1
     rotation: Rotation | None = None
+    swizzled_scale: torch.Tensor | None = None
 
     @classmethod
     def empty(
@@ -91,6 +96,19 @@ class QTensor:
         """(block, shape, axis, rotation): ``QTensor(*q.tensors, *q.record)`` is q again."""
         return self.block, self.shape, self.axis, self.rotation
 
+    def overwrite(self, source: QTensor) -> None:
+        """Put codes and scales of ``source``, of the same record, where this one's lie.
+
+        For what has taken pointers from it, such as a CUDA graph. Swizzled scales are written anew if there are any.
+        """
+        for target, tensor in zip(self.tensors, source.tensors, strict=True):
+            target.copy_(tensor)
+        if self.swizzled_scale is not None:
+            made = source.swizzled_scale
+            if made is None:
+                made = swizzle(spread(source.block_scale, self.block, self.rows))
+            self.swizzled_scale.copy_(made)
+
     def to(self, device: torch.device | str) -> QTensor:
         """The same codes and scales on another device."""
         codes, block_scale, global_scale = (t.to(device) for t in self.tensors)
@@ -136,4 +154,5 @@ class QTensor:
             codes=codes[: self.contraction],
             block_scale=self.block_scale.t().contiguous(),
             axis=-1 - self.axis % 2,
+            swizzled_scale=None,
         )

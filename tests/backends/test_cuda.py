@@ -20,6 +20,7 @@ import pytest
 import torch
 from test_native import BOTH, CASES, DTYPES, KINDS, assert_same, data, same
 
+from nvfp4.backends.native import cuda
 from nvfp4.backends.native.cuda import CudaBackend, _Target
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.registry import BACKENDS
@@ -179,16 +180,21 @@ def test_codes_that_begin_anywhere(kernels, place) -> None:
 
 
 @pytest.mark.parametrize("name", ["rtn", "rtn_2d", "ms_eden"])
-def test_swizzled_scales(kernels, place, name: str) -> None:
-    """The scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major ones are unchanged."""
+def test_swizzled_scales(kernels, place, name: str, monkeypatch) -> None:
+    """Where a GEMM reads them: the scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major
+    ones are unchanged. Of x and of both orientations."""
+    monkeypatch.setattr(cuda, "reads_swizzled", lambda device: True)
     quantizer = QUANTIZERS[name]
     checked = quantizer.check(seed=5, **({"group": 16} if name == "ms_eden" else {}))
     for shape in ((1, 1), (130, 90), (16, 300)):
         for x in (data(shape, "normal", torch.bfloat16, 1), data(shape[::-1], "normal", torch.bfloat16, 1).t()):
-            q, swizzled = kernels.quantize_swizzled(x.to(place), quantizer, checked)
-            want = quantizer.quantize(x, checked)
-            assert_same(q.to("cpu"), want, f"{shape}")
-            assert torch.equal(swizzled.cpu(), swizzle(spread(want.block_scale, want.block, want.rows)))
+            how = (quantizer, checked)
+            made = [kernels.quantize(x.to(place), *how), *kernels.quantize_both(x.to(place), how, how)]
+            for q, source in zip(made, (x, x, x.t()), strict=True):
+                want = quantizer.quantize(source, checked)
+                assert_same(q.to("cpu"), want, f"{shape}")
+                assert q.swizzled_scale is not None
+                assert torch.equal(q.swizzled_scale.cpu(), swizzle(spread(want.block_scale, want.block, want.rows)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1])

@@ -27,7 +27,9 @@ from nvfp4.backends.scaled_mm import ScaledMmBackend, SharedAlpha
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.layer.experts import ExpertsState, grouped_linear
 from nvfp4.layer.noise import Noise
+from nvfp4.numerics.layout import swizzle
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.scaling import spread
 from nvfp4.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -179,6 +181,33 @@ def test_a_weight_is_swizzled_once(rng, monkeypatch):
     del x, weight
     gc.collect()
     assert not backend._swizzled
+
+
+@pytest.mark.parametrize("block", [(1, 16), (16, 16)], ids=str)
+def test_scales_that_a_quantiser_swizzled_are_read(block, rng, monkeypatch):
+    """The same bits as where they are swizzled here; codes that are overwritten bring theirs along, and scales that
+    somebody wrote to by themselves are swizzled anew."""
+    backend = Here()
+    plain, other, b = (exact_operand(rng, rows, 80, block=block) for rows in (130, 130, 48))
+
+    def carrying(q: QTensor) -> QTensor:
+        tensors = [tensor.clone() for tensor in q.tensors]
+        return QTensor(*tensors, *q.record, swizzle(spread(q.block_scale, q.block, q.rows)))
+
+    want, renewed = (backend.matmul(q, b, torch.float32) for q in (plain, other))
+    assert not torch.equal(want, renewed)
+    a = carrying(plain)
+    with monkeypatch.context() as patched:
+        patched.setattr(scaled_mm_module, "swizzle", None)  # any call of it would raise
+        got = backend.matmul(a, carrying(b), torch.float32)
+        assert torch.equal(got, want)
+        a.overwrite(carrying(other))
+        assert torch.equal(backend.matmul(a, carrying(b), torch.float32), renewed)
+    a.overwrite(plain)  # which carries none
+    assert torch.equal(backend.matmul(a, b, torch.float32), want)
+    for target, tensor in zip(a.tensors, other.tensors, strict=True):
+        target.copy_(tensor)
+    assert torch.equal(backend.matmul(a, b, torch.float32), renewed)
 
 
 def test_the_stand_in_passes_the_self_check():

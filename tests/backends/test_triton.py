@@ -176,16 +176,29 @@ def test_every_code_and_scale_decodes_to_its_product() -> None:
 
 @interpreted
 @pytest.mark.parametrize("name", ["rtn", "rtn_2d", "ms_eden"])
-def test_swizzled_scales(name: str) -> None:
-    """The scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major ones are unchanged."""
+def test_swizzled_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GEMM reads them: the scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major
+    ones are unchanged. From x, from codes, and of both orientations for the rule that finishes later."""
+    from nvfp4.backends.triton import backend
+
+    monkeypatch.setattr(backend, "reads_swizzled", lambda device: True)
     quantizer = QUANTIZERS[name]
     checked = quantizer.check(seed=5, **({"group": 16} if name == "ms_eden" else {}))
     for shape in ((1, 1), (130, 90), (16, 300)):
         x = data(shape, "normal", torch.bfloat16, 1)
-        q, swizzled = BACKEND.quantize_swizzled(x.to(DEVICE), quantizer, checked)
-        want = quantizer.quantize(x, checked)
-        assert_same(q.to("cpu"), want, f"{shape}")
-        assert torch.equal(swizzled.cpu(), swizzle(spread(want.block_scale, want.block, want.rows)))
+        here = x.to(DEVICE)
+        made = [BACKEND.quantize(here, quantizer, checked), BACKEND.requantize(quantized(here.t()), quantizer, checked)]
+        if name == "ms_eden":
+            made += BACKEND.quantize_both(here, (quantizer, checked), (quantizer, checked))
+        for q in made:
+            assert q.swizzled_scale is not None
+            assert same(q.swizzled_scale, swizzle(spread(q.block_scale, q.block, q.rows)))
+        assert_same(made[0].to("cpu"), quantizer.quantize(x, checked), f"{shape}")
+
+
+def quantized(x: torch.Tensor) -> QTensor:
+    """Some codes of x."""
+    return BACKEND.quantize(x, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check())
 
 
 @interpreted

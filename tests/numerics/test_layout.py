@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_bytes_equal
 
-from nvfp4.numerics.layout import swizzle, swizzled_offset, unswizzle
+from nvfp4.numerics.layout import swizzle, swizzled_offset
 
 SHAPES = [(1, 1), (1, 4), (128, 4), (129, 5), (127, 3), (33, 1), (200, 7), (256, 12), (300, 9)]
 
@@ -24,13 +24,6 @@ def test_swizzle_agrees_with_the_oracle(rows: int, columns: int, rng: np.random.
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_unswizzle_is_the_inverse(rows: int, columns: int, rng: np.random.Generator) -> None:
-    """Back to the same bytes, padding cut off."""
-    scales = torch.from_numpy(rng.integers(1, 127, (rows, columns), dtype=np.uint8))
-    assert_bytes_equal(unswizzle(swizzle(scales), rows, columns), scales, "scales")
-
-
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_offsets_agree_with_the_oracle_and_are_distinct(rows: int, columns: int) -> None:
     """The formula for one scale and the permutation of all of them are the same map."""
     offsets = [swizzled_offset(r, c, columns) for r in range(rows) for c in range(columns)]
@@ -42,9 +35,3 @@ def test_swizzle_takes_a_view(rng: np.random.Generator) -> None:
     """The scales of a transposed weight are a view; strides do not matter."""
     scales = torch.from_numpy(rng.integers(1, 127, (9, 140), dtype=np.uint8))
     assert_bytes_equal(swizzle(scales.t()), oracle.swizzle(scales.t().contiguous().numpy()), "swizzled")
-
-
-def test_wrong_size_is_refused() -> None:
-    """Naming both byte counts."""
-    with pytest.raises(ValueError, match="take 1024 bytes, got 512"):
-        unswizzle(torch.zeros(512, dtype=torch.uint8), 129, 4)

@@ -8,12 +8,13 @@ be captured in a CUDA graph; launches go to the current stream. If the extension
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.base import Backend, Operation, reads_swizzled
 from nvfp4.backends.native.cuda_targets import MISSING_FILE
 from nvfp4.backends.native.extension import ELEMENTS, RULES, load
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
@@ -82,15 +83,6 @@ class CudaBackend(Backend):
             return quantizer.quantize(x, options)
         target = _Target(self._module, tuple(x.shape), quantizer, options, x.device)
         return self._quantize(x, target)
-
-    def quantize_swizzled(
-        self, x: torch.Tensor, quantizer: Quantizer, options: Options
-    ) -> tuple[QTensor, torch.Tensor]:
-        """``quantize``, and its block scales, one a row, in the layout of ``layout.swizzle``; x may not be empty."""
-        target = _Target(self._module, tuple(x.shape), quantizer, options, x.device, swizzled=True)
-        q = self._quantize(x, target)
-        assert target.swizzled is not None
-        return q, target.swizzled
 
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
@@ -184,7 +176,6 @@ class _Target:
         options: Options,
         device: torch.device,
         *,
-        swizzled: bool = False,
         amax: torch.Tensor | None = None,
     ) -> None:
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
@@ -194,15 +185,9 @@ class _Target:
         else:
             self.peak = amax.contiguous()
         self.lengths = torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
-        self.swizzled = (
-            torch.empty(
-                swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size),
-                dtype=torch.uint8,
-                device=device,
-            )
-            if swizzled
-            else None
-        )
+        if reads_swizzled(device):
+            size = swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size)
+            self.q = replace(self.q, swizzled_scale=torch.empty(size, dtype=torch.uint8, device=device))
         self.operand = native.Operand(
             _native_options(native, quantizer, options),
             self.q.rows,
@@ -211,7 +196,7 @@ class _Target:
             self.peak.data_ptr(),
             amax is not None,
             0 if self.lengths is None else self.lengths.data_ptr(),
-            0 if self.swizzled is None else self.swizzled.data_ptr(),
+            0 if self.q.swizzled_scale is None else self.q.swizzled_scale.data_ptr(),
         )
 
 

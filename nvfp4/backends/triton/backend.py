@@ -7,12 +7,13 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, to be tested and d
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.base import Backend, Operation, reads_swizzled
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
@@ -131,7 +132,7 @@ class _Source(NamedTuple):
 
 class _Target:
     """The result a kernel fills, and what it needs beside it. peak: int32 zeros like the global scale, if there are
-    some already. amax: float32 like the global scale, if it is known."""
+    some already. amax: float32 like the global scale, if it is known. single: whether one orientation is made alone."""
 
     def __init__(
         self,
@@ -139,9 +140,9 @@ class _Target:
         quantizer: Quantizer,
         options: Options,
         device: torch.device,
-        swizzled: bool = False,
         peak: torch.Tensor | None = None,
         amax: torch.Tensor | None = None,
+        single: bool = True,
     ) -> None:
         self.policy = _policy(quantizer, options, _converts(device))
         self.scaled_by_amax = _scaled_by_amax(self.policy.rule)
@@ -154,15 +155,10 @@ class _Target:
         self.scale = self.q.block_scale
         if not self.scaled_by_amax:
             self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
-        self.swizzled = (
-            torch.zeros(
-                swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size),
-                dtype=torch.uint8,
-                device=device,
-            )
-            if swizzled
-            else None
-        )
+        # kernels of both orientations write none, but the rules that finish later can
+        if reads_swizzled(device) and (single or not self.scaled_by_amax):
+            size = swizzled_bytes(self.q.rows, self.padded // NVFP4.block_size)
+            self.q = replace(self.q, swizzled_scale=torch.zeros(size, dtype=torch.uint8, device=device))
         self.amax_known = amax is not None
         self.seed = seed_arguments(options.seed)
         self.signs = seed_arguments(None if options.rotation is None else options.rotation.sign_seed)
@@ -177,7 +173,8 @@ class _Target:
         if not self.scaled_by_amax:
             shape = self.scale.shape
             rows, columns, warps = SCALES
-            tensors = (self.scale, self.peak, self.codes, self.q.block_scale, self.q.global_scale, self.swizzled)
+            results = (self.q.block_scale, self.q.global_scale, self.q.swizzled_scale)
+            tensors = (self.scale, self.peak, self.codes, *results)
             arguments = (*tensors, *shape, *self.seed)
             launch(kernels.finish_kernel, _programs(shape, SCALES), arguments, (rows, columns), warps=warps)
         return self.q
@@ -220,15 +217,6 @@ class TritonBackend(Backend):
         target = _Target(tuple(x.shape), quantizer, options, x.device, amax=amax)
         return self._quantize(_Source.dense(x), None, target)
 
-    def quantize_swizzled(
-        self, x: torch.Tensor, quantizer: Quantizer, options: Options
-    ) -> tuple[QTensor, torch.Tensor]:
-        """``quantize``, and its block scales, one a row, in the layout of ``layout.swizzle``; x may not be empty."""
-        target = _Target(tuple(x.shape), quantizer, options, x.device, swizzled=True)
-        q = self._quantize(_Source.dense(x), None, target)
-        assert target.swizzled is not None
-        return q, target.swizzled
-
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
@@ -257,7 +245,7 @@ class TritonBackend(Backend):
         if x.numel() == 0:
             return super().quantize_activation(activation, rows, columns)
         if columns is None:
-            across, down = _Target(tuple(x.shape), *rows, x.device), None
+            across, down = _Target(tuple(x.shape), *rows, x.device, single=False), None
         else:
             across, down = _two_targets(x, rows, columns)
         with _on(x.device):
@@ -285,7 +273,8 @@ class TritonBackend(Backend):
             if target.scaled_by_amax and not target.amax_known:
                 peak = (target.peak, *target.signs)
                 launch(kernels.amax_kernel, programs, (*source, *peak), constants, warps=tile.warps)
-            operands = (*target.stored, target.swizzled, target.padded, *target.seed, *target.signs)
+            swizzled = target.q.swizzled_scale if target.scaled_by_amax else None
+            operands = (*target.stored, swizzled, target.padded, *target.seed, *target.signs)
             launch(kernels.quantize_kernel, programs, (*source, *operands), constants, warps=tile.warps)
             return target.finish()
 
@@ -358,8 +347,8 @@ def _two_targets(
     start = -(-counts[0] // PEAK_UNIT) * PEAK_UNIT
     peaks = torch.zeros(start + counts[1], dtype=torch.int32, device=x.device)
     return (
-        _Target(shapes[0], *rows, x.device, peak=peaks[: counts[0]]),
-        _Target(shapes[1], *columns, x.device, peak=peaks[start:]),
+        _Target(shapes[0], *rows, x.device, peak=peaks[: counts[0]], single=False),
+        _Target(shapes[1], *columns, x.device, peak=peaks[start:], single=False),
     )
 
 

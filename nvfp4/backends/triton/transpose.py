@@ -56,7 +56,7 @@ def transpose(q: QTensor) -> QTensor:
     arguments = (codes, block_scale, turned, scales, q.rows, q.contraction, codes.shape[1])
     programs = -(-q.rows // height) * -(-q.padded_contraction // width)
     launch(transpose_kernel, programs, arguments, (height, width), warps=warps)
-    return replace(q, codes=turned, block_scale=scales, axis=-1 - q.axis % 2)
+    return replace(q, codes=turned, block_scale=scales, axis=-1 - q.axis % 2, swizzled_scale=None)
 
 
 def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
