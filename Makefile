@@ -15,7 +15,7 @@ JOBS ?= 2
 ANY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary
 PIP := $(ANY) -c constraints.txt
 
-.PHONY: train rl test test-all lint unit mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
+.PHONY: train rl test test-all lint style types unit mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -68,14 +68,20 @@ train: $(READY) ## pretrain a small model on real text in BF16 and in NVFP4, sid
 rl: $(READY) ## reinforcement learning in full precision and in NVFP4, side by side, with a control
 	$(BIN)/nvfp4 rl --preset sort $(ARGS)
 
-test: $(TESTED) lint unit ## style, types and all tests but the slow ones
+# types beside tests: mypy takes a minute of one core
+test: $(TESTED) style ## style, types and all tests but the slow ones
+	@$(SIDE_BY_SIDE) types unit MARKS="$(MARKS)"
 
 test-all: MARKS := -m 'slow or not slow'
 test-all: test ## with the slow tests, which take the same roads once more
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
 
 unit: $(TESTED)
