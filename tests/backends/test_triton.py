@@ -135,15 +135,26 @@ def test_quantize_both_equals_two_references(rows: tuple, columns: tuple) -> Non
             assert_same(a.to("cpu"), b, f"{side} of {shape} {kind} {x.dtype} transposed={transposed}")
 
 
+SAVED = [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})]
+AGAIN = [
+    ("ms_eden", {"rounds": 2}, (1, 1)),
+    ("sr", {"rotation": Rotation(16, 1, 9)}, (17, 33)),
+    ("rtn", {}, (40, 70)),
+    ("rtn_2d", {}, (20, 37)),
+]
+
+
 @interpreted
+@pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "rest"])
 @pytest.mark.parametrize("kind", ["normal", "wide", "nan"])
-@pytest.mark.parametrize("saved", [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})], ids=str)
-def test_requantize_equals_reference(saved: tuple, kind: str) -> None:
-    """Codes decoded in float32, cut, transposed, quantised: no decoded copy in between."""
+@pytest.mark.parametrize("saved", SAVED, ids=str)
+def test_requantize_equals_reference(saved: tuple, kind: str, rest: bool) -> None:
+    """Codes decoded in float32, cut, transposed, quantised: no decoded copy in between. Each pair of what was saved, a
+    kind of data and what comes of it; the rest of the triples is slow."""
     first = QUANTIZERS[saved[0]]
     rng = random.Random(f"{saved}{kind}")
-    seconds = [("ms_eden", {"rounds": 2}), ("sr", {"rotation": Rotation(16, 1, 9)}), ("rtn", {}), ("rtn_2d", {})]
-    for (name, options), shape in zip(seconds, [(1, 1), (17, 33), (40, 70), (20, 37)], strict=True):
+    turn = SAVED.index(saved) + ("normal", "wide", "nan").index(kind) + rest
+    for name, options, shape in AGAIN[turn % 2 :: 2]:
         q = first.quantize(data(shape, kind, torch.float32, rng.randrange(2**31)), first.check(**saved[1]))
         second = QUANTIZERS[name]
         checked = second.check(seed=3, sign_seed=None if "rotation" in options else 4, **options)
