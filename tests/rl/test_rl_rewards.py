@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, compile_reward
-from nvfp4.rl.tasks.base import Problem, Task, Verdict, checked
+from nvfp4.rl.rewards.sandbox import Limits, RewardCall, Sandbox, compile_reward
+from nvfp4.rl.rewards.verdict import Verdict, checked
+from nvfp4.rl.tasks.base import Problem, Task
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.run.errors import TrainError
 
@@ -25,10 +26,10 @@ STRICT = Limits(seconds=1.0, memory_mib=64, output_bytes=10_000)
 """Of calls that never end."""
 
 
-def call(source: str, *arguments: object) -> Call:
+def call(source: str, *arguments: object) -> RewardCall:
     """A function of one line, or a whole text that defines ``reward``."""
     text = source if "def reward" in source else f"def reward(*a):\n    {source}"
-    return Call(compile_reward(text, "r.py"), "r.py", "reward", arguments)
+    return RewardCall(compile_reward(text, "r.py"), "r.py", "reward", arguments)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ import pytest
 from limits import HANG
 
 from nvfp4.rl.config import RLConfig, make_task
-from nvfp4.rl.rewards import keeper, verdicts, walls
+from nvfp4.rl.rewards import keeper, outcomes, walls
 from nvfp4.rl.rewards import sandbox as module
-from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, Tests, compile_reward
-from nvfp4.rl.tasks.base import Verdict
+from nvfp4.rl.rewards.sandbox import Limits, ProgramTests, RewardCall, Sandbox, compile_reward
+from nvfp4.rl.rewards.verdict import Verdict
 from nvfp4.rl.tasks.jsonl import program
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.run.errors import TrainError
@@ -37,8 +37,8 @@ def sandbox() -> Iterator[Sandbox]:
         yield box
 
 
-def call(source: str, *arguments: object, folder: str = "") -> Call:
-    return Call(compile_reward(source, "r.py"), "r.py", "reward", arguments, folder)
+def call(source: str, *arguments: object, folder: str = "") -> RewardCall:
+    return RewardCall(compile_reward(source, "r.py"), "r.py", "reward", arguments, folder)
 
 
 # --- tests of programs
@@ -91,27 +91,27 @@ FAILING = {
 
 @pytest.mark.parametrize("text", PASSING)
 def test_programs_that_pass(sandbox: Sandbox, text: str) -> None:
-    assert sandbox.run([Tests(text, tuple(PASSING[text]))]) == [Verdict(1.0)]
+    assert sandbox.run([ProgramTests(text, tuple(PASSING[text]))]) == [Verdict(1.0)]
 
 
 @pytest.mark.parametrize("text", FAILING, ids=range(len(FAILING)))
 def test_programs_that_fail(sandbox: Sandbox, text: str) -> None:
     """It is the program that fails, not the reward, so there is no reason."""
-    assert sandbox.run([Tests(text, tuple(FAILING[text]))]) == [Verdict(0.0)]
+    assert sandbox.run([ProgramTests(text, tuple(FAILING[text]))]) == [Verdict(0.0)]
 
 
 def test_programs_that_never_end() -> None:
     """One hangs, one sleeps, one writes for ever; the next one gets its reward."""
     texts = ["while True: pass", "import time; time.sleep(600)", "while True: print('x')"]
     with Sandbox(replace(STRICT, seconds=5.0), workers=1, unsafe=True) as box:  # the last one needs some of them
-        verdicts = box.run([Tests(text, (SUM,)) for text in [*texts, "print(3)"]])
+        verdicts = box.run([ProgramTests(text, (SUM,)) for text in [*texts, "print(3)"]])
     assert verdicts == [Verdict(0.0)] * 3 + [Verdict(1.0)]
 
 
 def test_all_tests_have_to_pass(sandbox: Sandbox) -> None:
     constant = "def add(a, b): return 3"
     assert sandbox.run(
-        [Tests(constant, (ADD,)), Tests(constant, (ADD, {**ADD, "arguments": [2, 2], "result": 4}))]
+        [ProgramTests(constant, (ADD,)), ProgramTests(constant, (ADD, {**ADD, "arguments": [2, 2], "result": 4}))]
     ) == [
         Verdict(1.0),
         Verdict(0.0),
@@ -158,7 +158,7 @@ def reward(secret, run):
     assert sandbox.run([call(look, SECRET.decode())]) == [Verdict(1.0)]
     tests = ({"stdin": "", "stdout": "False"}, {"stdin": "", "stdout": SECRET.decode()})
     search = SCAN + "print(scan())"
-    assert sandbox.run([Tests(search, tests[:1]), Tests(search, tests)]) == [Verdict(1.0), Verdict(0.0)]
+    assert sandbox.run([ProgramTests(search, tests[:1]), ProgramTests(search, tests)]) == [Verdict(1.0), Verdict(0.0)]
 
 
 # --- run, for reward functions
@@ -449,8 +449,8 @@ def test_enough() -> None:
 
 RUN = """
 import sys
-from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, compile_reward
-wait = Call(compile_reward("def reward():\\n    while True: pass", "r.py"), "r.py", "reward", ())
+from nvfp4.rl.rewards.sandbox import Limits, RewardCall, Sandbox, compile_reward
+wait = RewardCall(compile_reward("def reward():\\n    while True: pass", "r.py"), "r.py", "reward", ())
 box = Sandbox(Limits(seconds=3000.0), workers=2, without=sys.argv[1:], unsafe=True)
 box.walls
 print(box._workers[0].process.pid, flush=True)
@@ -500,31 +500,31 @@ def children(pid: int) -> list[int]:
 
 def test_lines() -> None:
     """White space at the ends of lines and empty lines at the end do not count; all else does."""
-    assert verdicts.lines("a \nb\t\n\n") == verdicts.lines("a\nb") == ["a", "b"]
-    assert verdicts.lines("a\r\nb") == ["a", "b"]
-    assert verdicts.lines("a\n\nb") != verdicts.lines("a\nb")
-    assert verdicts.lines(" a") != verdicts.lines("a")
-    assert verdicts.lines("") == verdicts.lines("\n") == [""]
+    assert outcomes.lines("a \nb\t\n\n") == outcomes.lines("a\nb") == ["a", "b"]
+    assert outcomes.lines("a\r\nb") == ["a", "b"]
+    assert outcomes.lines("a\n\nb") != outcomes.lines("a\nb")
+    assert outcomes.lines(" a") != outcomes.lines("a")
+    assert outcomes.lines("") == outcomes.lines("\n") == [""]
 
 
 def test_lines_take_no_longer_for_white_space() -> None:
     """Which a program may print in the middle of a line; by a pattern that backtracks these were hours."""
     text = " \t" * (1 << 19) + "x"
-    assert verdicts.lines(text + "\u2003\n") == [text]
+    assert outcomes.lines(text + "\u2003\n") == [text]
 
 
 def test_same() -> None:
     """Of two JSON values."""
     for value in (None, True, 0, 1.5, "x", [1, [2]], {"a": [None]}):
-        assert verdicts.same(value, json.loads(json.dumps(value)))
-    assert verdicts.same(1, 1.0)
-    assert verdicts.same(0.1 + 0.2, 0.3)
-    assert verdicts.same(float("inf"), float("inf"))
+        assert outcomes.same(value, json.loads(json.dumps(value)))
+    assert outcomes.same(1, 1.0)
+    assert outcomes.same(0.1 + 0.2, 0.3)
+    assert outcomes.same(float("inf"), float("inf"))
     for a, b in [(1, True), (0, False), (1, "1"), (1, None), ([1], [1, 1]), ({"a": 1}, {"b": 1}), (1.0, 1.001)]:
-        assert not verdicts.same(a, b)
-        assert not verdicts.same(b, a)
-    assert not verdicts.same(float("nan"), float("nan"))
-    assert not verdicts.same(10**400, 1.5)
+        assert not outcomes.same(a, b)
+        assert not outcomes.same(b, a)
+    assert not outcomes.same(float("nan"), float("nan"))
+    assert not outcomes.same(10**400, 1.5)
 
 
 def test_a_reply_too_deep_to_be_written_has_no_result() -> None:

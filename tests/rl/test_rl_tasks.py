@@ -307,6 +307,20 @@ def test_wrong_options_say_what_is_wrong(name: str, options: dict[str, int]) -> 
         load_task(name, **options)
 
 
+def test_a_task_without_foreign_code_says_that_nothing_is_confined(tmp_path: Path) -> None:
+    """--unsafe-rewards used to end in "unexpected keyword argument"; a class that takes the option gets it."""
+    message = r"^unsafe_rewards: task {} runs neither .*; leave out --unsafe-rewards$"
+    (tmp_path / "own.py").write_text(OWN)
+    for name in ("sort", f"{tmp_path}/own.py:Echo"):
+        with pytest.raises(TrainError, match=message.format(re.escape(name))):
+            load_task(name, unsafe_rewards=True)
+    assert load_task("sort", shortest=2).problems(1, 0)
+    (tmp_path / "takes.py").write_text(
+        OWN.replace("length: int = 3", "length: int = 3\n    unsafe_rewards: bool = False")
+    )
+    assert load_task(f"{tmp_path}/takes.py:Echo", unsafe_rewards=True).unsafe_rewards is True
+
+
 def test_options_are_obeyed() -> None:
     assert {len(p.answer) for p in Sort(shortest=2, longest=4).problems(100, 0)} == {2, 3, 4}
     assert {len(p.answer) for p in Reverse(longest=3).problems(20, 0)} == {3}

@@ -29,13 +29,13 @@ NEW_MOUNTS, PRIVATE, BIND = 0x20000, 0x44000, 4096  # linux/sched.h; linux/mount
 # only what the sandbox has had from the start, so that it also drives older ones
 DRIVER = """
 import json, sys
-from nvfp4.rl.rewards.sandbox import Call, Limits, Sandbox, compile_reward
+from nvfp4.rl.rewards.sandbox import Limits, RewardCall, Sandbox, compile_reward
 without = {"without": sys.argv[1:]} if sys.argv[1:] else {}
 with Sandbox(Limits(seconds=60.0, memory_mib=256), workers=1, **without) as box:
     print(json.dumps(["ready", str(getattr(box, "walls", ""))]), flush=True)
     for line in sys.stdin:
         source, arguments = json.loads(line)
-        call = Call(compile_reward(source, "r.py"), "r.py", "reward", tuple(arguments))
+        call = RewardCall(compile_reward(source, "r.py"), "r.py", "reward", tuple(arguments))
         [verdict] = box.run([call])
         print(json.dumps([verdict.reward, verdict.reason]), flush=True)
 """

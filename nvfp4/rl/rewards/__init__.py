@@ -1,1 +1,1 @@
-"""Reward functions that need not be trusted: each call in a process of its own, confined and limited."""
+"""Reward functions that need not be trusted: each call in a confined process of its own."""

@@ -1,13 +1,19 @@
-"""What runs in the process of a call, behind the walls: a reward function, or a program that the model wrote.
+"""What runs in the process of a call, behind the walls: a reward function, or a program that the
+model wrote.
 
-Descriptors: 0 input, 1 and 2 what is printed, 3 the channel to the keeper (frames of 4 bytes length and JSON), 4 the
-work, a sealed file. Two kinds of process, never one for both:
+Two kinds of process, never one for both:
 
-    judging   runs the reward function of the user, which knows the answer, on the model's text as data
-    judged    runs the model's text. It is given the text and its input and nothing else: no row, no expected
-              answer, no file of the user's; and what it says is bytes, which somebody else judges
+    judging   runs the reward function of the user, which knows the answer, on the model's text as
+              data
+    judged    runs the model's text. It is given the text and its input and nothing else: no row, no
+              expected answer, no file of the user's; and what it says is bytes, which somebody else
+              judges
 
-A reward function that has a parameter ``run`` is handed a function that starts a judged process, see ``Runner``.
+Descriptors: 0 input, 1 and 2 what is printed, 3 the channel to the keeper (frames of 4 bytes length
+and JSON), 4 the work, a sealed file.
+
+A reward function that has a parameter ``run`` is handed a function that starts a judged process
+(``Runner``).
 """
 
 from __future__ import annotations
@@ -37,8 +43,9 @@ LONGEST_FRAME = 1 << 20
 class Outcome:
     """What a program did.
 
-    stdout, stderr: text. result: what its function returned, as JSON has it. status: 0 if all went well; 1 after an
-    exception; negative: the signal that ended it. stopped: the limit that it ran into, or None.
+    stdout, stderr: text. result: what its function returned, as JSON has it. status: 0 if all went
+    well; 1 after an exception; negative: the signal that ended it. stopped: the limit that it ran
+    into, or None.
     """
 
     stdout: str = ""
@@ -49,18 +56,26 @@ class Outcome:
 
 
 class Runner:
-    """``run(program, stdin="")`` or ``run(program, call="name", arguments=[...])``: its ``Outcome``.
+    """``run(program, stdin="")`` or ``run(program, call="name", arguments=[...])``: its
+    ``Outcome``.
 
-    Each run has limits of its own (those of the call), and its time is not the caller's. At most 100 runs a call.
+    Each run has limits of its own (those of the call), and its time is not the caller's. At most
+    100 runs per call.
     """
 
     def __call__(
-        self, program: str, stdin: str = "", *, call: str | None = None, arguments: Sequence[Any] = ()
+        self,
+        program: str,
+        stdin: str = "",
+        *,
+        call: str | None = None,
+        arguments: Sequence[Any] = (),
     ) -> Outcome:
-        if not (isinstance(program, str) and isinstance(stdin, str) and isinstance(call, (str, type(None)))):
+        texts = isinstance(program, str) and isinstance(stdin, str)
+        if not texts or not isinstance(call, (str, type(None))):
             raise TypeError("run: expected texts as program, stdin and call")
-        ask = {"program": program, "stdin": stdin, "call": call, "arguments": list(arguments)}
-        send(CHANNEL, {"run": ask})
+        wish = {"program": program, "stdin": stdin, "call": call, "arguments": list(arguments)}
+        send(CHANNEL, {"run": wish})
         answer = receive(CHANNEL)
         if answer is None:
             raise RuntimeError("run: the keeper does not answer")
@@ -86,7 +101,11 @@ def perform(judged: bool) -> None:
 def evaluate(work: dict[str, Any]) -> dict[str, Any]:
     """The value of the call's reward function, or the reason why there is none."""
     name = work["name"]
-    space: dict[str, Any] = {"__name__": "reward", "__file__": name, "__builtins__": builtins}
+    space: dict[str, Any] = {
+        "__name__": "reward",
+        "__file__": name,
+        "__builtins__": builtins,
+    }
     if work["folder"]:
         sys.path.insert(0, work["folder"])
     try:
@@ -95,10 +114,11 @@ def evaluate(work: dict[str, Any]) -> dict[str, Any]:
         wishes = {"run": Runner()} if wants_runner(function) else {}
         value = function(*work["arguments"], **wishes)
         if not isinstance(value, numbers.Real):
-            return {"reason": f"the reward must be a number in [0, 1], got a {type(value).__name__}"}
+            wanted = "the reward must be a number in [0, 1]"
+            return {"reason": f"{wanted}, got a {type(value).__name__}"}
         return {"value": float(value)}
     except MemoryError:
-        space.clear()  # the traceback and the globals hold what filled the memory: now both are gone
+        space.clear()  # traceback and globals hold what filled the memory: now both are gone
     except BaseException as error:
         return {"reason": describe(error, name)}
     return {"reason": f"took more than {work['memory_mib']} MiB of memory"}
@@ -113,9 +133,10 @@ def wants_runner(function: Any) -> bool:
 
 
 def perform_program(work: dict[str, Any]) -> None:
-    """Run the text of the model as a program; with ``call`` also a function of it, whose result goes to the channel.
+    """Run the text of the model as a program; with ``call`` also a function of it.
 
-    An exception leaves by the exit status and standard error, as it would from Python.
+    The function's result goes to the channel. An exception leaves by the exit status and standard
+    error, as it would from Python.
     """
     sys.argv[:] = ["program.py"]
     space: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
@@ -131,6 +152,8 @@ def perform_program(work: dict[str, Any]) -> None:
         status = 1
         with contextlib.suppress(BaseException):
             traceback.print_exc()
+
+    # no exit handlers: they are the program's too
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -138,8 +161,10 @@ def perform_program(work: dict[str, Any]) -> None:
 
 
 def describe(error: BaseException, name: str) -> str:
-    """One line: the last line of ``name`` that was running, the kind, and the beginning of the message."""
-    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+    """One line: the last line of ``name`` that was running, the kind, and the beginning of the
+    message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame.lineno for frame in frames if frame.filename == name]
     where = f"line {places[-1]}: " if places else ""
     try:
         text = str(error)

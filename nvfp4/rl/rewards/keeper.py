@@ -1,16 +1,21 @@
-"""The judge's side of a worker, outside the walls: hands out work, watches, and compares what comes back.
+"""The judge's side of a worker, outside the walls: hands out work, watches, and compares what comes
+back.
 
     trainer  --calls-->  keeper  --start, kill-->  zygote  --fork-->  one process per call or run
-             <-verdict-          <---ended-------                     (judging or judged, see calls.py)
+             <-verdict-          <---ended-------                     (judging or judged, calls.py)
                          keeper  <------------- bytes --------------- that process
 
-The keeper never runs code of a call. From a judged process it takes bytes, up to a limit, which it compares with what a
-test expects; the expectation is never sent behind the walls. From a process that runs a reward function it takes one
-frame with the ticket of the call, or wishes for runs of programs; anything else that comes scores 0. What a process
-says of its walls counts only as long as nothing of a call can have run in it (``zygote.STANDING``).
+**Whom it believes.** The keeper never runs code of a call. From a judged process it takes bytes, up
+to a limit, which it compares with what a test expects; the expectation is never sent behind the
+walls. From a process that runs a reward function it takes one frame with the ticket of the call, or
+wishes for runs of programs; anything else that comes scores 0. What a process says of its walls
+counts only as long as nothing of a call can have run in it (``zygote.STANDING``).
 
-Time is the keeper's own: a tick of the clock counts for a quarter of a second at most, so a machine that stood still,
-or a process that was stopped and goes on, does not use up anybody's limit. Frames: 4 bytes of length and JSON.
+**Time** is the keeper's own: a tick of the clock counts for a quarter of a second at most, so a
+machine that stood still, or a process that was stopped and goes on, does not use up anybody's
+limit.
+
+**Frames** are 4 bytes of length and JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from typing import Any
 
 from nvfp4.rl.rewards import kernel, zygote
 from nvfp4.rl.rewards.calls import LONGEST_FRAME, describe, receive, send
-from nvfp4.rl.rewards.verdicts import passes
+from nvfp4.rl.rewards.outcomes import passes
 
 SLICE = 0.05  # seconds between looks at the clock
 TICK = 0.25  # seconds that one look counts for at most
@@ -68,7 +73,12 @@ class TrainerGone(Exception):
 
 @dataclass
 class Process:
-    """One running call or run: the keeper's ends, and what came over them. standing: its walls, as it said first."""
+    """One running call or run: the keeper's ends, and what came over them.
+
+    number: the zygote's name for it. out, err, channel: descriptors; said: what came over each.
+    status: its exit code once it has ended. standing: whether it said, before anything else, that
+    its walls are up.
+    """
 
     number: int
     out: int
@@ -80,16 +90,24 @@ class Process:
 
     def unwalled(self) -> str | None:
         """Why its walls could not be put up, so that nothing ran."""
-        frame = None if self.standing else next(frames(self.said[self.channel]), None)
-        return f"the sandbox cannot be put up: {frame['walls']}" if frame and "walls" in frame else None
+        if self.standing:
+            return None
+        frame = next(frames(self.said[self.channel]), None)
+        if not frame or "walls" not in frame:
+            return None
+        return f"the sandbox cannot be put up: {frame['walls']}"
 
     def close(self) -> None:
+        """The keeper's ends."""
         for fd in (self.out, self.err, self.channel):
             os.close(fd)
 
 
 class Keeper:
-    """settings: those of ``walls.Walls``, and output_bytes. ``serve`` answers until there are no more calls."""
+    """Judges calls, one at a time; ``serve`` answers until there are no more.
+
+    settings: those of ``walls.Walls``, and output_bytes.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.seconds: float = settings["seconds"]
@@ -107,6 +125,8 @@ class Keeper:
     def serve(self, requests: int, answers: int) -> None:
         """Say which walls stand, then judge calls."""
         self.requests, self.answers = requests, answers
+
+        # a probe looks at the walls from inside
         process = self.start(zygote.PROBE, b"{}", b"")
         stopped = self.watch(process)
         frame = next(frames(process.said[process.channel]), None) or {}
@@ -114,6 +134,7 @@ class Keeper:
         process.close()
         why = [frame["walls"]] if "walls" in frame else [stopped] if stopped else []
         send(answers, {"stands": stands, "failures": [*self.failures, *why]})
+
         while (call := receive(requests)) is not None:
             answer = self.judge_tests(call) if "tests" in call else self.judge(call)
             if "reason" in answer:
@@ -138,7 +159,8 @@ class Keeper:
                     return f"asked for more than {MOST_WISHES} runs of programs"
                 reply: Answer = {"error": f"run: at most {MOST_RUNS} programs a call"}
                 if not is_program(wish):
-                    reply = {"error": "run: expected texts as program, stdin and call, and a list of arguments"}
+                    wanted = "texts as program, stdin and call, and a list of arguments"
+                    reply = {"error": f"run: expected {wanted}"}
                 elif runs <= MOST_RUNS:
                     reply = self.run_program(wish)
                     send(self.answers, {"alive": True})
@@ -165,12 +187,14 @@ class Keeper:
     def answer(self, status: int | None, said: bytes, ticket: str) -> Answer:
         """What a process that ended said, if that is one frame of this call; else how it ended."""
         if status == -signal.SIGXCPU:
-            return {"reason": f"took more than {math.ceil(self.seconds) + 1} s of processor time"}
+            return {"reason": self.over_processor_time()}
         if status is not None and status < 0:
             return {"reason": f"killed by {signal.Signals(-status).name}"}
         frame = next(frames(said), None)
         if frame is None:
             return {"reason": f"ended the process without a result (exit status {status})"}
+
+        # the frame is all that was said, and its ticket is the one that only this call was given
         whole = len(said) == 4 + struct.unpack(">I", said[:4])[0]
         if not whole or frame.get("ticket") != ticket:
             return {"reason": "wrote into the channel of its verdict"}
@@ -178,13 +202,21 @@ class Keeper:
             return {"value": value}
         return {"reason": str(frame.get("reason"))}
 
+    def over_processor_time(self) -> str:
+        """The reason of a process that the kernel ended for its processor time."""
+        return f"took more than {math.ceil(self.seconds) + 1} s of processor time"
+
     # --- programs of the model
 
     def judge_tests(self, call: dict[str, Any]) -> Answer:
-        """1 if the program passes every test, else 0: a program that fails is no failure of the reward."""
+        """1 if the program passes every test, else 0: that it fails is no failure of the reward."""
         for test in call["tests"]:
-            program = {"program": call["program"], "stdin": test.get("stdin", "")}
-            program |= {"call": test.get("call"), "arguments": test.get("arguments", [])}
+            program = {
+                "program": call["program"],
+                "stdin": test.get("stdin", ""),
+                "call": test.get("call"),
+                "arguments": test.get("arguments", []),
+            }
             outcome = self.run_program(program)
             if "error" in outcome:
                 return {"reason": outcome["error"]}
@@ -199,8 +231,9 @@ class Keeper:
         try:
             stdin = program["stdin"].encode("utf-8", "surrogateescape")
             data = json.dumps(work).encode()
-        except (UnicodeEncodeError, RecursionError) as error:  # half a character; lists nested too deeply
+        except (UnicodeEncodeError, RecursionError) as error:  # half a character; lists too deep
             return {"error": f"run: cannot be handed over: {describe(error, '')}"}
+
         process = self.start(zygote.JUDGED, data, stdin)
         stopped = self.watch(process)
         said = process.said
@@ -209,7 +242,7 @@ class Keeper:
             return {"error": unwalled}
         frame = next(frames(said[process.channel]), None)
         if process.status == -signal.SIGXCPU:
-            stopped = f"took more than {math.ceil(self.seconds) + 1} s of processor time"
+            stopped = self.over_processor_time()
         return {
             "stdout": said[process.out].decode("utf-8", "replace"),
             "stderr": said[process.err].decode("utf-8", "replace"),
@@ -221,16 +254,23 @@ class Keeper:
     # --- processes
 
     def start(self, kind: bytes, work: bytes, stdin: bytes) -> Process:
-        """Have the zygote start a process with this work and input."""
+        """Have the zygote start a process with this work and input.
+
+        kind: ``zygote.PROBE``, ``JUDGING`` or ``JUDGED``. Work and input are sealed files, so
+        nothing in the process can change them for anybody.
+        """
         self.count += 1
         out, out_end = os.pipe()
         err, err_end = os.pipe()
         channel, channel_end = socket.socketpair()
-        theirs = [sealed(stdin), out_end, err_end, channel_end.fileno(), sealed(work)]
+        theirs = [sealed(stdin), out_end, err_end, channel_end.fileno(), sealed(work)]  # 0 to 4
+
         process = Process(self.count, out, err, channel.detach())
         for fd in (out, err, process.channel):
             os.set_blocking(fd, False)
             process.said[fd] = b""
+
+        # its ends go to the zygote, and stay open there alone
         try:
             socket.send_fds(self.control, [zygote.COMMAND.pack(kind, self.count)], theirs)
         except OSError:
@@ -242,16 +282,25 @@ class Keeper:
         self.processes[self.count] = process
         return process
 
-    def watch(self, process: Process, listen: Callable[[], str | None] | None = None) -> str | None:
-        """Read what a process says until it has ended; the limit that it ran into, if any. ``listen`` is called
-        whenever something came over the channel, and the time of what it starts does not count."""
+    def watch(
+        self,
+        process: Process,
+        listen: Callable[[], str | None] | None = None,
+    ) -> str | None:
+        """Read what a process says until it has ended; the limit that it ran into, if any.
+
+        ``listen`` is called whenever something came over the channel, and the time of what it
+        starts does not count. ``TrainerGone`` if nobody waits for the answer any more.
+        """
         poller = select.poll()
         for fd in (*process.said, self.control.fileno()):
             poller.register(fd, select.POLLIN)
         if self.requests >= 0:
             poller.register(self.requests, 0)  # only its end
+
         clock, stopped = Clock(), None
         while process.status is None:
+            # what there is to hear
             for fd, event in poller.poll(SLICE * 1000):
                 if fd == self.requests:
                     if event & (select.POLLHUP | select.POLLERR):
@@ -260,14 +309,19 @@ class Keeper:
                     self.hear()
                 elif not drain(process, fd):
                     poller.unregister(fd)
+
+            # wishes, whose runs have clocks of their own
             if listen is not None and stopped is None and process.said[process.channel]:
                 started = self.count
                 stopped = listen()
                 if self.count > started:
                     clock.last = time.monotonic()
+
             stopped = stopped or self.over(process, clock.tick())
             if stopped and process.status is None:
                 self.kill(process)
+
+        # what was said between the last look and the end
         for fd in process.said:
             drain(process, fd)
         if listen is not None and stopped is None:
@@ -303,7 +357,8 @@ class Keeper:
 
 
 def is_program(wish: dict[str, Any]) -> bool:
-    """Whether a wish for a run has what it takes."""
+    """Whether a wish for a run has what it takes: it is a process's word, so anything can be in
+    it."""
     return (
         isinstance(wish.get("program"), str)
         and isinstance(wish.get("stdin"), str)
@@ -329,7 +384,8 @@ def frames(said: bytes) -> Any:
 
 
 def plain(reason: str) -> str:
-    """For a terminal and a log: no control characters, no halves of characters, and not too long."""
+    """For a terminal and a log: no control characters, no halves of characters, and not too
+    long."""
     shown = (each if each.isprintable() else ascii(each)[1:-1] for each in reason[:LONGEST_ANSWER])
     return "".join(shown)[:LONGEST_ANSWER]
 
@@ -357,6 +413,8 @@ def give(channel: int, reply: Answer) -> bool:
         data = json.dumps(reply).encode()
     except RecursionError:  # it could be read, a little further up the stack
         data = json.dumps({**reply, "result": None}).encode()
+
+    # it has a second to take it: the channel is not to be left full
     data = struct.pack(">I", len(data)) + data
     clock = Clock()
     poller = select.poll()
@@ -380,6 +438,7 @@ def sealed(data: bytes) -> int:
             file.flush()
             file.seek(0)
             return os.dup(file.fileno())
+
     import fcntl
 
     fd = os.memfd_create("work", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -392,8 +451,11 @@ def sealed(data: bytes) -> int:
 
 
 def main() -> None:
-    """Settings are the first argument, calls come on standard input, answers go to standard output."""
+    """Settings are the first argument, calls come on standard input, answers go to standard
+    output."""
     settings = json.loads(sys.argv[1])
+
+    # keep both, with nothing in their place: what a library prints is no answer
     requests, answers = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):

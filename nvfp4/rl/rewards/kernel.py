@@ -1,8 +1,10 @@
-"""The few calls to the Linux kernel that the standard library does not have, each an exception if it fails.
+"""The few calls to the Linux kernel that the standard library does not have, each an exception if
+it fails.
 
-Small enough that ctypes serves better than bubblewrap or nsjail, which would have to be installed, start a program per
-call (0.1 s of Python each) where a fork of a warm one takes a millisecond, and know neither Landlock nor this filter.
-What they do is what namespaces.py and walls.py do, in the same order.
+Small enough that ctypes serves better than bubblewrap or nsjail, which would have to be installed,
+start a program per call (0.1 s of Python each) where a fork of a warm one takes a millisecond, and
+know neither Landlock nor this filter. What they do is what namespaces.py and walls.py do, in the
+same order.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ CHILD_SUBREAPER, NO_NEW_PRIVS, CAP_AMBIENT, CAP_AMBIENT_CLEAR_ALL = 36, 38, 47, 
 
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}  # asm/unistd.h
 CAPABILITIES_VERSION = 0x20080522  # linux/capability.h, _LINUX_CAPABILITY_VERSION_3
-LAST_CAPABILITY = 63  # as many as the kernel's type has bits; those that it does not know give EINVAL
+LAST_CAPABILITY = 63  # as many as the kernel's type has bits; those that it lacks give EINVAL
 
 LIBC: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -42,7 +44,10 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 
 def enter_root(folder: str) -> None:
-    """``folder``, a mount, becomes /, and what was / is gone: pivot_root on itself, then let the lower one go."""
+    """``folder``, a mount, becomes /, and what was / is gone.
+
+    pivot_root on itself, then let the lower one go.
+    """
     detach = 2  # MNT_DETACH
     os.chdir(folder)
     _check(LIBC.syscall(PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
@@ -51,13 +56,17 @@ def enter_root(folder: str) -> None:
 
 
 def drop_bounding_set() -> None:
-    """No capability can come back, by no program with file capabilities either. Only the privileged can or need to."""
+    """No capability can come back, by no program with file capabilities either.
+
+    Only the privileged can do so, or need to.
+    """
     for capability in range(LAST_CAPABILITY + 1):
         LIBC.prctl(CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
 
 
 def drop_capabilities() -> bool:
-    """Effective, permitted, inheritable and ambient: none. True if the kernel agrees that none is left."""
+    """Effective, permitted, inheritable and ambient: none. True if the kernel says that none is
+    left."""
     header = (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0)
     _check(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")
     LIBC.prctl(CAP_AMBIENT, ctypes.c_ulong(CAP_AMBIENT_CLEAR_ALL), 0, 0, 0)
@@ -80,6 +89,7 @@ def load_filter(instructions: bytes) -> None:
 
 
 def _check(result: int, what: str) -> None:
+    """OSError, naming ``what``, unless the result is 0."""
     if result:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")

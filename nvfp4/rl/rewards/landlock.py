@@ -1,9 +1,15 @@
-"""Landlock: a process gives up all files but those that it names, for itself and for good; no privileges needed.
+"""Landlock: a process gives up all files but those that it names, for itself and for good; no
+privileges needed.
 
-Linux 5.13 has it (ABI 1), later kernels can forbid more: moving between folders (2), truncation (3), TCP (4), ioctl of
-devices (5), signals and abstract sockets to outside (6). All that the running kernel knows is forbidden, whatever the
-ABI, and then allowed again below the named folders. A ruleset names inodes by descriptor, not paths, so it is
-indifferent to mounts made later. Source: linux/landlock.h.
+Linux 5.13 has it (ABI 1), later kernels can forbid more:
+
+    ABI 2    moving between folders        ABI 5    ioctl of devices
+    ABI 3    truncation                    ABI 6    signals and abstract sockets to outside
+    ABI 4    TCP
+
+All that the running kernel knows is forbidden, whatever the ABI, and then allowed again below the
+named folders. A ruleset names inodes by descriptor, not paths, so it is indifferent to mounts made
+later. Source: linux/landlock.h.
 """
 
 from __future__ import annotations
@@ -12,12 +18,15 @@ import ctypes
 import struct
 from collections.abc import Sequence
 
-CREATE, ADD, RESTRICT = 444, 445, 446  # landlock_create_ruleset, _add_rule, _restrict_self; on every architecture
+CREATE, ADD, RESTRICT = 444, 445, 446
+"""landlock_create_ruleset, _add_rule, _restrict_self; on every architecture."""
+
 VERSION = 1  # LANDLOCK_CREATE_RULESET_VERSION
 PATH_BENEATH = 1  # LANDLOCK_RULE_PATH_BENEATH
 
 FILE_RIGHTS = (13, 14, 15, 15, 16)
-"""Of LANDLOCK_ACCESS_FS_*, how many bits ABI 1, 2, ... know: REFER came with 2, TRUNCATE with 3, IOCTL_DEV with 5."""
+"""Of LANDLOCK_ACCESS_FS_*, how many bits ABI 1, 2, ... know: REFER came with 2, TRUNCATE with 3,
+IOCTL_DEV with 5."""
 
 WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG = 1 << 4, 1 << 5, 1 << 7, 1 << 8
@@ -37,7 +46,7 @@ def abi(libc: ctypes.CDLL) -> int:
 def restrict(libc: ctypes.CDLL, version: int, rules: Sequence[tuple[int, int]]) -> None:
     """Keep only these (descriptor of a folder or file, rights); OSError if the kernel refuses.
 
-    ``PR_SET_NO_NEW_PRIVS`` has to be set.
+    version: what ``abi`` said, at least 1. ``PR_SET_NO_NEW_PRIVS`` has to be set.
     """
     handled = (1 << FILE_RIGHTS[min(version, len(FILE_RIGHTS)) - 1]) - 1
 
@@ -47,12 +56,14 @@ def restrict(libc: ctypes.CDLL, version: int, rules: Sequence[tuple[int, int]]) 
     ruleset = _call(libc, CREATE, attributes, ctypes.c_size_t(len(attributes)), 0)
 
     for fd, rights in rules:
-        rule = struct.pack("=Qi", rights & handled, fd)  # struct landlock_path_beneath_attr is packed
+        # struct landlock_path_beneath_attr is packed
+        rule = struct.pack("=Qi", rights & handled, fd)
         _call(libc, ADD, ruleset, PATH_BENEATH, rule, 0)
     _call(libc, RESTRICT, ruleset, 0)
 
 
 def _call(libc: ctypes.CDLL, number: int, *arguments: object) -> int:
+    """The result of a system call; OSError if it is below 0."""
     result = int(libc.syscall(number, *arguments))
     if result < 0:
         raise OSError(ctypes.get_errno(), f"Landlock call {number}")

@@ -1,12 +1,20 @@
-"""A world of its own for a worker: processes, mounts, network, IPC, host name, and a root that holds next to nothing.
+"""A world of its own for a worker: processes, mounts, network, IPC, host name, and a root that
+holds next to nothing.
 
-    keeper -> fork: unshare(user, pid, mount, network, IPC, UTS) -> the keeper writes who is who -> fork: process 1
-    process 1: a tmpfs, into which the interpreter's folders and what rewards name are bound, read-only, at the paths
-    that they have; /call, where each call mounts a tmpfs of its own; /dev/null, zero, urandom; and pivot_root into it.
+    keeper -> fork: unshare(user, pid, mount, network, IPC, UTS) -> the keeper writes who is who
+              -> fork: process 1
 
-There is no /proc, no home, no socket, no terminal, and no process but the worker's. A plain user may do all this inside
-a user namespace; so may root, to whom only the ids 0 and 65534 are given. Where user namespaces are switched off, root
-does it without, and where neither goes (most containers) Landlock has to serve alone.
+    process 1: a tmpfs, into which are bound, read-only, at the paths that they have,
+                   the interpreter's folders and what rewards name
+                   /dev/null, zero, urandom
+               and /call, where each call mounts a tmpfs of its own;
+               then pivot_root into it
+
+There is no /proc, no home, no socket, no terminal, and no process but the worker's.
+
+A plain user may do all this inside a user namespace; so may root, to whom only the ids 0 and 65534
+are given. Where user namespaces are switched off, root does it without, and where neither goes
+(most containers) Landlock has to serve alone.
 """
 
 from __future__ import annotations
@@ -28,18 +36,23 @@ EVERY = NEW_MOUNTS | NEW_CGROUP | NEW_UTS | NEW_IPC | NEW_PID | NEW_NETWORK
 READ_ONLY, NO_SUID, NO_DEVICES, NO_EXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 RECURSIVE, PRIVATE = 16384, 1 << 18
 KEPT = {8: NO_EXEC, 1024: 1024, 2048: 2048, 4096: 1 << 21}
-"""Flags of statvfs (noexec, noatime, nodiratime, relatime) that a remount must repeat: they may be locked."""
+"""Flags of statvfs (noexec, noatime, nodiratime, relatime) that a remount must repeat: they may be
+locked."""
 
 NOBODY = 65534
-FOLDER = "/call"  # of a call; not /tmp, where what a reward names may lie
+FOLDER = "/call"
+"""Of a call; not /tmp, where what a reward names may lie."""
+
 FOLDER_MIB, FOLDER_FILES = 16, 1024
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
 def write_maps(pid: int, user: int, group: int) -> None:
-    """Who is who in the user namespace of a process: root keeps 0 and nobody, a user becomes nobody."""
-    users = f"0 0 1\n{NOBODY} {NOBODY} 1" if user == 0 else f"{NOBODY} {user} 1"
-    groups = f"0 0 1\n{NOBODY} {NOBODY} 1" if user == 0 else f"{NOBODY} {group} 1"
+    """Who is who in the user namespace of a process: root keeps 0 and nobody, a user becomes
+    nobody."""
+    both = f"0 0 1\n{NOBODY} {NOBODY} 1"
+    users = both if user == 0 else f"{NOBODY} {user} 1"
+    groups = both if user == 0 else f"{NOBODY} {group} 1"
     lines = [("setgroups", "deny")] if user else []
     for name, text in (*lines, ("uid_map", users), ("gid_map", groups)):
         with open(f"/proc/{pid}/{name}", "w") as file:
@@ -47,19 +60,24 @@ def write_maps(pid: int, user: int, group: int) -> None:
 
 
 def interpreter_paths() -> list[str]:
-    """What Python needs to run and to import: its library, sys.path, and the folders of shared libraries."""
+    """What Python needs to run and to import: its library, sys.path, and the folders of shared
+    libraries."""
     paths = {os.path.dirname(os.__file__), *(path for path in sys.path if os.path.isdir(path))}
+
+    # the shared libraries that are loaded now
     with open("/proc/self/maps") as file:
         for line in file:
             name = line.split(maxsplit=5)[-1].strip()
             if name.startswith("/") and (name.endswith(".so") or ".so." in name):
                 paths.add(os.path.dirname(name))
+
     files = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
     return sorted(paths - {"/"} | {path for path in files if os.path.exists(path)})
 
 
 def build_root(paths: Iterable[str]) -> None:
-    """Make a root that shows ``paths``, read-only, and go there. OSError where the kernel does not let us."""
+    """Make a root that shows ``paths``, read-only, and go there. OSError where the kernel does not
+    let us."""
     kernel.mount("none", "/", "", RECURSIVE | PRIVATE)  # nothing of this is seen outside
     new = next(each for each in ("/tmp", "/var/tmp", "/mnt", "/run") if os.path.isdir(each))
 
@@ -81,13 +99,16 @@ def build_root(paths: Iterable[str]) -> None:
         if not any(link.startswith(each + "/") for each in bound):
             os.makedirs(os.path.dirname(new + link), exist_ok=True)
             os.symlink(target, new + link)
+
+    # an empty folder for calls; then this is all there is, and none of it can be written
     os.mkdir(new + FOLDER)
     kernel.enter_root(new)
     kernel.mount("none", "/", "", REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEVICES)
 
 
 def mount_folder(hidden: Iterable[str]) -> None:
-    """For one call: mounts of its own, an empty folder to work in, and nothing where ``hidden`` paths were."""
+    """For one call: mounts of its own, an empty folder to work in, nothing where ``hidden`` paths
+    were."""
     kernel.unshare(NEW_MOUNTS)
     covered: list[str] = []
     for path in sorted(hidden):
@@ -98,6 +119,7 @@ def mount_folder(hidden: Iterable[str]) -> None:
             kernel.mount("tmpfs", path, "tmpfs", READ_ONLY | NO_SUID | NO_DEVICES, "size=4k,mode=0")
         else:
             kernel.mount("/dev/null", path, "", BIND)
+
     size = f"size={FOLDER_MIB}m,nr_inodes={FOLDER_FILES},mode=700,uid={NOBODY},gid={NOBODY}"
     kernel.mount("tmpfs", FOLDER, "tmpfs", NO_SUID | NO_DEVICES | NO_EXEC, size)
     os.chdir(FOLDER)
@@ -111,6 +133,8 @@ def _bind(source: str, target: str) -> None:
     if not folder:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o644))
+
+    # a bind mount takes its flags by a second call
     kernel.mount(source, target, "", BIND)
     kept = sum(flag for seen, flag in KEPT.items() if os.statvfs(target).f_flag & seen)
     flags = REMOUNT | BIND | READ_ONLY | NO_SUID | kept | (0 if device else NO_DEVICES)

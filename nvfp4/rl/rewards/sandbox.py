@@ -1,8 +1,17 @@
-"""Reward functions and programs of the model, each in a process of its own behind walls, with limits.
+"""Reward functions and programs of the model, each in a process of its own behind walls, with
+limits.
 
-``Sandbox`` is the trainer's end: it keeps a few workers (keeper.py), each of which runs one call at a time, and deals
-the calls of a batch out to them. What a call may do is decided by walls.py, and what it said is judged by keeper.py.
-One that hangs, forks, eats memory, prints or raises scores 0 with its reason, and the training goes on.
+    trainer                          outside the walls                      behind the walls
+    Sandbox -> _Round -> _Worker  =  keeper.py      ->  zygote.py       ->  one process per call
+               deals calls out       judges, limits     forks, ends them    calls.py
+
+``Sandbox`` is the trainer's end: it keeps a few workers, each of which runs one call at a time, and
+deals the calls of a batch out to them (``_Round``). What a call may do is decided by walls.py, and
+what it said is judged by keeper.py. One that hangs, forks, eats memory, prints or raises scores 0
+with its reason, and the training goes on.
+
+A worker that is lost (killed by the kernel, say) is replaced, and its call gets a second chance,
+since others may have ended it.
 """
 
 from __future__ import annotations
@@ -31,11 +40,11 @@ from typing import Any
 from nvfp4.rl.rewards import calls
 from nvfp4.rl.rewards.filter import build_filter
 from nvfp4.rl.rewards.keeper import SLICE, Clock
+from nvfp4.rl.rewards.verdict import Verdict, checked
 from nvfp4.rl.rewards.walls import ALL, FILTER, sufficient
-from nvfp4.rl.tasks.base import Verdict, checked
 from nvfp4.run.errors import TrainError
 
-_GRACE = 10.0  # seconds beyond its limit after which a worker is held to be stuck itself: it is not meant to happen
+_GRACE = 10.0  # seconds beyond its limit after which a worker counts as stuck: not meant to happen
 _START = 60.0  # seconds for a worker to start, with what it imports
 
 _BOOT = """
@@ -47,13 +56,17 @@ sys.path[:] = [path for path in sys.path if path]
 from nvfp4.rl.rewards import keeper
 keeper.main()
 """
-"""A worker: the modules of this folder without the package around them, which would import torch."""
+"""A worker: the modules of this folder without the package around them, which would import
+torch."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each call, and of each program that it runs. seconds: by a clock that stands still with the machine; of
-    processor time one more. memory_mib: beyond what the empty worker occupies. output_bytes: printed."""
+    """Of each call, and of each program that it runs.
+
+    seconds: by a clock that stands still with the machine; of processor time one more. memory_mib:
+    beyond what the empty worker occupies. output_bytes: printed.
+    """
 
     seconds: float = 5.0
     memory_mib: int = 512
@@ -65,9 +78,12 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a reward function. code: what ``compile_reward`` made; arguments: what JSON can hold; folder: where
-    the function may import from, which has to be in the sandbox's ``read``."""
+class RewardCall:
+    """One call of a reward function.
+
+    code: what ``compile_reward`` made. arguments: what JSON can hold. folder: where the function
+    may import from, which has to be in the sandbox's ``read``.
+    """
 
     code: bytes
     name: str
@@ -77,11 +93,12 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Tests:
+class ProgramTests:
     """A program of the model's and what it has to do, 1 for all of it, else 0.
 
-    tests: {"stdin": text, "stdout": text}, or {"call": name, "arguments": [...], "result": value}. Each is a process
-    of its own, which gets the program and the input; what comes out is compared outside.
+    tests: {"stdin": text, "stdout": text}, or {"call": name, "arguments": [...], "result": value}.
+    Each is a process of its own, which gets the program and the input; what comes out is compared
+    outside.
     """
 
     program: str
@@ -90,7 +107,8 @@ class Tests:
 
 @lru_cache(maxsize=1024)
 def compile_reward(source: str, name: str, function: str = "reward") -> bytes:
-    """Python text as the sandbox takes it; nothing of it is run here. name: for line numbers in reasons.
+    """Python text as the sandbox takes it; nothing of it is run here. name: for line numbers in
+    reasons.
 
     Raises ValueError if it is not Python, or does not define ``function`` at its top level.
     """
@@ -99,40 +117,51 @@ def compile_reward(source: str, name: str, function: str = "reward") -> bytes:
         code = compile(tree, name, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        raise ValueError(f"not Python: {error.msg if isinstance(error, SyntaxError) else error}{where}") from None
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    defined |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-    defined |= {a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    if function not in defined:
+        message = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"not Python: {message}{where}") from None
+
+    # defined, assigned or imported
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    if function not in names:
         raise ValueError(f"no function {function!r} is defined")
     return marshal.dumps(code)
 
 
 def runs_text(source: str) -> int | None:
-    """The first line on which a Python text calls exec or eval, or None: a reward function that does so with text of
-    the model lets the model write the verdict."""
-    names = ("exec", "eval")
+    """The first line on which a Python text calls exec or eval, or None.
+
+    A reward function that does so with text of the model lets the model write the verdict.
+    """
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-            return node.lineno
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Name) and called.id in ("exec", "eval"):
+            return called.lineno
     return None
 
 
 class Sandbox:
     """Runs calls of reward functions and programs; a context manager, and safe to forget.
 
-    A call gets its own process with limits on time, processor time, memory, open files, threads and output, an empty
-    folder, an empty environment, and no more modules than the standard library. It sees no other process, no file but
-    the interpreter's and those of ``read``, no network and no terminal; see ``walls``. Processes that run text of the
-    model are not shown ``read`` either.
+    A call gets its own process with limits on time, processor time, memory, open files, threads and
+    output, an empty folder, an empty environment, and no more modules than the standard library. It
+    sees no other process, no file but the interpreter's and those of ``read``, no network and no
+    terminal; see ``walls``. Processes that run text of the model are not shown ``read`` either.
 
-    Where the walls cannot be built (another system than Linux, another machine than x86-64 and aarch64, a kernel or
-    container without seccomp, or with neither Landlock nor namespaces) ``run`` raises ``TrainError``; with
-    unsafe=True, what can be built is, and the calls run all the same.
+    Where the walls cannot be built (another system than Linux, another machine than x86-64 and
+    aarch64, a kernel or container without seccomp, or with neither Landlock nor namespaces) ``run``
+    raises ``TrainError``; with unsafe=True, what can be built is, and the calls run all the same.
 
-    workers: processes, by default one per processor, at most 8. preload: modules to import before any call, which also
-    opens site-packages to the functions. read: folders and files that reward functions may read. without: walls to
-    leave out (names of ``walls.ALL``), as if they could not be built.
+    workers: processes, by default one per processor, at most 8. preload: modules to import before
+    any call, which also opens site-packages to the functions. read: folders and files that reward
+    functions may read. without: walls to leave out (names of ``walls.ALL``), as if they could not
+    be built.
     """
 
     def __init__(
@@ -148,10 +177,11 @@ class Sandbox:
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         if unknown := sorted(set(without) - set(ALL)):
-            raise ValueError(f"without: expected names of {', '.join(ALL)}, got {', '.join(unknown)}")
+            got = ", ".join(unknown)
+            raise ValueError(f"without: expected names of {', '.join(ALL)}, got {got}")
         self.limits = limits or Limits()
         self.unsafe = unsafe
-        self._most = workers or min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+        self._most = workers or min(8, _processors())
         self._settings = {
             "seconds": self.limits.seconds,
             "memory_mib": self.limits.memory_mib,
@@ -161,19 +191,24 @@ class Sandbox:
             "filters": {} if FILTER in without else _filters(),
             "without": list(without),
         }
+
+        # the workers, which start with the first call and end with the sandbox
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self._workers, os.getpid())
 
-    def run(self, calls: Sequence[Call | Tests]) -> list[Verdict]:
-        """The verdict on each call, in order; raises ``TrainError`` if no worker can be started, or not safely."""
+    def run(self, calls: Sequence[RewardCall | ProgramTests]) -> list[Verdict]:
+        """The verdict on each call, in order.
+
+        ``TrainError`` if no worker can be started, or not safely.
+        """
         frames = [_frame(call) for call in calls]
         with self._lock:
             while len(self._workers) < min(self._most, len(calls)):
                 self._workers.append(_Worker(self._settings, self.unsafe))
             try:
                 return _Round(self._workers, self._settings, self.unsafe, frames).run()
-            except BaseException:  # Ctrl-C: workers that still owe an answer would give it to the next call
+            except BaseException:  # Ctrl-C: an answer that is still owed would go to the next call
                 _close(self._workers)
                 raise
 
@@ -191,13 +226,16 @@ class Sandbox:
         return sufficient(self.walls)
 
     def describe(self) -> str:
-        """One line: the walls that stand, and those that are missing with the reason; starts a worker."""
+        """One line: the walls that stand, and those that are missing with the reason; starts a
+        worker."""
         walls = self.walls
         missing = [name for name in ALL if not any(wall.startswith(name) for wall in walls)]
-        why = f" ({'; '.join(self._workers[0].failures)})" if missing and self._workers[0].failures else ""
+        failures = self._workers[0].failures
+        why = f" ({'; '.join(failures)})" if missing and failures else ""
         state = "confined" if sufficient(walls) else "NOT confined"
         stand = ", ".join(walls) or "no wall stands"
-        return f"rewards run {state}: {stand}; missing: {', '.join(missing) or 'none'}{why}"
+        lacking = ", ".join(missing) or "none"
+        return f"rewards run {state}: {stand}; missing: {lacking}{why}"
 
     def close(self) -> None:
         """End the workers; the next ``run`` starts new ones."""
@@ -208,15 +246,29 @@ class Sandbox:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
 
+def _processors() -> int:
+    """Processors that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _filters() -> dict[str, str]:
-    """The system call filters of walls.py, or none for this machine."""
-    kinds = {"writes": build_filter(writes=True), "reads": build_filter(), "alone": build_filter(threads=False)}
-    return {name: base64.b64encode(program).decode() for name, program in kinds.items() if program}
+    """The system call filters of walls.py in base64, or none for this machine."""
+    kinds = {
+        "writes": build_filter(writes=True),
+        "reads": build_filter(),
+        "alone": build_filter(threads=False),
+    }
+    return {name: base64.b64encode(code).decode() for name, code in kinds.items() if code}
 
 
 class _Lost(Exception):
@@ -227,9 +279,10 @@ class _Worker:
     """A running keeper."""
 
     def __init__(self, settings: dict[str, Any], unsafe: bool) -> None:
-        # -s -S and the environment do what -I -S would, except that -I ignores the hash seed: sets of strings have to
-        # have the same order in every worker, or the reward of a sample would depend on who looked at it. One thread
-        # per library: a pool made before the fork is of no use after it
+        # -s -S and the environment do what -I -S would, except that -I ignores the hash seed: sets
+        # of strings have to have the same order in every worker, or the reward of a sample would
+        # depend on who looked at it. One thread per library: a pool made before the fork is of no
+        # use after it.
         flags = ["-B", "-s", *([] if settings["preload"] else ["-S"])]
         pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         folder = str(Path(calls.__file__).parent)
@@ -243,11 +296,14 @@ class _Worker:
             start_new_session=True,
             bufsize=0,
         )
+
+        # it says which walls stand, or why it cannot start
         try:
             hello = self.receive(_START)
         except _Lost:
             self.end()
-            raise TrainError("rewards: the sandbox process does not start; see whether Python runs here") from None
+            what = "the sandbox process does not start; see whether Python runs here"
+            raise TrainError(f"rewards: {what}") from None
         if "error" in hello:
             self.end()
             raise TrainError(f"rewards: the sandbox process cannot start: {hello['error']}")
@@ -288,7 +344,7 @@ class _Worker:
         """Kill it and what it runs: the zygote and its processes end with it."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if sys.platform != "linux" and self.process.stdin is not None:
-                self.process.stdin.close()  # no signal of a parent's death there, so it has to do it itself
+                self.process.stdin.close()  # nothing tells it of a parent's death there
                 self.process.wait(5.0)
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -299,19 +355,35 @@ class _Worker:
 
 
 def _refusal(walls: Sequence[str], failures: Sequence[str]) -> str:
+    """What is missing, and what to do."""
+    stand = ", ".join(walls) or "none"
     why = f" ({'; '.join(failures)})" if failures else ""
     return (
-        "rewards: foreign code cannot be confined here: it takes a system call filter (Linux on x86-64 or aarch64), "
-        f"Landlock or namespaces, and a user other than root; only these stand: {', '.join(walls) or 'none'}{why}. "
-        "Use a machine that has them, or --unsafe-rewards to run it unconfined, with all that your account may do"
+        "rewards: foreign code cannot be confined here: it takes a system call filter (Linux on "
+        "x86-64 or aarch64), Landlock or namespaces, and a user other than root; only these stand: "
+        f"{stand}{why}. Use a machine that has them, or --unsafe-rewards to run it unconfined, "
+        "with all that your account may do"
     )
 
 
 class _Round:
-    """One batch of calls, dealt out to the workers as they become free."""
+    """One batch of calls, dealt out to the workers as they become free.
 
-    def __init__(self, workers: list[_Worker], settings: dict[str, Any], unsafe: bool, frames: list[bytes]) -> None:
-        self.workers, self.settings, self.unsafe, self.frames = workers, settings, unsafe, frames
+    waiting: numbers of calls. busy: of each worker, the number of its call and for how long it has
+    been silent. lost: numbers of calls that a worker was lost with.
+    """
+
+    def __init__(
+        self,
+        workers: list[_Worker],
+        settings: dict[str, Any],
+        unsafe: bool,
+        frames: list[bytes],
+    ) -> None:
+        self.workers = workers
+        self.settings = settings
+        self.unsafe = unsafe
+        self.frames = frames
         self.waiting = deque(range(len(frames)))
         self.verdicts: list[Verdict | None] = [None] * len(frames)
         self.busy: dict[_Worker, tuple[int, Clock]] = {}
@@ -340,6 +412,8 @@ class _Round:
         for one, (index, silence) in list(self.busy.items()):
             if one not in ready and silence.tick() < self.settings["seconds"] + _GRACE:
                 continue
+
+            # an answer, a sign of life, or nothing
             answer: dict[str, Any] | None = None
             if one in ready:
                 with contextlib.suppress(_Lost):
@@ -347,17 +421,21 @@ class _Round:
             if answer is not None and "alive" in answer:  # a run of several has ended
                 self.busy[one] = (index, Clock())
                 continue
+
             selector.unregister(one)
             del self.busy[one]
             if answer is None:
                 free.append(self.replace(one, index))
                 continue
-            self.verdicts[index] = Verdict(0.0, answer["reason"]) if "reason" in answer else checked(answer["value"])
+            if "reason" in answer:
+                self.verdicts[index] = Verdict(0.0, answer["reason"])
+            else:
+                self.verdicts[index] = checked(answer["value"])
             free.append(one)
         return free
 
     def replace(self, one: _Worker, index: int) -> _Worker:
-        """A new worker for one that was lost; its call gets a second chance, since others may have ended it."""
+        """A new worker for one that was lost; its call gets a second chance."""
         one.end()
         if index in self.lost:
             self.verdicts[index] = Verdict(0.0, "the sandbox process was lost twice")
@@ -369,8 +447,9 @@ class _Round:
         return self.workers[-1]
 
 
-def _frame(call: Call | Tests) -> bytes:
-    if isinstance(call, Tests):
+def _frame(call: RewardCall | ProgramTests) -> bytes:
+    """4 bytes of length and JSON."""
+    if isinstance(call, ProgramTests):
         data: dict[str, Any] = {"program": call.program, "tests": call.tests}
     else:
         data = {

@@ -1,21 +1,27 @@
-"""The walls around a call: what a worker builds once, what each process of a call puts up, and what then stands.
+"""The walls around a call: what a worker builds once, what each process of a call puts up, and what
+then stands.
 
-Once per worker (``Walls.build``), in this order, since each step takes away what the ones before it need:
+Once per worker (``Walls.build``), in this order, since each step takes away what the ones before it
+need:
 
-    namespaces and a root of its own     namespaces.py; may be refused, then Landlock has to serve alone
+    namespaces and a root of its own     namespaces.py; if refused, Landlock has to serve alone
     no capability in the bounding set, no new privileges
 
 Once per process of a call (``Walls.confine``), before it sees a byte of what it is to run:
 
-    session without a terminal, limits   address space, processor time, file size, descriptors, threads, no core
-    mounts of its own, an empty folder   a tmpfs that ends with the process, so nothing has to be cleaned up
+    session without a terminal
+    mounts of its own, an empty folder   a tmpfs that ends with the process: nothing to clean up
+    limits                               address space, processor time, file size, threads, no core
     user 65534, no groups                whenever the worker is root
-    no capabilities, not dumpable        so neither traced nor read by the next process of the same user
-    Landlock                             files that may be read, the folder that may be written; signals, TCP
+    no capabilities, not dumpable        neither traced nor read by the user's next process
+    Landlock                             files that may be read, the folder that may be written;
+                                         signals, TCP
+    descriptors                          none but the call's five, and a limit on new ones
     the system call filter               filter.py; last, since it forbids all of the above
 
-``ENOUGH`` says which of them foreign code must be behind. A probe looks at them from inside, so what is reported is
-what was seen. bubblewrap, nsjail, minijail and Chromium's sandbox put up the same ones.
+``ENOUGH`` says which of them foreign code must be behind. A probe looks at them from inside, so
+what is reported is what was seen. bubblewrap, nsjail, minijail and Chromium's sandbox put up the
+same ones.
 """
 
 from __future__ import annotations
@@ -42,15 +48,22 @@ ALL = (FILTER, LANDLOCK, NAMESPACES, USER, CAPABILITIES)
 ENOUGH = ((FILTER,), (LANDLOCK, NAMESPACES), (USER,), (CAPABILITIES,))
 """Of each of these, one wall at least."""
 
-TASKS = 64  # processes and threads of a worker's user at a time
+TASKS = 64
+"""Processes and threads of a worker's user at a time."""
+
 OPEN_FILES = 64
 FILE_BYTES = namespaces.FOLDER_MIB << 20
-OWN_USERS = 1 << 30  # user ids that no account has: one per worker, where a user namespace does not keep them apart
+
+OWN_USERS = 1 << 30
+"""User ids that no account has: one per worker, where a user namespace does not keep them apart."""
 
 
 class Walls:
-    """settings: seconds, memory_mib; filters, {"writes": ..., "reads": ..., "alone": ...} in base64 or {};
-    read: paths that rewards name; without: walls to leave out. See the file's head for who calls what."""
+    """The walls of one worker; see the file's head for who calls what, and in which order.
+
+    settings: seconds, memory_mib; filters, {"writes": ..., "reads": ..., "alone": ...} in base64 or
+    {}; read, paths that rewards name; without, walls to leave out.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.seconds: float = settings["seconds"]
@@ -70,17 +83,23 @@ class Walls:
         self.powerless = False
 
     def build(self, namespaced: bool, own_users: bool) -> None:
-        """Once per worker, in the process that calls are forked from, after it has imported all that it needs."""
+        """Once per worker, in the process that calls are forked from, after all its imports."""
         if not self.linux:
             return
         self.base_bytes = occupied()
+
+        # a root of its own, while there are the capabilities to make one
         paths = namespaces.interpreter_paths()
         if namespaced:
             namespaces.build_root([*paths, *self.shown])
             self.own_root, self.own_users = True, own_users
+
+        # no capability can come back
         kernel.drop_bounding_set()
         kernel.prctl(kernel.NO_NEW_PRIVS, 1)
         kernel.prctl(kernel.DUMPABLE, 0)
+
+        # what may be read, opened now: a call that is nobody could not
         if LANDLOCK not in self.without:
             self.version = landlock.abi(kernel.LIBC)
         if self.version:
@@ -89,12 +108,17 @@ class Walls:
             self.reward_files = _readable(self.shown)
 
     def confine(self, judged: bool) -> None:
-        """Once per process of a call. judged: it runs text of the model, and is not shown what rewards name."""
+        """Once per process of a call, in the order of the file's head.
+
+        judged: it runs text of the model, and is not shown what rewards name.
+        """
         os.setsid()
         if not self.linux:
             self._limit()
             _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
             return
+
+        # mounts, limits, user
         if self.own_root:
             namespaces.mount_folder(self.shown if judged else ())
         self._limit()
@@ -102,15 +126,20 @@ class Walls:
         self.powerless = kernel.drop_capabilities()
         kernel.prctl(kernel.DUMPABLE, 0)
         kernel.prctl(kernel.PDEATHSIG, signal.SIGKILL)  # after the change of user, which resets it
+
+        # files
         if self.version:
             rules = [*self.files, *(() if judged else self.reward_files)]
             if self.own_root:
                 folder = _path(namespaces.FOLDER)
                 rules.append((folder, landlock.READ | landlock.CHANGE))
             landlock.restrict(kernel.LIBC, self.version, rules)
-        # 0 to 4 are the call's own; the numbers of all others lie below this, since each new one is the lowest free
+
+        # 0 to 4 are the call's own; the numbers of all others lie below this, since each new one is
+        # the lowest free
         os.closerange(5, 256 + len(self.files) + len(self.reward_files))
         _lower(resource.RLIMIT_NOFILE, OPEN_FILES)  # only now: a rule of Landlock's is a descriptor
+
         if program := self.filters.get(self._filter()):
             kernel.load_filter(program)
 
@@ -133,28 +162,36 @@ class Walls:
         return found
 
     def _filter(self) -> str:
-        """writes: where there is a folder to do so. alone: nothing would bound the number of threads of a user."""
+        """writes: where there is a folder to do so. alone: nothing would bound the number of
+        threads of a user."""
         if self.own_root:
             return "writes"
         return "reads" if self.root else "alone"
 
     def _limit(self) -> None:
         """Of this process; and how many tasks its user may have, where these are only its own."""
+        base = self.base_bytes if self.linux else occupied()
         _lower(resource.RLIMIT_CPU, math.ceil(self.seconds) + 1)
-        _lower(resource.RLIMIT_AS, (self.base_bytes if self.linux else occupied()) + (self.memory_mib << 20))
+        _lower(resource.RLIMIT_AS, base + (self.memory_mib << 20))
         _lower(resource.RLIMIT_CORE, 0)
         _lower(resource.RLIMIT_FSIZE, FILE_BYTES if self.own_root else 0)
-        if not self.filters:  # which would allow threads alone: then neither, so that nothing outlives its call
+        if not self.filters:
+            # a filter allows threads alone; without one neither, so that nothing outlives its call
             _lower(resource.RLIMIT_NPROC, 0)
         elif self.own_root or self.root:
             _lower(resource.RLIMIT_NPROC, TASKS)
 
     def _become_nobody(self) -> None:
-        """Where root: no groups, and a user that owns nothing; without a user namespace, one that nobody else is."""
+        """Where root: no groups, and a user that owns nothing.
+
+        Without a user namespace, one that nobody else is.
+        """
         if not self.root:
             return
         os.setgroups([])
-        users = [namespaces.NOBODY] if self.own_users else [OWN_USERS + os.getppid(), namespaces.NOBODY]
+        users = [namespaces.NOBODY]
+        if not self.own_users:
+            users.insert(0, OWN_USERS + os.getppid())
         for user in users:
             with contextlib.suppress(OSError):  # in a container not every id exists
                 os.setresgid(user, user, user)
@@ -178,18 +215,22 @@ def occupied() -> int:
 
 
 def _readable(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """Rules of Landlock's for those of the paths that exist."""
     rules = []
     for path in paths:
         if os.path.exists(path):
-            rules.append((_path(path), landlock.READ if os.path.isdir(path) else landlock.READ_FILE))
+            rights = landlock.READ if os.path.isdir(path) else landlock.READ_FILE
+            rules.append((_path(path), rights))
     return rules
 
 
 def _path(path: str) -> int:
+    """A descriptor that names a path and reads nothing of it."""
     return os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
 def _refused(attempt: Any) -> bool:
+    """Whether the kernel forbids it, and does not merely fail."""
     try:
         attempt()
     except PermissionError:

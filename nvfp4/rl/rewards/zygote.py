@@ -1,10 +1,17 @@
-"""The process that calls are forked from: warm, with all modules imported, behind the walls, and knowing nothing.
+"""The process that calls are forked from: warm, with all modules imported, behind the walls, and
+knowing nothing.
 
-The keeper tells it to start a process (with its five descriptors) or to kill one, and hears when one has ended. What a
-process is to run, and every answer, goes past the zygote, from the keeper to the process: a fork inherits the memory of
-its parent, so what a parent never read cannot be found there by any later call. It never runs code of a call itself.
+    keeper  --(p, j or s: a kind, a number, five descriptors)-->  zygote  --fork-->  the process
+            --(k, a number)-->                                            --SIGKILL-->
+            <--(number, exit code)--                                      <--SIGCHLD--
 
-Where there are namespaces it is process 1 of its own, and the kernel ends everything in them with it.
+What a process is to run, and every answer, goes past the zygote, from the keeper to the process: a
+fork inherits the memory of its parent, so what a parent never read cannot be found there by any
+later call. It never runs code of a call itself. A fork takes a millisecond, a start of Python a
+hundred.
+
+Where there are namespaces it is process 1 of its own, and the kernel ends everything in them with
+it. How it gets there is a plan; ``start`` tries ``PLANS`` from the strongest on.
 """
 
 from __future__ import annotations
@@ -25,42 +32,57 @@ from nvfp4.rl.rewards import kernel, namespaces
 from nvfp4.rl.rewards.calls import CHANNEL, describe, perform, receive, send
 from nvfp4.rl.rewards.walls import NAMESPACES, Walls
 
-PRELOADED = ("collections", "datetime", "decimal", "fractions", "functools", "itertools", "re", "statistics", "string")
+PRELOADED = (
+    *("collections", "datetime", "decimal", "fractions", "functools", "itertools", "re"),
+    *("statistics", "string"),
+)
 """What reward functions tend to import: imported once, before any fork."""
 
 UNREADABLE = (
-    *("bisect", "copy", "dataclasses", "enum", "heapq", "io", "math", "operator", "typing", "time", "types", "json"),
-    *("csv", "hashlib", "textwrap", "random", "difflib", "unicodedata", "ast", "tokenize", "threading", "queue"),
-    *("ctypes", "fcntl", "select", "socket", "tempfile", "shutil", "logging", "bz2", "lzma", "sqlite3", "asyncio"),
-    *("calendar", "pprint", "cmath", "array", "zlib", "struct", "numbers", "contextlib", "abc", "warnings", "signal"),
+    *("bisect", "copy", "dataclasses", "enum", "heapq", "io", "math", "operator", "typing", "time"),
+    *("types", "json", "csv", "hashlib", "textwrap", "random", "difflib", "unicodedata", "ast"),
+    *("tokenize", "threading", "queue", "ctypes", "fcntl", "select", "socket", "tempfile"),
+    *("shutil", "logging", "bz2", "lzma", "sqlite3", "asyncio", "calendar", "pprint", "cmath"),
+    *("array", "zlib", "struct", "numbers", "contextlib", "abc", "warnings", "signal"),
 )
-"""And these too where a call could not import them, since the interpreter lies in a folder of root's (walls.py)."""
+"""And these too where a call could not import them: the interpreter lies in a folder of root's
+(walls.py)."""
 
-COMMAND = struct.Struct(">ci")  # what to do (p, j, s, k) and the number that the keeper gave the process
-REPORT = struct.Struct(">ii")  # number, exit code as ``os.waitstatus_to_exitcode`` has it
+COMMAND = struct.Struct(">ci")
+"""What to do (p, j, s, k), and the number that the keeper gave the process."""
+
+REPORT = struct.Struct(">ii")
+"""Number, exit code as ``os.waitstatus_to_exitcode`` has it."""
+
 PROBE, JUDGING, JUDGED, KILL = b"p", b"j", b"s", b"k"
-STANDING = b"\1"  # first on the channel, if the walls stand; no frame begins so, since none is 16 MiB long
+STANDING = b"\1"
+"""First on the channel, if the walls stand; no frame begins so, since none is 16 MiB long."""
 DESCRIPTORS = 5
 
-Plan = tuple[str, int]  # name, flags of unshare
+Plan = tuple[str, int]
+"""Name, and flags of unshare."""
 
 PLANS: tuple[Plan, ...] = (
     ("user namespace", namespaces.EVERY | namespaces.NEW_USER),
     ("namespaces", namespaces.EVERY),
     ("none", 0),
 )
-"""From the strongest on; each is tried in a process of its own, so that one that fails leaves nothing behind."""
+"""From the strongest on; each is tried in a process of its own: one that fails leaves nothing
+behind."""
 
 
 def start(settings: dict[str, Any]) -> tuple[socket.socket, int, list[str]]:
-    """A zygote by the first plan that works: its control socket, the process to wait for, and why others failed.
+    """A zygote by the first plan that works.
 
-    ImportError for a module of ``preload`` that cannot be imported.
+    Its control socket, the process to wait for, and why stronger plans failed. ImportError for a
+    module of ``preload`` that cannot be imported, OSError if no plan works.
     """
     failures: list[str] = []
     for plan in PLANS:
         if plan[1] and (kernel.LIBC is None or NAMESPACES in settings["without"]):
             continue
+
+        # a fork tries the plan, and says how it went
         ours, theirs = socket.socketpair()
         child = os.fork()
         if not child:
@@ -96,13 +118,17 @@ def _begin(plan: Plan, settings: dict[str, Any], control: socket.socket) -> None
     """In the fork: become the zygote of this plan, or say why not. Does not return."""
     walls = Walls(settings)
     flags = plan[1]
+
+    # nothing of the keeper's is held, but for the socket to it
     for fd in range(3, 256):
         if fd != control.fileno():
             with contextlib.suppress(OSError):
                 os.close(fd)
-    while (fd := os.open(os.devnull, os.O_RDWR)) < DESCRIPTORS:  # those of calls are not to be used here
+    while (fd := os.open(os.devnull, os.O_RDWR)) < DESCRIPTORS:  # those of calls are not for us
         pass
     os.close(fd)
+
+    # namespaces first, since being process 1 takes another fork; imports before walls hide files
     try:
         if flags:
             kernel.unshare(flags)
@@ -112,13 +138,15 @@ def _begin(plan: Plan, settings: dict[str, Any], control: socket.socket) -> None
                     os._exit(1)
             _fork_process_1()
         _die_with_parent()
-        _import((*PRELOADED, *(UNREADABLE if walls.root and not flags else ())), settings["preload"])
+        unreadable = UNREADABLE if walls.root and not flags else ()
+        _import((*PRELOADED, *unreadable), settings["preload"])
         walls.build(bool(flags), bool(flags & namespaces.NEW_USER))
     except BaseException as error:
         kind = "import" if isinstance(error, _Unimportable) else "error"
         with contextlib.suppress(OSError):
             send(control.fileno(), {kind: describe(error, "")})
         os._exit(1)
+
     os.environ.clear()
     gc.freeze()  # forks need not copy what the collector would otherwise mark
     send(control.fileno(), {"ready": True})
@@ -131,6 +159,7 @@ class _Unimportable(Exception):
 
 
 def _import(own: Sequence[str], preload: Sequence[str]) -> None:
+    """``_Unimportable`` for a module of ``preload``, which a user has named."""
     for name in own:
         importlib.import_module(name)
     for name in preload:
@@ -141,7 +170,8 @@ def _import(own: Sequence[str], preload: Sequence[str]) -> None:
 
 
 def _fork_process_1() -> None:
-    """Go on as the first process of the new namespace; this one only waits for it, and ends with it."""
+    """Go on as the first process of the new namespace; this one only waits for it, and ends with
+    it."""
     child = os.fork()
     if child:
         _die_with_parent()
@@ -151,6 +181,7 @@ def _fork_process_1() -> None:
 
 
 def _die_with_parent() -> None:
+    """Whatever ends the parent ends this process too."""
     if kernel.LIBC is not None:
         kernel.prctl(kernel.PDEATHSIG, signal.SIGKILL)
 
@@ -158,6 +189,8 @@ def _die_with_parent() -> None:
 def _serve(walls: Walls, control: socket.socket) -> None:
     """Start, kill and reap processes until the keeper is gone."""
     running: dict[int, int] = {}  # process id by number
+
+    # an ended process rings the bell, whose other end is waited for beside the keeper's
     alarm, bell = os.pipe()
     for fd in (alarm, bell):
         os.set_blocking(fd, False)
@@ -173,6 +206,8 @@ def _serve(walls: Walls, control: socket.socket) -> None:
             _reap(running, control)
         if control.fileno() not in ready:
             continue
+
+        # an order, or the end of the keeper
         message, fds, _, _ = socket.recv_fds(control, COMMAND.size, DESCRIPTORS)
         if not message:
             for pid in running.values():
@@ -183,6 +218,7 @@ def _serve(walls: Walls, control: socket.socket) -> None:
             if number in running:
                 os.kill(running[number], signal.SIGKILL)
             continue
+
         child = os.fork()
         if not child:
             signal.set_wakeup_fd(-1)
@@ -212,15 +248,18 @@ def _child(walls: Walls, kind: bytes, fds: list[int]) -> None:
     """In the fork: put up the walls, then do the work. Does not return."""
     code = 1
     try:
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTORS) for fd in fds]  # clear of where they go
+        # clear of where they go, then there
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTORS) for fd in fds]
         for target, fd in enumerate(high):
             os.dup2(fd, target)
         walls.confine(judged=kind == JUDGED)
         os.write(CHANNEL, STANDING)  # from here on nothing in the channel is about the walls
-    except BaseException as error:  # nothing of the call has been read, so nothing of it can be in this
+    except BaseException as error:  # nothing of the call has been read, nor can be in this
         with contextlib.suppress(BaseException):
             send(CHANNEL, {"walls": describe(error, "")})
         os._exit(code)
+
+    # only now is anything of the call read
     try:
         if kind == PROBE:
             send(CHANNEL, {"stands": walls.stands()})

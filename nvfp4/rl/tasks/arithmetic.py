@@ -1,4 +1,12 @@
-"""Arithmetic tasks: addition written from the units, sums and products modulo a number, countdown."""
+"""Arithmetic tasks: addition written from the units, sums and products modulo a number, countdown.
+
+    addition     a407+058>      5640      465 from the units on
+    modular      m7*8%5>        1
+    countdown    c3,7,2=13>     3*2+7     or any other way that uses each number once
+
+Countdown has many right answers, so it needs a verifier that computes (expressions.py); the others
+compare with the answer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +26,10 @@ _TRIES = 1000
 
 @dataclass
 class Addition(ExactTask):
-    """``a407+058>`` -> ``5640``: of fixed width and reversed, so that each digit needs only digits already written."""
+    """``a407+058>`` -> ``5640``: of fixed width and reversed.
+
+    So each digit needs only digits that are already written.
+    """
 
     name: ClassVar[str] = "addition"
     digits: int = 3
@@ -29,12 +40,13 @@ class Addition(ExactTask):
 
     def problem(self, rng: np.random.Generator) -> Problem:
         a, b = (int(n) for n in rng.integers(0, 10**self.digits, 2))
-        return Problem(f"a{a:0{self.digits}}+{b:0{self.digits}}>", f"{a + b:0{self.digits + 1}}"[::-1])
+        width = self.digits
+        return Problem(f"a{a:0{width}}+{b:0{width}}>", f"{a + b:0{width + 1}}"[::-1])
 
 
 @dataclass
 class Modular(ExactTask):
-    """``m7*8%5>`` -> ``1``: +, - or * of two numbers below the modulus, which is from 2 to ``largest``."""
+    """``m7*8%5>`` -> ``1``: +, - or * of two numbers below the modulus, from 2 to ``largest``."""
 
     name: ClassVar[str] = "modular"
     largest: int = 19
@@ -53,10 +65,11 @@ class Modular(ExactTask):
 
 @dataclass
 class Countdown(Task):
-    """``c3,7,2=13>`` -> ``3*2+7``: reach the target with each number once; there are often several ways.
+    """``c3,7,2=13>`` -> ``3*2+7``: reach the target with each number once, in any way.
 
-    The numbers are from 1 to 9, the target from 0 to ``largest``; a right answer without parentheses always exists.
-    Answers may use + - * / and parentheses; intermediate results may be negative or fractions.
+    The numbers are from 1 to 9, the target from 0 to ``largest``; a right answer without
+    parentheses always exists. Answers may use + - * / and parentheses; intermediate results may be
+    negative or fractions.
     """
 
     name: ClassVar[str] = "countdown"
@@ -66,28 +79,33 @@ class Countdown(Task):
 
     def __post_init__(self) -> None:
         if not 1 <= self.numbers <= 9 or self.largest < 9:
-            raise ValueError(
-                f"numbers must be from 1 to 9 and largest at least 9, got {self.numbers} and {self.largest}"
-            )
+            got = f"{self.numbers} and {self.largest}"
+            raise ValueError(f"numbers must be from 1 to 9 and largest at least 9, got {got}")
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        # from an answer to its target, so that every problem can be solved
         for _ in range(_TRIES):
             numbers = [int(n) for n in rng.integers(1, 10, self.numbers)]
             answer = _joined(numbers, rng)
             target = evaluate(answer)[0]
             if 0 <= target <= self.largest:
                 break
-        else:  # a chance below 1e-100 for any setting above: a single small product or sum is common
-            numbers, answer, target = [1] * self.numbers, "*".join("1" * self.numbers), evaluate("1")[0]
+        else:  # below 1e-100 for any setting above: a small product or sum is common
+            numbers = [1] * self.numbers
+            answer = "*".join("1" * self.numbers)
+            target = evaluate("1")[0]
+
         shown = ",".join(str(numbers[i]) for i in rng.permutation(self.numbers))
-        return Problem(f"c{shown}={target}>", answer, {"numbers": sorted(numbers), "target": int(target)})
+        data = {"numbers": sorted(numbers), "target": int(target)}
+        return Problem(f"c{shown}={target}>", answer, data)
 
     def reward(self, problem: Problem, completion: str) -> float:
         try:
             value, used = evaluate(completion)
         except ExpressionError:
             return 0.0
-        return float(value == problem.data["target"] and sorted(used) == problem.data["numbers"])
+        once = sorted(used) == problem.data["numbers"]
+        return float(once and value == problem.data["target"])
 
     def well_formed(self, problem: Problem, completion: str) -> bool:
         """An expression of any numbers and value."""
@@ -104,6 +122,7 @@ class Countdown(Task):
 
 
 def _joined(numbers: list[int], rng: np.random.Generator) -> str:
+    """The numbers in their order with operators between them, drawn."""
     text = str(numbers[0])
     for number in numbers[1:]:
         text += f"{_OPERATORS[rng.integers(len(_OPERATORS))]}{number}"

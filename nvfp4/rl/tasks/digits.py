@@ -1,4 +1,12 @@
-"""Tasks on strings of digits: sorting, reversing, parity with scratch work."""
+"""Tasks on strings of digits: sorting, reversing, parity with scratch work.
+
+    sort       s52907>    02579
+    reverse    r4821>     1284
+    parity     p1011>     11011011=1      each bit with the parity so far; what is after "=" counts
+
+Prompts begin with the task's letter, so that one model can learn several. There is one right
+answer, to the letter, and the noisy teacher of the warm start gets one digit of it wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +19,19 @@ from nvfp4.rl.tasks.base import Problem, Task
 
 
 def replace_digit(text: str, rng: np.random.Generator) -> str:
-    """``text`` with one of its digits, drawn, replaced by another one, drawn; a text without digits stays."""
+    """``text`` with one of its digits, drawn, replaced by another, drawn; one without digits
+    stays."""
     places = [i for i, character in enumerate(text) if character in "0123456789"]
     if not places:
         return text
     place = places[rng.integers(len(places))]
-    return f"{text[:place]}{(int(text[place]) + rng.integers(1, 10)) % 10}{text[place + 1 :]}"
+    digit = (int(text[place]) + rng.integers(1, 10)) % 10
+    return f"{text[:place]}{digit}{text[place + 1 :]}"
 
 
 @dataclass
 class ExactTask(Task):
-    """A task with one right answer: reward 1 for it to the letter, else 0; the noisy teacher gets a digit wrong."""
+    """A task with one right answer: reward 1 for it to the letter, else 0."""
 
     vocabulary: ClassVar[str] = "symbols"
 
@@ -45,7 +55,8 @@ class DigitsTask(ExactTask):
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest:
-            raise ValueError(f"shortest must be from 1 to longest, got {self.shortest} and {self.longest}")
+            got = f"{self.shortest} and {self.longest}"
+            raise ValueError(f"shortest must be from 1 to longest, got {got}")
 
     def digits(self, rng: np.random.Generator, base: int = 10) -> str:
         """Digits below ``base``."""
@@ -77,7 +88,11 @@ class Reverse(DigitsTask):
 
 @dataclass
 class Parity(DigitsTask):
-    """``p1011>`` -> ``11011011=1``: each bit, the parity so far, and after "=" that of all, which alone is rewarded."""
+    """``p1011>`` -> ``11011011=1``: each bit with the parity so far, and after "=" that of all
+    bits.
+
+    The last alone is rewarded, so that scratch work is learnt because it helps.
+    """
 
     name: ClassVar[str] = "parity"
     shortest: int = 7

@@ -1,4 +1,12 @@
-"""Values of arithmetic expressions: digits, + - * / and parentheses, and nothing else. No ``eval``."""
+"""Values of arithmetic expressions: digits, + - * / and parentheses, and nothing else. No ``eval``.
+
+    sum      = product { ("+" | "-") product }
+    product  = atom { ("*" | "/") atom }
+    atom     = "(" sum ")" | digits
+
+The text is a model's, so it is bounded: what it may hold keeps numbers small and the recursion
+shallow. Values are exact fractions.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ from fractions import Fraction
 MAX_CHARACTERS = 200
 MAX_DIGITS = 9
 MAX_DEPTH = 20
-"""Bounds on what a model may write: they keep numbers small and the recursion shallow."""
+"""Bounds on what a model may write."""
 
 _DIGITS = "0123456789"
 
@@ -17,9 +25,10 @@ class ExpressionError(ValueError):
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """The exact value of an expression, and the numbers in it from left to right; ``ExpressionError`` for the rest.
+    """The exact value of an expression, and the numbers in it from left to right.
 
-    Usual precedence, from the left; no signs or zeros before numbers, no spaces: one value has few spellings.
+    Usual precedence, from the left; no signs or zeros before numbers, no spaces: one value has few
+    spellings. ``ExpressionError`` for every other text.
     """
     if len(text) > MAX_CHARACTERS:
         raise ExpressionError(f"longer than {MAX_CHARACTERS} characters")
@@ -31,10 +40,12 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
 
 
 class _Parser:
-    """Recursive descent: sum of products of numbers and parentheses."""
+    """Recursive descent; at: how far the text is read."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at, self.numbers = text, 0, list[int]()
+        self.text = text
+        self.at = 0
+        self.numbers: list[int] = []
 
     def sum(self, depth: int) -> Fraction:
         value = self.product(depth)
@@ -60,6 +71,7 @@ class _Parser:
             if not self.take(")"):
                 raise ExpressionError(f"no ) at {self.at}")
             return value
+
         start = self.at
         while self.take(_DIGITS):
             pass
@@ -72,8 +84,8 @@ class _Parser:
 
     def take(self, characters: str) -> str:
         """The next character if it is one of these, else ''."""
-        found = self.text[self.at : self.at + 1]
-        if not found or found not in characters:
+        following = self.text[self.at : self.at + 1]
+        if not following or following not in characters:
             return ""
         self.at += 1
-        return found
+        return following

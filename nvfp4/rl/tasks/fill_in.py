@@ -1,7 +1,19 @@
-"""Multiple choice made from program text that has no answers: which of these lines stood in the gap?
+"""Multiple choice made from program text that has no answers: which of these lines stood in the
+gap?
 
-After Golden Goose (arXiv 2601.22975), where a language model picks the span and invents the wrong options; here the
-syntax tree picks a statement, and the other options are statements of the same kind from other functions.
+    def area(r):
+        ____
+        return a
+    A) a = 3.14 * r * r
+    B) total = 0
+    ____ is                                  -> A
+
+After Golden Goose (arXiv 2601.22975), where a language model picks the span and invents the wrong
+options; here the syntax tree picks a statement, and the other options are statements of the same
+kind and of similar length from other functions. Guessing scores 1 / options.
+
+From files to problems: ``_read`` a file, ``_of_function`` for each function with few enough
+characters, a ``Gap`` for each simple statement that has a line to itself.
 """
 
 from __future__ import annotations
@@ -21,14 +33,27 @@ from nvfp4.run.errors import TrainError
 GAP = "____"
 LETTERS = "ABCDEFGHIJKLMNOP"
 
-_SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Delete, ast.Assert)
+_SIMPLE = (
+    ast.Assign,
+    ast.AugAssign,
+    ast.AnnAssign,
+    ast.Return,
+    ast.Expr,
+    ast.Raise,
+    ast.Delete,
+    ast.Assert,
+)
 _NEAR = 4  # times as many candidates of similar length as wrong options, drawn from
 _TRIES = 100
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A statement on a line of its own within a function. lines: the function's, without common indent."""
+    """A statement on a line of its own within a function.
+
+    lines: the function's, without common indent. place: of the statement among them. kind: its
+    class in the syntax tree.
+    """
 
     file: str
     lines: tuple[str, ...]
@@ -43,10 +68,11 @@ class Gap:
 
 @dataclass
 class FillIn(Task):
-    """A function with a gap and ``options`` lines; the answer is a letter. Guessing scores 1/options.
+    """A function with a gap and ``options`` lines; the answer is a letter.
 
-    data: files, folders or globs of Python text, by default the standard library of the running Python, of which every
-    so manieth file is read until there are ``files``. longest: characters of a function. The same for the same Python.
+    data: files, folders or globs of Python text; by default the standard library of the running
+    Python, of which about ``files`` evenly spread ones are read. longest: characters of a function.
+    The same for the same Python.
     """
 
     name: ClassVar[str] = "fill_in"
@@ -60,15 +86,21 @@ class FillIn(Task):
             raise ValueError(f"options must be from 2 to {len(LETTERS)}, got {self.options}")
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        # a statement, and enough others like it
         for _ in range(_TRIES):
             gap = self._gaps[rng.integers(len(self._gaps))]
             wrong = self._wrong(gap, rng)
             if wrong:
                 break
         else:
-            raise TrainError(f"fill_in: too few statements for {self.options} options; give more data")
+            lacking = f"too few statements for {self.options} options"
+            raise TrainError(f"fill_in: {lacking}; give more data")
+
+        # shuffled: letters[i] is 0 where the right one stands, else the number of a wrong one
         letters = rng.permutation(self.options)
         choices = [wrong[i - 1] if i else gap.statement for i in letters]
+
+        # the function with its gap, the choices, and the question
         indent = gap.lines[gap.place][: -len(gap.statement)]
         shown = [*gap.lines[: gap.place], indent + GAP, *gap.lines[gap.place + 1 :]]
         listed = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
@@ -84,30 +116,38 @@ class FillIn(Task):
 
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
         """Another letter."""
-        return LETTERS[(LETTERS.index(problem.answer) + int(rng.integers(1, self.options))) % self.options]
+        step = int(rng.integers(1, self.options))
+        return LETTERS[(LETTERS.index(problem.answer) + step) % self.options]
 
     def origin(self, problem: Problem) -> str:
         """The file: two gaps of one function are not on both sides."""
         return str(problem.data["file"])
 
     def _wrong(self, gap: Gap, rng: np.random.Generator) -> list[str]:
-        """Statements of the same kind, of similar length, from elsewhere; [] if there are too few."""
+        """Statements of the same kind, of similar length, from elsewhere; [] if there are too
+        few."""
         others, lengths = self._statements[gap.kind]
         own = {line.strip() for line in gap.lines}
-        wanted, around = self.options - 1, int(np.searchsorted(lengths, len(gap.statement)))
+        wanted = self.options - 1
+
+        # the neighbours of its length, of which some are drawn
+        around = int(np.searchsorted(lengths, len(gap.statement)))
         reach = _NEAR * self.options
-        near = [text for text in others[max(0, around - reach) : around + reach] if text not in own]
+        window = others[max(0, around - reach) : around + reach]
+        near = [text for text in window if text not in own]
         if len(near) < wanted:
             return []
         return [near[i] for i in rng.choice(len(near), wanted, replace=False)]
 
     @cached_property
     def _gaps(self) -> list[Gap]:
-        found = find_files(self.data, "data") if self.data else standard_library_files()
-        step = max(1, len(found) // self.files)
-        gaps = [gap for name, path in found[::step] for gap in _read(name, path, self.longest)]
+        """Every statement that can be left out, in the order of files."""
+        paths = find_files(self.data, "data") if self.data else standard_library_files()
+        step = max(1, len(paths) // self.files)
+        gaps = [gap for name, path in paths[::step] for gap in _read(name, path, self.longest)]
         if not gaps:
-            raise TrainError("fill_in: no function with a statement to leave out; give Python files as data")
+            lacking = "no function with a statement to leave out"
+            raise TrainError(f"fill_in: {lacking}; give Python files as data")
         return gaps
 
     @cached_property
@@ -116,39 +156,53 @@ class FillIn(Task):
         kinds = sorted({gap.kind for gap in self._gaps})
         table = {}
         for kind in kinds:
-            texts = sorted({gap.statement for gap in self._gaps if gap.kind == kind}, key=lambda t: (len(t), t))
+            statements = {gap.statement for gap in self._gaps if gap.kind == kind}
+            texts = sorted(statements, key=lambda text: (len(text), text))
             table[kind] = (texts, np.array([len(text) for text in texts]))
         return table
 
 
 def _read(name: str, path: Path, longest: int) -> list[Gap]:
+    """The gaps of a file, whose name they carry; none for what is not this Python's."""
     try:
         text = path.read_text("utf-8")
         tree = ast.parse(text)
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return []  # text that is not this Python's has no gaps
+        return []
     lines = text.split("\n")
-    return [
-        gap
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for gap in _of_function(name, node, lines, longest)
-    ]
+    gaps = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            gaps += _of_function(name, node, lines, longest)
+    return gaps
 
 
-def _of_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], longest: int) -> list[Gap]:
-    """Gaps at simple statements that have a line to themselves, not in functions that are long or of one statement."""
+def _of_function(
+    name: str,
+    node: ast.FunctionDef | ast.AsyncFunctionDef,
+    lines: list[str],
+    longest: int,
+) -> list[Gap]:
+    """Gaps at the simple statements of a function that have a line to themselves.
+
+    None in functions that are long, or of one statement.
+    """
     first, last = node.lineno - 1, node.end_lineno or node.lineno
     indent = node.col_offset
-    body = tuple(line[indent:] for line in lines[first:last])
-    if sum(map(len, body)) + len(body) > longest or any(line[:indent].strip() for line in lines[first:last]):
+    whole = lines[first:last]
+    body = tuple(line[indent:] for line in whole)
+    too_long = sum(map(len, body)) + len(body) > longest
+    if too_long or len(body) <= 2 or any(line[:indent].strip() for line in whole):
         return []
+
     gaps = []
     for child in ast.walk(node):
-        if isinstance(child, _SIMPLE) and child.lineno == child.end_lineno and child.lineno > node.body[0].lineno - 1:
-            line = lines[child.lineno - 1]
-            alone = line[: child.col_offset].strip() == "" and line[child.end_col_offset :].strip() == ""
-            docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-            if alone and not docstring and len(body) > 2:
-                gaps.append(Gap(name, body, child.lineno - 1 - first, type(child).__name__))
+        if not isinstance(child, _SIMPLE) or child.lineno != child.end_lineno:
+            continue
+        line = lines[child.lineno - 1]
+        before, behind = line[: child.col_offset], line[child.end_col_offset :]
+        in_body = child.lineno >= node.body[0].lineno
+        docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+        if in_body and not docstring and not before.strip() and not behind.strip():
+            gaps.append(Gap(name, body, child.lineno - 1 - first, type(child).__name__))
     return gaps

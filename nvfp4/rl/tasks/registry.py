@@ -1,4 +1,7 @@
-"""Tasks by name, by file of problems, and by the place of a class of one's own."""
+"""Tasks by name, by file of problems, and by the place of a class of one's own.
+
+A task of the package is one line here; base.py says how to write one.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,24 @@ from nvfp4.run.corpus import JSONL
 from nvfp4.run.errors import TrainError
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Sort, Reverse, Parity, Addition, Modular, Countdown, FillIn)
+    task.name: task
+    for task in (
+        Sort,
+        Reverse,
+        Parity,
+        Addition,
+        Modular,
+        Countdown,
+        FillIn,
+    )
 }
 
 
 def load_task(name: str, **options: Any) -> Task:
-    """A task: a name of ``TASKS``, a .jsonl file of problems, or a class of yours, "module:Class" or "file.py:Class".
+    """A task by a name of ``TASKS``, a .jsonl file of problems, "module:Class" or "file.py:Class".
 
-    options: the arguments of the class. ``TrainError`` says what is wrong with the name, the class or the options.
+    options: the arguments of the class. ``TrainError`` says what is wrong with the name, the class
+    or the options.
     """
     if name.endswith(JSONL):
         kind: type[Task] = Jsonl
@@ -35,10 +48,10 @@ def load_task(name: str, **options: Any) -> Task:
     elif name in TASKS:
         kind = TASKS[name]
     else:
-        raise TrainError(
-            f"task: expected one of {', '.join(TASKS)}, a file {' or '.join(JSONL)}, module:Class or file.py:Class, "
-            f"got {name!r}"
-        )
+        files = " or ".join(JSONL)
+        wanted = f"one of {', '.join(TASKS)}, a file {files}, module:Class or file.py:Class"
+        raise TrainError(f"task: expected {wanted}, got {name!r}")
+    _refuse_idle_confinement(kind, name, options)
     try:
         return kind(**options)
     except TrainError:
@@ -49,15 +62,30 @@ def load_task(name: str, **options: Any) -> Task:
         raise TrainError(f"task {name}: {type(error).__name__}: {error}") from error
 
 
+def _refuse_idle_confinement(kind: type[Task], name: str, options: dict[str, Any]) -> None:
+    """``TrainError`` for --unsafe-rewards where the task's own class is the only code that runs."""
+    parameters = inspect.signature(kind).parameters.values()
+    takes = any(p.name == "unsafe_rewards" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if options.get("unsafe_rewards") and not takes:
+        raise TrainError(
+            f"unsafe_rewards: task {name} runs neither reward functions of a file nor programs of "
+            f"the model, so there is nothing to confine; leave out --unsafe-rewards"
+        )
+
+
 def _class(name: str) -> type[Task]:
+    """The class at "module:Class" or "file.py:Class"; ``TrainError`` says what it is not."""
     where, _, attribute = name.rpartition(":")
     try:
         module = _file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise TrainError(f"task: {where} cannot be imported: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise TrainError(f"task: {where} cannot be imported: {what}") from error
+
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Task)):
-        raise TrainError(f"task: {where} has no class {attribute!r} derived from nvfp4.rl.tasks.base.Task")
+        wanted = "derived from nvfp4.rl.tasks.base.Task"
+        raise TrainError(f"task: {where} has no class {attribute!r} {wanted}")
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         raise TrainError(f"task: {attribute} of {where} does not define {missing}")

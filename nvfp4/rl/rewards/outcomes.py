@@ -1,11 +1,20 @@
-"""When a program has done what a test expects: its output line by line, or its result as a JSON value."""
+"""When a program has done what a test expects: its output line by line, or its result as a JSON
+value.
+
+    stdout    equal lines, white space at their ends and empty lines at the end apart
+    result    equal JSON values: true is not 1, and numbers with a fraction may differ by 1e-9
+
+Runs in the keeper, outside the walls, on what a judged process wrote: so it must hold for any text,
+of any length, and any nesting.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-CLOSENESS = 1e-9  # relative or absolute, within which two numbers with a fraction are the same result
+CLOSENESS = 1e-9
+"""Relative or absolute difference up to which two numbers with a fraction are the same result."""
 
 
 def passes(outcome: dict[str, Any], test: dict[str, Any]) -> bool:
@@ -22,12 +31,14 @@ def passes(outcome: dict[str, Any], test: dict[str, Any]) -> bool:
 
 def lines(text: str) -> list[str]:
     """Text without white space at the ends of its lines, and without empty lines at its end."""
-    # no pattern: one that looks for white space before an end takes time with the square of the white space elsewhere
-    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n").split("\n")
+    # No pattern: one that looks for white space before an end takes time with the square of the
+    # white space elsewhere.
+    stripped = "\n".join(line.rstrip() for line in text.split("\n"))
+    return stripped.rstrip("\n").split("\n")
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality of two JSON values: true is not 1, and numbers with a fraction may differ by ``CLOSENESS``."""
+    """Equality of two JSON values, numbers with a fraction up to ``CLOSENESS``."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, float) or isinstance(b, float):
