@@ -1,1 +1,1 @@
-"""Reinforcement learning: rollouts by the very function that is trained, rewards, objectives, one loop."""
+"""Reinforcement learning: rollouts by the function that is trained, rewards, objectives, a loop."""

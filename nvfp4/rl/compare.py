@@ -13,14 +13,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nvfp4.rl.ablation import ablate
 from nvfp4.rl.config import RLConfig, resolve
 from nvfp4.rl.folder import RLFolder
-from nvfp4.rl.gates import verdicts
 from nvfp4.rl.plots import draw_comparison
 from nvfp4.rl.progress import Bars
+from nvfp4.rl.report import ablate, ablation_table, gate_table, gates, run_table
 from nvfp4.rl.setup import from_base
-from nvfp4.rl.tables import ablation_table, gate_table, run_table
 from nvfp4.rl.warmstart import warm_start
 from nvfp4.run import log
 from nvfp4.run.arms import Arm, publish, run_all
@@ -75,7 +73,7 @@ def comparison(
         kept = {key: value for key, value in result.items() if key not in ("config", "completions")}
         runs.append({"name": arm.name, **kept, "curve": {"step": [row["step"] for row in rows], **curves}})
     report = {"config": saved_fields(config), "runs": runs, "ablation": ablation}
-    return {**report, "gates": verdicts(runs, ablation)}
+    return {**report, "gates": gates(runs, ablation)}
 
 
 def _arm(config: RLConfig, recipe: str, seed: int, reward: str) -> Arm:

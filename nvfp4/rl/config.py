@@ -13,14 +13,18 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from nvfp4.recipes import RECIPES, W4A16, Recipe
-from nvfp4.rl import sizes
-from nvfp4.rl.objectives.base import Objective, Plan
+from nvfp4.rl.objectives.base import Objective, StepPlan
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.objectives.registry import RENAMED as RENAMED_OBJECTIVES
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.tasks.registry import load_task
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import (
+    Text,
+    completion_tokens,
+    context_tokens,
+    load_vocabulary,
+    task_lengths,
+)
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import check_together, checked, fill, refuse_idle
 from nvfp4.run.options import (
@@ -294,10 +298,10 @@ def _as_its_authors(config: RLConfig) -> RLConfig:
     return fill(config, values)
 
 
-def plan(config: RLConfig) -> Plan:
+def plan(config: RLConfig) -> StepPlan:
     """What the loop will do with the objective of a resolved config."""
     assert config.minibatches is not None
-    return Plan(config.minibatches * config.epochs, config.eval_every > 0)
+    return StepPlan(config.minibatches * config.epochs, config.eval_every > 0)
 
 
 def remarks(config: RLConfig) -> list[str]:
@@ -318,11 +322,11 @@ def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
     if config.max_new_tokens is not None and (config.context is not None or not new):
         return config
     assert config.tokenizer is not None
-    prompt, answer = sizes.lengths(task, Text(load_vocabulary(config.tokenizer), config.chat))
-    config = fill(config, {"max_new_tokens": sizes.completion_tokens(answer, new)})
+    prompt, answer = task_lengths(task, Text(load_vocabulary(config.tokenizer), config.chat))
+    config = fill(config, {"max_new_tokens": completion_tokens(answer, new)})
     assert config.max_new_tokens is not None
     longest = make_objective(config).longest_completion(config.max_new_tokens)
-    return fill(config, {"context": sizes.context_tokens(prompt, longest)}) if new else config
+    return fill(config, {"context": context_tokens(prompt, longest)}) if new else config
 
 
 def make_task(config: RLConfig) -> Task:

@@ -1,12 +1,23 @@
-"""G-Vendi: how many different things a set of examples would teach a model, by the directions of its gradients.
+"""G-Vendi: how many different things a set of examples would teach a model, by the directions of
+its gradients.
 
-Prismatic Synthesis (arXiv 2505.20161): the gradient of log P(answer | prompt) for each example, projected at random,
-normalised; exp of the Shannon entropy of the eigenvalues of G G^T / n. From 1 (all alike) to n (all orthogonal).
+Prismatic Synthesis (arXiv 2505.20161). For each example, the gradient of log P(answer | prompt):
 
-The random matrix has P x 1024 signs, 60 GB as bits for a model of half a billion parameters, and making them anew for
-each example would take longer than its gradient. So a sign is a product of three: one of the parameter, one of a table
-of 8192 x 1024 that is used again and again, and one of the piece of 8192 parameters and the dimension. Any two signs
-are independent, and so are the products that the variance of a scalar product is made of: it is that of a full matrix.
+    g_i [P]  --random projection-->  [D]  --length 1-->  rows of G [n, D]
+    G-Vendi = exp(entropy of the eigenvalues of G G^T / n)
+
+From 1 (all gradients alike) to n (all orthogonal).
+
+The random matrix has P x 1024 signs, 60 GB as bits for a model of half a billion parameters, and
+making them anew for each example would take longer than its gradient. So a sign is a product of
+three:
+
+    sign of the parameter                      P of them
+    sign of (parameter mod 8192, dimension)    one table, 32 MiB, used again and again
+    sign of (parameter div 8192, dimension)    P / 8192 x D
+
+Any two signs are independent, and so are the products that the variance of a scalar product is made
+of: it is that of a full matrix.
 """
 
 from __future__ import annotations
@@ -21,8 +32,7 @@ import torch
 from nvfp4.numerics.rng import PARAMETER_STREAM, PIECE_STREAM, TABLE_STREAM, check_seed, philox
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.tasks.registry import load_task
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import write_json
 
@@ -38,12 +48,14 @@ _HELD = 2**28  # bytes of gradients held between two projections
 
 @dataclass(frozen=True, kw_only=True)
 class GVendiConfig:
-    """Measure how diverse the problems of tasks are, as a model sees them: before a day of training on them."""
+    """Measure how diverse the problems of tasks are, as a model sees them: before training on
+    them."""
 
     model: str
     """Folder of a local Hugging Face causal LM, e.g. the export/ or base/ of a run."""
     tasks: tuple[str, ...]
-    """Names, .jsonl files or classes, as --task of nvfp4 rl takes them; each is measured, and all together."""
+    """Names, .jsonl files or classes, as --task of nvfp4 rl takes them; each is measured, and all
+    together."""
     count: int = 128
     """Problems of each task."""
     seed: int = 0
@@ -61,47 +73,58 @@ class GVendiConfig:
 
 
 def measure(config: GVendiConfig) -> dict[str, float]:
-    """G-Vendi of ``count`` problems of each task, by name, and of all together ("all", if there are several).
+    """G-Vendi of ``count`` problems of each task, by name, and of all together ("all", if several).
 
-    ``TrainError`` for what does not load, and for tasks without answers: their gradients would say nothing.
+    ``TrainError`` for what does not load, and for tasks without answers: their gradients would say
+    nothing.
     """
     if not config.tasks or config.count < 1:
-        raise TrainError(f"tasks, count: expected at least one of each, got {config.tasks} and {config.count}")
+        got = f"{config.tasks} and {config.count}"
+        raise TrainError(f"tasks, count: expected at least one of each, got {got}")
     model = load_on(config.model, config.device)
     text = Text(load_vocabulary(config.vocabulary or config.model), config.chat)
+
     features = {}
     for name in dict.fromkeys(config.tasks):
-        problems = drawn(name, config.count, config.seed)
+        problems = draw_problems(name, config.count, config.seed)
         features[name] = features_of(name, problems, model, text, config.seed, config.dimensions)
     values = {name: g_vendi(rows) for name, rows in features.items()}
-    return values if len(values) == 1 else {**values, "all": g_vendi(torch.cat(list(features.values())))}
+    if len(values) > 1:
+        values["all"] = g_vendi(torch.cat(list(features.values())))
+    return values
 
 
 def report(config: GVendiConfig) -> dict[str, float]:
-    """Measure, print a line for each figure, keep them if ``out`` is given; returns what ``measure`` does."""
+    """Measure, print a line for each figure, keep them if ``out`` is given; returns
+    ``measure``'s."""
     values = measure(config)
     for name, value in values.items():
         count = config.count * (len(values) - 1 if name == "all" else 1)
         print(f"G-Vendi {value:8.2f} of at most {min(count, config.dimensions)}   {name}")
     if config.out is not None:
-        fields = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(config).items()}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
         write_json(Path(config.out), {"g_vendi": values, "config": fields})
     return values
 
 
 def load_on(folder: str, device: Device) -> Any:
     """The causal LM of a folder on a device; ``TrainError`` if either is not there."""
-    accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name, here in accelerators.items() if here) if device == "auto" else device
-    if not accelerators[kind]:
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = next(name for name in here if here[name]) if device == "auto" else device
+    if not here[kind]:
         raise TrainError(f"device: {kind} was asked for and is not here; give --device auto")
-    from nvfp4.run.model import load_model
+
+    from nvfp4.run.model import load_model  # --help needs no library of models
 
     model: torch.nn.Module = load_model(folder)
     return model.to(kind)
 
 
-def drawn(name: str, count: int, seed: int) -> list[Problem]:
+def draw_problems(name: str, count: int, seed: int) -> list[Problem]:
     """Problems of a task that all have an answer to take a gradient of, else ``TrainError``."""
     task = load_task(name)
     try:
@@ -112,23 +135,30 @@ def drawn(name: str, count: int, seed: int) -> list[Problem]:
         task.close()
     bare = next((problem for problem in problems if not problem.answer), None)
     if bare is not None:
-        raise TrainError(f"task {name}: the problem {bare.prompt[:40]!r} has no answer to take a gradient of")
+        prompt = bare.prompt[:40]
+        raise TrainError(f"task {name}: the problem {prompt!r} has no answer to take a gradient of")
     return problems
 
 
 def features_of(
-    name: str, problems: Sequence[Problem], model: Any, text: Text, seed: int, dimensions: int
+    name: str,
+    problems: Sequence[Problem],
+    model: Any,
+    text: Text,
+    seed: int,
+    dimensions: int,
 ) -> torch.Tensor:
-    """``gradient_features`` of problems, on the CPU; ``TrainError`` naming the task where they are none."""
-    examples = [(text.prompt(problem.prompt), text.answer(problem.answer)) for problem in problems]
+    """``gradient_features`` of problems, on the CPU; ``TrainError`` with the task's name."""
+    examples = [(text.prompt(each.prompt), text.answer(each.answer)) for each in problems]
     try:
-        found = gradient_features(model, examples, seed=seed, dimensions=dimensions).cpu()
-        g_vendi(found)
+        features = gradient_features(model, examples, seed=seed, dimensions=dimensions).cpu()
+        g_vendi(features)  # refuses gradients without a direction
     except ValueError as error:
         raise TrainError(f"task {name}: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise TrainError(f"out of memory: {str(error).splitlines()[0]}; give --device cpu") from error
-    return found
+        first = str(error).splitlines()[0]
+        raise TrainError(f"out of memory: {first}; give --device cpu") from error
+    return features
 
 
 def gradient_features(
@@ -138,28 +168,35 @@ def gradient_features(
     seed: int = 0,
     dimensions: int | None = DIMENSIONS,
 ) -> torch.Tensor:
-    """Projected gradients of log P(answer | prompt), float32 [n, dimensions]; dimensions None: unprojected, [n, P].
+    """Projected gradients of log P(answer | prompt), float32 [n, dimensions].
 
-    model: a causal LM of transformers; its parameters that require gradients are the P, their ``grad`` is not touched.
-    examples: (prompt ids, answer ids), neither empty. The time is n backward passes and 2 n P dimensions operations,
-    all on the model's device. The features are a function of the seed, in [0, 2^64).
+    model: a causal LM of transformers; its parameters that require gradients are the P, their
+    ``grad`` is not touched. examples: (prompt ids, answer ids), neither empty. dimensions: None for
+    unprojected gradients, [n, P]. The features are a function of the seed, in [0, 2^64). ValueError
+    for empty examples and for dimensions that are no multiple of 128.
+
+    The time is n backward passes and 2 n P dimensions operations, all on the model's device.
     """
     if not examples:
         raise ValueError("examples must be at least one")
-    if dimensions is not None and (dimensions < _SIGNS_PER_COUNTER or dimensions % _SIGNS_PER_COUNTER):
+    if dimensions is not None and (dimensions < 1 or dimensions % _SIGNS_PER_COUNTER):
         raise ValueError(f"dimensions must be a multiple of {_SIGNS_PER_COUNTER}, got {dimensions}")
     check_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in parameters)
+    project = None
+    if dimensions is not None:
+        project = Projection(seed, dimensions, parameters[0].device)
+
+    # as many gradients at a time as memory is to hold, then one projection of them all
     training = model.training
     model.eval()  # dropout would make directions of its own
-    device = parameters[0].device
-    project = None if dimensions is None else Projection(seed, dimensions, device)
     features = []
     try:
         held = max(1, _HELD // (4 * size))
         for start in range(0, len(examples), held):
-            gradients = torch.stack([_gradient(model, parameters, *e) for e in examples[start : start + held]])
+            part = examples[start : start + held]
+            gradients = torch.stack([_gradient(model, parameters, *each) for each in part])
             features.append(gradients if project is None else project(gradients))
     finally:
         model.train(training)
@@ -167,28 +204,38 @@ def gradient_features(
 
 
 class Projection:
-    """float32 [n, P] times a matrix of P x ``dimensions`` random signs, by sqrt(dimensions); float32 [n, dimensions].
+    """float32 [n, P] times a matrix of P x ``dimensions`` random signs, by sqrt(dimensions).
 
-    A function of (seed, parameter, dimension), whatever the pieces and the device. Scalar products keep their means,
-    and those of unit vectors get errors of about 1/sqrt(dimensions).
+    A function of (seed, parameter, dimension), whatever the pieces and the device. Scalar products
+    keep their means, and those of unit vectors get errors of about 1/sqrt(dimensions).
     """
 
-    def __init__(self, seed: int, dimensions: int = DIMENSIONS, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seed: int,
+        dimensions: int = DIMENSIONS,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.seed, self.dimensions, self.device = seed, dimensions, device
-        self.table = _signs(seed, TABLE_STREAM, 0, _ROWS * dimensions, device).view(_ROWS, dimensions)
+        table = _signs(seed, TABLE_STREAM, 0, _ROWS * dimensions, device)
+        self.table = table.view(_ROWS, dimensions)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """vectors: [n, P] on the device of the projection."""
+        """float32 [n, dimensions]; vectors: [n, P] on the device of the projection."""
         count, size = vectors.shape
         out = torch.zeros(count, self.dimensions, device=self.device)
         step = _TOGETHER * _ROWS
         for start in range(0, size, step):
             stop = min(start + step, size)
             pieces = -(-(stop - start) // _ROWS)
+
+            # sign of the parameter, times the table, times the sign of the piece
             flipped = torch.zeros(count, pieces * _ROWS, device=self.device)
-            flipped[:, : stop - start] = vectors[:, start:stop].float() * self.of_parameters(start, stop)
+            signs = self.of_parameters(start, stop)
+            flipped[:, : stop - start] = vectors[:, start:stop].float() * signs
             products = flipped.view(count, pieces, _ROWS) @ self.table
-            out += (products * self.of_pieces(start // _ROWS, start // _ROWS + pieces)).sum(dim=1)
+            first = start // _ROWS
+            out += (products * self.of_pieces(first, first + pieces)).sum(dim=1)
         return out / self.dimensions**0.5
 
     def of_parameters(self, start: int, stop: int) -> torch.Tensor:
@@ -197,27 +244,41 @@ class Projection:
 
     def of_pieces(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start, dimensions]."""
-        found = _signs(self.seed, PIECE_STREAM, start * self.dimensions, stop * self.dimensions, self.device)
-        return found.view(stop - start, self.dimensions)
+        first, last = start * self.dimensions, stop * self.dimensions
+        signs = _signs(self.seed, PIECE_STREAM, first, last, self.device)
+        return signs.view(stop - start, self.dimensions)
 
 
-def _signs(seed: int, stream: int, start: int, stop: int, device: torch.device | str) -> torch.Tensor:
-    """+1 or -1, float32 [stop - start]: sign i is bit b of word w of Philox counter i div 128 of the stream, with
-    32 w + b the remainder. start: a multiple of 128."""
+def _signs(
+    seed: int,
+    stream: int,
+    start: int,
+    stop: int,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """+1 or -1, float32 [stop - start]; start: a multiple of 128.
+
+    Sign i is bit b of word w of Philox counter i div 128 of the stream, with 32 w + b the
+    remainder.
+    """
     first, last = start // _SIGNS_PER_COUNTER, -(-stop // _SIGNS_PER_COUNTER)
-    words = torch.stack(philox(seed, torch.arange(first, last, device=device), stream), dim=-1)
+    counters = torch.arange(first, last, device=device)
+    words = torch.stack(philox(seed, counters, stream), dim=-1)
+
+    # the eight signs of each possible byte, lowest bit first, looked up by the bytes of the words
     places = torch.arange(8, device=device)
     byte = torch.arange(256, device=device)
-    table = 1.0 - 2.0 * ((byte[:, None] >> places) & 1).float()  # the eight signs of each byte, lowest bit first
+    table = 1.0 - 2.0 * ((byte[:, None] >> places) & 1).float()
     pieces = (words[..., None] >> (8 * torch.arange(4, device=device))) & 0xFF
     return table[pieces].flatten()[: stop - start]
 
 
 def g_vendi(features: torch.Tensor) -> float:
-    """exp of the entropy of the eigenvalues of K = G G^T / n, G the normalised rows of ``features`` [n, D].
+    """exp of the entropy of the eigenvalues of K = G G^T / n, G the normalised rows of
+    ``features``.
 
-    A number from 1 to min(n, D), independent of the order and the lengths of the rows. Raises ValueError for rows that
-    are zero, which have no direction, or not finite.
+    features: [n, D]. A number from 1 to min(n, D), independent of the order and the lengths of the
+    rows. Raises ValueError for rows that are zero, which have no direction, or not finite.
     """
     if features.ndim != 2 or not len(features):
         raise ValueError(f"features must be [n, D] with n at least 1, got {tuple(features.shape)}")
@@ -225,8 +286,10 @@ def g_vendi(features: torch.Tensor) -> float:
     lengths = rows.norm(dim=1)
     bad = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{len(bad)} gradients are zero or not finite, first that of example {bad[0]}: leave them out")
+        which = f"{len(bad)} gradients are zero or not finite, first that of example {bad[0]}"
+        raise ValueError(f"{which}: leave them out")
     rows = rows / lengths[:, None]
+
     # the smaller of the two Gram matrices: both have the same eigenvalues apart from zeros
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     eigenvalues = torch.linalg.eigvalsh(gram / len(rows)).clamp(min=0)
@@ -234,16 +297,21 @@ def g_vendi(features: torch.Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def _gradient(model: Any, parameters: list[torch.Tensor], prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """float32 [P] of one example."""
+def _gradient(
+    model: Any,
+    parameters: list[torch.Tensor],
+    prompt: Sequence[int],
+    answer: Sequence[int],
+) -> torch.Tensor:
+    """float32 [P] of one example; a parameter that the loss does not reach has zeros."""
     if not prompt or not answer:
         raise ValueError("an example needs a prompt and an answer of at least one token each")
-    device = parameters[0].device
-    ids = torch.tensor([[*prompt, *answer]], device=device)
+    ids = torch.tensor([[*prompt, *answer]], device=parameters[0].device)
     with torch.enable_grad():
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
         chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
-        found = torch.autograd.grad(chosen.sum(), parameters, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).float().flatten() for p, g in zip(parameters, found, strict=True)]
-    )
+        gradients = torch.autograd.grad(chosen.sum(), parameters, allow_unused=True)
+    pieces = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        pieces.append((torch.zeros_like(parameter) if gradient is None else gradient).float())
+    return torch.cat([piece.flatten() for piece in pieces])

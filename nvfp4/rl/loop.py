@@ -18,8 +18,7 @@ from nvfp4.rl.config import EVALUATION, RLConfig, remarks, resolve
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.finish import finish, summary
 from nvfp4.rl.learn import learn
-from nvfp4.rl.meter import codes_changed, weight_codes
-from nvfp4.rl.metrics import step_row
+from nvfp4.rl.metrics import codes_changed, step_row, weight_codes
 from nvfp4.rl.objectives.base import RESET_REFERENCE
 from nvfp4.rl.setup import Run, prepare
 from nvfp4.run.checkpoint import Snapshot

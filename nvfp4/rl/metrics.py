@@ -1,30 +1,99 @@
-"""The row of a step: what TRL logs under TRL's names, the mismatch, and what quantisation adds."""
+"""The figures of a step: what TRL logs under TRL's names, and what quantisation adds.
+
+``step_row`` makes the row of log.jsonl out of what the step collected and learnt, over all
+processes:
+
+    reward*, completions/*, entropy, kl     as TRL has them
+    mismatch/*                              the sampler against the trainer, as NeMo RL has it
+    rewards/failed, rewards/failures        rewards that are 0 for want of a proper one
+    any others                              what the objective says of its samples and its loss
+
+Mismatch is about d = log p(trainer) - log p(sampler) of the tokens that were drawn, which is
+exactly 0 where both are one function. Beside it stands how much of the weights' FP4 codes the step
+moved (``weight_codes`` before and after, ``codes_changed``): an update that moves none has changed
+nothing that the next rollout can see.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from torch import nn
 
-from nvfp4.rl.collect import TASK_REWARD, Collected
+from nvfp4.model.weights import layers
+from nvfp4.numerics.codec import e2m1_decode, unpack
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.rl.collect import TASK_REWARD, Collected, gathered
 from nvfp4.rl.learn import Learned
-from nvfp4.rl.meter import mismatch
 from nvfp4.rl.samples import RAW_REWARD, Samples
 from nvfp4.rl.setup import Run
 from nvfp4.run.log import Row
 
+NOTICEABLE = 0.05
+"""|d| in nats from which a token is counted."""
+
 REASONS = 5
-"""Of failed rewards, written for each step."""
+"""Reasons of failed rewards that are written for each step."""
+
+
+def mismatch(
+    trainer: torch.Tensor,
+    sampler: torch.Tensor,
+    mask: torch.Tensor,
+) -> dict[str, float]:
+    """The gap between log-probabilities [S, T] of the same tokens, over ``mask``.
+
+    token_mult_prob_error: mean exp |d|, 1 for none. gen_kl_error: mean of exp(d) - 1 - d, an
+    unbiased estimate of KL(sampler || trainer), whose draws these are; no term is below 0. max,
+    quantile_999: of |d|. share: of tokens with |d| > .05. exact: share of tokens with d = 0.
+    """
+    d = (trainer.detach() - sampler)[mask].double()
+    if d.numel() == 0:
+        d = d.new_zeros(1)
+    size = d.abs()
+    rank = min(len(size) - 1, int(0.999 * len(size)))
+    return {
+        "token_mult_prob_error": float(size.exp().mean()),
+        "gen_kl_error": float((torch.expm1(d) - d).mean()),
+        "max": float(size.max()),
+        "quantile_999": float(size.sort().values[rank]),
+        "share": float((size > NOTICEABLE).double().mean()),
+        "exact": float((d == 0).double().mean()),
+    }
+
+
+def weight_codes(model: nn.Module) -> dict[str, QTensor]:
+    """The forward's weight operand of each converted layer, by name, where it has no noise."""
+    codes = {}
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            state = layer.nvfp4
+            fixed = state.recipe.fprop.right.options_without_noise is not None
+            if state.enabled and fixed:
+                weight = layer.weight.detach()
+                codes[name] = state.call().weight(weight, state.weight_amax())
+    return codes
+
+
+def codes_changed(before: Mapping[str, QTensor], after: Mapping[str, QTensor]) -> float | None:
+    """The share of FP4 codes that differ; -0 and 0 are the same. None if there are none."""
+    changed = total = 0
+    for name, old in before.items():
+        was, now = (e2m1_decode(unpack(q.codes)) for q in (old, after[name]))
+        changed += int((was != now).sum())
+        total += was.numel()
+    return changed / total if total else None
 
 
 def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
     """All figures of a step over all processes, but for time, learning rate and codes."""
-    pieces = [_numbers(collected.samples, learned)]
-    every = pieces if run.accelerator.num_processes == 1 else gather_object(pieces)
-    data = {name: torch.cat([piece[name] for piece in every]) for name in every[0]}
-    lengths, truncated, rewards = data["lengths"], data["truncated"].bool(), data["rewards"]
+    pieces = gathered(run.accelerator, [_vectors(collected.samples, learned)])
+    data = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    lengths, truncated = data["lengths"], data["truncated"].bool()
+    rewards = data["rewards"]
     ended = lengths[~truncated] if bool((~truncated).any()) else torch.zeros(1)
     row: Row = {
         "reward": float(rewards.mean()),
@@ -43,22 +112,28 @@ def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
         "temperature": collected.sampling.scale,
         "sampler_noise": collected.sigma,
     }
-    found = mismatch(data["trainer"], data["sampler"], torch.ones(len(data["trainer"]), dtype=torch.bool))
-    row |= {f"mismatch/{name}": value for name, value in found.items()}
+
+    # sampler against trainer, and the trainer against its reference (k3, in nats)
+    tokens = torch.ones(len(data["trainer"]), dtype=torch.bool)
+    gap = mismatch(data["trainer"], data["sampler"], tokens)
+    row |= {f"mismatch/{name}": value for name, value in gap.items()}
     row["mismatch/same_shape"] = _largest(run, learned.shape_gap)
     if "to_reference" in data:
         d = data["to_reference"].double()
         row["kl"] = float((torch.expm1(d) - d).mean())
-    described = run.objective.describe(learned.samples)
-    shares = described if run.accelerator.num_processes == 1 else _mean(gather_object([described]))
-    own = {name: value for name, value in {**shares, **learned.metrics}.items() if name not in row}
-    return {**row, **own, "skipped": learned.skipped}
+
+    # the objective's own; where it has a name of ours, ours is over whole groups and stays
+    described = gathered(run.accelerator, [run.objective.describe(learned.samples)])
+    own = {**_mean(described), **learned.metrics}
+    row |= {name: value for name, value in own.items() if name not in row}
+    row["skipped"] = learned.skipped
+    return row
 
 
-def _numbers(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
+def _vectors(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
     """What this process brings, as vectors over samples or tokens, on the CPU."""
     mask = samples.mask
-    found = {
+    vectors = {
         "lengths": samples.lengths.float(),
         "truncated": samples.truncated.float(),
         "rewards": samples.rewards,
@@ -70,26 +145,30 @@ def _numbers(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
         "sampler": samples.sampler_logprobs[mask],
     }
     if learned.to_reference is not None:
-        found["to_reference"] = learned.to_reference[mask]
-    return {name: value.detach().cpu() for name, value in found.items()}
+        vectors["to_reference"] = learned.to_reference[mask]
+    return {name: value.detach().cpu() for name, value in vectors.items()}
 
 
 def _rewards_by_function(run: Run, data: dict[str, torch.Tensor]) -> Row:
+    """Mean and standard deviation of the task's rewards, and of the control's if one is
+    maximised."""
     functions = {run.task.name: data[TASK_REWARD]}
     if run.config.reward != "task":
         functions[run.config.reward] = data[RAW_REWARD]
     row: Row = {}
     for name, values in functions.items():
-        row |= {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": float(values.std())}
+        row[f"rewards/{name}/mean"] = float(values.mean())
+        row[f"rewards/{name}/std"] = float(values.std())
     return row
 
 
 def _failures(run: Run, mine: Counter[str]) -> Row:
-    """How many rewards failed in the step, and the most frequent reasons; nothing for a task that cannot fail."""
-    parts = [mine] if run.accelerator.num_processes == 1 else gather_object([mine])
-    every: Counter[str] = sum(parts, Counter())
+    """How many rewards failed in the step, and the most frequent reasons if any did."""
+    every: Counter[str] = sum(gathered(run.accelerator, [mine]), Counter())
     row: Row = {"rewards/failed": every.total()}
-    return {**row, "rewards/failures": dict(every.most_common(REASONS))} if every else row
+    if every:
+        row["rewards/failures"] = dict(every.most_common(REASONS))
+    return row
 
 
 def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -103,9 +182,12 @@ def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 def _largest(run: Run, mine: float | None) -> float | None:
     """The largest over all processes, of those that looked."""
-    every = [mine] if run.accelerator.num_processes == 1 else gather_object([mine])
+    every = gathered(run.accelerator, [mine])
     return max((each for each in every if each is not None), default=None)
 
 
-def _mean(found: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each figure over processes; of one process, what it says."""
+    if len(rows) == 1:
+        return rows[0]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

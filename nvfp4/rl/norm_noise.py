@@ -1,4 +1,15 @@
-"""Adaptive noise on the norms of the sampler (QeRL, arXiv 2510.11696): exploration that costs no parameters."""
+"""Adaptive noise on the norms of the sampler: exploration that costs no parameters (QeRL, arXiv
+2510.11696).
+
+While completions are drawn, the gain of every RMSNorm and LayerNorm has N(0, sigma^2) added; the
+trainer never sees it. sigma follows a schedule of K equal stages (``--aqn-stages``), 0 in the first
+and then
+
+    sigma_k = start (end / start)^(k / (K - 2)),    k = 0 ... K - 2
+
+from ``--aqn-start`` down to ``--aqn-end``. All of the authors' launch scripts have 10 stages from
+1e-2 to 1e-4.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +23,7 @@ from nvfp4.numerics.rng import fold_in
 
 
 def sigma_at(step: int, steps: int, stages: int, start: float, end: float) -> float:
-    """Standard deviation in step ``step`` of 0 ... steps - 1.
-
-    The steps are cut into ``stages`` equal parts: 0 in the first, then start (end / start)^(k / (stages - 2)) for k = 0
-    ... stages - 2, from ``start`` down to ``end``. Nothing with stages = 0. All of the authors' launch scripts have 10
-    stages from 1e-2 to 1e-4.
-    """
+    """Standard deviation in step ``step`` of 0 ... steps - 1; 0 throughout with ``stages`` = 0."""
     if stages == 0:
         return 0.0
     stage = min(step * stages // steps, stages - 1)
@@ -27,14 +33,16 @@ def sigma_at(step: int, steps: int, stages: int, start: float, end: float) -> fl
 
 
 def norm_weights(model: nn.Module) -> list[torch.Tensor]:
-    """The gains of RMSNorm and LayerNorm layers of any make: vectors named weight of modules whose class says Norm."""
-    found = [getattr(module, "weight", None) for module in model.modules() if "Norm" in type(module).__name__]
-    return [weight for weight in found if isinstance(weight, nn.Parameter) and weight.ndim == 1]
+    """The gains of norms of any make: vectors named weight of modules whose class says Norm."""
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    return [w for w in weights if isinstance(w, nn.Parameter) and w.ndim == 1]
 
 
 @contextmanager
 def noisy_norms(model: nn.Module, sigma: float, seed: int) -> Iterator[None]:
-    """Within this context the gains of all norms have N(0, sigma^2) added; afterwards they are as before, to the bit.
+    """Within this context the gains of all norms are noisy; afterwards they are as before, to the
+    bit.
 
     The same seed gives the same noise on every device. sigma = 0 touches nothing.
     """

@@ -1,9 +1,16 @@
-"""Prismatic Synthesis: grow a set of problems where it is sparse, as a model's gradients see it (arXiv 2505.20161).
+"""Prismatic Synthesis: grow a set of problems where it is sparse, as a model's gradients see it.
 
-A set is clustered by the directions of its gradients; of new problems only those are kept that fall into clusters with
-few members; they join the set, and so on. The paper's new problems are written by a language model from examples of
-sparse clusters, and a majority of its answers is taken for the right one; here they are drawn from any task, whose
-answers are right, so that nothing has to be generated or voted on. Numbers of clusters and what counts as sparse: ours.
+arXiv 2505.20161, one round:
+
+    pool      [N, D] directions of gradients, clustered by spherical k-means
+    draw      new candidates, those that are known left out, their directions [M, D]
+    keep      the candidates whose nearest centre is that of a cluster with few members
+    join      what was kept belongs to the pool of the next round
+
+until ``keep`` problems are kept or ``rounds`` are over. The paper's new problems are written by a
+language model from examples of sparse clusters, and a majority of its answers is taken for the
+right one; here they are drawn from any task, whose answers are right, so nothing has to be
+generated or voted on. Ours: the number of clusters and what counts as sparse.
 """
 
 from __future__ import annotations
@@ -12,15 +19,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nvfp4.numerics.rng import CANDIDATE_BRANCH, fold_in
-from nvfp4.rl.gvendi import DIMENSIONS, Device, drawn, features_of, g_vendi, load_on
+from nvfp4.rl.gvendi import DIMENSIONS, Device, draw_problems, features_of, g_vendi, load_on
 from nvfp4.rl.tasks.base import Problem
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import write_text
 
@@ -34,11 +39,13 @@ class PrismaticConfig:
     model: str
     """Folder of a local Hugging Face causal LM, whose gradients are looked at."""
     pool: str
-    """Task of the problems that are there: a name, a .jsonl file or a class, as --task of nvfp4 rl takes it."""
+    """Task of the problems that are there: a name, a .jsonl file or a class, as --task of nvfp4 rl
+    takes it."""
     candidates: str
     """Task that new problems are drawn from."""
     out: str
-    """File of the kept problems, one JSON object with prompt and answer a line, as --task takes it."""
+    """File of the kept problems, one JSON object with prompt and answer per line, as --task takes
+    it."""
     count: int = 128
     """Problems of the pool."""
     keep: int = 64
@@ -50,7 +57,8 @@ class PrismaticConfig:
     clusters: int = 16
     """Clusters of the set in each round."""
     sparse_share: float = 0.5
-    """Share of the clusters, those with the fewest members, whose candidates are kept; at least one cluster."""
+    """Share of the clusters, those with the fewest members, whose candidates are kept; at least one
+    cluster."""
     seed: int = 0
     """Seed of the problems, the projection and the clusters."""
     dimensions: int = DIMENSIONS
@@ -65,8 +73,11 @@ class PrismaticConfig:
 
 @dataclass(frozen=True)
 class Grown:
-    """kept: problems. before, after: G-Vendi of the pool and of pool and kept ones. at_random: of the pool with as many
-    of the candidates as they came."""
+    """What came of it.
+
+    kept: problems. before, after: G-Vendi of the pool, and of pool and kept ones. at_random: of the
+    pool with as many of the candidates as they came.
+    """
 
     kept: list[Problem]
     before: float
@@ -80,30 +91,40 @@ def grow(config: PrismaticConfig) -> Grown:
     model = load_on(config.model, config.device)
     text = Text(load_vocabulary(config.vocabulary or config.model), config.chat)
 
-    def features(name: str, problems: Sequence[Problem]) -> torch.Tensor:
-        return _directions(features_of(name, problems, model, text, config.seed, config.dimensions))
+    def directions(name: str, problems: Sequence[Problem]) -> torch.Tensor:
+        """Gradients of length 1, float64 [len(problems), D]."""
+        rows = features_of(name, problems, model, text, config.seed, config.dimensions)
+        return torch.nn.functional.normalize(rows.double(), dim=1)
 
-    pool = drawn(config.pool, config.count, config.seed)
-    rows = start = features(config.pool, pool)
-    seen = {problem.prompt for problem in pool}
+    pool = draw_problems(config.pool, config.count, config.seed)
+    rows = start = directions(config.pool, pool)
+    known = {problem.prompt for problem in pool}
     kept: list[Problem] = []
     came: list[torch.Tensor] = []
     for number in range(config.rounds):
-        found = drawn(config.candidates, config.draw, fold_in(config.seed, CANDIDATE_BRANCH, number))
-        fresh = list({p.prompt: p for p in found if p.prompt not in seen}.values())
+        # candidates that nobody has seen, each once
+        seed = fold_in(config.seed, CANDIDATE_BRANCH, number)
+        candidates = draw_problems(config.candidates, config.draw, seed)
+        unknown = {p.prompt: p for p in candidates if p.prompt not in known}
+        fresh = list(unknown.values())
         if not fresh:
             continue
-        new = features(config.candidates, fresh)
+        new = directions(config.candidates, fresh)
         came.append(new)
-        chosen = in_sparse(rows, new, config.clusters, config.sparse_share, fold_in(config.seed, number))
-        chosen = chosen[: config.keep - len(kept)]
+
+        # those in sparse clusters join
+        cluster_seed = fold_in(config.seed, number)
+        sparse = in_sparse(rows, new, config.clusters, config.sparse_share, cluster_seed)
+        chosen = sparse[: config.keep - len(kept)]
         kept += [fresh[i] for i in chosen]
-        seen |= {fresh[i].prompt for i in chosen}
+        known |= {fresh[i].prompt for i in chosen}
         rows = torch.cat((rows, new[chosen]))
         if len(kept) == config.keep:
             break
+
     if not kept:
-        raise TrainError(f"candidates: none of {config.rounds} rounds of {config.draw} is new and in a sparse cluster")
+        tried = f"{config.rounds} rounds of {config.draw}"
+        raise TrainError(f"candidates: none of {tried} is new and in a sparse cluster")
     plain = torch.cat((start, torch.cat(came)[: len(kept)]))
     return Grown(kept, g_vendi(start), g_vendi(rows), g_vendi(plain))
 
@@ -111,34 +132,47 @@ def grow(config: PrismaticConfig) -> Grown:
 def report(config: PrismaticConfig) -> Grown:
     """Grow, write the kept problems, print the figures."""
     grown = grow(config)
-    lines = [json.dumps({"prompt": p.prompt, "answer": p.answer}, ensure_ascii=False) for p in grown.kept]
+    lines = []
+    for problem in grown.kept:
+        row = {"prompt": problem.prompt, "answer": problem.answer}
+        lines.append(json.dumps(row, ensure_ascii=False))
     write_text(Path(config.out), "".join(f"{line}\n" for line in lines))
+
     print(f"kept {len(grown.kept)} problems in {config.out}")
-    print(
-        f"G-Vendi {grown.before:.2f} of the pool, {grown.after:.2f} with them, {grown.at_random:.2f} with any as many"
-    )
+    with_them = f"{grown.after:.2f} with them, {grown.at_random:.2f} with any as many"
+    print(f"G-Vendi {grown.before:.2f} of the pool, {with_them}")
     return grown
 
 
-def in_sparse(pool: torch.Tensor, new: torch.Tensor, clusters: int, share: float, seed: int) -> list[int]:
-    """Which rows of ``new`` [M, D] fall into the ``share`` of the pool's clusters that have the fewest members.
+def in_sparse(
+    pool: torch.Tensor,
+    new: torch.Tensor,
+    clusters: int,
+    share: float,
+    seed: int,
+) -> list[int]:
+    """Which rows of ``new`` [M, D] fall into the ``share`` of the clusters with the fewest members.
 
-    pool: [N, D]; all rows of length 1. Clusters by k-means; among those of equal size, the earlier ones.
+    pool: [N, D], which is clustered by k-means; all rows of length 1. Among clusters of equal size
+    the earlier ones count as sparser.
     """
     centres, member = kmeans(pool, min(clusters, len(pool)), seed)
     sizes = torch.bincount(member, minlength=len(centres))
-    fewest = torch.argsort(sizes, stable=True)[: max(1, round(share * len(centres)))]
+    count = max(1, round(share * len(centres)))
+    fewest = torch.argsort(sizes, stable=True)[:count]
     nearest = (new @ centres.T).argmax(dim=1)
     return torch.isin(nearest, fewest).nonzero().flatten().tolist()
 
 
 def kmeans(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spherical k-means: centres of length 1 [count, D], and the cluster of each row [N]; rows of length 1 [N, D].
+    """Spherical k-means: centres of length 1 [count, D], and the cluster of each row [N].
 
-    The first centre is drawn, each further one is the row that is farthest from all before it. A cluster that loses all
-    of its rows keeps its centre.
+    rows: of length 1, [N, D]. The first centre is drawn, each further one is the row that is
+    farthest from all before it. A cluster that loses all of its rows keeps its centre.
     """
     rows = rows.double()
+
+    # where to begin
     generator = torch.Generator().manual_seed(seed >> 1)
     first = int(torch.randint(len(rows), (1,), generator=generator))
     chosen = [first]
@@ -146,6 +180,8 @@ def kmeans(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, tor
     for _ in range(count - 1):
         chosen.append(int(nearest.argmin()))
         nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
+
+    # centres to means, rows to centres, until no row moves
     centres = rows[chosen].clone()
     member = (rows @ centres.T).argmax(dim=1)
     for _ in range(_ITERATIONS):
@@ -159,13 +195,9 @@ def kmeans(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, tor
     return centres, member
 
 
-def _directions(features: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(features.double(), dim=1)
-
-
 def _check(config: PrismaticConfig) -> None:
-    counts: dict[str, Any] = {name: getattr(config, name) for name in ("count", "keep", "draw", "rounds", "clusters")}
-    for name, value in counts.items():
+    for name in ("count", "keep", "draw", "rounds", "clusters"):
+        value = getattr(config, name)
         if value < 1:
             raise TrainError(f"{name}: expected at least 1, got {value}")
     if not 0 < config.sparse_share <= 1:

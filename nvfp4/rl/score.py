@@ -1,16 +1,36 @@
-"""Log-probabilities of completions: one function, for the trainer, the reference model and the meter."""
+"""Log-probabilities of completions: one function for the trainer, the reference model and the
+meter.
+
+The sampler draws tokens one at a time over a KV cache; the trainer scores whole texts at once. Only
+if both compute the same number is the ratio of the two policies 1 where nothing has been learnt, so
+what they share is here and is written once:
+
+    ``log_probabilities``   log softmax(logits / temperature) in float32
+    ``positions``           the place of a token behind the padding on its left
+    ``float64_attention``   sums that round to the same float32 whatever the shape of the batch
+
+``score`` runs a model over [prompt | completion] (teacher forcing) and reads off, for each
+completion token, its log-probability under the distribution that the tokens before it give.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from nvfp4.rl.samples import Samples, Scores
 
+FLOAT64_ATTENTION = "nvfp4_float64"
+"""Name of ``float64_attention`` in transformers, after ``register_float64_attention``."""
+
 
 def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) in float32, [..., V]; the sampler and the trainer both call this one."""
+    """log softmax(logits / temperature) in float32, [..., V]; sampler and trainer both call
+    this."""
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 
@@ -28,30 +48,65 @@ def score(
     prompt: bool = False,
     hidden: bool = False,
 ) -> Scores:
-    """Teacher forcing: what ``forward``, a causal LM of transformers, says about the completions.
+    """What ``forward``, a causal LM of transformers, says about the completions.
 
-    Differentiable in ``Scores.logprobs`` (and logits, hidden), unless called under ``torch.no_grad``. Batches without
-    padding on the left go without a mask, since a causal model does not see what comes after a completion.
+    logits, prompt, hidden: also give ``Scores.logits``, ``prompt_logits``, ``hidden``.
+    Differentiable in logprobs (and logits, hidden), unless called under ``torch.no_grad``.
     """
     length = samples.mask.shape[1]
+
+    # Without padding on the left no mask is needed: a causal model does not see what comes after a
+    # completion. The last token predicts nothing that is read, so it is left out.
+    attention = samples.attention[:, :-1]
     padded = not bool(samples.attention[:, 0].all())
     out = forward(
         input_ids=samples.ids[:, :-1],
-        attention_mask=samples.attention[:, :-1] if padded else None,
-        position_ids=positions(samples.attention[:, :-1]) if padded else None,
+        attention_mask=attention if padded else None,
+        position_ids=positions(attention) if padded else None,
         logits_to_keep=samples.ids.shape[1] - 1 if prompt else length,
         output_hidden_states=hidden,
         use_cache=False,
     )
-    every = log_probabilities(out.logits, temperature)
-    before, every = every[:, :-length], every[:, -length:]
-    chosen = every.gather(-1, samples.ids[:, -length:, None]).squeeze(-1)
+
+    # Row i of the last ``length`` rows is the distribution of completion token i.
+    everything = log_probabilities(out.logits, temperature)
+    before, of_tokens = everything[:, :-length], everything[:, -length:]
+    drawn = of_tokens.gather(-1, samples.ids[:, -length:, None]).squeeze(-1)
     with torch.no_grad():
-        entropy = -(every.exp() * every).nan_to_num(nan=0.0).sum(dim=-1)  # 0 log 0 = 0, where logits are -inf
+        terms = (of_tokens.exp() * of_tokens).nan_to_num(nan=0.0)  # 0 log 0 = 0 at logits of -inf
+        entropy = -terms.sum(dim=-1)
+
     return Scores(
-        logprobs=torch.where(samples.mask, chosen, 0.0),
+        logprobs=torch.where(samples.mask, drawn, 0.0),
         entropy=torch.where(samples.mask, entropy, 0.0),
-        logits=every if logits else None,
+        logits=of_tokens if logits else None,
         prompt_logits=before if prompt else None,
         hidden=out.hidden_states[-1][:, -length:] if hidden else None,
     )
+
+
+def float64_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' sdpa attention with sums in float64, rounded once.
+
+    Kernels add in another order for one query over a cache than for all of them at once. In float32
+    that moves last bits, and now and then one moves an FP4 code, which is worth up to .1 in a
+    log-probability. In float64 the difference is some 2^-29 of float32's last bit, so nearly all
+    results round to the same float32.
+    """
+    wide = query.double(), key.double(), value.double()
+    out, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
+    return out.to(query.dtype), weights
+
+
+def register_float64_attention() -> str:
+    """Make it known to transformers, as ``attn_implementation=`` of the name returned."""
+    AttentionInterface.register(FLOAT64_ATTENTION, float64_attention)
+    AttentionMaskInterface.register(FLOAT64_ATTENTION, sdpa_mask)
+    return FLOAT64_ATTENTION

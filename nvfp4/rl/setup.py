@@ -13,18 +13,15 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from nvfp4.rl import sizes
-from nvfp4.rl.attention import register
 from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, model_source
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.progress import Progress
-from nvfp4.rl.rollout import Sampling, Stops, check_context
-from nvfp4.rl.samples import Samples, Scores
-from nvfp4.rl.score import score
+from nvfp4.rl.rollout import Sampling, check_context
+from nvfp4.rl.samples import Samples, Scores, Stops
+from nvfp4.rl.score import register_float64_attention, score
 from nvfp4.rl.tasks.base import Task
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import Text, load_vocabulary, longest_prompt
 from nvfp4.rl.warmstart import warm_start
 from nvfp4.run.attention import without_emulation
 from nvfp4.run.errors import TrainError
@@ -110,7 +107,7 @@ def _prepare(
     # Room for the longest prompt and completion, not found missing after a warm start, or when a
     # later stage begins.
     text = Text(load_vocabulary(config.tokenizer), config.chat)
-    needed = sizes.longest_prompt(task, text) + objective.longest_completion(config.max_new_tokens)
+    needed = longest_prompt(task, text) + objective.longest_completion(config.max_new_tokens)
     if config.model is None:
         check_context(config.context, needed)
     source = model_source(config)
@@ -198,4 +195,4 @@ def _set_attention(model: PreTrainedModel, config: RLConfig, accelerator: Accele
     if wanted == "auto":
         wanted = "float64" if accelerator.device.type == "cpu" else "sdpa"
     if wanted == "float64":
-        model.set_attn_implementation(register())
+        model.set_attn_implementation(register_float64_attention())

@@ -24,14 +24,12 @@ import torch
 from transformers import PreTrainedModel
 
 from nvfp4.numerics.rng import WARM_START_BRANCH, fold_in
-from nvfp4.rl.batches import demonstrations
 from nvfp4.rl.config import RLConfig, make_task, model_source
 from nvfp4.rl.rollout import check_fits
-from nvfp4.rl.samples import Samples
+from nvfp4.rl.samples import Samples, demonstrations
 from nvfp4.rl.score import score
 from nvfp4.rl.tasks.base import Task
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.run import checkpoint
 from nvfp4.run.checkpoint import DamagedCheckpoint
 from nvfp4.run.errors import Interrupted

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 import nvfp4
 from nvfp4.layer.linear import Linear
-from nvfp4.rl.tokens import Symbols
+from nvfp4.rl.vocabulary import Symbols
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'nvfp4[clients]'")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'nvfp4[clients]'")

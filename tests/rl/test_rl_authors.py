@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 import rl_oracle as oracle
 import torch
-from rl_policy import TablePolicy, gradient, prepared, totals_of
+from rl_policy import TablePolicy, gradient, moved, prepared, shuffled, totals_of
 from rl_runs import model_of
 
-from nvfp4.rl.meter import mismatch
+from nvfp4.rl.metrics import mismatch
 from nvfp4.rl.norm_noise import sigma_at
 from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.objectives.delta import DelTA, token_weights
-from nvfp4.rl.objectives.distillation import SSD
 from nvfp4.rl.objectives.dr_grpo import DrGRPO
 from nvfp4.rl.objectives.gspo import GSPO
 from nvfp4.rl.objectives.microcoder import MicroCoder
 from nvfp4.rl.objectives.prorl import ProRLv2, ProRLv21
 from nvfp4.rl.objectives.reasonmaxxer import ReasonMaxxer
 from nvfp4.rl.objectives.rover import Rover
+from nvfp4.rl.objectives.ssd import SSD
 from nvfp4.rl.samples import Samples, Totals
 from nvfp4.rl.score import score
 
@@ -38,30 +38,13 @@ CLOSE: dict[str, float] = {"rtol": 3e-6, "atol": 3e-8}
 
 
 @pytest.fixture
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def policy(generator: torch.Generator) -> TablePolicy:
-    return TablePolicy.random(prompts=4, length=5, symbols=4, generator=generator)
-
-
-@pytest.fixture
 def samples(policy: TablePolicy, generator: torch.Generator) -> Samples:
     """6 completions of each of 4 prompts, shuffled, graded rewards, some cut, a sampler that is not the trainer."""
-    prompts = torch.arange(4).repeat_interleave(6)[torch.randperm(24, generator=generator)]
-    drawn = policy.sample(prompts, generator)
+    drawn = shuffled(policy, 6, generator)
     rewards = torch.randint(0, 5, (24,), generator=generator) / 4
     foreign = drawn.sampler_logprobs + 0.4 * torch.randn(drawn.mask.shape, generator=generator)
     foreign = torch.where(drawn.mask, foreign, 0.0)
     return replace(drawn, rewards=rewards, sampler_logprobs=foreign, truncated=torch.arange(24) % 5 == 0)
-
-
-def moved(policy: TablePolicy, generator: torch.Generator, scale: float = 0.5) -> TablePolicy:
-    """Another policy nearby."""
-    noise = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
-    return policy.at(policy.logits + scale * noise)
 
 
 def rows(values: torch.Tensor) -> list[list[float]]:

@@ -19,15 +19,15 @@ from training import CLI, environment
 import nvfp4
 from nvfp4 import cli
 from nvfp4.recipes import W4A16, Gemm, Recipe, operand
-from nvfp4.rl import ablation, setup
 from nvfp4.rl import compare as comparing
+from nvfp4.rl import report as reporting
+from nvfp4.rl import setup
 from nvfp4.rl.config import PRESETS, RLConfig, make_objective, make_task, remarks, resolve
-from nvfp4.rl.gates import verdicts
 from nvfp4.rl.loop import rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
+from nvfp4.rl.report import gates
 from nvfp4.rl.tasks.registry import TASKS
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.rl.warmstart import MARK, warm_start
 from nvfp4.run import arms, log
 from nvfp4.run.errors import TrainError
@@ -273,7 +273,7 @@ def test_a_comparison(tmp_path, monkeypatch, pictures):
         return SimpleNamespace(poll=lambda: 0, returncode=0, terminate=lambda: None, wait=lambda: None)
 
     monkeypatch.setattr(arms, "_start", run_here)
-    monkeypatch.setattr(ablation, "PROMPTS", 8)
+    monkeypatch.setattr(reporting, "PROMPTS", 8)
     config = tiny(tmp_path, task=SEVENS, reward="task", steps=2, recipes=("bf16", "rl"), seeds=(3,), control=True)
     report = comparing.compare(config)
     assert started == ["rl-seed3", "control-rl-seed3", "bf16-seed3"]
@@ -305,9 +305,9 @@ def test_gates_fail_where_they_should():
 
     good = [run("bf16", "task", 0, 0.6, 1.0, 0.9, 1.0), run("rl", "task", 0, 0.6, 1.0, 0.88, 0.96)]
     control = run("rl", "random", 0, 0.6, 1.0, 0.1, 0.5)
-    assert all(gate["passed"] for gate in verdicts([*good, control], []))
+    assert all(gate["passed"] for gate in gates([*good, control], []))
     bad = [good[0], run("rl", "task", 0, 0.6, 1.0, 0.7, 0.9), run("rl", "random", 0, 0.6, 1.0, 0.7, 1.0)]
-    assert [gate["passed"] for gate in verdicts(bad, [])] == [False, False, False, False, True, True]
+    assert [gate["passed"] for gate in gates(bad, [])] == [False, False, False, False, True, True]
 
 
 def test_w4a16():

@@ -16,7 +16,7 @@ from nvfp4.numerics.rng import philox
 from nvfp4.rl.gvendi import GVendiConfig, Projection, g_vendi, gradient_features, measure
 from nvfp4.rl.prismatic import PrismaticConfig, grow, in_sparse, kmeans
 from nvfp4.rl.tasks.registry import load_task
-from nvfp4.rl.tokens import Symbols
+from nvfp4.rl.vocabulary import Symbols
 from nvfp4.run.errors import TrainError
 
 

@@ -26,7 +26,7 @@ from nvfp4.rl.learn import learn
 from nvfp4.rl.loop import Reinforcement, rl
 from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import prepare
-from nvfp4.rl.tokens import Symbols
+from nvfp4.rl.vocabulary import Symbols
 from nvfp4.run import checkpoint, log
 from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import to_yaml

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import rl_oracle as oracle
 import torch
-from rl_policy import TablePolicy, gradient, prepared, sequences, totals_of
+from rl_policy import TablePolicy, gradient, moved, prepared, sequences, shuffled, totals_of
 
 from nvfp4.rl.objectives.advantages import (
     group_advantages,
@@ -21,20 +21,14 @@ from nvfp4.rl.objectives.advantages import (
     place_in_group,
     population_advantages,
 )
-from nvfp4.rl.objectives.aggregation import aggregate
 from nvfp4.rl.objectives.corrections import importance_weights, out_of_bounds
 from nvfp4.rl.objectives.divergence import exact_kl, kl_estimate
 from nvfp4.rl.objectives.grpo import GRPO
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
-from nvfp4.rl.objectives.surrogate import clip_metrics, clipped_loss, log_ratio
+from nvfp4.rl.objectives.token_loss import aggregate, clip_metrics, clipped_loss, log_ratio
 from nvfp4.rl.samples import Samples, Totals
 
 AGGREGATIONS = ("grpo", "bnpo", "dapo", "dr_grpo")
-
-
-@pytest.fixture
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -45,15 +39,8 @@ def policy(generator: torch.Generator) -> TablePolicy:
 @pytest.fixture
 def samples(policy: TablePolicy, generator: torch.Generator) -> Samples:
     """4 completions of each of 3 prompts with graded rewards, in shuffled order."""
-    prompts = torch.arange(3).repeat_interleave(4)[torch.randperm(12, generator=generator)]
-    drawn = policy.sample(prompts, generator)
+    drawn = shuffled(policy, 4, generator)
     return replace(drawn, rewards=torch.randint(0, 5, (12,), generator=generator) / 4)
-
-
-def moved(policy: TablePolicy, generator: torch.Generator, scale: float) -> TablePolicy:
-    """Another policy nearby."""
-    noise = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
-    return policy.at(policy.logits + scale * noise)
 
 
 # Advantages

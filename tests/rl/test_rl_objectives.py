@@ -18,15 +18,13 @@ import pytest
 import rl_oracle as oracle
 import torch
 from limits import HANG
-from rl_policy import TablePolicy, beside, gradient, prepared, totals_of
+from rl_policy import TablePolicy, beside, gradient, moved, prepared, shuffled, totals_of
 
 from nvfp4.rl.objectives.advantages import has_spread
-from nvfp4.rl.objectives.aggregation import aggregate
 from nvfp4.rl.objectives.base import Objective
 from nvfp4.rl.objectives.brorl import BroRL
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.objectives.delta import DelTA, token_weights
-from nvfp4.rl.objectives.distillation import SSD, RejectionSampling
 from nvfp4.rl.objectives.dr_grpo import DrGRPO
 from nvfp4.rl.objectives.grpo import GRPO
 from nvfp4.rl.objectives.gspo import GSPO
@@ -35,46 +33,32 @@ from nvfp4.rl.objectives.microcoder import MicroCoder
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
 from nvfp4.rl.objectives.prorl import ProRL, ProRLv2, ProRLv21
 from nvfp4.rl.objectives.reasonmaxxer import ReasonMaxxer, chosen_groups, shortest
-from nvfp4.rl.objectives.registry import OBJECTIVES, get_objective
+from nvfp4.rl.objectives.registry import OBJECTIVES
+from nvfp4.rl.objectives.rejection_sampling import RejectionSampling
 from nvfp4.rl.objectives.rewarded import RewardedObjective
 from nvfp4.rl.objectives.rover import Rover
+from nvfp4.rl.objectives.ssd import SSD
+from nvfp4.rl.objectives.token_loss import aggregate
 from nvfp4.rl.samples import RAW_REWARD, Samples, Totals
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 @pytest.fixture
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def policy(generator: torch.Generator) -> TablePolicy:
-    return TablePolicy.random(prompts=4, length=5, symbols=4, generator=generator)
-
-
-@pytest.fixture
 def samples(policy: TablePolicy, generator: torch.Generator) -> Samples:
     """6 completions of each of 4 prompts, in shuffled order, rewards 0 or 1, in every group both."""
-    prompts = torch.arange(4).repeat_interleave(6)[torch.randperm(24, generator=generator)]
-    drawn = policy.sample(prompts, generator)
+    drawn = shuffled(policy, 6, generator)
     rewards = torch.randint(0, 2, (24,), generator=generator).float()
     for group in range(4):
-        members = (prompts == group).nonzero().flatten()
+        members = (drawn.groups == group).nonzero().flatten()
         rewards[members[0]], rewards[members[1]] = 0.0, 1.0
     return replace(drawn, rewards=rewards)
-
-
-def moved(policy: TablePolicy, generator: torch.Generator, scale: float = 0.5) -> TablePolicy:
-    """Another policy nearby."""
-    noise = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
-    return policy.at(policy.logits + scale * noise)
 
 
 def made(name: str) -> Objective:
     """An objective of that name for short completions over few symbols."""
     options = {"entropy_gate": 1.0, "problem_share": 1.0} if name == "reasonmaxxer" else {}
-    return get_objective(name)(**options)
+    return OBJECTIVES[name](**options)
 
 
 # What holds for all of them
@@ -240,20 +224,13 @@ RUNS = {  # the same of what the configuration leaves open, from papers, scripts
 def test_published_settings() -> None:
     """What a name stands for; BroRL is ProRL v2 with groups of 512."""
     for name, settings in PUBLISHED.items():
-        values = dataclasses.asdict(get_objective(name)())
+        values = dataclasses.asdict(OBJECTIVES[name]())
         assert {option: values[option] for option in settings} == settings
     assert dataclasses.asdict(BroRL()) == dataclasses.asdict(ProRLv2())
     assert RUNS.keys() == OBJECTIVES.keys()
     for name, values in RUNS.items():
         defaults = vars(OBJECTIVES[name].defaults)
         assert {**defaults, **dict(zip(RUN_FIELDS, values, strict=True))} == defaults, name
-
-
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown objective 'ppo'; known: grpo, dr_grpo"):
-        get_objective("ppo")
-    with pytest.raises(ValueError, match=r"self_distillation is no longer a name: give rejection_sampling, .* or ssd"):
-        get_objective("self_distillation")
 
 
 @every_objective

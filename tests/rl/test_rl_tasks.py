@@ -21,7 +21,7 @@ from nvfp4.rl.tasks.digits import Parity, Reverse, Sort, replace_digit
 from nvfp4.rl.tasks.expressions import MAX_DEPTH, ExpressionError, evaluate
 from nvfp4.rl.tasks.fill_in import GAP, LETTERS, FillIn
 from nvfp4.rl.tasks.registry import TASKS, load_task
-from nvfp4.rl.tokens import SYMBOLS, Bytes, Symbols, load_vocabulary
+from nvfp4.rl.vocabulary import SYMBOLS, Bytes, Symbols, load_vocabulary
 from nvfp4.run.errors import TrainError
 
 by_name = pytest.mark.parametrize("name", TASKS)

@@ -159,6 +159,18 @@ def train(objective: Objective, policy: TablePolicy, reward: Reward, steps: int,
     return policy.at(logits.detach())
 
 
+def shuffled(policy: TablePolicy, size: int, generator: torch.Generator) -> Samples:
+    """``size`` completions of each prompt, those of a group not beside each other."""
+    prompts = torch.arange(len(policy.logits)).repeat_interleave(size)
+    return policy.sample(prompts[torch.randperm(len(prompts), generator=generator)], generator)
+
+
+def moved(policy: TablePolicy, generator: torch.Generator, scale: float = 0.5) -> TablePolicy:
+    """Another policy nearby."""
+    noise = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
+    return policy.at(policy.logits + scale * noise)
+
+
 def sequences(length: int, symbols: int) -> Iterator[tuple[int, ...]]:
     """Every sequence of that length over range(symbols)."""
     return iter(torch.cartesian_prod(*[torch.arange(symbols)] * length).tolist())

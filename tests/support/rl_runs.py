@@ -11,11 +11,10 @@ import torch
 
 import nvfp4
 from nvfp4.recipes import RECIPES, Recipe
-from nvfp4.rl.attention import register
 from nvfp4.rl.config import RLConfig, model_source, resolve
+from nvfp4.rl.score import register_float64_attention
 from nvfp4.rl.tasks.base import Problem, Task
-from nvfp4.rl.text import Text
-from nvfp4.rl.tokens import load_vocabulary
+from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.run import log
 from nvfp4.run.model import build_model
 
@@ -73,7 +72,7 @@ def model_of(recipe: str | Recipe = "rl", attention: str = "float64", spread: fl
             if weight.ndim == 2:
                 weight.copy_(spread * torch.randn(weight.shape, generator=generator))
     if attention == "float64":
-        model.set_attn_implementation(register())
+        model.set_attn_implementation(register_float64_attention())
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     return nvfp4.convert(model, recipe, seed=0, verbose=False) if recipe.quantized else model
 

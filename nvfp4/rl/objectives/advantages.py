@@ -1,11 +1,24 @@
-"""From rewards to advantages: the baseline of a group, and what it is divided by. Groups may come in any order."""
+"""From rewards to advantages: the baseline of a group, and what it is divided by.
+
+With r the reward of a sample, mean and std those of its group of G:
+
+    group_advantages            r - mean                             Dr. GRPO
+                                (r - mean) / (sample std + 1e-4)     GRPO
+    population_advantages       (r - mean) / population std          ReasonMaxxer
+    leave_one_out_advantages    r - mean of the other G - 1          RLOO
+    normalise_over_batch        (A - mean) / std over all tokens     REINFORCE++
+
+Groups may come in any order. Sums are made in float64 over a table [groups, largest group], in an
+order that depends on nothing but the samples. A group of equal rewards gives exact zeros: its mean
+may round.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from nvfp4.rl.objectives.base import AllSum, one_process
-from nvfp4.run.processes import float64_device
+from nvfp4.rl.samples import in_float64
 
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation (TRL)."""
@@ -15,19 +28,23 @@ VARIANCE_FLOOR = 1e-8
 
 
 class _Groups:
-    """Values of samples as a table, float64 [groups, largest group]: sums along its rows do not depend on the order of
-    atomic additions, so they are the same on every run of every device. It lies where float64 is, see ``samples``."""
+    """Values of samples as a table, float64 [groups, largest group].
+
+    Sums along its rows do not depend on the order of atomic additions, so they are the same on
+    every run of every device. It lies where float64 is; ``samples`` brings its entries back.
+    """
 
     def __init__(self, values: torch.Tensor, groups: torch.Tensor) -> None:
         _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
         shape = (len(counts), int(counts.max()))
-        self.device, exact = values.device, float64_device(values.device)
-        self.where = (row.to(exact), place_in_group(groups).to(exact))
-        self.counts = counts[:, None].to(exact).double()
-        self.filled = torch.zeros(shape, dtype=torch.bool, device=exact)
+        exact = in_float64(values)
+        self.device = values.device
+        self.where = (row.to(exact.device), place_in_group(groups).to(exact.device))
+        self.counts = in_float64(counts[:, None])
+        self.filled = torch.zeros(shape, dtype=torch.bool, device=exact.device)
         self.filled[self.where] = True
-        self.values = torch.zeros(shape, dtype=torch.float64, device=exact)
-        self.values[self.where] = values.to(exact).double()
+        self.values = torch.zeros(shape, dtype=torch.float64, device=exact.device)
+        self.values[self.where] = exact
 
     def sum(self, table: torch.Tensor) -> torch.Tensor:
         """Of each group, [groups, 1]."""
@@ -35,25 +52,35 @@ class _Groups:
 
     def spread(self) -> torch.Tensor:
         """Whether a group has two different values, bool [groups, 1]."""
-        return ((self.values != self.values[:, :1]) & self.filled).any(dim=1, keepdim=True)
+        different = self.values != self.values[:, :1]
+        return (different & self.filled).any(dim=1, keepdim=True)
 
     def deviations(self) -> torch.Tensor:
-        """value - mean of the group, [groups, largest group]; exactly 0 where all are equal: their mean may round."""
-        return torch.where(self.spread(), self.values - self.sum(self.values) / self.counts, 0.0)
+        """value - mean of the group, [groups, largest group]; exactly 0 where all are equal."""
+        mean = self.sum(self.values) / self.counts
+        return torch.where(self.spread(), self.values - mean, 0.0)
 
     def std(self, deviations: torch.Tensor, correction: int) -> torch.Tensor:
         """Standard deviation [groups, 1], the squares divided by (size - correction)."""
         return (self.sum(deviations**2) / (self.counts - correction).clamp(min=1)).sqrt()
 
     def samples(self, table: torch.Tensor) -> torch.Tensor:
-        """The table's entries in the order of the samples [S], float32 or bool, on theirs; columns are repeated."""
-        found = table.expand_as(self.filled)[self.where]
-        return (found.float() if found.is_floating_point() else found).to(self.device)
+        """The table's entries in the order of the samples [S], float32 or bool, on their device."""
+        entries = table.expand_as(self.filled)[self.where]
+        return (entries.float() if entries.is_floating_point() else entries).to(self.device)
 
 
-def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, divide_by_std: bool) -> torch.Tensor:
-    """r - mean of its group, float32 [S], as Dr. GRPO has it (arXiv 2503.20783); divided by (sample standard deviation
-    + 1e-4) as GRPO has it (arXiv 2402.03300; the constant is TRL's). A group of equal rewards gives exact zeros."""
+def group_advantages(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    divide_by_std: bool,
+) -> torch.Tensor:
+    """r - mean of its group, float32 [S] (Dr. GRPO, arXiv 2503.20783).
+
+    divide_by_std: by (sample standard deviation + 1e-4) (GRPO, arXiv 2402.03300; the constant is
+    TRL's). A group of equal rewards gives exact zeros.
+    """
     table = _Groups(rewards, groups)
     deviations = table.deviations()
     if divide_by_std:
@@ -62,7 +89,8 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, divide_by_s
 
 
 def population_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / population standard deviation of its group, float32 [S]; exact zeros where all are equal."""
+    """(r - mean) / population standard deviation of its group, float32 [S]; zeros where all are
+    equal."""
     table = _Groups(rewards, groups)
     deviations = table.deviations()
     std = torch.where(table.spread(), table.std(deviations, correction=0), 1.0)
@@ -70,20 +98,27 @@ def population_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """r - mean of the others of its group = G / (G - 1) * (r - mean), float32 [S] (RLOO, arXiv 2402.14740): a baseline
-    that does not depend on the sample, so the gradient is unbiased. A group of one has no others and gives 0."""
+    """r - mean of the others = G / (G - 1) * (r - mean), float32 [S] (RLOO, arXiv 2402.14740).
+
+    A baseline that does not depend on the sample, so the gradient is unbiased. A group of one has
+    no others and gives 0.
+    """
     table = _Groups(rewards, groups)
     return table.samples(table.deviations() * table.counts / (table.counts - 1).clamp(min=1))
 
 
-def normalise_over_batch(advantages: torch.Tensor, mask: torch.Tensor, all_sum: AllSum = one_process) -> torch.Tensor:
-    """REINFORCE++ (arXiv 2501.03262): advantages [S] on all tokens of mask [S, T], minus their mean, divided by
-    sqrt(max(variance, 1e-8)); both over the tokens of the whole batch. float32 [S, T], 0 outside mask.
+def normalise_over_batch(
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    all_sum: AllSum = one_process,
+) -> torch.Tensor:
+    """(A - mean) / sqrt(max(variance, 1e-8)), float32 [S, T] (REINFORCE++, arXiv 2501.03262).
 
-    A group of equal rewards comes out at minus the mean of the batch, not at 0: dynamic sampling removes it before.
+    advantages: [S], each on all tokens of mask [S, T]; mean and variance are over the tokens of the
+    whole batch. 0 outside mask. A group of equal rewards comes out at minus the mean of the batch,
+    not at 0: dynamic sampling removes it before.
     """
-    where = float64_device(mask.device)
-    tokens, exact = mask.sum(dim=1).to(where).double(), advantages.to(where).double()
+    tokens, exact = in_float64(mask.sum(dim=1)), in_float64(advantages)
     count, total = all_sum(torch.stack((tokens.sum(), (tokens * exact).sum()))).unbind()
     centred = exact - total / count.clamp(min=1)
     variance = all_sum((tokens * centred**2).sum()) / count.clamp(min=1)
@@ -97,7 +132,8 @@ def on_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def has_spread(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """bool [S]: not all rewards of the sample's group are equal, so that the group says something."""
+    """bool [S]: not all rewards of the sample's group are equal, so that the group says
+    something."""
     table = _Groups(rewards, groups)
     return table.samples(table.spread())
 
@@ -106,6 +142,7 @@ def place_in_group(groups: torch.Tensor) -> torch.Tensor:
     """How many samples of the same group come before, int64 [S]."""
     _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     order = torch.argsort(row, stable=True)
+    first = (counts.cumsum(0) - counts)[row[order]]
     place = torch.zeros_like(row)
-    place[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    place[order] = torch.arange(len(row), device=row.device) - first
     return place

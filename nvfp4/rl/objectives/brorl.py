@@ -11,13 +11,21 @@ from nvfp4.rl.objectives.prorl import ProRLv2
 
 @dataclass(kw_only=True)
 class BroRL(ProRLv2):
-    """Broadened reinforcement learning (arXiv 2510.01180): ProRL with 512 completions for each prompt instead of 16.
+    """Broadened reinforcement learning (arXiv 2510.01180): ProRL v2 with 512 completions for each
+    prompt instead of 16.
 
-    A prompt that is solved with probability p says nothing with probability p^G + (1 - p)^G, so hard and easy prompts
-    come back; the variance of the gradient falls with 1 / G. Advantages are made over whole groups before the loss, so
-    a group may be larger than a micro-batch: 64 completions here, with 1,024 drawn at a time, so that a step of 32
-    times 512 fits one device.
+        P(a group of G says nothing) = p^G + (1 - p)^G,   p the chance that a prompt is solved
+
+    so hard and easy prompts come back, and the variance of the gradient falls with 1 / G.
+    Advantages are made over whole groups before the loss, so a group may be larger than a
+    micro-batch: 64 completions here, with 1,024 drawn at a time, so that a step of 32 times 512
+    fits one device.
     """
 
     name: ClassVar[str] = "brorl"
-    defaults: ClassVar[Defaults] = replace(ProRLv2.defaults, group=512, micro_batch=64, rollout_rows=1024)
+    defaults: ClassVar[Defaults] = replace(
+        ProRLv2.defaults,
+        group=512,
+        micro_batch=64,
+        rollout_rows=1024,
+    )

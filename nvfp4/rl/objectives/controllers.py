@@ -1,6 +1,11 @@
-"""What changes in a long run by a rule: clip_high after the entropy, reference resets, stages of temperature.
+"""What changes in a long run by a rule: clip_high after the entropy, resets, stages of temperature.
 
-Each has a state of plain data and no clock but the calls it gets.
+    EntropyClip          entropy of a step           ->  clip_high          ProRL
+    ResetCriterion       KL, policy loss, score      ->  reset the reference, or not    ProRL
+    TemperatureStages    diversity of a step         ->  temperature        MicroCoder
+
+Each is fed once per step, has a state of plain data, and no clock but the calls it gets. Their
+papers name the occasions; where a number or a rule is ours, its class says so.
 """
 
 from __future__ import annotations
@@ -10,13 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+COUNTED = ("steps", "dominated", "stalled")
+"""What ``ResetCriterion`` counts since the last reset, each for one of its rules."""
+
 
 @dataclass
 class EntropyClip:
-    """clip_high that follows the entropy: below the target it rises by a step, else it falls by one, within bounds.
+    """clip_high that follows the entropy: below the target it rises by a step, else it falls by
+    one.
 
-    ProRL's authors adjust it after the trend of the entropy without publishing a rule, so this one is ours; it has the
-    shape of the adaptive entropy bonus of Skywork-OR1 (arXiv 2505.22312). The entropy is smoothed exponentially.
+    Within bounds. ProRL's authors adjust it after the trend of the entropy without publishing a
+    rule, so this one is ours; it has the shape of the adaptive entropy bonus of Skywork-OR1 (arXiv
+    2505.22312). The entropy is smoothed exponentially.
     """
 
     value: float
@@ -28,7 +38,8 @@ class EntropyClip:
     smoothed: float | None = None
 
     def update(self, entropy: float) -> None:
-        """entropy: mean over tokens, in nats; one that is not finite (a step that was skipped) changes nothing."""
+        """entropy: mean over tokens, in nats; one that is not finite (a skipped step) changes
+        nothing."""
         if not math.isfinite(entropy):
             return
         past = entropy if self.smoothed is None else self.smoothed
@@ -49,8 +60,9 @@ class EntropyClip:
 class ResetCriterion:
     """When the reference is to become the present policy: any of three rules, each off at 0.
 
-    The KL term exceeds share times the policy loss for patience steps in a row; the validation score has not risen by
-    delta in stall evaluations; every so many steps. ProRL (arXiv 2505.24864) names the occasions, the numbers are ours.
+    The KL term exceeds share times the policy loss for patience steps in a row; the validation
+    score has not risen by delta in stall evaluations; every so many steps. ProRL (arXiv 2505.24864)
+    names the occasions, the numbers are ours.
     """
 
     share: float
@@ -58,12 +70,15 @@ class ResetCriterion:
     every: int
     stall: int
     delta: float
-    counts: dict[str, int] = field(default_factory=lambda: {"steps": 0, "dominated": 0, "stalled": 0})
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     best: float | None = None
 
     def update(self, kl_cost: float, policy_cost: float, validation: float | None) -> bool:
-        """True: reset now. kl_cost and policy_cost: magnitudes of the two parts of the loss; validation: a score where
-        there was an evaluation at this step."""
+        """True: reset now.
+
+        kl_cost, policy_cost: magnitudes of the two parts of the loss. validation: a score, where
+        there was an evaluation at this step.
+        """
         counts = self.counts
         counts["steps"] += 1
         dominated = self.share > 0 and kl_cost > self.share * policy_cost
@@ -72,6 +87,7 @@ class ResetCriterion:
             improved = self.best is None or validation >= self.best + self.delta
             counts["stalled"] = 0 if improved else counts["stalled"] + 1
             self.best = validation if improved else self.best
+
         due = (
             (self.share > 0 and counts["dominated"] >= self.patience)
             or (self.stall > 0 and counts["stalled"] >= self.stall)
@@ -92,10 +108,11 @@ class ResetCriterion:
 
 @dataclass
 class TemperatureStages:
-    """A ladder of sampling temperatures: one up after patience steps in a row below a floor of diversity, never down.
+    """A ladder of sampling temperatures: one up after patience steps of low diversity, never down.
 
-    MicroCoder (arXiv 2603.07777) chooses the temperature by the diversity of the outputs and finds that stages from low
-    to high work and continuous change does not; measure, floor and patience are ours.
+    MicroCoder (arXiv 2603.07777) chooses the temperature by the diversity of the outputs and finds
+    that stages from low to high work and continuous change does not; measure, floor and patience
+    are ours.
     """
 
     temperatures: Sequence[float]

@@ -1,8 +1,24 @@
-"""Importance weights for a sampler that is not the trainer: w = trainer's old policy / sampler, never with gradient."""
+"""Importance weights for a sampler that is not the trainer: w = old policy / sampler, never with
+gradient.
+
+With w of a token, and their product or geometric mean over the completion or the tokens so far:
+
+    token                  w
+    token_truncate         min(w, high)                                        TIS
+    token_mask             w inside [low, high], else 0                        MIS, IcePop
+    prefix                 product up to the token
+    sequence               product over the completion: alone unbiased, with the largest variance
+    sequence_truncate      min(product, high)                                  TRL's names
+    sequence_mask          product inside [low, high], else 0
+    geometric_mask         1 where the geometric mean is inside [low, high], else 0
+    geometric_mask_token   w there                                             ProRL v2.1
+
+Where sampler and trainer are one function, as here by default, every weight is exactly 1.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -31,19 +47,21 @@ def importance_weights(
     low: float,
     high: float,
 ) -> torch.Tensor:
-    """What the token loss is multiplied by, [S, T]; exactly 1 everywhere where trainer and sampler agree.
+    """What the token loss is multiplied by, [S, T]; exactly 1 where trainer and sampler agree.
 
-    token: w. token_truncate: min(w, high) (TIS). token_mask: w inside [low, high], else 0 (MIS, IcePop). prefix: the
-    product up to the token. sequence: the product over the completion, the only unbiased one, with the largest
-    variance; sequence_truncate, sequence_mask: the same of the product (TRL's names). geometric_mask: 1 where the
-    geometric mean over the completion is inside [low, high], else 0; geometric_mask_token: w there (ProRL v2.1).
+    old_logprobs, sampler_logprobs, mask: [S, T]. low, high: bounds of the kinds that have them.
     """
     log_w = torch.where(mask, old_logprobs - sampler_logprobs, 0.0).detach()
     if correction == "none":
         return torch.ones_like(log_w)
     if correction.startswith("geometric"):
-        kept = torch.where(_inside(_level(log_w, mask, "geometric"), low, high), 1.0, 0.0)
-        return kept * _exp(log_w) if correction == "geometric_mask_token" else kept.to(log_w.dtype).expand_as(log_w)
+        inside = _inside(_level(log_w, mask, "geometric"), low, high)
+        kept = torch.where(inside, 1.0, 0.0)
+        if correction == "geometric_mask_token":
+            return kept * _exp(log_w)
+        return kept.to(log_w.dtype).expand_as(log_w)
+
+    # the name is level_rule
     level, _, rule = correction.partition("_")
     weights = _level(log_w, mask, level).expand_as(log_w)
     if rule == "truncate":
@@ -61,12 +79,14 @@ def out_of_bounds(
     low: float,
     high: float,
 ) -> torch.Tensor:
-    """bool [S, T]: tokens of mask whose weight the correction cuts or drops; none for one without bounds."""
+    """bool [S, T]: tokens of mask whose weight the correction cuts or drops; none without
+    bounds."""
     level, _, rule = correction.partition("_")
     if not rule:
         return torch.zeros_like(mask)
-    weights = _level(torch.where(mask, old_logprobs - sampler_logprobs, 0.0).detach(), mask, level)
-    return mask & ~_inside(weights, -torch.inf if rule == "truncate" else low, high)
+    log_w = torch.where(mask, old_logprobs - sampler_logprobs, 0.0).detach()
+    least = -torch.inf if rule == "truncate" else low
+    return mask & ~_inside(_level(log_w, mask, level), least, high)
 
 
 def _level(log_w: torch.Tensor, mask: torch.Tensor, level: str) -> torch.Tensor:
@@ -80,7 +100,7 @@ def _level(log_w: torch.Tensor, mask: torch.Tensor, level: str) -> torch.Tensor:
         return _exp(total)
     if level == "geometric":
         return _exp(total / mask.sum(dim=1, keepdim=True).clamp(min=1))
-    raise ValueError(f"unknown correction {level!r}; known: {', '.join(Correction.__args__)}")  # type: ignore[attr-defined]
+    raise ValueError(f"unknown correction {level!r}; known: {', '.join(get_args(Correction))}")
 
 
 def _exp(log_w: torch.Tensor) -> torch.Tensor:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nvfp4.rl.objectives.aggregation import Aggregation
 from nvfp4.rl.objectives.base import Defaults
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
+from nvfp4.rl.objectives.token_loss import Aggregation
 
 
 @dataclass(kw_only=True)
 class DAPO(PolicyGradient):
     """Decoupled clip and dynamic sampling policy optimisation (arXiv 2503.14476).
 
-    Clip 0.2 below and 0.28 above; groups of equal rewards replaced; mean over the tokens of the whole batch; a penalty
-    over the last fifth of the length limit (4096 of 20480 tokens), or ``--truncated mask`` for the paper's filter. No
-    KL. The paper's rewards are +1 and -1 with a penalty of up to 1, so that here, where they are 1 and 0, it is half of
-    that. Groups of 16, 16 updates per rollout (32 of 512 prompts), weight decay 0.1.
+        r'   = r - penalty, linear over the last fifth of the length limit (4096 of 20480 tokens)
+        loss = mean over all tokens of the batch of -min(rho A, clip(rho, 0.8, 1.28) A),  GRPO's A
+
+    Groups of equal rewards are replaced; no KL. ``truncated=mask`` in place of the penalty is the
+    paper's filter. The paper's rewards are +1 and -1 with a penalty of up to 1, so that here, where
+    they are 1 and 0, it is half of that. Groups of 16, 16 updates per rollout (32 of 512 prompts),
+    weight decay 0.1.
     """
 
     name: ClassVar[str] = "dapo"

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nvfp4.rl.objectives.base import Defaults, Plan
+from nvfp4.rl.objectives.base import Defaults, StepPlan
 from nvfp4.rl.objectives.policy_gradient import PolicyGradient
-from nvfp4.rl.objectives.surrogate import Ratio
+from nvfp4.rl.objectives.token_loss import Ratio
 
 
 @dataclass(kw_only=True)
 class GSPO(PolicyGradient):
-    """Group sequence policy optimisation (arXiv 2507.18071): GRPO with the geometric mean of the token ratios of a
-    completion as its one ratio, which is clipped at 3e-4 below and 4e-4 above; 4 updates per rollout (section 5.1). The
-    first of them is GRPO's: the ratio is still 1."""
+    """Group sequence policy optimisation (arXiv 2507.18071).
+
+        s    = geometric mean of the token ratios of a completion
+        loss = mean over completions of -min(s A, clip(s, 1 - 3e-4, 1 + 4e-4) A),  A as in GRPO
+
+    4 updates per rollout (section 5.1). The first of them is GRPO's: the ratio is still 1.
+    """
 
     name: ClassVar[str] = "gspo"
     defaults: ClassVar[Defaults] = Defaults(group=16, updates=4)
@@ -23,7 +27,8 @@ class GSPO(PolicyGradient):
     clip_low: float = 3e-4
     clip_high: float = 4e-4
 
-    def acts_like(self, plan: Plan) -> str | None:
-        """GRPO, before the policy has moved: the mean over tokens of one ratio has the gradient of the mean of many."""
-        same = plan.updates == 1 and self.ratio == "sequence" and self.aggregation == "grpo"
-        return "grpo, since every ratio is still 1" if same else None
+    def acts_like(self, plan: StepPlan) -> str | None:
+        """GRPO, before the policy has moved: the mean over tokens of one ratio has the gradient of
+        the mean of many."""
+        own = self.ratio == "sequence" and self.aggregation == "grpo"
+        return "grpo, since every ratio is still 1" if own and plan.updates == 1 else None

@@ -1,34 +1,45 @@
-"""ProRL: reinforcement learning that goes on for thousands of steps, in its three versions."""
+"""ProRL: reinforcement learning that goes on for thousands of steps, in its three versions.
+
+    prorl        the paper: GRPO, clip-higher, a small KL that stays, resets of the reference
+    prorl_v2     NeMo RL's recipe: REINFORCE++, "stop properly", k2, IcePop weights
+    prorl_v2.1   the same for mixtures of experts: forced on-policy, whole completions dropped
+
+What changes with training is kept by the rules of controllers.py, and goes into checkpoints.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from nvfp4.rl.objectives.aggregation import Aggregation
-from nvfp4.rl.objectives.base import RESET_REFERENCE, Defaults, Plan
+from nvfp4.rl.objectives.base import RESET_REFERENCE, Defaults, StepPlan
 from nvfp4.rl.objectives.controllers import EntropyClip, ResetCriterion
 from nvfp4.rl.objectives.corrections import Correction
 from nvfp4.rl.objectives.divergence import Estimator, Importance
 from nvfp4.rl.objectives.lengths import cosine_penalty, staged
 from nvfp4.rl.objectives.policy_gradient import Advantage, PolicyGradient
-from nvfp4.rl.objectives.surrogate import Ratio
+from nvfp4.rl.objectives.token_loss import Aggregation, Ratio
 from nvfp4.rl.samples import Samples
 
 
 @dataclass(kw_only=True)
 class ProRL(PolicyGradient):
-    """Prolonged reinforcement learning (arXiv 2505.24864): GRPO with clips 0.2 and 0.4, dynamic sampling, sampling
-    temperature 1.2, a small KL term that stays, and resets: when the KL term dominates or validation stalls, the policy
-    becomes the reference and the optimiser starts anew. The length limit is short for most of the run. 4 updates per
-    rollout (64 of 256 prompts), learning rate 2e-6.
+    """Prolonged reinforcement learning (arXiv 2505.24864).
 
-    Ours, as nothing was published: the numbers of the reset criterion, the rule of the entropy-controlled clip, the
-    shape of the scheduled length penalty. The KL is compared with the mean magnitude of the token loss: the mean itself
-    vanishes on-policy, where advantages add up to 0.
+        loss = GRPO's with clip(rho, 0.8, 1.4) + 1e-4 k3 to the reference
+
+    Dynamic sampling, sampling temperature 1.2, and resets: when the KL term dominates or validation
+    stalls, the policy becomes the reference and the optimiser starts anew. The length limit is
+    short for most of the run. 4 updates per rollout (64 of 256 prompts), learning rate 2e-6.
+
+    Ours, as nothing was published: the numbers of the reset criterion, the rule of the
+    entropy-controlled clip, the shape of the scheduled length penalty. The KL is compared with the
+    mean magnitude of the token loss: the mean itself vanishes on-policy, where advantages add up to
+    0.
     """
 
     name: ClassVar[str] = "prorl"
@@ -38,11 +49,13 @@ class ProRL(PolicyGradient):
     dynamic_sampling: bool = True
     kl_coef: float = 1e-4
     entropy_target: float | None = None
-    """Mean token entropy in nats that --clip-high is steered to, in steps of 0.01; None: --clip-high is constant."""
+    """Mean token entropy in nats that clip_high is steered to, in steps of 0.01; None: it is
+    constant."""
     clip_high_max: float = 0.4
-    """Upper end of the controlled --clip-high; the lower one is --clip-low."""
+    """Upper end of the controlled clip_high; the lower one is clip_low."""
     reset_kl_share: float = 0.5
-    """Reset the reference when the KL term exceeds this share of the token loss --reset-patience times; 0: never."""
+    """Reset the reference when the KL term exceeds this share of the token loss reset_patience
+    times; 0: never."""
     reset_patience: int = 5
     """Steps in a row that the KL term must dominate."""
     reset_every: int = 0
@@ -67,36 +80,53 @@ class ProRL(PolicyGradient):
     def __post_init__(self) -> None:
         if len(self.length_stages) != len(self.length_stage_steps):
             raise ValueError(
-                f"length_stages and length_stage_steps must be of equal length, got {self.length_stages} and "
-                f"{self.length_stage_steps}"
+                f"length_stages and length_stage_steps must be of equal length, got "
+                f"{self.length_stages} and {self.length_stage_steps}"
             )
         if list(self.length_stage_steps) != sorted(self.length_stage_steps):
             raise ValueError(f"length_stage_steps must ascend, got {self.length_stage_steps}")
-        self._steps = 0
-        target = float("nan") if self.entropy_target is None else self.entropy_target
-        self._clip = EntropyClip(self.clip_high, target, self.clip_low, max(self.clip_high, self.clip_high_max))
-        criteria = (self.reset_kl_share, self.reset_patience, self.reset_every, self.reset_stall, self.reset_delta)
-        self._reset = ResetCriterion(*criteria)
 
-    def idle(self, plan: Plan) -> dict[str, str]:
-        """Also the control of a clip that does not act, and resets of a reference that is not there."""
-        found = super().idle(plan)
+        # the rules, each with its state
+        self._steps = 0
+        self._clip = EntropyClip(
+            value=self.clip_high,
+            target=math.nan if self.entropy_target is None else self.entropy_target,
+            lowest=self.clip_low,
+            highest=max(self.clip_high, self.clip_high_max),
+        )
+        self._reset = ResetCriterion(
+            share=self.reset_kl_share,
+            patience=self.reset_patience,
+            every=self.reset_every,
+            stall=self.reset_stall,
+            delta=self.reset_delta,
+        )
+
+    def idle(self, plan: StepPlan) -> dict[str, str]:
+        """Also the control of a clip that does not act, and resets of a reference that is not
+        there."""
+        reasons = super().idle(plan)
         if self.entropy_target is None:
-            found["clip_high_max"] = "entropy_target is not given"
-        if "clip_high" in found:
-            found |= dict.fromkeys(("entropy_target", "clip_high_max"), found["clip_high"])
-        resets = ("reset_kl_share", "reset_patience", "reset_every", "reset_stall", "reset_delta", "validation_metric")
+            reasons["clip_high_max"] = "entropy_target is not given"
+        if "clip_high" in reasons:
+            names = ("entropy_target", "clip_high_max")
+            reasons |= dict.fromkeys(names, reasons["clip_high"])
+
+        of_evaluations = ("reset_stall", "reset_delta", "validation_metric")
+        resets = ("reset_kl_share", "reset_patience", "reset_every", *of_evaluations)
         if not self.kl_coef:
-            found |= dict.fromkeys(resets, "kl_coef is 0, so there is no reference")
+            reasons |= dict.fromkeys(resets, "kl_coef is 0, so there is no reference")
         elif not plan.evaluates:
-            found |= dict.fromkeys(("reset_stall", "reset_delta", "validation_metric"), "eval_every is 0")
+            reasons |= dict.fromkeys(of_evaluations, "eval_every is 0")
+
         if not self.length_penalty:
-            found |= dict.fromkeys(("length_penalty_period", "length_penalty_steps"), "length_penalty is 0")
-        return found
+            names = ("length_penalty_period", "length_penalty_steps")
+            reasons |= dict.fromkeys(names, "length_penalty is 0")
+        return reasons
 
     @property
     def upper_clip(self) -> float:
-        """What the entropy has made of --clip-high."""
+        """What the entropy has made of clip_high."""
         return self._clip.value
 
     def max_new_tokens(self, configured: int) -> int:
@@ -113,25 +143,30 @@ class ProRL(PolicyGradient):
         return self.length_stages
 
     def shape_rewards(self, samples: Samples) -> torch.Tensor:
-        """As ever, and in its phases the cosine penalty."""
+        """As ever, and at the end of each period minus the cosine penalty."""
         rewards = super().shape_rewards(samples)
         phase = self._steps % self.length_penalty_period
-        if not self.length_penalty or phase < self.length_penalty_period - self.length_penalty_steps:
+        begins = self.length_penalty_period - self.length_penalty_steps
+        if not self.length_penalty or phase < begins:
             return rewards
         return rewards + self.length_penalty * cosine_penalty(samples.lengths, samples.limit)
 
     def observe(self, metrics: Mapping[str, float]) -> frozenset[str]:
-        """Steers the clip by "entropy"; weighs "kl_loss" against "policy_loss/magnitude"; reads --validation-metric."""
+        """Steers the clip by "entropy"; weighs "kl_loss" against "policy_loss/magnitude"; reads the
+        score that ``validation_metric`` names."""
         self._steps += 1
         if self.entropy_target is not None:
             self._clip.update(metrics["entropy"])
-        kl_cost, policy_cost = abs(metrics.get("kl_loss", 0.0)), metrics["policy_loss/magnitude"]
-        due = self._reset.update(kl_cost, policy_cost, metrics.get(self.validation_metric))
+        kl_cost = abs(metrics.get("kl_loss", 0.0))
+        policy_cost = metrics["policy_loss/magnitude"]
+        score = metrics.get(self.validation_metric)
+        due = self._reset.update(kl_cost, policy_cost, score)
         return frozenset({RESET_REFERENCE}) if due and self.needs_reference else frozenset()
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, clip and reset criterion."""
-        return {"steps": self._steps, "clip": self._clip.state_dict(), "reset": self._reset.state_dict()}
+        clip, reset = self._clip.state_dict(), self._reset.state_dict()
+        return {"steps": self._steps, "clip": clip, "reset": reset}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
@@ -142,10 +177,17 @@ class ProRL(PolicyGradient):
 
 @dataclass(kw_only=True)
 class ProRLv2(ProRL):
-    """ProRL v2, by NeMo RL's guide and configuration: REINFORCE++ (r - mean of the group, normalised over the tokens of
-    the batch), clips 0.2 and 0.27, mean over tokens, "stop properly" (truncated completions earn nothing), k2 with
-    clamps 20 and 10 and the score function's gradient, IcePop weights inside [0.5, 5]. Temperature 1, one update per
-    rollout (all 512 completions), learning rate 5e-6, and no resets of the reference."""
+    """ProRL v2, by NeMo RL's guide and configuration (prorlv2.v2.yaml).
+
+        A    = r - mean of the group, then normalised over the tokens of the batch (REINFORCE++)
+        w    = old policy / sampler where that is inside [0.5, 5], else 0 (IcePop)
+        loss = mean over tokens of -w min(rho A, clip(rho, 0.8, 1.27) A)
+               + 1e-4 k2 with clamps 20 and 10
+
+    The k2 has the score function's gradient. "Stop properly": completions that were cut earn
+    nothing. Temperature 1, one update per rollout (all 512 completions), learning rate 5e-6, and no
+    resets of the reference.
+    """
 
     name: ClassVar[str] = "prorl_v2"
     defaults: ClassVar[Defaults] = Defaults(group=16, lr=5e-6, weight_decay=0.01)
@@ -165,8 +207,11 @@ class ProRLv2(ProRL):
 
 @dataclass(kw_only=True)
 class ProRLv21(ProRLv2):
-    """ProRL v2.1, for mixtures of experts, by NeMo RL's guide: ratio one (forced on-policy), completions dropped whose
-    geometric mean weight is outside [0.999, 1.002], no dynamic sampling."""
+    """ProRL v2.1, for mixtures of experts, by NeMo RL's guide (prorlv2_1_moe.v2.yaml).
+
+    As v2 with ratio one (forced on-policy) and completions dropped whose geometric mean weight is
+    outside [0.999, 1.002]; no dynamic sampling.
+    """
 
     name: ClassVar[str] = "prorl_v2.1"
 

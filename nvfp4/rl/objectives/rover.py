@@ -1,4 +1,9 @@
-"""ROVER: evaluate the uniform policy instead of improving one."""
+"""ROVER: evaluate the uniform policy instead of improving one.
+
+In a tree of tokens whose leaves have rewards, the value of the uniform policy already says which
+branch leads to right answers; sampling by it keeps more ways than improving a policy does. Q-values
+are read off the model's own log-probabilities, so no second network is needed.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +15,39 @@ from typing import ClassVar, Literal
 import torch
 
 from nvfp4.rl.objectives.advantages import group_advantages, on_tokens
-from nvfp4.rl.objectives.aggregation import token_mean
-from nvfp4.rl.objectives.base import Defaults, Metrics, Plan
+from nvfp4.rl.objectives.base import Defaults, Metrics, ScoredBy, StepPlan
 from nvfp4.rl.objectives.rewarded import RewardedObjective
-from nvfp4.rl.samples import Samples, Scores, Totals
-from nvfp4.run.processes import float64_device
+from nvfp4.rl.objectives.token_loss import token_mean
+from nvfp4.rl.samples import Samples, Scores, Totals, in_float64
 
 OLD_MEAN = "mean_logprob"
+"""Key of ``Samples.extra``: the old policy's mean log-probability over the vocabulary, [S, T]."""
 
 RIGHT, WRONG = 5.0, 2.0
-"""What a right completion earns in a batch of wrong ones, and a wrong one costs among right ones (batch_rates)."""
+"""What a right completion earns in a batch of wrong ones, and a wrong one costs among right ones
+(batch_rates; the authors' code)."""
 
 
 def vocabulary_mean_logprob(logits: torch.Tensor) -> torch.Tensor:
-    """Mean over the vocabulary of log-softmax(logits), without storing it: logits [..., V] -> [...]."""
+    """Mean over the vocabulary of log-softmax(logits), without storing it: logits [..., V] ->
+    [...]."""
     return logits.mean(dim=-1) - logits.logsumexp(dim=-1)
 
 
 @dataclass(kw_only=True)
 class Rover(RewardedObjective):
-    """Random policy valuation for diverse reasoning (arXiv 2509.24981; details from the authors' code).
+    """Random policy valuation for diverse reasoning (arXiv 2509.24981; details from the authors'
+    code).
 
-    Q_t = q_scale (log policy - log old policy) of the drawn token; the value of what follows, V_t, is the same
-    difference in the mean over the whole vocabulary one token on, 0 after the last, without gradient; the loss is the
-    mean over tokens of (Q_t - (r - mean of the group) - V_t)^2. At the first update of a rollout Q and V are 0, and the
-    gradient is 2 * q_scale times that of REINFORCE. No reference, no KL. The authors do 4 updates per rollout (32 of
-    128 prompts), for mathematics with 8 completions at temperature 0.6, and there divide by the standard deviation; for
-    countdown with 5 completions and without.
+        Q_t  = q_scale (log policy - log old policy) of the drawn token
+        V_t  = q_scale (the same difference, in the mean over the whole vocabulary) one token on;
+               0 after the last, without gradient
+        loss = mean over tokens of (Q_t - (r - mean of the group) - V_t)^2
+
+    At the first update of a rollout Q and V are 0, and the gradient is 2 q_scale times that of
+    REINFORCE. No reference, no KL. The authors do 4 updates per rollout (32 of 128 prompts), for
+    mathematics with 8 completions at temperature 0.6, and there divide by the standard deviation;
+    for countdown with 5 completions and without.
     """
 
     name: ClassVar[str] = "rover"
@@ -46,28 +57,35 @@ class Rover(RewardedObjective):
     q_scale: float = 1.0
     """What log-ratios are multiplied by to be Q-values (the code's rover_t)."""
     advantage: Literal["group_mean", "group_std", "batch_rates"] = "group_mean"
-    """r - mean of the group (the paper); divided by its standard deviation (the script for mathematics); or 5 (1 -
-    share of right ones in the batch) for a right completion and -2 (1 - share of wrong ones) for a wrong one (the
-    code's rover estimator)."""
+    """r - mean of the group (the paper); divided by its standard deviation (the script for
+    mathematics); or 5 (1 - share of right ones in the batch) for a right completion and -2 (1 -
+    share of wrong ones) for a wrong one (the code's rover estimator)."""
     value_scale: float = 1.0
-    """What the value of the next token is multiplied by (the code's next_q_scale_factor); 0: only the reward counts."""
+    """What the value of the next token is multiplied by (the code's next_q_scale_factor); 0: only
+    the reward counts."""
     q_clip: float | None = None
-    """Q stays at log(1 + this), without gradient, where it is above and below its target, and at log(1 - this) where it
-    is below and above (the code's use_rover_clip with clip_ratio 0.2); None: no clip."""
+    """Q stays at log(1 + this), without gradient, where it is above and below its target, and at
+    log(1 - this) where it is below and above (the code's use_rover_clip with clip_ratio 0.2); None:
+    no clip."""
 
     @property
     def needs_logits(self) -> bool:
         """For the mean over the vocabulary."""
         return True
 
-    def acts_like(self, plan: Plan) -> str | None:
+    def acts_like(self, plan: StepPlan) -> str | None:
         """Without a second update there is neither Q nor value."""
-        return "REINFORCE with a centred reward, since Q and V are still 0" if plan.updates == 1 else None
+        if plan.updates > 1:
+            return None
+        return "REINFORCE with a centred reward, since Q and V are still 0"
 
-    def idle(self, plan: Plan) -> dict[str, str]:
+    def idle(self, plan: StepPlan) -> dict[str, str]:
         """Also what scales or clips a Q that is 0."""
-        zero = "one update per rollout leaves Q and V at exactly 0"
-        return super().idle(plan) | (dict.fromkeys(("value_scale", "q_clip"), zero) if plan.updates == 1 else {})
+        reasons = super().idle(plan)
+        if plan.updates == 1:
+            why = "one update per rollout leaves Q and V at exactly 0"
+            reasons |= dict.fromkeys(("value_scale", "q_clip"), why)
+        return reasons
 
     def advantages(self, samples: Samples) -> torch.Tensor:
         """What Q is to be, but for the value of what follows, on every token."""
@@ -78,16 +96,20 @@ class Rover(RewardedObjective):
         return on_tokens(centred, samples.mask)
 
     def _batch_rates(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Right is what earns anything."""
+        """5 (1 - share of right) for what earns anything, -2 (1 - share of wrong) for the rest,
+        [S]."""
         right = rewards > 0
         counts = torch.stack((right.sum(), (~right).sum()))
-        counts = self.all_sum(counts.to(float64_device(rewards.device)).double())
+        counts = self.all_sum(in_float64(counts))
         values = torch.tensor((RIGHT, -WRONG), device=counts.device) * (1 - counts / counts.sum())
         values = values.float().to(rewards.device)
         return torch.where(right, values[0], values[1])
 
     def remember(
-        self, samples: Samples, scores: Scores, source: Literal["old", "reference"]
+        self,
+        samples: Samples,
+        scores: Scores,
+        source: ScoredBy,
     ) -> dict[str, torch.Tensor]:
         """Of the old policy's logits one mean per token."""
         if source == "reference":
@@ -99,32 +121,43 @@ class Rover(RewardedObjective):
     def prepare(self, samples: Samples, old: Scores) -> Samples:
         """With the old policy's mean log-probabilities, unless they have been remembered."""
         if OLD_MEAN not in samples.extra:
-            samples = replace(samples, extra={**samples.extra, **self.remember(samples, old, "old")})
+            extra = self.remember(samples, old, "old")
+            samples = replace(samples, extra={**samples.extra, **extra})
         return super().prepare(samples, old)
 
-    def loss(self, samples: Samples, scores: Scores, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+    def loss(
+        self,
+        samples: Samples,
+        scores: Scores,
+        totals: Totals,
+    ) -> tuple[torch.Tensor, Metrics]:
         """The share of this micro-batch in the squared error."""
         assert samples.old_logprobs is not None, "prepare puts them there"
         assert samples.advantages is not None, "prepare puts them there"
         if scores.logits is None:
             raise ValueError("rover needs Scores.logits")
         mask = samples.mask
-        q = self.q_scale * (torch.where(mask, scores.logprobs, 0.0) - samples.old_logprobs)
-        rise = self.q_scale * (vocabulary_mean_logprob(scores.logits.detach()) - samples.extra[OLD_MEAN])
+        logprobs = torch.where(mask, scores.logprobs, 0.0)
+        q = self.q_scale * (logprobs - samples.old_logprobs)
+
+        # the value of what follows: how far the mean over the vocabulary has risen, one token on
+        mean = vocabulary_mean_logprob(scores.logits.detach())
+        rise = self.q_scale * (mean - samples.extra[OLD_MEAN])
         value = torch.zeros_like(rise)
         value[:, :-1] = torch.where(mask[:, 1:], rise[:, 1:], 0.0)
+
         target = samples.advantages + self.value_scale * value
         error = self._clipped(q, target) - target
         loss = token_mean(self.corrected(error**2, samples), mask, totals)
-        metrics = {
+        return loss, {
             "entropy": token_mean(scores.entropy, mask, totals),
             "policy_loss": loss.detach(),
             "q": token_mean(q.detach(), mask, totals),
             "next_value": token_mean(value, mask, totals),
         }
-        return loss, metrics
 
     def _clipped(self, q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Q [S, T] without gradient where it is beyond a bound and its target is farther still."""
         if self.q_clip is None:
             return q
         high, low = math.log1p(self.q_clip), math.log1p(-self.q_clip)
