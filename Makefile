@@ -15,7 +15,7 @@ JOBS ?= 2
 ANY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary
 PIP := $(ANY) -c constraints.txt
 
-.PHONY: train rl test test-all lint style types unit mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
+.PHONY: train rl test test-all lint style types unit docs package mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -39,12 +39,12 @@ $(NATIVE): $(TOOLS) $(SOURCES)
 # One resolver for all packages, and no second environment for the build: its tools are there already.
 ONLY_PYTHON := NVFP4_CPU=0 NVFP4_CUDA=0 $(PIP) --no-build-isolation
 $(VENV)/.packages: $(TOOLS) $(PACKAGES)
-	$(ONLY_PYTHON) -e '.[data,dev]'
+	$(ONLY_PYTHON) -e '.[train,rl,data,dev]'
 	@touch $@
 
 # the same and the libraries that nvfp4 is tested together with and does not need: trl, peft, lightning-fabric
 $(CLIENTS): $(TOOLS) $(PACKAGES)
-	$(ONLY_PYTHON) -e '.[data,dev,clients]'
+	$(ONLY_PYTHON) -e '.[train,rl,data,dev,clients]'
 	@touch $(VENV)/.packages $@
 
 # pip and the compilers side by side: one waits for the network where the others need the cores
@@ -119,6 +119,24 @@ aot: $(READY) $(OLD_TRITON)/.ready ## compile every Triton kernel for eight kind
 cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and say what they take
 	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m tools.cuda_build --json benchmarks/results/cuda.json
+
+$(VENV)/.docs: $(READY)
+	$(ONLY_PYTHON) -e '.[train,rl,data,dev,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs ## the book as a site in build/site: strict, a broken link fails; needs no network once it is installed
+	$(BIN)/python docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
+
+# As an index would have it: the wheel from the sdist, in an environment of its own; tried with the core dependencies alone.
+BUILT := build/package
+package: $(READY) ## sdist and wheel in build/package/dist: built, checked, installed in a clean venv, and tried
+	$(PIP) 'build>=1.2' 'twine>=6'
+	rm -rf $(BUILT) && $(BIN)/python -m build --outdir $(BUILT)/dist .
+	$(BIN)/python -m twine check --strict $(BUILT)/dist/*
+	$(PYTHON) -m venv $(BUILT)/venv
+	$(BUILT)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(BUILT)/dist/*.whl
+	cd $(BUILT) && venv/bin/python $(CURDIR)/tests/support/smoke.py
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -9,9 +9,10 @@ q.codes, q.block_scale, q.global_scale, q.dequantize()
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvfp4.backends.registry import BackendUnavailable
+from nvfp4.extras import installed_version, what_to_install
 from nvfp4.layer.linear import Linear
 from nvfp4.model.convert import convert, revert
 from nvfp4.model.fuse import fuse, rms_norm_linear, swiglu_linear
@@ -26,7 +27,10 @@ from nvfp4.ops import dequantize, explain, matmul, quantize
 from nvfp4.quantizers.registry import QUANTIZERS
 from nvfp4.recipes import RECIPES, W4A16, Recipe
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what __getattr__ imports on first use
+    from nvfp4.backends.machine import info
+    from nvfp4.integrations.transformers import NVFP4TrainingConfig
+    from nvfp4.model.distributed import fp4_all_gather, share_noise
 
 __all__ = [
     "QUANTIZERS",
@@ -78,7 +82,15 @@ def __getattr__(name: str) -> Any:
         "share_noise": "nvfp4.model.distributed",
         "NVFP4TrainingConfig": "nvfp4.integrations.transformers",
     }
+    if name == "__version__":
+        return installed_version()
     if name not in lazy:
         raise AttributeError(f"module 'nvfp4' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(lazy[name]), name)
+    try:
+        globals()[name] = getattr(import_module(lazy[name]), name)
+    except ModuleNotFoundError as error:
+        line = what_to_install(error, f"nvfp4.{name}")
+        if line is None:
+            raise
+        raise ModuleNotFoundError(line, name=error.name) from error
     return globals()[name]

@@ -1,0 +1,174 @@
+"""What is shipped: extras and the errors that name them, one version, the licence, files that services read."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from limits import HANG
+
+import nvfp4
+from nvfp4.extras import EXTRAS, RL_COMMANDS, what_to_install
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+CORE = {"torch", "triton", "numpy", "rich"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "lightning_fabric": "lightning-fabric"}
+"""Modules whose distribution has another name."""
+
+
+def requirements(field: str) -> set[str]:
+    """Names of the distributions in a list of pyproject.toml, without versions and markers."""
+    listed = re.search(rf"^{field} = \[(.*?)\]$", PYPROJECT, flags=re.DOTALL | re.MULTILINE)
+    assert listed is not None, f"pyproject.toml has no {field}"
+    return {re.split(r"[<>=\[;]", name)[0] for name in re.findall(r'"([^"]+)"', listed[1])}
+
+
+def third_parties() -> dict[str, set[str]]:
+    """Top-level modules that the package imports and neither it nor Python brings, with the files that do."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "nvfp4").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"nvfp4"}:
+                found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_the_core_dependencies_are_four() -> None:
+    """And no extra repeats one of them."""
+    assert requirements("dependencies") == CORE
+    assert not CORE & set().union(*EXTRAS.values())
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_brings_what_the_error_says(extra: str) -> None:
+    """The table in nvfp4/extras.py is pyproject's."""
+    assert {DISTRIBUTIONS.get(module, module) for module in EXTRAS[extra]} == requirements(extra)
+
+
+def test_every_import_is_of_the_core_or_of_an_extra() -> None:
+    """A package that nothing brings would be missing for whoever did as README says."""
+    known = CORE | set().union(*EXTRAS.values())
+    assert not {name: files for name, files in third_parties().items() if name not in known | {"lightning", "torchao"}}
+
+
+def test_which_extra_is_named() -> None:
+    """By what is missing, and by the command: rl's brings what train's does."""
+    missing = ModuleNotFoundError("No module named 'yaml'", name="yaml.nodes")
+    assert what_to_install(missing, "nvfp4 pretrain") == (
+        "nvfp4 pretrain needs yaml, which is not installed: pip install 'nvfp4[train]'"
+    )
+    for command in RL_COMMANDS:
+        assert str(what_to_install(missing, f"nvfp4 {command}")).endswith("'nvfp4[rl]'")
+    assert str(what_to_install(ModuleNotFoundError(name="pyarrow"), "x")).endswith("'nvfp4[data]'")
+    assert what_to_install(ModuleNotFoundError(name="nvfp4.no_such_module"), "x") is None
+    assert what_to_install(ModuleNotFoundError(), "x") is None
+
+
+_WITHOUT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+from nvfp4.__main__ import main
+sys.exit(main())
+"""
+
+
+def without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in an interpreter that lacks some packages."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _WITHOUT, modules, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"),
+    [("tyro", "pretrain", "train"), ("pydantic", "compare", "train"), ("yaml", "rl", "rl"), ("tyro", "gvendi", "rl")],
+)
+def test_a_command_names_the_extra_it_lacks(missing: str, command: str, extra: str) -> None:
+    """One line, code 1, no traceback."""
+    if missing != "tyro":
+        pytest.importorskip("tyro", reason="tyro is missed first")
+    ran = without(missing, command, "--help")
+    line = f"nvfp4: error: nvfp4 {command} needs {missing}, which is not installed: pip install 'nvfp4[{extra}]'\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", line)
+
+
+def test_a_package_that_is_missed_within_a_command(tmp_path: Path) -> None:
+    """accelerate is imported once the options are known to be right."""
+    pytest.importorskip("transformers", reason="transformers is not installed here")
+    pytest.importorskip("tyro", reason="tyro is not installed here")
+    ran = without("accelerate", "pretrain", "--out", str(tmp_path / "run"), "--steps", "1")
+    assert (ran.returncode, ran.stderr.splitlines()[-1:]) == (
+        1,
+        ["nvfp4: error: nvfp4 pretrain needs accelerate, which is not installed: pip install 'nvfp4[train]'"],
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_info_needs_no_extra() -> None:
+    """What is asked first on a machine where something is missing."""
+    ran = without("tyro,pydantic,yaml,transformers,accelerate,matplotlib", "info")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "backend reference on cpu" in ran.stdout
+
+
+def test_a_lazy_name_names_the_extra_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``nvfp4.NVFP4TrainingConfig`` without transformers; the error keeps the module's name."""
+    monkeypatch.delitem(vars(nvfp4), "NVFP4TrainingConfig", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "nvfp4.integrations.transformers", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # type: ignore[arg-type]
+    with pytest.raises(
+        ModuleNotFoundError, match=r"NVFP4TrainingConfig needs transformers.*'nvfp4\[train\]'"
+    ) as raised:
+        nvfp4.NVFP4TrainingConfig  # noqa: B018
+    assert str(raised.value.name).partition(".")[0] == "transformers"
+
+
+def test_the_version_is_that_of_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyproject.toml is the only place that says it; a checkout that is not installed has none."""
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"nvfp4": "7.8.9"}[name])
+    assert nvfp4.__version__ == "7.8.9"
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert nvfp4.__version__ == "0+unknown"
+    version = re.search(r'^version = "(.+)"$', PYPROJECT, flags=re.MULTILINE)
+    assert version is not None
+    said = [path for path in (ROOT / "nvfp4").rglob("*.py") if f'"{version[1]}"' in path.read_text(encoding="utf-8")]
+    assert not said
+
+
+def test_the_licence_is_apaches_to_the_letter() -> None:
+    """As the Apache Software Foundation publishes it; pyproject names and ships it."""
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    assert 'license = "Apache-2.0"\nlicense-files = ["LICENSE"]' in PYPROJECT
+
+
+def test_files_that_services_read() -> None:
+    """Continuous integration runs the command that people type; citation and pre-commit are well-formed."""
+    yaml = pytest.importorskip("yaml", reason="yaml is not installed here")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert runs == ["make test", "make docs", "make package"]
+    assert all(re.search(rf"^{run.removeprefix('make ')}:", makefile, flags=re.MULTILINE) for run in runs)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format", "clang-format", "mypy", "docs"}
