@@ -1,4 +1,4 @@
-"""The contract of convert and of the layer: a test for each statement, named by its number, and one for each trap.
+"""What docs/convert.md promises of convert and the layer: a test for each number, and one for each trap.
 
 Where a statement is proved beside the thing it is about, ``PROOFS`` says where; ``TRAPS`` are mistakes of neighbouring
 packages that no statement names.
@@ -89,14 +89,16 @@ TRAPS = {
     "the walk returns at the first layer it skips": f"{HERE}::test_trap_the_walk_goes_on",
     "layers.1 catches layers.10": f"{HERE}::test_trap_names_are_no_substrings",
     "a second weight is made at convert": f"{HERE}::test_15_no_tensor_is_made_at_convert",
-    "a call from the README raises": f"{HERE}::test_trap_the_readme_runs",
+    "a call from the README raises": "test_docs.py::test_code_blocks_run",
     "a tie is lost on meta": f"{HERE}::test_07_tied_weights_on_meta",
 }
 
 
 def test_every_statement_is_proved() -> None:
-    """The table names the statements 1 to 46 and nothing else."""
-    assert sorted(PROOFS) == list(range(1, 47))
+    """The table names the statements of the page, 1 to 46, and nothing else."""
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    promised = [int(number) for number in re.findall(r"^(\d+)\. ", page, flags=re.MULTILINE)]
+    assert promised == sorted(PROOFS) == list(range(1, 47))
 
 
 def _tests_in(file: str) -> list[str]:
@@ -969,27 +971,3 @@ def test_trap_names_are_no_substrings() -> None:
         "nvidia",
         "nvidia",
     )
-
-
-def test_trap_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """fouroversix: every Python block of the README runs as it stands, on a Llama and two matrices; the one that needs
-    several processes is what test_distributed.py does."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 2
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config)
-    names = {
-        "torch": torch,
-        "nvfp4": nvfp4,
-        "model": model,
-        "optimizer": torch.optim.AdamW(model.parameters()),
-        "x": torch.randn(8, 128),
-        "w": torch.randn(16, 128),
-    }
-    for block in blocks:
-        if "DistributedDataParallel" not in block:
-            exec(block, names)
-    assert converted(names["model"]) == []  # the last line reverts

@@ -44,7 +44,7 @@ def find_fault(backend: Backend, operation: Operation, device: torch.device, qua
         try:
             got = [tensor.cpu() for tensor in probe(backend, device, chosen)]
         except Exception as error:  # whatever a kernel raises here, the backend is of no use
-            return f"its first {operation} failed: {error}{_lost(device)}"
+            return f"its first {operation} failed: {error or type(error).__name__}{_lost(device)}"
         same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     return None if same else f"its first {operation} differs from the reference"
 

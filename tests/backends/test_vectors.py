@@ -1,5 +1,7 @@
 """The package computes every worked case bit for bit: 2 files, 23 cases, up to 26 rules each.
 
+Their names: docs/numerics.md, section 9.
+
 The cases hold ragged shapes, NaN, Inf, zero and underflowing scales, denormals, -0, ties, and a rotation that overflows
 although its input is finite. A rule that is right here and wrong elsewhere is looked for in test_quantizers.py.
 """

@@ -1,4 +1,5 @@
-"""The judge of every backend: NVFP4 numerics written out block by block, in numpy float32, to be read beside the text.
+"""The judge of every backend: NVFP4 numerics written out block by block, in numpy float32, to be read beside
+docs/numerics.md.
 
 It imports nothing from nvfp4 and nothing from torch, and shares no line with them. One function is one sentence of the
 definition. Rules:

@@ -1,0 +1,196 @@
+"""The figures of README and docs/, from the data they were measured as.
+
+A page marks a place; this program says what stands there, and a test holds the two equal:
+
+    <!-- figures: headline -->
+    ...
+    <!-- end -->
+
+    python docs/figures.py            say which pages are out of date (exit code 1)
+    python docs/figures.py --write    bring them up to date
+
+Data: ``benchmarks/results/*.json``; for ``quantisers`` what each of them claims, which the property tests measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+_PLACE = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """README and every page of the book."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def up_to_date(text: str) -> str:
+    """The text of a page with every marked place filled in; KeyError for a name that nothing here makes."""
+    return _PLACE.sub(lambda place: f"{place[1]}{FIGURES[place[2]]()}\n{place[4]}", text)
+
+
+def headline() -> str:
+    """The result that README opens with: size, data, bits per byte, and the gap of each recipe."""
+    report = _read("compare")
+    base, *others = report["runs"]
+    best = sorted(others, key=lambda run: run["gap_percent"])
+    gaps = ", ".join(f"{run['gap_percent']:+.1f} % (`{run['recipe']}`)" for run in best)
+    size = f"{base['parameters'] / 1e6:.1f} M parameters, {base['steps']} updates"
+    data = "on the source of Python's standard library" if not report["config"]["data"] else "on text files"
+    return (
+        f"A {report['config']['architecture'].capitalize()} of {size} {data}, same init and same data order for all:\n"
+        f"**{base['val_bpb']:.3f} bits per byte in BF16; in NVFP4 {gaps}.**\n"
+        "(One seed; differences of a percent between recipes are within its noise at this size.)"
+    )
+
+
+def quantisers() -> str:
+    """Each quantiser's error on N(0, 1) and whether its mean is the input."""
+    from nvfp4.quantizers.registry import QUANTIZERS
+
+    rows = []
+    for shown, name, options, unbiased, what in _QUANTISERS:
+        quantizer = QUANTIZERS[name]
+        claims = quantizer.claims(quantizer.check(seed=0, **options))
+        error = f"{claims.relative_mse * 1e3:.2f}"
+        if name == "rtn":
+            tiles = QUANTIZERS["rtn_2d"]
+            error += f" (16x16: {tiles.claims(tiles.check()).relative_mse * 1e3:.2f})"
+        rows.append((f"`{shown}`", error, unbiased, what))
+    return _table(("quantiser", "relative MSE on N(0, 1), x 1e-3", "unbiased", "what it does"), rows)
+
+
+_QUANTISERS: tuple[tuple[str, str, dict[str, Any], str, str], ...] = (
+    ("rtn", "rtn", {}, "no", "nearest, TransformerEngine's scales"),
+    ("four_over_six", "four_over_six", {}, "no", "block maximum at 6 or at 4, whichever is closer"),
+    ("scale_search", "scale_search", {}, "no", "the best of ten neighbouring scales"),
+    ("sr", "sr", {}, "yes", "stochastic; scales rounded up, so nothing clips"),
+    ("sr_te", "sr_te", {}, "slightly biased (clips)", "stochastic, NVIDIA's"),
+    (
+        "ms_eden",
+        "ms_eden",
+        {},
+        "dense rows; sparse ones from 2 rounds",
+        "rotate, round, repair the length in a stochastic scale",
+    ),
+    ("ms_eden(search)", "ms_eden", {"search": True}, "as ms_eden", "and the best of six scales"),
+)
+
+
+def linear() -> str:
+    """Forward and backward of one layer relative to BF16, a row per machine, instruction set and size."""
+    data = _read("linear")
+    recipes = ("nvidia", "quartet2", "search_eden")
+    rows = []
+    for part in (*data["other machines"], data):
+        cells: dict[tuple[str, str], dict[str, float]] = {}
+        for row in part["rows"]:
+            where = (row.get("instructions", ""), row["layer"].split()[0])
+            cells.setdefault(where, {})[row["recipe"]] = row["x bf16"]
+        for (instructions, size), times in cells.items():
+            machine = f"{part['machine']['processor']}, {part['machine']['threads']} threads"
+            if instructions and instructions not in machine:
+                machine += f", held to {instructions}"
+            rows.append((machine, size, *(f"{times[recipe]:.2f}" for recipe in recipes)))
+    return _table(("machine", "tokens = in = out", *(f"`{recipe}`" for recipe in recipes)), rows)
+
+
+def quantize() -> str:
+    """Milliseconds of each quantiser, and copies of the same bytes."""
+    data = _read("quantize")
+    rows = [
+        (
+            f"`{row['quantiser']}`",
+            f"{row['row-wise ms']:.1f}",
+            f"{row['x copy']:.1f}",
+            f"{row['both ms']:.1f}",
+            "" if row["torchao ms"] != row["torchao ms"] else f"{row['torchao ms']:.0f}",
+        )
+        for row in data["rows"]
+    ]
+    machine = f"{data['machine']['processor']}, {data['machine']['threads']} threads, {data['machine']['date']}"
+    return f"{machine}:\n\n" + _table(("quantiser", "ms", "copies", "x and x^T, ms", "torchao, ms"), rows)
+
+
+def memory() -> str:
+    """What one more layer adds to the peak."""
+    data = _read("memory")
+    shares = sorted({f"{row['x bf16']:.2f}" for row in data["rows"] if row["recipe"] != "bf16"})
+    return f"Saved for backward, and peak memory of one more layer: {' to '.join(shares)} of BF16's activations."
+
+
+def rl() -> str:
+    """pass@1 and pass@16 before and after, for full precision, NVFP4 and random rewards."""
+    runs = {row["run"]: row for row in _read("rl")["rows"]}
+    kinds = {
+        "bf16-seed": "full precision",
+        "rl-seed": "NVFP4 (`rl`: weights and activations in 4 bits)",
+        "control-rl-seed": "NVFP4, random rewards",
+    }
+    rows = []
+    for prefix, what in kinds.items():
+        seeds = [row for name, row in sorted(runs.items()) if name.startswith(prefix)]
+        after = ", ".join(f"{row['after pass@1']:.3f}" for row in seeds)
+        last = " to ".join(sorted({f"{row['after pass@16']:.3f}" for row in seeds}))
+        rows.append((what, f"{seeds[0]['before pass@1']:.3f}", after, last))
+    return _table(("", "pass@1 before", "after, each seed", "pass@16 after"), rows)
+
+
+def objectives() -> str:
+    """What each objective reaches from the same warm start."""
+    rows = [
+        (
+            row["objective"],
+            row["group"],
+            row["minibatches"],
+            f"{row['pass@1 before']:.2f}",
+            f"{row['pass@1 after']:.2f} +- {row['pass@1 after, spread']:.2f}",
+        )
+        for row in sorted(_read("rl_objectives")["rows"], key=lambda row: -row["pass@1 after"])
+    ]
+    return _table(("objective", "group", "updates per rollout", "pass@1 before", "after, mean +- spread"), rows)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    maker.__name__: maker for maker in (headline, quantisers, linear, quantize, memory, rl, objectives)
+}
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [list(header), *(list(row) for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> int:
+    """Compare, or write; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="bring the pages up to date")
+    write = parser.parse_args().write
+    stale = {}
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if up_to_date(text) != text:
+            stale[page] = up_to_date(text)
+    for page, text in stale.items():
+        print(f"{page.relative_to(ROOT)}: {'written' if write else 'out of date'}")
+        if write:
+            page.write_text(text, encoding="utf-8")
+    return 0 if write else int(bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
