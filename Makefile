@@ -14,6 +14,8 @@ JOBS ?= 2
 # no bytecode of all that torch and transformers hold: Python makes it for what is imported
 ANY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary
 PIP := $(ANY) -c constraints.txt
+OR_SAY := || { echo "The set-up stopped; the first lines above say whether network, index or room on the disk was missing."; \
+  echo "What is done is kept: the same command goes on from there."; exit 1; } >&2
 
 .PHONY: train rl test test-all lint style types unit docs package mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
 .DEFAULT_GOAL := help
@@ -21,20 +23,27 @@ PIP := $(ANY) -c constraints.txt
 help: ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/bin/python:
+# An environment whose making was stopped has a Python and no pip: it is completed, or made anew where that fails.
+HAS_PIP := $(BIN)/python -m pip --version >/dev/null 2>&1
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "nvfp4 needs Python >= 3.10, $(PYTHON) is older; set PYTHON=python3.x"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	  { echo "nvfp4 needs Python >= 3.10, $(PYTHON) is older or missing; set PYTHON=python3.x"; exit 1; }
+	@$(HAS_PIP) || $(PYTHON) -m venv $(VENV)
+	@$(HAS_PIP) || $(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
 # what builds the package: two small wheels
-$(TOOLS): $(BIN)/python $(PACKAGES)
-	$(PIP) 'setuptools>=77' pybind11
+$(TOOLS): $(VENV)/.made $(PACKAGES)
+	@echo "pip install setuptools pybind11, into $(VENV)"
+	@$(PIP) 'setuptools>=77' pybind11 $(OR_SAY)
 	@touch $@
 
-# Only files that changed are compiled. A failure leaves a warning and a package that runs on its other backends.
+# Only files that changed are compiled. A failure leaves a warning, a package that runs on its other backends, and no
+# stamp: the next call tries again.
 $(NATIVE): $(TOOLS) $(SOURCES)
+	@rm -f $@
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	@touch $@
+	@test -e nvfp4/_cpu_missing.txt || touch $@
 
 # One resolver for all packages, and no second environment for the build: its tools are there already.
 ONLY_PYTHON := NVFP4_CPU=0 NVFP4_CUDA=0 $(PIP) --no-build-isolation
@@ -47,18 +56,22 @@ $(CLIENTS): $(TOOLS) $(PACKAGES)
 	$(ONLY_PYTHON) -e '.[train,rl,data,dev,clients]'
 	@touch $(VENV)/.packages $@
 
-# pip and the compilers side by side: one waits for the network where the others need the cores
+# Pip and the compilers side by side: one waits for the network where the others need the cores. However many jobs the
+# caller allows, two pips never share $(VENV): what both need comes first, and where a call needs TESTED and READY, the
+# former, which holds the latter.
 SIDE_BY_SIDE := $(MAKE) --no-print-directory --jobs=2
-$(READY): $(PACKAGES) $(SOURCES)
-	@$(SIDE_BY_SIDE) $(VENV)/.packages $(NATIVE)
-	@touch $@
+NEEDS_TESTED := test test-all unit mutants coverage
+$(READY): $(PACKAGES) $(SOURCES) | $(TOOLS) $(if $(filter $(NEEDS_TESTED),$(MAKECMDGOALS)),$(TESTED))
+	@$(SIDE_BY_SIDE) $(VENV)/.packages $(NATIVE) $(OR_SAY)
+	@test ! -e $(NATIVE) || touch $@
 
-$(TESTED): $(PACKAGES) $(SOURCES)
-	@$(SIDE_BY_SIDE) $(CLIENTS) $(NATIVE) $(OLD_TRITON)/.ready
-	@touch $@
+$(TESTED): $(PACKAGES) $(SOURCES) | $(TOOLS)
+	@$(SIDE_BY_SIDE) $(CLIENTS) $(NATIVE) $(OLD_TRITON)/.ready $(OR_SAY)
+	@test ! -e $(NATIVE) || touch $@
 
 # the Triton that torch 2.10 and 2.11 pin, beside the one in the venv: a folder that comes first on PYTHONPATH
 $(OLD_TRITON)/.ready: $(TOOLS)
+	@rm -rf $(OLD_TRITON)  # pip replaces nothing in a folder that it was stopped in
 	$(ANY) --no-deps --target $(OLD_TRITON) triton==3.6.0
 	@touch $@
 
@@ -140,7 +153,7 @@ package: $(READY) ## sdist and wheel in build/package/dist: built, checked, inst
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find . -name '__pycache__' -prune -exec rm -rf {} + ; rm -f nvfp4/*.so nvfp4/_cuda_missing.txt
+	find . -name '__pycache__' -prune -exec rm -rf {} + ; rm -f nvfp4/*.so nvfp4/_*_missing.txt
 
 # A copy of the package with instrumented kernels, so that the installed ones stay as they are.
 SANITIZED := build/sanitized

@@ -112,32 +112,43 @@ class BuildExt(build_ext):
     """Compiles the files of an extension side by side, each with its own instruction set, and only what has changed."""
 
     def run(self) -> None:
-        self.why_no_cuda, inplace = why_no_cuda(), self.inplace
+        self.why_no, inplace = {"cuda": why_no_cuda()}, self.inplace
+        if os.environ.get("NVFP4_CPU") != "0":
+            self.why_no["cpu"] = None
         super().run()
-        self.say_why_no_cuda(inplace)
+        for kind, reason in self.why_no.items():
+            self.say_why_no(kind, reason, inplace)
 
-    def say_why_no_cuda(self, inplace) -> None:
+    def say_why_no(self, kind, reason, inplace) -> None:
         """On standard error, and beside the package, where ``nvfp4.info`` finds it: pip shows nobody the first."""
-        if self.why_no_cuda is not None:
-            print(f"warning: nvfp4 is installed without CUDA kernels: {self.why_no_cuda}", file=sys.stderr)
+        if reason is not None:
+            name = {"cpu": "native CPU", "cuda": "CUDA"}[kind]
+            print(f"warning: nvfp4 is installed without {name} kernels: {reason}", file=sys.stderr)
         for folder in (Path(self.build_lib) / "nvfp4", *([Path(__file__).parent / "nvfp4"] if inplace else [])):
-            if self.why_no_cuda is None:
-                (folder / CUDA.MISSING_FILE).unlink(missing_ok=True)
+            file = folder / CUDA.MISSING_FILE.format(kind)
+            if reason is None:
+                file.unlink(missing_ok=True)
             elif folder.is_dir():
-                (folder / CUDA.MISSING_FILE).write_text(self.why_no_cuda + "\n")
+                try:
+                    file.write_text(reason + "\n")
+                except OSError as error:  # a full disk is why nothing was compiled, and why this cannot be kept
+                    sys.exit(f"error: {file} cannot be written: {error.strerror}")
 
     def build_extension(self, ext) -> None:
         if ext.name == "nvfp4._cuda":
             try:
                 self.build_cuda(ext)
             except Exception as error:
-                self.why_no_cuda = str(error)
+                self.why_no["cuda"] = str(error)
             return
         self.compiler.compile = self.compile_cpu
+        self.compiler.link_shared_object = self.link_whole
         try:
             super().build_extension(ext)
+        except FileNotFoundError as error:
+            self.why_no["cpu"] = f"there is no C++ compiler: {error.filename} is not on PATH"
         except Exception as error:
-            print(f"warning: nvfp4 is installed without native CPU kernels: {error}", file=sys.stderr)
+            self.why_no["cpu"] = str(error)
 
     def compile_cpu(
         self,
@@ -163,6 +174,12 @@ class BuildExt(build_ext):
         }
         OBJECTS.compile_changed(commands)
         return objects
+
+    def link_whole(self, objects, path, *args, **options) -> None:
+        """Under another name first: a linker that is killed leaves nothing that looks like an extension, and is new."""
+        part = str(Path(path).with_suffix(".part.so"))
+        type(self.compiler).link_shared_object(self.compiler, objects, part, *args, **options)
+        os.replace(part, path)
 
     def build_cuda(self, ext) -> None:
         """One binary for the chosen targets, linked with the static runtime: it loads where there is no driver."""

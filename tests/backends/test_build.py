@@ -1,16 +1,24 @@
-"""csrc/objects.py: what is compiled again, and what is not."""
+"""csrc/objects.py: what is compiled again, and what is not. setup.py: what it leaves where it could not build."""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from limits import HANG
 
-OBJECTS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "csrc" / "objects.py")))
+from nvfp4.backends.native.extension import why_not_built
+
+ROOT = Path(__file__).parents[2]
+OBJECTS = SimpleNamespace(**runpy.run_path(str(ROOT / "csrc" / "objects.py")))
 COMPILER = shutil.which("g++") or shutil.which("c++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
@@ -80,3 +88,50 @@ def test_a_failure_names_the_object_and_is_not_remembered_as_success(
     assert "error" in capfd.readouterr().err
     (project / "one.cpp").write_text(text)
     assert build(project) == ["one"]
+
+
+COMPILE = """#!/bin/sh
+# a compiler whose objects are empty; as a linker it writes half a library where the file "breaks" is beside it
+for word in "$@"; do
+  case "$before" in -o) out="$word" ;; -MF) echo "out:" > "$word" ;; esac
+  before="$word"
+done
+: > "$out"
+case "$*" in *-shared*) [ ! -e "$0.breaks" ] || exit 1 ;; esac
+"""
+
+
+def test_what_could_not_be_built_says_why_and_looks_unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler, then a linker that breaks off: a warning, a reason beside the package, no extension."""
+    tools, package = tmp_path / "tools", tmp_path / "lib" / "nvfp4"
+    tools.mkdir()
+    package.mkdir(parents=True)
+    for name in ("CC", "CXX", "LDSHARED", "NVFP4_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("NVFP4_CUDA", "0")
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+
+    def build() -> str:
+        command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=True)
+        return done.stderr
+
+    assert "installed without native CPU kernels: there is no C++ compiler" in build()
+    assert "there is no C++ compiler" in why_not_built("cpu", package)
+
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    names = {str(sysconfig.get_config_var(name)).split()[0] for name in ("CC", "CXX", "LDSHARED")}
+    for name in names | {"g++"}:
+        (tools / name).write_text(COMPILE)
+        (tools / name).chmod(0o755)
+        (tools / f"{name}.breaks").touch()
+    assert "installed without native CPU kernels" in build()
+    assert re.search("exit (code|status) 1", why_not_built("cpu", package)) is not None
+    assert [path.name for path in package.glob("_cpu*") if "part" not in path.name] == ["_cpu_missing.txt"]
+
+    for broken in tools.glob("*.breaks"):
+        broken.unlink()
+    assert "CPU" not in build()
+    assert why_not_built("cpu", package) == ""
+    assert [path.suffix for path in package.glob("_cpu*")] == [".so"]

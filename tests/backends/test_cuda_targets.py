@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from limits import HANG
 
-from nvfp4.backends.native import cuda, cuda_targets
+from nvfp4.backends.native import cuda_targets
 from nvfp4.backends.native.cuda_targets import TARGETS, choose
+from nvfp4.backends.native.extension import why_not_built
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,12 +96,12 @@ def test_a_build_that_fails_leaves_its_reason(tools: Path, tmp_path: Path, monke
     assert done.returncode == 0
     assert "nvfp4: CUDA kernels for sm_90a (the GPUs of this machine" in done.stderr
     assert "nvfp4 is installed without CUDA kernels: nvcc failed with 3" in done.stderr
-    said = cuda.why_not_built(tmp_path / "lib" / "nvfp4")
+    said = why_not_built("cuda", tmp_path / "lib" / "nvfp4")
     assert said.startswith(" (when it was installed, nvcc failed with 3 on csrc/")
-    assert cuda.why_not_built(tmp_path) == ""
+    assert why_not_built("cuda", tmp_path) == ""
     program(tools, "nvcc", 'case "$1" in --list-gpu-code) echo sm_100;; esac')
     subprocess.run(setup_command(tmp_path), cwd=ROOT, check=True, capture_output=True, timeout=HANG)
-    assert "nvcc does not know sm_90a, only sm_100a: update CUDA" in cuda.why_not_built(tmp_path / "lib" / "nvfp4")
+    assert "nvcc does not know sm_90a, only sm_100a: update CUDA" in why_not_built("cuda", tmp_path / "lib" / "nvfp4")
 
 
 def test_killed_it_takes_its_compilers_along(tools: Path, tmp_path: Path, monkeypatch) -> None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from nvfp4.backends.base import Backend, Operation, reads_swizzled
-from nvfp4.backends.native.cuda_targets import MISSING_FILE
 from nvfp4.backends.native.extension import ELEMENTS, RULES, load
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
 from nvfp4.numerics.layout import swizzled_bytes
@@ -24,18 +22,6 @@ from nvfp4.numerics.rng import DeviceSeed, Seed
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
 
 _native, _MISSING = load("nvfp4._cuda", "CUDA", "nvcc on PATH and NVFP4_CUDA=1")
-
-
-def why_not_built(folder: Path) -> str:
-    """What setup.py wrote beside the package in ``folder`` when it did not build the extension, as an addition."""
-    try:
-        return f" (when it was installed, {(folder / MISSING_FILE).read_text().strip()})"
-    except OSError:
-        return ""
-
-
-if _MISSING is not None:
-    _MISSING += why_not_built(Path(__file__).parents[2])
 
 
 class CudaBackend(Backend):

@@ -41,9 +41,9 @@ FLAGS = (
 )
 """Products are rounded before they are added to, quotients correctly, and subnormals are kept."""
 
-MISSING_FILE = "_cuda_missing.txt"
-"""In the package's folder: why its CUDA kernels were not built. pip hides what setup.py prints; this
-is read later, by ``nvfp4.info`` and ``explain``."""
+MISSING_FILE = "_{}_missing.txt"
+"""In the package's folder, of "cpu" and "cuda": why these kernels were not built. pip hides what setup.py
+prints; this is read later, by ``nvfp4.info`` and ``explain``."""
 
 
 class Choice(NamedTuple):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from nvfp4.backends.native.cuda_targets import MISSING_FILE
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
@@ -25,8 +28,20 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
         module = importlib.import_module(name)
     except ImportError as error:
         reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
-        return None, f"the {kind} extension is missing, {reason}; reinstall with {needs}"
+        why = why_not_built(name.rpartition("_")[2], Path(__file__).parents[2])
+        return None, f"the {kind} extension is missing, {reason}; reinstall with {needs}{why}"
     if getattr(module, "interface", None) != INTERFACE:
         reason = f"was built from older or newer sources than {__name__}"
         return None, f"the {kind} extension ({module.__file__}) {reason}; build it again, with {needs}"
     return module, None
+
+
+def why_not_built(kind: str, folder: Path) -> str:
+    """What setup.py wrote beside the package in ``folder`` when it did not build an extension, as an addition.
+
+    kind: "cpu" or "cuda".
+    """
+    try:
+        return f" (when it was installed, {(folder / MISSING_FILE.format(kind)).read_text().strip()})"
+    except OSError:
+        return ""
