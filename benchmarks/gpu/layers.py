@@ -27,7 +27,7 @@ from nvfp4.bench.cases import Kind, Shape, matrix
 from nvfp4.bench.gates import same
 from nvfp4.layer.linear import Linear
 from nvfp4.model.convert import convert
-from nvfp4.model.weights import capturable
+from nvfp4.model.switches import capturable
 from nvfp4.recipes import GEMMS, RECIPES
 
 EXACT_PRODUCTS = 2.0**-16

@@ -24,7 +24,7 @@ from nvfp4.bench.cases import Shape, layer_for
 from nvfp4.bench.measure import LayerCase
 from nvfp4.bench.timing import Run, copier, interleaved, machine
 from nvfp4.layer.dense import times
-from nvfp4.model.weights import capturable
+from nvfp4.model.switches import capturable
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import explain
 from nvfp4.quantizers.registry import get_quantizer
