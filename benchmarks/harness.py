@@ -54,12 +54,16 @@ def show(title: str, rows: Sequence[Row], name: str | None = None, labels: int =
 
 
 def keep(path: Path, title: str, rows: Sequence[Row], facts: Row, labels: int = 1) -> Path:
-    """Merge rows into a file: each replaces the one whose first ``labels`` columns are the same."""
-    about = {key: facts[key] for key in OF_A_ROW if key in facts}
-    older = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = {label_of(row, labels): row for row in older}
-    for row in rows:
-        kept[label_of(row, labels)] = {**row, "machine": about}
+    """Merge rows into a file: each replaces the one whose first ``labels`` columns are the same.
+
+    Where all rows of a file were measured at once, the machine stands beside them; it moves into them.
+    """
+    kept: dict[tuple[str, ...], Row] = {}
+    older = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    for each, where in ((older["rows"], older.get("machine", {})), (rows, facts)):
+        about = {key: where[key] for key in OF_A_ROW if key in where}
+        for row in each:
+            kept[label_of(row, labels)] = {**row, "machine": row.get("machine", about)}
 
     path.parent.mkdir(exist_ok=True)
     text = json.dumps({"title": title, "rows": list(kept.values())}, indent=1)

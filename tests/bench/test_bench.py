@@ -264,6 +264,20 @@ def test_kept_rows_replace_their_like(tmp_path):
     assert [each.name for each in path.parent.iterdir()] == ["rows.json"]
 
 
+def test_rows_of_an_older_file_keep_their_machine(tmp_path):
+    """Files written at once have it beside the rows."""
+    path = tmp_path / "rows.json"
+    path.write_text(
+        json.dumps({"title": "t", "machine": {"processor": "a", "cuda": "1"}, "rows": [{"recipe": "bf16"}]})
+    )
+    harness.keep(path, "t", [{"recipe": "rtn"}], {"processor": "b"})
+    rows = json.loads(path.read_text())["rows"]
+    assert rows == [
+        {"recipe": "bf16", "machine": {"processor": "a"}},
+        {"recipe": "rtn", "machine": {"processor": "b"}},
+    ]
+
+
 def test_tables_have_every_column():
     """Of all rows, each once; a missing cell is empty; what Markdown would take for a new cell or
     line is not one.
