@@ -77,16 +77,14 @@ def comparison(out: Path, keep: str | None) -> None:
 def short(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """One row for people."""
     before, after, mismatch = result["before"], result["after"], result["mismatch"]
-    found: dict[str, Any] = {"run": name, "steps": result["steps"]}
+    row: dict[str, Any] = {"run": name, "steps": result["steps"]}
     most = max(int(key.partition("@")[2]) for key in before if key.startswith("eval/pass@") and key.count("/") == 1)
     keys = ("pass@1", f"pass@{most}")
-    found |= {f"{key} {end}": row[f"eval/{key}"] for key in keys for end, row in _ends(before, after)}
-    found |= {"token_mult_prob_error": mismatch["token_mult_prob_error"], "same shapes": mismatch["same_shape"]}
-    return {**found, "seconds": result["seconds"]}
-
-
-def _ends(before: dict[str, Any], after: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    return ("before", before), ("after", after)
+    for key in keys:
+        row |= {f"{key} before": before[f"eval/{key}"], f"{key} after": after[f"eval/{key}"]}
+    row["token_mult_prob_error"] = mismatch["token_mult_prob_error"]
+    row["same shapes"] = mismatch["same_shape"]
+    return row | {"seconds": result["seconds"]}
 
 
 def warm(out: Path) -> RLConfig:
@@ -109,10 +107,15 @@ def settings(name: str) -> dict[str, Any]:
     group = GROUPS.get(name, defaults.group)
     prompts = COMPLETIONS // group
     updates = min(max(defaults.updates, LEAST_UPDATES), prompts)
-    found = {"objective": name, "group": group, "prompts": prompts, "objective_options": OPTIONS.get(name, ())}
-    if defaults.temperature < 1:
-        found |= {"temperature": 1.0, "top_p": 1.0}
-    return {**found, "minibatches": updates, "lr": NEW_MODEL_LR}
+    options = {
+        "objective": name,
+        "group": group,
+        "prompts": prompts,
+        "objective_options": OPTIONS.get(name, ()),
+        "minibatches": updates,
+        "lr": NEW_MODEL_LR,
+    }
+    return options | ({"temperature": 1.0, "top_p": 1.0} if defaults.temperature < 1 else {})
 
 
 def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:
@@ -125,22 +128,22 @@ def objectives(out: Path) -> Iterator[tuple[str, RLConfig]]:
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per objective: means over its seeds, and the sample standard deviation as spread."""
-    found = []
+    table = []
     for name in OBJECTIVES:
-        runs = [row for row in rows if row["run"].rpartition(" seed ")[0] == name]
+        runs = [run for run in rows if run["run"].rpartition(" seed ")[0] == name]
         if not runs:
             continue
-        made: dict[str, Any] = {"objective": name, "seeds": len(runs)}
-        made |= {key: settings(name)[key] for key in ("group", "minibatches")}
+        row: dict[str, Any] = {"objective": name, "seeds": len(runs)}
+        row |= {key: settings(name)[key] for key in ("group", "minibatches")}
         for key in ("pass@1 before", "pass@1 after", "pass@8 after", "token_mult_prob_error", "same shapes"):
-            values = [row[key] for row in runs]
-            made[key] = statistics.fmean(values)
+            values = [run[key] for run in runs]
+            row[key] = statistics.fmean(values)
             if key.endswith("after"):
-                made[f"{key}, spread"] = statistics.stdev(values) if len(values) > 1 else None
-        gains = [row["pass@1 after"] - row["pass@1 before"] for row in runs]
-        made["gain, least of the seeds"] = min(gains)
-        found.append(made)
-    return found
+                row[f"{key}, spread"] = statistics.stdev(values) if len(values) > 1 else None
+        gains = [run["pass@1 after"] - run["pass@1 before"] for run in runs]
+        row["gain, least of the seeds"] = min(gains)
+        table.append(row)
+    return table
 
 
 def foreign(out: Path) -> Iterator[tuple[str, RLConfig]]:

@@ -62,6 +62,7 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
     from benchmarks.gpu.rows import append
     from nvfp4.bench.timing import commit as commit_here
 
+    # what the call is about, and all that it plans to do, before any of it
     commit = commit or commit_here() or "unknown"
     began = time.monotonic()
     folder = Path(settings.folder)
@@ -70,8 +71,9 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
         stage._replace(units=tuple(unit for unit in stage.units if settings.takes(unit)))
         for stage in stages(settings.call)
     ]
-    facts = {"kind": "call", "state": "began", "call": settings.call, "place": settings.kind, "scale": settings.scale}
-    append(path, **facts, budget_minutes=minutes, commit=commit, began=time.strftime("%Y-%m-%d %H:%M:%S"))
+    facts = {"kind": "call", "state": "began", "call": settings.call}
+    facts |= {"place": settings.kind, "scale": settings.scale, "budget_minutes": minutes}
+    append(path, **facts, commit=commit, began=time.strftime("%Y-%m-%d %H:%M:%S"))
     for stage in plan:
         append(path, kind="plan", stage=stage.name, units=[unit.name for unit in stage.units])
     runner = Runner(path, folder / f"call{settings.call}.log", settings, quiet)
@@ -84,7 +86,7 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
         ends.append(at)
     assert at + RESERVE * stretch <= began + 60 * minutes + 1e-6, "the limits exceed the budget"
 
-    said, code = "done", 0
+    ending, code = "done", 0
     handlers = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         runner.begin_background(BACKGROUND)
@@ -92,12 +94,13 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
             runner.run_stage(stage, end)
         runner.finish_background(ends[-1])
     except Interrupted as signal_name:
-        said, code = f"interrupted by {signal_name}", 130
+        ending, code = f"interrupted by {signal_name}", 130
     finally:
+        # a second Ctrl-C may not cost the report
         for number in handlers:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C may not cost the report
-        runner.end_all("the call was over" if code == 0 else said)
-        append(path, kind="call", ended=said, seconds=round(time.monotonic() - began, 1))
+            signal.signal(number, signal.SIG_IGN)
+        runner.end_all("the call was over" if code == 0 else ending)
+        append(path, kind="call", ended=ending, seconds=round(time.monotonic() - began, 1))
         head = report.write(folder, settings.call)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -40,14 +40,14 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     All in BF16. few: the few that the tests compile.
     """
     table = policies(capability)
-    chosen: list[KernelVariant] = []
+    variants: list[KernelVariant] = []
     for rows, columns in PAIRS[:1] if few else PAIRS:
         for label, formula in FORMULAS.items():
             down = None if columns is None else table[columns]
             name = f"{label} {rows}" + ("" if columns is None else f" and {columns}^T")
-            chosen += _quantising(name, formula, table[rows], down)
-    chosen += _gradients()
-    return [v for v in chosen if v.name.startswith(FEW)] if few else chosen
+            variants += _quantising(name, formula, table[rows], down)
+    variants += _gradients()
+    return [v for v in variants if v.name.startswith(FEW)] if few else variants
 
 
 def _quantising(name: str, formula: Formula, rows: Policy, columns: Policy | None) -> Iterator[KernelVariant]:

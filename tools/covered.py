@@ -46,20 +46,20 @@ def main() -> int:
         code = coverage("run", "-m", "pytest", *pytest_options)
         coverage("combine", "--quiet")
         coverage("json", "--quiet", "-o", str(report))
-        found = json.loads(report.read_text())
-    Path(options.json).write_text(as_json(found, pytest_options) + "\n")
-    print(f"lines {found['totals']['covered_lines']} of {found['totals']['num_statements']}, "
-          f"branches {found['totals']['covered_branches']} of {found['totals']['num_branches']}")  # fmt: skip
+        figures = json.loads(report.read_text())
+    Path(options.json).write_text(as_json(figures, pytest_options) + "\n")
+    print(f"lines {figures['totals']['covered_lines']} of {figures['totals']['num_statements']}, "
+          f"branches {figures['totals']['covered_branches']} of {figures['totals']['num_branches']}")  # fmt: skip
     return code
 
 
-def as_json(found: dict, pytest_options: list[str]) -> str:
+def as_json(figures: dict, pytest_options: list[str]) -> str:
     """Totals and, per file, [lines, of, branches, of], with the commit."""
     names = ("covered_lines", "num_statements", "covered_branches", "num_branches")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    files = {name: [entry["summary"][n] for n in names] for name, entry in sorted(found["files"].items())}
-    kept = {"commit": commit, "pytest": pytest_options, "totals": {n: found["totals"][n] for n in names}}
+    files = {name: [entry["summary"][n] for n in names] for name, entry in sorted(figures["files"].items())}
+    kept = {"commit": commit, "pytest": pytest_options, "totals": {n: figures["totals"][n] for n in names}}
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in files.items())
     return f'{json.dumps(kept)[:-1]},\n "files": {{\n{rows}\n }}}}'
 

@@ -91,22 +91,22 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     few: the few that the tests compile.
     """
     table = policies(capability)
-    chosen: list[KernelVariant] = []
+    variants: list[KernelVariant] = []
     for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
         for source in ("bfloat16",) if few else ("bfloat16", "bfloat16^T", "tile_codes"):
-            chosen += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
+            variants += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
     if not few and capability // 10 in SWIZZLED_MAJORS:
         for label in (label for label in COMPILED if scaled_by_amax(table[label].rule)):
-            found = _single(label, table[label], "bfloat16", swizzled=True)
-            chosen += (v for v in found if v.kernel is kernels.quantize_kernel)
+            swizzled = _single(label, table[label], "bfloat16", swizzled=True)
+            variants += (v for v in swizzled if v.kernel is kernels.quantize_kernel)
     if not few:
-        chosen += (
+        variants += (
             v for v in _both(table) if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
         )
-    chosen += list(_scales())[:1]
-    chosen += list(_decoding())[:1]
-    chosen += (v for v in _seeds(table) if v.kernel is not kernels.amax_kernel)
-    return chosen
+    variants += list(_scales())[:1]
+    variants += list(_decoding())[:1]
+    variants += (v for v in _seeds(table) if v.kernel is not kernels.amax_kernel)
+    return variants
 
 
 def all_variants() -> Iterator[KernelVariant]:

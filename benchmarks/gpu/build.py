@@ -42,13 +42,13 @@ def build_cpu(job: Job) -> None:
     os.nice(15)
     # why there is no _cuda, if there is none: this build knows nothing of it
     missing = ROOT / "nvfp4" / MISSING_FILE
-    said = missing.read_text() if missing.exists() else None
+    reason = missing.read_text() if missing.exists() else None
     try:
         run_setup(job, "_cpu", {"NVFP4_CUDA": "0"})
     finally:
         missing.unlink(missing_ok=True)
-        if said is not None:
-            missing.write_text(said)
+        if reason is not None:
+            missing.write_text(reason)
 
 
 def run_setup(job: Job, module: str, environment: dict[str, str]) -> None:

@@ -250,6 +250,5 @@ def explained(job: Job, operation: str, quantizer: str | None) -> None:
     """
     lines = explain(operation, job.settings.place.device, quantizer).splitlines()
     verdicts = dict(line.split(": ", 1) for line in lines)
-    chosen = (name for name, verdict in verdicts.items() if verdict.startswith("chosen"))
-    best = next(chosen, "-")
+    best = next((name for name, said in verdicts.items() if said.startswith("chosen")), "-")
     job.add(operation=operation, quantiser=quantizer or "-", chosen=best, **verdicts)

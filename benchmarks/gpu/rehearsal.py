@@ -157,25 +157,25 @@ def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
     A fault that is not one row, something else that is wrong, a unit that is lost.
     """
     bad = []
-    seen = dict.fromkeys(FAULTS[call], 0)
+    counts = dict.fromkeys(FAULTS[call], 0)
     for name, stage in record.stages.items():
         blamed = [(unit, end["reason"]) for unit, end in stage.with_state("failed").items()]
         blamed += [(unit, end["reason"]) for unit, end in stage.with_state("skipped").items() if "ncu" in end["reason"]]
         blamed += [(str(row.get("unit")), str(row)) for row in stage.rows if row.get("wrong")]
         for unit, said in blamed:
-            if unit not in seen:
+            if unit not in counts:
                 bad.append(f"{name}: {unit} was to be right: {said}")
                 continue
-            seen[unit] += 1
+            counts[unit] += 1
             if FAULTS[call][unit][1] not in said:
                 bad.append(f"{name}: {unit} was to say {FAULTS[call][unit][1]!r}: {said}")
         if stage.not_reached:
             bad.append(f"{name}: not reached: {', '.join(stage.not_reached)}")
-    bad += [f"{unit}: {count} rows, one was injected" for unit, count in seen.items() if count != 1]
+    bad += [f"{unit}: {count} rows, one was injected" for unit, count in counts.items() if count != 1]
 
-    wanted = {unit.name for stage in stages(call) for unit in stage.units if settings.takes(unit)}
+    planned = {unit.name for stage in stages(call) for unit in stage.units if settings.takes(unit)}
     ended = {unit for stage in record.stages.values() for unit in stage.units}
-    bad += [f"{unit} is not in the report" for unit in sorted(wanted - ended)]
+    bad += [f"{unit} is not in the report" for unit in sorted(planned - ended)]
     return bad
 
 

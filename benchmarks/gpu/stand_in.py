@@ -53,9 +53,9 @@ def stand_in(real: Backend, name: str, operations: tuple[Operation, ...], wrong:
             y = super().matmul(*operands, **more)
             return y + 1 if wrong else y
 
-    made = StandIn()
-    made.name, made.operations = name, operations
-    return made
+    backend = StandIn()
+    backend.name, backend.operations = name, operations
+    return backend
 
 
 class NoDriver:

@@ -82,12 +82,13 @@ def files_with_gpu_tests() -> list[str]:
     Collecting every file takes a minute.
     """
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    chosen = []
-    for path in files:
+
+    def runs_on_a_gpu(path: Path) -> bool:
         text = path.read_text()
-        if path.name in TRITON_TESTS or "mark.cuda" in text or BY_FIXTURE.search(text):
-            chosen.append(path)
-    return [str(path.relative_to(ROOT)) for path in chosen if path.name != "test_on_gpu.py"]
+        return path.name in TRITON_TESTS or "mark.cuda" in text or bool(BY_FIXTURE.search(text))
+
+    some = [path for path in files if path.name != "test_on_gpu.py" and runs_on_a_gpu(path)]
+    return [str(path.relative_to(ROOT)) for path in some]
 
 
 def sanitizer(job: Job, tool: str, backend: str) -> None:
@@ -95,7 +96,7 @@ def sanitizer(job: Job, tool: str, backend: str) -> None:
 
     On small ragged matrices (``small_case.py``).
     """
-    program = found(job, "compute-sanitizer")
+    program = path_of(job, "compute-sanitizer")
     command = [program, "--tool", tool, "--print-limit", "20", "--launch-timeout", "0"]
     # torch asks the driver for functions that it may not have: answers, and no errors of a kernel
     command += ["--report-api-errors", "no", *case(job, backend, "small")]
@@ -128,7 +129,7 @@ def errors_of(tool: str, said: str, text: str, code: int) -> int:
 
 def counters(job: Job, backend: str, what: str) -> None:
     """ncu's counters of the kernels of one call at full size: what a kernel waits for."""
-    program = found(job, "ncu")
+    program = path_of(job, "ncu")
     target = Path(job.settings.folder) / f".ncu.{backend}.{what}.csv"
     command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     for section in SECTIONS:
@@ -173,7 +174,7 @@ def case(job: Job, backend: str, what: str) -> list[str]:
     return [*python(), "-m", "benchmarks.gpu.small_case", backend, what, settings]
 
 
-def found(job: Job, program: str) -> str:
+def path_of(job: Job, program: str) -> str:
     """The path of a program; ``Skip`` that names it if there is none.
 
     CUDA's tools often lie beside nvcc and not on PATH.

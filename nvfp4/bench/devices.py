@@ -170,11 +170,11 @@ def find_device(name: str) -> Device:
 
     Raises ValueError for any other name.
     """
-    wanted = name.lower().replace(" ", "").replace("_", "")
-    if wanted == "cpu":
+    plain = name.lower().replace(" ", "").replace("_", "")
+    if plain == "cpu":
         return this_cpu()
     for device in DEVICES.values():
-        if device.name.lower().replace(" ", "") == wanted:
+        if device.name.lower().replace(" ", "") == plain:
             return device
     raise ValueError(f"unknown device {name!r}; known: {', '.join(DEVICES)}, cpu")
 
