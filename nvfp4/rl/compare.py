@@ -1,9 +1,11 @@
-"""Full precision against NVFP4 from one warm start, over seeds, with a control: runs side by side,
-and what came out.
+"""Full precision against NVFP4 from one warm start, over seeds, with a control: side by side.
 
-warm start   once, for all ablation     what keeps sampler and trainer equal, one thing left out at
-a time runs         every recipe with every seed, and a control with random rewards     (run/arms.py
-does them) gates        what the comparison has to show, as numbers with a bound each
+    warm start   once, for all
+    ablation     what keeps sampler and trainer equal, one thing left out at a time
+    runs         every recipe with every seed, and a control with random rewards
+    gates        what the comparison has to show, as numbers with a bound each
+
+``run/arms.py`` does the runs; what came out is compare.json, compare.png and tables.
 """
 
 from __future__ import annotations

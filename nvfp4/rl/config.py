@@ -1,5 +1,12 @@
-"""The config of a reinforcement learning run: one dataclass for command line, config file and run
-folder."""
+"""The options of reinforcement learning, and what follows from them.
+
+    task -> tokenizer, max_new_tokens, context       what its problems and answers need
+    objective -> group, temperature, minibatches     what its authors use
+    model, or width, heads, depth -> ``model_source``
+
+An option that cannot act beside the others is refused by name: whoever gave it expects something of
+it. ``PRESETS`` are sets of options which the others then change.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +48,6 @@ from nvfp4.run.options import (
     Seed,
     Seeds,
     Sizes,
-    ffn_for,
 )
 from nvfp4.run.tokens import check_model_folder
 
@@ -375,15 +381,7 @@ def model_source(config: RLConfig) -> str | Sizes:
     assert config.context is not None
     width = config.width or 128
     heads = config.heads or max(1, width // 32)
-    return Sizes(
-        architecture=config.architecture,
-        depth=config.depth,
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        ffn=ffn_for(width),
-        context=config.context,
-    )
+    return Sizes(config.architecture, config.depth, width, heads, config.context)
 
 
 def _check_objective(name: str) -> None:

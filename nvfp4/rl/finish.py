@@ -1,4 +1,8 @@
-"""The end of a run: held-out score, plot, export, result.json."""
+"""The end of a run: held-out score, picture, export, result.json.
+
+"before" is the evaluation in row 0 of the log, so a resumed run has it too; "after" is made here, in
+the same way, on the same problems with the same draws.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,11 @@
-"""The folder of a reinforcement learning run: that of any run, and completions, a picture and the
-warm start."""
+"""The folder of a reinforcement learning run: that of any run, and what people look at.
+
+    completions.jsonl   some completions of each step and of each evaluation
+    run.png             the run in six pictures
+    base/               the model after the warm start; base.unfinished/ while that goes on
+
+``clear`` leaves base/: an equal warm start is used again, one of another config makes another.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
 """Reinforcement learning as a training: a step is a rollout, its rewards and the updates on them.
 
-collect   prompts -> completions by the sampler -> rewards          (collect.py) learn     scores by
-the policy -> advantages -> minibatch updates   (learn.py) observe   what the step measured ->
-evaluation where due -> the objective may change what it does next
+    collect   prompts -> completions by the sampler -> rewards           (collect.py)
+    learn     scores by the policy -> advantages -> minibatch updates    (learn.py)
+    figures   rewards, lengths, entropy, mismatch, codes that changed    (metrics.py)
+    observe   the objective sees them, and an evaluation where one is due
+
+An objective may ask for a reset after a step: the policy then becomes its own reference, and the
+optimiser forgets. What the loop cannot know of is saved here: tokens, the objective, the reference.
 """
 
 from __future__ import annotations

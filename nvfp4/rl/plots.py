@@ -25,7 +25,7 @@ from nvfp4.rl.report import PER_TENSOR
 from nvfp4.rl.statistics import pass_keys
 from nvfp4.run.files import write_picture
 from nvfp4.run.log import Row
-from nvfp4.run.plots import BASE_COLOUR, COLOURS, smooth
+from nvfp4.run.plots import BASE_COLOUR, COLOURS, plain, smooth
 
 BASELINE = "bf16"
 FLOOR = 1e-9  # where exact zeros stand on a logarithmic axis
@@ -230,8 +230,6 @@ def _lines(
 
 
 def _finish(axes: Axes, title: str, x_label: str = "step") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
+    plain(axes)
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(x_label)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import TaskID
 
 from nvfp4.run.arms import Arm, Display
 from nvfp4.run.log import Row, last_row
-from nvfp4.run.progress import LastingConsole, Reporter, duration, rate
+from nvfp4.run.progress import LastingConsole, Reporter, bar, duration, rate
 
 
 class Progress(Reporter):
@@ -47,13 +46,7 @@ class Bars(Display):
 
     def __init__(self) -> None:
         self.console = LastingConsole(soft_wrap=True, highlight=False, markup=False)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
-        self._bars = RichProgress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._bars = bar(self.console, "{task.fields[now]}", disable=not self.console.is_terminal)
         self._tasks: dict[Arm, TaskID] = {}
 
     def __enter__(self) -> Bars:

@@ -1,5 +1,10 @@
-"""Everything a run is made of, built from the config; what can be refused is refused here, before
-the first step."""
+"""Everything a reinforcement learning run is made of, built from the config, in one process.
+
+    task, objective -> the folder is claimed -> warm start (a new model) -> model -> attention
+      -> sampler and policy in their recipes -> reference, if one is asked for -> wrapped -> AdamW
+
+What can be refused is refused here, before the first step, and before a warm start of minutes.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     paired                  what a recipe costs, in pairs of runs that share seed and data
     publish                 compare.json, compare.png, tables
 
-A run in a process of its own has its own peak memory and its own crash. A signal to the parent stops
-all of them, each with a checkpoint, and the same command goes on; so does the parent's death
+A run in a process of its own has its own peak memory and its own crash. A signal to the parent
+stops all of them, each with a checkpoint, and the same command goes on; so does the parent's death
 (``children.py``).
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,20 +59,13 @@ class Arm:
         return done if done is not None and done["config"] == saved_fields(self.config) else None
 
 
-class Display:
-    """What people see of the runs: here their own lines, one run after the other. A context
-    manager.
+class Display(nullcontext):
+    """What people see of the runs: here their own lines, one run after the other.
 
     own_lines: the runs print to the terminal, else to their ``output``.
     """
 
     own_lines: ClassVar[bool] = True
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
     def started(self, arm: Arm) -> None:
         """A run begins."""

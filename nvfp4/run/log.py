@@ -2,9 +2,9 @@
 
     {"step": 120, "loss": 2.4132, "lr": 0.0039, ..., "skipped": false}
 
-A row is one ``write`` of one line to a file opened for appending, so a process that is killed leaves
-no half line; a full disk may, and a reader passes over it. NaN and Inf are null, since JSON has
-neither. Every checkpoint is preceded by an ``fsync``: the log may be ahead of it, never behind.
+A row is one ``write`` of one line to a file opened for appending, so a process that is killed
+leaves no half line; a full disk may, and a reader passes over it. NaN and Inf are null, since JSON
+has neither. Every checkpoint is preceded by an ``fsync``: the log may be ahead of it, never behind.
 """
 
 from __future__ import annotations

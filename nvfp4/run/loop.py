@@ -6,9 +6,9 @@
     end        training.finish scores, exports and writes result.json
 
 A ``Training`` says what a step is. A step is a function of (weights, optimiser, random states, the
-training's own state, number of the step), and a checkpoint holds all of these: a run that was stopped,
-killed or moved repeats the uninterrupted one to the last bit. Pretraining (``train/``), reinforcement
-learning and its supervised warm start (``rl/``) are trainings.
+training's own state, number of the step), and a checkpoint holds all of these: a run that was
+stopped, killed or moved repeats the uninterrupted one to the last bit. Pretraining (``train/``),
+reinforcement learning and its supervised warm start (``rl/``) are trainings.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def train(
             for line in (to_yaml(config).rstrip(), *training.remarks()):
                 training.run.report.say(line)
             loop = Loop(training)
-            _say_size(training.run)
+            training.run.report.say(_size(training.run))
             loop.run()
             return training.finish()
         except torch.OutOfMemoryError as error:
@@ -273,7 +273,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _say_size(run: RunParts) -> None:
-    parameters = sum(p.numel() for p in run.model.parameters())
-    processes = run.accelerator.num_processes
-    run.report.say(f"model: {parameters:,} parameters on {run.accelerator.device}, {processes} process(es)")
+def _size(run: RunParts) -> str:
+    parameters, processes = sum(p.numel() for p in run.model.parameters()), run.accelerator.num_processes
+    return f"model: {parameters:,} parameters on {run.accelerator.device}, {processes} process(es)"

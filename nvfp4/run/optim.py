@@ -4,9 +4,9 @@
     wsd           rises linearly        stays at the peak                 falls linearly to min_lr
     cosine        rises linearly        falls as half a cosine to min_lr
 
-There is no scheduler with a state: a resumed run asks for the rate of its next update. transformers'
-schedules have rate 0 in their step 0 and the minimum in their last; ours are the steps between, so no
-update is wasted on a rate of 0.
+There is no scheduler with a state: a resumed run asks for the rate of its next update.
+transformers' schedules have rate 0 in their step 0 and the minimum in their last; ours are the
+steps between, so no update is wasted on a rate of 0.
 """
 
 from __future__ import annotations

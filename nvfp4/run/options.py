@@ -90,21 +90,26 @@ class ModelOptions:
     """Attention heads of a new model."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Sizes:
-    """What a new model is built from. context: longest sequence, in tokens. ``TrainError`` if heads
-    do not fit."""
+    """What a new model is built from; kv_heads and ffn follow from the others where they are None.
+
+    context: longest sequence, in tokens. ffn: 8/3 * width, rounded up to a multiple of 128.
+    ``TrainError`` if heads do not fit.
+    """
 
     architecture: Literal["llama", "qwen3"]
     depth: int
     width: int
     heads: int
-    kv_heads: int
-    ffn: int
     context: int
+    kv_heads: int | None = None
+    ffn: int | None = None
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        self.kv_heads = self.kv_heads or self.heads
+        self.ffn = self.ffn or round_up(-(-8 * self.width // 3), 128)
         if self.width % self.heads or self.width // self.heads % 2:
             raise TrainError(f"heads: width / heads must be an even integer, got {self.width} / {self.heads}")
         if self.heads % self.kv_heads:
@@ -114,11 +119,6 @@ class Sizes:
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below the value."""
     return -(-value // multiple) * multiple
-
-
-def ffn_for(width: int) -> int:
-    """Hidden size of a gated MLP: 8/3 * width, rounded up to a multiple of 128."""
-    return round_up(-(-8 * width // 3), 128)
 
 
 @dataclass(frozen=True, kw_only=True)

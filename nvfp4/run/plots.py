@@ -86,7 +86,8 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
         fontsize=9.5,
         loc="left",
     )
-    _finish(axes)
+    plain(axes)
+    axes.margins(x=0.01)
     _label_ends(axes, ends, texts)
 
 
@@ -114,7 +115,8 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
         fontsize=9.5,
         loc="left",
     )
-    _finish(axes)
+    plain(axes)
+    axes.margins(x=0.01)
     _label_ends(axes, ends, texts)
 
 
@@ -136,11 +138,11 @@ def _settled(run: dict[str, Any]) -> int:
     return len(run["curve"]["step"]) // 12
 
 
-def _finish(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Axes with two sides and faint horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.margins(x=0.01)
 
 
 def _label_ends(axes: Axes, ends: list[float], texts: list[tuple[str, str]]) -> None:

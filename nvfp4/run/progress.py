@@ -41,6 +41,12 @@ class LastingConsole(Console):
             os.close(nowhere)
 
 
+def bar(console: Console, last: str, **options: Any) -> Progress:
+    """A bar per task: name, bar, how many of how many, and ``last`` of the task's fields."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(last))
+    return Progress(*columns, console=console, **options)
+
+
 class Reporter:
     """Prints lines; quiet (no bar, no colour) where the output is no terminal, silent where
     ``enabled`` is False.
@@ -58,13 +64,7 @@ class Reporter:
         self._recent: list[float] = []
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("eta {task.fields[eta]}"),
-            )
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar = bar(self.console, "eta {task.fields[eta]}", transient=True)
             self._task = self._bar.add_task(name, total=steps, eta="?")
 
     def start(self, step: int) -> None:

@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP as a wish that a loop obeys between two steps.
 
-A handler that raised would leave a step half done. This one takes a note; the loop finishes its step,
-saves and ends. Whoever cannot wait sends the signal again, which then acts as ever.
+A handler that raised would leave a step half done. This one takes a note; the loop finishes its
+step, saves and ends. Whoever cannot wait sends the signal again, which then acts as ever.
 """
 
 from __future__ import annotations

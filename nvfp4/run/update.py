@@ -2,8 +2,8 @@
 
     total norm (L2, all gradients) -> times clip / norm where that is below 1 -> AdamW
 
-With a NaN or an Inf in loss or norm the weights and the moments stay as they are: the step is skipped
-and counted, and the loop stops the run after ``max_bad_steps`` in a row.
+With a NaN or an Inf in loss or norm the weights and the moments stay as they are: the step is
+skipped and counted, and the loop stops the run after ``max_bad_steps`` in a row.
 """
 
 from __future__ import annotations

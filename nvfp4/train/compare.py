@@ -1,14 +1,16 @@
-"""The same run once per recipe and seed, and what the recipes cost: a table, a picture, a JSON
-file.
+"""The same run once per recipe and seed, and what the recipes cost.
 
-plan      a run per recipe, per seed where several are asked for       (run/arms.py does them)
-gaps      held-out loss minus that of bf16 in the run of the same seed: same weights, same batches
-paired    their mean and its standard error over seeds
+    plan      a run per recipe, or per recipe and seed where several are asked for
+    gaps      held-out loss minus that of bf16 in the run of the same seed: same weights, same batches
+    paired    their mean over seeds, and its standard error
+
+``run/arms.py`` does the runs; what came out is compare.json, compare.png and a table.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         for arm in arms:  # all refusals before the first run
             _check_run(arm)
         report = comparison(config, arms, run_all(arms, 1, Display()))
-        return publish(report, folder.root, draw_comparison, [table(report)])
+        return publish(report, folder.root, draw_over_seeds, [table(report)])
 
 
 def plan(config: CompareConfig) -> list[Arm]:
@@ -81,6 +83,14 @@ def comparison(config: CompareConfig, arms: list[Arm], results: list[dict[str, A
     return report
 
 
+def draw_over_seeds(report: dict[str, Any], path: Path) -> None:
+    """The picture of a report, in which a recipe's figures and curves are the means over its seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        groups.setdefault(run["recipe"], []).append(run)
+    draw_comparison({**report, "runs": [_mean(runs) for runs in groups.values()]}, path)
+
+
 def table(report: dict[str, Any]) -> Table:
     """The comparison as a rich table."""
     first = report["runs"][0]
@@ -107,6 +117,18 @@ def table(report: dict[str, Any]) -> Table:
         name = run.get("name", run["recipe"])
         shown.add_row(name, *("-" if n is None else f"{n:.4f}" for n in numbers), *gaps, *costs)
     return shown
+
+
+def _mean(several: list[Any]) -> Any:
+    """The mean, key by key and place by place; of texts the first, None if one is None."""
+    first = several[0]
+    if isinstance(first, dict):
+        return {key: _mean([each[key] for each in several]) for key in first}
+    if isinstance(first, list):
+        return [_mean(list(each)) for each in zip(*several, strict=True)]
+    if None in several or isinstance(first, str):
+        return None if None in several else first
+    return statistics.fmean(several)
 
 
 def _arm(config: CompareConfig, name: str, recipe: str, seed: int) -> Arm:

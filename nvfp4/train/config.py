@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
@@ -30,7 +31,6 @@ from nvfp4.run.options import (
     RunConfig,
     Seeds,
     Sizes,
-    ffn_for,
     round_up,
 )
 
@@ -97,21 +97,6 @@ class TrainConfig(DataOptions, RunConfig):
     prompt: Free[str | None] = None
     """Prompt of the text sample; None: the first line of a held-out document."""
 
-    def sizes(self) -> Sizes:
-        """The sizes of a new model, of a resolved config; ``TrainError`` if they do not fit each
-        other."""
-        width, heads = self.width or 0, self.heads or 0
-        return Sizes(
-            architecture=self.architecture,
-            depth=self.depth,
-            width=width,
-            heads=heads,
-            kv_heads=self.kv_heads or heads,
-            ffn=self.ffn or ffn_for(width),
-            context=self.seq_len,
-            tie_embeddings=self.tie_embeddings,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig, ResumableConfig):
@@ -157,12 +142,17 @@ def resolve(config: Config) -> Config:
     # (Brown et al. 2020, table 2.1): 768 -> 5.2e-4, 4096 -> 1.0e-4.
     width = config.width or round_up(64 * config.depth, 128)
     heads = config.heads or max(1, width // (64 if width <= 1024 else 128))
-    config = fill(
-        config,
-        {"width": width, "heads": heads, "kv_heads": heads, "ffn": ffn_for(width), "lr": 0.4 / width},
-    )
-    config.sizes()  # refuses heads that do not fit
-    return config
+    sizes = sizes_of(dataclasses.replace(config, width=width, heads=heads))
+    names = ("width", "heads", "kv_heads", "ffn")
+    return fill(config, {**{name: getattr(sizes, name) for name in names}, "lr": 0.4 / width})
+
+
+def sizes_of(config: TrainConfig) -> Sizes:
+    """The sizes of a new model; ``TrainError`` if they do not fit each other."""
+    assert config.width is not None
+    assert config.heads is not None
+    own = (config.kv_heads, config.ffn, config.tie_embeddings)
+    return Sizes(config.architecture, config.depth, config.width, config.heads, config.seq_len, *own)
 
 
 def _check(config: TrainConfig) -> None:

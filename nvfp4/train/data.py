@@ -4,8 +4,8 @@
     epoch e    -> a permutation of the windows, by sorting Philox words of (seed, e)
     step s     -> windows s * batch ... (s + 1) * batch - 1 of that order
 
-There is no state: resuming needs the number of the step alone, and any number of processes deals the
-same windows out. Held-out text is cut into windows once; every token of it is a target once.
+There is no state: resuming needs the number of the step alone, and any number of processes deals
+the same windows out. Held-out text is cut into windows once; every token of it is a target once.
 """
 
 from __future__ import annotations

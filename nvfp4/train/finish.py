@@ -1,7 +1,8 @@
 """The end of a pretraining: exact held-out score, text sample, export, result.json.
 
 The held-out text is scored twice: as trained, and with the layers in BF16. The second says what the
-weights know, the first what a deployment in NVFP4 would see; their difference is the forward's noise.
+weights know, the first what a deployment in NVFP4 would see; their difference is the forward's
+noise.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""Pretraining as a training: a step is one update on the windows of that step, and an evaluation
-where one is due."""
+"""Pretraining as a training: a step is one update, and an evaluation where one is due.
+
+All that it remembers is in weights, optimiser, random states and the number of the step: windows and
+learning rate are functions of that number.
+"""
 
 from __future__ import annotations
 

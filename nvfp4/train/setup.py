@@ -24,7 +24,7 @@ from nvfp4.run.optim import adamw
 from nvfp4.run.processes import accelerator_for
 from nvfp4.run.progress import Reporter, number, rate
 from nvfp4.run.tokens import Tokenizer, load_tokenizer, pack
-from nvfp4.train.config import PretrainConfig
+from nvfp4.train.config import PretrainConfig, sizes_of
 from nvfp4.train.data import HeldOut, TrainWindows, held_out_windows
 
 
@@ -92,7 +92,7 @@ def prepare(config: PretrainConfig) -> PretrainRun:
     held_out = held_out_windows(corpus.held_out, tokenizer, config.seq_len, config.eval_bytes)
 
     # The model, converted on the CPU, then moved and wrapped.
-    source = config.sizes() if config.model is None else config.model
+    source = sizes_of(config) if config.model is None else config.model
     model = build_model(source, tokenizer, config.seed, config.seq_len, config.recompute)
     quantize_model(model, config.recipe, config, config.seed, main)
     for note in without_emulation(model, accelerator.device, config.dtype):

@@ -1,7 +1,9 @@
-"""One optimiser update of pretraining: forward and backward over the parts of the batch, then AdamW.
+"""One update of pretraining: forward and backward over the parts of the batch, then AdamW.
 
-windows [batch, seq_len + 1] -> this process's rows -> parts of micro_batch rows
-part: logits of rows[:, :-1] in the compute dtype -> mean cross-entropy with rows[:, 1:], float32
+    windows [batch, seq_len + 1] -> this process's rows -> parts of micro_batch rows
+    part: logits of rows[:, :-1] in the compute dtype -> cross-entropy with rows[:, 1:], float32
+
+The loss is the mean over all tokens of the update, whatever the parts and processes are.
 """
 
 from __future__ import annotations
