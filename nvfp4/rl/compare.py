@@ -56,11 +56,11 @@ def plan(config: RLConfig) -> list[Arm]:
     """The runs: every recipe with every seed, and the control in the last recipe with the first
     seed."""
     recipes, seeds = config.recipes or (config.recipe,), config.seeds or (config.seed,)
-    wanted = [(recipe, seed, config.reward) for recipe in recipes for seed in seeds]
+    grid = [(recipe, seed, config.reward) for recipe in recipes for seed in seeds]
     if config.control:
-        wanted.append((recipes[-1], seeds[0], "random"))
+        grid.append((recipes[-1], seeds[0], "random"))
     # the slow ones first, so that the processes end together
-    return [_arm(config, *each) for each in sorted(wanted, key=lambda each: each[0] == "bf16")]
+    return [_arm(config, *each) for each in sorted(grid, key=lambda each: each[0] == "bf16")]
 
 
 def comparison(

@@ -33,7 +33,7 @@ from nvfp4.rl.vocabulary import (
     task_lengths,
 )
 from nvfp4.run.errors import TrainError
-from nvfp4.run.fields import check_together, checked, fill, refuse_idle
+from nvfp4.run.fields import check_together, fill, refuse_idle, validated
 from nvfp4.run.options import (
     Count,
     CountOrZero,
@@ -273,7 +273,7 @@ EVALUATION = ("eval_every", "eval_problems", "eval_samples")
 def resolve(config: RLConfig) -> RLConfig:
     """The same config with every derived value filled in; ``TrainError`` naming each field that is
     wrong."""
-    config = checked(config)
+    config = validated(config)
     _check_objective(config.objective)
     for name in (config.recipe, *config.recipes, config.sampler_recipe):
         if name is not None and name not in RL_RECIPES:
@@ -313,11 +313,11 @@ def plan(config: RLConfig) -> StepPlan:
 def remarks(config: RLConfig) -> list[str]:
     """What a user should know about a resolved config that may be meant: fewer updates than the
     authors do."""
-    wanted, updates = OBJECTIVES[config.objective].defaults.updates, plan(config).updates
-    if updates > 1 or wanted == 1:
+    usual, updates = OBJECTIVES[config.objective].defaults.updates, plan(config).updates
+    if updates > 1 or usual == 1:
         return []
     return [
-        f"minibatches: one update per rollout, where the authors of {config.objective} do {wanted}: every ratio to the "
+        f"minibatches: one update per rollout, where the authors of {config.objective} do {usual}: every ratio to the "
         f"old policy stays exactly 1, so clips never act"
     ]
 
@@ -422,14 +422,14 @@ def _check_together(config: RLConfig) -> None:
 
 
 def _check_can_act(config: RLConfig) -> None:
-    made, alone = config.model is not None, not (config.seeds or config.recipes)
+    given, alone = config.model is not None, not (config.seeds or config.recipes)
     rules = (
-        ("architecture depth context", made, "--model brings its own sizes"),
-        ("warm_batch warm_lr warm_noise", made or config.warm_steps == 0, "there is no warm start"),
+        ("architecture depth context", given, "--model brings its own sizes"),
+        ("warm_batch warm_lr warm_noise", given or config.warm_steps == 0, "there is no warm start"),
         ("control workers", alone, "only a comparison has them: give --seeds or --recipes"),
         ("recipe", bool(config.recipes), "--recipes says which"),
         ("aqn_start aqn_end", config.aqn_stages == 0, "there is no noise without --aqn-stages"),
     )
     refuse_idle(config, rules)
-    if made and config.warm_steps:
+    if given and config.warm_steps:
         raise TrainError(f"warm_steps: {config.model} is trained as it is, without a warm start; leave it out")

@@ -175,9 +175,9 @@ def _check_problems(task: Task) -> None:
 
 def from_base(config: RLConfig, folder: Path) -> RLConfig:
     """The config with the warm start in ``folder`` as its model, without what made that."""
-    made = ("architecture", "depth", "context", "warm_batch", "warm_lr", "warm_noise")
+    of_new_models = ("architecture", "depth", "context", "warm_batch", "warm_lr", "warm_noise")
     defaults = {field.name: field.default for field in dataclasses.fields(RLConfig)}
-    without: dict[str, Any] = {name: defaults[name] for name in made}
+    without: dict[str, Any] = {name: defaults[name] for name in of_new_models}
     return dataclasses.replace(config, model=str(folder), warm_steps=0, width=None, heads=None, **without)
 
 
@@ -196,8 +196,8 @@ def _accelerator(config: RLConfig) -> Accelerator:
 
 
 def _set_attention(model: PreTrainedModel, config: RLConfig, accelerator: Accelerator) -> None:
-    wanted = config.attention
-    if wanted == "auto":
-        wanted = "float64" if accelerator.device.type == "cpu" else "sdpa"
-    if wanted == "float64":
+    attention = config.attention
+    if attention == "auto":
+        attention = "float64" if accelerator.device.type == "cpu" else "sdpa"
+    if attention == "float64":
         model.set_attn_implementation(register_float64_attention())

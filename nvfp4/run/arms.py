@@ -119,7 +119,7 @@ def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dic
     error of that mean over seeds (the sample's deviation / sqrt n; NaN for one seed) and n. Seeds
     that only one of the two has count not.
     """
-    found: dict[str, dict[str, float]] = {}
+    gaps_of: dict[str, dict[str, float]] = {}
     for recipe in dict.fromkeys(name for name, _ in values if name != baseline):
         gaps = [
             value - values[baseline, seed]
@@ -128,8 +128,8 @@ def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dic
         ]
         if gaps:
             error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-            found[recipe] = {"mean": statistics.fmean(gaps), "standard_error": error, "seeds": len(gaps)}
-    return found
+            gaps_of[recipe] = {"mean": statistics.fmean(gaps), "standard_error": error, "seeds": len(gaps)}
+    return gaps_of
 
 
 def publish(

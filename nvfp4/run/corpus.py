@@ -109,7 +109,7 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
     The name is relative to the folder, to the fixed part of the glob, or to the file's own folder.
     ``field`` names the config field in the ``TrainError`` for a pattern that matches nothing.
     """
-    found: dict[Path, str] = {}
+    names: dict[Path, str] = {}
     for pattern in patterns:
         try:
             root, files = _matching(Path(pattern).expanduser(), field, pattern)
@@ -118,31 +118,31 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
                     f"{field}: no file matches {pattern}; give files, folders or globs (quoted for the shell)"
                 )
             for file in files:
-                found.setdefault(file.resolve(), file.relative_to(root).as_posix())
+                names.setdefault(file.resolve(), file.relative_to(root).as_posix())
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name with a zero byte; no such home
             reason = getattr(error, "strerror", None) or error
             raise TrainError(
                 f"{field}: cannot look through {getattr(error, 'filename', None) or pattern}: {reason}; "
                 f"make it readable or leave it out"
             ) from error
-    return sorted((name, path) for path, name in found.items())
+    return sorted((name, path) for path, name in names.items())
 
 
 def standard_library_files() -> list[tuple[str, Path]]:
     """(relative name, path) of the .py files of the running Python's standard library, sorted by
     name."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     try:
         for folder, below, files in os.walk(root, onerror=_refuse):
             below[:] = [name for name in below if name not in LEFT_OUT]
             paths = [Path(folder, name) for name in files if name.endswith(".py")]
-            found += [(path.relative_to(root).as_posix(), path) for path in paths]
+            modules += [(path.relative_to(root).as_posix(), path) for path in paths]
     except OSError as error:
         raise TrainError(
             f"data: cannot look through {error.filename} of the standard library: {error.strerror}; give --data"
         ) from error
-    return sorted(found)
+    return sorted(modules)
 
 
 def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:

@@ -64,7 +64,7 @@ def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Conf
         raise TrainError(f"{origin}: {error}") from None
 
 
-def checked(config: Config) -> Config:
+def validated(config: Config) -> Config:
     """The same config, its types and ranges checked as those of a file are, since Python does not."""
     return _validated(type(config), dataclasses.asdict(config))
 
@@ -74,14 +74,14 @@ def to_fields(config: RunConfig) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
 
 
-def lasting(config: Resumable) -> Resumable:
+def saved_config(config: Resumable) -> Resumable:
     """The config without what concerns one start of the run only, as it is saved beside the run."""
     return dataclasses.replace(config, resume=False, resume_from=None, overwrite=False, allow_changes=())
 
 
 def saved_fields(config: ResumableConfig) -> dict[str, Any]:
-    """``to_fields`` of ``lasting``: what result.json and checkpoints say of the config."""
-    return to_fields(lasting(config))
+    """``to_fields`` of ``saved_config``: what result.json and checkpoints say of the config."""
+    return to_fields(saved_config(config))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -174,9 +174,9 @@ def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
 
 def _explain(kind: type[RunConfig], item: Any) -> str:
     name = str(item["loc"][0])
-    known = [field.name for field in dataclasses.fields(kind)]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, n=1)
         return f"{name}: no such field" + (f"; did you mean {close[0]}?" if close else "; see --help for the fields")
     expected = item["msg"].removeprefix("Input should be ")
     return f"{name}: expected {expected}, got {item['input']!r}"

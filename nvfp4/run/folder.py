@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from nvfp4.run import checkpoint, log
 from nvfp4.run.checkpoint import DamagedCheckpoint, Snapshot
 from nvfp4.run.errors import TrainError
-from nvfp4.run.fields import differences, lasting, read_config_file, to_yaml
+from nvfp4.run.fields import differences, read_config_file, saved_config, to_yaml
 from nvfp4.run.files import write_json, write_text
 from nvfp4.run.options import ResumableConfig
 
@@ -149,21 +149,21 @@ class RunFolder:
             self.clear()
         self.refuse_earlier(config)
         self._refuse_renamed(config)
-        found, notes = self._find(config)
-        step = -1 if found is None else found[1].state["step"]
-        if found is not None:
-            self._check_fits(found[1], config, data_sha256, bound)
+        start, notes = self._find(config)
+        step = -1 if start is None else start[1].state["step"]
+        if start is not None:
+            self._check_fits(start[1], config, data_sha256, bound)
             self._check_log(step)
 
         # From here on it is this run's.
-        write_text(self.config, to_yaml(lasting(config)))
+        write_text(self.config, to_yaml(saved_config(config)))
         try:
             self.result.unlink(missing_ok=True)
         except OSError as error:
             raise TrainError(f"out: cannot delete {self.result}: {error.strerror}") from error
         for path in self.logs:
             log.cut(path, step)
-        return found, notes
+        return start, notes
 
     def refuse_earlier(self, config: ResumableConfig) -> None:
         """``TrainError`` if another run's files are in the way of this config."""

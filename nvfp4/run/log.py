@@ -108,5 +108,5 @@ def last_row(path: Path) -> Row | None:
 
 def cut(path: Path, step: int) -> None:
     """Drop the rows after ``step``: they will be written again by the resumed run."""
-    kept = [row for row in read(path) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    rows = [row for row in read(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -218,11 +218,11 @@ class Loop:
         path: list[Any] = [None]
         snapshot = None
         if run.accelerator.is_main_process:
-            found, notes = run.folder.open(self.config, self.training.data_sha256, self.training.bound)
+            start, notes = run.folder.open(self.config, self.training.data_sha256, self.training.bound)
             for note in notes:
                 run.report.say(note)
-            if found is not None:
-                path, snapshot = [found[0]], found[1]
+            if start is not None:
+                path, snapshot = [start[0]], start[1]
         if run.accelerator.num_processes > 1:
             path = broadcast_object_list(path)
             if path[0] is not None and snapshot is None:

@@ -45,10 +45,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
     width = max(1.0, SMOOTHING * len(values))
     reach = np.arange(-int(3 * width), int(3 * width) + 1)
     kernel = np.exp(-0.5 * (reach / width) ** 2)
-    known = np.isfinite(values)
+    finite = np.isfinite(values)
     pad = len(reach) // 2
-    total = np.convolve(np.where(known, values, 0.0), kernel)[pad : pad + len(values)]
-    return total / np.convolve(known.astype(float), kernel)[pad : pad + len(values)]
+    total = np.convolve(np.where(finite, values, 0.0), kernel)[pad : pad + len(values)]
+    return total / np.convolve(finite.astype(float), kernel)[pad : pad + len(values)]
 
 
 def spread(places: list[float], gap: float) -> list[float]:

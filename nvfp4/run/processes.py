@@ -46,15 +46,15 @@ def accelerator_for(device: str) -> Accelerator:
     """
     from accelerate import Accelerator
 
-    wanted = _launched()
-    on_cpu = device == "cpu" or (device == "auto" and wanted > 1 and not torch.cuda.is_available())
+    launched = _launched()
+    on_cpu = device == "cpu" or (device == "auto" and launched > 1 and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=on_cpu)
     kind = accelerator.device.type
     if device not in ("auto", kind):
         raise TrainError(f"device: {device} was asked for, but only {kind} is here; give --device auto or {kind}")
-    if accelerator.num_processes < wanted:  # more is what another launcher, mpirun say, has started
+    if accelerator.num_processes < launched:  # more is what another launcher, mpirun say, has started
         raise TrainError(
-            f"device: {wanted} processes were started, but on {kind} they do not find each other; start one, "
+            f"device: {launched} processes were started, but on {kind} they do not find each other; start one, "
             f"or give --device cpu"
         )
     return accelerator
@@ -118,8 +118,8 @@ def machine(accelerator: Processes) -> dict[str, Any]:
 
 def other_machine(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """A note for the user if these differ, or nothing."""
-    known = {key: value for key, value in present.items() if key in saved}
-    changed = [f"{key} {saved[key]}, now {value}" for key, value in known.items() if saved[key] != value]
+    comparable = {key: value for key, value in present.items() if key in saved}
+    changed = [f"{key} {saved[key]}, now {value}" for key, value in comparable.items() if saved[key] != value]
     if not changed:
         return []
     return [f"note: the checkpoint was written with {'; '.join(changed)}: the losses go on, but not to the last bit"]

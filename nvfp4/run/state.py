@@ -34,9 +34,9 @@ def capture(
     save. The others' has no weights and no moments: a copy in every process would take the memory
     of as many models on one machine.
     """
-    mine = [_random()]
-    every = mine if accelerator.num_processes == 1 else gather_object(mine)
-    random = {f"{device}.{rank}": value for rank, states in enumerate(every) for device, value in states.items()}
+    own = [_random()]
+    everybody = own if accelerator.num_processes == 1 else gather_object(own)
+    random = {f"{device}.{rank}": value for rank, states in enumerate(everybody) for device, value in states.items()}
     state = {**state, "noise": noise_state(model)}
     if not accelerator.is_main_process:
         return Snapshot(state, {})
@@ -55,15 +55,15 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
 
     # What a warm start of an earlier version has not saved, it has not drawn from.
     load_noise_state(model, snapshot.state.get("noise", {}))
-    mine = {
+    own = {
         k.partition(".")[0]: v
         for k, v in snapshot.tensors.get("random", {}).items()
         if k.endswith(f".{accelerator.process_index}")
     }
-    if "cpu" in mine:  # a process that the saved run did not have keeps its own random state
-        torch.set_rng_state(mine["cpu"])
-    if "cuda" in mine and torch.cuda.is_available():
-        torch.cuda.set_rng_state(mine["cuda"])
+    if "cpu" in own:  # a process that the saved run did not have keeps its own random state
+        torch.set_rng_state(own["cpu"])
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
 
 
 def _restore_weights(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from nvfp4.recipes import RECIPES
 from nvfp4.run.errors import TrainError
-from nvfp4.run.fields import check_together, checked, fill, refuse_idle
+from nvfp4.run.fields import check_together, fill, refuse_idle, validated
 from nvfp4.run.options import (
     Count,
     CountOrZero,
@@ -132,7 +132,7 @@ def resolve(config: Config) -> Config:
     width, heads, kv_heads, ffn and lr follow from depth. With ``model`` given its own config
     decides the sizes, so they must be left open.
     """
-    config = checked(config)
+    config = validated(config)
     _check(config)
     config = fill(config, {"eval_batch": max(1, 2048 // config.seq_len), "warmup": min(1000, config.steps // 6)})
     if config.model is not None:

@@ -96,11 +96,11 @@ def held_out_windows(documents: list[Document], tokenizer: Tokenizer, seq_len: i
     With a limit each document gives at most a sixteenth of it (more if there are fewer than 16),
     cut at a character.
     """
-    chosen = documents if limit == 0 else _excerpts(documents, limit)
-    size = sum(document.size for document in chosen)
+    scored = documents if limit == 0 else _excerpts(documents, limit)
+    size = sum(document.size for document in scored)
 
     # Each token is to be predicted from those before it, but for the separators.
-    tokens, separators = pack(chosen, tokenizer)
+    tokens, separators = pack(scored, tokenizer)
     stream = torch.from_numpy(tokens.astype(np.int64))
     inputs, targets = stream[:-1], stream[1:].clone()
     targets[separators[1:] - 1] = IGNORED
@@ -114,12 +114,12 @@ def held_out_windows(documents: list[Document], tokenizer: Tokenizer, seq_len: i
 
 def _excerpts(documents: list[Document], limit: int) -> list[Document]:
     share = -(-limit // min(len(documents), MAX_DOCUMENT_SHARE))
-    chosen, left = [], limit
+    excerpts, left = [], limit
     for document in documents:
         text = document.text.encode()[: min(share, left)].decode("utf-8", errors="ignore")  # drops a split character
         if text:
-            chosen.append(Document(document.name, text))
+            excerpts.append(Document(document.name, text))
             left -= len(text.encode())
         if left <= 0:
             break
-    return chosen
+    return excerpts

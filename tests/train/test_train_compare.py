@@ -19,7 +19,8 @@ from nvfp4.run import arms
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import to_yaml
 from nvfp4.run.plots import draw_comparison, smooth, spread
-from nvfp4.train.compare import compare, comparison, plan, table
+from nvfp4.train import compare as comparing
+from nvfp4.train.compare import compare, comparison, draw_over_seeds, plan, table
 from nvfp4.train.config import CompareConfig, TrainConfig, resolve
 
 RECIPES = ("bf16", "rtn", "quartet2")
@@ -217,3 +218,25 @@ def test_one_seed_alone_says_nothing_about_its_error_and_one_without_a_partner_d
     assert found.keys() == {"rtn"}
     assert (found["rtn"]["mean"], found["rtn"]["seeds"]) == (0.5, 1)
     assert math.isnan(found["rtn"]["standard_error"])
+
+
+def test_the_picture_over_seeds_is_of_means_and_each_gap_is_to_its_own_seed(tmp_path, monkeypatch):
+    """Two seeds of each recipe: figures and curves are averaged place by place, a step that one skipped has none."""
+    report = report_of(13)
+    other = json.loads(json.dumps(report["runs"]))
+    for run in other:
+        run["curve"]["loss"] = [None if step == 3 else 4.0 for step in run["curve"]["step"]]
+        run["val_bpb"] += 1
+    both = {**report, "runs": [*report["runs"], *other]}
+    drawn = []
+    monkeypatch.setattr(comparing, "draw_comparison", lambda shown, path: drawn.append(shown))
+    draw_over_seeds(both, tmp_path / "x.png")
+    means = drawn[0]["runs"]
+    assert [run["recipe"] for run in means] == list(RECIPES)
+    for mean, one in zip(means, report["runs"], strict=True):
+        assert mean["val_bpb"] == pytest.approx(one["val_bpb"] + 0.5)
+        losses = zip(one["curve"]["loss"], mean["curve"]["loss"], one["curve"]["step"], strict=True)
+        assert all(m is None if step in (3, 5) else m == pytest.approx((a + 4) / 2) for a, m, step in losses)
+    monkeypatch.undo()
+    draw_over_seeds(both, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000

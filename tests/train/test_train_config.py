@@ -10,7 +10,15 @@ import yaml
 
 from nvfp4.rl.config import RLConfig
 from nvfp4.run.errors import TrainError
-from nvfp4.run.fields import differences, free_on_resume, from_fields, lasting, read_config_file, to_fields, to_yaml
+from nvfp4.run.fields import (
+    differences,
+    free_on_resume,
+    from_fields,
+    read_config_file,
+    saved_config,
+    to_fields,
+    to_yaml,
+)
 from nvfp4.train.config import CompareConfig, PretrainConfig, resolve
 
 
@@ -131,7 +139,7 @@ def test_sizes_that_are_given_stay():
 
 def test_differences_name_what_changes_a_loss_and_nothing_else():
     config = resolve(PretrainConfig())
-    saved = to_fields(lasting(config))
+    saved = to_fields(saved_config(config))
     assert differences(saved, config) == []
     free = dataclasses.replace(config, out="elsewhere", resume=True, keep=7, log_every=3, eval_every=1, prompt="x")
     assert differences(saved, free) == []
