@@ -1,8 +1,9 @@
 """What every script here does alike: stop at a wrong result, print a table, keep the rows as data.
 
-A kept file grows call by call: a row replaces the one with the same labels, and says itself on what
-machine, at what commit and beside how much other work it was measured. So a table of many rows may
-be measured in short calls, each of which has a machine to itself.
+A kept file grows call by call: a row replaces the one with the same labels and processor, and says
+itself on what machine, at what commit and beside how much other work it was measured. So a table of
+many rows may be measured in short calls, each of which has a machine to itself, and on several
+machines.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -54,16 +56,19 @@ def show(title: str, rows: Sequence[Row], name: str | None = None, labels: int =
 
 
 def keep(path: Path, title: str, rows: Sequence[Row], facts: Row, labels: int = 1) -> Path:
-    """Merge rows into a file: each replaces the one whose first ``labels`` columns are the same.
+    """Merge rows into a file: each replaces its like, measured on the same kind of processor.
 
-    Where all rows of a file were measured at once, the machine stands beside them; it moves into them.
+    labels: how many first columns name a row. Where all rows of a file were measured at once, the
+    machine stands beside them; it moves into them.
     """
-    kept: dict[tuple[str, ...], Row] = {}
+    kept: dict[tuple[Any, ...], Row] = {}
     older = json.loads(path.read_text()) if path.exists() else {"rows": []}
     for each, where in ((older["rows"], older.get("machine", {})), (rows, facts)):
         about = {key: where[key] for key in OF_A_ROW if key in where}
         for row in each:
-            kept[label_of(row, labels)] = {**row, "machine": row.get("machine", about)}
+            machine = row.get("machine", about)
+            label = (machine.get("processor", ""), *list(row.values())[:labels])
+            kept[label] = {**row, "machine": machine}
 
     path.parent.mkdir(exist_ok=True)
     text = json.dumps({"title": title, "rows": list(kept.values())}, indent=1)
@@ -71,8 +76,3 @@ def keep(path: Path, title: str, rows: Sequence[Row], facts: Row, labels: int = 
     part.write_text(text + "\n")
     part.replace(path)
     return path
-
-
-def label_of(row: Row, labels: int) -> tuple[str, ...]:
-    """The values of its first columns."""
-    return tuple(str(value) for value in list(row.values())[:labels])

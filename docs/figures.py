@@ -88,37 +88,34 @@ _QUANTISERS: tuple[tuple[str, str, dict[str, Any], str, str], ...] = (
 
 def linear() -> str:
     """Forward and backward of one layer relative to BF16, a row per machine, instruction set and size."""
-    data = _read("linear")
     recipes = ("nvidia", "quartet2", "search_eden")
-    rows = []
-    for part in (*data["other machines"], data):
-        cells: dict[tuple[str, str], dict[str, float]] = {}
-        for row in part["rows"]:
-            where = (row.get("instructions", ""), row["layer"].split()[0])
-            cells.setdefault(where, {})[row["recipe"]] = row["x bf16"]
-        for (instructions, size), times in cells.items():
-            machine = f"{part['machine']['processor']}, {part['machine']['threads']} threads"
-            if instructions and instructions not in machine:
-                machine += f", held to {instructions}"
-            rows.append((machine, size, *(f"{times[recipe]:.2f}" for recipe in recipes)))
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in _read("linear")["rows"]:
+        where = (_machine(row, row["instructions"]), row["layer"].split()[0])
+        cells.setdefault(where, {})[row["recipe"]] = row["x bf16"]
+    rows = [
+        (machine, size, *(f"{times[recipe]:.2f}" for recipe in recipes))
+        for (machine, size), times in sorted(cells.items())
+    ]
     return _table(("machine", "tokens = in = out", *(f"`{recipe}`" for recipe in recipes)), rows)
 
 
 def quantize() -> str:
     """Milliseconds of each quantiser, and copies of the same bytes."""
-    data = _read("quantize")
-    rows = [
-        (
-            f"`{row['quantiser']}`",
-            f"{row['row-wise ms']:.1f}",
-            f"{row['x copy']:.1f}",
-            f"{row['both ms']:.1f}",
-            "" if row["torchao ms"] != row["torchao ms"] else f"{row['torchao ms']:.0f}",
-        )
-        for row in data["rows"]
-    ]
-    machine = f"{data['machine']['processor']}, {data['machine']['threads']} threads, {data['machine']['date']}"
-    return f"{machine}:\n\n" + _table(("quantiser", "ms", "copies", "x and x^T, ms", "torchao, ms"), rows)
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for row in _read("quantize")["rows"]:
+        figures = (f"{row['row-wise ms']:.1f}", f"{row['x copy']:.1f}", f"{row['both ms']:.1f}")
+        torchao = f"{row['torchao ms']:.0f}" if "torchao ms" in row else ""
+        title = f"{_machine(row, row['instruction set'].upper())}, {row['machine']['date']}"
+        tables.setdefault(title, []).append((f"`{row['quantiser']}`", *figures, torchao))
+    columns = ("quantiser", "ms", "copies", "x and x^T, ms", "torchao, ms")
+    return "\n\n".join(f"{title}:\n\n{_table(columns, rows)}" for title, rows in tables.items())
+
+
+def _machine(row: dict[str, Any], instructions: str) -> str:
+    """The processor of a row, its threads, and the instruction set it was held to, if not its best."""
+    machine = f"{row['machine']['processor']}, {row['machine']['threads']} threads"
+    return machine if instructions in machine else f"{machine}, held to {instructions}"
 
 
 def memory() -> str:

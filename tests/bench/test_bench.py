@@ -245,9 +245,9 @@ def test_clocks_come_from_nvidia_smi_where_it_is(monkeypatch):
 
 
 def test_kept_rows_replace_their_like(tmp_path):
-    """A row with the same labels gives way, the others stay; each says where it was measured."""
+    """A row with the same labels and processor gives way, the others stay; each says where it was measured."""
     path = tmp_path / "results" / "rows.json"
-    first, second = {"processor": "a", "commit": "1"}, {"processor": "b", "commit": "2", "python": "3"}
+    first, second = {"processor": "a", "commit": "1"}, {"processor": "a", "commit": "2", "python": "3"}
     harness.keep(
         path, "t", [{"quantiser": "rtn", "isa": "avx2", "ms": 1.0}, {"quantiser": "sr", "isa": "", "ms": 2.0}], first, 2
     )
@@ -259,8 +259,10 @@ def test_kept_rows_replace_their_like(tmp_path):
         2,
     )
     rows = [(row["quantiser"], row["isa"], row["ms"], row["machine"]) for row in json.loads(path.read_text())["rows"]]
-    there = {"processor": "b", "commit": "2"}
-    assert rows == [("rtn", "avx2", 3.0, there), ("sr", "", 2.0, first), ("rtn", "", 4.0, there)]
+    again = {"processor": "a", "commit": "2"}
+    assert rows == [("rtn", "avx2", 3.0, again), ("sr", "", 2.0, first), ("rtn", "", 4.0, again)]
+    harness.keep(path, "t", [{"quantiser": "sr", "isa": "", "ms": 5.0}], {"processor": "b"}, 2)
+    assert [row["ms"] for row in json.loads(path.read_text())["rows"]] == [3.0, 2.0, 4.0, 5.0], "another machine"
     assert [each.name for each in path.parent.iterdir()] == ["rows.json"]
 
 
