@@ -77,6 +77,7 @@ def collect(run: Run, step: int) -> Collected:
     stages = (config.aqn_stages, config.aqn_start, config.aqn_end)
     sigma = sigma_at(step, config.steps, *stages)
 
+    # rounds, until there are enough; one round where nothing is replaced
     parts: list[Samples] = []
     problems: list[Problem] = []
     texts: list[str] = []
@@ -101,6 +102,7 @@ def collect(run: Run, step: int) -> Collected:
         texts += [batch.texts[i] for i in kept.tolist()]
         reasons += [batch.reasons[i] for i in kept.tolist()]
 
+    # what a user can put right: rewards that all fail, groups that all are alike
     if len(problems) < wanted and failures.total() >= drawn:
         raise TrainError(f"step {step + 1}: {all_failed(failures, drawn)}")
     if len(problems) < wanted:
@@ -214,8 +216,7 @@ def _maximised(
     places: list[int],
     coin_seed: int,
 ) -> torch.Tensor:
-    """The rewards [S] that ``--reward`` says: the task's, or those of a control that knows no
-    answer.
+    """The rewards [S] that ``--reward`` says: the task's, or those of a control.
 
     task: the verifier's rewards [S]. places: of the prompts, in the step.
     """

@@ -53,6 +53,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     of 1. Every process draws for some of the problems and gets all figures. ``TrainError`` if every
     reward failed.
     """
+    # from samples, and from the most likely completion
     config = run.config
     problems = run.task.problems(config.eval_problems, _SEED, held_out=True)
     sampling = _sampling(run)
@@ -62,6 +63,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     if drawn.failed.total() >= len(problems) * config.eval_samples:
         raise TrainError(f"evaluation: {all_failed(drawn.failed, drawn.failed.total())}")
 
+    # pass@1, 2, 4, ... with the ends of their intervals
     correct = drawn.reward >= 1
     powers = [2**i for i in range(20)]
     rates = pass_rates(correct, [k for k in powers if k <= config.eval_samples])
@@ -81,6 +83,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "eval/max_new_tokens": length,
     }
 
+    # the first completion of the first problems, for people
     first = zip(problems[:SHOWN], drawn.text[:, 0], drawn.reward[:, 0], strict=False)
     shown = [
         {
@@ -112,6 +115,7 @@ def _draw(run: Run, problems: list[Problem], size: int, sampling: Sampling) -> _
 
     Prompts of like length are drawn together, ``rollout_rows`` completions (or 512) at a time.
     """
+    # whole problems to a block, the same blocks for any number of processes
     rows = run.config.rollout_rows or _ROWS
     prompts = [run.text.prompt(problem.prompt) for problem in problems]
     order = sorted(range(len(problems)), key=lambda number: len(prompts[number]))
@@ -146,6 +150,7 @@ def _draw_block(
     rows: int,
 ) -> _Drawn:
     """The completions of some problems, by their numbers."""
+    # the number of a problem decides its random numbers, whoever draws it
     chosen = [prompts[number] for number in numbers]
     with torch.no_grad(), fixed_weights(run.model), run.autocast():
         samples = rollout(run.model, chosen, numbers, size, sampling, run.stops, _SEED, rows)

@@ -1,5 +1,4 @@
-"""G-Vendi: how many different things a set of examples would teach a model, by the directions of
-its gradients.
+"""G-Vendi: how many different things examples would teach a model, by its gradients' directions.
 
 Prismatic Synthesis (arXiv 2505.20161). For each example, the gradient of log P(answer | prompt):
 
@@ -48,8 +47,7 @@ _HELD = 2**28  # bytes of gradients held between two projections
 
 @dataclass(frozen=True, kw_only=True)
 class GVendiConfig:
-    """Measure how diverse the problems of tasks are, as a model sees them: before training on
-    them."""
+    """Measure how diverse the problems of tasks are, as a model sees them, before training."""
 
     model: str
     """Folder of a local Hugging Face causal LM, e.g. the export/ or base/ of a run."""
@@ -84,6 +82,7 @@ def measure(config: GVendiConfig) -> dict[str, float]:
     model = load_on(config.model, config.device)
     text = Text(load_vocabulary(config.vocabulary or config.model), config.chat)
 
+    # each task by itself, then all together
     features = {}
     for name in dict.fromkeys(config.tasks):
         problems = draw_problems(name, config.count, config.seed)
@@ -95,8 +94,7 @@ def measure(config: GVendiConfig) -> dict[str, float]:
 
 
 def report(config: GVendiConfig) -> dict[str, float]:
-    """Measure, print a line for each figure, keep them if ``out`` is given; returns
-    ``measure``'s."""
+    """``measure``, with a line printed for each figure, and a file if ``out`` is given."""
     values = measure(config)
     for name, value in values.items():
         count = config.count * (len(values) - 1 if name == "all" else 1)
@@ -274,8 +272,7 @@ def _signs(
 
 
 def g_vendi(features: torch.Tensor) -> float:
-    """exp of the entropy of the eigenvalues of K = G G^T / n, G the normalised rows of
-    ``features``.
+    """exp of the entropy of the eigenvalues of G G^T / n, G the normalised rows of ``features``.
 
     features: [n, D]. A number from 1 to min(n, D), independent of the order and the lengths of the
     rows. Raises ValueError for rows that are zero, which have no direction, or not finite.

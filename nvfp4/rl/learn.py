@@ -127,6 +127,7 @@ def scored(
     by: whose scores they are; the samples then come back with what the objective wants to remember
     of each part. None: the samples come back as they are.
     """
+    # part by part, and of each no more than is needed later
     found: list[Scores] = []
     extras: list[dict[str, torch.Tensor]] = []
     with torch.no_grad(), fixed_weights(model):
@@ -136,6 +137,7 @@ def scored(
             extras.append({} if by is None else run.objective.remember(part, scores, by))
             found.append(replace(scores, logits=None, prompt_logits=None))
 
+    # together again
     extra = {name: torch.cat([each[name] for each in extras]) for name in extras[0]}
     names = [name for name, value in vars(found[0]).items() if value is not None]
     whole = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
@@ -167,8 +169,7 @@ def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -
 
 
 def _checked_gap(run: Run, samples: Samples, temperature: float, live: Scores | None) -> float:
-    """``shape_gap`` of the trainer's forward; a function of its own, so that nothing keeps its
-    graph."""
+    """``shape_gap`` of the trainer's forward; a function of its own, so nothing keeps its graph."""
     trained = live if live is not None else run.score(run.forward, samples, temperature)
     return shape_gap(run, samples, temperature, trained)
 

@@ -50,6 +50,7 @@ def mismatch(
     unbiased estimate of KL(sampler || trainer), whose draws these are; no term is below 0. max,
     quantile_999: of |d|. share: of tokens with |d| > .05. exact: share of tokens with d = 0.
     """
+    # nothing drawn is no difference
     d = (trainer.detach() - sampler)[mask].double()
     if d.numel() == 0:
         d = d.new_zeros(1)
@@ -68,6 +69,7 @@ def mismatch(
 def weight_codes(model: nn.Module) -> dict[str, QTensor]:
     """The forward's weight operand of each converted layer, by name, where it has no noise."""
     codes = {}
+    # noise would make other codes of the same weight, which is no change
     with torch.no_grad():
         for name, layer in layers(model).items():
             state = layer.nvfp4
@@ -132,6 +134,7 @@ def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
 
 def _vectors(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
     """What this process brings, as vectors over samples or tokens, on the CPU."""
+    # over all tokens that were drawn, whatever the objective has left of them
     mask = samples.mask
     vectors = {
         "lengths": samples.lengths.float(),
@@ -150,8 +153,7 @@ def _vectors(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
 
 
 def _rewards_by_function(run: Run, data: dict[str, torch.Tensor]) -> Row:
-    """Mean and standard deviation of the task's rewards, and of the control's if one is
-    maximised."""
+    """Mean and standard deviation of the task's rewards, and of a control's if it is maximised."""
     functions = {run.task.name: data[TASK_REWARD]}
     if run.config.reward != "task":
         functions[run.config.reward] = data[RAW_REWARD]

@@ -1,5 +1,4 @@
-"""Adaptive noise on the norms of the sampler: exploration that costs no parameters (QeRL, arXiv
-2510.11696).
+"""Adaptive noise on the sampler's norms: exploration without parameters (QeRL, arXiv 2510.11696).
 
 While completions are drawn, the gain of every RMSNorm and LayerNorm has N(0, sigma^2) added; the
 trainer never sees it. sigma follows a schedule of K equal stages (``--aqn-stages``), 0 in the first
@@ -41,16 +40,18 @@ def norm_weights(model: nn.Module) -> list[torch.Tensor]:
 
 @contextmanager
 def noisy_norms(model: nn.Module, sigma: float, seed: int) -> Iterator[None]:
-    """Within this context the gains of all norms are noisy; afterwards they are as before, to the
-    bit.
+    """Within this context the gains of all norms are noisy; after it every bit is back.
 
     The same seed gives the same noise on every device. sigma = 0 touches nothing.
     """
     weights = norm_weights(model) if sigma else []
+
+    # copied back, not subtracted: a sum that was rounded cannot be undone
     before = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():
             for i, weight in enumerate(weights):
+                # drawn on the CPU, so that it is the same on every device
                 generator = torch.Generator().manual_seed(fold_in(seed, i) >> 1)
                 noise = torch.randn(weight.shape, generator=generator) * sigma
                 weight.add_(noise.to(weight.device, weight.dtype))

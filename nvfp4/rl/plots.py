@@ -135,6 +135,7 @@ def passes(
         axes.plot(k, rates, style, marker="o", markersize=3.5, color=colour, label=label)
         labels.add(name)
 
+    # from just below the lowest point, so that small differences are seen
     axes.set_xscale("log", base=2)
     axes.set_xticks(k, [str(value) for value in k])
     lowest = min(float(np.min(np.asarray(line.get_ydata()))) for line in axes.get_lines())
@@ -219,8 +220,7 @@ def _lines(
     scale: float = 1,
     first: int = 0,
 ) -> None:
-    """One line for each of ``names`` (key: label) that has a finite value; first: of the
-    colours."""
+    """One line for each of ``names`` (key: label) with a finite value; first: of the colours."""
     for place, (key, label) in enumerate(names.items(), first):
         values = scale * _column(rows, key)
         if np.isfinite(values).any():

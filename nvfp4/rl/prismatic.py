@@ -39,13 +39,11 @@ class PrismaticConfig:
     model: str
     """Folder of a local Hugging Face causal LM, whose gradients are looked at."""
     pool: str
-    """Task of the problems that are there: a name, a .jsonl file or a class, as --task of nvfp4 rl
-    takes it."""
+    """Task of the problems that are there: what --task of nvfp4 rl takes."""
     candidates: str
     """Task that new problems are drawn from."""
     out: str
-    """File of the kept problems, one JSON object with prompt and answer per line, as --task takes
-    it."""
+    """File of the kept problems, one JSON object per line, as --task takes it."""
     count: int = 128
     """Problems of the pool."""
     keep: int = 64
@@ -57,8 +55,7 @@ class PrismaticConfig:
     clusters: int = 16
     """Clusters of the set in each round."""
     sparse_share: float = 0.5
-    """Share of the clusters, those with the fewest members, whose candidates are kept; at least one
-    cluster."""
+    """Share of the clusters, those with the fewest members, whose candidates are kept."""
     seed: int = 0
     """Seed of the problems, the projection and the clusters."""
     dimensions: int = DIMENSIONS

@@ -1,5 +1,4 @@
-"""The records that pass through a step: completions, what a model says about them, what a loss is
-divided by.
+"""The records that pass through a step: completions, their scores, and what a loss is divided by.
 
     tasks -> prompts [ids] -> rollout -> Samples -> rewards -> objective.prepare -> objective.loss
                                             |                        |                   |
@@ -140,8 +139,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a loss is divided by: tokens and samples of one optimiser update, all processes
-    together.
+    """What a loss is divided by: tokens and samples of one update, all processes together.
 
     Every micro-batch divides by these, so the sum of their losses does not depend on the split.
     """
@@ -152,14 +150,14 @@ class Totals:
 
 
 def join(parts: Sequence[Samples], pad: int) -> Samples:
-    """One batch of several: all padded to the longest prompt and the longest completion among
-    them."""
+    """One batch of several: all padded to the longest prompt and completion among them."""
     if len(parts) == 1:
         return parts[0]
     left = max(part.prompt_length for part in parts)
     right = max(part.mask.shape[1] for part in parts)
     wide = [_widened(part, left, right, pad) for part in parts]
 
+    # every tensor that is there, and what objectives have added
     names = [f.name for f in fields(Samples) if torch.is_tensor(getattr(wide[0], f.name))]
     rows: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in wide]) for name in names}
     extra = {name: torch.cat([part.extra[name] for part in wide]) for name in wide[0].extra}
@@ -168,6 +166,7 @@ def join(parts: Sequence[Samples], pad: int) -> Samples:
 
 def _widened(part: Samples, prompt: int, completion: int, pad: int) -> Samples:
     """``part`` with P = ``prompt`` and T = ``completion``."""
+    # prompts grow on their left, completions on their right
     left = prompt - part.prompt_length
     right = completion - part.mask.shape[1]
     changed: dict[str, Any] = {

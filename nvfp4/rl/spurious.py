@@ -69,6 +69,7 @@ def popular(
         if candidate and answer:
             counts.setdefault(group, Counter())[answer] += 1
 
+    # most_common keeps the order of first sight among equals
     label = {group: counted.most_common(1)[0][0] for group, counted in counts.items()}
     same = [answer == label.get(group) for group, answer in zip(ids, answers, strict=True)]
     return torch.tensor(same, dtype=torch.float32, device=groups.device)

@@ -1,5 +1,4 @@
-"""What sampling says about a model: pass@k without bias, its interval over problems, distinct
-answers.
+"""What sampling says about a model: pass@k without bias, its interval, distinct answers.
 
 pass@k is the chance that at least one of k completions of a problem is correct. From n >= k samples
 of which c are correct, the unbiased estimator is
@@ -101,8 +100,7 @@ def _checked(values: np.ndarray) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray, seed: int) -> Estimate:
-    """The mean of one number per problem, and the percentile bootstrap: whole problems drawn
-    anew."""
+    """The mean of one number per problem, and the bootstrap: whole problems drawn anew."""
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(values), (_RESAMPLES, len(values)))
     means = values[draws].mean(axis=1)

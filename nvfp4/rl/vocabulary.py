@@ -1,5 +1,4 @@
-"""Between texts and token ids: the vocabularies of the tasks, prompts as ids, and how long both
-are.
+"""Between texts and token ids: vocabularies, prompts as ids, and how long both are.
 
 Three vocabularies, each with an end-of-text and a padding token that no text can hold:
 
@@ -105,8 +104,7 @@ class Symbols:
 
 
 class Bytes:
-    """UTF-8 bytes as in pretraining, the document separator as end-of-text, one more for
-    padding."""
+    """UTF-8 bytes as in pretraining; the document separator ends a text, one more id pads."""
 
     eos_id = SEPARATOR
     pad_id = SEPARATOR + 1
@@ -123,8 +121,7 @@ class Bytes:
 
 
 class LocalTokenizer:
-    """A local Hugging Face tokenizer; without a padding token, its end-of-text token pads as
-    well."""
+    """A local Hugging Face tokenizer; without a padding token, its end-of-text token pads."""
 
     def __init__(self, path: str) -> None:
         self.inner = HuggingFaceTokenizer(path).inner
@@ -154,8 +151,7 @@ VOCABULARIES: dict[str, type[Symbols] | type[Bytes]] = {"symbols": Symbols, "byt
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """ "symbols", "bytes", or the folder of a local tokenizer; ``TrainError`` if it does not
-    load."""
+    """ "symbols", "bytes" or the folder of a tokenizer; ``TrainError`` if it does not load."""
     return VOCABULARIES[name]() if name in VOCABULARIES else LocalTokenizer(name)
 
 
@@ -232,8 +228,7 @@ class Text:
 
 
 def task_lengths(task: Task, text: Text) -> tuple[int, int]:
-    """Tokens of the longest prompt and of the longest answer, with its end, of ``DRAWN``
-    problems."""
+    """Tokens of the longest prompt and of the longest answer, with its end."""
     try:
         problems = task.problems(DRAWN, _SEED)
     except ValueError as error:

@@ -35,6 +35,7 @@ class _Groups:
     """
 
     def __init__(self, values: torch.Tensor, groups: torch.Tensor) -> None:
+        # a row for each group, in it a place for each sample
         _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
         shape = (len(counts), int(counts.max()))
         exact = in_float64(values)
@@ -89,8 +90,7 @@ def group_advantages(
 
 
 def population_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / population standard deviation of its group, float32 [S]; zeros where all are
-    equal."""
+    """(r - mean) / population std of its group, float32 [S]; zeros where all are equal."""
     table = _Groups(rewards, groups)
     deviations = table.deviations()
     std = torch.where(table.spread(), table.std(deviations, correction=0), 1.0)
@@ -118,6 +118,7 @@ def normalise_over_batch(
     whole batch. 0 outside mask. A group of equal rewards comes out at minus the mean of the batch,
     not at 0: dynamic sampling removes it before.
     """
+    # a completion's advantage counts once for each of its tokens
     tokens, exact = in_float64(mask.sum(dim=1)), in_float64(advantages)
     count, total = all_sum(torch.stack((tokens.sum(), (tokens * exact).sum()))).unbind()
     centred = exact - total / count.clamp(min=1)
@@ -132,14 +133,14 @@ def on_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def has_spread(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """bool [S]: not all rewards of the sample's group are equal, so that the group says
-    something."""
+    """bool [S]: not all rewards of the sample's group are equal, so it says something."""
     table = _Groups(rewards, groups)
     return table.samples(table.spread())
 
 
 def place_in_group(groups: torch.Tensor) -> torch.Tensor:
     """How many samples of the same group come before, int64 [S]."""
+    # sorted by group, a sample's place is its distance from the first of the group
     _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     order = torch.argsort(row, stable=True)
     first = (counts.cumsum(0) - counts)[row[order]]

@@ -65,8 +65,7 @@ def one_process(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a run does where its configuration leaves it open: the settings of the objective's
-    authors.
+    """What a run does where its configuration is open: the settings of the authors.
 
     group: completions of a prompt. updates: optimiser updates on the completions of one step,
     before it is reduced to what divides the prompts. lr: for all weights of a language model.
@@ -97,8 +96,7 @@ class StepPlan:
 
 @dataclass(kw_only=True)
 class Objective(ABC):
-    """A loss over completions. Options are dataclass fields; see the head of the file for when what
-    is called."""
+    """A loss over completions; the file's head says what is called when."""
 
     name: ClassVar[str]
     defaults: ClassVar[Defaults] = Defaults()
@@ -132,8 +130,7 @@ class Objective(ABC):
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Whether ``Scores.prompt_logits`` are read, and with ``needs_reference_logits`` those of
-        the reference."""
+        """Whether ``Scores.prompt_logits`` are read, of the reference too if its logits are."""
         return False
 
     @property
@@ -162,13 +159,11 @@ class Objective(ABC):
         return getattr(self, "_gather", one_process)
 
     def idle(self, plan: StepPlan) -> dict[str, str]:
-        """Options that cannot change anything with the others as they are, and why: to set one is
-        an error."""
+        """Options that cannot act beside the others, and why: to set one is an error."""
         return {}
 
     def acts_like(self, plan: StepPlan) -> str | None:
-        """What this objective turns into under this plan, in words, if it loses what makes it
-        one."""
+        """What this objective turns into under this plan, in words, if it is not itself."""
         return None
 
     # Before a rollout
@@ -228,8 +223,7 @@ class Objective(ABC):
         """
 
     def describe(self, samples: Samples) -> dict[str, float]:
-        """Statistics of a prepared rollout, under TRL's names where it has them; of this
-        process."""
+        """Statistics of this process's prepared rollout, under TRL's names where it has them."""
         return {}
 
     # The updates, and after them

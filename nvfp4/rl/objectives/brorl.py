@@ -11,8 +11,7 @@ from nvfp4.rl.objectives.prorl import ProRLv2
 
 @dataclass(kw_only=True)
 class BroRL(ProRLv2):
-    """Broadened reinforcement learning (arXiv 2510.01180): ProRL v2 with 512 completions for each
-    prompt instead of 16.
+    """Broadened reinforcement learning (arXiv 2510.01180): ProRL v2 in groups of 512, not 16.
 
         P(a group of G says nothing) = p^G + (1 - p)^G,   p the chance that a prompt is solved
 

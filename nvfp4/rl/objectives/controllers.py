@@ -21,8 +21,7 @@ COUNTED = ("steps", "dominated", "stalled")
 
 @dataclass
 class EntropyClip:
-    """clip_high that follows the entropy: below the target it rises by a step, else it falls by
-    one.
+    """clip_high that follows the entropy: below the target up by a step, else down by one.
 
     Within bounds. ProRL's authors adjust it after the trend of the entropy without publishing a
     rule, so this one is ours; it has the shape of the adaptive entropy bonus of Skywork-OR1 (arXiv
@@ -38,8 +37,7 @@ class EntropyClip:
     smoothed: float | None = None
 
     def update(self, entropy: float) -> None:
-        """entropy: mean over tokens, in nats; one that is not finite (a skipped step) changes
-        nothing."""
+        """entropy: mean over tokens, in nats; NaN (a skipped step) changes nothing."""
         if not math.isfinite(entropy):
             return
         past = entropy if self.smoothed is None else self.smoothed
@@ -79,6 +77,7 @@ class ResetCriterion:
         kl_cost, policy_cost: magnitudes of the two parts of the loss. validation: a score, where
         there was an evaluation at this step.
         """
+        # count what each rule counts
         counts = self.counts
         counts["steps"] += 1
         dominated = self.share > 0 and kl_cost > self.share * policy_cost
@@ -88,6 +87,7 @@ class ResetCriterion:
             counts["stalled"] = 0 if improved else counts["stalled"] + 1
             self.best = validation if improved else self.best
 
+        # any of them, and then all begin again
         due = (
             (self.share > 0 and counts["dominated"] >= self.patience)
             or (self.stall > 0 and counts["stalled"] >= self.stall)

@@ -28,8 +28,7 @@ LOWEST, SPAN = 0.8, 0.4
 """Weights before normalisation lie in [LOWEST, LOWEST + SPAN] (the authors' code)."""
 
 LEAST_VARIANCE = 1e-8
-"""Of margins (the authors' code): equal ones give the sigmoid 0, so all weights of a side are
-equal."""
+"""Of margins (the authors' code): if all are equal, so are the weights of a side."""
 
 
 def token_weights(
@@ -38,8 +37,7 @@ def token_weights(
     refinements: int,
     all_sum: AllSum = one_process,
 ) -> torch.Tensor:
-    """float32 [N], of mean 1 over the batch: tokens nearer to the mean of their own side weigh
-    more.
+    """float32 [N], of mean 1: tokens nearer to the mean of their own side weigh more.
 
     vectors: [N, D]; advantages: [N]; refinements: rounds after the first. All 1 where one side is
     empty.
@@ -66,7 +64,7 @@ def token_weights(
         spreads = [_spread(margin, side, count, all_sum) for side, count in pairs]
 
         # As in the authors' code, margins to the present means are divided by the spread of the
-        # margins to the means before.
+        # margins to the means before; it moves a weight by up to .05 of the .4 that it can have.
         lagging, gammas = gammas or spreads, spreads
         share = torch.zeros_like(share)
         for side, gamma in zip(sides, lagging, strict=True):

@@ -28,7 +28,6 @@ class GSPO(PolicyGradient):
     clip_high: float = 4e-4
 
     def acts_like(self, plan: StepPlan) -> str | None:
-        """GRPO, before the policy has moved: the mean over tokens of one ratio has the gradient of
-        the mean of many."""
+        """GRPO, before the policy has moved: the mean ratio has the mean of the gradients."""
         own = self.ratio == "sequence" and self.aggregation == "grpo"
         return "grpo, since every ratio is still 1" if own and plan.updates == 1 else None

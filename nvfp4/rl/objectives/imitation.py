@@ -46,6 +46,8 @@ class Imitation(Objective):
         """With all but the accepted tokens left out, and advantages of 1 on these."""
         if samples.old_logprobs is None:
             samples = replace(samples, old_logprobs=old.logprobs.detach())
+
+        # what is left out is no token: the mean is over what is imitated
         samples = samples.within(self.accepted(samples)[:, None])
         if self.entropy_gate is not None:
             samples = samples.within(old.entropy > self.entropy_gate)

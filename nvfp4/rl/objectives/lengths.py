@@ -1,5 +1,4 @@
-"""Long completions: penalties for length, which cut ones are excused, loops, diversity, limits that
-grow.
+"""Long completions: penalties, which cut ones are excused, loops, diversity, limits that grow.
 
     overlong_penalty   DAPO     0 until the last share of the limit, then linear to -1
     cosine_penalty     ProRL    -(1 - cos(pi length / limit)) / 2
@@ -101,7 +100,6 @@ def distinct_grams(
 
 
 def staged(step: int, starts: Sequence[int], values: Sequence[int], before: int) -> int:
-    """The value of the latest stage that starts at or before step; ``before`` ahead of the
-    first."""
+    """The value of the latest stage that has begun; ``before`` ahead of the first."""
     reached = [value for start, value in zip(starts, values, strict=True) if start <= step]
     return reached[-1] if reached else before

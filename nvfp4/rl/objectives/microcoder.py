@@ -30,8 +30,7 @@ _PLACE_BITS = 20  # of a counter, for the place in a group; the others are the g
 
 @dataclass(kw_only=True)
 class MicroCoder(PolicyGradient):
-    """GRPO with a conditional truncation mask and a temperature chosen by diversity (arXiv
-    2603.07777).
+    """GRPO with excuses for cut completions, and a temperature by diversity (arXiv 2603.07777).
 
         A    = (r - mean) / std of the group x (1 - M)
         M    = cut by the limit, not incorrect, not ending in a loop, and drawn (``excused_share``)
@@ -54,8 +53,7 @@ class MicroCoder(PolicyGradient):
     seed: int = 0
     """Seed of the draws."""
     temperature_stages: tuple[float, ...] = ()
-    """Sampling temperatures from low to high, starting with the first; empty: the configured
-    one."""
+    """Sampling temperatures from low to high; empty: the configured one."""
     diversity_window: int = 4
     """Diversity is the share of distinct runs of so many tokens among all of a group."""
     diversity_floor: float = 0.5
@@ -95,13 +93,14 @@ class MicroCoder(PolicyGradient):
         looping = torch.zeros_like(samples.truncated)
         if self.loop_window:
             looping = ends_in_loop(samples.completions, samples.lengths, self.loop_window)
+
+        # by the raw reward: a penalty for length does not make an answer wrong
         incorrect = samples.extra.get(RAW_REWARD, samples.rewards) < 1
         draws = self._draws(samples.groups)
         return excused(samples.truncated, incorrect, looping, draws, self.excused_share)
 
     def _draws(self, groups: torch.Tensor) -> torch.Tensor:
-        """Uniform in (0, 1), float64 [S]: of seed, rollout, group and place, whoever holds the
-        group."""
+        """Uniform in (0, 1), float64 [S], by seed, rollout, group and place: on any process."""
         counters = (groups << _PLACE_BITS) + place_in_group(groups)
         words = philox(fold_in(self.seed, self._rollouts), counters, ELEMENT_STREAM)
         return (in_float64(words[0]) + 0.5) * 2.0**-32

@@ -85,13 +85,12 @@ class PolicyGradient(RewardedObjective):
         return self.clip_high
 
     def idle(self, plan: StepPlan) -> dict[str, str]:
-        """At one update per rollout every ratio is exactly 1; and what belongs to a KL that is not
-        there."""
+        """Clips where every ratio is exactly 1, and what belongs to a KL that is not there."""
         reasons = super().idle(plan)
         clips = ("clip_low", "clip_high", "dual_clip")
         if self.ratio == "one":
             reasons |= dict.fromkeys(clips, "ratio is one")
-        elif plan.updates == 1:
+        elif plan.updates == 1:  # then most objectives of this kind are one
             why = "one update per rollout leaves every ratio at exactly 1"
             reasons |= dict.fromkeys(clips, why)
         if not self.kl_coef:
@@ -159,6 +158,8 @@ class PolicyGradient(RewardedObjective):
         if samples.ref_logprobs is None:
             given = f"{self.name} with kl_coef {self.kl_coef}"
             raise ValueError(f"{given} needs ref_logprobs of a reference model")
+
+        # in logarithms; score is 0 with the gradient of the log-probability
         log_weights = {
             "none": None,
             "score": logprobs - logprobs.detach(),

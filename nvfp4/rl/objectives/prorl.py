@@ -49,8 +49,7 @@ class ProRL(PolicyGradient):
     dynamic_sampling: bool = True
     kl_coef: float = 1e-4
     entropy_target: float | None = None
-    """Mean token entropy in nats that clip_high is steered to, in steps of 0.01; None: it is
-    constant."""
+    """Mean token entropy in nats that clip_high is steered to, by 0.01 per step; None: constant."""
     clip_high_max: float = 0.4
     """Upper end of the controlled clip_high; the lower one is clip_low."""
     reset_kl_share: float = 0.5
@@ -103,15 +102,17 @@ class ProRL(PolicyGradient):
         )
 
     def idle(self, plan: StepPlan) -> dict[str, str]:
-        """Also the control of a clip that does not act, and resets of a reference that is not
-        there."""
+        """Also the control of an idle clip, and resets of a reference that is not there."""
         reasons = super().idle(plan)
+
+        # the clip, and what steers it
         if self.entropy_target is None:
             reasons["clip_high_max"] = "entropy_target is not given"
         if "clip_high" in reasons:
             names = ("entropy_target", "clip_high_max")
             reasons |= dict.fromkeys(names, reasons["clip_high"])
 
+        # resets
         of_evaluations = ("reset_stall", "reset_delta", "validation_metric")
         resets = ("reset_kl_share", "reset_patience", "reset_every", *of_evaluations)
         if not self.kl_coef:
@@ -210,7 +211,8 @@ class ProRLv21(ProRLv2):
     """ProRL v2.1, for mixtures of experts, by NeMo RL's guide (prorlv2_1_moe.v2.yaml).
 
     As v2 with ratio one (forced on-policy) and completions dropped whose geometric mean weight is
-    outside [0.999, 1.002]; no dynamic sampling.
+    outside [0.999, 1.002]; no dynamic sampling. Measured on sort, it differs most of all objectives
+    between seeds (pass@1 .47, .70, .74): no group is replaced, and nothing clips.
     """
 
     name: ClassVar[str] = "prorl_v2.1"

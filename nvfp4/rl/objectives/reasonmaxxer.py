@@ -84,8 +84,7 @@ def shortest(
 
 @dataclass(kw_only=True)
 class ReasonMaxxer(Objective):
-    """Entropy-gated policy gradient on samples of the base model (arXiv 2605.06241; details from
-    the authors' code).
+    """Entropy-gated policy gradient (arXiv 2605.06241; details from the authors' code).
 
         A    = (r - mean) / population std of those left of a group, clipped to +-2.5
         loss = mean over completions of [mean over its decision tokens of -A log policy]
@@ -187,8 +186,7 @@ class ReasonMaxxer(Objective):
         return replace(samples, advantages=on_tokens(bounded, samples.mask), extra=extra)
 
     def _used(self, samples: Samples) -> tuple[torch.Tensor, float]:
-        """Which samples are used, bool [S], and what makes up for the others in a mean over all
-        samples.
+        """Which samples are used, bool [S], and what makes up for the others in a mean over all.
 
         Decided over all processes by the numbers of the samples, so that no process is another's
         part of a batch.
@@ -226,6 +224,8 @@ class ReasonMaxxer(Objective):
         """The share of this micro-batch in the mean over completions."""
         assert samples.advantages is not None, "prepare puts them there"
         decision = samples.extra[DECISION]
+
+        # decisions are pushed
         weights = samples.extra[WEIGHT] / totals.samples
         pushed = torch.where(decision, -samples.advantages * scores.logprobs, 0.0).sum(dim=1)
         policy = (weights * pushed / decision.sum(dim=1).clamp(min=1)).sum()
@@ -235,21 +235,26 @@ class ReasonMaxxer(Objective):
         }
         if not self.kl_coef:
             return policy, metrics
+
+        # all else is held
         kl = (weights * self._held(samples, scores)).sum()
         return policy + self.kl_coef * kl, {**metrics, "kl": kl.detach()}
 
     def _held(self, samples: Samples, scores: Scores) -> torch.Tensor:
-        """KL(base || policy) [S], the mean over the tokens of a completion that are not
-        decisions."""
+        """KL(base || policy) [S], the mean over a completion's tokens that are no decisions."""
         other = samples.mask & ~samples.extra[DECISION]
         if self.kl != "exact":
             base = samples.ref_logprobs
             base = samples.old_logprobs if base is None else base
             assert base is not None, "prepare puts them there"
+
+            # the roles are exchanged: k3 from the drawn tokens, of the base against the policy
             logprobs = torch.where(samples.mask, scores.logprobs, 0.0)
             values = torch.where(other, kl_estimate(base, logprobs, "k3"), 0.0)
             return values.sum(dim=1) / other.sum(dim=1).clamp(min=1)
 
+        # Over the whole vocabulary. Logits of base and policy are of this micro-batch alone: those
+        # of a rollout of Qwen3-0.6B (256 x 512 tokens) would be 80 GB.
         known = REFERENCE_LOGITS in samples.extra
         if scores.logits is None or scores.prompt_logits is None or not known:
             needs = "logits of policy and base, the prompt's too"

@@ -1,5 +1,4 @@
-"""The objectives by name: one line each, and the command line, configuration files and tests know
-it.
+"""The objectives by name: one line each, and command line, config files and tests know it.
 
 The name is the class's ``name``; base.py says how to write one.
 """

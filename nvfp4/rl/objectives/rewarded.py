@@ -34,11 +34,9 @@ class RewardedObjective(Objective):
     """An objective over rewarded groups of completions."""
 
     truncated: Literal["keep", "mask", "scale"] = "keep"
-    """Completions cut by the length limit: keep them; mask them out of the loss; scale their
-    reward."""
+    """Completions cut by the limit: keep them; mask them out of the loss; scale their reward."""
     truncated_scale: float = 0.0
-    """What the reward of a cut completion is multiplied by with truncated=scale ("stop
-    properly")."""
+    """Factor on the reward of a cut completion with truncated=scale ("stop properly")."""
     overlong_share: float = 0.0
     """Last share of the length limit, over which a penalty falls from 0 to -overlong_penalty; 0: no
     penalty."""
@@ -56,8 +54,7 @@ class RewardedObjective(Objective):
     """Upper bound of the kinds of correction that truncate or mask."""
 
     def shape_rewards(self, samples: Samples) -> torch.Tensor:
-        """Cut ones scaled, and then without a penalty, as in NeMo RL; else minus the overlong
-        penalty."""
+        """Cut ones scaled, and then no penalty, as in NeMo RL; else the overlong penalty."""
         rewards = samples.rewards
         if self.truncated == "scale":
             return torch.where(samples.truncated, rewards * self.truncated_scale, rewards)
@@ -69,6 +66,8 @@ class RewardedObjective(Objective):
     def idle(self, plan: StepPlan) -> dict[str, str]:
         """Scales, penalties and bounds whose part is switched off."""
         reasons = {}
+
+        # rewards of completions that are cut or long
         if self.truncated != "scale":
             reasons["truncated_scale"] = f"truncated is {self.truncated}, not scale"
         if self.truncated == "scale":
@@ -76,6 +75,8 @@ class RewardedObjective(Objective):
             reasons |= dict.fromkeys(names, "truncated is scale, which takes its place")
         elif not self.overlong_share:
             reasons["overlong_penalty"] = "overlong_share is 0"
+
+        # weights for another sampler
         if not self.correction.endswith(("_mask", "_mask_token")):
             reasons["correction_low"] = f"correction {self.correction} drops nothing"
         if not self.correction.endswith(("_truncate", "_mask", "_mask_token")):
@@ -93,12 +94,13 @@ class RewardedObjective(Objective):
         raise NotImplementedError
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """With old log-probabilities, advantages and importance weights, once and over whole
-        groups."""
+        """With old log-probabilities, advantages and importance weights, over whole groups."""
         if samples.old_logprobs is None:
             samples = replace(samples, old_logprobs=old.logprobs.detach())
         if self.truncated == "mask":
             samples = samples.within(~samples.truncated[:, None])
+
+        # after that: some advantages are means over the tokens that are left
         samples = replace(samples, advantages=self.advantages(samples))
         if self.correction == "none":
             return samples
@@ -117,6 +119,8 @@ class RewardedObjective(Objective):
         figures = {"frac_reward_zero_std": 1.0 - spread}
         if IMPORTANCE not in samples.extra or not samples.mask.any():
             return figures
+
+        # of the tokens that the loss reads
         weights = samples.extra[IMPORTANCE][samples.mask]
         outside = out_of_bounds(*self._mismatch(samples))[samples.mask]
         name = "sampling/importance_sampling_ratio"

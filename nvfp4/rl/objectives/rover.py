@@ -29,15 +29,13 @@ RIGHT, WRONG = 5.0, 2.0
 
 
 def vocabulary_mean_logprob(logits: torch.Tensor) -> torch.Tensor:
-    """Mean over the vocabulary of log-softmax(logits), without storing it: logits [..., V] ->
-    [...]."""
+    """Mean over the vocabulary of log-softmax(logits), not stored: [..., V] -> [...]."""
     return logits.mean(dim=-1) - logits.logsumexp(dim=-1)
 
 
 @dataclass(kw_only=True)
 class Rover(RewardedObjective):
-    """Random policy valuation for diverse reasoning (arXiv 2509.24981; details from the authors'
-    code).
+    """Random policy valuation (arXiv 2509.24981; details from the authors' code).
 
         Q_t  = q_scale (log policy - log old policy) of the drawn token
         V_t  = q_scale (the same difference, in the mean over the whole vocabulary) one token on;
@@ -96,8 +94,8 @@ class Rover(RewardedObjective):
         return on_tokens(centred, samples.mask)
 
     def _batch_rates(self, rewards: torch.Tensor) -> torch.Tensor:
-        """5 (1 - share of right) for what earns anything, -2 (1 - share of wrong) for the rest,
-        [S]."""
+        """5 (1 - share of right) for what earns anything, -2 (1 - share of wrong) otherwise."""
+        # the shares are of the batch of all processes
         right = rewards > 0
         counts = torch.stack((right.sum(), (~right).sum()))
         counts = self.all_sum(in_float64(counts))
@@ -146,6 +144,7 @@ class Rover(RewardedObjective):
         value = torch.zeros_like(rise)
         value[:, :-1] = torch.where(mask[:, 1:], rise[:, 1:], 0.0)
 
+        # Q is drawn to its target, which has no gradient
         target = samples.advantages + self.value_scale * value
         error = self._clipped(q, target) - target
         loss = token_mean(self.corrected(error**2, samples), mask, totals)

@@ -22,6 +22,10 @@ class SSD(Imitation):
     5e-6 are those of TRL's example. No verifier, no teacher, no reward: rewards are only looked at
     for the log. Completions that are next to empty are left out (the paper's syntactic filter;
     TRL's is a matter of characters, ours of tokens).
+
+    Measured on sort, 32 symbols: at these settings its samples are right in .28 of the cases, so
+    that is what it learns: pass@1 from .61 to .07 in 10 steps, where rejection sampling with the
+    same likelihood reaches .77.
     """
 
     name: ClassVar[str] = "ssd"

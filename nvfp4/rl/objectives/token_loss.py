@@ -1,5 +1,4 @@
-"""From log-probabilities to one number: the ratio of each token, its clip, and how tokens are added
-up.
+"""From log-probabilities to one number: ratios, their clip, and how tokens are added up.
 
     logprobs, old_logprobs [S, T]  --log_ratio-->     log rho [S, T]
     log rho, advantages A [S, T]   --clipped_loss-->  -min(rho A, clip(rho, 1 - low, 1 + high) A)
@@ -27,8 +26,7 @@ Ratio = Literal["token", "sequence", "one"]
 Aggregation = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
 MAX_LOG_RATIO = 20.0
-"""A ratio is cut at exp(20) (NeMo RL's clamp): in float32, infinity times an advantage of 0 would
-be NaN."""
+"""A ratio is cut at exp(20) (NeMo RL's clamp): infinity times an advantage of 0 is NaN."""
 
 
 def log_ratio(
@@ -45,7 +43,7 @@ def log_ratio(
     if ratio == "one":
         return logprobs - logprobs.detach()
     difference = logprobs - old_logprobs
-    if ratio == "sequence":
+    if ratio == "sequence":  # the mean carries the gradient of every token of the completion
         lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
         mean = torch.where(mask, difference, 0.0).sum(dim=1, keepdim=True) / lengths
         difference = torch.where(mask, mean, 0.0)

@@ -1,5 +1,4 @@
-"""What runs in the process of a call, behind the walls: a reward function, or a program that the
-model wrote.
+"""What runs in the process of a call, behind the walls: a reward function, or the model's program.
 
 Two kinds of process, never one for both:
 
@@ -56,8 +55,7 @@ class Outcome:
 
 
 class Runner:
-    """``run(program, stdin="")`` or ``run(program, call="name", arguments=[...])``: its
-    ``Outcome``.
+    """``run(program, stdin="")`` or ``run(program, call=name, arguments=[...])``: an Outcome.
 
     Each run has limits of its own (those of the call), and its time is not the caller's. At most
     100 runs per call.
@@ -161,8 +159,7 @@ def perform_program(work: dict[str, Any]) -> None:
 
 
 def describe(error: BaseException, name: str) -> str:
-    """One line: the last line of ``name`` that was running, the kind, and the beginning of the
-    message."""
+    """One line: the last line of ``name`` that ran, the kind, and the beginning of the message."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame.lineno for frame in frames if frame.filename == name]
     where = f"line {places[-1]}: " if places else ""

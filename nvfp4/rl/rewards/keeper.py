@@ -1,5 +1,4 @@
-"""The judge's side of a worker, outside the walls: hands out work, watches, and compares what comes
-back.
+"""The judge's side of a worker, outside the walls: hands out work, watches, compares.
 
     trainer  --calls-->  keeper  --start, kill-->  zygote  --fork-->  one process per call or run
              <-verdict-          <---ended-------                     (judging or judged, calls.py)
@@ -145,6 +144,7 @@ class Keeper:
 
     def judge(self, call: dict[str, Any]) -> Answer:
         """{"value": number} or {"reason": text} of a reward function."""
+        # whoever answers without this has not read the work of this call
         ticket = secrets.token_hex(16)
         work = json.dumps({**call, "ticket": ticket, "memory_mib": self.memory_mib}).encode()
         process = self.start(zygote.JUDGING, work, b"")
@@ -153,6 +153,7 @@ class Keeper:
         def listen() -> str | None:
             """Serve wishes for runs as they come."""
             nonlocal runs
+            # a frame that is no wish stays, and is judged at the end
             while (wish := self.take_wish(process)) is not None:
                 runs += 1
                 if runs > MOST_WISHES:
@@ -217,6 +218,8 @@ class Keeper:
                 "call": test.get("call"),
                 "arguments": test.get("arguments", []),
             }
+
+            # the expectation stays here: only the program and its input go behind the walls
             outcome = self.run_program(program)
             if "error" in outcome:
                 return {"reason": outcome["error"]}
@@ -357,8 +360,7 @@ class Keeper:
 
 
 def is_program(wish: dict[str, Any]) -> bool:
-    """Whether a wish for a run has what it takes: it is a process's word, so anything can be in
-    it."""
+    """Whether a wish for a run has what it takes; a process can put anything in it."""
     return (
         isinstance(wish.get("program"), str)
         and isinstance(wish.get("stdin"), str)
@@ -384,8 +386,7 @@ def frames(said: bytes) -> Any:
 
 
 def plain(reason: str) -> str:
-    """For a terminal and a log: no control characters, no halves of characters, and not too
-    long."""
+    """For a terminal and a log: no control characters, no halves of characters, not long."""
     shown = (each if each.isprintable() else ascii(each)[1:-1] for each in reason[:LONGEST_ANSWER])
     return "".join(shown)[:LONGEST_ANSWER]
 
@@ -451,8 +452,7 @@ def sealed(data: bytes) -> int:
 
 
 def main() -> None:
-    """Settings are the first argument, calls come on standard input, answers go to standard
-    output."""
+    """Settings: the first argument. Calls: standard input. Answers: standard output."""
     settings = json.loads(sys.argv[1])
 
     # keep both, with nothing in their place: what a library prints is no answer

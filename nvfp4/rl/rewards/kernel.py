@@ -1,5 +1,4 @@
-"""The few calls to the Linux kernel that the standard library does not have, each an exception if
-it fails.
+"""The few calls to the Linux kernel that the standard library lacks, each an exception if it fails.
 
 Small enough that ctypes serves better than bubblewrap or nsjail, which would have to be installed,
 start a program per call (0.1 s of Python each) where a fork of a warm one takes a millisecond, and
@@ -65,8 +64,7 @@ def drop_bounding_set() -> None:
 
 
 def drop_capabilities() -> bool:
-    """Effective, permitted, inheritable and ambient: none. True if the kernel says that none is
-    left."""
+    """No capability in any set; True if the kernel says that none is left."""
     header = (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0)
     _check(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")
     LIBC.prctl(CAP_AMBIENT, ctypes.c_ulong(CAP_AMBIENT_CLEAR_ALL), 0, 0, 0)

@@ -1,5 +1,4 @@
-"""Landlock: a process gives up all files but those that it names, for itself and for good; no
-privileges needed.
+"""Landlock: a process gives up all files but those that it names, for good; it needs no privileges.
 
 Linux 5.13 has it (ABI 1), later kernels can forbid more:
 

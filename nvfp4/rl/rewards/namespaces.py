@@ -1,5 +1,4 @@
-"""A world of its own for a worker: processes, mounts, network, IPC, host name, and a root that
-holds next to nothing.
+"""A world of its own for a worker: processes, mounts, network, an almost empty root.
 
     keeper -> fork: unshare(user, pid, mount, network, IPC, UTS) -> the keeper writes who is who
               -> fork: process 1
@@ -36,8 +35,7 @@ EVERY = NEW_MOUNTS | NEW_CGROUP | NEW_UTS | NEW_IPC | NEW_PID | NEW_NETWORK
 READ_ONLY, NO_SUID, NO_DEVICES, NO_EXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 RECURSIVE, PRIVATE = 16384, 1 << 18
 KEPT = {8: NO_EXEC, 1024: 1024, 2048: 2048, 4096: 1 << 21}
-"""Flags of statvfs (noexec, noatime, nodiratime, relatime) that a remount must repeat: they may be
-locked."""
+"""Flags of statvfs that a remount must repeat, as they may be locked: noexec, *atime."""
 
 NOBODY = 65534
 FOLDER = "/call"
@@ -48,8 +46,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
 def write_maps(pid: int, user: int, group: int) -> None:
-    """Who is who in the user namespace of a process: root keeps 0 and nobody, a user becomes
-    nobody."""
+    """Who is who in a user namespace: root keeps 0 and nobody, a user becomes nobody."""
     both = f"0 0 1\n{NOBODY} {NOBODY} 1"
     users = both if user == 0 else f"{NOBODY} {user} 1"
     groups = both if user == 0 else f"{NOBODY} {group} 1"
@@ -60,8 +57,7 @@ def write_maps(pid: int, user: int, group: int) -> None:
 
 
 def interpreter_paths() -> list[str]:
-    """What Python needs to run and to import: its library, sys.path, and the folders of shared
-    libraries."""
+    """What Python needs to run and import: its library, sys.path, folders of shared libraries."""
     paths = {os.path.dirname(os.__file__), *(path for path in sys.path if os.path.isdir(path))}
 
     # the shared libraries that are loaded now
@@ -76,8 +72,7 @@ def interpreter_paths() -> list[str]:
 
 
 def build_root(paths: Iterable[str]) -> None:
-    """Make a root that shows ``paths``, read-only, and go there. OSError where the kernel does not
-    let us."""
+    """Make a root that shows ``paths``, read-only, and go there; OSError if it is refused."""
     kernel.mount("none", "/", "", RECURSIVE | PRIVATE)  # nothing of this is seen outside
     new = next(each for each in ("/tmp", "/var/tmp", "/mnt", "/run") if os.path.isdir(each))
 
@@ -107,8 +102,7 @@ def build_root(paths: Iterable[str]) -> None:
 
 
 def mount_folder(hidden: Iterable[str]) -> None:
-    """For one call: mounts of its own, an empty folder to work in, nothing where ``hidden`` paths
-    were."""
+    """For one call: mounts of its own, an empty folder, nothing where ``hidden`` paths were."""
     kernel.unshare(NEW_MOUNTS)
     covered: list[str] = []
     for path in sorted(hidden):

@@ -1,5 +1,4 @@
-"""When a program has done what a test expects: its output line by line, or its result as a JSON
-value.
+"""When a program has done what a test expects: by its output, or by its result.
 
     stdout    equal lines, white space at their ends and empty lines at the end apart
     result    equal JSON values: true is not 1, and numbers with a fraction may differ by 1e-9

@@ -1,5 +1,4 @@
-"""Reward functions and programs of the model, each in a process of its own behind walls, with
-limits.
+"""Reward functions and programs of the model, each in a process of its own, behind walls.
 
     trainer                          outside the walls                      behind the walls
     Sandbox -> _Round -> _Worker  =  keeper.py      ->  zygote.py       ->  one process per call
@@ -56,8 +55,7 @@ sys.path[:] = [path for path in sys.path if path]
 from nvfp4.rl.rewards import keeper
 keeper.main()
 """
-"""A worker: the modules of this folder without the package around them, which would import
-torch."""
+"""A worker: this folder's modules without the package around them, which imports torch."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class ProgramTests:
 
 @lru_cache(maxsize=1024)
 def compile_reward(source: str, name: str, function: str = "reward") -> bytes:
-    """Python text as the sandbox takes it; nothing of it is run here. name: for line numbers in
-    reasons.
+    """Python text as the sandbox takes it; nothing runs here. name: for line numbers in reasons.
 
     Raises ValueError if it is not Python, or does not define ``function`` at its top level.
     """
@@ -226,8 +223,7 @@ class Sandbox:
         return sufficient(self.walls)
 
     def describe(self) -> str:
-        """One line: the walls that stand, and those that are missing with the reason; starts a
-        worker."""
+        """One line: the walls that stand, those that are missing, and why; starts a worker."""
         walls = self.walls
         missing = [name for name in ALL if not any(wall.startswith(name) for wall in walls)]
         failures = self._workers[0].failures

@@ -14,16 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward in [0, 1]; reason: why it is 0 for want of a proper one (an error, a limit), else
-    None."""
+    """reward: in [0, 1]. reason: why it is 0 for want of a proper one, else None."""
 
     reward: float
     reason: str | None = None
 
 
 def checked(value: object) -> Verdict:
-    """The verdict of what a reward function returned: 0 with the reason if that is no number in [0,
-    1]."""
+    """The verdict of what a reward function returned: 0 with the reason if it is no reward."""
     wanted = "the reward must be a number in [0, 1]"
     if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
         return Verdict(0.0, f"{wanted}, got a {type(value).__name__}")

@@ -1,5 +1,4 @@
-"""The walls around a call: what a worker builds once, what each process of a call puts up, and what
-then stands.
+"""The walls around a call: what a worker builds, what each process puts up, and what then stands.
 
 Once per worker (``Walls.build``), in this order, since each step takes away what the ones before it
 need:
@@ -18,6 +17,10 @@ Once per process of a call (``Walls.confine``), before it sees a byte of what it
                                          signals, TCP
     descriptors                          none but the call's five, and a limit on new ones
     the system call filter               filter.py; last, since it forbids all of the above
+
+All of them cost less than the fork that they stand around: measured, 240 rewards per second and
+worker with all, 234 to 251 with any one left out. The mounts are 1 ms of the 4, and in return
+nothing has to be cleaned up, not after kill -9 either.
 
 ``ENOUGH`` says which of them foreign code must be behind. A probe looks at them from inside, so
 what is reported is what was seen. bubblewrap, nsjail, minijail and Chromium's sandbox put up the
@@ -73,6 +76,8 @@ class Walls:
         self.without: list[str] = settings["without"]
         self.linux = kernel.LIBC is not None
         self.root = os.geteuid() == 0
+
+        # what ``build`` and ``confine`` find out
         self.version = 0
         self.own_root = False
         self.own_users = False
@@ -99,7 +104,9 @@ class Walls:
         kernel.prctl(kernel.NO_NEW_PRIVS, 1)
         kernel.prctl(kernel.DUMPABLE, 0)
 
-        # what may be read, opened now: a call that is nobody could not
+        # What may be read, opened now. nobody cannot read an interpreter in a folder of root's
+        # (pyenv and uv as root): bound into a root of its own it can; with Landlock alone, what a
+        # call may import has to be imported before (``zygote.UNREADABLE``).
         if LANDLOCK not in self.without:
             self.version = landlock.abi(kernel.LIBC)
         if self.version:
@@ -147,6 +154,7 @@ class Walls:
         """The walls that the calling process, confined, finds around it."""
         if not self.linux:
             return []
+        # each by an attempt that it must refuse, or by what it must have changed
         found = []
         if self.filters and _refused(lambda: os.getsid(0)):
             found.append(FILTER)
@@ -162,8 +170,7 @@ class Walls:
         return found
 
     def _filter(self) -> str:
-        """writes: where there is a folder to do so. alone: nothing would bound the number of
-        threads of a user."""
+        """writes: where there is a folder for it. alone: nothing would bound a user's threads."""
         if self.own_root:
             return "writes"
         return "reads" if self.root else "alone"

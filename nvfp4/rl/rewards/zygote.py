@@ -1,5 +1,4 @@
-"""The process that calls are forked from: warm, with all modules imported, behind the walls, and
-knowing nothing.
+"""The process that calls are forked from: warm, behind the walls, and knowing nothing.
 
     keeper  --(p, j or s: a kind, a number, five descriptors)-->  zygote  --fork-->  the process
             --(k, a number)-->                                            --SIGKILL-->
@@ -45,8 +44,7 @@ UNREADABLE = (
     *("shutil", "logging", "bz2", "lzma", "sqlite3", "asyncio", "calendar", "pprint", "cmath"),
     *("array", "zlib", "struct", "numbers", "contextlib", "abc", "warnings", "signal"),
 )
-"""And these too where a call could not import them: the interpreter lies in a folder of root's
-(walls.py)."""
+"""And these where a call could not import them: Python lies in a folder of root's (walls.py)."""
 
 COMMAND = struct.Struct(">ci")
 """What to do (p, j, s, k), and the number that the keeper gave the process."""
@@ -67,8 +65,7 @@ PLANS: tuple[Plan, ...] = (
     ("namespaces", namespaces.EVERY),
     ("none", 0),
 )
-"""From the strongest on; each is tried in a process of its own: one that fails leaves nothing
-behind."""
+"""From the strongest on; each in a process of its own: one that fails leaves nothing behind."""
 
 
 def start(settings: dict[str, Any]) -> tuple[socket.socket, int, list[str]]:
@@ -170,8 +167,7 @@ def _import(own: Sequence[str], preload: Sequence[str]) -> None:
 
 
 def _fork_process_1() -> None:
-    """Go on as the first process of the new namespace; this one only waits for it, and ends with
-    it."""
+    """Go on as the first process of the new namespace; this one waits, and ends with it."""
     child = os.fork()
     if child:
         _die_with_parent()

@@ -61,8 +61,7 @@ class Task(ABC):
     """The smallest vocabulary of ``nvfp4.rl.vocabulary`` that can spell every prompt and answer."""
 
     warm_steps: ClassVar[int] = 300
-    """Supervised updates with which a new model learns the form of the answers, where the config
-    leaves them open."""
+    """Supervised updates of a new model, for the form of the answers, unless the config says."""
 
     @abstractmethod
     def problem(self, rng: np.random.Generator) -> Problem:
@@ -70,16 +69,14 @@ class Task(ABC):
 
     @abstractmethod
     def reward(self, problem: Problem, completion: str) -> float:
-        """In [0, 1]; completion is the text without its end-of-text token. Never raises on any
-        text."""
+        """In [0, 1]; completion: without its end-of-text token. Never raises on any text."""
 
     def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
         """Rewards of many completions, each of the problem at its place; what raises scores 0."""
         return [self._verdict(p, text) for p, text in zip(problems, completions, strict=True)]
 
     def final(self, completion: str) -> str:
-        """The answer within a completion, by which answers are counted for a majority; "" for
-        none."""
+        """The answer within a completion, as a majority counts it; "" for none."""
         return completion.strip()
 
     def well_formed(self, problem: Problem, completion: str) -> bool:
@@ -110,8 +107,7 @@ class Task(ABC):
         return None
 
     def origin(self, problem: Problem) -> str:
-        """What must not be on both sides of the hold-out: the prompt, or the document it is
-        from."""
+        """What must not be on both sides: the prompt, or the document that it is from."""
         return problem.prompt
 
     def confinement(self) -> str | None:

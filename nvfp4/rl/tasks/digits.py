@@ -19,8 +19,7 @@ from nvfp4.rl.tasks.base import Problem, Task
 
 
 def replace_digit(text: str, rng: np.random.Generator) -> str:
-    """``text`` with one of its digits, drawn, replaced by another, drawn; one without digits
-    stays."""
+    """``text`` with a drawn digit replaced by another drawn one; a text without digits stays."""
     places = [i for i, character in enumerate(text) if character in "0123456789"]
     if not places:
         return text
@@ -88,8 +87,7 @@ class Reverse(DigitsTask):
 
 @dataclass
 class Parity(DigitsTask):
-    """``p1011>`` -> ``11011011=1``: each bit with the parity so far, and after "=" that of all
-    bits.
+    """``p1011>`` -> ``11011011=1``: each bit with the parity so far, after "=" that of all.
 
     The last alone is rewarded, so that scratch work is learnt because it helps.
     """

@@ -64,6 +64,7 @@ class _Parser:
         return value
 
     def atom(self, depth: int) -> Fraction:
+        # a sum in parentheses, or a number
         if self.take("("):
             if depth == MAX_DEPTH:
                 raise ExpressionError(f"more than {MAX_DEPTH} parentheses deep")
@@ -74,7 +75,7 @@ class _Parser:
 
         start = self.at
         while self.take(_DIGITS):
-            pass
+            pass  # ``at`` moves on
         if not 0 < self.at - start <= MAX_DIGITS:
             raise ExpressionError(f"no number of at most {MAX_DIGITS} digits at {start}")
         if self.at - start > 1 and self.text[start] == "0":

@@ -1,5 +1,4 @@
-"""Multiple choice made from program text that has no answers: which of these lines stood in the
-gap?
+"""Multiple choice made from program text: which of these lines stood in the gap?
 
     def area(r):
         ____
@@ -124,8 +123,7 @@ class FillIn(Task):
         return str(problem.data["file"])
 
     def _wrong(self, gap: Gap, rng: np.random.Generator) -> list[str]:
-        """Statements of the same kind, of similar length, from elsewhere; [] if there are too
-        few."""
+        """Statements of the same kind and of similar length; [] if there are too few."""
         others, lengths = self._statements[gap.kind]
         own = {line.strip() for line in gap.lines}
         wanted = self.options - 1
@@ -195,6 +193,7 @@ def _of_function(
     if too_long or len(body) <= 2 or any(line[:indent].strip() for line in whole):
         return []
 
+    # a line that is one simple statement and nothing else; a docstring says nothing of the code
     gaps = []
     for child in ast.walk(node):
         if not isinstance(child, _SIMPLE) or child.lineno != child.end_lineno:

@@ -1,5 +1,4 @@
-"""Problems from a file, one JSON object per line, with a reward by equality, pattern, tests, or a
-function.
+"""Problems from a file, one JSON object per line; rewards by equality, pattern, tests or function.
 
     {"prompt": "2+2=", "answer": "4"}
         reward 1 for exactly that, but for spaces around it
@@ -128,6 +127,7 @@ class Jsonl(Task):
 
     def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
         """Equality is decided here, the rest goes to the sandbox in one batch."""
+        # what only the sandbox can decide, and where it belongs
         calls: list[RewardCall | ProgramTests] = []
         places = []
         verdicts = [Verdict(0.0)] * len(problems)
@@ -160,6 +160,7 @@ def read_problems(path: Path) -> list[Problem]:
 
     ``TrainError`` with file and line for the first that is wrong.
     """
+    # line by line, so that the line of an error is known
     problems = []
     try:
         with open(path, "rb") as file:
@@ -191,6 +192,7 @@ def _row(raw: bytes) -> dict[str, Any]:
 
 def _problem(row: dict[str, Any], folder: Path, where: str) -> Problem:
     """The problem of a line; ValueError says which field is wrong, and how."""
+    # the prompt, and an answer that may be missing
     prompt, answer = row.get("prompt"), row.get("answer", "")
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f"expected a text in field 'prompt', got {prompt!r}")
@@ -201,6 +203,7 @@ def _problem(row: dict[str, Any], folder: Path, where: str) -> Problem:
             raise ValueError("expected a field 'answer' or 'reward', got neither")
         return _of_kind("exact", prompt, answer, row, exact=answer)
 
+    # {kind: text}, or {"tests": list}
     spec = row["reward"]
     if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
         wanted = f"an object with one field of {', '.join(KINDS)}"
@@ -225,6 +228,7 @@ def _tests(given: Any) -> tuple[dict[str, Any], ...]:
     """Tests of a program, checked."""
     if not isinstance(given, list) or not given:
         raise ValueError(f"expected a list of tests as reward 'tests', got {given!r}")
+    # each by what it prints, or by what a function of it returns
     for test in given:
         keys = set(test) if isinstance(test, dict) else set()
         by_output = {"stdout"} <= keys <= {"stdin", "stdout"}
@@ -278,8 +282,7 @@ def _warning(source: str, name: str) -> str | None:
 
 
 def _check_folder(folder: str) -> None:
-    """``TrainError`` for a folder of all sorts of things, since the sandbox shows it to the
-    function."""
+    """``TrainError`` for a folder of all sorts of things: the function would see them all."""
     shared = {Path("~").expanduser().absolute().resolve(), Path(tempfile.gettempdir()).resolve()}
     if any(Path(folder) in (place, *place.parents) for place in shared):
         raise TrainError(
