@@ -41,7 +41,7 @@ def build_cpu(job: Job) -> None:
         raise Skip("it was there already")
     os.nice(15)
     # why there is no _cuda, if there is none: this build knows nothing of it
-    missing = ROOT / "nvfp4" / MISSING_FILE
+    missing = ROOT / "nvfp4" / MISSING_FILE.format("cuda")
     reason = missing.read_text() if missing.exists() else None
     try:
         run_setup(job, "_cpu", {"NVFP4_CUDA": "0"})

@@ -183,6 +183,25 @@ def test_a_rehearsal_counts_what_its_units_computed(tmp_path: Path) -> None:
     assert rehearsal.processor_seconds(1, CallRecord.of(path)) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("reason", ["there is no nvcc\n", None])
+def test_the_cpu_build_leaves_what_is_said_of_cuda(
+    reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It forbids CUDA kernels to be quick, and setup.py would keep that as the reason why there are none."""
+    from benchmarks.gpu import build
+
+    said = tmp_path / "nvfp4" / "_cuda_missing.txt"
+    said.parent.mkdir()
+    if reason is not None:
+        said.write_text(reason)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "importable", lambda module: "no such module")
+    monkeypatch.setattr(build, "run_setup", lambda *arguments: said.write_text("NVFP4_CUDA=0 forbade it"))
+    monkeypatch.setattr(build.os, "nice", lambda by: by)
+    build.build_cpu(None)
+    assert (said.read_text() if said.exists() else None) == reason
+
+
 def test_goals_are_judged(tmp_path: Path) -> None:
     """Enough, not enough, and not measured; the better backend counts; a line cut off by a kill is
     left out.
