@@ -140,7 +140,7 @@ class WeightCache:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
                 amax = None if self.group is None else self.group.amax(among)
                 entry = self.entry = CachedCodes(key, make(amax), Done(weight.device))
-        entry.done.before_reading(tensor for q in entry.codes for tensor in q.tensors)
+        entry.done.before_reading(tensor for q in entry.codes for tensor in q.memory)
         return entry.codes
 
     def overwrite(self, old: CachedCodes | None) -> None:

@@ -92,6 +92,11 @@ class QTensor:
         return self.codes, self.block_scale, self.global_scale
 
     @property
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """All that it holds: ``tensors``, and the swizzled scales where there are some."""
+        return self.tensors if self.swizzled_scale is None else (*self.tensors, self.swizzled_scale)
+
+    @property
     def record(self) -> tuple[tuple[int, int], tuple[int, ...], int, Rotation | None]:
         """(block, shape, axis, rotation): ``QTensor(*q.tensors, *q.record)`` is q again."""
         return self.block, self.shape, self.axis, self.rotation

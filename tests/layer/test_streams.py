@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nvfp4.layer.weight_cache import Done
+from nvfp4.layer.weight_cache import Done, Mode, WeightCache
+from nvfp4.numerics.layout import swizzle
+from nvfp4.ops import quantize
 
 
 class Stream:
@@ -39,6 +43,21 @@ def test_another_stream_waits_and_the_memory_outlives_it(monkeypatch: pytest.Mon
     assert told[0] == (reader, "event 0")
     assert told[1][0] is x
     assert told[1][1] is reader
+
+
+def test_all_that_kept_codes_hold_outlives_a_read() -> None:
+    """The swizzled scales that a GEMM reads are memory too, which the allocator must not give away before."""
+    weight = torch.ones(32, 64)
+    q = quantize(weight, "rtn")
+    q = replace(q, swizzled_scale=swizzle(q.block_scale))
+    cache = WeightCache()
+    cache.mode = Mode.FIXED
+    read: list[torch.Tensor] = []
+    assert cache.get(weight, "recipe", "auto", lambda amax: (q,)) == (q,)
+    assert cache.entry is not None
+    cache.entry = cache.entry._replace(done=SimpleNamespace(before_reading=read.extend))
+    assert cache.get(weight, "recipe", "auto", lambda amax: (q,)) == (q,)
+    assert [id(tensor) for tensor in read] == [id(tensor) for tensor in (*q.tensors, q.swizzled_scale)]
 
 
 def test_a_processor_has_no_streams() -> None:
