@@ -36,7 +36,7 @@ from nvfp4.run.optim import adamw
 from nvfp4.run.processes import accelerator_for
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run(RunParts):
     """The objects of one run in one process. Only models, optimiser, objective and the logs change
     while it trains.
@@ -141,21 +141,8 @@ def _prepare(
     reference = None
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        report=report,
-        folder=folder,
-        task=task,
-        objective=objective,
-        text=text,
-        stops=text.stops(model),
-        model=model,
-        sampler=sampler,
-        forward=accelerator.prepare(model),
-        reference=reference,
-        optimizer=adamw(model, config),
-    )
+    parts = (config, accelerator, report, folder, model, accelerator.prepare(model), adamw(model, config))
+    return Run(*parts, task, objective, text, text.stops(model), sampler, reference)
 
 
 def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -93,17 +93,8 @@ class WarmStart(Training):
         self.text, self.task = Text(load_vocabulary(config.tokenizer)), make_task(config)
         self.learning_rate = learning_rates(config)
         model = build_model(model_source(config), self.text, config.seed).eval()
-        super().__init__(
-            RunParts(
-                config=config,
-                accelerator=Alone(),
-                report=Reporter("warm start", config.steps, 100),
-                folder=WarmFolder(folder, fields),
-                model=model,
-                forward=model,
-                optimizer=adamw(model, config),
-            )
-        )
+        report, base = Reporter("warm start", config.steps, 100), WarmFolder(folder, fields)
+        super().__init__(RunParts(config, Alone(), report, base, model, model, adamw(model, config)))
 
     def step(self, step: int) -> Row:
         """One update; the loss before it, in nats per token."""

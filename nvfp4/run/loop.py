@@ -39,7 +39,7 @@ from nvfp4.run.state import Tensors
 Config = TypeVar("Config", bound=ResumableConfig)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RunParts:
     """The objects that every run is made of, in one process. Model, optimiser and logs change while
     it trains.
@@ -55,7 +55,7 @@ class RunParts:
     model: PreTrainedModel
     forward: Any
     optimizer: torch.optim.Optimizer
-    logs: list[Log] = field(default_factory=list)
+    logs: list[Log] = field(default_factory=list, kw_only=True)
 
     def autocast(self) -> AbstractContextManager:
         """The compute dtype, the same for every recipe and for every model of the run."""

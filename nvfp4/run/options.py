@@ -8,9 +8,10 @@ own.
     DataOptions     data, held_out_data, text_field, holdout       (of what reads text)
 
 A trainer's config inherits ``RunConfig`` (the first three lines) or ``ResumableConfig`` (and the
-fourth), states a field again where its default or its sentence differs, and adds what only it
-knows. The fields are data: the command line, the config file, config.yaml in the run folder and the
-comparison with a checkpoint's config all come from them (``fields.py``).
+fourth), states a field again where its default or its sentence is another, and adds what only it
+knows. The sentences here are pretraining's. The fields are data: the command line, the config file,
+config.yaml in the run folder and the comparison with a checkpoint's config all come from them
+(``fields.py``).
 
 A range stands in the type of a field (``Count``, ``Share``). ``Free`` marks one that cannot change
 what is learnt, so that a run may be resumed with another value. Floats are not strict, since
@@ -83,11 +84,11 @@ class ModelOptions:
     architecture: Literal["llama", "qwen3"] = "llama"
     """Architecture of a new model."""
     depth: Count = 2
-    """Layers of a new model."""
+    """Size dial of a new model: layers; sets width, heads, ffn and lr where they are left open."""
     width: Count | None = None
-    """Hidden size of a new model."""
+    """Hidden size; None: 64 * depth, rounded up to a multiple of 128."""
     heads: Count | None = None
-    """Attention heads of a new model."""
+    """Attention heads; None: width / 64 up to width 1024, else width / 128."""
 
 
 @dataclass
@@ -162,11 +163,11 @@ class OptimOptions:
     steps: Count = 1500
     """Optimiser updates."""
     lr: Positive | None = None
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; None: 0.4 / width for a new model, 2e-5 for --model."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """After the warm-up: constant then linear decay over the last --decay share (wsd), or cosine."""
     warmup: CountOrZero | None = None
-    """Updates over which the learning rate rises linearly."""
+    """Updates over which the learning rate rises linearly; None: a sixth of all, at most 1000."""
     decay: Fraction = 0.3
     """Share of all updates over which wsd decays."""
     min_lr: Fraction = 0.0

@@ -26,7 +26,6 @@ from nvfp4.run.options import (
     Free,
     Listed,
     NotNegative,
-    Positive,
     ResumableConfig,
     RunConfig,
     Seeds,
@@ -40,19 +39,9 @@ class TrainConfig(DataOptions, RunConfig):
     """What a pretraining and a comparison of several need. Construct it freely; ``resolve`` checks
     and fills it in."""
 
-    # Defaults and sentences of the shared options that are pretraining's own
+    # Shared options that are pretraining's own
     out: Free[str] = "runs/pretrain"
     """Run folder: config.yaml, log.jsonl, checkpoints/, export/, sample.txt, result.json."""
-    depth: Count = 2
-    """Size dial of a new model: layers; sets width, heads, ffn and lr where they are left open."""
-    width: Count | None = None
-    """Hidden size; None: 64 * depth, rounded up to a multiple of 128."""
-    heads: Count | None = None
-    """Attention heads; None: width / 64 up to width 1024, else width / 128."""
-    lr: Positive | None = None
-    """Peak learning rate of AdamW; None: 0.4 / width for a new model, 2e-5 for --model."""
-    warmup: CountOrZero | None = None
-    """Updates over which the learning rate rises linearly; None: a sixth of all, at most 1000."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
 

@@ -1,7 +1,7 @@
 """Pretraining as a training: a step is one update, and an evaluation where one is due.
 
-All that it remembers is in weights, optimiser, random states and the number of the step: windows and
-learning rate are functions of that number.
+All that it remembers is in weights, optimiser, random states and the number of the step: windows
+and learning rate are functions of that number.
 """
 
 from __future__ import annotations

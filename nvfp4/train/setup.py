@@ -28,7 +28,7 @@ from nvfp4.train.config import PretrainConfig, sizes_of
 from nvfp4.train.data import HeldOut, TrainWindows, held_out_windows
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PretrainRun(RunParts):
     """The objects of one pretraining in one process."""
 
@@ -102,19 +102,8 @@ def prepare(config: PretrainConfig) -> PretrainRun:
         forward = torch.compile(forward)
 
     torch.manual_seed(fold_in(config.seed, MODEL_BRANCH, accelerator.process_index))
-    return PretrainRun(
-        config=config,
-        accelerator=accelerator,
-        report=report,
-        folder=RunFolder(config.out),
-        corpus=corpus,
-        tokenizer=tokenizer,
-        windows=windows,
-        held_out=held_out,
-        model=model,
-        forward=forward,
-        optimizer=adamw(model, config),
-    )
+    parts = (config, accelerator, report, RunFolder(config.out), model, forward, adamw(model, config))
+    return PretrainRun(*parts, corpus, tokenizer, windows, held_out)
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:
