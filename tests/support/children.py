@@ -53,7 +53,8 @@ class Child:
         self.files = tempfile.TemporaryDirectory()
         self.said = [str(Path(self.files.name) / name) for name in ("out", "err")]
         given = (code, arguments, environment, str(folder or Path.cwd()), *self.said)
-        self.process: BaseProcess = _server(environment).Process(target=_run, args=given)  # type: ignore[attr-defined]
+        # a daemon: what a failed test leaves behind ends with pytest and is not waited for
+        self.process: BaseProcess = _server(environment).Process(target=_run, args=given, daemon=True)
         self.process.start()
 
     def poll(self) -> int | None:
