@@ -31,7 +31,7 @@ MAX_SHELF = 12
 PENDING_IMPORTS: dict[str, set[str]] = {}
 """Imports that still go up, by what is imported; each entry has to be needed."""
 
-PENDING_NAMES: set[str] = {"_Target"}
+PENDING_NAMES: set[str] = set()
 """Class names that still mean several things; each entry has to be needed."""
 
 

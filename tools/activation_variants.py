@@ -7,8 +7,7 @@ from typing import Any
 
 from nvfp4.backends.triton.activation import kernels as fused_kernels
 from nvfp4.backends.triton.activation.arithmetic import Formula
-from nvfp4.backends.triton.activation.launch import GATED_GRADIENT, GRADIENT, SUMMED, norm_tiles
-from nvfp4.backends.triton.backend import tiles_of_activation
+from nvfp4.backends.triton.activation.launch import GATED_GRADIENT, GRADIENT, SUMMED, norm_tiles, tiles_of_activation
 from nvfp4.backends.triton.quantize.rules import Policy, Tile
 from nvfp4.backends.triton.variants import KernelVariant
 from tools.quantize_variants import policies

@@ -14,8 +14,9 @@ from typing import Any
 from triton import next_power_of_2
 
 from nvfp4.backends.base import SWIZZLED_MAJORS
-from nvfp4.backends.triton.backend import DECODING, SCALES, converts, tile_along, tile_down, tiles_of_both
+from nvfp4.backends.triton.operands import SCALES, converts
 from nvfp4.backends.triton.quantize import kernels
+from nvfp4.backends.triton.quantize.launch import DECODING, tile_along, tile_down, tiles_of_both
 from nvfp4.backends.triton.quantize.rules import Coded, Policy, scaled_by_amax
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.formats import TILE_BLOCK

@@ -103,14 +103,14 @@ def launch_nothing(capability: int, multiprocessors: int) -> None:
     import triton
 
     from nvfp4.backends import registry
-    from nvfp4.backends.triton import backend
+    from nvfp4.backends.triton import backend, operands
     from nvfp4.backends.triton.gemm import launch as gemm
 
     triton.runtime.driver.set_active(NoDriver(capability, multiprocessors))
     kind = gemm.family(capability)
     gemm._device = lambda device: (kind, multiprocessors)
     backend.tensor_cores = gemm.tensor_cores = lambda device: kind
-    backend._converts = lambda device: backend.converts(capability)
+    operands.card_converts = lambda device: operands.converts(capability)
 
     def here(device: torch.device) -> str | None:
         return None

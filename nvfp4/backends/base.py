@@ -37,6 +37,9 @@ class Backend(ABC):
     operations: tuple[Operation, ...] = get_args(Operation)
     """What it implements; the rest is left to "auto" where this backend is named."""
 
+    decodes: tuple[torch.dtype, ...] = ()
+    """What its ``decode`` can write; for other dtypes, and for rotated codes, ``dequantize`` is the reference's."""
+
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
         """None if this backend can run on ``device`` on this machine, otherwise the reason in words."""
@@ -125,9 +128,21 @@ class Backend(ABC):
         """A number that changes whenever the bytes of x do, or None where telling would cost a synchronisation."""
         return None
 
-    @abstractmethod
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor that q stands for, in its original shape; see ``QTensor.dequantize``."""
+        if q.rotation is not None or dtype not in self.decodes or q.codes.numel() == 0:
+            return q.dequantize(dtype)
+        out = self.decode(q, q.contraction, dtype, with_global=True)
+        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
+        return out.view(*lead, q.contraction).movedim(-1, q.axis)
+
+    def decode_blocks(self, q: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32 alike."""
+        return self.decode(q, q.padded_contraction, dtype, with_global=False)
+
+    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+        """The first ``columns`` of the matrix of q [M, columns] in a dtype of ``decodes``, if there are any."""
+        raise NotImplementedError(f"the {self.name} backend decodes to {self.decodes or 'nothing'}")
 
     @abstractmethod
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:

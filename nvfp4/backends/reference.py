@@ -22,9 +22,6 @@ class ReferenceBackend(Backend):
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         return quantizer.quantize(x, options)
 
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        return q.dequantize(dtype)
-
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 

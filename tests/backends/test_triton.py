@@ -29,7 +29,7 @@ import nvfp4
 from nvfp4.backends import registry
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.registry import BACKENDS, BackendUnavailable, select
-from nvfp4.backends.triton.backend import _MISSING, INTERPRETED, TritonBackend, halves
+from nvfp4.backends.triton.backend import _MISSING, INTERPRETED, TritonBackend
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.layout import swizzle
 from nvfp4.numerics.qtensor import QTensor
@@ -190,9 +190,9 @@ def test_every_code_and_scale_decodes_to_its_product() -> None:
 def test_swizzled_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a GEMM reads them: the scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major
     ones are unchanged. From x, from codes, and of both orientations for the rule that finishes later."""
-    from nvfp4.backends.triton import backend
+    from nvfp4.backends.triton import operands
 
-    monkeypatch.setattr(backend, "reads_swizzled", lambda device: True)
+    monkeypatch.setattr(operands, "reads_swizzled", lambda device: True)
     quantizer = QUANTIZERS[name]
     checked = quantizer.check(seed=5, **({"group": 16} if name == "ms_eden" else {}))
     for shape in ((1, 1), (130, 90), (16, 300)):
@@ -222,7 +222,7 @@ def test_conversions_of_the_hardware(name: str, options: dict, kind: str, monkey
     import ptx
     import triton.language as tl
 
-    from nvfp4.backends.triton import backend
+    from nvfp4.backends.triton import operands
 
     seen = []
 
@@ -230,7 +230,7 @@ def test_conversions_of_the_hardware(name: str, options: dict, kind: str, monkey
         seen.append(asm)
         return ptx.inline_asm_elementwise(asm, *args, **kwargs)
 
-    monkeypatch.setattr(backend, "_converts", lambda device: True)
+    monkeypatch.setattr(operands, "card_converts", lambda device: True)
     monkeypatch.setattr(tl, "inline_asm_elementwise", run)
     rng = random.Random(f"{name}{options}{kind}")
     x = data((5, 70), kind, torch.float32, rng.randrange(2**31))
@@ -279,6 +279,8 @@ def test_seeds_folded_on_the_device() -> None:
 
 def test_halves_fit_their_type() -> None:
     """Every seed gives two numbers of 32 bits, so none is a reason to compile again."""
+    from nvfp4.backends.triton.operands import halves
+
     for seed in (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1):
         low, high = halves(seed)
         assert -(2**31) <= low < 2**31

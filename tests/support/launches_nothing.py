@@ -134,12 +134,12 @@ class Session:
         import interpreting
 
         from nvfp4.backends import registry, selfcheck
-        from nvfp4.backends.triton import backend
+        from nvfp4.backends.triton import backend, operands
         from nvfp4.backends.triton.gemm import launch as gemm
 
         interpreting.is_elsewhere = lambda item: False
         backend.TritonBackend.unavailable = lambda self, device: None
-        backend._converts = lambda device: backend.converts(CAPABILITY)
+        operands.card_converts = lambda device: operands.converts(CAPABILITY)
         gemm._device = lambda device: (gemm.family(CAPABILITY), 132)
         backend.contract = lambda left, right: left.float() @ right.float().t()
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from nvfp4.backends.triton.arithmetic import uniform
-from nvfp4.backends.triton.backend import halves
+from nvfp4.backends.triton.operands import halves
 
 
 @triton.jit(do_not_specialize=("low", "high"))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 
 from nvfp4.backends.base import Backend, Operation
-from nvfp4.backends.native.extension import ELEMENTS, RULES, load
+from nvfp4.backends.native.extension import ELEMENTS, RULES, code_matrix, contiguous, load, rule_numbers
 from nvfp4.backends.reference import reference_matmul
-from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import number
 from nvfp4.numerics.torch_state import without_autocast
-from nvfp4.quantizers.base import METRICS, Options, Quantizer
+from nvfp4.quantizers.base import Options, Quantizer
 
 native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
@@ -84,6 +83,7 @@ class CpuBackend(Backend):
     """isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force each)."""
 
     name = "cpu"
+    decodes = tuple(ELEMENTS)
 
     def __init__(self, isa: str = "") -> None:
         self.isa = isa
@@ -135,8 +135,8 @@ class CpuBackend(Backend):
         if q.rotation is not None or q.codes.numel() == 0:
             return super().requantize(q, quantizer, options)
         assert native is not None
-        q = _contiguous(q)
-        source = native.Source(_matrix(q), q.contraction)
+        q = contiguous(q)
+        source = native.Source(code_matrix(native, q), q.contraction)
         args, transposed, _scratch = self._prepare(source, (q.contraction, q.rows), quantizer, options)
         native.quantize(args, self.isa)
         return transposed
@@ -156,7 +156,7 @@ class CpuBackend(Backend):
         scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
         args = native.QuantizeArgs(
             source,
-            _native_options(RULES[quantizer.name], options),
+            _options(quantizer, options),
             q.padded_contraction,
             q.codes.data_ptr(),
             q.block_scale.data_ptr(),
@@ -173,18 +173,11 @@ class CpuBackend(Backend):
         assert native is not None
         return native.fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads(), self.isa)
 
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        if q.rotation is not None or dtype not in ELEMENTS or q.codes.numel() == 0:
-            return q.dequantize(dtype)
-        out = self._decode(q, q.contraction, dtype, with_global=True)
-        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
-        return out.view(*lead, q.contraction).movedim(-1, q.axis)
-
-    def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
         assert native is not None
-        q = _contiguous(q)
+        q = contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device="cpu")
-        matrix = _matrix(q, with_global)
+        matrix = code_matrix(native, q, with_global)
         native.decode(matrix, columns, ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
         return out
 
@@ -193,12 +186,20 @@ class CpuBackend(Backend):
         kernel = next((name for name in products() if self.isa in ("", name)), None)
         if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
-        a, b = _contiguous(a), _contiguous(b)
+        a, b = contiguous(a), contiguous(b)
         out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         pointer = 0 if bias is None else bias.data_ptr()
         threads = torch.get_num_threads()
-        native.matmul(_matrix(a), _matrix(b), pointer, ELEMENTS[out_dtype], out.data_ptr(), threads, kernel)
+        native.matmul(
+            code_matrix(native, a),
+            code_matrix(native, b),
+            pointer,
+            ELEMENTS[out_dtype],
+            out.data_ptr(),
+            threads,
+            kernel,
+        )
         return out
 
     def _emulated_matmul(
@@ -207,7 +208,7 @@ class CpuBackend(Backend):
         """Without AVX2: torch's float32 GEMM of decoded operands, as in the reference."""
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
-        left, right = (self._decode(q, q.padded_contraction, torch.float32, with_global=False) for q in (a, b))
+        left, right = (self.decode_blocks(q, torch.float32) for q in (a, b))
         return reference_matmul(left, right, a, b, out_dtype, bias)
 
 
@@ -246,29 +247,6 @@ def dense_product(
     return out
 
 
-def _contiguous(q: QTensor) -> QTensor:
-    """q over plain memory; whoever takes pointers from it has to keep it alive."""
-    if all(t.is_contiguous() for t in q.tensors):
-        return q
-    codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
-    return QTensor(codes, block_scale, global_scale, *q.record)
-
-
-def _matrix(q: QTensor, with_global: bool = True) -> object:
-    """What the kernels are told of q, which must be ``_contiguous``."""
-    assert native is not None
-    return native.CodeMatrix(
-        q.codes.data_ptr(),
-        q.block_scale.data_ptr(),
-        q.global_scale.data_ptr() if with_global else 0,
-        q.rows,
-        q.codes.shape[1],
-        q.block_scale.shape[1],
-        q.block[0],
-        q.row_scaled,
-    )
-
-
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it alive."""
     if 1 in x.stride():
@@ -281,15 +259,11 @@ def _source(x: torch.Tensor) -> object:
     return native.Source(x.data_ptr(), ELEMENTS[x.dtype], *x.shape, *x.stride())
 
 
-def _native_options(rule: int, options: Options) -> object:
+def _options(quantizer: Quantizer, options: Options) -> object:
     assert native is not None
     rotation = options.rotation or Rotation(16, fixed=True)
     return native.Options(
-        rule,
-        METRICS.index(options.metric),
-        options.block == TILE_BLOCK,
-        options.row_scaled,
-        options.search,
+        *rule_numbers(quantizer, options),
         number(options.seed),
         0 if options.rotation is None else rotation.group,
         rotation.rounds,

@@ -14,12 +14,12 @@ from types import ModuleType
 import torch
 
 from nvfp4.backends.base import Backend, Operation, reads_swizzled
-from nvfp4.backends.native.extension import ELEMENTS, RULES, load
+from nvfp4.backends.native.extension import ELEMENTS, RULES, code_matrix, contiguous, load, rule_numbers
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
 from nvfp4.numerics.layout import swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed, Seed
-from nvfp4.quantizers.base import METRICS, Options, Quantizer
+from nvfp4.quantizers.base import Options, Quantizer
 
 _native, _MISSING = load("nvfp4._cuda", "CUDA", "nvcc on PATH and NVFP4_CUDA=1")
 
@@ -29,6 +29,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     operations = ("quantize", "dequantize")
+    decodes = tuple(ELEMENTS)
 
     def __init__(self, native: ModuleType | None = _native) -> None:
         self.native = native
@@ -94,22 +95,11 @@ class CudaBackend(Backend):
         if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
             return super().requantize(q, quantizer, options)
         target = _Target(self._module, (q.contraction, q.rows), quantizer, options, q.device)
-        q = _contiguous(q)
-        matrix = self._module.Matrix(self._codes(q), q.contraction)
+        q = contiguous(q)
+        matrix = self._module.Matrix(code_matrix(self._module, q), q.contraction)
         with _on(q.device) as place:
             self._module.quantize(matrix, target.operand, True, *place)
         return target.q
-
-    def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        if q.rotation is not None or dtype not in ELEMENTS or q.codes.numel() == 0:
-            return q.dequantize(dtype)
-        lead = [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
-        out = self._decode(q, q.contraction, dtype, with_global=True)
-        return out.view(*lead, q.contraction).movedim(-1, q.axis)
-
-    def decode_blocks(self, q: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32 alike."""
-        return self._decode(q, q.padded_contraction, dtype, with_global=False)
 
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("the CUDA backend has no GEMM: registry.select never chooses it for one")
@@ -131,23 +121,13 @@ class CudaBackend(Backend):
         y = x.t() if transposed else x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         return self._module.Matrix(y.data_ptr(), ELEMENTS[y.dtype], *y.shape, y.stride(0)), transposed, y
 
-    def _codes(self, q: QTensor, with_global: bool = True) -> object:
-        return self._module.CodeMatrix(
-            q.codes.data_ptr(),
-            q.block_scale.data_ptr(),
-            q.global_scale.data_ptr() if with_global else 0,
-            q.rows,
-            q.codes.shape[1],
-            q.block_scale.shape[1],
-            q.block[0],
-            q.row_scaled,
-        )
-
-    def _decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
-        q = _contiguous(q)
+    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+        q = contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
         with _on(q.device) as place:
-            self._module.decode(self._codes(q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), *place)
+            self._module.decode(
+                code_matrix(self._module, q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), *place
+            )
         return out
 
 
@@ -175,7 +155,7 @@ class _Target:
             size = swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size)
             self.q = replace(self.q, swizzled_scale=torch.empty(size, dtype=torch.uint8, device=device))
         self.operand = native.Operand(
-            _native_options(native, quantizer, options),
+            _options(native, quantizer, options),
             self.q.rows,
             self.q.padded_contraction,
             *(tensor.data_ptr() for tensor in self.q.tensors),
@@ -186,14 +166,10 @@ class _Target:
         )
 
 
-def _native_options(native: ModuleType, quantizer: Quantizer, options: Options) -> object:
+def _options(native: ModuleType, quantizer: Quantizer, options: Options) -> object:
     rotation = options.rotation
     return native.Options(
-        RULES[quantizer.name],
-        METRICS.index(options.metric),
-        options.block == TILE_BLOCK,
-        options.row_scaled,
-        options.search,
+        *rule_numbers(quantizer, options),
         0 if rotation is None else rotation.group,
         1 if rotation is None else rotation.rounds,
         rotation is not None and rotation.fixed,
@@ -205,12 +181,6 @@ def _native_options(native: ModuleType, quantizer: Quantizer, options: Options) 
 def _native_seed(native: ModuleType, seed: Seed | None) -> object:
     """A seed as the kernels take it: a number, or where on the device it lies."""
     return native.Seed(0, seed.bits.data_ptr()) if isinstance(seed, DeviceSeed) else native.Seed(seed or 0, 0)
-
-
-def _contiguous(q: QTensor) -> QTensor:
-    """q over plain memory; whoever takes pointers from it has to keep it alive."""
-    codes, block_scale, global_scale = (tensor.contiguous() for tensor in q.tensors)
-    return QTensor(codes, block_scale, global_scale, *q.record)
 
 
 Place = tuple[int, int]

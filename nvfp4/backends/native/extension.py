@@ -9,6 +9,9 @@ from types import ModuleType
 import torch
 
 from nvfp4.backends.native.cuda_targets import MISSING_FILE
+from nvfp4.numerics.formats import TILE_BLOCK
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.quantizers.base import METRICS, Options, Quantizer
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
@@ -45,3 +48,32 @@ def why_not_built(kind: str, folder: Path) -> str:
         return f" (when it was installed, {(folder / MISSING_FILE.format(kind)).read_text().strip()})"
     except OSError:
         return ""
+
+
+def rule_numbers(quantizer: Quantizer, options: Options) -> tuple[int, int, bool, bool, bool]:
+    """What the kernels of both extensions are told of a method first: rule, metric, tiles, rows, search."""
+    tiles = options.block == TILE_BLOCK
+    return RULES[quantizer.name], METRICS.index(options.metric), tiles, options.row_scaled, options.search
+
+
+def contiguous(q: QTensor) -> QTensor:
+    """q over plain memory; whoever takes pointers from it has to keep it alive."""
+    if all(t.is_contiguous() for t in q.tensors):
+        return q
+    codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
+    return QTensor(codes, block_scale, global_scale, *q.record)
+
+
+def code_matrix(native: ModuleType | None, q: QTensor, with_global: bool = True) -> object:
+    """What the kernels are told of q, which must be ``contiguous``."""
+    assert native is not None
+    return native.CodeMatrix(
+        q.codes.data_ptr(),
+        q.block_scale.data_ptr(),
+        q.global_scale.data_ptr() if with_global else 0,
+        q.rows,
+        q.codes.shape[1],
+        q.block_scale.shape[1],
+        q.block[0],
+        q.row_scaled,
+    )

@@ -1,15 +1,16 @@
-"""Launches the kernels of ``fused_kernels``: an activation to the targets it is quantised into, and its gradients."""
+"""Launches the kernels of ``kernels``: an activation to the targets it is quantised into, and its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from nvfp4.backends.triton.activation import kernels as fused_kernels
+from nvfp4.backends.triton.activation import kernels
 from nvfp4.backends.triton.activation.arithmetic import Formula
 from nvfp4.backends.triton.launch import launch
+from nvfp4.backends.triton.operands import Target, programs
+from nvfp4.backends.triton.quantize.launch import tile_along, tiles_of_both
 from nvfp4.backends.triton.quantize.rules import Policy, Tile
 from nvfp4.numerics.activations import LANES, SLAB, Activation, RMSNorm, SwiGLU
 
@@ -19,28 +20,6 @@ GRADIENT = Tile(SLAB, LANES, False, 8, 1, 8)
 GATED_GRADIENT = Tile(16, 256, False, 8, 1, 8)
 SUMMED = (16, 4)
 """Columns and warps of a program of ``slab_sum_kernel``."""
-
-
-SeedArguments = tuple[int, int] | tuple[torch.Tensor, None]
-"""The halves of a seed, or where on the device it lies."""
-
-
-class Target(Protocol):
-    """A result to fill and what the kernels take beside it; see ``backend.py``."""
-
-    policy: Policy
-    scaled_by_amax: bool
-    peak: torch.Tensor
-    padded: int
-    seed: SeedArguments
-    signs: SeedArguments
-
-    @property
-    def stored(self) -> tuple[torch.Tensor, ...]:
-        """peak, codes, block scale, global scale."""
-
-
-TilesOf = Callable[[Policy, "Policy | None", bool], "tuple[Tile, Tile | None]"]
 
 
 def formula(activation: Activation) -> Formula:
@@ -58,11 +37,21 @@ def norm_tiles(columns: Policy | None) -> tuple[Tile, Tile | None]:
     return NORM._replace(rows=height, warps=warps), Tile(LANES, height, True, 4, 1, warps)
 
 
-def fill(activation: Activation, across: Target, down: Target | None, tiles_of: TilesOf) -> None:
-    """Quantise the activation along its rows and, if there is a target for it, its transpose.
+def tiles_of_activation(rows: Policy, columns: Policy | None, gated: bool) -> tuple[Tile, Tile | None]:
+    """``tile_along`` or ``tiles_of_both`` where the elements are computed first; gated: SwiGLU.
 
-    tiles_of: tiles by the policies of both and by whether it is SwiGLU.
+    Computing them takes registers, so that both orientations go on four times the warps (SwiGLU: 16
+    times), at most the 512 threads that 128 registers each leave room for.
     """
+    if columns is None:
+        return tile_along(rows), None
+    across, down = tiles_of_both(rows, columns)
+    warps = min(across.warps * (16 if gated else 4), 16)
+    return across._replace(warps=warps), down._replace(warps=warps)
+
+
+def fill(activation: Activation, across: Target, down: Target | None) -> None:
+    """Quantise the activation along its rows and, if there is a target for it, its transpose."""
     first, second = (_rows_contiguous(t) for t in _inputs(activation))
     rows, columns = first.shape
     shape = (rows, columns)
@@ -74,23 +63,19 @@ def fill(activation: Activation, across: Target, down: Target | None, tiles_of: 
         rstd = torch.empty(rows, dtype=torch.float32, device=first.device)
         norm = norm_tiles(policies[1])
         arguments = (first, second, rstd, *shape, strides[0], activation.eps, *peaks)
-        programs = -(-rows // norm[0].rows)
-        launch(fused_kernels.rms_kernel, programs, arguments, (*policies, *norm, made), warps=norm[0].warps)
+        count = -(-rows // norm[0].rows)
+        launch(kernels.rms_kernel, count, arguments, (*policies, *norm, made), warps=norm[0].warps)
     elif any(policies):
-        tiles = tiles_of(across.policy, policies[1], made.gated)
+        tiles = tiles_of_activation(across.policy, policies[1], made.gated)
         arguments, constants = (first, second, *shape, *strides, *peaks), (*policies, *tiles, made)
-        programs = _programs(shape, tiles[0])
-        launch(fused_kernels.activation_amax_kernel, programs, arguments, constants, warps=tiles[0].warps)
+        count = programs(shape, tiles[0])
+        launch(kernels.activation_amax_kernel, count, arguments, constants, warps=tiles[0].warps)
     operands = [value for t in (across, down) for value in _operands(t)]
     both = (across.policy, None if down is None else down.policy)
-    tiles = tiles_of(*both, made.gated)
+    tiles = tiles_of_activation(*both, made.gated)
     arguments, constants = (first, second, rstd, *shape, *strides, *operands), (*both, *tiles, made)
-    programs = _programs(shape, tiles[0])
-    launch(fused_kernels.activation_quantize_kernel, programs, arguments, constants, warps=tiles[0].warps)
-
-
-def _programs(shape: tuple[int, int], tile: Tile) -> int:
-    return -(-shape[0] // tile.rows) * -(-shape[1] // tile.columns)
+    count = programs(shape, tiles[0])
+    launch(kernels.activation_quantize_kernel, count, arguments, constants, warps=tiles[0].warps)
 
 
 def _peaks(across: Target, down: Target | None) -> tuple[list[Any], tuple[Policy | None, Policy | None]]:
@@ -120,8 +105,8 @@ def gradients(activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, t
     if isinstance(activation, SwiGLU):
         tile = GATED_GRADIENT
         launch(
-            fused_kernels.swiglu_gradient_kernel,
-            _programs((rows, columns), tile),
+            kernels.swiglu_gradient_kernel,
+            programs((rows, columns), tile),
             (first, second, dy, d_first, d_second, rows, columns, first.stride(0), second.stride(0)),
             (tile, made, _name(second.dtype)),
             warps=tile.warps,
@@ -130,9 +115,9 @@ def gradients(activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, t
     count, (width, warps) = -(-rows // SLAB), SUMMED
     slabs = torch.empty(count, columns, dtype=torch.float32, device=first.device)
     arguments = (first, second, dy, d_first, slabs, rows, columns, first.stride(0), activation.eps)
-    launch(fused_kernels.rms_gradient_kernel, count, arguments, (GRADIENT, made), warps=GRADIENT.warps)
+    launch(kernels.rms_gradient_kernel, count, arguments, (GRADIENT, made), warps=GRADIENT.warps)
     summed = (slabs, d_second, count, columns), (width, _name(second.dtype))
-    launch(fused_kernels.slab_sum_kernel, -(-columns // width), *summed, warps=warps)
+    launch(kernels.slab_sum_kernel, -(-columns // width), *summed, warps=warps)
     return d_first, d_second
 
 

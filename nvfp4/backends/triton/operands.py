@@ -1,0 +1,199 @@
+"""What kernels are told of tensors: where an operand is read from, and what a result is written to.
+
+    x [M, K], or codes whose transpose is wanted   -> Source, the first arguments of every kernel that reads
+    quantiser, options, shape                      -> Target: a QTensor to fill, and what is needed beside it
+
+A Target lives through two or three launches: one finds the amax (as bits, in ``peak``), one makes
+codes and scales, and for rules that scale by what came out (``ms_eden``) ``finish`` makes the block
+scales last. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from nvfp4.backends.base import reads_swizzled
+from nvfp4.backends.triton.launch import launch
+from nvfp4.backends.triton.quantize import kernels
+from nvfp4.backends.triton.quantize.rules import Policy, scaled_by_amax
+from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.layout import swizzled_bytes
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import DeviceSeed, Seed
+from nvfp4.quantizers.base import Options, Quantizer
+
+SCALES = (16, 64, 4)
+"""Rows, columns and warps of kernels on block scales."""
+
+PEAK_UNIT = 4
+"""Peaks in 16 bytes: what Triton asks of an aligned pointer."""
+
+SeedArguments = tuple[int, int] | tuple[torch.Tensor, None]
+"""The halves of a seed, or where on the device it lies."""
+
+# called on the host, a function of the kernels takes 10 us
+_scaled_by_amax = lru_cache(maxsize=None)(scaled_by_amax)
+_POLICIES: dict[tuple[Any, ...], Policy] = {}
+
+
+class Source(NamedTuple):
+    """Arguments of ``load_tile``: an operand [rows, columns] in memory, dense or as codes."""
+
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    global_scale: torch.Tensor | None
+    rows: int
+    columns: int
+    stride_row: int
+    stride_column: int
+
+    @classmethod
+    def dense(cls, x: torch.Tensor) -> Source:
+        """Matrix x [M, K], float32, float16 or bfloat16, any strides."""
+        return cls(x, None, None, *x.shape, *x.stride())
+
+    @classmethod
+    def transposed_codes(cls, q: QTensor) -> Source:
+        """What matrix q [M, K] stands for, read as [K, M]."""
+        codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
+        return cls(codes, block_scale, global_scale, q.contraction, q.rows, 1, codes.shape[1])
+
+
+class Target:
+    """The result a kernel fills, and what it needs beside it.
+
+    peak: int32 zeros like the global scale, if there are some already. amax: float32 like the global
+    scale, if it is known. single: whether this orientation is made alone.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        quantizer: Quantizer,
+        options: Options,
+        device: torch.device,
+        peak: torch.Tensor | None = None,
+        amax: torch.Tensor | None = None,
+        single: bool = True,
+    ) -> None:
+        # what the kernel is compiled for
+        self.policy = _policy(quantizer, options, card_converts(device))
+        self.scaled_by_amax = _scaled_by_amax(self.policy.rule)
+
+        # what it fills; codes are stored eight at a time
+        self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
+        self.codes = self.q.codes.view(torch.int32)
+        self.padded = self.q.padded_contraction
+
+        # the largest magnitude, as bits: integers order like magnitudes, so that programs agree by atomic maximum
+        self.amax_known = amax is not None
+        if amax is not None:
+            peak = amax.contiguous().view(torch.int32)
+        if peak is None:
+            peak = torch.zeros(self.q.global_scale.shape, dtype=torch.int32, device=device)
+        self.peak = peak
+
+        # scratch of rules that know a block's scale only when all blocks are done
+        self.scale = self.q.block_scale
+        if not self.scaled_by_amax:
+            self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
+
+        # kernels of both orientations write no swizzled scales; ``finish`` does
+        if reads_swizzled(device) and (single or not self.scaled_by_amax):
+            size = swizzled_bytes(self.q.rows, self.padded // NVFP4.block_size)
+            swizzled = torch.zeros(size, dtype=torch.uint8, device=device)
+            self.q = replace(self.q, swizzled_scale=swizzled)
+
+        self.seed = seed_arguments(options.seed)
+        rotation = options.rotation
+        self.signs = seed_arguments(None if rotation is None else rotation.sign_seed)
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """peak, codes, block scale, global scale, as the kernels take them."""
+        return self.peak, self.codes, self.scale, self.q.global_scale
+
+    def finish(self) -> QTensor:
+        """The result; for rules that scale by what came out, their scales are made now."""
+        if not self.scaled_by_amax:
+            shape = self.scale.shape
+            rows, columns, warps = SCALES
+            results = (self.q.block_scale, self.q.global_scale, self.q.swizzled_scale)
+            arguments = (self.scale, self.peak, self.codes, *results, *shape, *self.seed)
+            count = programs(shape, SCALES)
+            launch(kernels.finish_kernel, count, arguments, (rows, columns), warps=warps)
+        return self.q
+
+
+def two_targets(
+    x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
+) -> tuple[Target, Target]:
+    """What x and x^T are quantised into; the peaks of both come out of one allocation, aligned alike."""
+    shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
+    across, down = (shape[0] if how[1].row_scaled else 1 for shape, how in zip(shapes, (rows, columns), strict=True))
+    start = -(-across // PEAK_UNIT) * PEAK_UNIT
+    peaks = torch.zeros(start + down, dtype=torch.int32, device=x.device)
+    return (
+        Target(shapes[0], *rows, x.device, peak=peaks[:across], single=False),
+        Target(shapes[1], *columns, x.device, peak=peaks[start:], single=False),
+    )
+
+
+def programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
+    """How many a matrix in tiles of [tile[0], tile[1]] takes.
+
+    All lie on the first axis of the grid, which alone takes 2^31 of them.
+    """
+    return -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
+
+
+def seed_arguments(seed: Seed | None) -> SeedArguments:
+    """A seed as two arguments of a kernel: its halves, or where on the device it lies."""
+    return (seed.bits, None) if isinstance(seed, DeviceSeed) else halves(seed or 0)
+
+
+def halves(seed: int) -> tuple[int, int]:
+    """The low and the high 32 bits of a seed, each as a signed number, so that every seed has the same type."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return (low ^ 1 << 31) - (1 << 31), (high ^ 1 << 31) - (1 << 31)
+
+
+def converts(capability: int) -> bool:
+    """Whether a card of this compute capability (90, 120, ...) rounds float32 to E2M1 by itself."""
+    return capability in (100, 103, 120, 121)
+
+
+@lru_cache(maxsize=64)
+def card_converts(device: torch.device) -> bool:
+    """``converts`` of the card at hand; no processor does."""
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return converts(10 * major + minor)
+
+
+def _policy(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
+    """``Policy.of``, remembered by all that it depends on, which no seed is part of."""
+    rotation = options.rotation
+    rotated = None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
+    what = (quantizer.name, options.block, options.row_scaled, options.metric, options.search)
+    key = (*what, rotated, by_card)
+    policy = _POLICIES.get(key)
+    if policy is None:
+        policy = _POLICIES[key] = Policy.of(quantizer, options, by_card)
+    return policy
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device; make that the one the tensors are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _ALREADY
+    return torch.cuda.device(device)
+
+
+_ALREADY = nullcontext()
