@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nvfp4.backends.base import Operation
-from nvfp4.backends.registry import AUTO, able, candidates, measured, select
+from nvfp4.backends.registry import AUTO, can_run, candidates, measured, select
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.hadamard import Rotation
@@ -119,7 +119,7 @@ def quantize_activation(
     """
     device = activation[0].device
     chosen = select(backend, "activation", device)
-    if not all(able(chosen, "quantize", device, *how) for how in (rows, columns) if how is not None):
+    if not all(can_run(chosen, "quantize", device, *how) for how in (rows, columns) if how is not None):
         x = activation.values()
         if columns is None:
             return quantize_with(x, *rows, backend=backend), None

@@ -1,4 +1,10 @@
-"""Which of the backends that give the same bits is the fastest here: measured once, at first use, not assumed."""
+"""Which of the backends that give the same bits is the fastest here: measured once, not assumed.
+
+Both the CUDA and the Triton backend quantise on Hopper and Blackwell, to the same codes. Which is
+faster depends on the card and on the quantiser, so the first use of each quantiser on each device
+times them on one matrix, for one orientation and for both, and keeps the order: a twentieth of a
+second, at a moment when kernels are compiled anyway.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +22,13 @@ Clock = Callable[[Callable[[], object], torch.device], float]
 SHAPE = (2048, 4096)
 TURNS = 5
 SECONDS = 0.1
-"""After so long the race ends at the end of a turn."""
+"""After so long measuring ends at the end of a turn."""
 MARGIN = 0.95
 """A later backend wins only below this share of the earlier one's time, so that noise does not decide."""
 _BUSY_BYTES = 64 << 20
 
 
-def race(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock) -> dict[str, float]:
+def autotune(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock) -> dict[str, float]:
     """Seconds each backend takes for a BF16 matrix and then for both orientations of it: the least of its turns.
 
     Each runs once before, which compiles. Waits for the device; draws no random number.
@@ -35,30 +41,37 @@ def race(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer
             how = (quantizer, options)
             return lambda: (backend.quantize(x, *how), backend.quantize_both(x, how, how))
 
+        # compile
         runs = {backend.name: work(backend) for backend in backends}
         for run in runs.values():
             run()
+
+        # take turns, so that a card that slows down slows all of them
         least, spent = dict.fromkeys(runs, float("inf")), 0.0
         for _ in range(TURNS):
             for name, run in runs.items():
                 seconds = clock(run, device)
-                least[name], spent = min(least[name], seconds), spent + seconds
+                least[name] = min(least[name], seconds)
+                spent += seconds
             if spent > SECONDS:
                 break
     return least
 
 
-def by_speed(backends: Sequence[Backend], seconds: dict[str, float]) -> list[Backend]:
-    """The backends with the winner of a race first, the others as they were."""
+def fastest_first(backends: Sequence[Backend], seconds: dict[str, float]) -> list[Backend]:
+    """The backends with the fastest of those that were timed first, the others as they were."""
     runners = [backend for backend in backends if backend.name in seconds]
     if not runners:
         return list(backends)
+
     best = runners[0]
     for backend in runners[1:]:
         if seconds[backend.name] < MARGIN * seconds[best.name]:
             best = backend
     if best is runners[0]:
         return list(backends)
+
+    # it takes the place of the first that was timed, before those that were not
     rest = [backend for backend in backends if backend is not best]
     rest.insert(rest.index(runners[0]), best)
     return rest

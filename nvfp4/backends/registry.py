@@ -1,4 +1,20 @@
-"""The backends in order of preference, and the choice among them."""
+"""The backends in order of preference, and the choice among them.
+
+    scaled_mm   GEMMs on Blackwell, through cuBLASLt
+    cuda        quantises on Hopper and Blackwell
+    triton      everything, on NVIDIA GPUs from sm_80
+    cpu         everything, on processors
+    reference   everything, anywhere
+
+"auto" takes the first that can do the operation on the device: it runs there (``unavailable``),
+implements the operation for this quantiser and these options (``refuses``), may be chosen without
+being named (``automatic``), and gave the reference's bits when it was first asked
+(``selfcheck.find_fault``, once per backend, operation, device and quantiser). Where two backends
+quantise alike on a GPU, the first question times both, and the faster goes first from then on.
+
+Whatever is passed over is passed over loudly: a failed self-check warns, and so does a device on
+which only the reference is left. ``nvfp4.explain`` gives every reason.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +23,7 @@ from collections.abc import Iterable
 
 import torch
 
-from nvfp4.backends.autotune import Clock, by_speed, race, seconds_on_gpu
+from nvfp4.backends.autotune import Clock, autotune, fastest_first, seconds_on_gpu
 from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.native.cpu import CpuBackend
 from nvfp4.backends.native.cuda import CudaBackend
@@ -20,7 +36,7 @@ from nvfp4.quantizers.base import Options, Quantizer
 
 _ORDER: tuple[Backend, ...] = (ScaledMmBackend(), CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
-"""Fastest first, as far as a race does not say otherwise; the reference comes last and refuses nothing."""
+"""Fastest first, unless measuring says otherwise; the reference comes last and refuses nothing."""
 
 AUTO = "auto"
 
@@ -49,11 +65,11 @@ def candidates(
 ) -> list[tuple[Backend, str | None]]:
     """Every backend in order of preference with None, or the reason why "auto" does not choose it here."""
     order = _in_order(operation, device, quantizer)
-    return [(backend, _objection(backend, operation, device, quantizer, options)) for backend in order]
+    return [(backend, why_not_auto(backend, operation, device, quantizer, options)) for backend in order]
 
 
 def measured(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> float | None:
-    """Seconds this backend took in the race that decided the order, or None if there was none."""
+    """Seconds this backend took when the order was measured, or None if it was not."""
     if operation != "quantize" or quantizer is None:
         return None
     return _SECONDS.get((device, quantizer.name), {}).get(backend.name)
@@ -69,33 +85,47 @@ def select(
     """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one cannot.
 
     A backend that only multiplies leaves the rest to "auto" when it is named.
-    Warns once of each backend, operation and device whose self-check failed, and once for each kind of device on which
-    only the reference is left, and why.
+    Warns once of each backend, operation and device whose self-check failed, and once for each kind
+    of device on which only the reference is left, and why.
     """
     check_backend(name, device)
     if name == AUTO or operation not in BACKENDS[name].operations:
-        on_cpu = device.type == "cpu"
-        key = (operation, None if quantizer is None else quantizer.name)
-        kept = _CHOSEN.get(key) if on_cpu else None
-        if kept is not None and kept[0] is BACKENDS and kept[1] is _FAULTS:
-            return kept[2]
-        for backend in _in_order(operation, device, quantizer):
-            if _objection(backend, operation, device, quantizer, options) is None:
-                if backend is BACKENDS["reference"] and device.type not in _SAID:
-                    _say_why(operation, device, quantizer, options)
-                if on_cpu and isinstance(backend, CpuBackend) and _only_elsewhere(backend, device):
-                    _CHOSEN[key] = (BACKENDS, _FAULTS, backend)
-                return backend
+        return _select_auto(operation, device, quantizer, options)
     backend = BACKENDS[name]
-    reason = _obstacle(backend, operation, device, quantizer, options)
+    reason = why_not(backend, operation, device, quantizer, options)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot {operation} here: {reason}; use backend={AUTO!r}")
     return backend
 
 
-def able(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer, options: Options) -> bool:
+def _select_auto(
+    operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None
+) -> Backend:
+    # the answer that cannot change is kept, see ``_CHOSEN``
+    on_cpu = device.type == "cpu"
+    key = (operation, None if quantizer is None else quantizer.name)
+    kept = _CHOSEN.get(key) if on_cpu else None
+    if kept is not None and kept[0] is BACKENDS and kept[1] is _FAULTS:
+        return kept[2]
+
+    for backend in _in_order(operation, device, quantizer):
+        if why_not_auto(backend, operation, device, quantizer, options) is not None:
+            continue
+        if backend is BACKENDS["reference"] and device.type not in _SAID:
+            _say_why(operation, device, quantizer, options)
+        if on_cpu and isinstance(backend, CpuBackend) and _only_elsewhere(backend, device):
+            _CHOSEN[key] = (BACKENDS, _FAULTS, backend)
+        return backend
+
+    # only where somebody took the reference, which refuses nothing, out of the table
+    raise BackendUnavailable(f"no backend can {operation} on {device}; the reference is missing from BACKENDS")
+
+
+def can_run(
+    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer, options: Options
+) -> bool:
     """Whether this backend can do the operation here, whether or not "auto" would choose it."""
-    return _obstacle(backend, operation, device, quantizer, options) is None
+    return why_not(backend, operation, device, quantizer, options) is None
 
 
 _FAULTS: dict[tuple[Backend, Operation, torch.device, str | None], str | None] = {}
@@ -105,7 +135,7 @@ _SECONDS: dict[tuple[torch.device, str], dict[str, float]] = {}
 """What this process found out and said: verdicts of the self-check, devices on which a fallback was announced, failed
 self-checks that were announced, and for each quantiser the times of the backends that have it."""
 _CLOCKS: dict[str, Clock] = {"cuda": seconds_on_gpu}
-"""Kinds of devices on which quantisers are raced. Products are not: their bits depend on the order of summation."""
+"""Kinds of devices on which quantisers are timed. Products are not: their bits depend on the order of summation."""
 
 
 def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer | None) -> Iterable[Backend]:
@@ -115,18 +145,18 @@ def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer |
         return BACKENDS.values()
     key = (device, quantizer.name)
     if key not in _SECONDS:
-        if is_capturing(device):
+        if is_capturing(device):  # nothing can be timed now
             return BACKENDS.values()
         options = quantizer.check(seed=1)
-        able_here = [
+        runners = [
             backend
             for backend in BACKENDS.values()
             if not isinstance(backend, ReferenceBackend)
             and "quantize" in backend.operations
-            and _objection(backend, operation, device, quantizer, options) is None
+            and why_not_auto(backend, operation, device, quantizer, options) is None
         ]
-        _SECONDS[key] = race(able_here, device, quantizer, clock) if len(able_here) > 1 else {}
-    return by_speed([*BACKENDS.values()], _SECONDS[key])
+        _SECONDS[key] = autotune(runners, device, quantizer, clock) if len(runners) > 1 else {}
+    return fastest_first([*BACKENDS.values()], _SECONDS[key])
 
 
 _CHOSEN: dict[tuple[Operation, str | None], tuple[object, object, Backend]] = {}
@@ -140,7 +170,7 @@ def _only_elsewhere(chosen: Backend, device: torch.device) -> bool:
     return all(backend.unavailable(device) is not None for backend in before)
 
 
-def _obstacle(
+def why_not(
     backend: Backend,
     operation: Operation,
     device: torch.device,
@@ -161,7 +191,7 @@ def _obstacle(
     return _FAULTS[key]
 
 
-def _objection(
+def why_not_auto(
     backend: Backend,
     operation: Operation,
     device: torch.device,
@@ -171,7 +201,7 @@ def _objection(
     """Why "auto" passes over this backend."""
     if not backend.automatic(device):
         return backend.unavailable(device) or "it runs here only when named"
-    return _obstacle(backend, operation, device, quantizer, options)
+    return why_not(backend, operation, device, quantizer, options)
 
 
 def _say_it_failed(
@@ -187,7 +217,7 @@ def _say_it_failed(
         f"takes over, at worst the reference, exact but slow; nvfp4.explain({operation!r}, "
         f"{str(device)!r}) says which",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -200,5 +230,5 @@ def _say_why(operation: Operation, device: torch.device, quantizer: Quantizer | 
         warnings.warn(
             f"nvfp4 computes on {device.type} with the reference backend, exactly but slowly ({reasons})",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

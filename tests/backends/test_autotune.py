@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import nvfp4
-from nvfp4.backends import autotune as race
-from nvfp4.backends import registry
+from nvfp4.backends import autotune, registry
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options, Quantizer
@@ -48,7 +47,7 @@ class Tracks:
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Stub], Tracks]]:
-    """Backends "first" and "second" before the reference on a device whose quantisers are raced."""
+    """Backends "first" and "second" before the reference on a device whose quantisers are timed."""
 
     def build(first: float, second: float, wrong: bool = False) -> tuple[list[Stub], Tracks]:
         backends = [Stub("first"), Stub("second", wrong)]
@@ -59,7 +58,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Stub], Tr
         monkeypatch.setattr(registry, "_FAULTS", {})
         monkeypatch.setattr(registry, "_SECONDS", {})
         monkeypatch.setattr(registry, "_CLOCKS", {"cpu": clock})
-        monkeypatch.setattr(race, "SHAPE", (16, 32))
+        monkeypatch.setattr(autotune, "SHAPE", (16, 32))
         return backends, clock
 
     return build
@@ -78,7 +77,7 @@ def test_the_faster_one_is_chosen_and_said(stage) -> None:
     said = nvfp4.explain("quantize", "cpu", "rtn")
     assert said == "second: chosen, measured 41 us\nfirst: available, measured 57 us\nreference: available"
     asked = clock.asked
-    assert asked == 2 * race.TURNS
+    assert asked == 2 * autotune.TURNS
     assert registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check()) is backends[1]
     assert clock.asked == asked
     nvfp4.explain("quantize", "cpu", "rtn_2d")
@@ -87,13 +86,13 @@ def test_the_faster_one_is_chosen_and_said(stage) -> None:
 
 @pytest.mark.parametrize(("second", "wrong"), [(56e-6, False), (1e-6, True)])
 def test_the_order_stays_without_a_clear_and_right_winner(stage, second: float, wrong: bool) -> None:
-    """Within the margin the earlier one stays; one whose bits differ is not raced at all."""
+    """Within the margin the earlier one stays; one whose bits differ is not timed at all."""
     backends, clock = stage(57e-6, second, wrong)
     assert registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check()) is backends[0]
     assert (clock.asked == 0) == wrong
 
 
-def test_products_are_not_raced(stage) -> None:
+def test_products_are_not_timed(stage) -> None:
     """Nor is anything without a quantiser: bits of a product depend on the order of its sums."""
     backends, clock = stage(2.0, 1.0)
     assert registry.select("auto", "matmul", CPU) is backends[0]
@@ -101,7 +100,7 @@ def test_products_are_not_raced(stage) -> None:
     assert clock.asked == 0
 
 
-def test_a_slow_race_ends_after_a_turn(stage) -> None:
+def test_slow_backends_are_timed_for_one_turn(stage) -> None:
     """The bound on what it costs."""
     _, clock = stage(2.0, 1.0)
     nvfp4.explain("quantize", "cpu", "rtn")
