@@ -20,7 +20,10 @@ import numpy as np
 import pytest
 import torch
 from assertions import assert_floats_bitwise
-from conversion import (
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
+from toy_model import (
     TOKENS,
     Block,
     Model,
@@ -32,9 +35,6 @@ from conversion import (
     reasons,
     snapshot,
 )
-from torch import nn
-from torch.nn.utils import parametrizations, parametrize
-from torch.optim.swa_utils import AveragedModel
 
 import nvfp4
 from nvfp4.backends import registry

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from composition import GEMMS, TABLE, Op
+from layer_oracle import GEMMS, TABLE, Op
 
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.recipes import RECIPES, Gemm, Operand, Recipe, as_recipe, operand

@@ -18,7 +18,7 @@ from torch import nn
 
 from nvfp4.backends.registry import AUTO
 from nvfp4.model.convert import convert
-from nvfp4.model.switches import dense_linears
+from nvfp4.model.plain import dense_linears
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.quantizers.base import Options, Quantizer

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvfp4.layer.gemms import LayerCall, Pair, backward_operands, dense_fprop, forward_operands, product
-from nvfp4.layer.linear import LinearState, output_dtype, refuse_second_derivative
-from nvfp4.layer.noise import CALLS, HostNoise, signed
-from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, inputs_to_save, pack, saved_specs, unpack
+from nvfp4.layer.noise import CALLS, HostNoise
+from nvfp4.layer.saved import NO_GRADIENTS, Dtypes, Matrix, Needs, Saved, inputs_to_save, pack, saved_specs, unpack
+from nvfp4.layer.state import LinearState, output_dtype, refuse_second_derivative
 from nvfp4.layer.weight_cache import Codes
-from nvfp4.numerics.rng import fold_in
+from nvfp4.numerics.rng import fold_in, signed
 from nvfp4.numerics.torch_state import is_dtensor, without_autocast
 from nvfp4.ops import grouped_matmul
 
@@ -66,7 +66,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], 
         return F.linear(x, weight[0]).to(dtype)  # nothing to multiply, but a graph to hang on
     if torch.is_grad_enabled():
         return _GroupedFunction.apply(x, weight, tuple(sizes), state, dtype)
-    return _forward(state, x, weight, sizes, dtype, Needs(False, False))[0]
+    return _forward(state, x, weight, sizes, dtype, NO_GRADIENTS)[0]
 
 
 def _groups(x: torch.Tensor, sizes: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
@@ -191,7 +191,7 @@ def _unpack(
     specs = saved_specs(call.recipe)
     rest = iter(tensors)
     active = [(e, size) for e, size in enumerate(sizes) if size]
-    saved = [unpack(rest, call.recipe, needs, (size, k, n), call.noise) for _, size in active]
+    saved = [unpack(rest, call.recipe, needs, (size, k, n), on_device=False) for _, size in active]
     if needs.dx and specs.for_dx is None:
         weight = next(rest)
         saved = [own._replace(for_dx=weight[e]) for own, (e, _) in zip(saved, active, strict=True)]

@@ -23,7 +23,7 @@ import torch
 
 from nvfp4.layer.dense import affine, times
 from nvfp4.layer.lazy_activation import LazyActivation
-from nvfp4.layer.noise import LEFT, RIGHT, CallNoise, noise_for_call
+from nvfp4.layer.noise import LEFT, RIGHT, CallNoise, DeviceNoise, noise_for_call
 from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, pack, saved_specs, unpack
 from nvfp4.layer.sharding import Shards, quantize_with_amax
 from nvfp4.numerics.hadamard import Rotation
@@ -123,7 +123,7 @@ def backward(
     # what the forward left: codes first, then w and x themselves
     rest = iter(tensors)
     m, n = dy.shape
-    saved = unpack(rest, call.recipe, needs, (m, features, n), call.noise)
+    saved = unpack(rest, call.recipe, needs, (m, features, n), isinstance(call.noise, DeviceNoise))
     if needs.dx and saved.for_dx is None:
         saved = saved._replace(for_dx=next(rest))
     if needs.dw and saved.for_dw is None:

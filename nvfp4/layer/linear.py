@@ -11,126 +11,59 @@ Each way is one function of plain tensors. Eager mode calls it directly; where a
 dispatch mode watches, the operator of ``operators.py`` around it is called instead, and gives the
 same bits.
 
-What a layer knows beside its parameters is its ``LinearState``, in the attribute ``nvfp4``. Under
-``nvfp4.disabled`` it computes as an ``nn.Linear``. Where weight or x is a DTensor,
+What a layer knows beside its parameters is its ``LinearState`` (``state.py``), the attribute
+``nvfp4``. Under ``nvfp4.disabled`` it computes as an ``nn.Linear``. Where weight or x is a DTensor,
 ``tensor_parallel.py`` says which part is computed here. x may be a ``LazyActivation``, which is
 quantised without being written if that is possible.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from nvfp4.backends.registry import AUTO
 from nvfp4.layer import gemms, operators
 from nvfp4.layer.dense import affine
 from nvfp4.layer.gemms import LayerCall
 from nvfp4.layer.lazy_activation import LazyActivation
-from nvfp4.layer.noise import CALLS, Noise, noise_for_call
-from nvfp4.layer.saved import Dtypes, Needs, inputs_to_save, saved_specs
-from nvfp4.layer.sharding import GatheredWeight, Shards
-from nvfp4.layer.weight_cache import Codes, WeightCache
-from nvfp4.numerics.torch_state import autocast_dtype, is_dtensor, is_traced
-from nvfp4.ops import INPUT_DTYPES
-from nvfp4.recipes import Recipe
+from nvfp4.layer.noise import CALLS
+from nvfp4.layer.saved import NO_GRADIENTS, Dtypes, Needs, inputs_to_save
+from nvfp4.layer.sharding import Shards
+from nvfp4.layer.state import LinearState, output_dtype, refuse_second_derivative
+from nvfp4.numerics.torch_state import is_dtensor, is_traced
 
 
-@dataclass
-class LinearState:
-    """What a converted layer knows beside its parameters.
+def _forward(
+    state: LinearState,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    needs: Needs,
+) -> list[torch.Tensor]:
+    """y [M, N] in ``dtype`` of x [M, K], then the tensors of codes that the backward needs."""
+    noise = state.noise
+    if noise.capturable and noise.state.device != x.device:
+        raise RuntimeError(
+            f"x is on {x.device}, but the noise of this layer was put on {noise.state.device} "
+            "by nvfp4.capturable(model): call it again, now that the model has moved"
+        )
 
-    recipe, backend: what runs, and where. noise: its seed, index and call counter; the counter
-    alone changes in training. enabled: False makes it an ``nn.Linear``. full_recipe: the recipe to
-    come back to while ``forward_precision`` keeps the forward in BF16. shards: set for one call if
-    operands are one process's part of a whole. cache: the codes of its weight.
-    """
+    # somebody watches: the operator
+    if is_traced(x):
+        _check_whole(state.shards)
+        how = (noise.state, state.key, state.backend, dtype, list(needs))
+        return operators.fprop(x, weight, bias, *how, state.weight_amax(), noise.capturable)
 
-    recipe: Recipe
-    noise: Noise
-    backend: str = AUTO
-    enabled: bool = True
-    full_recipe: Recipe | None = None
-    shards: Shards | None = field(default=None, repr=False, compare=False)
-    cache: WeightCache = field(default_factory=WeightCache, repr=False, compare=False)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "recipe":  # worked out once, since every call asks
-            self.key = value.key
-            self.specs = saved_specs(value)
-
-    def call(self) -> LayerCall:
-        """The next call of this layer."""
-        noise = noise_for_call(self.noise.state, self.noise.capturable, self.backend)
-        return LayerCall(self.recipe, self.backend, noise, self.shards)
-
-    def can_quantize_lazily(self, x: LazyActivation) -> bool:
-        """Whether the next call can quantise x from its formula.
-
-        Not where something else had the values written already.
-        """
-        if self.shards is not None or x.is_written or is_traced(x):
-            return False
-        return self.recipe.fprop.quantized and self.specs.for_dw is not None
-
-    def forward(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, needs: Needs
-    ) -> list[torch.Tensor]:
-        """y [M, N] in ``dtype`` of x [M, K], then the tensors of codes that the backward needs."""
-        noise = self.noise
-        if noise.capturable and noise.state.device != x.device:
-            raise RuntimeError(
-                f"x is on {x.device}, but the noise of this layer was put on {noise.state.device} "
-                "by nvfp4.capturable(model): call it again, now that the model has moved"
-            )
-
-        # somebody watches: the operator
-        if is_traced(x):
-            _check_whole(self.shards)
-            how = (noise.state, self.key, self.backend, dtype, list(needs))
-            return operators.fprop(x, weight, bias, *how, self.weight_amax(), noise.capturable)
-
-        # nobody does: the same function, with the weight's codes if they are kept
-        call = self.call()
-        kept = self.kept_codes(weight, call)
-        if kept is not None:
-            return gemms.forward(call, x, weight, bias, dtype, needs, w_codes=kept[0])
-        return gemms.forward(call, x, weight, bias, dtype, needs, w_amax=self.weight_amax())
-
-    def weight_amax(self) -> torch.Tensor | None:
-        """What the weight's codes are scaled by, float32 [1].
-
-        None for its own magnitude, or if fprop takes the weight as it is.
-        """
-        return self.cache.amax() if self.recipe.fprop.right.quantized else None
-
-    def kept_codes(self, weight: torch.Tensor, call: LayerCall) -> Codes | None:
-        """The weight as fprop's operands, quantised once for as long as it stays the same.
-
-        None if they are not to be kept: see ``weight_cache``, which also keeps no stochastic
-        operand.
-        """
-        spec = self.recipe.fprop.right
-        if isinstance(weight, GatheredWeight) and spec.quantized:
-            return (weight.codes,)
-        if spec.options_without_noise is None:
-            return None
-        return self.cache.get(weight, self.key, self.backend, partial(self.quantized, weight, call))
-
-    def renew_codes(self, weight: torch.Tensor) -> None:
-        """Quantise the weight now, as the next forward would, into the memory of its codes."""
-        old, self.cache.entry = self.cache.entry, None
-        self.kept_codes(weight, self.call())
-        self.cache.overwrite(old)
-
-    def quantized(self, weight: torch.Tensor, call: LayerCall, amax: torch.Tensor | None) -> Codes:
-        """The operands that fprop needs of a weight: one, or for stacked experts one each."""
-        return (call.weight(weight, amax),)
+    # nobody does: the same function, with the weight's codes if they are kept
+    call = state.call()
+    kept = state.kept_codes(weight, call)
+    if kept is not None:
+        return gemms.forward(call, x, weight, bias, dtype, needs, w_codes=kept[0])
+    return gemms.forward(call, x, weight, bias, dtype, needs, w_amax=state.weight_amax())
 
 
 def _check_whole(shards: Shards | None) -> None:
@@ -139,15 +72,6 @@ def _check_whole(shards: Shards | None) -> None:
         raise RuntimeError(
             "torch.compile, and other tracing, cannot see that a layer of parallelize_module is "
             "one part of a whole: run such layers eagerly, for example with torch.compiler.disable"
-        )
-
-
-def refuse_second_derivative() -> None:
-    """RuntimeError in a backward that is to be differentiated."""
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only create_graph=True leaves it on in there
-        raise RuntimeError(
-            "nvfp4 layers have no second derivative: differentiate without create_graph=True, or "
-            "compute this forward under nvfp4.disabled(model)"
         )
 
 
@@ -164,7 +88,7 @@ class _LinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         needs = Needs(*ctx.needs_input_grad[:3])
-        y, *codes = state.forward(x, weight, bias, dtype, needs)
+        y, *codes = _forward(state, x, weight, bias, dtype, needs)
         ctx.save_for_backward(*codes, *inputs_to_save(state.specs, needs, weight, x))
 
         # the backward belongs to the state as it is now, but for the noise: no saved tensor, since
@@ -260,17 +184,5 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, st
     if torch.is_grad_enabled():
         y = _LinearFunction.apply(rows, weight, bias, state, dtype)
     else:
-        y = state.forward(rows, weight, bias, dtype, Needs(False, False))[0]
+        y = _forward(state, rows, weight, bias, dtype, NO_GRADIENTS)[0]
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """The dtype that ``F.linear`` gives, also under autocast; TypeError if theirs do not fit."""
-    if x.dtype not in INPUT_DTYPES or weight.dtype not in INPUT_DTYPES:
-        raise TypeError(f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}")
-    cast = autocast_dtype(x.device)
-    if cast is not None:
-        return cast
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
-    return x.dtype

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nvfp4.numerics.rng import DeviceSeed, Seed, check_seed, fold_in
+from nvfp4.numerics.rng import DeviceSeed, Seed, check_seed, fold_in, signed
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.ops import draw_seeds
 from nvfp4.recipes import GEMMS
@@ -36,11 +36,6 @@ CALLS = 2
 
 GemmSeeds = tuple[Seed, tuple[Seed, Seed]]
 """Sign seed, rounding seeds of the left and the right operand."""
-
-
-def signed(seed: int) -> int:
-    """An unsigned 64-bit seed as the int64 of the same bits."""
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _number_at(place: int, meaning: str) -> Any:

@@ -28,13 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from nvfp4.layer.noise import CallNoise, DeviceNoise, signed
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.numerics.rng import DeviceSeed
+from nvfp4.numerics.rng import DeviceSeed, signed
 from nvfp4.recipes import Operand, Recipe
 
 Matrix = torch.Tensor | QTensor
@@ -54,6 +54,9 @@ class Dtypes(NamedTuple):
     dx: torch.dtype
     dw: torch.dtype
     db: torch.dtype | None = None
+
+
+NO_GRADIENTS = Needs(dx=False, dw=False)
 
 
 class Saved(NamedTuple):
@@ -84,6 +87,12 @@ class SavedSpecs(NamedTuple):
 
 def saved_specs(recipe: Recipe) -> SavedSpecs:
     """What a forward under ``recipe`` keeps for its backward."""
+    return _saved_specs(recipe.key)  # a string is hashed once, a recipe every time
+
+
+@lru_cache(maxsize=256)
+def _saved_specs(key: str) -> SavedSpecs:
+    recipe = Recipe.from_key(key)
     w, x = recipe.dgrad.right, recipe.wgrad.right
     for_dx = None if w.source == "tensor" else recipe.fprop.right
     if x.source != "tensor":
@@ -107,20 +116,19 @@ def inputs_to_save(specs: SavedSpecs, needs: Needs, weight: torch.Tensor, x: tor
 
 
 def unpack(
-    tensors: Iterator[torch.Tensor], recipe: Recipe, needs: Needs, sizes: tuple[int, int, int], noise: CallNoise
+    tensors: Iterator[torch.Tensor], recipe: Recipe, needs: Needs, sizes: tuple[int, int, int], on_device: bool
 ) -> Saved:
     """``Saved`` again, from ``pack``'s tensors in order; None for a matrix that is saved as it is.
 
-    sizes: (M, K, N). noise: of the backward's call; it says whether seeds are numbers or lie on a
-    device.
+    sizes: (M, K, N). on_device: whether the seeds of signs lie on a device, or are read here.
     """
     specs = saved_specs(recipe)
     w_shape, x_shape = specs.shapes(*sizes)
     for_dx = for_dw = None
     if needs.dx and specs.for_dx is not None:
-        for_dx = _unpack_codes(tensors, specs.for_dx, w_shape, noise)
+        for_dx = _unpack_codes(tensors, specs.for_dx, w_shape, on_device)
     if needs.dw and specs.for_dw is not None:
-        for_dw = _unpack_codes(tensors, specs.for_dw, x_shape, noise)
+        for_dw = _unpack_codes(tensors, specs.for_dw, x_shape, on_device)
     return Saved(for_dx, for_dw)
 
 
@@ -164,13 +172,13 @@ def _pack_codes(q: QTensor) -> tuple[torch.Tensor, ...]:
     return *q.tensors, torch.tensor(signed(seed), device="cpu")
 
 
-def _unpack_codes(tensors: Iterator[torch.Tensor], spec: Operand, shape: tuple[int, int], noise: CallNoise) -> QTensor:
+def _unpack_codes(tensors: Iterator[torch.Tensor], spec: Operand, shape: tuple[int, int], on_device: bool) -> QTensor:
     """The matrix of ``shape`` that ``spec`` quantised."""
     options = spec.static_options
     codes, block_scale, global_scale = next(tensors), next(tensors), next(tensors)
     rotation = options.rotation
     if rotation is not None and not rotation.fixed:
         bits = next(tensors)
-        sign_seed = DeviceSeed(bits) if isinstance(noise, DeviceNoise) else int(bits) % 2**64
+        sign_seed = DeviceSeed(bits) if on_device else int(bits) % 2**64
         rotation = replace(rotation, sign_seed=sign_seed)
     return QTensor(codes, block_scale, global_scale, options.block, shape, -1, rotation)

@@ -115,9 +115,11 @@ class WeightCache:
         return None if self.group is None else self.group.amax(self.group.contents())
 
     def get(
-        self, weight: torch.Tensor, recipe: str, backend: str, make: Callable[[torch.Tensor | None], Codes]
+        self, weight: torch.Tensor, recipe: str, backend: str, make: Callable[..., Codes], call: Any
     ) -> Codes | None:
-        """The codes of ``weight``, by ``make(amax)`` if they are not here; None: not to be kept.
+        """The codes of ``weight``, by ``make(weight, call, amax)`` if they are not here.
+
+        None if they are not to be kept.
 
         recipe: its ``Recipe.key``. RuntimeError where layers share an amax and their weights are
         not here together.
@@ -139,7 +141,7 @@ class WeightCache:
         if entry is None or entry.key != key:
             with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
                 amax = None if self.group is None else self.group.amax(among)
-                entry = self.entry = CachedCodes(key, make(amax), Done(weight.device))
+                entry = self.entry = CachedCodes(key, make(weight, call, amax), Done(weight.device))
         entry.done.before_reading(tensor for q in entry.codes for tensor in q.memory)
         return entry.codes
 

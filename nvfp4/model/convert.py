@@ -22,13 +22,14 @@ from torch import nn
 from nvfp4.backends.registry import AUTO, check_backend
 from nvfp4.layer.dense import DenseLinear
 from nvfp4.layer.experts import STACKS, Experts, ExpertsState
-from nvfp4.layer.linear import Linear, LinearState
+from nvfp4.layer.linear import Linear
 from nvfp4.layer.noise import Noise
+from nvfp4.layer.state import LinearState
 from nvfp4.model.convertible import ALREADY
 from nvfp4.model.fuse import fuse
+from nvfp4.model.plain import slow_linears
 from nvfp4.model.reclass import can_restore, reclass, restore
 from nvfp4.model.selection import ConversionPlan, ModuleFilter, Patterns, Recipes, Selection
-from nvfp4.model.switches import slow_linears
 from nvfp4.model.weights import quantized_weights, states
 from nvfp4.numerics.rng import check_seed
 

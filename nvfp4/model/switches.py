@@ -18,12 +18,10 @@ from types import TracebackType
 
 from torch import nn
 
-from nvfp4.backends.native.cpu import INSTRUCTIONS
-from nvfp4.layer.dense import DenseLinear, is_emulated
-from nvfp4.layer.linear import Linear, LinearState
+from nvfp4.layer.linear import Linear
+from nvfp4.layer.state import LinearState
 from nvfp4.layer.weight_cache import AmaxGroup
 from nvfp4.model.fuse import unfused
-from nvfp4.model.reclass import reclass, restore
 from nvfp4.model.selection import ConvertWarning
 from nvfp4.model.weights import layers, states
 from nvfp4.recipes import Recipe
@@ -179,35 +177,3 @@ def _check_group(names: tuple[str, ...], members: list[Linear]) -> None:
         raise ValueError(f"{group} have different recipes for their weights, so no scale can serve all")
     if specs[0].options_given_amax is None:
         raise ValueError(f"{group}: weights under {specs[0]} have no single scale that follows from amax")
-
-
-def dense_linears(model: nn.Module, enabled: bool = True) -> list[str]:
-    """Let the plain linears of ``model`` multiply by ``affine``, or no longer; returns their names.
-
-    For what stays in high precision, such as the output embedding, and for models in BF16 without
-    any recipe, on a processor without BF16 instructions. Changes the class of each ``nn.Linear`` in
-    place, and nothing else; its subclasses are left alone. On any other device and dtype the layers
-    then compute as before. ``nvfp4.convert`` converts them like any other, before or after.
-    """
-    before = nn.Linear if enabled else DenseLinear
-    linears = {name: module for name, module in model.named_modules() if type(module) is before}
-    for module in linears.values():
-        if enabled:
-            reclass(module, DenseLinear)
-        else:
-            restore(module)
-    return list(linears)
-
-
-def slow_linears(model: nn.Module) -> str | None:
-    """One line on the plain linears whose products torch emulates here, or None."""
-    slow = [module for module in model.modules() if type(module) is nn.Linear and is_emulated(module.weight)]
-    if not slow:
-        return None
-    dtype = str(slow[0].weight.dtype).removeprefix("torch.")
-    names = ", ".join(INSTRUCTIONS[slow[0].weight.dtype])
-    return (
-        f"{len(slow)} linears stay torch's, which emulates {dtype} on a processor without {names}, "
-        "many times slower than float32: nvfp4.dense_linears(model) computes them as fast as "
-        "float32"
-    )

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nvfp4.layer.linear import Linear, LinearState
+from nvfp4.layer.linear import Linear
+from nvfp4.layer.state import LinearState
 from nvfp4.layer.weight_cache import Mode
 
 

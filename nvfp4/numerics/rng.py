@@ -91,6 +91,11 @@ def philox(seed: Seed, index: Word, stream: int) -> tuple[Word, Word, Word, Word
     return c0, c1, c2, c3
 
 
+def signed(seed: int) -> int:
+    """An unsigned 64-bit seed as the int64 of the same bits."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def fold_in(seed: int, *data: int) -> int:
     """A new 64-bit seed from ``seed`` and each integer of ``data`` in turn, left to right (stream 3, words 0 and 1)."""
     check_seed(seed)

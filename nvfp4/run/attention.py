@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nvfp4.backends.native.cpu import EMULATED
-from nvfp4.model.switches import dense_linears
+from nvfp4.model.plain import dense_linears
 
 NAME = "nvfp4_float32"
 

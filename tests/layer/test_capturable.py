@@ -129,6 +129,7 @@ def test_recomputation_and_two_uses(recipe: Any, reentrant: bool) -> None:
 def test_compiled(recipe: Any) -> None:
     """One graph, step after step; the words are an input at a fixed address, so CUDA graphs may advance them."""
     static: list[set[int]] = []
+    torch.compiler.reset()  # shapes that other tests compiled would make this one's dynamic
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         def compiler(inner: torch.fx.GraphModule, _: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assertions import assert_floats_bitwise, assert_within
-from composition import GEMMS, QUANTISED, TABLE, Noise, exact_product, operands, product, summation_bound
+from layer_oracle import GEMMS, QUANTISED, TABLE, Noise, exact_product, operands, product, summation_bound
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

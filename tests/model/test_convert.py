@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import composition
+import layer_oracle
 import pytest
 import torch
 from assertions import assert_floats_bitwise
-from composition import Noise, Op, operands, product
-from conversion import TOKENS, Block, Model, assert_untouched, converted, gradients, quiet, reasons, snapshot
+from layer_oracle import Noise, Op, operands, product
 from torch import nn
+from toy_model import TOKENS, Block, Model, assert_untouched, converted, gradients, quiet, reasons, snapshot
 
 import nvfp4
 from nvfp4.recipes import Recipe
@@ -561,7 +561,7 @@ def test_bf16_forward_is_the_plain_forward_and_an_nvfp4_backward(recipe: str, mo
     untouched = copy.deepcopy(layer)
     x, dy = torch.randn(37, 48), torch.randn(37, 32)
     nvfp4.forward_precision(layer, "bf16")
-    monkeypatch.setitem(composition.TABLE, "switched", _of_tensors(composition.TABLE[recipe]))
+    monkeypatch.setitem(layer_oracle.TABLE, "switched", _of_tensors(layer_oracle.TABLE[recipe]))
     for call in range(2):
         y, dx, dw, db = step(layer, x, dy)
         exact = step(plain, x, dy)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 
 import nvfp4
 from nvfp4.layer.lazy_activation import LazyActivation, rms_norm, swiglu
-from nvfp4.layer.linear import LinearState
+from nvfp4.layer.state import LinearState
 from nvfp4.numerics.activations import RMSNorm, SwiGLU
 
 RECIPES = ["rtn", "nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden", "rl"]

@@ -1,4 +1,4 @@
-"""Codes made on one CUDA stream and read on another, with streams that stand in for a GPU's."""
+"""What keeps the codes of a weight: streams that stand in for a GPU's, and the memory that a read needs."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def test_all_that_kept_codes_hold_outlives_a_read() -> None:
     cache = WeightCache()
     cache.mode = Mode.FIXED
     read: list[torch.Tensor] = []
-    assert cache.get(weight, "recipe", "auto", lambda amax: (q,)) == (q,)
+    assert cache.get(weight, "recipe", "auto", lambda *_: (q,), None) == (q,)
     assert cache.entry is not None
     cache.entry = cache.entry._replace(done=SimpleNamespace(before_reading=read.extend))
-    assert cache.get(weight, "recipe", "auto", lambda amax: (q,)) == (q,)
+    assert cache.get(weight, "recipe", "auto", lambda *_: (q,), None) == (q,)
     assert [id(tensor) for tensor in read] == [id(tensor) for tensor in (*q.tensors, q.swizzled_scale)]
 
 
