@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from nvfp4.rl.statistics import average, distinct_correct, pass_at_k, pass_rates
+from nvfp4.rl.statistics import average, distinct_correct, pass_at_k, pass_keys, pass_rates
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -87,3 +87,10 @@ def test_distinct_correct_counts_texts_once() -> None:
 def test_empty_is_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match="at least one of each"):
         average(values)
+
+
+def test_keys_of_pass_at_k_rise_with_k() -> None:
+    """16 after 2, whatever the order of the row; neither ends of intervals nor other figures."""
+    row = ["eval/pass@16", "eval/greedy", "eval/pass@2", "eval/pass@2/low", "eval/pass@2/high", "eval/pass@1"]
+    assert pass_keys(row) == ["eval/pass@1", "eval/pass@2", "eval/pass@16"]
+    assert pass_keys(["eval/reward"]) == []

@@ -321,6 +321,14 @@ def test_a_task_without_foreign_code_says_that_nothing_is_confined(tmp_path: Pat
     assert load_task(f"{tmp_path}/takes.py:Echo", unsafe_rewards=True).unsafe_rewards is True
 
 
+def test_a_task_lists_its_problems_or_draws_them(tmp_path: Path) -> None:
+    """All rows of a file, the longest among them; of a rule there is no list."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"prompt": "{"1" * n}", "answer": "1"}}' for n in (3, 9, 5)))
+    listed = load_task(str(tmp_path / "rows.jsonl")).listed()
+    assert [len(problem.prompt) for problem in listed] == [3, 9, 5]
+    assert all(load_task(name).listed() is None for name in TASKS)
+
+
 def test_options_are_obeyed() -> None:
     assert {len(p.answer) for p in Sort(shortest=2, longest=4).problems(100, 0)} == {2, 3, 4}
     assert {len(p.answer) for p in Reverse(longest=3).problems(20, 0)} == {3}
