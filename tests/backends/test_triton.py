@@ -45,6 +45,7 @@ ON_GPU = torch.cuda.is_available() and not INTERPRETED
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 BACKEND = TritonBackend()
 SHAPES = [(17, 33), (5, 270), (33, 20), (20, 130)]
+RECIPES = ("nvidia", "quartet2")
 CONVERTED = [
     ("rtn", {}),
     ("four_over_six", {}),
@@ -251,10 +252,15 @@ def test_seeds_of_every_size(seed: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("recipe", ["nvidia", "quartet2", CUSTOM], ids=lambda r: getattr(r, "name", r))
+@pytest.mark.parametrize(
+    "recipe",
+    [CUSTOM, *(pytest.param(name, marks=() if ON_GPU else pytest.mark.slow) for name in RECIPES)],
+    ids=lambda r: getattr(r, "name", r),
+)
 def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, twice, of a capturable layer: the bits of one whose seeds are arguments; nothing is read
-    back. Words whose every half has its top bit set."""
+    back. Words whose every half has its top bit set. The first recipe draws all that there is to draw: signs and
+    elements of each operand in the forward, scales in the backward. The others are slow in the interpreter."""
     if INTERPRETED:  # by the other tests of this file, in a fifth of the time
         monkeypatch.setattr(registry, "find_fault", lambda *args: None)
     layer, there = (layer.to(DEVICE) for layer in pair(recipe, 32, 16, "triton"))
