@@ -165,18 +165,17 @@ def build_seconds(figures: dict[str, Any]) -> float:
 
 
 def _cpu_seconds(unit: Unit, stage: str, figures: dict[str, Any]) -> float:
-    """As measured; for a unit that compiles and was not timed, the mean of its kind."""
-    times = figures["stages"].get(stage, {})
-    if unit.name in times or not _compiles(unit):
-        return times.get(unit.name, 0.0)
-    alike = [
-        figures["stages"][other.name][each.name]
-        for call in (1, 2)
-        for other in stages(call)
-        for each in other.units
-        if each.function == unit.function and each.name in figures["stages"].get(other.name, {})
+    """As measured; for a unit that compiles and was not timed, the mean of its kind, or of all."""
+    timed = figures["stages"]
+    if unit.name in timed.get(stage, {}) or not _compiles(unit):
+        return timed.get(stage, {}).get(unit.name, 0.0)
+    every = [(other, each) for call in (1, 2) for other in stages(call) for each in other.units]
+    seconds = [
+        (each.function, timed[other.name][each.name]) for other, each in every if each.name in timed.get(other.name, {})
     ]
-    return sum(alike) / len(alike) if alike else 0.0
+    alike = [value for function, value in seconds if function == unit.function]
+    some = alike or [value for _, value in seconds]
+    return sum(some) / len(some) if some else 0.0
 
 
 def show() -> int:
