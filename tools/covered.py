@@ -1,21 +1,26 @@
 """Lines and branches of nvfp4 that the tests reach, child processes included, kept as data: ``make
 coverage``.
 
-    python tools/covered.py --json FILE [pytest's options]
+    python tools/covered.py --json FILE [--name NAME] [--data FOLDER] [pytest's options]
+
+FILE keeps a result per NAME, so that one commit stands beside another: lines and branches of each room, a folder of
+nvfp4/, and of each file. With --data the tests can be run in portions: what earlier calls left in FOLDER counts too.
 
 Needs ``coverage`` 7.10 or later, which sets up every Python process that a test starts (``patch =
 subprocess``): the workers of pytest-xdist, the command line, torchrun's processes, the interpreter
-of Triton's kernels. What is compiled is not counted: csrc, and kernels on a GPU.
+of Triton's kernels. What is compiled is not figures: csrc, and kernels on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = """
@@ -29,14 +34,20 @@ data_file = {folder}/data
 disable_warnings = no-data-collected,module-not-imported,couldnt-parse
 """
 
+COUNTS = ("covered_lines", "num_statements", "covered_branches", "num_branches")
+
 
 def main() -> int:
     """pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="where to keep the figures")
+    parser.add_argument("--json", required=True, type=Path, help="where to keep the figures")
+    parser.add_argument("--name", default="now", help="of this result, which replaces an older one of that name")
+    parser.add_argument("--data", type=Path, help="a folder for what is figures; the default is forgotten at the end")
     options, pytest_options = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        settings, report = Path(folder) / "settings", Path(folder) / "report.json"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.data or Path(temporary)).resolve()
+        folder.mkdir(exist_ok=True)
+        settings, report = folder / "settings", folder / "report.json"
         settings.write_text(SETTINGS.format(root=ROOT, folder=folder))
 
         def coverage(command: str, *more: str) -> int:
@@ -44,24 +55,45 @@ def main() -> int:
             return subprocess.run(whole, cwd=ROOT).returncode
 
         code = coverage("run", "-m", "pytest", *pytest_options)
-        coverage("combine", "--quiet")
+        coverage("combine", "--quiet", "--append")
         coverage("json", "--quiet", "-o", str(report))
         figures = json.loads(report.read_text())
-    Path(options.json).write_text(as_json(figures, pytest_options) + "\n")
-    print(f"lines {figures['totals']['covered_lines']} of {figures['totals']['num_statements']}, "
-          f"branches {figures['totals']['covered_branches']} of {figures['totals']['num_branches']}")  # fmt: skip
+
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    results[options.name] = result(figures, pytest_options)
+    options.json.write_text(as_json(results))
+    totals = results[options.name]["totals"]
+    print("lines {} of {}, branches {} of {}".format(*totals))
     return code
 
 
-def as_json(figures: dict, pytest_options: list[str]) -> str:
-    """Totals and, per file, [lines, of, branches, of], with the commit."""
-    names = ("covered_lines", "num_statements", "covered_branches", "num_branches")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    files = {name: [entry["summary"][n] for n in names] for name, entry in sorted(figures["files"].items())}
-    kept = {"commit": commit, "pytest": pytest_options, "totals": {n: figures["totals"][n] for n in names}}
-    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in files.items())
-    return f'{json.dumps(kept)[:-1]},\n "files": {{\n{rows}\n }}}}'
+def room(file: str) -> str:
+    """nvfp4/layer/linear.py -> layer; nvfp4/cli.py -> top."""
+    parts = Path(file).parts
+    return parts[1] if len(parts) > 2 else "top"
+
+
+def result(figures: dict[str, Any], pytest_options: list[str]) -> dict[str, Any]:
+    """Of all, each room and each file [lines, of, branches, of]; with machine and commit."""
+    files = {name: [entry["summary"][n] for n in COUNTS] for name, entry in sorted(figures["files"].items())}
+    rooms: dict[str, list[int]] = {}
+    for name, row in files.items():
+        rooms[room(name)] = [a + b for a, b in zip(rooms.get(room(name), [0] * len(COUNTS)), row, strict=True)]
+    totals = [figures["totals"][n] for n in COUNTS]
+    return {"machine": machine(), "pytest": pytest_options, "totals": totals, "rooms": rooms, "files": files}
+
+
+def machine() -> dict[str, Any]:
+    """What nvfp4 says of this machine and this commit."""
+    code = "import json; from nvfp4.bench.timing import machine; print(json.dumps(machine()))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return json.loads(said)
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """One line per file of the package, so that a change of the figures is a change of lines."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python tools/mutants.py [--only PATTERN] [--json FILE]
 
 Each mutant is one small change of arithmetic, layout or noise: a wrong tie, a constant off by one, a swapped operand, a
-step left out. For each of them the tests that ``make test`` runs on that code run until one fails. A mutant that
+step left out. For each of them the tests that ``make test`` runs on that code run until one fails: first the one that
+found it the last time, by FILE. In the end all tests that found something have to pass without a mutant. A mutant that
 survives is a hole in the tests, and the exit code is then 1.
 
 A copy of the tree in a temporary folder is changed, never this one. Python with torch in it is forked for each mutant,
@@ -25,12 +26,15 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("nvfp4", "csrc", "tests", "pyproject.toml", "setup.py", "benchmarks", "tools")
 CPU_SECONDS = 900
 """A mutant that makes a loop endless is ended by its CPU time, on which a busy machine has no influence."""
+
+NOTHING_FAILED = (0, 4, 5)
+"""pytest's exit codes where all pass, where a test that was named is not there, and where none was chosen."""
 
 VECTORS = ("tests/backends/test_vectors.py", "-k", "reference or seeds")
 ROUNDING = ("tests/numerics/test_rounding.py",)
@@ -280,8 +284,8 @@ def build(copy: Path) -> None:
     subprocess.run(["g++", "-shared", "-fopenmp", *commands, "-o", str(library)], check=True)
 
 
-def run(copy: Path, tests: tuple[str, ...], log: Path) -> int:
-    """pytest's exit code for these tests on the copy, in a fork of this process."""
+def run(copy: Path, tests: tuple[str, ...], log: Path, interpreted: bool) -> int:
+    """pytest's exit code for these tests on the copy, in a fork of this process. interpreted: Triton's kernels."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -290,7 +294,7 @@ def run(copy: Path, tests: tuple[str, ...], log: Path) -> int:
     os.dup2(out, 2)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    if tests is TRITON:
+    if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"
     os.chdir(copy)
     sys.path[:] = [str(copy), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tools"))]
@@ -308,60 +312,90 @@ def native(mutant: Mutant) -> bool:
     return mutant.file.startswith("csrc/")
 
 
-def verdicts(chosen: list[Mutant], copy: Path) -> list[dict]:
-    """What became of each; RuntimeError where the tests fail without a mutant."""
-    log, rows = copy / "log.txt", []
-    for tests in {m.tests: None for m in chosen}:
-        if any(native(m) for m in chosen if m.tests == tests):
-            build(copy)
-        if (code := run(copy, tests, log)) != 0:
-            raise RuntimeError(f"{' '.join(tests)} ends with {code} without a mutant:\n{log.read_text()[-3000:]}")
-    for number, mutant in enumerate(chosen, 1):
-        file = copy / mutant.file
-        text = file.read_text()
-        assert text.count(mutant.before) == 1, (
-            f"{mutant.file} holds {mutant.before!r} {text.count(mutant.before)} times"
-        )
-        file.write_text(text.replace(mutant.before, mutant.after))
-        if native(mutant):
-            build(copy)
-        code = run(copy, mutant.tests, log)
-        file.write_text(text)
-        found = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
-        by = found[0].split(" ")[1] if found else f"exit code {code}"
-        rows.append(
-            {"file": mutant.file, "before": mutant.before, "after": mutant.after, "killed": code != 0, "by": by}
-        )
-        print(
-            f"{number:3} {'killed' if code else 'SURVIVED'}  {mutant.file}: {mutant.before} -> {mutant.after}   {by}",
-            flush=True,
-        )
-    return rows
+def selections(mutant: Mutant, known: dict[str, str]) -> list[tuple[str, ...]]:
+    """What to run until something fails: the test that found this mutant the last time, then all of its tests."""
+    before = known.get(f"{mutant.file}: {mutant.before} -> {mutant.after}")
+    return [(before,), mutant.tests] if before and before.startswith("tests/") else [mutant.tests]
+
+
+def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]:
+    """What became of one: the fault is put in, tests run until one fails, the fault is taken out."""
+    file, log = copy / mutant.file, copy / "log.txt"
+    text = file.read_text()
+    times = text.count(mutant.before)
+    assert times == 1, f"{mutant.file} holds {mutant.before!r} {times} times"
+
+    file.write_text(text.replace(mutant.before, mutant.after))
+    if native(mutant):
+        build(copy)
+    for tests in selections(mutant, known):
+        code = run(copy, tests, log, interpreted=mutant.tests is TRITON)
+        if code not in NOTHING_FAILED:
+            break
+    file.write_text(text)
+
+    lines = log.read_text().splitlines()
+    failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    by = failed[0] if failed else f"exit code {code}"
+    row = {"file": mutant.file, "before": mutant.before, "after": mutant.after}
+    return row | {"killed": code not in NOTHING_FAILED, "by": by}
+
+
+def pass_without_mutants(rows: list[dict[str, Any]], chosen: list[Mutant], copy: Path) -> None:
+    """RuntimeError if one of the tests that found a mutant fails without any, and so has found nothing."""
+    log = copy / "log.txt"
+    if any(map(native, chosen)):
+        build(copy)
+    for interpreted in (False, True):
+        killers = {r["by"]: None for r, m in zip(rows, chosen, strict=True) if (m.tests is TRITON) == interpreted}
+        tests = tuple(name for name in killers if name.startswith("tests/"))
+        if tests and (code := run(copy, tests, log, interpreted)) != 0:
+            raise RuntimeError(f"tests end with {code} without a mutant:\n{log.read_text()[-3000:]}")
+
+
+def kept(path: str | None) -> dict[str, str]:
+    """Of each mutant in an earlier result, the test that found it."""
+    if path is None or not Path(path).exists():
+        return {}
+    rows = json.loads(Path(path).read_text())["mutants"]
+    return {f"{row['file']}: {row['before']} -> {row['after']}": row["by"] for row in rows}
 
 
 def main() -> int:
     """0 if every mutant was killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants whose file matches this regular expression")
-    parser.add_argument("--json", help="where to keep the verdicts")
+    parser.add_argument("--json", help="where to keep the verdicts; the tests it names are tried first")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if re.search(options.only, m.file)]
+    known = kept(options.json)
+    chosen = sorted((m for m in MUTANTS if re.search(options.only, m.file)), key=native)
 
-    import torch  # noqa: F401 - once, for all forks
+    import hypothesis  # noqa: F401 - these once, for all forks
+    import pytest  # noqa: F401
+    import torch  # noqa: F401
 
     sys.dont_write_bytecode = True  # of a file that changes within a second, or is back, bytecode would be stale
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "nvfp4"
         copy.mkdir()
         for name in COPIED:
             source, ignored = ROOT / name, shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
-        rows = verdicts([m for m in chosen if not native(m)], copy)
-        rows += verdicts([m for m in chosen if native(m)], copy)
+        for number, mutant in enumerate(chosen, 1):
+            rows.append(verdict(mutant, copy, known))
+            said = "killed  " if rows[-1]["killed"] else "SURVIVED"
+            change = f"{mutant.file}: {mutant.before} -> {mutant.after}"
+            print(f"{number:3} {said}  {change}   {rows[-1]['by']}", flush=True)
+        pass_without_mutants(rows, chosen, copy)
+
     killed = sum(row["killed"] for row in rows)
     print(f"{killed} of {len(rows)} mutants killed")
     if options.json:
-        Path(options.json).write_text(json.dumps({"killed": killed, "of": len(rows), "mutants": rows}, indent=1) + "\n")
+        from nvfp4.bench.timing import machine  # not before the forks, each of which imports its own nvfp4
+
+        result = {"machine": machine(), "killed": killed, "of": len(rows), "mutants": rows}
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     return killed != len(rows)
 
 
