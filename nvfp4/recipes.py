@@ -155,6 +155,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for gemm in GEMMS:
             self._check_gemm(gemm, getattr(self, gemm))
+
+        # what the backward takes from the forward has to be there, in a form that it can use
         for gemm, operand, saved in (
             ("dgrad", self.dgrad.right, self.fprop.right),
             ("wgrad", self.wgrad.right, self.fprop.left),

@@ -83,12 +83,16 @@ class NVFP4Mixin:
         trainer: Any = self
         if not self.mismatch_meter:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+
+        # what the sampler computed, step by step
         with _recorded(_inner(trainer, trainer.model), trainer.temperature) as steps:
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         ids, mask = output["completion_ids"], output["completion_mask"].bool()
         if len(steps) < ids.shape[1] or any(len(step) != len(ids) for step in steps):
             return output  # several generations for one batch, as with tools: nothing to line up
         sampled = torch.stack([step.gather(-1, ids[:, t, None])[:, 0] for t, step in enumerate(steps[: ids.shape[1]])])
+
+        # what the trainer computes of the same tokens
         scored = output.get("old_per_token_logps")
         if scored is None:
             scored = self._scored(output)

@@ -100,6 +100,8 @@ def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         dtype = x.dtype
         if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
             return None  # torch says what is wrong
+
+    # shapes that do not fit are torch's to refuse, too
     fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
     return dtype if fits and dtype in EMULATED else None

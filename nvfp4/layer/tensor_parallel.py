@@ -112,6 +112,8 @@ def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
     mesh = weight.device_mesh
     if mesh.ndim != 1 or x.device_mesh != mesh:
         raise TypeError(f"x and weight must be on one mesh of one dimension, got {x.device_mesh} and {mesh}")
+
+    # the four lines of the table at the head of the file
     (of_x,), (of_weight,) = x.placements, weight.placements
     if of_x == Replicate() and of_weight == Shard(0):
         last = Shard(x.dim() - 1)

@@ -126,6 +126,7 @@ def revert(model: nn.Module) -> nn.Module:
     In place; returns ``model``; undoes ``fuse`` as well. RuntimeError for a layer that
     ``fully_shard`` was called on itself, which has changed its class since.
     """
+    # all is checked before anything is changed
     converted = [module for module in model.modules() if isinstance(module, Linear | Experts)]
     changed = next((type(module) for module in converted if not can_restore(module)), None)
     if changed is not None:
@@ -135,6 +136,7 @@ def revert(model: nn.Module) -> nn.Module:
             "precision either way"
         )
     fuse(model, False)
+
     for module in model.modules():
         vars(module).pop("nvfp4_kept", None)
     for module in converted:
@@ -157,8 +159,8 @@ def _separate_noise(model: nn.Module) -> Sequence[str]:
     for name, handle in quantized_weights(model).items():
         noise = handle.state.noise
         if (noise.seed, noise.layer) in seen:
+            # a state of its own, since a shallow copy of a layer shares the other's
             index = _next_index(model)
-            # a shallow copy of a layer shares its state; what the state refers to stays what it is
             noise = copy.deepcopy(noise)
             noise.layer = index
             handle.put(replace(handle.state, noise=noise, cache=copy.copy(handle.state.cache)))

@@ -46,16 +46,21 @@ def why_not_linear(module: nn.Linear) -> str | None:
         return ALREADY
     if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
         return "parametrized"  # also the older weight_norm, whose weight is computed by a hook
+
+    # another forward would be replaced in silence
     if type(module) not in (nn.Linear, DenseLinear):
         return "subclass"
     if "forward" in vars(module):
         return "forward_replaced"
+
+    # another kind of weight, or another dtype, has arithmetic of its own
     if isinstance(module.weight, nn.UninitializedParameter):
         return "uninitialized"
     if not all(is_plain_parameter(parameter) for parameter in module.parameters(recurse=False)):
         return "tensor_subclass"
     if module.weight.dtype not in INPUT_DTYPES:
         return "dtype"
+
     # sizes, not the weight's: a weight that is gathered when needed may be empty until then
     if 0 in (module.in_features, module.out_features):
         return "empty"
@@ -71,6 +76,8 @@ def why_not_experts(module: nn.Module) -> str | None:
     stacks = [getattr(module, name, None) for name in STACKS]
     if isinstance(module, Experts):
         return ALREADY
+
+    # the layout
     up, down = stacks
     if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3):
         return "experts_layout"
@@ -80,6 +87,8 @@ def why_not_experts(module: nn.Module) -> str | None:
         return "experts_layout"
     if getattr(module, "has_bias", True) or getattr(module, "has_post_expert_norm", False):
         return "experts_bias_or_norm"
+
+    # what was done to this one
     if "forward" in vars(module):
         return "forward_replaced"
     if getattr(module, "_is_expert_parallel", False):

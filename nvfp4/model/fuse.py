@@ -81,6 +81,8 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
     """
     if not on:
         return _unfuse(model)
+
+    # each trial is made once for all modules that it holds for
     verdicts = {}
     trials: dict[Any, bool] = {}
     for name, module, widths in _candidates(model):
@@ -203,6 +205,8 @@ def _why_not_norm(module: nn.Module, widths: set[int], trials: dict[Any, bool]) 
         return "dtype"
     if len(weight) not in widths:
         return "feeds_no_converted_layer"
+
+    # what it computes depends on these alone
     key = (type(module), _eps(module), len(weight))
     if key not in trials:
         trials[key] = _agrees(lambda: _try_norm(module, len(weight)))

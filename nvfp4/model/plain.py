@@ -1,4 +1,4 @@
-"""The plain linears of a model, those that stay in high precision: faster where torch emulates them.
+"""The plain linears of a model, which stay in high precision: faster where torch emulates them.
 
 A processor without BF16 instructions makes torch emulate BF16 linears, 5 to 40 times slower than
 float32 (``layer/dense.py``, which computes them at float32's speed). ``dense_linears`` lets the
