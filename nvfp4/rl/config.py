@@ -273,6 +273,7 @@ EVALUATION = ("eval_every", "eval_problems", "eval_samples")
 def resolve(config: RLConfig) -> RLConfig:
     """The same config with every derived value filled in; ``TrainError`` naming each field that is
     wrong."""
+    # What names something is looked up, what cannot be together or cannot act is refused.
     config = validated(config)
     _check_objective(config.objective)
     for name in (config.recipe, *config.recipes, config.sampler_recipe):
@@ -280,6 +281,8 @@ def resolve(config: RLConfig) -> RLConfig:
             raise TrainError(f"recipe: expected one of {', '.join(RL_RECIPES)}, got {name!r}")
     _check_together(config)
     _check_can_act(config)
+
+    # What was left open: first from the task, then from the objective's authors, then sizes.
     task, new = make_task(config), config.model is None
     if config.model is not None:
         check_model_folder(config.model)

@@ -88,6 +88,8 @@ def prepare(config: RLConfig) -> Run:
     task, objective = make_task(config), make_objective(config)
     if accelerator.num_processes > 1:
         objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"), accelerator.gather)
+
+    # What would stop the run later stops it now; from here on the folder is this process's.
     folder = RLFolder(config.out)
     _check_problems(task)
     if (walls := task.confinement()) is not None:

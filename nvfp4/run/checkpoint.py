@@ -49,8 +49,10 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for rest in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(rest)
+
         temporary.mkdir()
         _write(temporary, snapshot)
+
         if path.exists():  # the same step again, after going back to an earlier checkpoint
             path.rename(folder / f"{_TEMPORARY}replaced")
         temporary.rename(path)
@@ -62,6 +64,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         raise TrainError(
             f"cannot write checkpoint {path}: {error}; {intact}; make room and go on with --resume"
         ) from error
+
     for old in [*folder.glob(f"{_TEMPORARY}*"), *newest_first(folder)[keep:]]:
         shutil.rmtree(old, ignore_errors=True)  # what stays is tried again after the next checkpoint
     return path

@@ -82,6 +82,8 @@ def load_corpus(config: DataOptions) -> Corpus:
     files = find_files(config.data, "data") if config.data else standard_library_files()
     documents = _read_all(files, config.text_field)
     digest = _digest(documents)
+
+    # Held out: files of their own,
     if config.held_out_data:
         held_out = _read_all(find_files(config.held_out_data, "held_out_data"), config.text_field)
         shared = {d.text for d in documents} & {d.text for d in held_out}
@@ -91,8 +93,12 @@ def load_corpus(config: DataOptions) -> Corpus:
                 f"held_out_data: {len(shared)} documents are also in data (first: {name}); remove them from one"
             )
         return Corpus(documents, sorted(held_out, key=lambda d: d.draw), _digest([*documents, *held_out]))
+
+    # the end of a single document,
     if len(documents) == 1:
         return Corpus(*_cut(documents[0], config.holdout), digest)
+
+    # or the documents whose names draw less than the share.
     by_draw = sorted(documents, key=lambda d: d.draw)
     held_out = [d for d in by_draw if d.draw < config.holdout] or by_draw[:1]
     names = {d.name for d in held_out}

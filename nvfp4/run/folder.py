@@ -217,6 +217,8 @@ class RunFolder:
             snapshot = checkpoint.load(path)
             self._take_over(path, config)
             return (path, snapshot), [f"resuming from {path}"]
+
+        # The newest that is whole; a damaged one is named and passed over.
         notes: list[str] = []
         paths = checkpoint.newest_first(self.checkpoints) if config.resume else []
         for path in paths:

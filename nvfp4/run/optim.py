@@ -48,6 +48,7 @@ def learning_rates(config: OptimOptions) -> Callable[[int], float]:
     assert config.lr is not None
     assert config.warmup is not None
     peak, steps = config.lr, config.steps + 1
+
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a schedule wants an optimiser; we want its function
     if config.schedule == "wsd":
         schedule = get_wsd_schedule(
@@ -62,5 +63,6 @@ def learning_rates(config: OptimOptions) -> Callable[[int], float]:
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             unused, num_warmup_steps=config.warmup, num_training_steps=steps, min_lr_rate=config.min_lr
         )
+
     factor = schedule.lr_lambdas[0]
     return lambda step: peak * factor(step + 1)

@@ -76,6 +76,8 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
         axes.plot(scored["step"], _scored(run), "o", color=colour, markersize=4.5, markeredgecolor="white", zorder=3)
         ends.append(float(curve[-1]))
         texts.append((f"{run['recipe']}  {run['val_bpb']:.3f}", colour))
+
+    # The axis shows what the curves settle at, not the fall of the first steps.
     settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
     low = float(np.nanquantile(np.concatenate(settled), 0.005))  # a single lucky batch shall not flatten the curves
     high = max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
@@ -95,6 +97,8 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
     base = next(run for run in report["runs"] if run["recipe"] == report["baseline"])
     ends, texts, extremes = [0.0], [(base["recipe"], BASE_COLOUR)], [0.0]
     axes.axhline(0, color=BASE_COLOUR, linewidth=1.2)
+
+    # The others minus the baseline, step by step.
     for run, colour in zip(report["runs"], _colours(report), strict=True):
         if run is base:
             continue
@@ -106,6 +110,8 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
         extremes += [*gap[_settled(run) :], *scored[1:][np.isfinite(scored[1:])]]
         ends.append(float(gap[-1]))
         texts.append((f"{run['recipe']}  {run['gap_percent']:+.2f} %", colour))
+
+    # Room for all of them once they have settled.
     margin = 0.12 * (max(extremes) - min(extremes)) or 0.01
     axes.set_ylim(min(extremes) - margin, max(extremes) + margin)
     axes.set_ylabel(f"gap to {base['recipe']}, nats")

@@ -61,6 +61,8 @@ def comparison(config: CompareConfig, arms: list[Arm], results: list[dict[str, A
     logs."""
     baseline = BASELINE if BASELINE in config.recipes else config.recipes[0]
     base = {arm.config.seed: r for arm, r in zip(arms, results, strict=True) if r["recipe"] == baseline}
+
+    # Each result beside the baseline's of the same seed, with its curves.
     runs = []
     for arm, result in zip(arms, results, strict=True):
         rows = log.read(arm.folder.log)
@@ -77,6 +79,8 @@ def comparison(config: CompareConfig, arms: list[Arm], results: list[dict[str, A
             }
         )
     report = {"baseline": baseline, "config": to_fields(config), "runs": runs}
+
+    # What is certain about the gaps.
     if len(config.seeds) > 1:
         losses = {(run["recipe"], run["seed"]): run["val_loss"] for run in runs}
         report["paired"] = paired(losses, baseline)

@@ -154,11 +154,17 @@ def _check(config: TrainConfig) -> None:
         sizes = [name for name in ("width", "heads", "kv_heads", "ffn") if getattr(config, name) is not None]
         if sizes:
             raise TrainError(f"{sizes[0]}: {config.model} brings its own sizes; leave out {', '.join(sizes)}")
+
+    # Options that were given and cannot act.
+    seeds = config.seeds if isinstance(config, CompareConfig) else ()
     rules = (
         ("architecture depth tie_embeddings", config.model is not None, "--model brings its own sizes"),
         ("holdout", bool(config.held_out_data), "--held-out-data says what is held out"),
+        ("seed", bool(seeds), "--seeds says which"),
     )
     refuse_idle(config, rules)
+
+    # Recipes and seeds, of which each gets a run.
     if isinstance(config, PretrainConfig):
         _check_recipe("recipe", config.recipe)
     if isinstance(config, CompareConfig):
@@ -167,6 +173,8 @@ def _check(config: TrainConfig) -> None:
         if not config.recipes or len(set(config.recipes)) < len(config.recipes):
             listed = ", ".join(config.recipes) or "none"
             raise TrainError(f"recipes: expected different names, at least one, got {listed}")
+    if len(set(seeds)) < len(seeds):
+        raise TrainError(f"seeds: expected different numbers, got {', '.join(map(str, seeds))}")
 
 
 def _check_recipe(field: str, name: str) -> None:

@@ -144,7 +144,7 @@ def stopped_at(monkeypatch, update: int, number: int) -> list[float]:
 
     def watched(*args):
         loss = original(*args)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if len(losses) == update:
             os.kill(os.getpid(), number)
         return loss

@@ -63,6 +63,14 @@ def test_values_given_in_python_are_checked_like_those_of_a_file():
         resolve(PretrainConfig(steps="3"))
 
 
+def test_compare_needs_different_seeds_and_no_other_seed():
+    with pytest.raises(TrainError, match="seeds: expected different numbers, got 3, 5, 3"):
+        resolve(CompareConfig(seeds=(3, 5, 3)))
+    with pytest.raises(TrainError, match="seed: 4 has no effect, since --seeds says which"):
+        resolve(CompareConfig(seeds=(3, 5), seed=4))
+    assert resolve(from_fields(CompareConfig, {"seeds": "3,5"}, "c.yaml")).seeds == (3, 5)
+
+
 @pytest.mark.parametrize("recipes", [(), ("bf16", "bf16"), ("bf16", "fp8")])
 def test_compare_needs_different_known_recipes(recipes):
     with pytest.raises(TrainError, match="recipes: expected"):
