@@ -65,6 +65,9 @@ class Card(NamedTuple):
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on every card here."""
 
+TENSOR_COLUMNS = 512
+"""Columns of tensor memory per multiprocessor, on 100 and 103."""
+
 CARDS: dict[int, Card] = {
     80: Card(166_912, 167_936, 64, 32),
     86: Card(101_376, 102_400, 48, 16),
@@ -123,10 +126,14 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> TritonKer
     faults += memory_faults(sass, spilled)
     if shared > card.shared_block:
         faults.append(f"{shared} bytes of shared memory, {card.shared_block} allowed")
+    columns = compiled.metadata.tmem_size
+    if columns > TENSOR_COLUMNS:
+        faults.append(f"{columns} columns of tensor memory, {TENSOR_COLUMNS} allowed")
+    if re.search(r"^\s*trap;", ptx, re.MULTILINE):
+        faults.append("compiled to a trap")
     if variant.exact:
         faults += rounding_faults(ptx, sass, variant.divides)
 
-    columns = compiled.metadata.tmem_size
     return TritonKernel(
         kernel=variant.name,
         capability=capability,
@@ -143,12 +150,12 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> TritonKer
 def occupancy(registers: int, shared: int, warps: int, card: Card, tensor_columns: int = 0) -> float:
     """Resident warps of the possible, in whole blocks.
 
-    Registers are allotted by 256 per warp. tensor_columns: of the 512 of tensor memory that a
-    multiprocessor with tcgen05 has.
+    Registers are allotted by 256 per warp. tensor_columns: of those that a multiprocessor with
+    tcgen05 has, ``TENSOR_COLUMNS``.
     """
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = card.shared_total // (shared + 1024)
-    by_tensor_memory = 512 // tensor_columns if tensor_columns else card.blocks
+    by_tensor_memory = TENSOR_COLUMNS // tensor_columns if tensor_columns else card.blocks
     by_warps = card.warps // warps
     blocks = min(by_registers, by_shared, by_tensor_memory, by_warps, card.blocks)
     return blocks * warps / card.warps

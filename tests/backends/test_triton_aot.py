@@ -145,7 +145,8 @@ def test_families_and_tiles(monkeypatch):
         121: "mma_fp4",
     }
     assert {capability: family(capability) for capability in aot.CARDS} == kinds
-    assert {family(capability, native=False) for capability in (100, 120)} == {"mma"}
+    decoded = {capability: family(capability, native=False) for capability in (100, 103, 120, 121)}
+    assert decoded == {100: "tcgen05_decoded", 103: "tcgen05_decoded", 120: "mma", 121: "mma"}
     assert choose_tile(16, 4096, "mma_fp4", 170).m == 16
     assert choose_tile(16384, 16384, "mma_fp4", 170) == TILES["mma_fp4"][0]
     assert choose_tile(16384, 16384, "tcgen05", 148) == TILES["tcgen05"][0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +15,10 @@ from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.qtensor import QTensor
 
-BALANCE = {"tcgen05": 128, "mma_fp4": 16, "wgmma": 16, "mma": 8}
+BALANCE = {"tcgen05": 128, "tcgen05_decoded": 32, "mma_fp4": 16, "wgmma": 16, "mma": 8}
 """Products a multiprocessor makes in the time that half a byte, one code, takes from L2 at 64 bytes a clock: 16 k
-(B200: 9 PFLOP/s / 2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in FP16: the same), 1 k."""
+(B200: 9 PFLOP/s / 2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in FP16: the same), 1 k.
+FP16 is a quarter of FP4 on a B200."""
 
 GROUP = 8
 """Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk reads 65."""
@@ -43,6 +44,8 @@ class GemmTile:
 TILES: dict[str, tuple[GemmTile, ...]] = {
     # 128 rows always: with 64, Triton 3.9 leaves FP4 and multiplies in FP16
     "tcgen05": (GemmTile(128, 256, 256, 8, 3), GemmTile(128, 128, 256, 8, 4), GemmTile(128, 64, 256, 4, 4)),
+    # one tile: with 128 rows, Triton 3.6 wants more tensor memory than there is, and compiles the kernel to a trap
+    "tcgen05_decoded": (GemmTile(64, 64, 64, 4, 4),),
     "mma_fp4": (GemmTile(128, 128, 128, 8, 4), GemmTile(64, 128, 128, 4, 4), GemmTile(16, 128, 256, 4, 4)),
     # 128 registers, so that two programs fit: one decodes while the other multiplies
     "wgmma": (GemmTile(128, 128, 64, 8, 3), GemmTile(64, 64, 64, 4, 4)),
@@ -56,7 +59,7 @@ INSTRUCTIONS = {
     "tcgen05": r"tcgen05\.mma\S*kind::mxf4nvf4\S*(block16|scale_vec::4X)",  # two names of the same, up to 3.7 and after
     "mma_fp4": r"mma\.sync\S*kind::mxf4nvf4\S*scale_vec::4X\S*ue4m3",
     "wgmma": r"wgmma\.mma_async\S*f32\.f16\.f16",
-    "tcgen05 decoded": r"tcgen05\.mma\S*kind::f16",
+    "tcgen05_decoded": r"tcgen05\.mma\S*kind::f16",
     "mma": r"mma\.sync\S*f32\.f16\.f16\.f32",
 }
 """The tensor core instruction of each family, as PTX writes it."""
@@ -68,8 +71,8 @@ def family(capability: int, native: bool = True) -> str:
     Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false. On 121 Triton 3.6
     cannot compile it (its passes fail; 3.9.0's do not), so there codes are decoded until 3.9.
     """
-    if native and capability in (100, 103):
-        return "tcgen05"
+    if capability in (100, 103):
+        return "tcgen05" if native else "tcgen05_decoded"
     if native and (capability == 120 or (capability == 121 and version() >= (3, 9))):
         return "mma_fp4"
     return "wgmma" if capability == 90 else "mma"
@@ -91,13 +94,13 @@ def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, widest
 
 
 @lru_cache(maxsize=64)
-def _device(device: torch.device) -> tuple[str, int]:
+def _device(device: torch.device, native: bool = True) -> tuple[str, int]:
     """(family, multiprocessors); on a CPU, where only Triton's interpreter runs, the smallest."""
     if device.type != "cuda":
         return "mma", 1
     major, minor = torch.cuda.get_device_capability(device)
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return family(10 * major + minor), count
+    return family(10 * major + minor, native), count
 
 
 def tensor_cores(device: torch.device) -> str:
@@ -121,7 +124,7 @@ def gemm(
     makes its output NaN. Raises ValueError for other dtypes or shapes that do not fit.
     """
     _check(a, b, out_dtype, bias)
-    kind, multiprocessors = _device(a.device)
+    kind, multiprocessors = _device(a.device, native is not False)
     # the interpreter's casts to BF16 truncate
     out = torch.empty(a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device)
     if out.numel() == 0:
@@ -174,8 +177,6 @@ def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
     ]
     other = family(capability, native=False)
     decoded = [] if other == kind else [_variant(other, tile) for tile in TILES[other][:1]]
-    if kind == "tcgen05":
-        decoded = [replace(variant, instruction=INSTRUCTIONS["tcgen05 decoded"]) for variant in decoded]
     return [*plain, *options, rich, *decoded]
 
 
