@@ -259,7 +259,8 @@ def _skeleton(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
     root = nn.Module()
     for name, shape in shapes.items():
         if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"{name!r} must have a shape (out_features, in_features), positive, got {shape!r}")
+            wanted = "(out_features, in_features), positive"
+            raise ValueError(f"the shape of {name!r} must be {wanted}, got {shape!r}")
 
         # the modules on the way to it
         *parents, last = name.split(".")
