@@ -89,33 +89,31 @@ _QUANTISERS: tuple[tuple[str, str, dict[str, Any], str, str], ...] = (
 def linear() -> str:
     """Forward and backward of one layer relative to BF16, a row per machine, instruction set and size."""
     recipes = ("nvidia", "quartet2", "search_eden")
-    cells: dict[tuple[str, str], dict[str, float]] = {}
+    times: dict[tuple[str, str], dict[str, float]] = {}
     for row in _read("linear")["rows"]:
-        where = (_machine(row, row["instructions"]), row["layer"].split()[0])
-        cells.setdefault(where, {})[row["recipe"]] = row["x bf16"]
-    rows = [
-        (machine, size, *(f"{times[recipe]:.2f}" for recipe in recipes))
-        for (machine, size), times in sorted(cells.items())
-    ]
+        where = (_processor(row["machine"], row["instructions"]), row["layer"].split()[0])
+        times.setdefault(where, {})[row["recipe"]] = row["x bf16"]
+
+    rows = [(*where, *(f"{found[recipe]:.2f}" for recipe in recipes)) for where, found in sorted(times.items())]
     return _table(("machine", "tokens = in = out", *(f"`{recipe}`" for recipe in recipes)), rows)
 
 
 def quantize() -> str:
-    """Milliseconds of each quantiser, and copies of the same bytes."""
-    tables: dict[str, list[tuple[str, ...]]] = {}
-    for row in _read("quantize")["rows"]:
-        figures = (f"{row['row-wise ms']:.1f}", f"{row['x copy']:.1f}", f"{row['both ms']:.1f}")
-        torchao = f"{row['torchao ms']:.0f}" if "torchao ms" in row else ""
-        title = f"{_machine(row, row['instruction set'].upper())}, {row['machine']['date']}"
-        tables.setdefault(title, []).append((f"`{row['quantiser']}`", *figures, torchao))
-    columns = ("quantiser", "ms", "copies", "x and x^T, ms", "torchao, ms")
-    return "\n\n".join(f"{title}:\n\n{_table(columns, rows)}" for title, rows in tables.items())
+    """Milliseconds of each quantiser on each machine, and copies of the same bytes in brackets."""
+    measured = _read("quantize")["rows"]
+    machines = sorted({_processor(row["machine"], row["instruction set"]) for row in measured})
+    cells: dict[str, dict[str, str]] = {}
+    for row in measured:
+        machine = _processor(row["machine"], row["instruction set"])
+        cells.setdefault(row["quantiser"], {})[machine] = f"{row['row-wise ms']:.1f} ms ({row['x copy']:.1f})"
+
+    rows = [(f"`{name}`", *(found.get(machine, "") for machine in machines)) for name, found in cells.items()]
+    return _table(("quantiser", *machines), rows)
 
 
-def _machine(row: dict[str, Any], instructions: str) -> str:
-    """The processor of a row, its threads, and the instruction set it was held to, if not its best."""
-    machine = f"{row['machine']['processor']}, {row['machine']['threads']} threads"
-    return machine if instructions in machine else f"{machine}, held to {instructions}"
+def _processor(machine: dict[str, Any], instructions: str) -> str:
+    """A machine in a few words: processor, threads, and the instruction set that the process was held to."""
+    return f"{machine['processor'].split(' (')[0]}, {machine['threads']} threads, {instructions.upper()}"
 
 
 def memory() -> str:

@@ -40,7 +40,7 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 FIGURES = runpy.run_path(str(DOCS / "figures.py"))
 
-TO_ADD = {"nvfp4/quantizers/max_to_four.py", "nvfp4/rl/objectives/centred.py"}
+TO_ADD = {"nvfp4/quantizers/max_to_four.py", "nvfp4/rl/objectives/median.py"}
 """Files that docs/extend.md tells a reader to write."""
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
