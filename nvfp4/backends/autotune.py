@@ -24,12 +24,14 @@ TURNS = 5
 SECONDS = 0.1
 """After so long measuring ends at the end of a turn."""
 MARGIN = 0.95
-"""A later backend wins only below this share of the earlier one's time, so that noise does not decide."""
+"""A later backend wins only below this share of the earlier one's time, so that noise does not
+decide."""
 _BUSY_BYTES = 64 << 20
 
 
 def autotune(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock) -> dict[str, float]:
-    """Seconds each backend takes for a BF16 matrix and then for both orientations of it: the least of its turns.
+    """Seconds each backend takes for a BF16 matrix and then for both orientations of it: the least
+    of its turns.
 
     Each runs once before, which compiles. Waits for the device; draws no random number.
     """
@@ -78,7 +80,8 @@ def fastest_first(backends: Sequence[Backend], seconds: dict[str, float]) -> lis
 
 
 def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
-    """By events around a run. The device is kept busy before, so that what the host takes to launch does not count."""
+    """By events around a run. The device is kept busy before, so that what the host takes to launch
+    does not count."""
     busy = torch.empty(_BUSY_BYTES, dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

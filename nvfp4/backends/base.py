@@ -1,4 +1,16 @@
-"""What a backend is: operations on matrices, and an honest answer to whether it can do them."""
+"""What a backend is: operations on matrices, and an honest answer to whether it can do them.
+
+    quantize(x [M, K])          -> QTensor along K        the one operation every backend must have an answer to
+    quantize_both(x)            -> x along K, x^T along M
+    requantize(q [M, K])        -> what q stands for, transposed, along M
+    quantize_activation(a)      -> RMSNorm or SwiGLU, quantised
+    dequantize(q), matmul(a, b) -> matrices
+
+Whatever a backend leaves out it inherits from here, in terms of ``quantize`` and ``decode``:
+correct and slower. A backend sees matrices, quantisers and options; it knows no layer and no
+recipe. Codes and scales are those of the reference bit for bit, which ``selfcheck`` holds it to at
+first use.
+"""
 
 from __future__ import annotations
 
@@ -21,37 +33,44 @@ Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activ
 
 
 SWIZZLED_MAJORS = (10, 12)
-"""Major compute capabilities with NVFP4 units that cuBLASLt programs: its GEMM reads swizzled block scales."""
+"""Major compute capabilities with NVFP4 units that cuBLASLt programs: its GEMM reads swizzled block
+scales."""
 
 
 @lru_cache(maxsize=64)
 def reads_swizzled(device: torch.device) -> bool:
-    """Whether GEMMs on this device read swizzled scales, so that a quantiser had better write them on the way."""
+    """Whether GEMMs on this device read swizzled scales, so that a quantiser had better write them
+    on the way."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in SWIZZLED_MAJORS
 
 
 class Backend(ABC):
-    """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and scales bit for bit."""
+    """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and
+    scales bit for bit."""
 
     name: str
     operations: tuple[Operation, ...] = get_args(Operation)
     """What it implements; the rest is left to "auto" where this backend is named."""
 
     decodes: tuple[torch.dtype, ...] = ()
-    """What its ``decode`` can write; for other dtypes, and for rotated codes, ``dequantize`` is the reference's."""
+    """What its ``decode`` can write; for other dtypes, and for rotated codes, ``dequantize`` is the
+    reference's."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
-        """None if this backend can run on ``device`` on this machine, otherwise the reason in words."""
+        """None if this backend can run on ``device`` on this machine, otherwise the reason in
+        words."""
 
     def automatic(self, device: torch.device) -> bool:
-        """Whether "auto" may choose it on ``device``; otherwise it runs there only when it is named."""
+        """Whether "auto" may choose it on ``device``; otherwise it runs there only when it is
+        named."""
         return True
 
     def refuses(
         self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
     ) -> str | None:
-        """None if it implements the operation (for this quantiser and these options), otherwise the reason."""
+        """None if it implements the operation (for this quantiser and these options), otherwise the
+        reason."""
         return None
 
     @abstractmethod
@@ -61,12 +80,14 @@ class Backend(ABC):
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
     ) -> QTensor:
-        """``quantize`` scaled by ``amax`` instead of by x's own: float32 on the device of x, [1] or, row-scaled, [M].
+        """``quantize`` scaled by ``amax`` instead of by x's own: float32 on the device of x, [1]
+        or, row-scaled, [M].
 
-        For deterministic rules without rotation, whose scale is a function of it; x may not be empty, and no magnitude
-        of it may exceed ``amax``, which is not finite if x is not.
+        For deterministic rules without rotation, whose scale is a function of it; x may not be
+        empty, and no magnitude of it may exceed ``amax``, which is not finite if x is not.
         """
-        # a block beyond x's own holds amax while x is quantised, and is then dropped; it costs a copy of x
+        # a block beyond x's own holds amax while x is quantised, and is then dropped; it costs a
+        # copy of x
         rows, columns = x.shape
         if options.row_scaled:
             larger = F.pad(x, (0, -columns % NVFP4.block_size + NVFP4.block_size))
@@ -96,8 +117,8 @@ class Backend(ABC):
         rows: tuple[Quantizer, Options],
         columns: tuple[Quantizer, Options] | None = None,
     ) -> tuple[QTensor, QTensor | None]:
-        """``quantize_both`` of ``activation.values()`` (without ``columns``: ``quantize`` and None); a backend need not
-        write these to memory."""
+        """``quantize_both`` of ``activation.values()`` (without ``columns``: ``quantize`` and
+        None); a backend need not write these to memory."""
         x = activation.values()
         return (self.quantize(x, *rows), None) if columns is None else self.quantize_both(x, rows, columns)
 
@@ -106,18 +127,21 @@ class Backend(ABC):
         return activation.gradients(dy)
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
-        """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded matrix, in float32."""
+        """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded
+        matrix, in float32."""
         return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)
 
     def transpose(self, q: QTensor) -> QTensor:
-        """``q.transpose()``: the codes themselves with rows and columns exchanged, for 16x16 blocks."""
+        """``q.transpose()``: the codes themselves with rows and columns exchanged, for 16x16
+        blocks."""
         return q.transpose()
 
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
-        """The seeds of one call of a layer, int64 [gemms, 3] of their bits: for signs, the left and the right operand.
+        """The seeds of one call of a layer, int64 [gemms, 3] of their bits: for signs, the left and
+        the right operand.
 
-        words: ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for; rank: counts
-        where words[3] is negative. Equal to ``noise.gemm_seeds``.
+        words: ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing
+        waits for; rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``.
         """
         signs = fold_in_there(words[0], words[1], words[2], torch.arange(gemms, device=words.device))
         sides = torch.arange(1, 3, device=words.device)
@@ -125,7 +149,8 @@ class Backend(ABC):
         return torch.cat((signs[:, None], rounding), dim=1)
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
-        """A number that changes whenever the bytes of x do, or None where telling would cost a synchronisation."""
+        """A number that changes whenever the bytes of x do, or None where telling would cost a
+        synchronisation."""
         return None
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,17 +162,20 @@ class Backend(ABC):
         return out.view(*lead, q.contraction).movedim(-1, q.axis)
 
     def decode_blocks(self, q: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32 alike."""
+        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32
+        alike."""
         return self.decode(q, q.padded_contraction, dtype, with_global=False)
 
     def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
-        """The first ``columns`` of the matrix of q [M, columns] in a dtype of ``decodes``, if there are any."""
+        """The first ``columns`` of the matrix of q [M, columns] in a dtype of ``decodes``, if there
+        are any."""
         raise NotImplementedError(f"the {self.name} backend decodes to {self.decodes or 'nothing'}")
 
     @abstractmethod
     def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """decode(a) @ decode(b)^T [a.rows, b.rows]: contraction in float32 without the global scales, then
-        fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast to ``out_dtype``."""
+        """decode(a) @ decode(b)^T [a.rows, b.rows]: contraction in float32 without the global
+        scales, then fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast
+        to ``out_dtype``."""
 
     def grouped_matmul(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> list[torch.Tensor]:
         """``matmul`` of every pair; a backend may do it in one launch."""

@@ -1,4 +1,5 @@
-"""What this machine can do: versions, devices, and each backend with the reason why not. ``nvfp4 info``."""
+"""What this machine can do: versions, devices, and each backend with the reason why not. ``nvfp4
+info``."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from nvfp4.backends.registry import BACKENDS
 
 
 def info() -> str:
-    """One fact a line: versions, processor, devices, and for each backend "yes" or why it cannot run there."""
+    """One fact a line: versions, processor, devices, and for each backend "yes" or why it cannot
+    run there."""
     devices = [torch.device("cpu")]
     facts = {name: _version(name) for name in ("nvfp4", "torch", "triton", "transformers")}
     facts["python"] = platform.python_version()

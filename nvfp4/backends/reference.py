@@ -1,5 +1,5 @@
-"""The reference backend: the mathematics of ``quantizers/`` in PyTorch, and the GEMM emulated exactly, on any
-device."""
+"""The reference backend: the mathematics of ``quantizers/`` in PyTorch, and the GEMM emulated
+exactly, on any device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from nvfp4.quantizers.base import Options, Quantizer
 
 
 class ReferenceBackend(Backend):
-    """Defines the right answer. e2m1 * e4m3 needs 6 significant bits, so a float32 GEMM of the decoded operands (TF32
-    or BF16 tensor cores included) has exact products and differs from the FP4 GEMM in summation order alone."""
+    """Defines the right answer. e2m1 * e4m3 needs 6 significant bits, so a float32 GEMM of the
+    decoded operands (TF32 or BF16 tensor cores included) has exact products and differs from the
+    FP4 GEMM in summation order alone."""
 
     name = "reference"
 
@@ -41,7 +42,8 @@ def reference_matmul(
 def apply_globals(
     y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """What follows the contraction y (float32, overwritten): global scales in their order, bias, one cast."""
+    """What follows the contraction y (float32, overwritten): global scales in their order, bias,
+    one cast."""
     y = y.mul_(a.global_scale.view(-1, 1)).mul_(b.global_scale)
     if bias is not None:
         y = y.add_(bias)

@@ -63,7 +63,8 @@ def check_backend(name: str, device: torch.device | None = None) -> str:
 def candidates(
     operation: Operation, device: torch.device, quantizer: Quantizer | None = None, options: Options | None = None
 ) -> list[tuple[Backend, str | None]]:
-    """Every backend in order of preference with None, or the reason why "auto" does not choose it here."""
+    """Every backend in order of preference with None, or the reason why "auto" does not choose it
+    here."""
     order = _in_order(operation, device, quantizer)
     return [(backend, why_not_auto(backend, operation, device, quantizer, options)) for backend in order]
 
@@ -82,7 +83,8 @@ def select(
     quantizer: Quantizer | None = None,
     options: Options | None = None,
 ) -> Backend:
-    """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one cannot.
+    """The backend ``name``, or for "auto" the first that can; ``BackendUnavailable`` if a named one
+    cannot.
 
     A backend that only multiplies leaves the rest to "auto" when it is named.
     Warns once of each backend, operation and device whose self-check failed, and once for each kind
@@ -132,14 +134,17 @@ _FAULTS: dict[tuple[Backend, Operation, torch.device, str | None], str | None] =
 _SAID = {"meta"}  # where nothing is computed
 _FAILED: set[tuple[Backend, Operation, torch.device]] = set()
 _SECONDS: dict[tuple[torch.device, str], dict[str, float]] = {}
-"""What this process found out and said: verdicts of the self-check, devices on which a fallback was announced, failed
-self-checks that were announced, and for each quantiser the times of the backends that have it."""
+"""What this process found out and said: verdicts of the self-check, devices on which a fallback was
+announced, failed self-checks that were announced, and for each quantiser the times of the backends
+that have it."""
 _CLOCKS: dict[str, Clock] = {"cuda": seconds_on_gpu}
-"""Kinds of devices on which quantisers are timed. Products are not: their bits depend on the order of summation."""
+"""Kinds of devices on which quantisers are timed. Products are not: their bits depend on the order
+of summation."""
 
 
 def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer | None) -> Iterable[Backend]:
-    """The backends as "auto" asks them: for quantisers the fastest first, measured at the first question."""
+    """The backends as "auto" asks them: for quantisers the fastest first, measured at the first
+    question."""
     clock = _CLOCKS.get(device.type)
     if operation != "quantize" or quantizer is None or clock is None:
         return BACKENDS.values()
@@ -160,12 +165,14 @@ def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer |
 
 
 _CHOSEN: dict[tuple[Operation, str | None], tuple[object, object, Backend]] = {}
-"""Operations that the CPU's kernels do under "auto" on the CPU, with the tables that this was found in: a small layer
-asks nine times a step, and asking every backend took an eighth of what such a step costs beside its kernels."""
+"""Operations that the CPU's kernels do under "auto" on the CPU, with the tables that this was found
+in: a small layer asks nine times a step, and asking every backend took an eighth of what such a
+step costs beside its kernels."""
 
 
 def _only_elsewhere(chosen: Backend, device: torch.device) -> bool:
-    """Whether every backend before ``chosen`` runs on other devices alone, so that no option can change the choice."""
+    """Whether every backend before ``chosen`` runs on other devices alone, so that no option can
+    change the choice."""
     before = list(BACKENDS.values())[: list(BACKENDS.values()).index(chosen)]
     return all(backend.unavailable(device) is not None for backend in before)
 
@@ -177,7 +184,8 @@ def why_not(
     quantizer: Quantizer | None,
     options: Options | None,
 ) -> str | None:
-    """Why this backend cannot, or must not be trusted to, do the operation; the first question runs a self-check."""
+    """Why this backend cannot, or must not be trusted to, do the operation; the first question runs
+    a self-check."""
     reason = backend.unavailable(device) or backend.refuses(operation, quantizer, options)
     if reason is not None or isinstance(backend, ReferenceBackend) or device.type == "meta":
         return reason
@@ -222,7 +230,8 @@ def _say_it_failed(
 
 
 def _say_why(operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None) -> None:
-    """That only the reference is left, unless failed self-checks alone are why, of which each has been said."""
+    """That only the reference is left, unless failed self-checks alone are why, of which each has
+    been said."""
     _SAID.add(device.type)
     refused = [(b, why) for b, why in candidates(operation, device, quantizer, options) if why is not None]
     if any((b, operation, device) not in _FAILED for b, _ in refused):

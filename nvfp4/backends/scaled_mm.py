@@ -1,20 +1,24 @@
-"""The cuBLASLt backend: NVFP4 GEMMs through ``torch.nn.functional.scaled_mm``, on Blackwell. It only multiplies.
+"""The cuBLASLt backend: NVFP4 GEMMs through ``torch.nn.functional.scaled_mm``, on Blackwell. It
+only multiplies.
 
-What is exact and what is not. float32 output, and every product with row scales, is the contraction alone, multiplied
-by the global scales afterwards in their order: the bits of the definition, up to the order of summation. 16-bit output
-hands both scales to cuBLASLt, which multiplies by fl(global_a * global_b). That saves a float32 matrix that would be
-written and read three times (predicted, not measured: on B200 longer than the GEMM itself at 4096^3); it costs one
-float32 rounding, 2^-16 of a BF16 one, and bits of results whose global_a * global_b lies below 2^-126. Nothing here
-has run on a GPU of its kind so far; what a card makes of it is checked at first use (``selfcheck.py``).
+What is exact and what is not. float32 output, and every product with row scales, is the contraction
+alone, multiplied by the global scales afterwards in their order: the bits of the definition, up to
+the order of summation. 16-bit output hands both scales to cuBLASLt, which multiplies by fl(global_a
+* global_b). That saves a float32 matrix that would be written and read three times (predicted, not
+measured: on B200 longer than the GEMM itself at 4096^3); it costs one float32 rounding, 2^-16 of a
+BF16 one, and bits of results whose global_a * global_b lies below 2^-126. Nothing here has run on a
+GPU of its kind so far; what a card makes of it is checked at first use (``selfcheck.py``).
 
-Where both scales may go inside. torch (all versions that have this function, 2.10 to 2.13) hands their product to
-cuBLASLt through one buffer of four bytes: ``get_user_alpha_ptr``, allocated once in a process, on the device that is
-current then, and written before each such product (``BLASConstants.cu``, ``CUDABlas.cpp``). On one stream writing and
-reading take turns. Two streams, or two graphs replayed side by side, would exchange their scales without any error;
-another GPU would read the first one's memory; and a first use within a capture would allocate. So it is left alone but
-on the default stream of one device, outside of captures: ``SharedAlpha``. Everywhere else the contraction is asked for
-alone and one kernel of ours does the rest, to the bits of the definition; so a 16-bit product of a captured graph may
-differ in its last bit from the same product outside of it.
+Where both scales may go inside. torch (all versions that have this function, 2.10 to 2.13) hands
+their product to cuBLASLt through one buffer of four bytes: ``get_user_alpha_ptr``, allocated once
+in a process, on the device that is current then, and written before each such product
+(``BLASConstants.cu``, ``CUDABlas.cpp``). On one stream writing and reading take turns. Two streams,
+or two graphs replayed side by side, would exchange their scales without any error; another GPU
+would read the first one's memory; and a first use within a capture would allocate. So it is left
+alone but on the default stream of one device, outside of captures: ``SharedAlpha``. Everywhere else
+the contraction is asked for alone and one kernel of ours does the rest, to the bits of the
+definition; so a 16-bit product of a captured graph may differ in its last bit from the same product
+outside of it.
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ COLUMN_UNIT = 16
 class SharedAlpha:
     """torch's one buffer for the product of two global scales, of this process.
 
-    device: where we used it first, and where it therefore lies, unless somebody else's NVFP4 products came before ours.
+    device: where we used it first, and where it therefore lies, unless somebody else's NVFP4
+    products came before ours.
     """
 
     def __init__(self) -> None:
@@ -63,7 +68,8 @@ class SharedAlpha:
 
     @contextmanager
     def lent(self, device: torch.device) -> Iterator[bool]:
-        """Whether a product enqueued within may go through the buffer; no other thread enqueues one meanwhile."""
+        """Whether a product enqueued within may go through the buffer; no other thread enqueues one
+        meanwhile."""
         if device.type != "cuda":
             yield True  # stand-ins of tests, which have no such buffer
             return
@@ -84,7 +90,8 @@ ALPHA = SharedAlpha()
 
 
 class ScaledMmBackend(Backend):
-    """scaled_mm, scaled_grouped_mm: torch's functions of these names, or in tests what stands in for them."""
+    """scaled_mm, scaled_grouped_mm: torch's functions of these names, or in tests what stands in
+    for them."""
 
     name = "scaled_mm"
     operations = ("matmul", "grouped_matmul")
@@ -134,7 +141,8 @@ class ScaledMmBackend(Backend):
     def _product(
         self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None, inside: bool
     ) -> torch.Tensor:
-        """[a.rows, b.rows] of ``dtype``; inside: cuBLASLt applies the global scales and adds the bias, already padded.
+        """[a.rows, b.rows] of ``dtype``; inside: cuBLASLt applies the global scales and adds the
+        bias, already padded.
 
         Otherwise the contraction alone.
         """
@@ -162,7 +170,8 @@ class ScaledMmBackend(Backend):
         y = self._grouped_mm(
             torch.cat([_codes(q).view(torch.uint8) for q in a]).view(torch.float4_e2m1fn_x2),
             torch.stack([_codes(q).view(torch.uint8) for q in b]).view(torch.float4_e2m1fn_x2).transpose(1, 2),
-            # each group's scales are swizzled by themselves and start at a tile: over all of M they would be others'
+            # each group's scales are swizzled by themselves and start at a tile: over all of M they
+            # would be others'
             [torch.cat([self._scale(q) for q in a]).view(-1, blocks), torch.cat([q.global_scale for q in a])],
             _recipe(True),
             [torch.stack([self._scale(q) for q in b]), torch.cat([q.global_scale for q in b])],
@@ -175,7 +184,8 @@ class ScaledMmBackend(Backend):
         return list(y.split([q.rows for q in a]))
 
     def _fits_grouped(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> bool:
-        """Whether torch's grouped GEMM takes it: BF16, a's ragged in rows alone, b's alike, on its hardware."""
+        """Whether torch's grouped GEMM takes it: BF16, a's ragged in rows alone, b's alike, on its
+        hardware."""
         if self._grouped_mm is None or len(a) < 2 or out_dtype != torch.bfloat16:
             return False
         device = a[0].device
@@ -192,7 +202,8 @@ class ScaledMmBackend(Backend):
         return [self._scale(q), q.global_scale] if with_global else [self._scale(q)]
 
     def _scale(self, q: QTensor) -> torch.Tensor:
-        """Block scales, one per row and block, swizzled: those that the quantiser wrote on the way, or made here.
+        """Block scales, one per row and block, swizzled: those that the quantiser wrote on the way,
+        or made here.
 
         What is made here is kept as long as q lives, so that a weight's scales are swizzled once.
         """
@@ -209,9 +220,11 @@ class ScaledMmBackend(Backend):
 
 
 def _ready_scale(q: QTensor) -> torch.Tensor | None:
-    """The swizzled scales that q carries, unless its block scales may have been written to without them.
+    """The swizzled scales that q carries, unless its block scales may have been written to without
+    them.
 
-    Kernels write through raw pointers and leave versions at 0; ``QTensor.overwrite`` raises both alike.
+    Kernels write through raw pointers and leave versions at 0; ``QTensor.overwrite`` raises both
+    alike.
     """
     made = q.swizzled_scale
     if made is None or made.is_inference() or q.block_scale.is_inference():
@@ -222,7 +235,8 @@ def _ready_scale(q: QTensor) -> torch.Tensor | None:
 def _finished(
     y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Global scales in their order, bias, one cast: one kernel where there is Triton, four of torch's elsewhere."""
+    """Global scales in their order, bias, one cast: one kernel where there is Triton, four of
+    torch's elsewhere."""
     if y.device.type == "cuda" and scaled is not None:
         with torch.cuda.device(y.device):
             return scaled(y, a, b, out_dtype, bias)
@@ -235,9 +249,11 @@ def _may_scale_inside(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> bool:
 
 
 def _codes(q: QTensor, row_unit: int = 1) -> torch.Tensor:
-    """Codes in memory as torch wants them, filled up with zeros: their scales are 0, or they are never read.
+    """Codes in memory as torch wants them, filled up with zeros: their scales are 0, or they are
+    never read.
 
-    The swizzled scales need no filling: they come in tiles of 4 columns and 128 rows, and both units divide those.
+    The swizzled scales need no filling: they come in tiles of 4 columns and 128 rows, and both
+    units divide those.
     """
     width = q.codes.shape[1]
     padding = (0, -width % (CONTRACTION_UNIT // 2), 0, -q.rows % row_unit)

@@ -1,4 +1,5 @@
-"""What a backend has to show the first time it is used on a device: the reference's bits on a small fixed input.
+"""What a backend has to show the first time it is used on a device: the reference's bits on a small
+fixed input.
 
 A kernel built for another architecture may return zeros or what was in memory, without any error.
 """
@@ -21,8 +22,8 @@ _REFERENCE = ReferenceBackend()
 _ROWS, _COLUMNS = 16, 128  # one tile high, one rotation group of any quantiser wide
 _INPUTS, _OUTPUTS = 136, 152
 _CONTRACTION = 208
-"""Of the GEMM: scales in 2 x 4 tiles of 128 x 4, the last ones ragged; neither side a multiple of what a library asks
-for (32 codes of the contraction, 16 output columns)."""
+"""Of the GEMM: scales in 2 x 4 tiles of 128 x 4, the last ones ragged; neither side a multiple of
+what a library asks for (32 codes of the contraction, 16 output columns)."""
 _HEIGHTS = (5, 130, 16)
 _GRID = torch.tensor(E2M1.grid, device="cpu")
 _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
@@ -30,15 +31,17 @@ _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
 
 
 def find_fault(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> str | None:
-    """None if ``backend`` reproduces the reference bit for bit on ``device``, otherwise what went wrong.
+    """None if ``backend`` reproduces the reference bit for bit on ``device``, otherwise what went
+    wrong.
 
-    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements; products that are exact
-    in float32 in every order of summation; or activations with their gradients. Waits for the device; draws no random
-    number.
+    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements;
+    products that are exact in float32 in every order of summation; or activations with their
+    gradients. Waits for the device; draws no random number.
     """
     probe = _PROBES[operation]
     chosen = quantizer or get_quantizer("rtn")
-    # the first use may lie under anything: a dispatch mode that counts or replays operators must not see these
+    # the first use may lie under anything: a dispatch mode that counts or replays operators must
+    # not see these
     with without_dispatch_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
         want = probe(_REFERENCE, torch.device("cpu"), chosen)
         try:
@@ -52,8 +55,9 @@ def find_fault(backend: Backend, operation: Operation, device: torch.device, qua
 def _lost(device: torch.device) -> str:
     """What to add where a kernel took the whole device with it.
 
-    After an illegal address or a trap CUDA refuses all that this process ever asks of the device again, so passing over
-    the backend that did it saves nothing, and whatever runs next would be blamed for it.
+    After an illegal address or a trap CUDA refuses all that this process ever asks of the device
+    again, so passing over the backend that did it saves nothing, and whatever runs next would be
+    blamed for it.
     """
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return ""
@@ -100,7 +104,8 @@ def _multiplied(backend: Backend, device: torch.device, quantizer: Quantizer) ->
 
 
 def _multiplied_in_groups(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
-    """Groups of unequal height, one of them beyond a tile of scales; the columns are what every path takes."""
+    """Groups of unequal height, one of them beyond a tile of scales; the columns are what every
+    path takes."""
     a = [_exact(device, rows, scale, 40503 + rows) for rows, scale in zip(_HEIGHTS, (1.5, 1.25, 3), strict=True)]
     b = [_exact(device, 32, scale, 48271 + rows) for rows, scale in zip(_HEIGHTS, (1.25, 3, 1.5), strict=True)]
     return [*backend.grouped_matmul(a, b, torch.bfloat16), *backend.grouped_matmul(a, b, torch.float32)]
@@ -116,9 +121,10 @@ def _exact(
 ) -> QTensor:
     """[rows, _CONTRACTION] of any codes; no two neighbouring blocks, rows or tiles of scales alike.
 
-    With block scales of 1/2, 1 and 2 a product is a multiple of 1/16 below 144, and a sum of them, times both global
-    scales, one of 1/128 below 2^16 (or 1/64 below 2^17): exact in float32 in any order, with the global scales applied
-    in any way. Wrong places of scales, a missing global scale, zeros and leftovers of memory all show.
+    With block scales of 1/2, 1 and 2 a product is a multiple of 1/16 below 144, and a sum of them,
+    times both global scales, one of 1/128 below 2^16 (or 1/64 below 2^17): exact in float32 in any
+    order, with the global scales applied in any way. Wrong places of scales, a missing global
+    scale, zeros and leftovers of memory all show.
     """
     codes = (_noise(rows, _CONTRACTION // 2, multiplier) >> 8).to(torch.uint8)
     shape = (-(-rows // block[0]), _CONTRACTION // NVFP4.block_size)
@@ -161,14 +167,16 @@ def _matrix(rows: int = _ROWS, columns: int = _COLUMNS) -> torch.Tensor:
 
 
 def edge_cases(quantizer: Quantizer) -> list[torch.Tensor]:
-    """Where a conversion to E2M1 goes wrong without a trace: float32 matrices with elements that, once scaled, are ties
-    of either sign, zeros of either sign, or beyond the largest value, some infinitely so."""
+    """Where a conversion to E2M1 goes wrong without a trace: float32 matrices with elements that,
+    once scaled, are ties of either sign, zeros of either sign, or beyond the largest value, some
+    infinitely so."""
     return [_spikes()] if quantizer.rotates else [_ties(cap) for cap in (E4M3.max, SEARCH_CAP)]
 
 
 _SPIKES = ((13327, 12273), (7427, 5794), (3087, 2033), (12607, 6966), (1807, 753), (9795, 2632), (1167, 113))
-"""Rotated among zeros, a and b become a + b and a - b, of which for ms_eden the one is the maximum of its block and the
-other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by trying; test_selfcheck.py holds it."""
+"""Rotated among zeros, a and b become a + b and a - b, of which for ms_eden the one is the maximum
+of its block and the other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by
+trying; test_selfcheck.py holds it."""
 
 
 def _spikes() -> torch.Tensor:
@@ -180,11 +188,13 @@ def _spikes() -> torch.Tensor:
 
 
 def _ties(cap: float) -> torch.Tensor:
-    """[16, 144] whose largest block scale is ``cap``: all scales are powers of two, and their blocks have maxima of 6.
+    """[16, 144] whose largest block scale is ``cap``: all scales are powers of two, and their
+    blocks have maxima of 6.
 
-    A block holds one tie between grid values that make every other scale worse, and is the same in all rows but for the
-    sign. Of the last two one has its maximum at 6.34, on a scale rounded down, and one is so small that its scale
-    becomes zero, while its elements overflow on their way to the grid.
+    A block holds one tie between grid values that make every other scale worse, and is the same in
+    all rows but for the sign. Of the last two one has its maximum at 6.34, on a scale rounded down,
+    and one is so small that its scale becomes zero, while its elements overflow on their way to the
+    grid.
     """
     middles = (_GRID[1:] + _GRID[:-1]) / 2
     exact = _GRID[torch.tensor(_FILLING, device="cpu")].expand(len(middles), -1)

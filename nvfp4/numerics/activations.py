@@ -1,16 +1,18 @@
-"""RMSNorm and SwiGLU to the last bit: what feeds a quantiser where the activation itself is never written to memory.
+"""RMSNorm and SwiGLU to the last bit: what feeds a quantiser where the activation itself is never
+written to memory.
 
-All of it is float32 with every operation rounded by itself (no FMA), true division and correctly rounded square roots;
-round_t is one rounding, to nearest even, to the dtype t. So every backend makes the same codes.
+All of it is float32 with every operation rounded by itself (no FMA), true division and correctly
+rounded square roots; round_t is one rounding, to nearest even, to the dtype t. So every backend
+makes the same codes.
 
     RMSNorm   rstd = 1 / sqrt(mean + eps), mean = row_sum(x^2) / K, y = round_out(round_x(x rstd) w)
     SwiGLU    y = round_out(round_gate(silu(gate)) up), silu(g) = (g or g e) / (1 + e), e = exp(-|g|)
 
-They round where transformers' ``LlamaRMSNorm`` and ``LlamaMLP`` do (``out``: the dtype that torch promotes to), and
-differ from them in the order of a sum, which torch leaves open, and in the last bits of ``rsqrt`` and ``exp``. The
-backward is float32 throughout and rounds once, to the dtype of what it is the gradient of.
-NaN and Inf stay visible: one in x makes its row NaN or Inf; a gate of -Inf makes NaN, as in torch. A row of zeros
-gives zeros if eps > 0.
+They round where transformers' ``LlamaRMSNorm`` and ``LlamaMLP`` do (``out``: the dtype that torch
+promotes to), and differ from them in the order of a sum, which torch leaves open, and in the last
+bits of ``rsqrt`` and ``exp``. The backward is float32 throughout and rounds once, to the dtype of
+what it is the gradient of. NaN and Inf stay visible: one in x makes its row NaN or Inf; a gate of
+-Inf makes NaN, as in torch. A row of zeros gives zeros if eps > 0.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from nvfp4.numerics.scaling import tree_sum
 LANES = 256
 """Columns that ``row_sum`` adds side by side: what a GPU program holds of a row at once."""
 STRETCH = 2**16
-"""Elements that a CPU's core works out at a time: what some thirty passes over them leave in its cache."""
+"""Elements that a CPU's core works out at a time: what some thirty passes over them leave in its
+cache."""
 SLAB = 16
 """Rows whose part of a weight's gradient is summed first."""
 
@@ -127,7 +130,8 @@ def _silu(dtype: torch.dtype, gate: torch.Tensor, sigmoid: tuple[torch.Tensor, t
 
 
 def _stretches(*matrices: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Rows [m, K] of all matrices [M, K] at a time: on a CPU as many as stay in its caches, elsewhere all."""
+    """Rows [m, K] of all matrices [M, K] at a time: on a CPU as many as stay in its caches,
+    elsewhere all."""
     rows, columns = matrices[0].shape
     if matrices[0].device.type != "cpu":
         return (matrices,)
@@ -148,15 +152,16 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 def _root(x: torch.Tensor) -> torch.Tensor:
     """The correctly rounded square root of float32 x, which torch's own is not on every CPU.
 
-    In float64 even a root that is wrong by a unit rounds rightly: between float32 roots and the middle of two float32
-    numbers there is always more. MPS has no float64.
+    In float64 even a root that is wrong by a unit rounds rightly: between float32 roots and the
+    middle of two float32 numbers there is always more. MPS has no float64.
     """
     wide = x.cpu() if x.device.type == "mps" else x
     return wide.to(torch.float64).sqrt().to(torch.float32).to(x.device)
 
 
 def exp_negative(x: torch.Tensor) -> torch.Tensor:
-    """e^-|x| of float32 x, within two units in the last place: 2^n times a series; a subnormal is rounded once more."""
+    """e^-|x| of float32 x, within two units in the last place: 2^n times a series; a subnormal is
+    rounded once more."""
     t = x.abs().neg_().clamp_(min=EXP_FLOOR)
     n = (t * LOG2_E).add_(ROUNDER).sub_(ROUNDER)
     r = t.sub_(n * LN2_HIGH).sub_(n * LN2_LOW)
@@ -173,8 +178,8 @@ def _power(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def row_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of each row of float32 x [M, K], [M]: ``LANES`` columns side by side, one stretch of them after the other,
-    zeros beyond the last; then ``tree_sum`` over the lanes."""
+    """Sum of each row of float32 x [M, K], [M]: ``LANES`` columns side by side, one stretch of them
+    after the other, zeros beyond the last; then ``tree_sum`` over the lanes."""
     padded = F.pad(x, (0, -x.shape[1] % LANES))
     lanes = torch.zeros(x.shape[0], LANES, dtype=torch.float32, device=x.device)
     for start in range(0, padded.shape[1], LANES):
@@ -183,7 +188,8 @@ def row_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def slab_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of each column of float32 x [M, K], [K]: ``tree_sum`` over each ``SLAB`` rows, ``row_sum`` over these."""
+    """Sum of each column of float32 x [M, K], [K]: ``tree_sum`` over each ``SLAB`` rows,
+    ``row_sum`` over these."""
     slabs = F.pad(x, (0, 0, 0, -x.shape[0] % SLAB)).view(-1, SLAB, x.shape[1])
     return row_sum(tree_sum(slabs.transpose(1, 2)).t())
 

@@ -1,4 +1,5 @@
-"""Grid values to codes and back, and the packing of two E2M1 codes into a byte (even column in the low nibble)."""
+"""Grid values to codes and back, and the packing of two E2M1 codes into a byte (even column in the
+low nibble)."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ _E4M3_VALUES = (*E4M3.grid, float("nan"))
 
 
 def e2m1_encode(values: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15 of float32 values on the E2M1 grid, uint8 of the same shape; bit 3 is the sign, -0 is code 8.
+    """Codes 0..15 of float32 values on the E2M1 grid, uint8 of the same shape; bit 3 is the sign,
+    -0 is code 8.
 
-    The magnitude code is min(2a, a + 2, a/2 + 4): one line per binade, and the grid is concave in its index.
-    Values off the grid are undefined; round first.
+    The magnitude code is min(2a, a + 2, a/2 + 4): one line per binade, and the grid is concave in
+    its index. Values off the grid are undefined; round first.
     """
     a = values.abs()
     code = torch.minimum(torch.minimum(a * 2, a + 2), a * 0.5 + 4)
@@ -29,8 +31,8 @@ def e2m1_decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 [..., K] with K even to bytes uint8 [..., K/2]: column 2j in the low nibble of byte j, 2j + 1
-    high."""
+    """Codes uint8 [..., K] with K even to bytes uint8 [..., K/2]: column 2j in the low nibble of
+    byte j, 2j + 1 high."""
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
@@ -42,8 +44,9 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 def e4m3_encode(values: torch.Tensor) -> torch.Tensor:
     """Bytes of non-negative float32 values on the E4M3 grid, uint8 of the same shape.
 
-    Read off the float32 bits, so it also works where the hardware has no FP8: normals keep exponent and three mantissa
-    bits with the bias changed, subnormals are a count of steps. Values off the grid are undefined; round first.
+    Read off the float32 bits, so it also works where the hardware has no FP8: normals keep exponent
+    and three mantissa bits with the bias changed, subnormals are a count of steps. Values off the
+    grid are undefined; round first.
     """
     bits = values.view(torch.int32)
     normal = (bits >> 20) - ((127 - E4M3.bias) << E4M3.mantissa_bits)
@@ -52,5 +55,6 @@ def e4m3_encode(values: torch.Tensor) -> torch.Tensor:
 
 
 def e4m3_decode(codes: torch.Tensor) -> torch.Tensor:
-    """Float32 values of E4M3 bytes 0..126 (uint8 of any shape); 127 is NaN. The sign bit is not used by NVFP4."""
+    """Float32 values of E4M3 bytes 0..126 (uint8 of any shape); 127 is NaN. The sign bit is not
+    used by NVFP4."""
     return constant(_E4M3_VALUES, codes.device)[codes.to(torch.int32)]

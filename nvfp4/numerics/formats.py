@@ -1,19 +1,21 @@
-"""Number formats as data: the E2M1 element, the E4M3 block scale and the NVFP4 block format built from them."""
+"""Number formats as data: the E2M1 element, the E4M3 block scale and the NVFP4 block format built
+from them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FLOAT32_MAX = 3.4028234663852886e38
-"""Largest finite float32, (2 - 2^-23) * 2^127: where overflowing encode scales are clamped (IEEE 754)."""
+"""Largest finite float32, (2 - 2^-23) * 2^127: where overflowing encode scales are clamped (IEEE
+754)."""
 
 
 @dataclass(frozen=True)
 class ElementFormat:
     """A signed floating-point format without infinities.
 
-    A value with exponent e lies on a lattice of step ``2 ** (max(e, min_exponent) - mantissa_bits)``; everything that
-    rounds or encodes is derived from that one sentence.
+    A value with exponent e lies on a lattice of step ``2 ** (max(e, min_exponent) -
+    mantissa_bits)``; everything that rounds or encodes is derived from that one sentence.
     """
 
     name: str
@@ -43,11 +45,12 @@ class ElementFormat:
 
 
 E2M1 = ElementFormat("e2m1", bits=4, mantissa_bits=1, min_exponent=0, max=6.0)
-"""0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign in bit 3 (OCP Microscaling formats v1.0, section 5.3.3)."""
+"""0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign in bit 3 (OCP Microscaling formats v1.0, section 5.3.3).
+"""
 
 E4M3 = ElementFormat("e4m3fn", bits=8, mantissa_bits=3, min_exponent=-6, max=448.0)
-"""FN variant: bias 7, no infinities, NaN is 0x7F (OCP 8-bit floating point, table 1). Only its unsigned half is
-used."""
+"""FN variant: bias 7, no infinities, NaN is 0x7F (OCP 8-bit floating point, table 1). Only its
+unsigned half is used."""
 
 
 @dataclass(frozen=True)
@@ -69,4 +72,5 @@ TILE_BLOCK = (NVFP4.block_size, NVFP4.block_size)
 """One scale per 16x16 tile, so that a matrix and its transpose share codes and scales."""
 
 SEARCH_CAP = 256.0
-"""Largest block scale aimed at by quantisers that may enlarge it: 1.5 * 256 = 384 still fits below 448."""
+"""Largest block scale aimed at by quantisers that may enlarge it: 1.5 * 256 = 384 still fits below
+448."""

@@ -1,7 +1,8 @@
-"""Random Hadamard rotation along the contraction axis, by butterflies in a fixed order so that every backend agrees.
+"""Random Hadamard rotation along the contraction axis, by butterflies in a fixed order so that
+every backend agrees.
 
-Both operands of a GEMM take the same signs and rounds along the axis they contract: (A R)(B R)^T = A B^T, so nothing
-is rotated back.
+Both operands of a GEMM take the same signs and rounds along the axis they contract: (A R)(B R)^T =
+A B^T, so nothing is rotated back.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ NVIDIA_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 @dataclass(frozen=True)
 class Rotation:
-    """What was done to the contraction axis of an operand; two operands may meet in a GEMM only if theirs are equal.
+    """What was done to the contraction axis of an operand; two operands may meet in a GEMM only if
+    theirs are equal.
 
     group: elements rotated together, 16, 32, 64 or 128. rounds: 1 to 3, each with its own signs.
-    sign_seed: where the signs come from. fixed: NVIDIA's rotation instead (group 16, one round, fixed signs, input and
-    result rounded to BF16), which needs no seed.
+    sign_seed: where the signs come from. fixed: NVIDIA's rotation instead (group 16, one round,
+    fixed signs, input and result rounded to BF16), which needs no seed.
     """
 
     group: int = 128
@@ -53,7 +55,8 @@ class Rotation:
         return rotate(x, self._seed(), rounds=self.rounds, group=self.group)
 
     def invert(self, y: torch.Tensor) -> torch.Tensor:
-        """The inverse rotation of float32 y [..., K]: exact but for float32 rounding (and BF16 rounding when fixed)."""
+        """The inverse rotation of float32 y [..., K]: exact but for float32 rounding (and BF16
+        rounding when fixed)."""
         groups = _split(y, self.group)
         if self.fixed:
             signs = constant(NVIDIA_SIGNS, y.device)
@@ -71,7 +74,8 @@ class Rotation:
 
 
 def rotation_signs(sign_seed: Seed, round_index: int, group: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Signs of one round: float32 [group] of +-1. Bit j of the 128 Philox bits set means -1 at position j."""
+    """Signs of one round: float32 [group] of +-1. Bit j of the 128 Philox bits set means -1 at
+    position j."""
     words = philox(sign_seed, round_index, SIGN_STREAM)
     if isinstance(sign_seed, DeviceSeed):
         position = torch.arange(group, device=device)
@@ -82,7 +86,8 @@ def rotation_signs(sign_seed: Seed, round_index: int, group: int, device: torch.
 
 
 def fwht(x: torch.Tensor) -> torch.Tensor:
-    """Unnormalised Walsh-Hadamard transform of the last axis (a power of two), strides 1, 2, ..., n/2, float32."""
+    """Unnormalised Walsh-Hadamard transform of the last axis (a power of two), strides 1, 2, ...,
+    n/2, float32."""
     n = x.shape[-1]
     lead = x.reshape(-1, n).t().contiguous()  # the rotated axis leads, so each butterfly runs over contiguous memory
     stride = 1
@@ -94,13 +99,15 @@ def fwht(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, sign_seed: Seed, *, rounds: int = 1, group: int = 128, axis: int = -1) -> torch.Tensor:
-    """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled Walsh-Hadamard transform.
+    """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled Walsh-Hadamard
+    transform.
 
-    x: float32, float16 or bfloat16, any rank; the axis is zero-padded to a multiple of ``group`` (16, 32, 64 or 128).
-    Returns float32 with that axis padded. The transform is orthonormal: scales are powers of two except in the last
-    round of an odd number of them, which multiplies by fl(2^(-log2(group)/2)).
-    NaN and Inf spread over their group; finite values whose sums exceed float32 become Inf.
-    Raises ValueError for another group, rounds outside 1..3, or a sign_seed outside [0, 2^64).
+    x: float32, float16 or bfloat16, any rank; the axis is zero-padded to a multiple of ``group``
+    (16, 32, 64 or 128). Returns float32 with that axis padded. The transform is orthonormal: scales
+    are powers of two except in the last round of an odd number of them, which multiplies by
+    fl(2^(-log2(group)/2)). NaN and Inf spread over their group; finite values whose sums exceed
+    float32 become Inf. Raises ValueError for another group, rounds outside 1..3, or a sign_seed
+    outside [0, 2^64).
     """
     Rotation(group, rounds, check_seed(sign_seed, "sign_seed"))
     moved = x.movedim(axis, -1).to(torch.float32)
@@ -113,7 +120,8 @@ def rotate(x: torch.Tensor, sign_seed: Seed, *, rounds: int = 1, group: int = 12
 
 
 def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
-    """NVIDIA's rotation of the last axis: groups of 16, fixed signs, times 1/4, input and result rounded to BF16.
+    """NVIDIA's rotation of the last axis: groups of 16, fixed signs, times 1/4, input and result
+    rounded to BF16.
 
     x: [..., K], K a multiple of 16. Returns float32 that holds BF16 values.
     """
@@ -123,7 +131,8 @@ def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_scale(i: int, rounds: int, group: int) -> float:
-    """Scale of round i: powers of two that pair up to 1/group over two rounds, fl(group^-1/2) for a last even round."""
+    """Scale of round i: powers of two that pair up to 1/group over two rounds, fl(group^-1/2) for a
+    last even round."""
     log2 = group.bit_length() - 1
     if i == rounds - 1 and i % 2 == 0:
         return torch.tensor(math.sqrt(2.0**-log2), dtype=torch.float32).item()

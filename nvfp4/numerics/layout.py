@@ -1,6 +1,8 @@
-"""Block scales in the order the tensor cores read them: tiles of 128 rows by 4 scale columns, 512 bytes each.
+"""Block scales in the order the tensor cores read them: tiles of 128 rows by 4 scale columns, 512
+bytes each.
 
-Source: cuBLAS documentation, "1D block scaling factors layout", and the PTX ISA, tcgen05 scale-factor layout.
+Source: cuBLAS documentation, "1D block scaling factors layout", and the PTX ISA, tcgen05
+scale-factor layout.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def swizzled_bytes(rows: int, columns: int) -> int:
 
 
 def swizzle(block_scale: torch.Tensor) -> torch.Tensor:
-    """Row-major scale bytes [R, C] to swizzled bytes [512 * ceil(R/128) * ceil(C/4)]; padding bytes are 0."""
+    """Row-major scale bytes [R, C] to swizzled bytes [512 * ceil(R/128) * ceil(C/4)]; padding bytes
+    are 0."""
     rows, columns = block_scale.shape
     padded = F.pad(block_scale, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
     tiles = padded.view(-(-rows // TILE_ROWS), 4, 32, -(-columns // TILE_COLUMNS), TILE_COLUMNS)

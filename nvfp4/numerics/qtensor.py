@@ -16,16 +16,18 @@ from nvfp4.numerics.scaling import spread
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """NVFP4 codes and scales of a tensor whose ``axis`` (the one a GEMM contracts) has been moved last and flattened.
+    """NVFP4 codes and scales of a tensor whose ``axis`` (the one a GEMM contracts) has been moved
+    last and flattened.
 
-    codes: uint8 [M, Kp/2], two E2M1 codes a byte, even column low; M is the product of the other axes, Kp the padded
-    contraction length. block_scale: uint8 E4M3 [M, Kp/16], or [ceil(M/16), Kp/16] for 16x16 blocks.
-    global_scale: float32 [1], or [M] when row-scaled; NaN marks non-finite input (for that row, or all of it).
-    block: (1, 16) or (16, 16). shape: of the original tensor. axis: the contraction axis in it, negative.
-    rotation: what the contraction axis went through, or None. value = e2m1 * block_scale * global_scale.
-    swizzled_scale: the block scales once more, one per row and block, in the order in which tensor cores read them
-    (``layout.swizzle``); uint8, from backends that made them on the way, else None. ``tensors`` leaves it out, so
-    what is saved between forward and backward carries none.
+    codes: uint8 [M, Kp/2], two E2M1 codes a byte, even column low; M is the product of the other
+    axes, Kp the padded contraction length. block_scale: uint8 E4M3 [M, Kp/16], or [ceil(M/16),
+    Kp/16] for 16x16 blocks. global_scale: float32 [1], or [M] when row-scaled; NaN marks non-finite
+    input (for that row, or all of it). block: (1, 16) or (16, 16). shape: of the original tensor.
+    axis: the contraction axis in it, negative. rotation: what the contraction axis went through, or
+    None. value = e2m1 * block_scale * global_scale. swizzled_scale: the block scales once more, one
+    per row and block, in the order in which tensor cores read them (``layout.swizzle``); uint8,
+    from backends that made them on the way, else None. ``tensors`` leaves it out, so what is saved
+    between forward and backward carries none.
     """
 
     codes: torch.Tensor
@@ -104,7 +106,8 @@ class QTensor:
     def overwrite(self, source: QTensor) -> None:
         """Put codes and scales of ``source``, of the same record, where this one's lie.
 
-        For what has taken pointers from it, such as a CUDA graph. Swizzled scales are written anew if there are any.
+        For what has taken pointers from it, such as a CUDA graph. Swizzled scales are written anew
+        if there are any.
         """
         for target, tensor in zip(self.tensors, source.tensors, strict=True):
             target.copy_(tensor)
@@ -120,16 +123,19 @@ class QTensor:
         return QTensor(codes, block_scale, global_scale, *self.record)
 
     def decode_blocks(self) -> torch.Tensor:
-        """e2m1 * block_scale without the global scale, float32 [M, Kp]: exact, and exact in BF16 and FP16 too."""
+        """e2m1 * block_scale without the global scale, float32 [M, Kp]: exact, and exact in BF16
+        and FP16 too."""
         scales = e4m3_decode(spread(self.block_scale, self.block, self.rows))
         values = e2m1_decode(unpack(self.codes)).view(*scales.shape, NVFP4.block_size)
         return (values * scales[..., None]).view(self.rows, self.padded_contraction)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, rotated: bool = False) -> torch.Tensor:
-        """The tensor it stands for, of the original ``shape``: fl(fl(e2m1 * block_scale) * global_scale).
+        """The tensor it stands for, of the original ``shape``: fl(fl(e2m1 * block_scale) *
+        global_scale).
 
-        A rotated operand is rotated back in float32 (an approximation of its input); ``rotated=True`` returns the
-        stored coordinates [M, Kp] instead, padding included. A NaN global scale makes its row, or all of it, NaN.
+        A rotated operand is rotated back in float32 (an approximation of its input);
+        ``rotated=True`` returns the stored coordinates [M, Kp] instead, padding included. A NaN
+        global scale makes its row, or all of it, NaN.
         """
         values = self.decode_blocks() * self.global_scale.view(-1, 1)
         if rotated:
@@ -142,7 +148,8 @@ class QTensor:
     def transpose(self) -> QTensor:
         """The same codes and tile scales with rows and contraction exchanged; no value changes.
 
-        Needs 16x16 blocks, no rotation and a matrix (ValueError otherwise): only there do both directions share scales.
+        Needs 16x16 blocks, no rotation and a matrix (ValueError otherwise): only there do both
+        directions share scales.
         """
         if self.block != TILE_BLOCK or self.rotation is not None or len(self.shape) != 2:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Counter-based random bits: a pure function of (seed, stream, index), equal on every backend, device and shape.
+"""Counter-based random bits: a pure function of (seed, stream, index), equal on every backend,
+device and shape.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
 key = (seed mod 2^32, seed div 2^32) and counter = (i mod 2^32, i div 2^32, stream, 0).
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-# Streams of Philox, the third word of the counter: two uses of one seed never share one. The first four are part of the
-# definition of the numerics and stand in csrc/philox.h and in the Triton kernels too.
+# Streams of Philox, the third word of the counter: two uses of one seed never share one. The first
+# four are part of the definition of the numerics and stand in csrc/philox.h and in the Triton
+# kernels too.
 SIGN_STREAM = 0  # of a rotation
 ELEMENT_STREAM = 1  # stochastic rounding of elements, and of a policy's choices among tokens
 BLOCK_SCALE_STREAM = 2  # stochastic rounding of block scales
@@ -22,7 +24,8 @@ TABLE_STREAM = 5  # signs of a random projection: of its table,
 PARAMETER_STREAM = 6  # of the parameters of a gradient,
 PIECE_STREAM = 7  # and of the pieces that they are summed into
 
-# Branches of a run's seed, ``fold_in(seed, BRANCH, step, ...)``: what each kind of random number of a run comes from.
+# Branches of a run's seed, ``fold_in(seed, BRANCH, step, ...)``: what each kind of random number of
+# a run comes from.
 MODEL_BRANCH = 1  # what a model draws itself, such as dropout; by process
 WARM_START_BRANCH = 10  # demonstrations of the supervised warm start; by update
 PROBLEM_BRANCH = 11  # problems of a step
@@ -46,9 +49,11 @@ Word = TypeVar("Word", int, torch.Tensor)
 
 @dataclass(frozen=True, eq=False)
 class DeviceSeed:
-    """A seed that lies in the memory of a device, where every replay of a CUDA graph may find another.
+    """A seed that lies in the memory of a device, where every replay of a CUDA graph may find
+    another.
 
-    bits: int64 [], the unsigned seed's bits. Equal to itself alone, since comparing two would wait for the device.
+    bits: int64 [], the unsigned seed's bits. Equal to itself alone, since comparing two would wait
+    for the device.
     """
 
     bits: torch.Tensor
@@ -65,8 +70,8 @@ except ImportError:
 
 
 def check_seed(seed: SeedKind, name: str = "seed") -> SeedKind:
-    """Return ``seed`` if it is an integer in [0, 2^64), or lies on a device; otherwise raise ``ValueError`` naming the
-    argument."""
+    """Return ``seed`` if it is an integer in [0, 2^64), or lies on a device; otherwise raise
+    ``ValueError`` naming the argument."""
     if isinstance(seed, DeviceSeed):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:
@@ -77,9 +82,9 @@ def check_seed(seed: SeedKind, name: str = "seed") -> SeedKind:
 def philox(seed: Seed, index: Word, stream: int) -> tuple[Word, Word, Word, Word]:
     """Four 32-bit words of Philox4x32-10 at counter ``index`` of ``stream``.
 
-    index: an int in [0, 2^64), or an int64 tensor of any shape; the words come back as the same type, each in [0,
-    2^32). Products wrap modulo 2^64 in int64 exactly as the unsigned ones do, so one body serves integers and tensors.
-    From a seed on a device they come as tensors there.
+    index: an int in [0, 2^64), or an int64 tensor of any shape; the words come back as the same
+    type, each in [0, 2^32). Products wrap modulo 2^64 in int64 exactly as the unsigned ones do, so
+    one body serves integers and tensors. From a seed on a device they come as tensors there.
     """
     key: Any = seed.bits if isinstance(seed, DeviceSeed) else seed
     k0, k1 = key & _MASK, (key >> 32) & _MASK
@@ -97,7 +102,8 @@ def signed(seed: int) -> int:
 
 
 def fold_in(seed: int, *data: int) -> int:
-    """A new 64-bit seed from ``seed`` and each integer of ``data`` in turn, left to right (stream 3, words 0 and 1)."""
+    """A new 64-bit seed from ``seed`` and each integer of ``data`` in turn, left to right (stream
+    3, words 0 and 1)."""
     check_seed(seed)
     if _native_fold_in is not None:
         return _native_fold_in(seed, data)
@@ -108,7 +114,8 @@ def fold_in(seed: int, *data: int) -> int:
 
 
 def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
-    """``fold_in`` where the seed's bits lie, int64 of any shape; data: int64, of a shape that broadcasts."""
+    """``fold_in`` where the seed's bits lie, int64 of any shape; data: int64, of a shape that
+    broadcasts."""
     for datum in data:
         low, high, _, _ = philox(DeviceSeed(seed), datum, FOLD_STREAM)
         seed = low | high << 32
@@ -116,7 +123,8 @@ def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
 
 
 def number(seed: Seed | None) -> int:
-    """The seed as a number, 0 for none; of one on a device, whose memory the host must be able to read, it waits."""
+    """The seed as a number, 0 for none; of one on a device, whose memory the host must be able to
+    read, it waits."""
     return int(seed.bits) % _SEED_LIMIT if isinstance(seed, DeviceSeed) else seed or 0
 
 
@@ -137,9 +145,11 @@ def draw16(seed: Seed, stream: int, count: int, device: torch.device | str = "cp
 
 
 def uniform(seed: Seed, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, draws in row-major order.
+    """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, draws in row-major
+    order.
 
-    Never 0 or 1, so stochastic rounding leaves representable values alone; the mean of u is exactly 1/2.
+    Never 0 or 1, so stochastic rounding leaves representable values alone; the mean of u is exactly
+    1/2.
     """
     count = 1
     for size in shape:

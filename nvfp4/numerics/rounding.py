@@ -1,8 +1,9 @@
 """Real numbers to grid values: nearest (ties to even code), up, and stochastic from supplied bits.
 
-One rule for every format: a value with exponent e is rounded on a lattice of step 2^(max(e, min_exponent) -
-mantissa_bits). Because the step doubles exactly where the grid coarsens, rounding to an even multiple of the step is
-rounding to an even code. Magnitudes saturate at ``fmt.max``, signs survive (also of -0), NaN stays NaN.
+One rule for every format: a value with exponent e is rounded on a lattice of step 2^(max(e,
+min_exponent) - mantissa_bits). Because the step doubles exactly where the grid coarsens, rounding
+to an even multiple of the step is rounding to an even code. Magnitudes saturate at ``fmt.max``,
+signs survive (also of -0), NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _BIAS = 127
 def nearest(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
     """The grid value nearest to each float32 of x, ties to the even code; same shape, float32.
 
-    E2M1 ties: .25 -> 0, .75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5 -> 2, 3.5 -> 4, 5 -> 4. |x| > max gives max.
+    E2M1 ties: .25 -> 0, .75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5 -> 2, 3.5 -> 4, 5 -> 4. |x| > max gives
+    max.
     """
     magnitude = x.abs().clamp_(max=fmt.max)
     step = _step(magnitude, fmt)
@@ -33,10 +35,11 @@ def up(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
 
 
 def stochastic(x: torch.Tensor, fmt: ElementFormat, u: torch.Tensor) -> torch.Tensor:
-    """One of the two grid neighbours of each float32 of x, the farther one more rarely: E[result] = clamp(x).
+    """One of the two grid neighbours of each float32 of x, the farther one more rarely: E[result] =
+    clamp(x).
 
-    u: float32 of x's shape, uniform in (0, 1) (``rng.uniform``); an exactly representable value is never moved, and
-    with 16-bit u anything else is unbiased to 2^-17 of a step.
+    u: float32 of x's shape, uniform in (0, 1) (``rng.uniform``); an exactly representable value is
+    never moved, and with 16-bit u anything else is unbiased to 2^-17 of a step.
     """
     magnitude = x.abs().clamp_(max=fmt.max)
     step = _step(magnitude, fmt)

@@ -1,4 +1,5 @@
-"""What torch is doing around a call, asked in one place: tracing, recording, capturing, spreading, casting.
+"""What torch is doing around a call, asked in one place: tracing, recording, capturing, spreading,
+casting.
 
     somebody traces      ``torch.compile``, a fake tensor, or a dispatch mode such as selective checkpointing. To them
                          our kernels are invisible: they write through raw pointers, so what they fill would be taken
@@ -24,27 +25,32 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether somebody watches the operators that run on ``x``: a compiler, a dispatch mode, or x itself, a fake."""
+    """Whether somebody watches the operators that run on ``x``: a compiler, a dispatch mode, or x
+    itself, a fake."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
 
 
 def without_dispatch_modes() -> AbstractContextManager[object]:
-    """No dispatch mode within, for kernels over raw pointers and for self-checks that nobody should count or replay.
+    """No dispatch mode within, for kernels over raw pointers and for self-checks that nobody should
+    count or replay.
 
-    A mode that records sees the results as constants; operators registered with torch.library it sees.
+    A mode that records sees the results as constants; operators registered with torch.library it
+    sees.
     """
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
 
 
 def is_capturing(device: torch.device | None = None) -> bool:
-    """Whether what is computed now, on ``device`` if one is given, goes into a CUDA graph instead of being computed."""
+    """Whether what is computed now, on ``device`` if one is given, goes into a CUDA graph instead
+    of being computed."""
     if device is not None and device.type != "cuda":
         return False
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether x is a DTensor; where none was made their module is not loaded, which would take half a second."""
+    """Whether x is a DTensor; where none was made their module is not loaded, which would take half
+    a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
@@ -58,7 +64,8 @@ def is_plain_parameter(x: object) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast gives to matrix products on ``device``, or None where it is off or unknown to it."""
+    """The dtype that autocast gives to matrix products on ``device``, or None where it is off or
+    unknown to it."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -72,8 +79,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """float32 [n], the same tensor at every call: not to be written to.
 
-    Copying it to a GPU waits for that and cannot go into a CUDA graph, so that this happens once, in the warm-up.
-    Where a compiler or a dispatch mode watches, it is made anew, for their tensors are not to be kept.
+    Copying it to a GPU waits for that and cannot go into a CUDA graph, so that this happens once,
+    in the warm-up. Where a compiler or a dispatch mode watches, it is made anew, for their tensors
+    are not to be kept.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,7 +1,8 @@
-"""What a quantiser is: a rule on blocks, the options it takes, and the claims that the property tests hold it to.
+"""What a quantiser is: a rule on blocks, the options it takes, and the claims that the property
+tests hold it to.
 
-The rule is the whole of a method; padding, rotation, blocking, non-finite input and encoding are the same for all of
-them and live here.
+The rule is the whole of a method; padding, rotation, blocking, non-finite input and encoding are
+the same for all of them and live here.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ METRICS = ("mse", "mae", "abs_max")
 class Claims:
     """What a quantiser promises; ``tests/quantizers/test_quantizers.py`` checks every one of them.
 
-    deterministic: the same x gives the same codes whatever the seed. unbiased: E[dequantised] = x over seeds (rotated
-    quantisers: over signs and rounding, as spelled out in ``ms_eden.py``). idempotent: quantising the dequantised
-    tensor returns the same values. max_error: bound on |dequantised - x| as a multiple of the block maximum (None: none
-    claimed). These two hold for blocks whose scale is a normal E4M3 number (amax of the block over that of the tensor
-    above 2^-14 or so). relative_mse: mean squared error over mean square on N(0, 1), and by how much it may be off at
-    2048 x 2048.
+    deterministic: the same x gives the same codes whatever the seed. unbiased: E[dequantised] = x
+    over seeds (rotated quantisers: over signs and rounding, as spelled out in ``ms_eden.py``).
+    idempotent: quantising the dequantised tensor returns the same values. max_error: bound on
+    |dequantised - x| as a multiple of the block maximum (None: none claimed). These two hold for
+    blocks whose scale is a normal E4M3 number (amax of the block over that of the tensor above
+    2^-14 or so). relative_mse: mean squared error over mean square on N(0, 1), and by how much it
+    may be off at 2048 x 2048.
     """
 
     deterministic: bool
@@ -44,7 +46,8 @@ class Claims:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a rule may read. A quantiser names the ones it accepts; the others must keep their defaults."""
+    """Everything a rule may read. A quantiser names the ones it accepts; the others must keep their
+    defaults."""
 
     block: tuple[int, int] = ROW_BLOCK
     row_scaled: bool = False
@@ -70,7 +73,8 @@ class Blocks:
         return self.values.abs().amax(dim=-1)
 
     def element_noise(self) -> torch.Tensor:
-        """Uniforms of stream 1 for each element, blocked like the values; draw n = row * Kp + column."""
+        """Uniforms of stream 1 for each element, blocked like the values; draw n = row * Kp +
+        column."""
         columns = self.values.shape[1] * NVFP4.block_size
         u = uniform(self._seed(), ELEMENT_STREAM, (self.rows, columns), self.values.device)
         return to_blocks(u, self.options.block)
@@ -85,16 +89,18 @@ class Blocks:
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Grid values [m, k, size], block scales on the E4M3 grid [m, k], global scale [1, 1] or [m, 1]; all float32."""
+"""Grid values [m, k, size], block scales on the E4M3 grid [m, k], global scale [1, 1] or [m, 1];
+all float32."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
     """A named quantiser.
 
-    rule: blocks to (values, block scales, global scale), the method itself. options: names of the options it accepts
-    beside ``rotation``, ``seed`` and ``sign_seed``. claims: options to what it promises under them. block: the default
-    block shape. rotates: the rule wants its blocks rotated by (group, rounds, sign_seed).
+    rule: blocks to (values, block scales, global scale), the method itself. options: names of the
+    options it accepts beside ``rotation``, ``seed`` and ``sign_seed``. claims: options to what it
+    promises under them. block: the default block shape. rotates: the rule wants its blocks rotated
+    by (group, rounds, sign_seed).
     """
 
     name: str
@@ -105,7 +111,8 @@ class Quantizer:
     rotates: bool = False
 
     def check(self, **options: object) -> Options:
-        """``Options`` from keyword arguments; ValueError or TypeError names what is not accepted and what is."""
+        """``Options`` from keyword arguments; ValueError or TypeError names what is not accepted
+        and what is."""
         accepted = {"rotation", "seed", "sign_seed", *self.options}
         defaults = {f.name: f.default for f in fields(Options)} | {"block": self.block}
         for name, value in options.items():
@@ -138,8 +145,9 @@ class Quantizer:
     def quantize(self, x: torch.Tensor, options: Options) -> QTensor:
         """Quantise matrix x [M, K] (float32, float16, bfloat16; any strides) along its last axis.
 
-        Zero blocks give zero scales and signed zero codes. A NaN or Inf in x, or in the rotated x, gives a NaN global
-        scale with all codes and block scales 0, for the tensor or, when row-scaled, for that row.
+        Zero blocks give zero scales and signed zero codes. A NaN or Inf in x, or in the rotated x,
+        gives a NaN global scale with all codes and block scales 0, for the tensor or, when
+        row-scaled, for that row.
         """
         rows = x.shape[0]
         rotation = options.rotation

@@ -4,7 +4,8 @@
     s4 where err4 < err6, else s6; scales capped at 256 so that 1.5x still fits
 
 E2M1 has nothing between 4 and 6, so elements near 5/6 of the maximum fare badly on the usual scale.
-Source: "Four Over Six", arXiv 2512.02010. ``metric``: mse (default), mae (sum |e|) or abs_max (max |e|).
+Source: "Four Over Six", arXiv 2512.02010. ``metric``: mse (default), mae (sum |e|) or abs_max (max
+|e|).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 
 
 def block_error(error: torch.Tensor, metric: str) -> torch.Tensor:
-    """Error of each block [m, k] from its elementwise errors [m, k, size], summed in the fixed tree order."""
+    """Error of each block [m, k] from its elementwise errors [m, k, size], summed in the fixed tree
+    order."""
     if metric == "mse":
         return tree_sum(error * error)
     return tree_sum(error.abs()) if metric == "mae" else error.abs().amax(dim=-1)
@@ -29,9 +31,11 @@ def block_error(error: torch.Tensor, metric: str) -> torch.Tensor:
 def best_candidate(
     scaled: torch.Tensor, candidates: Iterable[torch.Tensor], metric: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes' values, block scale) of the candidate scale with the smallest error; the earlier one wins a tie.
+    """(codes' values, block scale) of the candidate scale with the smallest error; the earlier one
+    wins a tie.
 
-    scaled: x S, [m, k, size]; candidates: scales on the E4M3 grid [m, k]. A zero scale gives signed zero codes.
+    scaled: x S, [m, k, size]; candidates: scales on the E4M3 grid [m, k]. A zero scale gives signed
+    zero codes.
     """
 
     def attempt(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +74,8 @@ _RELATIVE_MSE_OF_TILES = {"mse": 12.37e-3, "mae": 12.40e-3, "abs_max": 15.39e-3}
 
 
 def claims(options: Options) -> Claims:
-    """Never worse than the s6 candidate, so rtn's bound holds for the block's squared error, not for one element."""
+    """Never worse than the s6 candidate, so rtn's bound holds for the block's squared error, not
+    for one element."""
     table = _RELATIVE_MSE_OF_TILES if options.block == TILE_BLOCK else _RELATIVE_MSE
     return Claims(True, False, False, None, table[options.metric], 0.06e-3 if options.metric == "abs_max" else 0.03e-3)
 

@@ -1,18 +1,20 @@
-"""ms_eden: rotate, round elements to nearest, repair each block's length in its scale, round the scale stochastically.
+"""ms_eden: rotate, round elements to nearest, repair each block's length in its scale, round the
+scale stochastically.
 
     y = rotate(x); per block a = max |y|, z = y / a, c = (6/0.988125) / k, v = z c, q = e2m1(v)
     S = <v, v> / <v, q>  (so that <S q, v> = <v, v>: the EDEN correction), r = a S / c
     global_scale = max r / 448, block_scale = e4m3_stochastic(r / global_scale), value = q * block_scale * global_scale
 
-Source: MS-EDEN, Quartet II, arXiv 2601.22813, section 3.2 and its post-hoc range kernel; here with the correction per
-16 elements, scales in float32 and stochastic over all of E4M3. ``search=True`` (ours) also tries k = .875, 1.125, ...,
-1.5 and keeps the smallest error.
+Source: MS-EDEN, Quartet II, arXiv 2601.22813, section 3.2 and its post-hoc range kernel; here with
+the correction per 16 elements, scales in float32 and stochastic over all of E4M3. ``search=True``
+(ours) also tries k = .875, 1.125, ..., 1.5 and keeps the smallest error.
 
-What is and is not unbiased (per operand, over signs and rounding, |bias|^2 / |x|^2): one round leaves up to 1e-2 on
-groups with 2 active entries (e0 + 0.1 e1 becomes (101/102, 101/510) whatever the signs) and about 1e-3 on average
-there; two rounds 3e-6 on average and 1.6e-4 at worst (with search 2e-5 and 4.3e-4); three below 1e-7; dense rows below
-1e-6 always. Sparse groups are what masked losses give wgrad. The product of two ms_eden operands under the same signs
-carries E[eA eB^T] as well: +0.5 to 0.8 % for parallel rows, nothing measurable for uncorrelated ones.
+What is and is not unbiased (per operand, over signs and rounding, |bias|^2 / |x|^2): one round
+leaves up to 1e-2 on groups with 2 active entries (e0 + 0.1 e1 becomes (101/102, 101/510) whatever
+the signs) and about 1e-3 on average there; two rounds 3e-6 on average and 1.6e-4 at worst (with
+search 2e-5 and 4.3e-4); three below 1e-7; dense rows below 1e-6 always. Sparse groups are what
+masked losses give wgrad. The product of two ms_eden operands under the same signs carries E[eA
+eB^T] as well: +0.5 to 0.8 % for parallel rows, nothing measurable for uncorrelated ones.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from nvfp4.numerics.scaling import tree_sum
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 
 _FULL_SCALE = float.fromhex("0x1.849d64p+2")
-"""fl(6 / 0.988125), where a block maximum lands: 0.988125 = 17/16 * 0.93 minimises the MSE on N(0, 1) (arXiv
-2601.22813)."""
+"""fl(6 / 0.988125), where a block maximum lands: 0.988125 = 17/16 * 0.93 minimises the MSE on N(0,
+1) (arXiv 2601.22813)."""
 FACTORS = (1.0,)
 SEARCH_FACTORS = (1.0, 0.875, 1.125, 1.25, 1.375, 1.5)
 SMALLEST_AMAX = 2.0**-120
@@ -34,13 +36,15 @@ SMALLEST_AMAX = 2.0**-120
 
 
 def element_scale(factor: float) -> tuple[float, float]:
-    """c = fl(6/0.988125 / factor), which brings a block of maximum 1 to the grid of the elements, and fl(1 / c)."""
+    """c = fl(6/0.988125 / factor), which brings a block of maximum 1 to the grid of the elements,
+    and fl(1 / c)."""
     c = torch.tensor(_FULL_SCALE, dtype=torch.float32, device="cpu") / factor
     return c.item(), (1 / c).item()
 
 
 def _candidate(unit: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes' values [m, k, 16], t [m, k]) for one factor; q * t approximates the unit-maximum block ``unit``."""
+    """(codes' values [m, k, 16], t [m, k]) for one factor; q * t approximates the unit-maximum
+    block ``unit``."""
     c, inverse = element_scale(factor)
     v = unit * c
     q = nearest(v, E2M1)
@@ -82,7 +86,8 @@ def _search(unit: torch.Tensor, values: torch.Tensor, length: torch.Tensor) -> t
 
 
 def claims(options: Options) -> Claims:
-    """Unbiased in the sense of the head of this file; no bound for one element, since errors spread over the group."""
+    """Unbiased in the sense of the head of this file; no bound for one element, since errors spread
+    over the group."""
     return Claims(False, True, False, None, 7.75e-3 if options.search else 9.33e-3, 0.06e-3)
 
 

@@ -1,4 +1,5 @@
-"""The quantisers: one line each. A new one works at once on every device, and is picked up by tests and benchmarks."""
+"""The quantisers: one line each. A new one works at once on every device, and is picked up by tests
+and benchmarks."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     s = e4m3(base), m = min(1 / (s * global_scale), FLT_MAX), codes = e2m1(x * m), scales capped at 448
 
-Source: TransformerEngine, ``common/cast/nvfp4/core_nvfp4.cuh``; NVIDIA, "Pretraining LLMs with NVFP4", arXiv
-2509.25149.
+Source: TransformerEngine, ``common/cast/nvfp4/core_nvfp4.cuh``; NVIDIA, "Pretraining LLMs with
+NVFP4", arXiv 2509.25149.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 
 
 def scaled_elements(blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """x * m with m = min(1 / (s * global_scale), FLT_MAX): what the elements are before they are rounded to E2M1.
+    """x * m with m = min(1 / (s * global_scale), FLT_MAX): what the elements are before they are
+    rounded to E2M1.
 
-    A non-zero block whose scale underflowed to 0 keeps m = FLT_MAX and so codes of +-6; it decodes to 0.
+    A non-zero block whose scale underflowed to 0 keeps m = FLT_MAX and so codes of +-6; it decodes
+    to 0.
     """
     multiplier = (1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)
     return blocks.values * multiplier[..., None]
@@ -39,7 +41,8 @@ def rule(blocks: Blocks) -> Quantized:
 
 
 def claims(options: Options) -> Claims:
-    """Half the widest gap of E2M1 (1 of 6), plus what a scale rounded down by 1/17 clips: 1/6 bounds both."""
+    """Half the widest gap of E2M1 (1 of 6), plus what a scale rounded down by 1/17 clips: 1/6
+    bounds both."""
     tiles = options.block == TILE_BLOCK
     return Claims(
         deterministic=True,

@@ -1,7 +1,8 @@
 """The native CPU backend: C++ kernels over raw memory, equal to the reference to the last bit.
 
-The kernels (``csrc/``) exist for AVX-512, AVX2 and portably; the best one the processor has is used. Threads follow
-``torch.get_num_threads()``. If the extension was not built, this backend says why and the reference takes over.
+The kernels (``csrc/``) exist for AVX-512, AVX2 and portably; the best one the processor has is
+used. Threads follow ``torch.get_num_threads()``. If the extension was not built, this backend says
+why and the reference takes over.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """What the kernels exist for and this process may use, the best first: of "avx512", "avx2" and "portable".
+    """What the kernels exist for and this process may use, the best first: of "avx512", "avx2" and
+    "portable".
 
     The first is in use. Empty where the extension was not built.
     """
@@ -29,11 +31,13 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def use_instruction_set(isa: str = "") -> None:
-    """Hold this process to an instruction set: from now on it behaves as if the processor had nothing better.
+    """Hold this process to an instruction set: from now on it behaves as if the processor had
+    nothing better.
 
-    isa: "avx512", "avx2", "portable", or "" for the best there is again. It holds for our kernels, products
-    included; torch's own follow ``ATEN_CPU_CAPABILITY``. No result changes but the order in which products are summed.
-    ValueError: unknown or not on this processor. RuntimeError: the extension was not built.
+    isa: "avx512", "avx2", "portable", or "" for the best there is again. It holds for our kernels,
+    products included; torch's own follow ``ATEN_CPU_CAPABILITY``. No result changes but the order
+    in which products are summed. ValueError: unknown or not on this processor. RuntimeError: the
+    extension was not built.
     """
     if native is None:
         raise RuntimeError(f"there are no native CPU kernels to hold to {isa!r}: {_MISSING}")
@@ -41,7 +45,8 @@ def use_instruction_set(isa: str = "") -> None:
 
 
 def products() -> tuple[str, ...]:
-    """Instruction sets the native products are written for and this process may use, the fastest first.
+    """Instruction sets the native products are written for and this process may use, the fastest
+    first.
 
     avx512bf16 multiplies codes alone.
     """
@@ -54,11 +59,13 @@ INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
 }
-"""What multiplies a dtype on x86-64, by the names ``torch.cpu.get_capabilities`` has for it; one is enough."""
+"""What multiplies a dtype on x86-64, by the names ``torch.cpu.get_capabilities`` has for it; one is
+enough."""
 
 
 def emulated_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes whose products torch emulates on this CPU; none where torch cannot tell, or off x86-64."""
+    """The 16-bit dtypes whose products torch emulates on this CPU; none where torch cannot tell, or
+    off x86-64."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if found.get("architecture") != "x86_64":
         return frozenset()
@@ -80,7 +87,8 @@ def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 class CpuBackend(Backend):
-    """isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force each)."""
+    """isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force
+    each)."""
 
     name = "cpu"
     decodes = tuple(ELEMENTS)
@@ -125,7 +133,8 @@ class CpuBackend(Backend):
             return super().quantize_both(x, rows, columns)
         assert native is not None
         x = _readable(x)
-        # x^T is what a forward keeps: made first, it leaves no hole in the heap when the other one goes
+        # x^T is what a forward keeps: made first, it leaves no hole in the heap when the other one
+        # goes
         down, q_columns, _scratch_columns = self._prepare(_source(x.t()), x.t().shape, *columns)
         across, q_rows, _scratch_rows = self._prepare(_source(x), x.shape, *rows)
         native.quantize_both(across, down, self.isa)
@@ -149,8 +158,8 @@ class CpuBackend(Backend):
         options: Options,
         amax: torch.Tensor | None = None,
     ) -> tuple[object, QTensor, torch.Tensor | None]:
-        """What the kernel is told, the result it will fill, and its scratch memory; that and amax must outlive the
-        call."""
+        """What the kernel is told, the result it will fill, and its scratch memory; that and amax
+        must outlive the call."""
         assert native is not None
         q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
         scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
@@ -215,9 +224,11 @@ class CpuBackend(Backend):
 def dense_product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, isa: str = ""
 ) -> torch.Tensor:
-    """a b^T + bias [M, N] of a [M, K], b [N, K] in float32, bfloat16 or float16: summed in float32, rounded once.
+    """a b^T + bias [M, N] of a [M, K], b [N, K] in float32, bfloat16 or float16: summed in float32,
+    rounded once.
 
-    bias: [N] or None, added in float32. isa: as for ``CpuBackend``. Without a kernel torch multiplies float32 copies.
+    bias: [N] or None, added in float32. isa: as for ``CpuBackend``. Without a kernel torch
+    multiplies float32 copies.
     """
     (rows, depth), columns = a.shape, b.shape[0]
     kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
@@ -248,7 +259,8 @@ def dense_product(
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it alive."""
+    """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it
+    alive."""
     if 1 in x.stride():
         return x
     return x.reshape(-1).as_strided((1, 1), (1, 1)) if x.numel() == 1 else x.contiguous()  # one element always is

@@ -1,8 +1,10 @@
-"""The CUDA backend: C++ kernels for Hopper and Blackwell over raw memory, equal to the reference to the last bit.
+"""The CUDA backend: C++ kernels for Hopper and Blackwell over raw memory, equal to the reference to
+the last bit.
 
-The kernels (``csrc/cuda/``) share their arithmetic with the CPU's. A gradient is read once for both of its
-orientations, a forward operand is quantised again from its codes. Nothing here waits for the device, so everything can
-be captured in a CUDA graph; launches go to the current stream. If the extension was not built, this backend says why.
+The kernels (``csrc/cuda/``) share their arithmetic with the CPU's. A gradient is read once for both
+of its orientations, a forward operand is quantised again from its codes. Nothing here waits for the
+device, so everything can be captured in a CUDA graph; launches go to the current stream. If the
+extension was not built, this backend says why.
 """
 
 from __future__ import annotations
@@ -74,8 +76,9 @@ class CudaBackend(Backend):
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
     ) -> QTensor:
-        """``quantize`` scaled by ``amax``, float32 [1] on the device of x, or [M] when row-scaled, instead of by its
-        own; no magnitude of x may exceed it. x may not be empty; not for ms_eden."""
+        """``quantize`` scaled by ``amax``, float32 [1] on the device of x, or [M] when row-scaled,
+        instead of by its own; no magnitude of x may exceed it. x may not be empty; not for ms_eden.
+        """
         return self._quantize(x, _Target(self._module, tuple(x.shape), quantizer, options, x.device, amax=amax))
 
     def quantize_both(
@@ -116,7 +119,8 @@ class CudaBackend(Backend):
         return target.q
 
     def _matrix(self, x: torch.Tensor) -> tuple[object, bool, torch.Tensor]:
-        """What the kernels are told of x or, with True, of x^T, whose rows are contiguous; and what has to live on."""
+        """What the kernels are told of x or, with True, of x^T, whose rows are contiguous; and what
+        has to live on."""
         transposed = x.stride(0) == 1 and x.shape[0] > 1 and x.stride(1) != 1
         y = x.t() if transposed else x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         return self._module.Matrix(y.data_ptr(), ELEMENTS[y.dtype], *y.shape, y.stride(0)), transposed, y
@@ -132,7 +136,8 @@ class CudaBackend(Backend):
 
 
 class _Target:
-    """The result a kernel fills, what it is told of it, and the scratch memory that has to outlive the launch."""
+    """The result a kernel fills, what it is told of it, and the scratch memory that has to outlive
+    the launch."""
 
     def __init__(
         self,
@@ -193,7 +198,8 @@ def _on(device: torch.device) -> AbstractContextManager[Place]:
 
 
 class _Current(AbstractContextManager[Place]):
-    """The device as torch's current one; entering returns where to launch, which the module also makes its own."""
+    """The device as torch's current one; entering returns where to launch, which the module also
+    makes its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.cuda.device(device)

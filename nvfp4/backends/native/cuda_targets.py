@@ -1,12 +1,13 @@
-"""For which GPUs, from which files and with which options the CUDA kernels are built: the one list of all that.
+"""For which GPUs, from which files and with which options the CUDA kernels are built: the one list
+of all that.
 
 setup.py loads this file by its path, before the package can be imported and where there is no
 torch; ``cuda_build`` and the tests import it. So it uses the standard library alone, and reads no
 environment: what a user asks for is an argument.
 
-By default the kernels are built for the GPUs of the machine, some compiler minutes each; on a machine
-without one, for every target that nvcc knows. A target is named as nvcc names it, without its "sm_":
-"90a" is Hopper with the instructions that only Hopper has.
+By default the kernels are built for the GPUs of the machine, some compiler minutes each; on a
+machine without one, for every target that nvcc knows. A target is named as nvcc names it, without
+its "sm_": "90a" is Hopper with the instructions that only Hopper has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 TARGETS = ("90a", "100a", "103a", "120a", "121a")
-"""What the kernels are written for: Hopper (H100, H200), B200, B300, RTX 50 and RTX PRO Blackwell, GB10."""
+"""What the kernels are written for: Hopper (H100, H200), B200, B300, RTX 50 and RTX PRO Blackwell,
+GB10."""
 
 SOURCES = ("plain", "searched", "eden", "fused", "scales")
 """Files of csrc/cuda/, without their ``.cu``."""
@@ -28,7 +30,8 @@ OF_A_LIBRARY = (
     "--compress-mode=size",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
 )
-"""What setup.py adds to ``FLAGS``: device code is compressed, and host code as strict as the CPU's."""
+"""What setup.py adds to ``FLAGS``: device code is compressed, and host code as strict as the CPU's.
+"""
 
 FLAGS = (
     "-std=c++17",
@@ -42,8 +45,8 @@ FLAGS = (
 """Products are rounded before they are added to, quotients correctly, and subnormals are kept."""
 
 MISSING_FILE = "_{}_missing.txt"
-"""In the package's folder, of "cpu" and "cuda": why these kernels were not built. pip hides what setup.py
-prints; this is read later, by ``nvfp4.info`` and ``explain``."""
+"""In the package's folder, of "cpu" and "cuda": why these kernels were not built. pip hides what
+setup.py prints; this is read later, by ``nvfp4.info`` and ``explain``."""
 
 
 class Choice(NamedTuple):
@@ -60,7 +63,8 @@ def find_nvcc(cuda_home: str | None = None) -> str | None:
 
 
 def present_capabilities() -> tuple[str, ...]:
-    """Compute capabilities of the GPUs here as the driver tells them ("9.0"), each once; none without a driver."""
+    """Compute capabilities of the GPUs here as the driver tells them ("9.0"), each once; none
+    without a driver."""
     words = _said("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     return tuple(dict.fromkeys(re.findall(r"^\s*(\d+\.\d)\s*$", words, re.MULTILINE)))
 
@@ -75,10 +79,11 @@ def known_targets(nvcc: str) -> tuple[str, ...]:
 
 
 def choose(asked: str | None, present: Iterable[str], known: Iterable[str]) -> Choice:
-    """What to build. asked: the user's list, "90a,100a", or None; present: compute capabilities of the
-    GPUs here; known: targets that nvcc knows.
+    """What to build. asked: the user's list, "90a,100a", or None; present: compute capabilities of
+    the GPUs here; known: targets that nvcc knows.
 
-    Raises ValueError, in words that name the list and what to do, if nothing is left or a name is unknown.
+    Raises ValueError, in words that name the list and what to do, if nothing is left or a name is
+    unknown.
     """
     known, present = tuple(known), tuple(present)
     if asked:

@@ -23,9 +23,11 @@ INTERFACE = 2
 
 
 def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | None]:
-    """The extension module ``name`` and None, or None and why it is missing. kind: of extension; needs: to build it.
+    """The extension module ``name`` and None, or None and why it is missing. kind: of extension;
+    needs: to build it.
 
-    One that was built from other sources than these is as good as missing: it would fail in the middle of a call.
+    One that was built from other sources than these is as good as missing: it would fail in the
+    middle of a call.
     """
     try:
         module = importlib.import_module(name)
@@ -40,7 +42,8 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
 
 
 def why_not_built(kind: str, folder: Path) -> str:
-    """What setup.py wrote beside the package in ``folder`` when it did not build an extension, as an addition.
+    """What setup.py wrote beside the package in ``folder`` when it did not build an extension, as
+    an addition.
 
     kind: "cpu" or "cuda".
     """
@@ -51,7 +54,8 @@ def why_not_built(kind: str, folder: Path) -> str:
 
 
 def rule_numbers(quantizer: Quantizer, options: Options) -> tuple[int, int, bool, bool, bool]:
-    """What the kernels of both extensions are told of a method first: rule, metric, tiles, rows, search."""
+    """What the kernels of both extensions are told of a method first: rule, metric, tiles, rows,
+    search."""
     tiles = options.block == TILE_BLOCK
     return RULES[quantizer.name], METRICS.index(options.metric), tiles, options.row_scaled, options.search
 

@@ -1,4 +1,5 @@
-"""The Triton backend: one family of kernels for every NVIDIA GPU, equal to the reference to the last bit.
+"""The Triton backend: one family of kernels for every NVIDIA GPU, equal to the reference to the
+last bit.
 
     quantize, requantize, both orientations   quantize/     one or two launches after the amax
     an activation straight into codes         activation/   RMSNorm or SwiGLU is never written
@@ -7,8 +8,8 @@
 
 This file says which case goes where: empty matrices, rotated codes and other ranks go to the
 reference's definition, everything else is launched. Nothing here waits for the device, so all of it
-can be captured in a CUDA graph; launches go to the current stream. Under TRITON_INTERPRET=1 the same
-kernels run on CPU tensors, to be tested and debugged, and only when the backend is named.
+can be captured in a CUDA graph; launches go to the current stream. Under TRITON_INTERPRET=1 the
+same kernels run on CPU tensors, to be tested and debugged, and only when the backend is named.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ except ImportError as error:
 
 
 class TritonBackend(Backend):
-    """Quantises and decodes without FP8 or FP4 hardware, multiplies in FP4 where there is some, on NVIDIA GPUs."""
+    """Quantises and decodes without FP8 or FP4 hardware, multiplies in FP4 where there is some, on
+    NVIDIA GPUs."""
 
     name = "triton"
     decodes = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,7 +1,8 @@
-"""Launches kernels: what Triton compiled for a call is kept and launched directly by later calls like it.
+"""Launches kernels: what Triton compiled for a call is kept and launched directly by later calls
+like it.
 
-Triton's own launch looks its kernel up by everything it could depend on, among others every global number that the
-source mentions, which takes several times as long as the launch itself.
+Triton's own launch looks its kernel up by everything it could depend on, among others every global
+number that the source mentions, which takes several times as long as the launch itself.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from triton.runtime import driver
 from nvfp4.backends.triton.arithmetic import INTERPRETED
 
 EXACT = {"enable_fp_fusion": False} | ({} if INTERPRETED else {"sanitize_overflow": False})
-"""Every kernel is compiled so: the reference rounds a product before it adds to it, and Philox computes modulo 2^32,
-which TRITON_DEBUG=1 would take for a mistake (the interpreter does not know that option, nor look)."""
+"""Every kernel is compiled so: the reference rounds a product before it adds to it, and Philox
+computes modulo 2^32, which TRITON_DEBUG=1 would take for a mistake (the interpreter does not know
+that option, nor look)."""
 
 
 def version() -> tuple[int, ...]:
@@ -29,8 +31,8 @@ def version() -> tuple[int, ...]:
 
 
 DIRECT = not INTERPRETED and (3, 6) <= version() <= (3, 9)
-"""Where a compiled kernel is known to take the arguments of its function, constants included; elsewhere Triton looks
-its kernels up at every launch."""
+"""Where a compiled kernel is known to take the arguments of its function, constants included;
+elsewhere Triton looks its kernels up at every launch."""
 
 FAMILIES = {
     "quantize.kernels": "quantisation",
@@ -54,7 +56,8 @@ def launch(
 ) -> None:
     """``kernel[(programs,)](*arguments, *constants)`` on the current device and stream.
 
-    arguments: of all parameters that are not ``tl.constexpr``, which come first. constants: of the others, hashable.
+    arguments: of all parameters that are not ``tl.constexpr``, which come first. constants: of the
+    others, hashable.
     """
     grid = (programs, 1, 1)
     if not DIRECT:
@@ -74,10 +77,11 @@ def launch(
 
 
 def _announce(kernel: Any) -> None:
-    """One line before the first kernel of a family is compiled: the first step would seem to hang without it.
+    """One line before the first kernel of a family is compiled: the first step would seem to hang
+    without it.
 
-    At the level of warnings, so that it shows unless somebody set up logging otherwise; of several processes
-    the first alone says it.
+    At the level of warnings, so that it shows unless somebody set up logging otherwise; of several
+    processes the first alone says it.
     """
     module = kernel.fn.__module__.removeprefix("nvfp4.backends.triton.")
     if module in _ANNOUNCED:
@@ -90,8 +94,8 @@ def _announce(kernel: Any) -> None:
 
 
 def key_of(kernel: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> tuple[Any, ...]:
-    """What decides which compilation of a kernel takes these arguments; equal for two calls only if Triton would
-    compile the same for both."""
+    """What decides which compilation of a kernel takes these arguments; equal for two calls only if
+    Triton would compile the same for both."""
     specialised = _SPECIALISED.get(kernel.fn)
     if specialised is None:
         specialised = _SPECIALISED[kernel.fn] = tuple(not parameter.do_not_specialize for parameter in kernel.params)
@@ -99,7 +103,8 @@ def key_of(kernel: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> t
 
 
 def _kind(value: Any, specialised: bool) -> Any:
-    """A pointer's type and whether it is aligned to 16 bytes; a number's size and whether it is 1 or divides by 16."""
+    """A pointer's type and whether it is aligned to 16 bytes; a number's size and whether it is 1
+    or divides by 16."""
     if type(value) is int:
         size = -(2**31) <= value < 2**31, value < 2**63
         return size if not specialised else 1 if value == 1 else (size, value % 16 == 0)

@@ -67,8 +67,8 @@ class Source(NamedTuple):
 class Target:
     """The result a kernel fills, and what it needs beside it.
 
-    peak: int32 zeros like the global scale, if there are some already. amax: float32 like the global
-    scale, if it is known. single: whether this orientation is made alone.
+    peak: int32 zeros like the global scale, if there are some already. amax: float32 like the
+    global scale, if it is known. single: whether this orientation is made alone.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class Target:
         self.codes = self.q.codes.view(torch.int32)
         self.padded = self.q.padded_contraction
 
-        # the largest magnitude, as bits: integers order like magnitudes, so that programs agree by atomic maximum
+        # the largest magnitude, as bits: integers order like magnitudes, so that programs agree by
+        # atomic maximum
         self.amax_known = amax is not None
         if amax is not None:
             peak = amax.contiguous().view(torch.int32)
@@ -133,7 +134,8 @@ class Target:
 def two_targets(
     x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
 ) -> tuple[Target, Target]:
-    """What x and x^T are quantised into; the peaks of both come out of one allocation, aligned alike."""
+    """What x and x^T are quantised into; the peaks of both come out of one allocation, aligned
+    alike."""
     shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
     across, down = (shape[0] if how[1].row_scaled else 1 for shape, how in zip(shapes, (rows, columns), strict=True))
     start = -(-across // PEAK_UNIT) * PEAK_UNIT
@@ -158,7 +160,8 @@ def seed_arguments(seed: Seed | None) -> SeedArguments:
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """The low and the high 32 bits of a seed, each as a signed number, so that every seed has the same type."""
+    """The low and the high 32 bits of a seed, each as a signed number, so that every seed has the
+    same type."""
     low, high = seed & 0xFFFFFFFF, seed >> 32
     return (low ^ 1 << 31) - (1 << 31), (high ^ 1 << 31) - (1 << 31)
 

@@ -10,10 +10,11 @@ from typing import Any
 class KernelVariant:
     """One specialisation of a Triton kernel.
 
-    name: for the table. kernel: the function under ``triton.jit``. types: Triton's type of every argument that is not
-    constant ("*u8", "i32", ...), by name. constants: the value of every other argument. instruction: a regular
-    expression that the PTX must match, or None. exact: whether float32 products and sums must stay apart (no FMA).
-    divides: whether it divides, for which ptxas uses FMAs of its own, so that only the PTX can tell.
+    name: for the table. kernel: the function under ``triton.jit``. types: Triton's type of every
+    argument that is not constant ("*u8", "i32", ...), by name. constants: the value of every other
+    argument. instruction: a regular expression that the PTX must match, or None. exact: whether
+    float32 products and sums must stay apart (no FMA). divides: whether it divides, for which ptxas
+    uses FMAs of its own, so that only the PTX can tell.
     """
 
     name: str

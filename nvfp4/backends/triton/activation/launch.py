@@ -1,4 +1,13 @@
-"""Launches the kernels of ``kernels``: an activation to the targets it is quantised into, and its gradients."""
+"""RMSNorm and SwiGLU straight into codes: which tiles, and the launches.
+
+    RMSNorm   rms_kernel: 1 / rms of each row and, where a rule needs it, the amax of the result
+    SwiGLU    activation_amax_kernel, where a rule needs the amax
+    both      activation_quantize_kernel: the result is computed again in registers, rotated, rounded, stored
+
+The activation is computed twice and never written; only codes are stored. When
+two orientations look for the same amax, they look once. Gradients are kernels of their own, with
+partial sums per slab of rows, so that the order of summation is that of the reference.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +24,8 @@ from nvfp4.backends.triton.quantize.rules import Policy, Tile
 from nvfp4.numerics.activations import LANES, SLAB, Activation, RMSNorm, SwiGLU
 
 NORM = Tile(4, LANES, False, 8, 2, 1)
-"""A program of ``rms_kernel`` reads 4 rows, few enough to be in the cache when it reads them again."""
+"""A program of ``rms_kernel`` reads 4 rows, few enough to be in the cache when it reads them again.
+"""
 GRADIENT = Tile(SLAB, LANES, False, 8, 1, 8)
 GATED_GRADIENT = Tile(16, 256, False, 8, 1, 8)
 SUMMED = (16, 4)
@@ -79,7 +89,8 @@ def fill(activation: Activation, across: Target, down: Target | None) -> None:
 
 
 def _peaks(across: Target, down: Target | None) -> tuple[list[Any], tuple[Policy | None, Policy | None]]:
-    """Arguments and policies of the kernels that look for an amax; one look serves both if neither is rotated."""
+    """Arguments and policies of the kernels that look for an amax; one look serves both if neither
+    is rotated."""
     policies = [None if t is None or not t.scaled_by_amax else t.policy for t in (across, down)]
     if down is not None and all(p is not None and not p.round_scales and not p.row_scaled for p in policies):
         down.peak = across.peak

@@ -38,7 +38,8 @@ def tile_along(policy: Policy) -> Tile:
 
 
 def tile_down(policy: Policy, coded: bool = False) -> Tile:
-    """For operands whose columns are contiguous: whole blocks per thread, whole rotation groups per warp."""
+    """For operands whose columns are contiguous: whole blocks per thread, whole rotation groups per
+    warp."""
     if policy.search or policy.rule in SEARCHES:
         return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
     if policy.round_scales:
@@ -54,9 +55,9 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
     height, width = max(columns.group, 32), max(rows.group, 64)
     along, down = tile_along(rows), tile_down(columns)
 
-    # two groups of 128 go on twice the warps, or they would need 256 registers per thread; and so do
-    # two roundings by noise, which with the rotation of one of them spill 48 bytes per thread where
-    # Triton 3.6 compiles for sm_90
+    # two groups of 128 go on twice the warps, or they would need 256 registers per thread; and so
+    # do two roundings by noise, which with the rotation of one of them spill 48 bytes per thread
+    # where Triton 3.6 compiles for sm_90
     crowded = height == width == 128 or (rows.rule in NOISY and columns.rule in NOISY)
     warps = height * width // (32 * 16 * down.run) * (2 if crowded else 1)
     return (
@@ -66,8 +67,10 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
 
 
 def quantize(source: Source, coded: Coded | None, target: Target) -> QTensor:
-    """One orientation of an operand; coded: what kind of codes it is read from, or None for x itself."""
-    # a source is read along whatever is contiguous; of codes, that is what they were contracted along
+    """One orientation of an operand; coded: what kind of codes it is read from, or None for x
+    itself."""
+    # a source is read along whatever is contiguous; of codes, that is what they were contracted
+    # along
     down = coded is not None or source.stride_row == 1 != source.stride_column
     tile = tile_down(target.policy, coded is not None) if down else tile_along(target.policy)
     count = programs((source.rows, source.columns), tile)
