@@ -184,3 +184,20 @@ def torch_seed(seed: int) -> Iterator[Any]:
         torch.cuda.manual_seed_all(seed)
     yield
     torch.set_rng_state(before)
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """torch's random numbers for one test, from its own seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def policy(generator: torch.Generator) -> Any:
+    """A policy of a table of logits: four prompts, five places, four symbols; some files have one of other sizes.
+
+    Here and not beside the tests of losses: a second ``conftest`` would take this module's name.
+    """
+    from rl_policy import TablePolicy
+
+    return TablePolicy.random(prompts=4, length=5, symbols=4, generator=generator)

@@ -310,7 +310,7 @@ def test_a_model_that_sees_the_future_is_refused_by_both_trainers(tmp_path):
     ByteTokenizer().save(tmp_path / "bert")
     message = r"model: .*bert \(BertLMHeadModel\) is not causal: the logits of its first 8 tokens move by .* give"
     with pytest.raises(TrainError, match=message):
-        build_model(PretrainConfig(model=str(tmp_path / "bert")), ByteTokenizer())
+        build_model(str(tmp_path / "bert"), ByteTokenizer(), 0)
     own = {"model": str(tmp_path / "bert"), "depth": 4, "width": None, "heads": None, "context": None, "lr": None}
     with pytest.raises(TrainError, match=message):
         prepare(resolve(tiny(tmp_path / "run", warm_steps=None, **own)))

@@ -89,8 +89,11 @@ def weights(config):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_and_resumed_is_uninterrupted_to_the_bit(config, tmp_path, number):
+def test_stopped_and_resumed_is_uninterrupted_to_the_bit(config, tmp_path, number, request):
     """Weights, moments, random state and the training's own count; the log has every step once."""
+    # A run obeys no signal that is ignored, as SIGHUP is under nohup and SIGINT in a script's background.
+    handler = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, handler))
     whole = fit(config)
     again = dataclasses.replace(config, out=str(tmp_path / "b"))
     Fit.disturb = {2: lambda: os.kill(os.getpid(), number) or 1.0}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from nvfp4.run.errors import TrainError
 from nvfp4.run.model import build_model, sample
 from nvfp4.run.tokens import ByteTokenizer, HuggingFaceTokenizer
-from nvfp4.train.config import PretrainConfig, resolve
+from nvfp4.train.config import PretrainConfig, resolve, sizes_of
 from nvfp4.train.loop import pretrain
 
 SMALL = {"width": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "depth": 2, "seq_len": 16}
@@ -28,7 +28,8 @@ def texts(tmp_path_factory):
 
 
 def small(**changes):
-    return build_model(resolve(PretrainConfig(**{**SMALL, **changes})), ByteTokenizer())
+    config = resolve(PretrainConfig(**{**SMALL, **changes}))
+    return build_model(sizes_of(config), ByteTokenizer(), config.seed, config.seq_len)
 
 
 def test_the_weights_are_a_function_of_the_seed_and_no_global_state_is_touched():
@@ -176,16 +177,16 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path, texts):
     with pytest.raises(
         TrainError, match="model: expected the folder of a local Hugging Face causal LM, got 'gpt2-far-away'"
     ):
-        build_model(PretrainConfig(model="gpt2-far-away"), ByteTokenizer())
+        build_model("gpt2-far-away", ByteTokenizer(), 0)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TrainError, match=f"model: {tmp_path} does not load"):
-        build_model(PretrainConfig(model=str(tmp_path)), ByteTokenizer())
+        build_model(str(tmp_path), ByteTokenizer(), 0)
     folder = tmp_path / "small"
     GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=1)).save_pretrained(folder)
     with pytest.raises(TrainError, match="tokenizer: has 257 tokens, the model embeds only 100"):
-        build_model(PretrainConfig(model=str(folder)), ByteTokenizer())
+        build_model(str(folder), ByteTokenizer(), 0)
     ByteTokenizer().save(folder)
     tokenizer = HuggingFaceTokenizer(str(folder))
     tokenizer.vocab_size = 100
     with pytest.raises(TrainError, match="seq_len: the model takes at most 8 tokens, got 128"):
-        build_model(PretrainConfig(model=str(folder)), tokenizer)
+        build_model(str(folder), tokenizer, 0, longest=128)

@@ -140,7 +140,7 @@ class Session:
         interpreting.is_elsewhere = lambda item: False
         backend.TritonBackend.unavailable = lambda self, device: None
         operands.card_converts = lambda device: operands.converts(CAPABILITY)
-        gemm._device = lambda device: (gemm.family(CAPABILITY), 132)
+        gemm._device = lambda device, native=True: (gemm.family(CAPABILITY, native), 132)
         backend.contract = lambda left, right: left.float() @ right.float().t()
 
         def launch_all(which: Any, operation: Any, device: Any, quantizer: Any) -> None:

@@ -282,16 +282,16 @@ def test_the_saved_byte_tokenizer_gives_the_same_ids(tmp_path):
 
 def test_tokenizers_that_do_not_load_are_named(tmp_path):
     with pytest.raises(TrainError, match="tokenizer: expected the folder of a local Hugging Face tokenizer or 'bytes'"):
-        load_tokenizer(PretrainConfig(tokenizer="gpt2-not-here"))
+        load_tokenizer("gpt2-not-here", None)
     with pytest.raises(TrainError, match=f"tokenizer: {tmp_path} does not load"):
-        load_tokenizer(PretrainConfig(tokenizer=str(tmp_path)))
+        load_tokenizer(str(tmp_path), None)
     with pytest.raises(TrainError, match=f"tokenizer: {tmp_path} holds none; give --tokenizer"):
-        load_tokenizer(PretrainConfig(model=str(tmp_path)))
+        load_tokenizer(None, str(tmp_path))
     bare = byte_level_tokenizer()
     bare.eos_token = bare.bos_token = None
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(TrainError, match="has no eos, bos or sep token"):
-        load_tokenizer(PretrainConfig(tokenizer=str(tmp_path / "bare")))
+        load_tokenizer(str(tmp_path / "bare"), None)
 
 
 @pytest.mark.parametrize("seq_len", [3, 8, 64])
