@@ -1,9 +1,11 @@
-"""Builds nvfp4._cpu and nvfp4._cuda, the native kernels: plain pybind11 and C++17, no torch at build time.
+"""Builds nvfp4._cpu and nvfp4._cuda, the native kernels: plain pybind11 and C++17, no torch at
+build time.
 
-A failed build leaves a working package: everything then runs on other backends, and a warning says why. The CUDA
-kernels, minutes of work for nvcc, are built where there is nvcc and the driver of a GPU, for the GPUs there are;
-NVFP4_CUDA_TARGETS=90a,100a builds them for these, NVFP4_CUDA=1 without a driver, NVFP4_CUDA=0 never. NVFP4_CPU=0
-leaves the CPU's kernels out, for who only waits for the GPU's.
+A failed build leaves a working package: everything then runs on other backends, and a warning says
+why. The CUDA kernels, minutes of work for nvcc, are built where there is nvcc and the driver of a
+GPU, for the GPUs there are; NVFP4_CUDA_TARGETS=90a,100a builds them for these, NVFP4_CUDA=1 without
+a driver, NVFP4_CUDA=0 never. NVFP4_CPU=0 leaves the CPU's kernels out, for who only waits for the
+GPU's.
 """
 
 import os
@@ -21,7 +23,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# Bit-exactness forbids FMA contraction; the other two only drop side effects that nothing here looks at.
+# Bit-exactness forbids FMA contraction; the other two only drop side effects that nothing here
+# looks at.
 COMMON = [
     "-O2",
     "-std=c++17",
@@ -34,7 +37,8 @@ COMMON = [
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 PER_FILE = {
-    # reassociation keeps eight elements waiting for each other's codes, which spills: rtn 1.8 -> 1.6 cycles per element
+    # reassociation keeps eight elements waiting for each other's codes, which spills: rtn 1.8 ->
+    # 1.6 cycles per element
     "csrc/cpu/avx2.cpp": ["-O3", "-mavx2", "-mfma", "-fno-tree-reassoc"],
     "csrc/cpu/matmul_avx2.cpp": ["-O3", "-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/matmul_avx512.cpp": AVX512,
@@ -74,22 +78,30 @@ def why_no_cuda() -> str | None:
         return "NVFP4_CUDA=0 forbade it"
     if find_nvcc() is None:
         return "there is no nvcc on PATH or under CUDA_HOME"
-    has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    has_driver = (
+        Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    )
     if asked == "1" or os.environ.get("NVFP4_CUDA_TARGETS") or has_driver:
         return None
-    return "there is no driver of a GPU, and neither NVFP4_CUDA=1 nor NVFP4_CUDA_TARGETS asked for it"
+    return (
+        "there is no driver of a GPU, and neither NVFP4_CUDA=1 nor NVFP4_CUDA_TARGETS asked for it"
+    )
 
 
 class Compilers:
     """A process group for compilers, which ends when this process does, however that happens.
 
-    nvcc starts others for minutes at a time; killing setup.py alone would leave them running. A watcher
-    holds one end of a pipe: when the other end is gone, because we closed it or because we were killed,
-    it ends its group.
+    nvcc starts others for minutes at a time; killing setup.py alone would leave them running. A
+    watcher
+    holds one end of a pipe: when the other end is gone, because we closed it or because we were
+    killed, it ends its group.
     """
 
     def __enter__(self):
-        watch = "import os, signal\nos.setpgid(0, 0)\nprint(flush=True)\nos.read(0, 1)\nos.killpg(0, signal.SIGKILL)"
+        watch = (
+            "import os, signal\nos.setpgid(0, 0)\nprint(flush=True)\nos.read(0, 1)\nos.killpg(0, "
+            "signal.SIGKILL)"
+        )
         command = [sys.executable, "-c", watch]
         self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.watcher.stdout.readline()  # from here on there is a group to join
@@ -105,11 +117,14 @@ class Compilers:
         group = self.watcher.pid
         done = subprocess.run(command, preexec_fn=lambda: os.setpgid(0, group))
         if done.returncode != 0:
-            raise RuntimeError(f"{Path(command[0]).name} failed with {done.returncode} on {command[-1]}")
+            raise RuntimeError(
+                f"{Path(command[0]).name} failed with {done.returncode} on {command[-1]}"
+            )
 
 
 class BuildExt(build_ext):
-    """Compiles the files of an extension side by side, each with its own instruction set, and only what has changed."""
+    """Compiles the files of an extension side by side, each with its own instruction set, and only
+    what has changed."""
 
     def run(self) -> None:
         self.why_no, inplace = {"cuda": why_no_cuda()}, self.inplace
@@ -120,18 +135,23 @@ class BuildExt(build_ext):
             self.say_why_no(kind, reason, inplace)
 
     def say_why_no(self, kind, reason, inplace) -> None:
-        """On standard error, and beside the package, where ``nvfp4.info`` finds it: pip shows nobody the first."""
+        """On standard error, and beside the package, where ``nvfp4.info`` finds it: pip shows
+        nobody the first."""
         if reason is not None:
             name = {"cpu": "native CPU", "cuda": "CUDA"}[kind]
             print(f"warning: nvfp4 is installed without {name} kernels: {reason}", file=sys.stderr)
-        for folder in (Path(self.build_lib) / "nvfp4", *([Path(__file__).parent / "nvfp4"] if inplace else [])):
+        for folder in (
+            Path(self.build_lib) / "nvfp4",
+            *([Path(__file__).parent / "nvfp4"] if inplace else []),
+        ):
             file = folder / CUDA.MISSING_FILE.format(kind)
             if reason is None:
                 file.unlink(missing_ok=True)
             elif folder.is_dir():
                 try:
                     file.write_text(reason + "\n")
-                except OSError as error:  # a full disk is why nothing was compiled, and why this cannot be kept
+                # a full disk is why nothing was compiled, and why this cannot be kept
+                except OSError as error:
                     sys.exit(f"error: {file} cannot be written: {error.strerror}")
 
     def build_extension(self, ext) -> None:
@@ -161,7 +181,8 @@ class BuildExt(build_ext):
         extra_postargs=None,
         depends=None,
     ) -> list[str]:
-        """In the place of the compiler's own ``compile``: what has changed, each file with its own flags."""
+        """In the place of the compiler's own ``compile``: what has changed, each file with its own
+        flags."""
         compiler = self.compiler
         macros, objects, extra, defines, build = compiler._setup_compile(
             output_dir, macros, include_dirs, sources, depends, extra_postargs
@@ -176,18 +197,23 @@ class BuildExt(build_ext):
         return objects
 
     def link_whole(self, objects, path, *args, **options) -> None:
-        """Under another name first: a linker that is killed leaves nothing that looks like an extension, and is new."""
+        """Under another name first: a linker that is killed leaves nothing that looks like an
+        extension, and is new."""
         part = str(Path(path).with_suffix(".part.so"))
         type(self.compiler).link_shared_object(self.compiler, objects, part, *args, **options)
         os.replace(part, path)
 
     def build_cuda(self, ext) -> None:
-        """One binary for the chosen targets, linked with the static runtime: it loads where there is no driver."""
+        """One binary for the chosen targets, linked with the static runtime: it loads where there
+        is no driver."""
         nvcc, folder = find_nvcc(), Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         asked = os.environ.get("NVFP4_CUDA_TARGETS")
         targets, note = CUDA.choose(asked, CUDA.present_capabilities(), CUDA.known_targets(nvcc))
-        print(f"nvfp4: CUDA kernels for {', '.join(f'sm_{t}' for t in targets)} ({note})", file=sys.stderr)
+        print(
+            f"nvfp4: CUDA kernels for {', '.join(f'sm_{t}' for t in targets)} ({note})",
+            file=sys.stderr,
+        )
 
         cores = os.cpu_count() or 1
         threads = min(len(targets), cores)
@@ -205,7 +231,9 @@ class BuildExt(build_ext):
                 return str(target)
 
             objects = list(pool.map(compile_one, ext.sources))
-            compilers.run([nvcc, "-shared", "-cudart", "static", "-Xlinker=-s", *objects, "-o", str(library)])
+            compilers.run(
+                [nvcc, "-shared", "-cudart", "static", "-Xlinker=-s", *objects, "-o", str(library)]
+            )
 
 
 extension = Pybind11Extension(

@@ -98,7 +98,9 @@ def _of_shape(args: argparse.Namespace, name: str, shape: Shape) -> list[Row]:
         near = near_bf16(cases[recipe].layer, cases["bf16"].layer, x)
         gate(near, f"{recipe} at {name} is far from BF16")
 
-    ms = interleaved({recipe: case.step for recipe, case in cases.items()}, args.seconds, args.least)
+    ms = interleaved(
+        {recipe: case.step for recipe, case in cases.items()}, args.seconds, args.least
+    )
     saved = {recipe: case.saved_bytes() for recipe, case in cases.items()}
     return [
         {

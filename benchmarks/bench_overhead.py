@@ -89,7 +89,9 @@ def main() -> None:
         for recipe in ["bf16", *args.recipes.split(",")]
         for call, run in calls(recipe, shape).items()
     }
-    ms = interleaved({f"{recipe} {call}": run for (recipe, call), run in runs.items()}, args.seconds)
+    ms = interleaved(
+        {f"{recipe} {call}": run for (recipe, call), run in runs.items()}, args.seconds
+    )
 
     rows: list[Row] = []
     for (recipe, call), run in runs.items():

@@ -72,7 +72,9 @@ def hold(isa: str) -> None:
         use_instruction_set(isa)
 
 
-def rows_of(backend: Backend, x: torch.Tensor, name: str, isas: Sequence[str], seconds: float) -> list[Row]:
+def rows_of(
+    backend: Backend, x: torch.Tensor, name: str, isas: Sequence[str], seconds: float
+) -> list[Row]:
     """One row per instruction set, all timed in turns; nothing is timed that is wrong."""
     case = quantiser(name)
     runs: dict[str, Run] = {"copy": copier(case.bytes_moved(x))}

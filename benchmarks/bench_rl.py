@@ -28,7 +28,14 @@ from nvfp4.rl.objectives.registry import OBJECTIVES
 from nvfp4.rl.setup import from_base
 from nvfp4.rl.warmstart import warm_start
 
-ENDS = ("eval/pass@1", "eval/pass@1/low", "eval/pass@1/high", "eval/pass@4", "eval/pass@16", "eval/greedy")
+ENDS = (
+    "eval/pass@1",
+    "eval/pass@1/low",
+    "eval/pass@1/high",
+    "eval/pass@4",
+    "eval/pass@16",
+    "eval/greedy",
+)
 
 COMPLETIONS = 64  # of each step, whatever the objective makes of them
 STEPS = 10
@@ -52,16 +59,32 @@ TASKS = ("sort", "reverse", "parity", "addition", "modular", "countdown", "fill_
 
 def row(run: dict[str, Any]) -> dict[str, Any]:
     """A run without its curves."""
-    figures = {f"{end} {key.removeprefix('eval/')}": run[end][key] for key in ENDS for end in ("before", "after")}
-    entropy = {"entropy first": run["curve"]["entropy"][0], "entropy last": run["curve"]["entropy"][-1]}
-    return {"run": run["name"], **figures, **entropy, "mismatch": run["mismatch"], "seconds": run["seconds"]}
+    figures = {
+        f"{end} {key.removeprefix('eval/')}": run[end][key]
+        for key in ENDS
+        for end in ("before", "after")
+    }
+    entropy = {
+        "entropy first": run["curve"]["entropy"][0],
+        "entropy last": run["curve"]["entropy"][-1],
+    }
+    return {
+        "run": run["name"],
+        **figures,
+        **entropy,
+        "mismatch": run["mismatch"],
+        "seconds": run["seconds"],
+    }
 
 
 def comparison(out: Path, keep: str | None) -> None:
     """Run what is not finished, check, keep."""
     report = compare(RLConfig(**{**PRESETS["sort"], "out": str(out)}))
     for verdict in report["gates"]:
-        gate(verdict["passed"], f"{verdict['name']}: {verdict['value']:.3g}, bound {verdict['bound']}")
+        gate(
+            verdict["passed"],
+            f"{verdict['name']}: {verdict['value']:.3g}, bound {verdict['bound']}",
+        )
     if keep:
         kept = {
             "title": "nvfp4 rl --preset sort",
@@ -78,7 +101,11 @@ def short(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """One row for people."""
     before, after, mismatch = result["before"], result["after"], result["mismatch"]
     row: dict[str, Any] = {"run": name, "steps": result["steps"]}
-    most = max(int(key.partition("@")[2]) for key in before if key.startswith("eval/pass@") and key.count("/") == 1)
+    most = max(
+        int(key.partition("@")[2])
+        for key in before
+        if key.startswith("eval/pass@") and key.count("/") == 1
+    )
     keys = ("pass@1", f"pass@{most}")
     for key in keys:
         row |= {f"{key} before": before[f"eval/{key}"], f"{key} after": after[f"eval/{key}"]}
@@ -90,7 +117,13 @@ def short(name: str, result: dict[str, Any]) -> dict[str, Any]:
 def warm(out: Path) -> RLConfig:
     """What the runs of objectives share: sort, one warm start, one temperature for evaluations."""
     sort = {name: PRESETS["sort"][name] for name in ("task", "max_new_tokens", "context")}
-    cadence = {"eval_problems": 24, "eval_samples": 8, "eval_temperature": 1.0, "save_every": 0, "check_every": 5}
+    cadence = {
+        "eval_problems": 24,
+        "eval_samples": 8,
+        "eval_temperature": 1.0,
+        "save_every": 0,
+        "check_every": 5,
+    }
     config = RLConfig(**sort, **cadence, device="cpu", depth=2, steps=STEPS)
     base = resolve(config)
     warm_start(base, out / "base")
@@ -135,7 +168,13 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"objective": name, "seeds": len(runs)}
         row |= {key: settings(name)[key] for key in ("group", "minibatches")}
-        for key in ("pass@1 before", "pass@1 after", "pass@8 after", "token_mult_prob_error", "same shapes"):
+        for key in (
+            "pass@1 before",
+            "pass@1 after",
+            "pass@8 after",
+            "token_mult_prob_error",
+            "same shapes",
+        ):
             values = [run[key] for run in runs]
             row[key] = statistics.fmean(values)
             if key.endswith("after"):
@@ -165,7 +204,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", default="compare", choices=("compare", *STUDIES))
     parser.add_argument("--only", nargs="*", help="only these rows of objectives or tasks")
-    parser.add_argument("--out", help="folder of the runs; finished ones are kept; default: below runs/")
+    parser.add_argument(
+        "--out", help="folder of the runs; finished ones are kept; default: below runs/"
+    )
     parser.add_argument("--keep", metavar="NAME", help="keep the figures as results/NAME.json")
     args = parser.parse_args()
     if args.what == "compare":
@@ -192,7 +233,9 @@ STUDIES = {"objectives": objectives, "foreign": foreign, "tasks": tasks}
 def code() -> str:
     """The git tree of nvfp4/rl/objectives: any commit with these very objectives has it."""
     git = ["git", "rev-parse", "--short=10", "HEAD:nvfp4/rl/objectives"]
-    return subprocess.run(git, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
+    return subprocess.run(
+        git, capture_output=True, text=True, check=True, cwd=RESULTS.parent
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
     assert at + RESERVE * stretch <= began + 60 * minutes + 1e-6, "the limits exceed the budget"
 
     ending, code = "done", 0
-    handlers = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         runner.begin_background(BACKGROUND)
         for stage, end in zip(plan, ends, strict=True):
@@ -111,13 +113,23 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
 def main(arguments: list[str] | None = None) -> int:
     """One call, or the plan."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.on_gpu", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument("--call", type=int, choices=(1, 2), help="which of the two calls")
-    parser.add_argument("--out", type=Path, default=Path("build/on_gpu"), help="folder for rows, report and log")
-    parser.add_argument("--budget-minutes", type=float, help="of this call; limits of stages shrink or grow with it")
-    parser.add_argument("--rehearse", type=float, metavar="SCALE", help="on the CPU, at this part of all sizes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/on_gpu"), help="folder for rows, report and log"
+    )
+    parser.add_argument(
+        "--budget-minutes", type=float, help="of this call; limits of stages shrink or grow with it"
+    )
+    parser.add_argument(
+        "--rehearse", type=float, metavar="SCALE", help="on the CPU, at this part of all sizes"
+    )
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    parser.add_argument("--plan", action="store_true", help="print what each stage is expected to take")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what each stage is expected to take"
+    )
     args = parser.parse_args(arguments)
     if args.plan:
         from benchmarks.gpu.plan import show
@@ -126,7 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.call is None:
         parser.error("which call? --call 1 or --call 2, or --plan")
     if args.rehearse is not None and not 0 < args.rehearse <= 1:
-        parser.error(f"--rehearse takes a part of the sizes, above 0 and up to 1, got {args.rehearse}")
+        parser.error(
+            f"--rehearse takes a part of the sizes, above 0 and up to 1, got {args.rehearse}"
+        )
 
     from benchmarks.gpu.calls import BUDGET_MINUTES
     from benchmarks.gpu.settings import Settings

@@ -1,8 +1,9 @@
 """Object files, each compiled again only when something that it is made of has changed.
 
-Beside an object lies its record: the command that made it, and a hash of every file that the compiler read for it, as
--MMD lists them (system headers excepted). So a changed header compiles what includes it and nothing else, a changed
-flag what it is given to, and a file that was only touched, or is back as it was, compiles nothing.
+Beside an object lies its record: the command that made it, and a hash of every file that the
+compiler read for it, as -MMD lists them (system headers excepted). So a changed header compiles
+what includes it and nothing else, a changed flag what it is given to, and a file that was only
+touched, or is back as it was, compiles nothing.
 
 ``setup.py`` runs this file; nothing but Python itself is needed.
 """
@@ -19,10 +20,12 @@ from pathlib import Path
 
 
 def compile_changed(commands: dict[str, list[str]], workers: int | None = None) -> list[str]:
-    """Bring objects up to date, as many compilers at a time as there are cores; returns those that were compiled.
+    """Bring objects up to date, as many compilers at a time as there are cores; returns those that
+    were compiled.
 
-    commands: of each object, what makes it from its source but for "-o object", in the order in which they begin: the
-    longest first, since the last to end is waited for. RuntimeError names an object whose compiler failed.
+    commands: of each object, what makes it from its source but for "-o object", in the order in
+    which they begin: the longest first, since the last to end is waited for. RuntimeError names an
+    object whose compiler failed.
     """
     stale = [target for target, command in commands.items() if not is_current(target, command)]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
@@ -38,7 +41,9 @@ def compile_one(target: str, command: list[str]) -> None:
     record.unlink(missing_ok=True)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
 
-    status = subprocess.run([*command, "-MMD", "-MF", str(listed), "-o", target], check=False).returncode
+    status = subprocess.run(
+        [*command, "-MMD", "-MF", str(listed), "-o", target], check=False
+    ).returncode
     if status != 0:
         raise RuntimeError(f"{Path(command[0]).name} failed with {status} on {target}")
 
@@ -51,13 +56,15 @@ def is_current(target: str, command: list[str]) -> bool:
     try:
         record = json.loads(Path(f"{target}.json").read_text())
         same_files = all(digest(name) == known for name, known in record["files"].items())
-    except (OSError, ValueError, KeyError):  # never compiled, half written, or a header that is gone
+    # never compiled, half written, or a header that is gone
+    except (OSError, ValueError, KeyError):
         return False
     return record["command"] == command and same_files and Path(target).exists()
 
 
 def prerequisites(rule: str) -> list[str]:
-    """The files to the right of the colon of a rule that a compiler wrote for make; blanks in names are escaped."""
+    """The files to the right of the colon of a rule that a compiler wrote for make; blanks in names
+    are escaped."""
     names = rule.replace("\\\n", " ").split(":", 1)[1]
     return [name.replace("\\ ", " ") for name in re.findall(r"(?:\\ |\S)+", names)]
 

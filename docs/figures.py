@@ -9,7 +9,8 @@ A page marks a place; this program says what stands there, and a test holds the 
     python docs/figures.py            say which pages are out of date (exit code 1)
     python docs/figures.py --write    bring them up to date
 
-Data: ``benchmarks/results/*.json``; for ``quantisers`` what each of them claims, which the property tests measure.
+Data: ``benchmarks/results/*.json``; for ``quantisers`` what each of them claims, which the property
+tests measure.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def pages() -> list[Path]:
 
 
 def up_to_date(text: str) -> str:
-    """The text of a page with every marked place filled in; KeyError for a name that nothing here makes."""
+    """The text of a page with every marked place filled in; KeyError for a name that nothing here
+    makes."""
     return _PLACE.sub(lambda place: f"{place[1]}{FIGURES[place[2]]()}\n{place[4]}", text)
 
 
@@ -45,9 +47,14 @@ def headline() -> str:
     best = sorted(others, key=lambda run: run["gap_percent"])
     gaps = ", ".join(f"{run['gap_percent']:+.1f} % (`{run['recipe']}`)" for run in best)
     size = f"{base['parameters'] / 1e6:.1f} M parameters, {base['steps']} updates"
-    data = "on the source of Python's standard library" if not report["config"]["data"] else "on text files"
+    data = (
+        "on the source of Python's standard library"
+        if not report["config"]["data"]
+        else "on text files"
+    )
     return (
-        f"A {report['config']['architecture'].capitalize()} of {size} {data}, same init and same data order for all:\n"
+        f"A {report['config']['architecture'].capitalize()} of {size} {data}, same init and same "
+        "data order for all:\n"
         f"**{base['val_bpb']:.3f} bits per byte in BF16; in NVFP4 {gaps}.**\n"
         "(One seed; differences of a percent between recipes are within its noise at this size.)"
     )
@@ -66,7 +73,9 @@ def quantisers() -> str:
             tiles = QUANTIZERS["rtn_2d"]
             error += f" (16x16: {tiles.claims(tiles.check()).relative_mse * 1e3:.2f})"
         rows.append((f"`{shown}`", error, unbiased, what))
-    return _table(("quantiser", "relative MSE on N(0, 1), x 1e-3", "unbiased", "what it does"), rows)
+    return _table(
+        ("quantiser", "relative MSE on N(0, 1), x 1e-3", "unbiased", "what it does"), rows
+    )
 
 
 _QUANTISERS: tuple[tuple[str, str, dict[str, Any], str, str], ...] = (
@@ -87,14 +96,18 @@ _QUANTISERS: tuple[tuple[str, str, dict[str, Any], str, str], ...] = (
 
 
 def linear() -> str:
-    """Forward and backward of one layer relative to BF16, a row per machine, instruction set and size."""
+    """Forward and backward of one layer relative to BF16, a row per machine, instruction set and
+    size."""
     recipes = ("nvidia", "quartet2", "search_eden")
     times: dict[tuple[str, str], dict[str, float]] = {}
     for row in _read("linear")["rows"]:
         where = (_processor(row["machine"], row["instructions"]), row["layer"].split()[0])
         times.setdefault(where, {})[row["recipe"]] = row["x bf16"]
 
-    rows = [(*where, *(f"{found[recipe]:.2f}" for recipe in recipes)) for where, found in sorted(times.items())]
+    rows = [
+        (*where, *(f"{found[recipe]:.2f}" for recipe in recipes))
+        for where, found in sorted(times.items())
+    ]
     return _table(("machine", "tokens = in = out", *(f"`{recipe}`" for recipe in recipes)), rows)
 
 
@@ -105,22 +118,34 @@ def quantize() -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in measured:
         machine = _processor(row["machine"], row["instruction set"])
-        cells.setdefault(row["quantiser"], {})[machine] = f"{row['row-wise ms']:.1f} ms ({row['x copy']:.1f})"
+        cells.setdefault(row["quantiser"], {})[machine] = (
+            f"{row['row-wise ms']:.1f} ms ({row['x copy']:.1f})"
+        )
 
-    rows = [(f"`{name}`", *(found.get(machine, "") for machine in machines)) for name, found in cells.items()]
+    rows = [
+        (f"`{name}`", *(found.get(machine, "") for machine in machines))
+        for name, found in cells.items()
+    ]
     return _table(("quantiser", *machines), rows)
 
 
 def _processor(machine: dict[str, Any], instructions: str) -> str:
-    """A machine in a few words: processor, threads, and the instruction set that the process was held to."""
-    return f"{machine['processor'].split(' (')[0]}, {machine['threads']} threads, {instructions.upper()}"
+    """A machine in a few words: processor, threads, and the instruction set that the process was
+    held to."""
+    return (
+        f"{machine['processor'].split(' (')[0]}, {machine['threads']} threads, "
+        f"{instructions.upper()}"
+    )
 
 
 def memory() -> str:
     """What one more layer adds to the peak."""
     data = _read("memory")
     shares = sorted({f"{row['x bf16']:.2f}" for row in data["rows"] if row["recipe"] != "bf16"})
-    return f"Saved for backward, and peak memory of one more layer: {' to '.join(shares)} of BF16's activations."
+    return (
+        f"Saved for backward, and peak memory of one more layer: {' to '.join(shares)} of BF16's "
+        "activations."
+    )
 
 
 def rl() -> str:
@@ -152,11 +177,15 @@ def objectives() -> str:
         )
         for row in sorted(_read("rl_objectives")["rows"], key=lambda row: -row["pass@1 after"])
     ]
-    return _table(("objective", "group", "updates per rollout", "pass@1 before", "after, mean +- spread"), rows)
+    return _table(
+        ("objective", "group", "updates per rollout", "pass@1 before", "after, mean +- spread"),
+        rows,
+    )
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    maker.__name__: maker for maker in (headline, quantisers, linear, quantize, memory, rl, objectives)
+    maker.__name__: maker
+    for maker in (headline, quantisers, linear, quantize, memory, rl, objectives)
 }
 
 

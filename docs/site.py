@@ -1,9 +1,11 @@
-"""What the site adds to the pages of this folder: README as the front page, CONTRIBUTING, CHANGELOG, the pictures.
+"""What the site adds to the pages of this folder: README as the front page, CONTRIBUTING,
+CHANGELOG, the pictures.
 
-mkdocs calls these functions (``hooks`` in mkdocs.yml). The texts stay where readers of a checkout look for them, and
-link as a checkout wants it; here each link is turned into that of the site: ``docs/recipes.md`` -> ``recipes.md``,
-``benchmarks/results/compare.png`` -> ``results/compare.png``. What the site does not hold, such as source files,
-keeps its text and loses its link.
+mkdocs calls these functions (``hooks`` in mkdocs.yml). The texts stay where readers of a checkout
+look for them, and link as a checkout wants it; here each link is turned into that of the site:
+``docs/recipes.md`` -> ``recipes.md``, ``benchmarks/results/compare.png`` ->
+``results/compare.png``. What the site does not hold, such as source files, keeps its text and loses
+its link.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 PICTURES = "benchmarks/results/"
 
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")

@@ -1,4 +1,5 @@
-"""Convert a transformers model, look at what happened, train a few steps, and go back. Runs in seconds on a CPU."""
+"""Convert a transformers model, look at what happened, train a few steps, and go back. Runs in
+seconds on a CPU."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,7 +10,11 @@ import nvfp4
 def main() -> None:
     """Train the same tiny Llama in BF16 and in NVFP4 on one batch, and print both losses."""
     config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
     batch = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
     for recipe in ("bf16", "search_eden"):
@@ -28,7 +33,10 @@ def main() -> None:
             if step % 19 == 0:
                 print(f"{recipe:12} step {step:2}  loss {loss.item():.4f}")
     with nvfp4.disabled(model), torch.no_grad():
-        print(f"the same weights in high precision: loss {model(input_ids=batch, labels=batch).loss.item():.4f}")
+        print(
+            "the same weights in high precision: loss "
+            f"{model(input_ids=batch, labels=batch).loss.item():.4f}"
+        )
     nvfp4.revert(model)  # plain nn.Linear again, with the same parameters
     assert not any(isinstance(module, nvfp4.Linear) for module in model.modules())
 

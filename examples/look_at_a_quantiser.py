@@ -1,4 +1,5 @@
-"""Quantise one matrix with every quantiser, and see error and bias for yourself. Runs in seconds on a CPU."""
+"""Quantise one matrix with every quantiser, and see error and bias for yourself. Runs in seconds on
+a CPU."""
 
 import torch
 
@@ -6,17 +7,25 @@ import nvfp4
 
 
 def main() -> None:
-    """Print, for each quantiser, the squared error of one draw and of the mean of 256 draws, relative to x."""
+    """Print, for each quantiser, the squared error of one draw and of the mean of 256 draws,
+    relative to x."""
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    print(f"{'quantiser':16} {'one draw':>9} {'mean of 256':>12}   (x 1e-3; the mean of an unbiased one keeps falling)")
+    print(
+        f"{'quantiser':16} {'one draw':>9} {'mean of 256':>12}   (x 1e-3; the mean of an "
+        "unbiased one keeps falling)"
+    )
     for name, quantizer in nvfp4.QUANTIZERS.items():
         draws = 1 if quantizer.claims(quantizer.check(seed=0)).deterministic else 256
         decoded = [nvfp4.quantize(x, name, seed=i).dequantize() for i in range(draws)]
-        one, mean = ((d - x).square().mean() / x.square().mean() for d in (decoded[0], torch.stack(decoded).mean(0)))
+        one, mean = (
+            (d - x).square().mean() / x.square().mean()
+            for d in (decoded[0], torch.stack(decoded).mean(0))
+        )
         print(f"{name:16} {one.item() * 1e3:9.2f} {mean.item() * 1e3:12.3f}")
     q = nvfp4.quantize(x, "scale_search")
     print(
-        f"codes {tuple(q.codes.shape)}, block scales {tuple(q.block_scale.shape)}: {q.nbytes * 8 / x.numel():.2f} bits"
+        f"codes {tuple(q.codes.shape)}, block scales {tuple(q.block_scale.shape)}: "
+        f"{q.nbytes * 8 / x.numel():.2f} bits"
     )
 
 

@@ -1,9 +1,11 @@
-"""Train a tiny language model in NVFP4 and in BF16 on Python's own standard library, and measure the gap. Any CPU.
+"""Train a tiny language model in NVFP4 and in BF16 on Python's own standard library, and measure
+the gap. Any CPU.
 
     python examples/pretrain_tiny.py [FOLDER]
 
-What it shows: ``pretrain`` is a function of a config; two configs that differ in the recipe alone start from the same
-weights and see the same batches; the export is an ordinary Hugging Face model. ``nvfp4 compare`` does it at length.
+What it shows: ``pretrain`` is a function of a config; two configs that differ in the recipe alone
+start from the same weights and see the same batches; the export is an ordinary Hugging Face model.
+``nvfp4 compare`` does it at length.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def main(folder: Path) -> dict[str, float]:
         config = dataclasses.replace(base, recipe=recipe, out=str(folder / recipe))
         results[recipe] = pretrain(config)["val_bpb"]
     gap = 100 * (results["quartet2"] / results["bf16"] - 1)
-    print(f"\nbits per byte: bf16 {results['bf16']:.4f}, quartet2 {results['quartet2']:.4f}, gap {gap:+.2f} %")
+    print(
+        f"\nbits per byte: bf16 {results['bf16']:.4f}, quartet2 {results['quartet2']:.4f}, gap "
+        f"{gap:+.2f} %"
+    )
 
     model = AutoModelForCausalLM.from_pretrained(folder / "quartet2" / "export")
     tokenizer = AutoTokenizer.from_pretrained(folder / "quartet2" / "export")

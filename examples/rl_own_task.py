@@ -1,10 +1,11 @@
-"""Reinforcement learning on a task of one's own: one class with problems and a verifier. Any CPU, half a minute.
+"""Reinforcement learning on a task of one's own: one class with problems and a verifier. Any CPU,
+half a minute.
 
     python examples/rl_own_task.py [FOLDER]
 
-What it shows: the class is all that is needed; the model is warmed up on demonstrations of which half are wrong, then
-samples in NVFP4, is rewarded by the class, and learns in NVFP4. On the command line the same task is
-``nvfp4 rl --task examples/rl_own_task.py:Larger``.
+What it shows: the class is all that is needed; the model is warmed up on demonstrations of which
+half are wrong, then samples in NVFP4, is rewarded by the class, and learns in NVFP4. On the command
+line the same task is ``nvfp4 rl --task examples/rl_own_task.py:Larger``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def main(folder: Path) -> dict[str, Any]:
     )
     result = rl(config)
     before, after = result["before"]["eval/pass@1"], result["after"]["eval/pass@1"]
-    print(f"\nheld-out pass@1: {before:.3f} before, {after:.3f} after; see {folder / 'completions.jsonl'}")
+    print(
+        f"\nheld-out pass@1: {before:.3f} before, {after:.3f} after; see "
+        f"{folder / 'completions.jsonl'}"
+    )
     return result
 
 

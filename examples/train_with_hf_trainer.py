@@ -1,9 +1,16 @@
-"""Hugging Face Trainer in NVFP4: load with a quantization config, train, save, and load with transformers alone."""
+"""Hugging Face Trainer in NVFP4: load with a quantization config, train, save, and load with
+transformers alone."""
 
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import nvfp4
 from nvfp4.integrations.trainer import NoiseCallback
@@ -12,8 +19,15 @@ from nvfp4.integrations.trainer import NoiseCallback
 def main() -> None:
     """Teach a tiny Llama to count, and check that what was saved is an ordinary checkpoint."""
     folder = tempfile.mkdtemp()
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)
+    ).save_pretrained(folder)
 
     config = nvfp4.NVFP4TrainingConfig(recipe="search_eden", keep_last=1, seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
@@ -32,7 +46,8 @@ def main() -> None:
         report_to="none",
     )
     data = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[NoiseCallback()])  # resumes to the last bit
+    # resumes to the last bit
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[NoiseCallback()])
     trainer.train()
     trainer.save_model(f"{folder}/trained")
 

@@ -3,8 +3,8 @@
 import nvfp4
 
 nvfp4.convert(model)                # nn.Linear -> NVFP4, in place, same parameters, same state_dict
-print(nvfp4.report(model))          # what runs in which recipe on which backend, and why the rest was kept
-q = nvfp4.quantize(x, "ms_eden", seed=1)
+print(nvfp4.report(model))          # what runs in which recipe on which backend, and why the rest
+was kept q = nvfp4.quantize(x, "ms_eden", seed=1)
 q.codes, q.block_scale, q.global_scale, q.dequantize()
 """
 

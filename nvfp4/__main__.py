@@ -1,7 +1,9 @@
-"""``nvfp4 COMMAND`` and ``python -m nvfp4 COMMAND``: the command line, or one line on the extra that it lacks.
+"""``nvfp4 COMMAND`` and ``python -m nvfp4 COMMAND``: the command line, or one line on the extra
+that it lacks.
 
-The options of a command are made from its config, so even ``--help`` needs the packages of the extra ``train``. Without
-them ``nvfp4 info`` still answers, and every other command says what to install and ends with code 1.
+The options of a command are made from its config, so even ``--help`` needs the packages of the
+extra ``train``. Without them ``nvfp4 info`` still answers, and every other command says what to
+install and ends with code 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The command line: parse, call, exit code. ``nvfp4 COMMAND --help`` lists every option with its default."""
+"""The command line: parse, call, exit code. ``nvfp4 COMMAND --help`` lists every option with its
+default."""
 
 from __future__ import annotations
 
@@ -24,12 +25,24 @@ from nvfp4.run.fields import from_fields, read_config_file
 from nvfp4.run.options import RunConfig
 from nvfp4.train.config import CompareConfig, PretrainConfig
 
-DESCRIPTION = "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
+DESCRIPTION = (
+    "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
+)
 FAILED = 1
 INTERRUPTED = 130
 
-MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
-"""Full, read-only or broken disks, missing rights, too many open files: a user's to put right, wherever it came up."""
+MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+"""Full, read-only or broken disks, missing rights, too many open files: a user's to put right,
+wherever it came up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +50,8 @@ class Pretrain(PretrainConfig):
     """Train a language model in NVFP4 (or BF16) and export it."""
 
     config: str | None = None
-    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command line wins."""
+    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command
+    line wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +59,33 @@ class Compare(CompareConfig):
     """Train the same model once for each recipe and measure the gap to BF16."""
 
     config: str | None = None
-    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command line wins."""
+    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command
+    line wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RL(RLConfig):
-    """Train a language model by reinforcement with verifiable rewards, the sampler being the very policy in NVFP4."""
+    """Train a language model by reinforcement with verifiable rewards, the sampler being the very
+    policy in NVFP4."""
 
     preset: Literal["sort"] | None = None
-    """A set of options, which the others then change; sort: full precision against NVFP4 over three seeds, in minutes
-    on a CPU."""
+    """A set of options, which the others then change; sort: full precision against NVFP4 over three
+    seeds, in minutes on a CPU."""
     config: str | None = None
-    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command line wins."""
+    """YAML, TOML or JSON file with any of these options (snake_case); what is given on the command
+    line wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GVendi(GVendiConfig):
-    """Measure how diverse the problems of tasks are, as a model sees them (G-Vendi, arXiv 2505.20161)."""
+    """Measure how diverse the problems of tasks are, as a model sees them (G-Vendi, arXiv
+    2505.20161)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prismatic(PrismaticConfig):
-    """Grow a set of problems where it is sparse, as a model sees it (Prismatic Synthesis, arXiv 2505.20161)."""
+    """Grow a set of problems where it is sparse, as a model sees it (Prismatic Synthesis, arXiv
+    2505.20161)."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +95,28 @@ class Info:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure everything on this machine (all), or predict what layers cost on machines that need not be here
-    (roofline)."""
+    """Measure everything on this machine (all), or predict what layers cost on machines that need
+    not be here (roofline)."""
 
     benchmark: tyro.conf.Positional[Literal["roofline", "all"]] = "roofline"
-    """roofline: bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach. all: check every
-    backend against the reference, then time quantisers, GEMMs, layers and memory; nothing is timed if one is wrong."""
+    """roofline: bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach.
+    all: check every backend against the reference, then time quantisers, GEMMs, layers and memory;
+    nothing is timed if one is wrong."""
     report: str | None = None
-    """all: write the tables here as Markdown, with device, clocks and versions, and beside it as JSON."""
+    """all: write the tables here as Markdown, with device, clocks and versions, and beside it as
+    JSON."""
     quick: bool = False
     """all: small shapes, less than a minute on a processor."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all: where to measure; auto is the GPU if there is one."""
     isa: Literal["", "avx512", "avx2", "portable"] = ""
-    """all: instruction set that our kernels on the processor are held to; by default the best it has, or what the
-    environment's NVFP4_ISA names, which every command follows."""
+    """all: instruction set that our kernels on the processor are held to; by default the best it
+    has, or what the environment's NVFP4_ISA names, which every command follows."""
     seconds: float | None = None
     """all: time for each candidate; by default 0.5, and 0.02 when quick."""
     devices: tuple[str, ...] = ("B200", "RTX 5090", "H200", "cpu")
-    """roofline: machines, by the names of the table that is printed first; cpu is the one at hand."""
+    """roofline: machines, by the names of the table that is printed first; cpu is the one at
+    hand."""
     models: tuple[str, ...] = ("800M", "3B", "7B", "22B")
     """roofline: blocks whose layers are counted; kernels are listed for the last."""
     recipe: str = "search_eden"
@@ -106,11 +128,13 @@ class Bench:
     plot: str | None = None
     """roofline: draw the speed-up over tokens here (PNG, SVG or PDF)."""
     measure_cpu: bool = False
-    """roofline: also time the layers on the processor at hand; a GPU at hand is timed if it is among the devices."""
+    """roofline: also time the layers on the processor at hand; a GPU at hand is timed if it is
+    among the devices."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 after an error, 2 for a wrong option, 130 or 143 after a signal."""
+    """Run a command and return its exit code: 0, 1 after an error, 2 for a wrong option, 130 or 143
+    after a signal."""
     try:
         command = parse(sys.argv[1:] if arguments is None else list(arguments))
         _hold(getattr(command, "isa", "") or os.environ.get("NVFP4_ISA", ""))
@@ -126,10 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in MACHINE:
             raise
         where = f": {error.filename}" if error.filename else ""
-        print(f"nvfp4: error: {error.strerror}{where}; put that right and go on with --resume", file=sys.stderr)
+        print(
+            f"nvfp4: error: {error.strerror}{where}; put that right and go on with --resume",
+            file=sys.stderr,
+        )
         return FAILED
     except KeyboardInterrupt:
-        print("nvfp4: interrupted; what was saved is complete, go on with --resume", file=sys.stderr)
+        print(
+            "nvfp4: interrupted; what was saved is complete, go on with --resume", file=sys.stderr
+        )
         return INTERRUPTED
 
 
@@ -146,10 +175,12 @@ def _hold(isa: str) -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command as an object of its class; a wrong option ends the process (2), a wrong file is a TrainError."""
+    """The command as an object of its class; a wrong option ends the process (2), a wrong file is a
+    TrainError."""
     defaults = _defaults(arguments)
     commands: list[Any] = [
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **_default(kind, defaults))] for kind in RUNNERS
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **_default(kind, defaults))]
+        for kind in RUNNERS
     ]
     union: Any = reduce(or_, commands)
     return tyro.cli(union, args=arguments, prog="nvfp4", description=DESCRIPTION)
@@ -163,7 +194,8 @@ def _default(kind: type, defaults: dict[type, Any]) -> dict[str, Any]:
 
 
 def _defaults(arguments: list[str]) -> dict[type, Any]:
-    """The command's config file, if ``--config`` names one, as the defaults that the other options then change."""
+    """The command's config file, if ``--config`` names one, as the defaults that the other options
+    then change."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     look.add_argument("command", nargs="?")
     look.add_argument("--config")
@@ -175,7 +207,9 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
     if kind is None or not issubclass(kind, RunConfig):
         return {}
     if issubclass(kind, RLConfig):
-        _refuse_renamed(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+        _refuse_renamed(
+            argument.partition("=")[0] for argument in arguments if argument.startswith("--")
+        )
     fields: dict[str, Any] = {}
     if issubclass(kind, RLConfig) and known.preset in PRESETS:
         fields |= {**_preset(known.preset, known.model, known.objective), "preset": known.preset}
@@ -189,7 +223,8 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
 def _preset(name: str, model: str | None, objective: str | None) -> dict[str, Any]:
     """The options of a preset beside a model and an objective of the user's.
 
-    What it says of the model that it makes goes where one is given, and what it says of its own objective where
+    What it says of the model that it makes goes where one is given, and what it says of its own
+    objective where
     another is chosen: it would have no effect there, and nobody has asked for it.
     """
     fields = dict(PRESETS[name])
@@ -263,7 +298,9 @@ def _bench_all(command: Bench) -> None:
     except (ValueError, OSError, WrongResults) as error:
         raise TrainError(str(error)) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(signal.SIGINT, "bench interrupted; the report, if one was asked for, is written") from error
+        raise Interrupted(
+            signal.SIGINT, "bench interrupted; the report, if one was asked for, is written"
+        ) from error
 
 
 def _roofline(command: Bench) -> None:

@@ -1,9 +1,10 @@
-"""What is installed: the version, and which extra brings a package that is missing, said in one line.
+"""What is installed: the version, and which extra brings a package that is missing, said in one
+line.
 
 ``pip install nvfp4`` brings what the library imports: torch, triton, numpy, rich. Everything else
-belongs to an extra and is imported where it is used, so ``import nvfp4.train.loop`` without accelerate
-raises ModuleNotFoundError. The command line and the lazy names of ``nvfp4`` turn that error into what
-to install:
+belongs to an extra and is imported where it is used, so ``import nvfp4.train.loop`` without
+accelerate raises ModuleNotFoundError. The command line and the lazy names of ``nvfp4`` turn that
+error into what to install:
 
     nvfp4 pretrain needs accelerate, which is not installed: pip install 'nvfp4[train]'
 
@@ -16,7 +17,16 @@ import importlib.metadata
 
 EXTRAS: dict[str, frozenset[str]] = {
     "train": frozenset(
-        {"accelerate", "matplotlib", "pydantic", "safetensors", "tokenizers", "transformers", "tyro", "yaml"}
+        {
+            "accelerate",
+            "matplotlib",
+            "pydantic",
+            "safetensors",
+            "tokenizers",
+            "transformers",
+            "tyro",
+            "yaml",
+        }
     ),
     "data": frozenset({"pyarrow"}),
     "clients": frozenset({"datasets", "lightning_fabric", "peft", "trl"}),
@@ -28,7 +38,8 @@ RL_COMMANDS = frozenset({"rl", "gvendi", "prismatic"})
 
 
 def what_to_install(error: ModuleNotFoundError, user: str) -> str | None:
-    """The line that says what ``user`` (such as "nvfp4 pretrain") needs, or None if no extra brings what is missing."""
+    """The line that says what ``user`` (such as "nvfp4 pretrain") needs, or None if no extra brings
+    what is missing."""
     missing = (error.name or "").partition(".")[0]
     extra = next((extra for extra, modules in EXTRAS.items() if missing in modules), None)
     if extra is None:
@@ -39,8 +50,8 @@ def what_to_install(error: ModuleNotFoundError, user: str) -> str | None:
 
 
 def installed_version() -> str:
-    """The version in the installed metadata, which pyproject.toml alone decides; "0+unknown" for a checkout that is
-    imported from its folder and was never installed."""
+    """The version in the installed metadata, which pyproject.toml alone decides; "0+unknown" for a
+    checkout that is imported from its folder and was never installed."""
     try:
         return importlib.metadata.version("nvfp4")
     except importlib.metadata.PackageNotFoundError:

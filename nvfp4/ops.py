@@ -1,16 +1,19 @@
-"""quantize, dequantize, matmul: the only door to the backends. ``explain`` says which one runs and why.
+"""quantize, dequantize, matmul: the only door to the backends. ``explain`` says which one runs and
+why.
 
-    x [..., K] --quantize--> QTensor: codes [M, Kp/2], block scales [M, Kp/16], global scale [1] or [M]
-    QTensor, QTensor --matmul--> a b^T [..., N]
+    x [..., K] --quantize--> QTensor: codes [M, Kp/2], block scales [M, Kp/16], global scale [1] or
+    [M] QTensor, QTensor --matmul--> a b^T [..., N]
     QTensor --dequantize--> x again, up to rounding
 
-What happens in each call: arguments are checked here, so that no backend need do it; ``backends.registry`` picks the
-first backend that can (or the named one); it runs with dispatch modes and autocast off, which must not see or change
-what kernels do; and the result gets back the shape it is known by.
+What happens in each call: arguments are checked here, so that no backend need do it;
+``backends.registry`` picks the first backend that can (or the named one); it runs with dispatch
+modes and autocast off, which must not see or change what kernels do; and the result gets back the
+shape it is known by.
 
-The same operations are torch operators, registered when this file is imported: ``torch.ops.nvfp4.quantize``,
-``requantize``, ``dequantize`` and ``matmul``, with shapes for fake tensors, so that ``torch.compile`` and
-``torch.export`` see through them. They stand at the end of the file.
+The same operations are torch operators, registered when this file is imported:
+``torch.ops.nvfp4.quantize``, ``requantize``, ``dequantize`` and ``matmul``, with shapes for fake
+tensors, so that ``torch.compile`` and ``torch.export`` see through them. They stand at the end of
+the file.
 """
 
 from __future__ import annotations
@@ -47,14 +50,17 @@ def quantize(
 ) -> QTensor:
     """Quantise a tensor to NVFP4 along ``axis``, the one a GEMM will contract.
 
-    x: float32, bfloat16 or float16 of rank 1 or more, any strides; BF16 and FP16 are converted exactly.
-    quantizer: rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden (``quantizers/registry.py``).
-    seed: for stochastic ones, in [0, 2^64): same seed, same codes, on every backend. sign_seed: for ms_eden, the seed
-    of its rotation, equal for both operands of a GEMM; defaults to ``seed``.
-    options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae", "abs_max"), rounds, search, group, rotation.
-    Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the rotation group). NaN or Inf anywhere
-    makes the global scale NaN (of that row when row-scaled); empty input gives empty codes.
-    Raises TypeError for another dtype, ValueError for a bad axis, name, option or missing seed.
+    x: float32, bfloat16 or float16 of rank 1 or more, any strides; BF16 and FP16 are converted
+    exactly.
+    quantizer: rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden
+    (``quantizers/registry.py``).
+    seed: for stochastic ones, in [0, 2^64): same seed, same codes, on every backend. sign_seed: for
+    ms_eden, the seed of its rotation, equal for both operands of a GEMM; defaults to ``seed``.
+    options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae", "abs_max"), rounds, search,
+    group, rotation. Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the
+    rotation group). NaN or Inf anywhere makes the global scale NaN (of that row when row-scaled);
+    empty input gives empty codes. Raises TypeError for another dtype, ValueError for a bad axis,
+    name, option or missing seed.
     """
     chosen = get_quantizer(quantizer)
     checked = chosen.check(**options, seed=seed, sign_seed=sign_seed)
@@ -72,14 +78,20 @@ def quantize_with(
 ) -> QTensor:
     """``quantize`` with the quantiser and its options already looked up and checked.
 
-    amax: of a larger tensor that x is a part of, to be scaled by; see ``Backend.quantize_with_amax``.
+    amax: of a larger tensor that x is a part of, to be scaled by; see
+    ``Backend.quantize_with_amax``.
     """
     x = _checked_input(x)
     if not -x.dim() <= axis < x.dim():
-        raise ValueError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got {axis}")
+        raise ValueError(
+            f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got "
+            f"{axis}"
+        )
     axis = axis % x.dim() - x.dim()
     moved = x if axis == -1 else x.movedim(axis, -1)
-    matrix = moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+    matrix = (
+        moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+    )
     with without_dispatch_modes():
         chosen = select(backend, "quantize", x.device, quantizer, options)
         if amax is None:
@@ -90,9 +102,14 @@ def quantize_with(
 
 
 def quantize_both(
-    x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options], *, backend: str = AUTO
+    x: torch.Tensor,
+    rows: tuple[Quantizer, Options],
+    columns: tuple[Quantizer, Options],
+    *,
+    backend: str = AUTO,
 ) -> tuple[QTensor, QTensor]:
-    """(x [M, K] along K, x^T [K, M] along M), each by its quantiser and options; a backend may read x only once.
+    """(x [M, K] along K, x^T [K, M] along M), each by its quantiser and options; a backend may read
+    x only once.
 
     Equal to two calls of ``quantize_with``. x: a matrix, float32, bfloat16 or float16, any strides.
     """
@@ -101,7 +118,9 @@ def quantize_both(
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
     chosen = select(backend, "quantize", x.device, *rows)
     if chosen is not select(backend, "quantize", x.device, *columns):
-        return quantize_with(x, *rows, backend=backend), quantize_with(x.t(), *columns, backend=backend)
+        return quantize_with(x, *rows, backend=backend), quantize_with(
+            x.t(), *columns, backend=backend
+        )
     with without_dispatch_modes():
         return chosen.quantize_both(x, rows, columns)
 
@@ -119,7 +138,9 @@ def quantize_activation(
     """
     device = activation[0].device
     chosen = select(backend, "activation", device)
-    if not all(can_run(chosen, "quantize", device, *how) for how in (rows, columns) if how is not None):
+    if not all(
+        can_run(chosen, "quantize", device, *how) for how in (rows, columns) if how is not None
+    ):
         x = activation.values()
         if columns is None:
             return quantize_with(x, *rows, backend=backend), None
@@ -131,31 +152,42 @@ def quantize_activation(
 def activation_gradients(
     activation: Activation, dy: torch.Tensor, *, backend: str = AUTO
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the activation's two inputs, each in its dtype, from that of its result, dy [M, K]."""
+    """The gradients of the activation's two inputs, each in its dtype, from that of its result, dy
+    [M, K]."""
     with without_dispatch_modes(), without_autocast(dy.device):
         return select(backend, "activation", dy.device).activation_gradients(activation, dy)
 
 
-def requantize_with(q: QTensor, quantizer: Quantizer, options: Options, *, backend: str = AUTO) -> QTensor:
+def requantize_with(
+    q: QTensor, quantizer: Quantizer, options: Options, *, backend: str = AUTO
+) -> QTensor:
     """Quantise the transpose of what matrix ``q`` [M, K] stands for: [K, M], contracted along M.
 
-    Equal to decoding q in float32, cutting its padding and quantising the transpose; a backend need not write the
-    decoded matrix to memory.
+    Equal to decoding q in float32, cutting its padding and quantising the transpose; a backend need
+    not write the decoded matrix to memory.
     """
     if len(q.shape) != 2 or q.axis != -1:
-        raise ValueError(f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}")
+        raise ValueError(
+            f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}"
+        )
     with without_dispatch_modes():
-        return select(backend, "quantize", q.device, quantizer, options).requantize(q, quantizer, options)
+        return select(backend, "quantize", q.device, quantizer, options).requantize(
+            q, quantizer, options
+        )
 
 
 def transpose(q: QTensor, *, backend: str = AUTO) -> QTensor:
-    """The same codes and tile scales with rows and contraction exchanged; see ``QTensor.transpose``."""
+    """The same codes and tile scales with rows and contraction exchanged; see
+    ``QTensor.transpose``."""
     with without_dispatch_modes():
         return select(backend, "transpose", q.device).transpose(q)
 
 
-def dequantize(q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO) -> torch.Tensor:
-    """The tensor that q stands for, of its original shape, in ``dtype``; see ``QTensor.dequantize``."""
+def dequantize(
+    q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO
+) -> torch.Tensor:
+    """The tensor that q stands for, of its original shape, in ``dtype``; see
+    ``QTensor.dequantize``."""
     with without_dispatch_modes():
         return select(backend, "dequantize", q.device).dequantize(q, dtype)
 
@@ -168,30 +200,41 @@ def matmul(
     bias: torch.Tensor | None = None,
     backend: str = AUTO,
 ) -> torch.Tensor:
-    """a @ b^T of two quantised tensors that contract the same axis: [..., K] and [N, K] give [..., N].
+    """a @ b^T of two quantised tensors that contract the same axis: [..., K] and [N, K] give [...,
+    N].
 
-    Accumulates in float32 without the global scales, applies each once, adds ``bias`` (a.rows by [N], any float dtype)
-    in float32 and casts once to ``out_dtype``. A NaN global scale makes its rows (or everything) NaN.
-    Raises ValueError if lengths, padding or rotations differ, or the devices do, or the shape of ``bias`` is not [N];
-    TypeError for an ``out_dtype`` other than float32, bfloat16 and float16.
+    Accumulates in float32 without the global scales, applies each once, adds ``bias`` (a.rows by
+    [N], any float dtype) in float32 and casts once to ``out_dtype``. A NaN global scale makes its
+    rows (or everything) NaN. Raises ValueError if lengths, padding or rotations differ, or the
+    devices do, or the shape of ``bias`` is not [N]; TypeError for an ``out_dtype`` other than
+    float32, bfloat16 and float16.
     """
     _check_product(a, b, out_dtype)
     if bias is not None and (bias.shape != (b.rows,) or bias.device != b.device):
-        raise ValueError(f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}")
+        raise ValueError(
+            f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
     with without_dispatch_modes(), without_autocast(a.device):
         y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
     shape = (*_lead(a), *_lead(b))
-    return y if y.shape == shape else y.view(shape)  # a view out of an autograd function could not be changed in place
+    # a view out of an autograd function could not be changed in place
+    return y if y.shape == shape else y.view(shape)
 
 
 def grouped_matmul(
-    a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype = torch.float32, *, backend: str = AUTO
+    a: Sequence[QTensor],
+    b: Sequence[QTensor],
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    backend: str = AUTO,
 ) -> list[torch.Tensor]:
-    """a[e] @ b[e]^T of every group e, each as ``matmul`` defines it; where the hardware can, in one launch.
+    """a[e] @ b[e]^T of every group e, each as ``matmul`` defines it; where the hardware can, in one
+    launch.
 
-    a, b: matrices, each with scales of its own, such as the tokens and the weight of every expert (fprop, dgrad: a
-    differs in rows from group to group) or dy^T and x^T of its tokens (wgrad: both differ in their contraction). A
-    group may be empty. Errors are those of ``matmul``; ValueError if the numbers of groups differ.
+    a, b: matrices, each with scales of its own, such as the tokens and the weight of every expert
+    (fprop, dgrad: a differs in rows from group to group) or dy^T and x^T of its tokens (wgrad: both
+    differ in their contraction). A group may be empty. Errors are those of ``matmul``; ValueError
+    if the numbers of groups differ.
     """
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} groups and b {len(b)}")
@@ -209,12 +252,14 @@ def grouped_matmul(
 def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
     if (a.contraction, a.padded_contraction) != (b.contraction, b.padded_contraction):
         raise ValueError(
-            f"operands contract different lengths: {a.contraction} (padded {a.padded_contraction}) and "
+            f"operands contract different lengths: {a.contraction} (padded "
+            f"{a.padded_contraction}) and "
             f"{b.contraction} (padded {b.padded_contraction})"
         )
     if a.rotation != b.rotation:
         raise ValueError(
-            f"operands were rotated differently, so their product is meaningless: {a.rotation} and {b.rotation}; "
+            f"operands were rotated differently, so their product is meaningless: {a.rotation} "
+            f"and {b.rotation}; "
             f"quantise both with the same group, rounds and sign_seed"
         )
     if a.device != b.device:
@@ -224,18 +269,21 @@ def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
 
 
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or what a collective that has not ended yet will make of it; TypeError for a DTensor."""
+    """x itself, or what a collective that has not ended yet will make of it; TypeError for a
+    DTensor."""
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and isinstance(x, collectives.AsyncCollectiveTensor):
         return x.wait()
     if is_dtensor(x):
-        raise TypeError("x is a DTensor, spread over processes: quantise x.to_local() or x.full_tensor()")
+        raise TypeError(
+            "x is a DTensor, spread over processes: quantise x.to_local() or x.full_tensor()"
+        )
     return x
 
 
 def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
-    """A 64-bit number that changes whenever the bytes of x do, read at memory speed; None where x's backend has
-    none."""
+    """A 64-bit number that changes whenever the bytes of x do, read at memory speed; None where x's
+    backend has none."""
     return select(backend, "quantize", x.device).fingerprint(x)
 
 
@@ -246,9 +294,13 @@ def draw_seeds(words: torch.Tensor, rank: int, gemms: int, *, backend: str = AUT
 
 
 def explain(
-    operation: Operation, device: torch.device | str = "cpu", quantizer: str | None = None, **options: Any
+    operation: Operation,
+    device: torch.device | str = "cpu",
+    quantizer: str | None = None,
+    **options: Any,
 ) -> str:
-    """Which backend would run an operation on a device, and why each one before it would not; one line a backend."""
+    """Which backend would run an operation on a device, and why each one before it would not; one
+    line a backend."""
     chosen = None if quantizer is None else get_quantizer(quantizer)
     checked = None if chosen is None else chosen.check(**({"seed": 0} | options))
     lines, picked = [], False
@@ -276,12 +328,14 @@ def _lead(q: QTensor) -> list[int]:
     return [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
 
 
-# Operators of torch.library. Codes and scales travel as plain tensors; seeds, which are unsigned, as int64 of the same
-# bits. Tested with torch.library.opcheck. A dispatcher hands over arguments by position and leaves trailing defaults
-# out, so that ``how`` is a beginning of the list that ``_from_schema`` takes.
+# Operators of torch.library. Codes and scales travel as plain tensors; seeds, which are unsigned,
+# as int64 of the same bits. Tested with torch.library.opcheck. A dispatcher hands over arguments by
+# position and leaves trailing defaults out, so that ``how`` is a beginning of the list that
+# ``_from_schema`` takes.
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _HOW = (
-    "str quantizer, str backend='auto', int block_rows=1, bool row_scaled=False, str metric='mse', int group=0, "
+    "str quantizer, str backend='auto', int block_rows=1, bool row_scaled=False, str "
+    "metric='mse', int group=0, "
     "int rounds=1, bool fixed=False, bool search=False, int? seed=None, int? sign_seed=None"
 )
 
@@ -304,25 +358,42 @@ def _from_schema(
 
     # those that always rotate take the rotation apart; for the others it is one option
     if quantizer.rotates:
-        how: dict[str, object] = {"group": group, "rounds": rounds, "search": search, "sign_seed": unsigned_sign}
+        how: dict[str, object] = {
+            "group": group,
+            "rounds": rounds,
+            "search": search,
+            "sign_seed": unsigned_sign,
+        }
     else:
-        how = {"rotation": Rotation(group, rounds, None if fixed else unsigned_sign, fixed) if group else None}
+        how = {
+            "rotation": Rotation(group, rounds, None if fixed else unsigned_sign, fixed)
+            if group
+            else None
+        }
     if "metric" in quantizer.options:
         how["metric"] = metric
     block = (block_rows, NVFP4.block_size)
     return quantizer, quantizer.check(block=block, row_scaled=row_scaled, seed=unsigned, **how)
 
 
-def _matrix(codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int) -> QTensor:
-    """The unrotated matrix [M, columns] of these tensors; there are tiles where scales have fewer rows than codes."""
+def _matrix(
+    codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int
+) -> QTensor:
+    """The unrotated matrix [M, columns] of these tensors; there are tiles where scales have fewer
+    rows than codes."""
     rows = codes.shape[0]
     block_rows = NVFP4.block_size if block_scale.shape[0] != rows else 1
-    return QTensor(codes, block_scale, global_scale, (block_rows, NVFP4.block_size), (rows, columns))
+    return QTensor(
+        codes, block_scale, global_scale, (block_rows, NVFP4.block_size), (rows, columns)
+    )
 
 
-@torch.library.custom_op("nvfp4::quantize", mutates_args=(), schema=f"(Tensor x, {_HOW}) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op(
+    "nvfp4::quantize", mutates_args=(), schema=f"(Tensor x, {_HOW}) -> (Tensor, Tensor, Tensor)"
+)
 def _quantize(x: torch.Tensor, quantizer: str, backend: str = AUTO, *how: Any) -> _Codes:
-    """Codes, block scale and global scale of matrix x [M, K] along its last axis; see ``quantize``."""
+    """Codes, block scale and global scale of matrix x [M, K] along its last axis; see
+    ``quantize``."""
     chosen, options = _from_schema(quantizer, *how)
     return quantize_with(x, chosen, options, backend=backend).tensors
 
@@ -330,13 +401,18 @@ def _quantize(x: torch.Tensor, quantizer: str, backend: str = AUTO, *how: Any) -
 @_quantize.register_fake
 def _(x, quantizer, backend=AUTO, *how):
     _, options = _from_schema(quantizer, *how)
-    return QTensor.empty(tuple(x.shape), options.block, options.row_scaled, options.rotation, x.device).tensors
+    return QTensor.empty(
+        tuple(x.shape), options.block, options.row_scaled, options.rotation, x.device
+    ).tensors
 
 
 @torch.library.custom_op(
     "nvfp4::requantize",
     mutates_args=(),
-    schema=f"(Tensor codes, Tensor block_scale, Tensor global_scale, int columns, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    schema=(
+        f"(Tensor codes, Tensor block_scale, Tensor global_scale, int columns, {_HOW}) -> "
+        "(Tensor, Tensor, Tensor)"
+    ),
 )
 def _requantize(
     codes: torch.Tensor,
@@ -347,7 +423,8 @@ def _requantize(
     backend: str = AUTO,
     *how: Any,
 ) -> _Codes:
-    """The transpose [columns, M] of what unrotated codes stand for, quantised along M; see ``requantize_with``."""
+    """The transpose [columns, M] of what unrotated codes stand for, quantised along M; see
+    ``requantize_with``."""
     q = _matrix(codes, block_scale, global_scale, columns)
     return requantize_with(q, *_from_schema(quantizer, *how), backend=backend).tensors
 
@@ -356,12 +433,18 @@ def _requantize(
 def _(codes, block_scale, global_scale, columns, quantizer, backend=AUTO, *how):
     _, options = _from_schema(quantizer, *how)
     shape = (columns, codes.shape[0])
-    return QTensor.empty(shape, options.block, options.row_scaled, options.rotation, codes.device).tensors
+    return QTensor.empty(
+        shape, options.block, options.row_scaled, options.rotation, codes.device
+    ).tensors
 
 
 @torch.library.custom_op("nvfp4::dequantize", mutates_args=())
 def _dequantize(
-    codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int, dtype: torch.dtype
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    columns: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """The unrotated matrix [M, columns] that codes and scales stand for."""
     return dequantize(_matrix(codes, block_scale, global_scale, columns), dtype).contiguous()
@@ -384,7 +467,8 @@ def _matmul(
     bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """a b^T [M, N] of operands with equal contraction and rotation, which the caller vouches for."""
+    """a b^T [M, N] of operands with equal contraction and rotation, which the caller vouches
+    for."""
     columns = a_codes.shape[1] * 2
     a = _matrix(a_codes, a_block_scale, a_global_scale, columns)
     b = _matrix(b_codes, b_block_scale, b_global_scale, columns)
@@ -393,6 +477,14 @@ def _matmul(
 
 @_matmul.register_fake
 def _(
-    a_codes, a_block_scale, a_global_scale, b_codes, b_block_scale, b_global_scale, out_dtype, bias=None, backend="auto"
+    a_codes,
+    a_block_scale,
+    a_global_scale,
+    b_codes,
+    b_block_scale,
+    b_global_scale,
+    out_dtype,
+    bias=None,
+    backend="auto",
 ):
     return a_codes.new_empty(a_codes.shape[0], b_codes.shape[0], dtype=out_dtype)

@@ -44,21 +44,30 @@ class Operand:
     def __post_init__(self) -> None:
         if self.source not in get_args(Source):
             raise ValueError(f"source must be one of {get_args(Source)}, got {self.source!r}")
-        object.__setattr__(self, "options", tuple(sorted(self.options)))  # so that == ignores their order
+        # so that == ignores their order
+        object.__setattr__(self, "options", tuple(sorted(self.options)))
         if self.rotation is not None and self.rotation.sign_seed is not None:
-            raise ValueError(f"sign_seed is drawn anew per call; a recipe's rotation has none: {self.rotation}")
+            raise ValueError(
+                f"sign_seed is drawn anew per call; a recipe's rotation has none: {self.rotation}"
+            )
         if self.quantizer is None or self.source == "codes":
             if self.options or self.rotation is not None or (self.quantizer is not None):
-                raise ValueError(f"an operand without its own quantizer takes no options or rotation: {self}")
+                raise ValueError(
+                    f"an operand without its own quantizer takes no options or rotation: {self}"
+                )
             return
         self.checked(seed=0)
 
-    def checked(self, seed: int | None, rotation: Rotation | None = None, sign_seed: int | None = None) -> Options:
+    def checked(
+        self, seed: int | None, rotation: Rotation | None = None, sign_seed: int | None = None
+    ) -> Options:
         """The quantiser's ``Options`` for these seeds; an error if it does not take them."""
         assert self.quantizer is not None
         options = dict(self.options)
         quantizer = get_quantizer(self.quantizer)
-        return quantizer.check(**options, rotation=rotation or self.rotation, seed=seed, sign_seed=sign_seed)
+        return quantizer.check(
+            **options, rotation=rotation or self.rotation, seed=seed, sign_seed=sign_seed
+        )
 
     @cached_property
     def rule(self) -> Quantizer:
@@ -76,8 +85,11 @@ class Operand:
         rotation = self.static_options.rotation
         if rotation is not None and not rotation.fixed:
             rotation = Rotation(rotation.group, rotation.rounds, sign_seed)
-        options = object.__new__(Options)  # ``replace`` goes through every field, 7 us where this takes 1
-        vars(options).update(vars(self.static_options), seed=seed, sign_seed=sign_seed, rotation=rotation)
+        # ``replace`` goes through every field, 7 us where this takes 1
+        options = object.__new__(Options)
+        vars(options).update(
+            vars(self.static_options), seed=seed, sign_seed=sign_seed, rotation=rotation
+        )
         return options
 
     @property
@@ -112,13 +124,23 @@ class Operand:
         per row.
         """
         options = self.options_without_noise
-        return None if options is None or options.rotation is not None or options.row_scaled else options
+        return (
+            None
+            if options is None or options.rotation is not None or options.row_scaled
+            else options
+        )
 
     def __str__(self) -> str:
         if not self.quantized:
             return "bf16 of decoded" if self.source == "decoded" else "high precision"
         options = ", ".join(f"{name}={value}" for name, value in self.options)
-        name = "same codes" if self.source == "codes" else f"{self.quantizer}({options})" if options else self.quantizer
+        name = (
+            "same codes"
+            if self.source == "codes"
+            else f"{self.quantizer}({options})"
+            if options
+            else self.quantizer
+        )
         turn = "" if self.rotation is None else f"rot{self.rotation.group} "
         return f"{turn}{name}" + (" of decoded" if self.source == "decoded" else "")
 
@@ -179,7 +201,9 @@ class Recipe:
     def _check_gemm(self, name: str, gemm: Gemm) -> None:
         weights_only = name == "fprop" and gemm.right.quantized
         if gemm.left.quantized != gemm.right.quantized and not weights_only:
-            raise ValueError(f"{self.name}: {name} quantises one operand only ({gemm.left} / {gemm.right})")
+            raise ValueError(
+                f"{self.name}: {name} quantises one operand only ({gemm.left} / {gemm.right})"
+            )
         if gemm.left.rotation_key != gemm.right.rotation_key:
             raise ValueError(
                 f"{self.name}: {name} rotates its operands differently (group, rounds, fixed): "
@@ -188,7 +212,9 @@ class Recipe:
             )
         sources = (gemm.left.source, gemm.right.source) if name == "fprop" else (gemm.left.source,)
         if any(source != "tensor" for source in sources):
-            raise ValueError(f"{self.name}: {name} can only quantise tensors here, got sources {sources}")
+            raise ValueError(
+                f"{self.name}: {name} can only quantise tensors here, got sources {sources}"
+            )
 
     @property
     def quantized(self) -> bool:
@@ -223,7 +249,10 @@ class Recipe:
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
         """The inverse of ``to_dict``; unknown keys raise TypeError."""
         pairs = {gemm: plain[gemm] for gemm in GEMMS if gemm in plain}
-        gemms = {gemm: Gemm(**{side: _operand(spec) for side, spec in pair.items()}) for gemm, pair in pairs.items()}
+        gemms = {
+            gemm: Gemm(**{side: _operand(spec) for side, spec in pair.items()})
+            for gemm, pair in pairs.items()
+        }
         return cls(**{**plain, **gemms})
 
     @cached_property
@@ -238,7 +267,9 @@ class Recipe:
         return RECIPES[key] if key in RECIPES else Recipe.from_dict(json.loads(key))
 
     def __str__(self) -> str:
-        return f"{self.name}: " + "; ".join(f"{g} {getattr(self, g).left} / {getattr(self, g).right}" for g in GEMMS)
+        return f"{self.name}: " + "; ".join(
+            f"{g} {getattr(self, g).left} / {getattr(self, g).right}" for g in GEMMS
+        )
 
 
 def _of_tensor(spec: Operand, forward: Operand) -> Operand:
@@ -250,13 +281,19 @@ def _of_tensor(spec: Operand, forward: Operand) -> Operand:
 
 def _operand(plain: Mapping[str, Any]) -> Operand:
     options = plain.get("options", {})
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    options = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
+    }
     rotation = None if plain.get("rotation") is None else Rotation(**plain["rotation"])
     return Operand(**{**plain, "options": tuple(options.items()), "rotation": rotation})
 
 
 def operand(
-    quantizer: str | None, *, source: Source = "tensor", rotation: Rotation | None = None, **options: Any
+    quantizer: str | None,
+    *,
+    source: Source = "tensor",
+    rotation: Rotation | None = None,
+    **options: Any,
 ) -> Operand:
     """``Operand`` with options as keywords: ``operand("ms_eden", source="decoded", rounds=2)``."""
     return Operand(quantizer, tuple(options.items()), source, rotation)
@@ -268,7 +305,9 @@ def as_recipe(recipe: str | Recipe) -> Recipe:
         return recipe
     if isinstance(recipe, str):
         return Recipe.from_name(recipe)
-    raise TypeError(f"recipe must be a name ({', '.join(RECIPES)}) or a Recipe, got {type(recipe).__name__}")
+    raise TypeError(
+        f"recipe must be a name ({', '.join(RECIPES)}) or a Recipe, got {type(recipe).__name__}"
+    )
 
 
 _NVIDIA_ROT16 = Rotation(group=16, fixed=True)
@@ -276,7 +315,9 @@ _RANDOM_ROT16 = Rotation(group=16)
 _SAME_CODES = operand(None, source="codes")
 _DEQUANTISED = Gemm(operand(None), operand(None, source="decoded"))
 _NVIDIA_DGRAD = Gemm(operand("sr_te"), _SAME_CODES)
-_NVIDIA_WGRAD = Gemm(operand("sr_te", rotation=_NVIDIA_ROT16), operand("rtn", rotation=_NVIDIA_ROT16))
+_NVIDIA_WGRAD = Gemm(
+    operand("sr_te", rotation=_NVIDIA_ROT16), operand("rtn", rotation=_NVIDIA_ROT16)
+)
 
 
 def _requantised(quantizer: str, rotation: Rotation | None = None, **options: Any) -> Gemm:
@@ -309,7 +350,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe("quartet2", _both("four_over_six"), _QUARTET, _QUARTET),
         Recipe("search_eden", _both("scale_search"), _SEARCH_EDEN, _SEARCH_EDEN),
         Recipe(
-            "rl", Gemm(operand("four_over_six", row_scaled=True), operand("four_over_six")), _DEQUANTISED, _DEQUANTISED
+            "rl",
+            Gemm(operand("four_over_six", row_scaled=True), operand("four_over_six")),
+            _DEQUANTISED,
+            _DEQUANTISED,
         ),
     )
 }

@@ -1,4 +1,5 @@
-"""What every test gets: poisoned fresh memory, a seed of its own, reproducible hypothesis, reasons for skips."""
+"""What every test gets: poisoned fresh memory, a seed of its own, reproducible hypothesis, reasons
+for skips."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import torch
 from nvfp4.backends.native.cpu import use_instruction_set
 from nvfp4.backends.registry import BACKENDS
 
-if "NVFP4_ISA" in os.environ:  # the tests of a lesser processor; before any module asks what this one has
+# the tests of a lesser processor; before any module asks what this one has
+if "NVFP4_ISA" in os.environ:
     use_instruction_set(os.environ["NVFP4_ISA"])
 
 hypothesis.settings.register_profile(
@@ -33,8 +35,12 @@ hypothesis.settings.load_profile("nvfp4")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    config.addinivalue_line("markers", "slow: only in make test-all; what it covers is covered by others")
-    config.addinivalue_line("markers", "interpreted: runs Triton kernels; without a GPU in a process that interprets")
+    config.addinivalue_line(
+        "markers", "slow: only in make test-all; what it covers is covered by others"
+    )
+    config.addinivalue_line(
+        "markers", "interpreted: runs Triton kernels; without a GPU in a process that interprets"
+    )
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # a skipped test always says why
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -46,7 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+            )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -81,23 +89,33 @@ OPTIONAL = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
-    """A file of tests whose room needs a package that is not installed here is skipped, by the package's name."""
+    """A file of tests whose room needs a package that is not installed here is skipped, by the
+    package's name."""
     report = yield
     if report.failed and isinstance(collector, pytest.Module):
         missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr))
         if missing is not None and missing[1] in OPTIONAL:
             report.outcome = "skipped"
-            report.longrepr = (str(collector.path), 1, f"Skipped: {missing[1]} is not installed here")
+            report.longrepr = (
+                str(collector.path),
+                1,
+                f"Skipped: {missing[1]} is not installed here",
+            )
     return report
 
 
 def pytest_report_header() -> str:
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so no test on cuda is generated"
+    cuda = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "none, so no test on cuda is generated"
+    )
     return f"nvfp4 backends: {', '.join(BACKENDS)}; CUDA device: {cuda}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for ``backend`` and ``device`` runs on every registered backend and every device there is."""
+    """A test that asks for ``backend`` and ``device`` runs on every registered backend and every
+    device there is."""
     if not {"backend", "device"} <= set(metafunc.fixturenames):
         return
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -112,7 +130,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 POISON_BYTE = 0xA5
-"""Integers from torch.empty are filled with this byte: no valid index, sign pattern or count by luck."""
+"""Integers from torch.empty are filled with this byte: no valid index, sign pattern or count by
+luck."""
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,13 +145,15 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-with torch.device("meta"):  # torch remembers here which functions take a device; it has to see the real torch.empty
+# torch remembers here which functions take a device; it has to see the real torch.empty
+with torch.device("meta"):
     torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its relatives hand out NaN, so an element nobody wrote cannot pass by luck."""
+    """torch.empty and its relatives hand out NaN, so an element nobody wrote cannot pass by
+    luck."""
 
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
@@ -161,7 +182,8 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A seed that depends on the name of the test and of its file, and not on the folder that the file is in."""
+    """A seed that depends on the name of the test and of its file, and not on the folder that the
+    file is in."""
     file, _, name = request.node.nodeid.partition("::")
     return zlib.crc32(f"tests/{file.rpartition('/')[2]}::{name}".encode())
 
@@ -176,7 +198,8 @@ def rng(seed: int) -> np.random.Generator:
 def torch_seed(seed: int) -> Iterator[Any]:
     """torch's own generator starts each test from its seed, and no test disturbs another.
 
-    Not through ``torch.manual_seed``: where CUDA sleeps, it keeps a stack trace per call for later, 1.4 ms each.
+    Not through ``torch.manual_seed``: where CUDA sleeps, it keeps a stack trace per call for later,
+    1.4 ms each.
     """
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
@@ -194,7 +217,8 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.fixture
 def policy(generator: torch.Generator) -> Any:
-    """A policy of a table of logits: four prompts, five places, four symbols; some files have one of other sizes.
+    """A policy of a table of logits: four prompts, five places, four symbols; some files have one
+    of other sizes.
 
     Here and not beside the tests of losses: a second ``conftest`` would take this module's name.
     """

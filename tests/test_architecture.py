@@ -1,8 +1,10 @@
-"""The house holds: rooms, sizes, one home for every concept. Each rule has a test of the rule itself beside it.
+"""The house holds: rooms, sizes, one home for every concept. Each rule has a test of the rule
+itself beside it.
 
-The map is docs/architecture.md: its tree has a line per module and folder of the package, in the order in which they
-may import each other. Python is read through its syntax tree, nothing is imported. Tests are exempt from sizes: they
-hold tables and prose.
+The map is docs/architecture.md: its tree has a line per module and folder of the package, in the
+order in which they
+may import each other. Python is read through its syntax tree, nothing is imported. Tests are exempt
+from sizes: they hold tables and prose.
 """
 
 from __future__ import annotations
@@ -36,13 +38,15 @@ PENDING_NAMES: set[str] = set()
 
 
 def module_name(path: Path) -> str:
-    """nvfp4/quantizers/rtn.py -> quantizers.rtn; a package's __init__ is the package; nvfp4/__init__.py is ''."""
+    """nvfp4/quantizers/rtn.py -> quantizers.rtn; a package's __init__ is the package;
+    nvfp4/__init__.py is ''."""
     parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def map_of(text: str) -> list[str]:
-    """The paths that the first fenced block of a page lists, folders with a slash at the end, in its order."""
+    """The paths that the first fenced block of a page lists, folders with a slash at the end, in
+    its order."""
     paths: list[str] = []
     folders: list[str] = []
     for line in text.split("```")[1].splitlines():
@@ -59,13 +63,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {module_name(path): path for path in FILES}
 INSIDE = {name: path for name, path in MODULES.items() if name}
 PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-ROOMS = [path.rstrip("/").removesuffix(".py") for path in map_of(MAP.read_text()) if "/" not in path.rstrip("/")]
+ROOMS = [
+    path.rstrip("/").removesuffix(".py")
+    for path in map_of(MAP.read_text())
+    if "/" not in path.rstrip("/")
+]
 """From the ground up: a module imports from its own room or one before it."""
 
 OUTSIDE = [path for folder in BESIDE for path in sorted((ROOT / folder).rglob("*.py"))]
 SOURCES = [
     *FILES,
-    *sorted(path for suffix in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(suffix)),
+    *sorted(
+        path
+        for suffix in ("*.h", "*.cpp", "*.cu", "*.cuh")
+        for path in (ROOT / "csrc").rglob(suffix)
+    ),
     *OUTSIDE,
 ]
 
@@ -80,7 +92,8 @@ def room(name: str) -> int:
 
 
 def imports(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
-    """Each module of ours that a module imports, with its line; '' is nvfp4/__init__.py. Relative ones too."""
+    """Each module of ours that a module imports, with its line; '' is nvfp4/__init__.py. Relative
+    ones too."""
     package = name if name in PACKAGES else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -90,7 +103,9 @@ def imports(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 parents = package.split(".")
-                base = ".".join([*parents[: len(parents) - node.level + 1], node.module or ""]).strip(".")
+                base = ".".join(
+                    [*parents[: len(parents) - node.level + 1], node.module or ""]
+                ).strip(".")
             elif node.module and node.module.split(".")[0] == "nvfp4":
                 base = node.module.removeprefix("nvfp4").lstrip(".")
             else:
@@ -98,7 +113,11 @@ def imports(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
             for alias in node.names:  # `from package import module` is an import of the module
                 full = f"{base}.{alias.name}".lstrip(".")
                 yield (
-                    (full if base in PACKAGES and (full in MODULES or alias.name.startswith("_")) else base),
+                    (
+                        full
+                        if base in PACKAGES and (full in MODULES or alias.name.startswith("_"))
+                        else base
+                    ),
                     node.lineno,
                 )
 
@@ -110,18 +129,28 @@ def parse(path: Path) -> ast.Module:
 
 
 def test_the_map_is_the_house() -> None:
-    """Every module and folder has its line in docs/architecture.md, and every line names one that exists."""
+    """Every module and folder has its line in docs/architecture.md, and every line names one that
+    exists."""
     drawn = map_of(MAP.read_text())
-    files = {str(path.relative_to(PACKAGE)) for path in FILES if path.name != "__init__.py"} | {"__init__.py"}
-    folders = {f"{path.parent.relative_to(PACKAGE)}/" for path in FILES if path.name == "__init__.py"} - {"./"}
+    files = {str(path.relative_to(PACKAGE)) for path in FILES if path.name != "__init__.py"} | {
+        "__init__.py"
+    }
+    folders = {
+        f"{path.parent.relative_to(PACKAGE)}/" for path in FILES if path.name == "__init__.py"
+    } - {"./"}
     assert len(drawn) == len(set(drawn)), "a line stands twice"
-    assert sorted(drawn) == sorted(files | folders), f"compare with the tree in {MAP.relative_to(ROOT)}"
+    assert sorted(drawn) == sorted(files | folders), (
+        f"compare with the tree in {MAP.relative_to(ROOT)}"
+    )
     assert len(files) > 15
 
 
 def test_maps_are_read() -> None:
     """The rule itself."""
-    text = "prose\n```\na/     one\n  b.py   two\n  c/   three\n    d.py  four\ne.py   five\n```\n```\nf.py   six\n```"
+    text = (
+        "prose\n```\na/     one\n  b.py   two\n  c/   three\n    d.py  four\ne.py   "
+        "five\n```\n```\nf.py   six\n```"
+    )
     assert map_of(text) == ["a/", "a/b.py", "a/c/", "a/c/d.py", "e.py"]
 
 
@@ -136,15 +165,20 @@ def test_the_shelf_is_short() -> None:
         for node in parse(PACKAGE / "__init__.py").body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    assert not set(public) & {name.split(".")[0] for name in INSIDE}, "nvfp4.NAME would be a module or a function"
+    assert not set(public) & {name.split(".")[0] for name in INSIDE}, (
+        "nvfp4.NAME would be a module or a function"
+    )
 
 
 @by_module
 def test_imports_go_down(name: str) -> None:
-    """Never from a room further down the map, and never from a package's __init__, which is a face and not a home."""
+    """Never from a room further down the map, and never from a package's __init__, which is a face
+    and not a home."""
     for imported, line in imports(parse(INSIDE[name]), name):
         where = f"{INSIDE[name].relative_to(ROOT)}:{line}"
-        assert imported not in PACKAGES, f"{where} imports the package 'nvfp4.{imported}', name the module in it"
+        assert imported not in PACKAGES, (
+            f"{where} imports the package 'nvfp4.{imported}', name the module in it"
+        )
         if imported.split(".")[-1].startswith("_"):
             continue  # compiled code lies below every room: it imports nothing
         assert imported in MODULES, f"{where} imports nvfp4.{imported}, which does not exist"
@@ -159,12 +193,18 @@ def test_no_import_is_pending_that_has_been_mended() -> None:
         for name in names:
             assert name in INSIDE, f"nvfp4.{name} is gone: take it out of PENDING_IMPORTS"
             found = {i for i, _ in imports(parse(INSIDE[name]), name)}
-            assert imported in found, f"nvfp4.{name} no longer imports {imported}: take it out of PENDING_IMPORTS"
+            assert imported in found, (
+                f"nvfp4.{name} no longer imports {imported}: take it out of PENDING_IMPORTS"
+            )
 
 
 def test_no_circles() -> None:
-    """Also within a room, and also through imports inside functions: whoever imports must be importable without us."""
-    graph = {name: {i for i, _ in imports(parse(path), name) if i in MODULES} for name, path in INSIDE.items()}
+    """Also within a room, and also through imports inside functions: whoever imports must be
+    importable without us."""
+    graph = {
+        name: {i for i, _ in imports(parse(path), name) if i in MODULES}
+        for name, path in INSIDE.items()
+    }
     assert not find_circle(graph)
 
 
@@ -172,8 +212,13 @@ def test_no_circles() -> None:
 def test_no_circles_beside_the_package(folder: str) -> None:
     """benchmarks/ and the like: their own modules, by their full names."""
     paths = sorted((ROOT / folder).rglob("*.py"))
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
-    graph = {name: {i for i in imports_of_any(parse(path)) if i in names} for name, path in names.items()}
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
+    graph = {
+        name: {i for i in imports_of_any(parse(path)) if i in names} for name, path in names.items()
+    }
     assert not find_circle(graph)
     assert paths
 
@@ -196,8 +241,12 @@ def test_class_names_mean_one_thing() -> None:
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(name)
     several = {name: where for name, where in homes.items() if len(where) > 1}
-    assert several.keys() <= PENDING_NAMES, {name: several[name] for name in several.keys() - PENDING_NAMES}
-    assert several.keys() >= PENDING_NAMES, f"take these out of PENDING_NAMES: {PENDING_NAMES - several.keys()}"
+    assert several.keys() <= PENDING_NAMES, {
+        name: several[name] for name in several.keys() - PENDING_NAMES
+    }
+    assert several.keys() >= PENDING_NAMES, (
+        f"take these out of PENDING_NAMES: {PENDING_NAMES - several.keys()}"
+    )
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str]:
@@ -225,7 +274,8 @@ def test_circles_are_found() -> None:
 
 
 def test_imports_are_seen() -> None:
-    """The rule itself: every form of import statement, also inside a function; third parties are not ours."""
+    """The rule itself: every form of import statement, also inside a function; third parties are
+    not ours."""
     source = """
 import numpy, nvfp4
 import nvfp4.ops as ops
@@ -236,17 +286,32 @@ def f():
     from ..ops import quantize
 """
     found = [name for name, _ in imports(ast.parse(source), "quantizers.base")]
-    assert found == ["", "ops", "numerics.formats", "quantizers.rtn", "quantizers", "quantizers.sr", "ops"]
+    assert found == [
+        "",
+        "ops",
+        "numerics.formats",
+        "quantizers.rtn",
+        "quantizers",
+        "quantizers.sr",
+        "ops",
+    ]
 
 
 def test_the_face_defines_nothing() -> None:
-    """nvfp4/__init__.py: imports, dunder names, at most a lazy __getattr__. So are the other packages' __init__."""
+    """nvfp4/__init__.py: imports, dunder names, at most a lazy __getattr__. So are the other
+    packages' __init__."""
     for name in PACKAGES:
         for node in parse(MODULES[name]).body:
-            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) else []
+            names = (
+                [node.name]
+                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+                else []
+            )
             if isinstance(node, ast.Assign):
                 names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-            assert all(re.fullmatch(r"__\w+__", n) for n in names), f"{MODULES[name]}:{node.lineno} defines {names}"
+            assert all(re.fullmatch(r"__\w+__", n) for n in names), (
+                f"{MODULES[name]}:{node.lineno} defines {names}"
+            )
 
 
 @by_file
@@ -264,7 +329,9 @@ def test_functions_are_short(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name}() has {length} lines"
+            assert length <= MAX_FUNCTION_LINES, (
+                f"{path.name}:{node.lineno} {node.name}() has {length} lines"
+            )
 
 
 @by_module
@@ -273,9 +340,22 @@ def test_no_environment_variables_below_run_and_cli(name: str) -> None:
     if name.split(".")[0] in ("run", "train", "rl", "cli"):
         return
     for node in ast.walk(parse(INSIDE[name])):
-        word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+        word = (
+            node.attr
+            if isinstance(node, ast.Attribute)
+            else node.id
+            if isinstance(node, ast.Name)
+            else None
+        )
         if isinstance(node, ast.ImportFrom) and node.module == "os":
-            word = next((alias.name for alias in node.names if alias.name in ("environ", "getenv", "putenv")), None)
+            word = next(
+                (
+                    alias.name
+                    for alias in node.names
+                    if alias.name in ("environ", "getenv", "putenv")
+                ),
+                None,
+            )
         assert word not in ("environ", "getenv", "putenv"), (
             f"nvfp4.{name}:{getattr(node, 'lineno', '?')} reads os.{word}"
         )
@@ -294,9 +374,14 @@ def numbers(path_suffix: str, text: str) -> list[float]:
     if path_suffix == ".py":
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         literals = [token.string for token in tokens if token.type == tokenize.NUMBER]
-        return [float(ast.literal_eval(literal)) for literal in literals if "j" not in literal.lower()]
+        return [
+            float(ast.literal_eval(literal)) for literal in literals if "j" not in literal.lower()
+        ]
     code = re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"", " ", text, flags=re.DOTALL)
-    return [float(n) for n in re.findall(r"(?<![\w.])(\d+\.?\d*|\.\d+)(?=[fFuUlL]*\b|[fF])(?![\w.]*x)", code)]
+    return [
+        float(n)
+        for n in re.findall(r"(?<![\w.])(\d+\.?\d*|\.\d+)(?=[fFuUlL]*\b|[fF])(?![\w.]*x)", code)
+    ]
 
 
 def table_in(found: list[float]) -> str | None:
@@ -310,7 +395,8 @@ def table_in(found: list[float]) -> str | None:
 
 @by_file
 def test_number_tables_live_in_formats(path: Path) -> None:
-    """In the packages around us the E2M1 grid is typed out some 80 times, with four meanings of 'nearest'."""
+    """In the packages around us the E2M1 grid is typed out some 80 times, with four meanings of
+    'nearest'."""
     if str(path.relative_to(ROOT)) in TABLE_HOMES:
         return
     table = table_in(numbers(path.suffix, path.read_text()))
@@ -319,12 +405,28 @@ def test_number_tables_live_in_formats(path: Path) -> None:
 
 def test_tables_are_found() -> None:
     """The rule itself, in both languages; prose and comments may quote the grid."""
-    assert table_in(numbers(".py", "x = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]")) == "the E2M1 grid"
-    assert table_in(numbers(".h", "const float g[] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f};")) == "the E2M1 grid"
-    assert table_in(numbers(".cu", "int8_t t[] = {0, 1, 2, 3, 4, 6, 8, 12};")) == "the E2M1 grid, doubled"
-    assert table_in(numbers(".py", "if x < 5: pass\nbounds = (5.0, 3.5, 2.5, 1.75, 1.25, .75, .25)")) is not None
-    assert table_in(numbers(".py", '"""0, 0.5, 1, 1.5, 2, 3, 4, 6"""  # 1, 1.5, 2, 3, 4, 6')) is None
-    assert table_in(numbers(".h", "// 1, 1.5, 2, 3, 4, 6\n/* 1, 1.5, 2, 3, 4, 6 */ int x = 0x12;")) is None
+    assert (
+        table_in(numbers(".py", "x = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]")) == "the E2M1 grid"
+    )
+    assert (
+        table_in(numbers(".h", "const float g[] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f};"))
+        == "the E2M1 grid"
+    )
+    assert (
+        table_in(numbers(".cu", "int8_t t[] = {0, 1, 2, 3, 4, 6, 8, 12};"))
+        == "the E2M1 grid, doubled"
+    )
+    assert (
+        table_in(numbers(".py", "if x < 5: pass\nbounds = (5.0, 3.5, 2.5, 1.75, 1.25, .75, .25)"))
+        is not None
+    )
+    assert (
+        table_in(numbers(".py", '"""0, 0.5, 1, 1.5, 2, 3, 4, 6"""  # 1, 1.5, 2, 3, 4, 6')) is None
+    )
+    assert (
+        table_in(numbers(".h", "// 1, 1.5, 2, 3, 4, 6\n/* 1, 1.5, 2, 3, 4, 6 */ int x = 0x12;"))
+        is None
+    )
 
 
 BANNED_WORDS = re.compile(r"(^|_)(utils?|helpers?|misc)(_|$)|^_*new_(?!_)|_v2$")
@@ -333,7 +435,11 @@ BANNED_WORDS = re.compile(r"(^|_)(utils?|helpers?|misc)(_|$)|^_*new_(?!_)|_v2$")
 @by_module
 def test_names_say_what_a_thing_is(name: str) -> None:
     """No utils, helper, new_ or v2: they name a place to put things, or a moment."""
-    defined = [n.name for n in ast.walk(parse(INSIDE[name])) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    defined = [
+        n.name
+        for n in ast.walk(parse(INSIDE[name]))
+        if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    ]
     for word in [*name.split("."), *defined]:
         assert not BANNED_WORDS.search(word), f"nvfp4.{name}: {word}"
 
@@ -347,4 +453,6 @@ def test_public_things_have_docstrings(name: str) -> None:
     assert ast.get_docstring(tree), f"nvfp4.{name} has no docstring"
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"nvfp4.{name}:{node.lineno} {node.name} has no docstring"
+            assert ast.get_docstring(node), (
+                f"nvfp4.{name}:{node.lineno} {node.name} has no docstring"
+            )

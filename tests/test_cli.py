@@ -1,4 +1,5 @@
-"""The command line: every option is listed, files and options combine, errors are one line and an exit code."""
+"""The command line: every option is listed, files and options combine, errors are one line and an
+exit code."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def test_help_lists_every_option_with_a_sentence_and_its_default(command, kind, 
 def test_help_names_the_commands(capsys):
     code, said = said_by(["--help"], capsys)
     assert code == 0
-    assert all(name in said.out for name in ("pretrain", "compare", "info", "bench", "NVFP4 4-bit training"))
+    assert all(
+        name in said.out
+        for name in ("pretrain", "compare", "info", "bench", "NVFP4 4-bit training")
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,11 @@ def test_options_may_be_written_with_underscores_and_lists_with_spaces():
     command = parse(["compare", "--recipes", "bf16", "rtn", "--seq_len", "64", "--data", "a", "b"])
     assert (command.recipes, command.seq_len, command.data) == (("bf16", "rtn"), 64, ("a", "b"))
     assert resolve(parse(["compare", "--recipes", "bf16,rtn"])).recipes == ("bf16", "rtn")
-    assert resolve(parse(["compare", "--recipes", "bf16,rtn", "nvidia"])).recipes == ("bf16", "rtn", "nvidia")
+    assert resolve(parse(["compare", "--recipes", "bf16,rtn", "nvidia"])).recipes == (
+        "bf16",
+        "rtn",
+        "nvidia",
+    )
 
 
 def test_a_wrong_file_is_a_clear_error(tmp_path, capsys):
@@ -95,14 +103,19 @@ def test_a_wrong_file_is_a_clear_error(tmp_path, capsys):
     with pytest.raises(TrainError):
         parse(["pretrain", "--config", str(path)])
     assert main(["pretrain", "--config", str(path)]) == 1
-    assert capsys.readouterr().err == f"nvfp4: error: {path}: stepz: no such field; did you mean steps?\n"
+    assert (
+        capsys.readouterr().err
+        == f"nvfp4: error: {path}: stepz: no such field; did you mean steps?\n"
+    )
     path.write_text("recipes: [bf16]\n")  # a field of the other command
     assert main(["pretrain", "--config", str(path)]) == 1
     assert "recipes: no such field" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_without_a_traceback(tmp_path):
-    run = run_cli("pretrain", "--data", str(tmp_path / "absent.txt"), "--out", str(tmp_path / "run"))
+    run = run_cli(
+        "pretrain", "--data", str(tmp_path / "absent.txt"), "--out", str(tmp_path / "run")
+    )
     assert run.returncode == 1
     assert run.stderr == f"nvfp4: error: data: no such file: {tmp_path / 'absent.txt'}\n"
     assert not (tmp_path / "run").exists()
@@ -126,7 +139,9 @@ def test_info_names_the_backends(capsys):
 
 def test_the_example_runs(tmp_path):
     write_texts(tmp_path)
-    run = children.script(ROOT / "examples" / "pretrain_tiny.py", environment(), str(tmp_path / "out"))
+    run = children.script(
+        ROOT / "examples" / "pretrain_tiny.py", environment(), str(tmp_path / "out")
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     numbers = re.search(r"bits per byte: bf16 (\S+), quartet2 (\S+), gap (\S+) %", run.stdout)
     assert numbers
@@ -138,13 +153,16 @@ def test_the_example_runs(tmp_path):
 
 @pytest.mark.skipif(not instruction_sets(), reason="the native CPU kernels are not built")
 def test_an_instruction_set_is_taken_from_the_environment_and_the_option_wins(monkeypatch, capsys):
-    """NVFP4_ISA holds any command to it; what is unknown ends with code 1 and one line, and nothing has run."""
+    """NVFP4_ISA holds any command to it; what is unknown ends with code 1 and one line, and nothing
+    has run."""
     best = instruction_sets()[0]
     try:
         monkeypatch.setenv("NVFP4_ISA", "portable")
         assert main(["info"]) == 0
         assert "kernels on cpu portable" in " ".join(capsys.readouterr().out.split())
-        monkeypatch.setattr(cli, "RUNNERS", {**cli.RUNNERS, cli.Bench: lambda command: print(*instruction_sets())})
+        monkeypatch.setattr(
+            cli, "RUNNERS", {**cli.RUNNERS, cli.Bench: lambda command: print(*instruction_sets())}
+        )
         assert main(["bench", "all", "--isa", best]) == 0
         assert capsys.readouterr().out.split()[0] == best
         monkeypatch.setenv("NVFP4_ISA", "sse9")
@@ -154,15 +172,19 @@ def test_an_instruction_set_is_taken_from_the_environment_and_the_option_wins(mo
         use_instruction_set(best)
 
 
-# In a process of its own: the command line, its help and its refusals. Transformers alone takes longer than all of it.
+# In a process of its own: the command line, its help and its refusals. Transformers alone takes
+# longer than all of it.
 IMPORTS_NO_MODELS = """
 import sys
 import nvfp4.cli
-heavy = {"transformers", "accelerate", "torch._dynamo", "matplotlib", "pyarrow", "trl", "peft"} & sys.modules.keys()
+heavy = {"transformers", "accelerate", "torch._dynamo", "matplotlib", "pyarrow", "trl", "peft"}
+heavy &= sys.modules.keys()
 assert not heavy, heavy
 """
 
 
 def test_help_waits_for_no_library_of_models() -> None:
-    run = subprocess.run([sys.executable, "-c", IMPORTS_NO_MODELS], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTS_NO_MODELS], capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr

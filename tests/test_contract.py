@@ -1,7 +1,8 @@
-"""What docs/convert.md promises of convert and the layer: a test for each number, and one for each trap.
+"""What docs/convert.md promises of convert and the layer: a test for each number, and one for each
+trap.
 
-Where a statement is proved beside the thing it is about, ``PROOFS`` says where; ``TRAPS`` are mistakes of neighbouring
-packages that no statement names.
+Where a statement is proved beside the thing it is about, ``PROOFS`` says where; ``TRAPS`` are
+mistakes of neighbouring packages that no statement names.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ PROOFS: dict[int, tuple[str, ...]] = {
         "test_matmul.py::test_real_products_agree_within_float32_summation",
     ),
     31: ("test_linear.py::test_31_*", "test_unbiasedness.py::test_dense_products_are_unbiased"),
-    32: ("test_linear.py::test_32_*", "test_linear.py::test_ranks_share_signs_and_differ_in_rounding"),
+    32: (
+        "test_linear.py::test_32_*",
+        "test_linear.py::test_ranks_share_signs_and_differ_in_rounding",
+    ),
     33: ("test_linear.py::test_33_*",),
     34: ("test_quantizers.py::test_claim_relative_mse",),
     35: ("test_linear.py::test_35_double_backward_raises",),
@@ -74,14 +78,18 @@ PROOFS: dict[int, tuple[str, ...]] = {
     38: (f"{HERE}::test_38_*",),
     39: ("test_distributed.py::test_on_two_processes",),
     40: (f"{HERE}::test_40_*",),
-    41: ("test_library.py::test_quantize_opcheck", "test_library.py::test_dequantize_and_matmul_opcheck"),
+    41: (
+        "test_library.py::test_quantize_opcheck",
+        "test_library.py::test_dequantize_and_matmul_opcheck",
+    ),
     42: ("test_clients.py::test_42_*",),
     43: ("test_clients.py::test_43_*",),
     44: (f"{HERE}::test_44_*",),
     45: (f"{HERE}::test_45_*",),
     46: ("test_info.py::test_import_is_light_and_needs_no_gpu",),
 }
-"""Statement -> the tests that prove it; a star stands for whatever the author calls it after its number."""
+"""Statement -> the tests that prove it; a star stands for whatever the author calls it after its
+number."""
 
 TRAPS = {
     "the bias is ignored": f"{HERE}::test_trap_the_bias_counts",
@@ -103,12 +111,19 @@ def test_every_statement_is_proved() -> None:
 
 def _tests_in(file: str) -> list[str]:
     tree = ast.parse(next((ROOT / "tests").rglob(file)).read_text())
-    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
 
 
-@pytest.mark.parametrize("proof", sorted({proof for proofs in PROOFS.values() for proof in proofs} | {*TRAPS.values()}))
+@pytest.mark.parametrize(
+    "proof", sorted({proof for proofs in PROOFS.values() for proof in proofs} | {*TRAPS.values()})
+)
 def test_every_proof_exists(proof: str) -> None:
-    """Each named file has a test of that name: a proof that was renamed or deleted is missed here."""
+    """Each named file has a test of that name: a proof that was renamed or deleted is missed
+    here."""
     file, _, wanted = proof.partition("::")
     pattern = re.escape(wanted).replace(r"\*", ".+")
     assert [name for name in _tests_in(file) if re.fullmatch(pattern, name)]
@@ -132,20 +147,24 @@ def test_02_a_root_linear_is_converted() -> None:
 
 
 def test_03_twice_changes_nothing_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """3: the second call leaves class, state, noise and even another recipe's request alone, and prints why."""
+    """3: the second call leaves class, state, noise and even another recipe's request alone, and
+    prints why."""
     model = quiet(Model())
     states = [copy.copy(model.get_submodule(name).nvfp4) for name in converted(model)]
     before = snapshot(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nvfp4.convert(model, "rtn", seed=99)
-    assert "converted 0, kept 5 (already_converted: 4, output_embedding: 1)" in capsys.readouterr().out
+    assert (
+        "converted 0, kept 5 (already_converted: 4, output_embedding: 1)" in capsys.readouterr().out
+    )
     assert [model.get_submodule(name).nvfp4 for name in converted(model)] == states
     assert_untouched(model, before)
 
 
 def test_03_a_second_call_may_convert_more() -> None:
-    """3: what the first call was told to keep, a second may convert; layer indices go on where they stopped."""
+    """3: what the first call was told to keep, a second may convert; layer indices go on where they
+    stopped."""
     model = quiet(Model(), exclude="layers.1")
     assert reasons(model)["layers.1.up"] == "excluded"
     quiet(model)
@@ -155,8 +174,8 @@ def test_03_a_second_call_may_convert_more() -> None:
 
 
 def test_04_filter_fn_sees_each_linear_path_once() -> None:
-    """4: the dotted name without a leading dot, only linears, once per path (a shared layer has two), and its word
-    counts."""
+    """4: the dotted name without a leading dot, only linears, once per path (a shared layer has
+    two), and its word counts."""
     model = Model()
     model.alias = model.layers[0].up
     seen: list[tuple[nn.Module, str]] = []
@@ -167,22 +186,32 @@ def test_04_filter_fn_sees_each_linear_path_once() -> None:
 
     quiet(model, filter_fn=only_up)
     names = [name for _, name in seen]
-    assert sorted(names) == sorted(["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head", "alias"])
+    assert sorted(names) == sorted(
+        ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head", "alias"]
+    )
     assert all(model.get_submodule(name) is module for module, name in seen)
-    assert converted(model) == ["layers.1.up"]  # layers.0.up is "alias" too, and that name was refused
+    # layers.0.up is "alias" too, and that name was refused
+    assert converted(model) == ["layers.1.up"]
     assert reasons(model)["layers.0.down"] == reasons(model)["layers.0.up"] == "filter_fn"
 
 
 def test_05_globs_match_whole_parts() -> None:
-    """5: layers.1 is not layers.10; a pattern matches a run of parts anywhere; * stays within a part."""
+    """5: layers.1 is not layers.10; a pattern matches a run of parts anywhere; * stays within a
+    part."""
     model = Model(12)
     quiet(model, exclude="layers.1")
     assert "layers.10.up" in converted(model)
     assert "layers.11.up" in converted(model)
-    assert {name for name, reason in reasons(model).items() if reason == "excluded"} == {"layers.1.up", "layers.1.down"}
+    assert {name for name, reason in reasons(model).items() if reason == "excluded"} == {
+        "layers.1.up",
+        "layers.1.down",
+    }
     for patterns, expected in (
         ("layers.*.up", [f"layers.{i}.up" for i in range(12)]),
-        (["layers.1?.down", "layers.3"], ["layers.3.up", "layers.3.down", "layers.10.down", "layers.11.down"]),
+        (
+            ["layers.1?.down", "layers.3"],
+            ["layers.3.up", "layers.3.down", "layers.10.down", "layers.11.down"],
+        ),
         ("[02].up", ["layers.0.up", "layers.2.up"]),
         ("layers.*", [n for i in range(12) for n in (f"layers.{i}.up", f"layers.{i}.down")]),
     ):
@@ -194,14 +223,17 @@ def test_05_globs_match_whole_parts() -> None:
 def test_05_include_overrules_the_output_embedding() -> None:
     """5: naming lm_head converts it; exclude wins over include."""
     assert converted(quiet(Model(), include="lm_head")) == ["lm_head"]
-    assert converted(quiet(Model(), include=["lm_head", "layers.0"], exclude="down")) == ["layers.0.up", "lm_head"]
+    assert converted(quiet(Model(), include=["lm_head", "layers.0"], exclude="down")) == [
+        "layers.0.up",
+        "lm_head",
+    ]
     assert reasons(quiet(Model(), include="layers.0"))["layers.1.up"] == "not_included"
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_06_unmatched_names_are_reported(argument: str) -> None:
-    """6: a pattern that matches nothing warns with the argument, the pattern and real names; an error when strict,
-    which leaves the model untouched."""
+    """6: a pattern that matches nothing warns with the argument, the pattern and real names; an
+    error when strict, which leaves the model untouched."""
     patterns = ["layers.0", "layers.7.upp"]
     with pytest.warns(
         nvfp4.ConvertWarning, match=rf"{argument} 'layers\.7\.upp' matches no .*'layers\.0\.up'"
@@ -222,7 +254,8 @@ class OwnForward(nn.Linear):
 
 
 class SaysItsOutput(Model):
-    """Like a transformers model: says which layer the output embedding is, under a name no list knows."""
+    """Like a transformers model: says which layer the output embedding is, under a name no list
+    knows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +307,8 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_07_08_default_skips_and_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    """7, 8: each kind of layer that is kept has its one reason, in the report and summed up in one printed line."""
+    """7, 8: each kind of layer that is kept has its one reason, in the report and summed up in one
+    printed line."""
     model = Odd()
     nvfp4.convert(model, "quartet2")
     assert reasons(model) == ODD
@@ -288,7 +322,9 @@ def test_07_08_default_skips_and_their_reasons(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("name", ["lm_head", "output", "head", "embed_out"])
 def test_07_output_embedding_by_name(name: str) -> None:
     """7: without get_output_embeddings() the last part of the name decides, whole."""
-    model = nn.ModuleDict({"decoder": nn.ModuleDict({name: nn.Linear(8, 8), f"{name}_norm": nn.Linear(8, 8)})})
+    model = nn.ModuleDict(
+        {"decoder": nn.ModuleDict({name: nn.Linear(8, 8), f"{name}_norm": nn.Linear(8, 8)})}
+    )
     assert converted(quiet(model)) == [f"decoder.{name}_norm"]
 
 
@@ -322,8 +358,12 @@ def test_07_linears_tied_to_each_other_are_converted() -> None:
 
 
 def test_09_nothing_converted_warns_or_raises() -> None:
-    """9: a model without candidates warns with the count by reason; strict raises and changes nothing."""
-    for model, text in ((nn.ReLU(), "0 linear layers"), (Model(tied=True, blocks=0), r"1 .*tied_to_embedding: 1")):
+    """9: a model without candidates warns with the count by reason; strict raises and changes
+    nothing."""
+    for model, text in (
+        (nn.ReLU(), "0 linear layers"),
+        (Model(tied=True, blocks=0), r"1 .*tied_to_embedding: 1"),
+    ):
         with pytest.warns(nvfp4.ConvertWarning, match=f"no layer was converted.*{text}"):
             quiet(model)
         fresh = copy.deepcopy(model)
@@ -342,7 +382,8 @@ def test_09_bf16_is_no_mistake() -> None:
         warnings.simplefilter("error")
         quiet(model, "bf16", include="layers", strict=True)
     assert converted(model) == []
-    nvfp4.revert(model)  # all there is to remove is the noted reason why lm_head would have been kept
+    # all there is to remove is the noted reason why lm_head would have been kept
+    nvfp4.revert(model)
     assert_untouched(model, before)
 
 
@@ -350,7 +391,8 @@ def test_09_bf16_is_no_mistake() -> None:
     ("blocks", "arguments", "kept"),
     [
         (20, {"keep_last": 0.15}, [17, 18, 19]),
-        (25, {"keep_last": 0.28}, [18, 19, 20, 21, 22, 23, 24]),  # 0.28 * 25 is 7.000000000000001 in binary
+        # 0.28 * 25 is 7.000000000000001 in binary
+        (25, {"keep_last": 0.28}, [18, 19, 20, 21, 22, 23, 24]),
         (7, {"keep_last": 0.15}, [5, 6]),  # ceil(1.05)
         (3, {"keep_last": 0.15}, [2]),
         (5, {"keep_first": 1, "keep_last": 2}, [0, 3, 4]),
@@ -362,13 +404,15 @@ def test_09_bf16_is_no_mistake() -> None:
 def test_10_keep_first_and_last(
     blocks: int, arguments: dict[str, float], kept: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """10: counts and shares (rounded up) of the numbered blocks stay in high precision, and the printed line names
-    them."""
+    """10: counts and shares (rounded up) of the numbered blocks stay in high precision, and the
+    printed line names them."""
     model = Model(blocks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # keeping all 5 of 5 warns, rightly
         nvfp4.convert(model, **arguments)
-    expected = [f"layers.{i}.{part}" for i in range(blocks) if i not in kept for part in ("up", "down")]
+    expected = [
+        f"layers.{i}.{part}" for i in range(blocks) if i not in kept for part in ("up", "down")
+    ]
     assert converted(model) == expected
     out = capsys.readouterr().out
     assert f"blocks kept: {', '.join(f'layers.{i}' for i in kept)}\n" in out
@@ -377,19 +421,26 @@ def test_10_keep_first_and_last(
 
 
 def test_10_every_stack_is_counted_and_inner_lists_are_not() -> None:
-    """10: encoder and decoder each lose their last block; a list of experts inside a block is no stack of its own."""
+    """10: encoder and decoder each lose their last block; a list of experts inside a block is no
+    stack of its own."""
 
     def stack() -> nn.ModuleList:
-        experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))}) for _ in range(2)]
+        experts = [
+            nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))})
+            for _ in range(2)
+        ]
         return nn.ModuleList(experts)
 
     model = quiet(nn.ModuleDict({"encoder": stack(), "decoder": stack()}), keep_last=1)
-    assert converted(model) == [f"{side}.0.experts.{i}" for side in ("encoder", "decoder") for i in range(3)]
+    assert converted(model) == [
+        f"{side}.0.experts.{i}" for side in ("encoder", "decoder") for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, 1.5, -0.1, True, "2", float("nan"), np.int64(2), None])
 def test_10_wrong_shares_are_refused(value: Any) -> None:
-    """10: neither a count nor a share: ValueError with the argument and the value, and nothing is converted."""
+    """10: neither a count nor a share: ValueError with the argument and the value, and nothing is
+    converted."""
     for argument in ("keep_first", "keep_last"):
         model = Model()
         with pytest.raises(ValueError, match=f"{argument} must be a number of blocks"):
@@ -398,16 +449,21 @@ def test_10_wrong_shares_are_refused(value: Any) -> None:
 
 
 def test_10_without_blocks_it_is_an_error() -> None:
-    """10: counting blocks of a model that has none, or not the first, as a later pipeline stage, is refused."""
-    with pytest.raises(ValueError, match=r"count numbered blocks .*; name the layers to keep with exclude"):
+    """10: counting blocks of a model that has none, or not the first, as a later pipeline stage, is
+    refused."""
+    with pytest.raises(
+        ValueError, match=r"count numbered blocks .*; name the layers to keep with exclude"
+    ):
         quiet(nn.ModuleDict({"up": nn.Linear(8, 8)}), keep_last=1)
     later_stage = nn.ModuleDict({"layers": nn.ModuleDict({str(i): Block() for i in range(4, 8)})})
-    with pytest.raises(ValueError, match="no linear layer of the model is in one"):  # its last block is not the model's
+    # its last block is not the model's
+    with pytest.raises(ValueError, match="no linear layer of the model is in one"):
         quiet(later_stage, keep_first=1)
 
 
 def test_11_subclasses_keep_their_forward() -> None:
-    """11: a subclass with its own forward computes as before; so does one that overrides nothing."""
+    """11: a subclass with its own forward computes as before; so does one that overrides
+    nothing."""
 
     class Mine(nn.Linear):
         pass
@@ -421,13 +477,19 @@ def test_11_subclasses_keep_their_forward() -> None:
 
 
 def test_12_two_names_one_layer() -> None:
-    """12: a layer with two names is converted once, both names reach it, and keeping either name keeps it."""
+    """12: a layer with two names is converted once, both names reach it, and keeping either name
+    keeps it."""
     model = Model()
     model.shortcut = model.layers[0].up
     quiet(model)
     assert model.shortcut is model.layers[0].up
     assert type(model.shortcut) is nvfp4.Linear
-    assert [m.nvfp4.noise.layer for m in model.modules() if isinstance(m, nvfp4.Linear)] == [0, 1, 2, 3]
+    assert [m.nvfp4.noise.layer for m in model.modules() if isinstance(m, nvfp4.Linear)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert nvfp4.report(model).converted == 4
     other = Model()
     other.shortcut = other.layers[0].up
@@ -456,14 +518,21 @@ def test_15_parameters_keep_their_identity(device: str) -> None:
 
 
 def test_15_no_tensor_is_made_at_convert() -> None:
-    """15: converting touches no parameter and makes nothing but four integers a layer, let alone a second weight."""
+    """15: converting touches no parameter and makes nothing but four integers a layer, let alone a
+    second weight."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Refuse(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert not any(isinstance(arg, nn.Parameter) for arg in args), f"convert ran {func} on a parameter"
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            assert not any(isinstance(arg, nn.Parameter) for arg in args), (
+                f"convert ran {func} on a parameter"
+            )
             made = func(*args, **(kwargs or {}))
-            assert not isinstance(made, torch.Tensor) or made.numel() <= 4, f"{func} made {tuple(made.shape)}"
+            assert not isinstance(made, torch.Tensor) or made.numel() <= 4, (
+                f"{func} made {tuple(made.shape)}"
+            )
             return made
 
     model = Model()
@@ -473,10 +542,13 @@ def test_15_no_tensor_is_made_at_convert() -> None:
 
 
 def test_16_state_dict_is_that_of_the_plain_model() -> None:
-    """16: the same keys in the same order, shapes, dtypes and values; strict loading works both ways."""
+    """16: the same keys in the same order, shapes, dtypes and values; strict loading works both
+    ways."""
     plain, model = Model(), quiet(Model())
     a, b = plain.state_dict(), model.state_dict()
-    assert [(k, v.shape, v.dtype) for k, v in a.items()] == [(k, v.shape, v.dtype) for k, v in b.items()]
+    assert [(k, v.shape, v.dtype) for k, v in a.items()] == [
+        (k, v.shape, v.dtype) for k, v in b.items()
+    ]
     model.load_state_dict(a, strict=True)
     assert torch.equal(model.layers[1].up.weight, plain.layers[1].up.weight)
     plain.load_state_dict(b, strict=True)
@@ -486,7 +558,8 @@ def test_16_state_dict_is_that_of_the_plain_model() -> None:
 
 
 def test_17_attributes_survive() -> None:
-    """17: requires_grad, training mode, dtype, hooks and user attributes are as they were, and hooks run."""
+    """17: requires_grad, training mode, dtype, hooks and user attributes are as they were, and
+    hooks run."""
     layer = nn.Linear(8, 8, dtype=torch.bfloat16)
     layer.weight.requires_grad_(False)
     layer.weight.tag = "sharded"  # type: ignore[attr-defined]
@@ -499,8 +572,16 @@ def test_17_attributes_survive() -> None:
     layer.register_full_backward_hook(lambda *_: ran.append("backward"))
     layer.bias.register_hook(lambda g: ran.append("bias"))
     quiet(layer)
-    assert (layer.weight.requires_grad, layer.bias.requires_grad, layer.training) == (False, True, False)
-    assert (layer.weight.dtype, layer.weight.tag, layer.note) == (torch.bfloat16, "sharded", {"any": "thing"})
+    assert (layer.weight.requires_grad, layer.bias.requires_grad, layer.training) == (
+        False,
+        True,
+        False,
+    )
+    assert (layer.weight.dtype, layer.weight.tag, layer.note) == (
+        torch.bfloat16,
+        "sharded",
+        {"any": "thing"},
+    )
     assert layer.steps == 3
     layer(torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
     assert sorted(ran) == ["backward", "bias", "forward", "pre"]
@@ -518,7 +599,8 @@ def test_17_parametrised_layers_are_kept() -> None:
 
 
 def test_18_an_optimizer_from_before_steps_the_model() -> None:
-    """18: an optimizer made before converting moves the parameters that the converted layers use."""
+    """18: an optimizer made before converting moves the parameters that the converted layers
+    use."""
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     quiet(model)
@@ -547,7 +629,8 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("recipe", ["nvidia", "search_eden"])
 def test_19_copies_train_alike_and_apart(how: str, recipe: str) -> None:
-    """19: a copy, also of a model that has trained, gives the same bits in forward and backward, and then goes its own
+    """19: a copy, also of a model that has trained, gives the same bits in forward and backward,
+    and then goes its own
     way: its noise, its weights and its switches are not the original's."""
     model = quiet(Model(), recipe)
     gradients(model)
@@ -573,7 +656,9 @@ def test_19_averaged_model() -> None:
     with torch.no_grad():
         model.layers[0].up.weight.add_(1)
     average.update_parameters(model)
-    assert_floats_bitwise(average.module.layers[0].up.weight, 0.5 * start + 0.5 * (start + 1), "average")
+    assert_floats_bitwise(
+        average.module.layers[0].up.weight, 0.5 * start + 0.5 * (start + 1), "average"
+    )
     assert len(converted(average)) == 4
     plain = Model()
     plain.load_state_dict(average.module.state_dict())
@@ -581,7 +666,8 @@ def test_19_averaged_model() -> None:
 
 
 def test_20_revert_is_bit_equal() -> None:
-    """20: plain nn.Linears over the same Parameters, not one attribute left over, and the old bits."""
+    """20: plain nn.Linears over the same Parameters, not one attribute left over, and the old
+    bits."""
     model = Model()
     want, parameters, before = model(TOKENS).detach(), list(model.parameters()), snapshot(model)
     quiet(model, exclude="down")
@@ -590,7 +676,12 @@ def test_20_revert_is_bit_equal() -> None:
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert_untouched(model, before)
     assert_floats_bitwise(model(TOKENS), want, "logits")
-    assert converted(quiet(model)) == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    assert converted(quiet(model)) == [
+        "layers.0.up",
+        "layers.0.down",
+        "layers.1.up",
+        "layers.1.down",
+    ]
 
 
 def test_20_revert_of_a_part() -> None:
@@ -601,7 +692,8 @@ def test_20_revert_of_a_part() -> None:
 
 
 def test_20_disabled_is_the_plain_model_and_ends() -> None:
-    """20: within disabled() outputs and gradients are the plain model's bits; it nests, and ends after an exception."""
+    """20: within disabled() outputs and gradients are the plain model's bits; it nests, and ends
+    after an exception."""
     plain, model = Model(), Model()
     model.load_state_dict(plain.state_dict())
     quiet(model)
@@ -617,12 +709,18 @@ def test_20_disabled_is_the_plain_model_and_ends() -> None:
         raise KeyError
     assert_floats_bitwise(model(TOKENS), quantised, "logits")
     with nvfp4.disabled(model.layers[0]):
-        assert [m.nvfp4.enabled for m in model.modules() if isinstance(m, nvfp4.Linear)] == [False, False, True, True]
+        assert [m.nvfp4.enabled for m in model.modules() if isinstance(m, nvfp4.Linear)] == [
+            False,
+            False,
+            True,
+            True,
+        ]
 
 
 @pytest.mark.parametrize("move", ["half", "bfloat16", "float", "to_empty", "to", "share_memory"])
 def test_21_moves_behave_as_for_nn_linear(move: str) -> None:
-    """21: dtypes, devices and values after a move are those of the plain layer, and the layer still runs."""
+    """21: dtypes, devices and values after a move are those of the plain layer, and the layer still
+    runs."""
     plain, layer = nn.Linear(8, 8), nn.Linear(8, 8)
     layer.load_state_dict(plain.state_dict())
     quiet(layer)
@@ -648,7 +746,8 @@ def test_21_moves_behave_as_for_nn_linear(move: str) -> None:
 
 
 def test_21_a_layer_cast_to_float64_says_why_not() -> None:
-    """21: double() works as a move; the forward then names the dtype instead of computing something else."""
+    """21: double() works as a move; the forward then names the dtype instead of computing something
+    else."""
     layer = quiet(nn.Linear(8, 8)).double()
     with pytest.raises(TypeError, match=r"float32, bfloat16 or float16, got torch\.float64"):
         layer(torch.randn(3, 8, dtype=torch.float64))
@@ -663,31 +762,47 @@ def test_22_repr() -> None:
 
 
 def test_10_blocks_are_numbered_children_of_anything() -> None:
-    """10: a Sequential, a dict of numbers, GPT-2's h: the outermost numbers on the way to a linear make the stack, and
-    an activation between two layers is no block."""
+    """10: a Sequential, a dict of numbers, GPT-2's h: the outermost numbers on the way to a linear
+    make the stack, and an activation between two layers is no block."""
     mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
     assert reasons(quiet(mlp, keep_last=1)) == {"0": None, "2": "keep_last"}
-    gpt = nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleDict({str(i): Block() for i in range(11)})})})
+    gpt = nn.ModuleDict(
+        {"transformer": nn.ModuleDict({"h": nn.ModuleDict({str(i): Block() for i in range(11)})})}
+    )
     quiet(gpt, keep_first=1, keep_last=0.15)
     kept = {name.rsplit(".", 1)[0] for name, reason in reasons(gpt).items() if reason}
     assert kept == {f"transformer.h.{i}" for i in (0, 9, 10)}  # 10 comes after 9
-    nested = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
-    assert reasons(quiet(nested, keep_first=1)) == {"0.0": "keep_first", "0.1": "keep_first", "1.0": None}
+    nested = nn.Sequential(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    )
+    assert reasons(quiet(nested, keep_first=1)) == {
+        "0.0": "keep_first",
+        "0.1": "keep_first",
+        "1.0": None,
+    }
 
 
 def test_10_a_block_without_linears_does_not_count() -> None:
-    """10: shares are of the blocks that hold linears, wherever they stand; a shared block counts under each number."""
+    """10: shares are of the blocks that hold linears, wherever they stand; a shared block counts
+    under each number."""
     mixed = nn.ModuleList([Block(), nn.Conv1d(3, 3, 1), Block(), nn.Identity(), Block()])
-    assert {n.split(".")[0] for n, why in reasons(quiet(mixed, keep_last=0.4)).items() if why} == {"2", "4"}
+    assert {n.split(".")[0] for n, why in reasons(quiet(mixed, keep_last=0.4)).items() if why} == {
+        "2",
+        "4",
+    }
     shared = Block()
     looped = nn.ModuleList([shared, Block(), shared])
-    assert {n.split(".")[0] for n, why in reasons(quiet(looped, keep_last=1)).items() if why} == {"0"}
+    assert {n.split(".")[0] for n, why in reasons(quiet(looped, keep_last=1)).items() if why} == {
+        "0"
+    }
 
 
 def test_27_what_cannot_run_is_kept_at_convert_time() -> None:
-    """27: a layer that NVFP4 cannot compute has its reason after convert, and the model runs: nothing waits for the
-    first forward to fail."""
-    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 3, dtype=torch.float64))
+    """27: a layer that NVFP4 cannot compute has its reason after convert, and the model runs:
+    nothing waits for the first forward to fail."""
+    model = nn.Sequential(
+        nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 3, dtype=torch.float64)
+    )
     with pytest.warns(nvfp4.ConvertWarning, match="dtype: 2"):
         quiet(model)
     x = torch.randn(2, 8, dtype=torch.float64)
@@ -700,8 +815,9 @@ def _mlp(recipe: str) -> nn.Module:
 
 @pytest.mark.parametrize("recipe", ["rtn", "nvidia", "quartet2", "search_eden"])
 def test_36_compiles_into_one_graph(recipe: str) -> None:
-    """36: forward and backward with bias and a rank-3 input trace without a graph break into the bits of eager mode,
-    step after step; another token count compiles at most once more, and a third one not at all."""
+    """36: forward and backward with bias and a rank-3 input trace without a graph break into the
+    bits of eager mode, step after step; another token count compiles at most once more, and a third
+    one not at all."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -726,12 +842,18 @@ def test_36_compiles_into_one_graph(recipe: str) -> None:
 
 @pytest.mark.cuda
 def test_38_cuda_graphs_draw_new_noise_at_every_replay() -> None:
-    """38: forward and backward of a stochastic recipe can be captured, each replay draws anew, and gives what eager
-    mode gives at that call."""
+    """38: forward and backward of a stochastic recipe can be captured, each replay draws anew, and
+    gives what eager mode gives at that call."""
     device = torch.device("cuda")
-    native = [name for name, b in registry.BACKENDS.items() if name != "reference" and b.unavailable(device) is None]
+    native = [
+        name
+        for name, b in registry.BACKENDS.items()
+        if name != "reference" and b.unavailable(device) is None
+    ]
     if not native:
-        pytest.skip("no native backend runs on this CUDA device, and capture is promised of native ones")
+        pytest.skip(
+            "no native backend runs on this CUDA device, and capture is promised of native ones"
+        )
     layer = quiet(nn.Linear(256, 128, device=device), "quartet2", backend=native[0])
     twin = copy.deepcopy(layer)
     nvfp4.capturable(layer)
@@ -761,8 +883,9 @@ def test_38_cuda_graphs_draw_new_noise_at_every_replay() -> None:
 
 
 def test_40_grad_scaler_skips_the_step_that_overflows() -> None:
-    """40: FP16 with a loss scale that overflows: no parameter moves, the scale is halved until one step fits, and that
-    one moves them; a NaN that the layer swallowed would let the bad step through."""
+    """40: FP16 with a loss scale that overflows: no parameter moves, the scale is halved until one
+    step fits, and that one moves them; a NaN that the layer swallowed would let the bad step
+    through."""
     model = quiet(Model(), "quartet2")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1000)
@@ -777,7 +900,9 @@ def test_40_grad_scaler_skips_the_step_that_overflows() -> None:
         finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         scaler.step(optimizer)
         scaler.update()
-        moved.append(any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)))
+        moved.append(
+            any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        )
         assert moved[-1] == finite
         assert scaler.get_scale() == (scale if finite else scale / 2)
         if finite:
@@ -788,7 +913,8 @@ def test_40_grad_scaler_skips_the_step_that_overflows() -> None:
 
 
 class Imitation(Backend):
-    """The reference under another name, but for what a test breaks; ``asked`` counts the operations."""
+    """The reference under another name, but for what a test breaks; ``asked`` counts the
+    operations."""
 
     name = "imitation"
 
@@ -806,7 +932,11 @@ class Imitation(Backend):
         return self.judge.dequantize(q, dtype)
 
     def matmul(
-        self, a: nvfp4.QTensor, b: nvfp4.QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+        self,
+        a: nvfp4.QTensor,
+        b: nvfp4.QTensor,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.judge.matmul(a, b, out_dtype, bias)
 
@@ -846,22 +976,27 @@ def _install(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
 
 
 def test_44_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """44: asked for by name it raises with its reason, at convert and without changing a layer; "auto" falls back and
-    says so once, with the reason."""
+    """44: asked for by name it raises with its reason, at convert and without changing a layer;
+    "auto" falls back and says so once, with the reason."""
     _install(monkeypatch, Imitation("its kernels were not built"))
     model = Model()
     before = snapshot(model)
-    with pytest.raises(nvfp4.BackendUnavailable, match=r"'imitation' cannot run on cpu: its kernels were not built"):
+    with pytest.raises(
+        nvfp4.BackendUnavailable, match=r"'imitation' cannot run on cpu: its kernels were not built"
+    ):
         quiet(model, backend="imitation")
     assert_untouched(model, before)
-    with pytest.warns(RuntimeWarning, match=r"reference backend.*imitation: its kernels were not built") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"reference backend.*imitation: its kernels were not built"
+    ) as caught:
         [nvfp4.report(quiet(model)), gradients(model)]
     assert len(caught) == 1
     assert "imitation: its kernels were not built" in nvfp4.explain("matmul")
 
 
 def test_44_nothing_is_said_where_nothing_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """44: a preferred backend that runs, a backend that was asked for, and the meta device raise no warning."""
+    """44: a preferred backend that runs, a backend that was asked for, and the meta device raise no
+    warning."""
     _install(monkeypatch, Imitation())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -882,8 +1017,9 @@ def test_44_nothing_is_said_where_nothing_falls_back(monkeypatch: pytest.MonkeyP
 def test_45_a_backend_that_lies_is_not_used(
     backend: type[Imitation], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """45: zeros, unwritten memory, a missing kernel and one wrong bit of one quantiser are found at first use: "auto"
-    gives the reference's bits and warns once, the name raises, ``explain`` tells."""
+    """45: zeros, unwritten memory, a missing kernel and one wrong bit of one quantiser are found at
+    first use: "auto" gives the reference's bits and warns once, the name raises, ``explain``
+    tells."""
     model = quiet(Model(), "quartet2")
     want = quiet(nvfp4.revert(copy.deepcopy(model)), "quartet2", backend="reference")
     _install(monkeypatch, backend())
@@ -894,18 +1030,22 @@ def test_45_a_backend_that_lies_is_not_used(
     with pytest.raises(nvfp4.BackendUnavailable, match=words):
         gradients(named)
     operation: Any = "matmul" if "matmul" in words else "quantize"
-    assert f"imitation: {words}" in nvfp4.explain(operation, quantizer="ms_eden" if operation == "quantize" else None)
+    assert f"imitation: {words}" in nvfp4.explain(
+        operation, quantizer="ms_eden" if operation == "quantize" else None
+    )
 
 
 def test_45_an_honest_backend_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """45: the check runs at the first use of each operation and quantiser and never again, draws no random number, and
-    is seen by no dispatch mode, be it one that counts or one that replays."""
+    """45: the check runs at the first use of each operation and quantiser and never again, draws no
+    random number, and is seen by no dispatch mode, be it one that counts or one that replays."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
         seen = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             self.seen += 1
             return func(*args, **(kwargs or {}))
 
@@ -928,7 +1068,8 @@ def test_45_an_honest_backend_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("recipe", ["rtn", "nvidia", "quartet2", "search_eden", "rl"])
 def test_trap_the_bias_counts(recipe: str) -> None:
-    """Quartet-II, TetraJet-v2: with a weight of zeros the output is the bias, and moves as it moves."""
+    """Quartet-II, TetraJet-v2: with a weight of zeros the output is the bias, and moves as it
+    moves."""
     layer = quiet(nn.Linear(32, 16), recipe)
     with torch.no_grad():
         layer.weight.zero_()
@@ -952,8 +1093,11 @@ def test_trap_batches_are_rows() -> None:
 
 
 def test_trap_the_walk_goes_on() -> None:
-    """accelerate: a kept layer first, in the middle and inside a block ends nothing; all others are converted."""
-    model = nn.ModuleDict({"head": nn.Linear(8, 8), "a": nn.Linear(8, 8), "layers": nn.ModuleList([Block(), Block()])})
+    """accelerate: a kept layer first, in the middle and inside a block ends nothing; all others are
+    converted."""
+    model = nn.ModuleDict(
+        {"head": nn.Linear(8, 8), "a": nn.Linear(8, 8), "layers": nn.ModuleList([Block(), Block()])}
+    )
     model["layers"][0].up = OwnForward(16, 32)
     assert converted(quiet(model)) == ["a", "layers.0.down", "layers.1.up", "layers.1.down"]
 

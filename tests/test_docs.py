@@ -47,7 +47,8 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relat
 
 
 class Block(NamedTuple):
-    """A fenced block. language: "" for none. line: of its first line of code. not_run: the reason, if it gives one."""
+    """A fenced block. language: "" for none. line: of its first line of code. not_run: the reason,
+    if it gives one."""
 
     language: str
     text: str
@@ -92,7 +93,9 @@ def slug(heading: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    return {slug(heading) for heading in re.findall(r"^#+ (.+?)\s*$", prose(text), flags=re.MULTILINE)}
+    return {
+        slug(heading) for heading in re.findall(r"^#+ (.+?)\s*$", prose(text), flags=re.MULTILINE)
+    }
 
 
 def broken(page: Path, text: str) -> list[str]:
@@ -112,9 +115,13 @@ def broken(page: Path, text: str) -> list[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of every command in shell blocks and in inline code; a comment ends one."""
-    lines = [line for block in blocks(text) if block.language == "sh" for line in block.text.splitlines()]
+    lines = [
+        line for block in blocks(text) if block.language == "sh" for line in block.text.splitlines()
+    ]
     for line in [*lines, *spans(text)]:
-        if "..." not in line and re.match(r"(nvfp4|make|pip|python3?|torchrun|\.venv/bin/\w+) ", line):
+        if "..." not in line and re.match(
+            r"(nvfp4|make|pip|python3?|torchrun|\.venv/bin/\w+) ", line
+        ):
             yield shlex.split(line, comments=True)
 
 
@@ -128,7 +135,9 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     """The rule itself."""
     (tmp_path / "other.md").write_text("# A `code` heading, 2\n")
     page = tmp_path / "page.md"
-    right = "[a](other.md) [b](other.md#a-code-heading-2) [c](#here)\n## Here\n```\n[x](no.md)\n```\n"
+    right = (
+        "[a](other.md) [b](other.md#a-code-heading-2) [c](#here)\n## Here\n```\n[x](no.md)\n```\n"
+    )
     page.write_text(right + "[d](other.md#gone) [e](no.md) ![f](/x.png)\n")
     assert broken(page, text_of(page)) == [
         "other.md#gone: no such heading",
@@ -155,12 +164,17 @@ def test_named_files_exist(page: Path) -> None:
 @by_page
 def test_named_things_exist(page: Path) -> None:
     """``nvfp4.x.y`` in inline code is a module or what one holds."""
-    found = {name for span in spans(text_of(page)) for name in re.findall(r"(?<![\w./'])nvfp4(?:\.\w+)+", span)}
+    found = {
+        name
+        for span in spans(text_of(page))
+        for name in re.findall(r"(?<![\w./'])nvfp4(?:\.\w+)+", span)
+    }
     assert not {name for name in found if not exists(name)}
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one; a module whose extra is missing here counts."""
+    """Whether a dotted name is a module, or an attribute of one; a module whose extra is missing
+    here counts."""
     module, thing = "nvfp4", nvfp4
     for part in name.split(".")[1:]:
         module = f"{module}.{part}"
@@ -192,7 +206,12 @@ def test_environment_variables_are_read_somewhere(page: Path) -> None:
 
 @cache
 def variables() -> frozenset[str]:
-    files = [ROOT / "setup.py", ROOT / "Makefile", *(ROOT / "nvfp4").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    files = [
+        ROOT / "setup.py",
+        ROOT / "Makefile",
+        *(ROOT / "nvfp4").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+    ]
     files = [file for file in files if file != Path(__file__)]
     return frozenset(re.findall(r"\bNVFP4_[A-Z_]+\b", "\n".join(text_of(file) for file in files)))
 
@@ -201,7 +220,9 @@ def test_the_api_page_lists_the_face() -> None:
     """Each public name once, and nothing that does not exist."""
     listed = re.findall(r"^::: (\S+)$", text_of(DOCS / "api.md"), flags=re.MULTILINE)
     assert len(set(listed)) == len(listed)
-    assert sorted(name.removeprefix("nvfp4.") for name in listed if name.count(".") == 1) == sorted(nvfp4.__all__)
+    assert sorted(name.removeprefix("nvfp4.") for name in listed if name.count(".") == 1) == sorted(
+        nvfp4.__all__
+    )
     assert not [name for name in listed if not exists(name)]
 
 
@@ -213,21 +234,25 @@ def test_tables_name_every_recipe_quantiser_and_objective() -> None:
     assert not [name for name in QUANTIZERS if f"`{name}`" not in text_of(DOCS / "numerics.md")]
     registry = pytest.importorskip("nvfp4.rl.objectives.registry")
     assert not [
-        name for name in registry.OBJECTIVES if not re.search(rf"\b{re.escape(name)}\b", text_of(DOCS / "rl.md"))
+        name
+        for name in registry.OBJECTIVES
+        if not re.search(rf"\b{re.escape(name)}\b", text_of(DOCS / "rl.md"))
     ]
 
 
 def test_every_page_is_in_the_navigation() -> None:
     """mkdocs.yml lists the pages of the folder, and those that docs/site.py adds."""
-    listed = re.findall(r"^ +- [\w ]+: (\S+\.md)$", text_of(ROOT / "mkdocs.yml"), flags=re.MULTILINE)
+    listed = re.findall(
+        r"^ +- [\w ]+: (\S+\.md)$", text_of(ROOT / "mkdocs.yml"), flags=re.MULTILINE
+    )
     added = {"index.md", "contributing.md", "changelog.md"}
     assert sorted(listed) == sorted({*added, *(page.name for page in DOCS.glob("*.md"))})
 
 
 @by_page
 def test_commands_are_taken(page: Path) -> None:
-    """``nvfp4`` parses its arguments, ``make`` has the target, ``pip install`` the extra, ``python -m`` the module and
-    its options."""
+    """``nvfp4`` parses its arguments, ``make`` has the target, ``pip install`` the extra, ``python
+    -m`` the module and its options."""
     wrong = [" ".join(words) for words in commands(text_of(page)) if not taken(words)]
     assert not wrong
 
@@ -237,14 +262,24 @@ def taken(words: list[str]) -> bool:
     match words:
         case ["make", *targets]:
             names = {target for target in targets if "=" not in target}
-            return names <= set(re.findall(r"^(\w[\w-]*):", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
+            return names <= set(
+                re.findall(r"^(\w[\w-]*):", text_of(ROOT / "Makefile"), flags=re.MULTILINE)
+            )
         case ["pip", "install", *packages]:
-            extras = {name for part in re.findall(r"\[(.+)\]", " ".join(packages)) for name in part.split(",")}
-            return extras <= set(re.findall(r"^(\w+) = \[", text_of(ROOT / "pyproject.toml"), flags=re.MULTILINE))
+            extras = {
+                name
+                for part in re.findall(r"\[(.+)\]", " ".join(packages))
+                for name in part.split(",")
+            }
+            return extras <= set(
+                re.findall(r"^(\w+) = \[", text_of(ROOT / "pyproject.toml"), flags=re.MULTILINE)
+            )
         case ["python" | "python3", "-m", module, *options]:
             spec = importlib.util.find_spec(module)
             source = "" if spec is None or spec.origin is None else text_of(Path(spec.origin))
-            return spec is not None and all(f'"{option}"' in source for option in options if option.startswith("--"))
+            return spec is not None and all(
+                f'"{option}"' in source for option in options if option.startswith("--")
+            )
         case ["nvfp4", *arguments]:
             return parses(arguments)
     return True
@@ -268,8 +303,16 @@ def parses(arguments: list[str]) -> bool:
 def test_options_exist(page: Path) -> None:
     """``--option`` in inline code is one of some command's."""
     cli = pytest.importorskip("nvfp4.cli", reason="the command line needs tyro and pydantic")
-    known = {field.name for kind in cli.RUNNERS for field in fields(kind)} | {"help", "write", "nproc_per_node"}
-    found = {option for span in spans(text_of(page)) for option in re.findall(r"(?<!\S)--([a-z][\w-]*)", span)}
+    known = {field.name for kind in cli.RUNNERS for field in fields(kind)} | {
+        "help",
+        "write",
+        "nproc_per_node",
+    }
+    found = {
+        option
+        for span in spans(text_of(page))
+        for option in re.findall(r"(?<!\S)--([a-z][\w-]*)", span)
+    }
     assert not {option for option in found if option.replace("-", "_") not in known}
 
 
@@ -296,7 +339,8 @@ def test_wrong_commands_are_found() -> None:
 
 
 def program(page: Path) -> str:
-    """The Python blocks of a page as one file, on the lines they stand on; what is not run is only parsed."""
+    """The Python blocks of a page as one file, on the lines they stand on; what is not run is only
+    parsed."""
     text = text_of(page)
     lines = [""] * text.count("\n")
     for setup in _SETUP.finditer(text):
@@ -326,9 +370,11 @@ sys.exit(failures)
 
 
 def test_code_blocks_run() -> None:
-    """All Python of README and docs/ as it stands, each page from its top, in a process of its own: pages that add a
-    quantiser to a registry add it for nobody else."""
-    pytest.importorskip("transformers", reason="transformers is not installed: docs/convert.md converts a Llama")
+    """All Python of README and docs/ as it stands, each page from its top, in a process of its own:
+    pages that add a quantiser to a registry add it for nobody else."""
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: docs/convert.md converts a Llama"
+    )
     programs = {str(page): program(page) for page in PAGES}
     assert sum(bool(source.strip()) for source in programs.values()) >= 6
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -358,7 +404,8 @@ def test_figures_are_those_of_the_data(page: Path) -> None:
 
 
 def test_stale_figures_are_found() -> None:
-    """The rule itself: another number between the marks is replaced, text outside of them is not."""
+    """The rule itself: another number between the marks is replaced, text outside of them is
+    not."""
     text = text_of(README)
     wrong = re.sub(r"\d\.\d{3} bits", "1.234 bits", text)
     assert wrong != text
@@ -370,8 +417,14 @@ def test_the_front_page_opens_with_a_picture_a_number_and_two_commands() -> None
     text = text_of(README)
     assert text.count("\n") <= 150
     first = blocks(text)[0]
-    assert [line.split("#")[0].split() for line in first.text.splitlines()] == [["make", "train"], ["make", "test"]]
+    assert [line.split("#")[0].split() for line in first.text.splitlines()] == [
+        ["make", "train"],
+        ["make", "test"],
+    ]
     opening = text[: text.index(first.text)]
     assert opening.index("](benchmarks/results/compare.png)") < opening.index("bits per byte")
     code = next(block for block in blocks(text) if block.language == "python")
-    assert len([line for line in code.text.splitlines() if line and not line.startswith("import")]) <= 10
+    assert (
+        len([line for line in code.text.splitlines() if line and not line.startswith("import")])
+        <= 10
+    )

@@ -31,7 +31,11 @@ LONG = "rl_own_task.py"
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n == LONG else ()) for n, promise in PROMISES.items() if promise],
+    [
+        pytest.param(n, marks=pytest.mark.slow if n == LONG else ())
+        for n, promise in PROMISES.items()
+        if promise
+    ],
 )
 def test_example_runs(name: str) -> None:
     """Exit code 0 and the promised line; pretrain_tiny is run by test_cli."""

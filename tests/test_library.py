@@ -26,19 +26,24 @@ CASES = [
 
 @pytest.mark.parametrize(("args", "kwargs"), CASES, ids=lambda value: str(value))
 def test_quantize_opcheck(args: tuple, kwargs: dict) -> None:
-    """Schema, fake shapes, tracing with dynamic shapes: torch.library.opcheck raises where one is wrong."""
+    """Schema, fake shapes, tracing with dynamic shapes: torch.library.opcheck raises where one is
+    wrong."""
     torch.library.opcheck(library.quantize.default, (X, *args), kwargs)
 
 
 def test_quantize_equals_ops() -> None:
-    """The operator's codes are those of ``nvfp4.quantize``; signed seeds stand for the unsigned ones of equal bits."""
-    got = library.quantize(X, "ms_eden", group=64, rounds=3, seed=signed(2**63 + 5), sign_seed=signed(9))
+    """The operator's codes are those of ``nvfp4.quantize``; signed seeds stand for the unsigned
+    ones of equal bits."""
+    got = library.quantize(
+        X, "ms_eden", group=64, rounds=3, seed=signed(2**63 + 5), sign_seed=signed(9)
+    )
     want = ops.quantize(X, "ms_eden", group=64, rounds=3, seed=2**63 + 5, sign_seed=9)
     assert all(torch.equal(a, b) for a, b in zip(got, want.tensors, strict=True))
 
 
 def test_dequantize_and_matmul_opcheck() -> None:
-    """Both operators pass, and equal ``ops.dequantize`` and ``ops.matmul``, for row and tile scales."""
+    """Both operators pass, and equal ``ops.dequantize`` and ``ops.matmul``, for row and tile
+    scales."""
     a, b = ops.quantize(X, "rtn", row_scaled=True), ops.quantize(X[:7], "four_over_six")
     tiles = ops.quantize(X, "rtn_2d")
     for q in (a, b, tiles):
@@ -46,7 +51,9 @@ def test_dequantize_and_matmul_opcheck() -> None:
         assert torch.equal(library.dequantize(*q.tensors, 70, torch.float32), ops.dequantize(q))
     for right in (b, tiles):
         torch.library.opcheck(library.matmul.default, (*a.tensors, *right.tensors, torch.bfloat16))
-        assert torch.equal(library.matmul(*a.tensors, *right.tensors, torch.float32), ops.matmul(a, right))
+        assert torch.equal(
+            library.matmul(*a.tensors, *right.tensors, torch.float32), ops.matmul(a, right)
+        )
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -68,7 +75,9 @@ def test_requantize_opcheck_and_value(args: tuple, kwargs: dict) -> None:
     inputs = (*q.tensors, X.shape[1], *args)
     torch.library.opcheck(library.requantize.default, inputs, kwargs)
     want = library.quantize(ops.dequantize(q).t(), *args, **kwargs)
-    assert all(torch.equal(a, b) for a, b in zip(library.requantize(*inputs, **kwargs), want, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(library.requantize(*inputs, **kwargs), want, strict=True)
+    )
 
 
 ROTATED_X = Recipe(
@@ -80,15 +89,36 @@ ROTATED_X = Recipe(
 """Draws signs in the forward for codes that the backward uses, which no named recipe does."""
 
 
-@pytest.mark.parametrize("recipe", [*(r for r in RECIPES.values() if r.quantized), ROTATED_X], ids=lambda r: r.name)
-@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [*(r for r in RECIPES.values() if r.quantized), ROTATED_X], ids=lambda r: r.name
+)
+@pytest.mark.parametrize(
+    "needs", [[True, True, True], [True, False, False], [False, True, False]], ids=str
+)
 def test_layer_operators_opcheck(recipe: Recipe, needs: list[bool]) -> None:
-    """The layer's two operators pass torch's checks for every recipe and every subset of gradients."""
-    x, weight, bias, words = torch.randn(20, 70), torch.randn(33, 70), torch.randn(33), torch.tensor([-3, 2, 7, -1])
+    """The layer's two operators pass torch's checks for every recipe and every subset of
+    gradients."""
+    x, weight, bias, words = (
+        torch.randn(20, 70),
+        torch.randn(33, 70),
+        torch.randn(33),
+        torch.tensor([-3, 2, 7, -1]),
+    )
     f32 = torch.float32
     forward = (x, weight, bias, words, recipe.key, "auto", f32, needs)
     torch.library.opcheck(layer_ops.fprop, forward)
     saved = layer_ops.fprop(*forward)[1:]
     own = inputs_to_save(saved_specs(recipe), Needs(*needs), weight, x)
-    backward = (torch.randn(20, 33), [*saved, *own], words, recipe.key, "auto", needs, 70, f32, f32, f32)
+    backward = (
+        torch.randn(20, 33),
+        [*saved, *own],
+        words,
+        recipe.key,
+        "auto",
+        needs,
+        70,
+        f32,
+        f32,
+        f32,
+    )
     torch.library.opcheck(layer_ops.backward, backward)

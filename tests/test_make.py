@@ -1,7 +1,8 @@
-"""The Makefile's set-up, with a Python that only writes down what it is asked for: order, failures, and the call after.
+"""The Makefile's set-up, with a Python that only writes down what it is asked for: order, failures,
+and the call after.
 
-Nothing is installed or compiled. The stand-in makes an environment whose Python is itself, and fails or is slow where
-a file of the folder says so.
+Nothing is installed or compiled. The stand-in makes an environment whose Python is itself, and
+fails or is slow where a file of the folder says so.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
 PYTHON = r"""#!/bin/sh
-# a Python that is asked to do something: one line when it begins and one when it has ended, in the file "said"
+# a Python that is asked to do something: one line when it begins and one when it has ended, in the
+# file "said"
 work=$(cd "$(dirname "$0")" && while [ ! -e Makefile ]; do cd ..; done; pwd)
-case "$*" in *"pip install"*) test -e "$work/.venv/has_pip" || { echo "No module named pip" >&2; exit 1; } ;; esac
+case "$*" in *"pip install"*)
+  test -e "$work/.venv/has_pip" || { echo "No module named pip" >&2; exit 1; } ;; esac
 case "$*" in
 *"pip --version"*) test -e "$work/.venv/has_pip"; exit ;;
 -c*) exit 0 ;;
@@ -87,10 +90,20 @@ def ended(said: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("jobs", ["-j1", "-j4"])
 def test_one_pip_at_a_time_and_nothing_the_second_time(checkout: Checkout, jobs: str) -> None:
-    """However many jobs are allowed: pip never runs twice beside itself in .venv, and packages come once."""
+    """However many jobs are allowed: pip never runs twice beside itself in .venv, and packages come
+    once."""
     code, said, _ = checkout.make(jobs, "test")
     assert code == 0
-    assert sorted(ended(said)) == ["clients", "mypy", "native", "pytest", "ruff", "ruff", "tools", "triton"]
+    assert sorted(ended(said)) == [
+        "clients",
+        "mypy",
+        "native",
+        "pytest",
+        "ruff",
+        "ruff",
+        "tools",
+        "triton",
+    ]
     in_venv = [line for line in said if line.split()[1] in ("tools", "clients", "packages")]
     assert in_venv == ["begin tools", "end tools", "begin clients", "end clients"]
     assert set(ended(checkout.make(jobs, "test")[1])) == {"ruff", "mypy", "pytest"}
@@ -98,7 +111,8 @@ def test_one_pip_at_a_time_and_nothing_the_second_time(checkout: Checkout, jobs:
 
 
 def test_after_a_failure_the_same_call_goes_on(checkout: Checkout) -> None:
-    """pip that ends with an error stops it, with a word on what to do; what was done is not done again."""
+    """pip that ends with an error stops it, with a word on what to do; what was done is not done
+    again."""
     failing = checkout.folder / "fails_clients"
     failing.touch()
     code, said, error = checkout.make("test")
@@ -115,7 +129,8 @@ def test_after_a_failure_the_same_call_goes_on(checkout: Checkout) -> None:
 
 
 def test_an_environment_without_pip_is_completed(checkout: Checkout) -> None:
-    """As a stopped ``python -m venv`` leaves it: bin/python is there and cannot install anything."""
+    """As a stopped ``python -m venv`` leaves it: bin/python is there and cannot install
+    anything."""
     (checkout.folder / "no_pip").touch()
     code, said, _ = checkout.make("lint")
     assert code == 2
@@ -125,7 +140,8 @@ def test_an_environment_without_pip_is_completed(checkout: Checkout) -> None:
 
 
 def test_kernels_that_could_not_be_compiled_are_tried_again(checkout: Checkout) -> None:
-    """The tests run without them; each call tries anew, and the first that succeeds is the last that tries."""
+    """The tests run without them; each call tries anew, and the first that succeeds is the last
+    that tries."""
     (checkout.folder / "no_compiler").touch()
     for _ in range(2):
         code, said, _ = checkout.make("test")

@@ -1,4 +1,5 @@
-"""What is shipped: extras and the errors that name them, one version, the licence, files that services read."""
+"""What is shipped: extras and the errors that name them, one version, the licence, files that
+services read."""
 
 from __future__ import annotations
 
@@ -32,14 +33,17 @@ def requirements(field: str) -> set[str]:
 
 
 def third_parties() -> dict[str, set[str]]:
-    """Top-level modules that the package imports and neither it nor Python brings, with the files that do."""
+    """Top-level modules that the package imports and neither it nor Python brings, with the files
+    that do."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / "nvfp4").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [str(node.module)]
-            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"nvfp4"}:
+            for name in (
+                {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"nvfp4"}
+            ):
                 found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     return found
 
@@ -59,7 +63,11 @@ def test_an_extra_brings_what_the_error_says(extra: str) -> None:
 def test_every_import_is_of_the_core_or_of_an_extra() -> None:
     """A package that nothing brings would be missing for whoever did as README says."""
     known = CORE | set().union(*EXTRAS.values())
-    assert not {name: files for name, files in third_parties().items() if name not in known | {"lightning", "torchao"}}
+    assert not {
+        name: files
+        for name, files in third_parties().items()
+        if name not in known | {"lightning", "torchao"}
+    }
 
 
 def test_which_extra_is_named() -> None:
@@ -93,14 +101,22 @@ def without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("missing", "command", "extra"),
-    [("tyro", "pretrain", "train"), ("pydantic", "compare", "train"), ("yaml", "rl", "rl"), ("tyro", "gvendi", "rl")],
+    [
+        ("tyro", "pretrain", "train"),
+        ("pydantic", "compare", "train"),
+        ("yaml", "rl", "rl"),
+        ("tyro", "gvendi", "rl"),
+    ],
 )
 def test_a_command_names_the_extra_it_lacks(missing: str, command: str, extra: str) -> None:
     """One line, code 1, no traceback."""
     if missing != "tyro":
         pytest.importorskip("tyro", reason="tyro is missed first")
     ran = without(missing, command, "--help")
-    line = f"nvfp4: error: nvfp4 {command} needs {missing}, which is not installed: pip install 'nvfp4[{extra}]'\n"
+    line = (
+        f"nvfp4: error: nvfp4 {command} needs {missing}, which is not installed: pip install "
+        f"'nvfp4[{extra}]'\n"
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", line)
 
 
@@ -111,7 +127,10 @@ def test_a_package_that_is_missed_within_a_command(tmp_path: Path) -> None:
     ran = without("accelerate", "pretrain", "--out", str(tmp_path / "run"), "--steps", "1")
     assert (ran.returncode, ran.stderr.splitlines()[-1:]) == (
         1,
-        ["nvfp4: error: nvfp4 pretrain needs accelerate, which is not installed: pip install 'nvfp4[train]'"],
+        [
+            "nvfp4: error: nvfp4 pretrain needs accelerate, which is not installed: pip install "
+            "'nvfp4[train]'"
+        ],
     )
     assert not (tmp_path / "run").exists()
 
@@ -149,7 +168,11 @@ def test_the_version_is_that_of_the_installation(monkeypatch: pytest.MonkeyPatch
     assert nvfp4.__version__ == "0+unknown"
     version = re.search(r'^version = "(.+)"$', PYPROJECT, flags=re.MULTILINE)
     assert version is not None
-    said = [path for path in (ROOT / "nvfp4").rglob("*.py") if f'"{version[1]}"' in path.read_text(encoding="utf-8")]
+    said = [
+        path
+        for path in (ROOT / "nvfp4").rglob("*.py")
+        if f'"{version[1]}"' in path.read_text(encoding="utf-8")
+    ]
     assert not said
 
 
@@ -161,14 +184,23 @@ def test_the_licence_is_apaches_to_the_letter() -> None:
 
 
 def test_files_that_services_read() -> None:
-    """Continuous integration runs the command that people type; citation and pre-commit are well-formed."""
+    """Continuous integration runs the command that people type; citation and pre-commit are
+    well-formed."""
     yaml = pytest.importorskip("yaml", reason="yaml is not installed here")
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
-    runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    workflow = yaml.safe_load(
+        (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    )
+    runs = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert runs == ["make test", "make docs", "make package"]
-    assert all(re.search(rf"^{run.removeprefix('make ')}:", makefile, flags=re.MULTILINE) for run in runs)
+    assert all(
+        re.search(rf"^{run.removeprefix('make ')}:", makefile, flags=re.MULTILINE) for run in runs
+    )
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][
+        0
+    ]["hooks"]
     assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format", "mypy", "docs"}

@@ -1,4 +1,5 @@
-"""Recipes: the named ones are the table of the definition, they survive serialisation, and broken ones are refused."""
+"""Recipes: the named ones are the table of the definition, they survive serialisation, and broken
+ones are refused."""
 
 from __future__ import annotations
 
@@ -18,20 +19,33 @@ SOURCES = {"x": "tensor", "codes": "codes", "hat": "decoded"}
 
 
 def _effective(spec: Operand) -> tuple[Any, ...]:
-    """What an operand does, with its options spelled out, so that two ways to write the same compare equal."""
+    """What an operand does, with its options spelled out, so that two ways to write the same
+    compare equal."""
     if spec.quantizer is None:
         return (None, spec.source)
     options = vars(spec.checked(seed=0)).copy()
     rotation = options.pop("rotation")
     turn = rotation and (rotation.group, rotation.rounds, rotation.fixed)
     name = "rtn" if spec.quantizer == "rtn_2d" else spec.quantizer
-    return (name, spec.source, turn, tuple(sorted((k, v) for k, v in options.items() if "seed" not in k)))
+    return (
+        name,
+        spec.source,
+        turn,
+        tuple(sorted((k, v) for k, v in options.items() if "seed" not in k)),
+    )
 
 
 def _expected(op: Op) -> tuple[Any, ...]:
     if op.quantizer is None:
         return (None, SOURCES[op.source])
-    options = {"block": (1, 16), "row_scaled": False, "metric": "mse", "rounds": 1, "search": False, "group": 128}
+    options = {
+        "block": (1, 16),
+        "row_scaled": False,
+        "metric": "mse",
+        "rounds": 1,
+        "search": False,
+        "group": 128,
+    }
     options |= op.options
     name, turn = op.quantizer, None
     if name == "rtn_2d":
@@ -54,7 +68,9 @@ def test_the_names() -> None:
 def test_named_recipe_is_the_table(name: str, gemm: str) -> None:
     """Quantiser, every option, source and rotation of both operands of every GEMM."""
     pair = getattr(RECIPES[name], gemm)
-    assert (_effective(pair.left), _effective(pair.right)) == tuple(map(_expected, TABLE[name][gemm]))
+    assert (_effective(pair.left), _effective(pair.right)) == tuple(
+        map(_expected, TABLE[name][gemm])
+    )
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -62,20 +78,31 @@ def test_quantized(name: str) -> None:
     """Only bf16 quantises nothing; a GEMM counts as quantised exactly where the table says so."""
     assert RECIPES[name].quantized == (name != "bf16")
     for gemm in GEMMS:
-        assert getattr(RECIPES[name], gemm).quantized == (TABLE[name][gemm][0].quantizer is not None)
+        assert getattr(RECIPES[name], gemm).quantized == (
+            TABLE[name][gemm][0].quantizer is not None
+        )
 
 
 CUSTOM = Recipe(
     "mine",
-    Gemm(operand("four_over_six", metric="mae", row_scaled=True), operand("scale_search", block=(16, 16))),
-    Gemm(operand("sr", rotation=Rotation(32, 2)), operand("rtn", source="decoded", rotation=Rotation(32, 2))),
-    Gemm(operand("ms_eden", rounds=3, group=64, search=True), operand("ms_eden", rounds=3, group=64)),
+    Gemm(
+        operand("four_over_six", metric="mae", row_scaled=True),
+        operand("scale_search", block=(16, 16)),
+    ),
+    Gemm(
+        operand("sr", rotation=Rotation(32, 2)),
+        operand("rtn", source="decoded", rotation=Rotation(32, 2)),
+    ),
+    Gemm(
+        operand("ms_eden", rounds=3, group=64, search=True), operand("ms_eden", rounds=3, group=64)
+    ),
 )
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), CUSTOM], ids=lambda recipe: recipe.name)
 def test_round_trip(recipe: Recipe) -> None:
-    """to_dict is JSON, in whatever order JSON keeps its keys, and from_dict gives an equal recipe of equal hash."""
+    """to_dict is JSON, in whatever order JSON keeps its keys, and from_dict gives an equal recipe
+    of equal hash."""
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     for sort_keys in (False, True):
         back = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(), sort_keys=sort_keys)))
@@ -102,7 +129,10 @@ def test_from_dict_defaults_and_unknown_keys() -> None:
         ({"name": "x", "forward": {}}, "forward"),
         ({"name": "x", "fprop": {"lhs": both}}, "lhs"),
         ({"name": "x", "fprop": {"left": {"quantiser": "rtn"}}}, "quantiser"),
-        ({"name": "x", "fprop": {"left": {**both, "options": {"metrik": "mse"}}, "right": both}}, "metrik"),
+        (
+            {"name": "x", "fprop": {"left": {**both, "options": {"metrik": "mse"}}, "right": both}},
+            "metrik",
+        ),
     ):
         with pytest.raises(TypeError, match=word):
             Recipe.from_dict(plain)
@@ -115,7 +145,8 @@ def test_options_compare_without_order() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    """A typo is answered with every name there is: recipes, quantisers; another type with what is expected."""
+    """A typo is answered with every name there is: recipes, quantisers; another type with what is
+    expected."""
     for call in (Recipe.from_name, as_recipe):
         with pytest.raises(ValueError, match="'quartet3'") as caught:
             call("quartet3")
@@ -135,35 +166,72 @@ SAME_CODES, HAT = operand(None, source="codes"), operand(None, source="decoded")
 PLAIN = Gemm(RTN, RTN)
 
 BROKEN = {
-    "one operand quantised in fprop": (("fprop", Gemm(RTN, DENSE)), "fprop quantises one operand only"),
-    "one operand quantised in dgrad": (("dgrad", Gemm(DENSE, RTN)), "dgrad quantises one operand only"),
-    "one operand quantised in wgrad": (("wgrad", Gemm(RTN, DENSE)), "wgrad quantises one operand only"),
-    "codes beside high precision": (("dgrad", Gemm(DENSE, SAME_CODES)), "dgrad quantises one operand only"),
-    "rotation on one side": (("wgrad", Gemm(operand("sr", rotation=ROT), RTN)), "wgrad rotates its operands diff"),
-    "other group": (("wgrad", Gemm(EDEN, operand("ms_eden", group=64))), "wgrad rotates .*128, 1.*64, 1"),
-    "other rounds": (("dgrad", Gemm(EDEN, operand("ms_eden", rounds=2))), "dgrad rotates .*128, 1.*128, 2"),
+    "one operand quantised in fprop": (
+        ("fprop", Gemm(RTN, DENSE)),
+        "fprop quantises one operand only",
+    ),
+    "one operand quantised in dgrad": (
+        ("dgrad", Gemm(DENSE, RTN)),
+        "dgrad quantises one operand only",
+    ),
+    "one operand quantised in wgrad": (
+        ("wgrad", Gemm(RTN, DENSE)),
+        "wgrad quantises one operand only",
+    ),
+    "codes beside high precision": (
+        ("dgrad", Gemm(DENSE, SAME_CODES)),
+        "dgrad quantises one operand only",
+    ),
+    "rotation on one side": (
+        ("wgrad", Gemm(operand("sr", rotation=ROT), RTN)),
+        "wgrad rotates its operands diff",
+    ),
+    "other group": (
+        ("wgrad", Gemm(EDEN, operand("ms_eden", group=64))),
+        "wgrad rotates .*128, 1.*64, 1",
+    ),
+    "other rounds": (
+        ("dgrad", Gemm(EDEN, operand("ms_eden", rounds=2))),
+        "dgrad rotates .*128, 1.*128, 2",
+    ),
     "fixed and drawn": (
-        ("wgrad", Gemm(operand("sr", rotation=ROT), operand("rtn", rotation=Rotation(16, fixed=True)))),
+        (
+            "wgrad",
+            Gemm(operand("sr", rotation=ROT), operand("rtn", rotation=Rotation(16, fixed=True))),
+        ),
         "wgrad rotates",
     ),
     "rotated gradient, unrotated codes": (
         ("dgrad", Gemm(operand("sr", rotation=ROT), SAME_CODES)),
         "dgrad rotates its operands differently",
     ),
-    "decoded in fprop": (("fprop", Gemm(RTN, operand("rtn", source="decoded"))), "fprop can only quantise tensors"),
-    "decoded gradient": (("dgrad", Gemm(operand("rtn", source="decoded"), RTN)), "dgrad can only quantise tensors"),
-    "decoded gradient in wgrad": (("wgrad", Gemm(operand("sr", source="decoded"), RTN)), "wgrad can only quantise"),
+    "decoded in fprop": (
+        ("fprop", Gemm(RTN, operand("rtn", source="decoded"))),
+        "fprop can only quantise tensors",
+    ),
+    "decoded gradient": (
+        ("dgrad", Gemm(operand("rtn", source="decoded"), RTN)),
+        "dgrad can only quantise tensors",
+    ),
+    "decoded gradient in wgrad": (
+        ("wgrad", Gemm(operand("sr", source="decoded"), RTN)),
+        "wgrad can only quantise",
+    ),
     "codes of 1x16 blocks": (
         ("dgrad", Gemm(RTN, SAME_CODES)),
         r"dgrad\.right uses 'codes', which needs block=\(16, 16",
     ),
-    "x codes of 1x16 blocks": (("wgrad", Gemm(RTN, SAME_CODES)), r"wgrad\.right uses 'codes', which needs block"),
+    "x codes of 1x16 blocks": (
+        ("wgrad", Gemm(RTN, SAME_CODES)),
+        r"wgrad\.right uses 'codes', which needs block",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_cross_field_rules_name_recipe_and_gemm(case: str) -> None:
-    """Every rule between fields refuses at construction, and says in which recipe and which GEMM."""
+    """Every rule between fields refuses at construction, and says in which recipe and which
+    GEMM."""
     (gemm, pair), message = BROKEN[case]
     with pytest.raises(ValueError, match=f"mine: {message}"):
         Recipe("mine", **({"fprop": PLAIN} | {gemm: pair}))
@@ -174,12 +242,15 @@ def test_cross_field_rules_name_recipe_and_gemm(case: str) -> None:
 def test_saved_operand_needs_a_quantised_fprop(gemm: str, source: str) -> None:
     """What fprop did not quantise cannot be used again."""
     right = SAME_CODES if source == "codes" else operand("rtn", source="decoded")
-    with pytest.raises(ValueError, match=rf"mine: {gemm}\.right uses '{source}', but fprop does not quantise it"):
+    with pytest.raises(
+        ValueError, match=rf"mine: {gemm}\.right uses '{source}', but fprop does not quantise it"
+    ):
         Recipe("mine", **{gemm: Gemm(RTN, right)})
 
 
 def test_rotated_codes_are_refused_early() -> None:
-    """Codes that fprop rotated along K cannot be contracted along N: refused here, not in the first backward."""
+    """Codes that fprop rotated along K cannot be contracted along N: refused here, not in the first
+    backward."""
     fprop = Gemm(operand("rtn", rotation=ROT), operand("rtn_2d", rotation=ROT))
     with pytest.raises(ValueError, match=r"mine: dgrad\.right uses 'codes', but fprop rotates"):
         Recipe("mine", fprop, Gemm(RTN, SAME_CODES))

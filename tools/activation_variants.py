@@ -7,12 +7,21 @@ from typing import Any
 
 from nvfp4.backends.triton.activation import kernels as fused_kernels
 from nvfp4.backends.triton.activation.arithmetic import Formula
-from nvfp4.backends.triton.activation.launch import GATED_GRADIENT, GRADIENT, SUMMED, norm_tiles, tiles_of_activation
+from nvfp4.backends.triton.activation.launch import (
+    GATED_GRADIENT,
+    GRADIENT,
+    SUMMED,
+    norm_tiles,
+    tiles_of_activation,
+)
 from nvfp4.backends.triton.quantize.rules import Policy, Tile
 from nvfp4.backends.triton.variants import KernelVariant
 from tools.quantize_variants import policies
 
-FORMULAS = {"rms": Formula(False, "bfloat16", "bfloat16"), "swiglu": Formula(True, "bfloat16", "bfloat16")}
+FORMULAS = {
+    "rms": Formula(False, "bfloat16", "bfloat16"),
+    "swiglu": Formula(True, "bfloat16", "bfloat16"),
+}
 PAIRS = (
     ("rtn", None),
     ("four_over_six", None),
@@ -49,9 +58,12 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     return [v for v in variants if v.name.startswith(FEW)] if few else variants
 
 
-def _quantising(name: str, formula: Formula, rows: Policy, columns: Policy | None) -> Iterator[KernelVariant]:
+def _quantising(
+    name: str, formula: Formula, rows: Policy, columns: Policy | None
+) -> Iterator[KernelVariant]:
     constants: dict[str, Any] = {"F": formula, "P_ROWS": rows}
-    looks = columns if columns is not None and columns.round_scales else None  # otherwise one amax serves both
+    # otherwise one amax serves both
+    looks = columns if columns is not None and columns.round_scales else None
     if formula.gated:
         constants |= {"rstd": None}
         kernel, tiles = fused_kernels.activation_amax_kernel, tiles_of_activation(rows, looks, True)
@@ -74,14 +86,20 @@ def _gradients() -> Iterator[KernelVariant]:
     yield _variant("bfloat16", fused_kernels.rms_gradient_kernel, GRADIENT, constants)
     width, warps = SUMMED
     summed = {"C": width, "DTYPE": "bfloat16"}
-    yield _variant("bfloat16", fused_kernels.slab_sum_kernel, Tile(1, width, False, 1, 1, warps), summed)
+    yield _variant(
+        "bfloat16", fused_kernels.slab_sum_kernel, Tile(1, width, False, 1, 1, warps), summed
+    )
 
 
 def _variant(name: str, kernel: Any, tile: Tile, constants: dict[str, Any]) -> KernelVariant:
     names = kernel.arg_names
     known = {key: value for key, value in constants.items() if key in names}
     if known.get("P_COLUMNS", "") is None:  # the arguments of an orientation that is not made
-        sides = [key for key in names if key.endswith("_columns") and _TYPES.get(key, "")[:1] == "*"]
+        sides = [
+            key for key in names if key.endswith("_columns") and _TYPES.get(key, "")[:1] == "*"
+        ]
         known |= dict.fromkeys(sides)
     types = {key: _TYPES.get(key, "i32") for key in names if key not in known}
-    return KernelVariant(f"{kernel.__name__}: {name}", kernel, types, known, tile.warps, divides=True)
+    return KernelVariant(
+        f"{kernel.__name__}: {name}", kernel, types, known, tile.warps, divides=True
+    )

@@ -147,7 +147,9 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> TritonKer
     )
 
 
-def occupancy(registers: int, shared: int, warps: int, card: Card, tensor_columns: int = 0) -> float:
+def occupancy(
+    registers: int, shared: int, warps: int, card: Card, tensor_columns: int = 0
+) -> float:
     """Resident warps of the possible, in whole blocks.
 
     Registers are allotted by 256 per warp. tensor_columns: of those that a multiprocessor with
@@ -208,7 +210,11 @@ class Place(NamedTuple):
 
 def places(capabilities: Iterable[int], few: bool = False) -> list[Place]:
     """Every listed kernel for every card."""
-    lists = [Place(module, capability, few, 0) for capability in capabilities for module in KERNEL_MODULES]
+    lists = [
+        Place(module, capability, few, 0)
+        for capability in capabilities
+        for module in KERNEL_MODULES
+    ]
     return [each._replace(position=i) for each in lists for i in range(len(each.variants()))]
 
 

@@ -3,8 +3,9 @@ coverage``.
 
     python tools/covered.py --json FILE [--name NAME] [--data FOLDER] [pytest's options]
 
-FILE keeps a result per NAME, so that one commit stands beside another: lines and branches of each room, a folder of
-nvfp4/, and of each file. With --data the tests can be run in portions: what earlier calls left in FOLDER counts too.
+FILE keeps a result per NAME, so that one commit stands beside another: lines and branches of each
+room, a folder of nvfp4/, and of each file. With --data the tests can be run in portions: what
+earlier calls left in FOLDER counts too.
 
 Needs ``coverage`` 7.10 or later, which sets up every Python process that a test starts (``patch =
 subprocess``): the workers of pytest-xdist, the command line, torchrun's processes, the interpreter
@@ -39,10 +40,18 @@ COUNTS = ("covered_lines", "num_statements", "covered_branches", "num_branches")
 
 def main() -> int:
     """pytest's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", required=True, type=Path, help="where to keep the figures")
-    parser.add_argument("--name", default="now", help="of this result, which replaces an older one of that name")
-    parser.add_argument("--data", type=Path, help="a folder for what is figures; the default is forgotten at the end")
+    parser.add_argument(
+        "--name", default="now", help="of this result, which replaces an older one of that name"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="a folder for what is figures; the default is forgotten at the end",
+    )
     options, pytest_options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.data or Path(temporary)).resolve()
@@ -75,25 +84,41 @@ def room(file: str) -> str:
 
 def result(figures: dict[str, Any], pytest_options: list[str]) -> dict[str, Any]:
     """Of all, each room and each file [lines, of, branches, of]; with machine and commit."""
-    files = {name: [entry["summary"][n] for n in COUNTS] for name, entry in sorted(figures["files"].items())}
+    files = {
+        name: [entry["summary"][n] for n in COUNTS]
+        for name, entry in sorted(figures["files"].items())
+    }
     rooms: dict[str, list[int]] = {}
     for name, row in files.items():
-        rooms[room(name)] = [a + b for a, b in zip(rooms.get(room(name), [0] * len(COUNTS)), row, strict=True)]
+        rooms[room(name)] = [
+            a + b for a, b in zip(rooms.get(room(name), [0] * len(COUNTS)), row, strict=True)
+        ]
     totals = [figures["totals"][n] for n in COUNTS]
-    return {"machine": machine(), "pytest": pytest_options, "totals": totals, "rooms": rooms, "files": files}
+    return {
+        "machine": machine(),
+        "pytest": pytest_options,
+        "totals": totals,
+        "rooms": rooms,
+        "files": files,
+    }
 
 
 def machine() -> dict[str, Any]:
     """What nvfp4 says of this machine and this commit."""
     code = "import json; from nvfp4.bench.timing import machine; print(json.dumps(machine()))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return json.loads(said)
 
 
 def as_json(results: dict[str, Any]) -> str:
     """One line per file of the package, so that a change of the figures is a change of lines."""
     text = json.dumps(results, indent=1)
-    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+    return (
+        re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

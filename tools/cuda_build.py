@@ -77,7 +77,9 @@ def compile_source(source: str, target: str, folder: Path) -> list[CudaKernel]:
     return list(kernels_of(done.stderr, _functions(ptx), _machine_code(cubin), target))
 
 
-def kernels_of(log: str, ptx: dict[str, str], sass: dict[str, str], target: str) -> Iterator[CudaKernel]:
+def kernels_of(
+    log: str, ptx: dict[str, str], sass: dict[str, str], target: str
+) -> Iterator[CudaKernel]:
     """Every kernel that ptxas' log names. ptx, sass: by mangled name; sass may lack some."""
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -139,14 +141,19 @@ def _demangled(names: list[str]) -> list[str]:
     for noise in ("nvfp4::", "cuda::", "scalar::", "(anonymous namespace)::", "void "):
         text = text.replace(noise, "")
     lines = text.splitlines()
-    return [re.sub(r"\((Matrix|Operand|CodeMatrix).*", "", line).replace("> >", ">>") for line in lines]
+    return [
+        re.sub(r"\((Matrix|Operand|CodeMatrix).*", "", line).replace("> >", ">>") for line in lines
+    ]
 
 
-def reports(targets: Iterable[str], sources: Iterable[str] = SOURCES, jobs: int = 2) -> list[CudaKernel]:
+def reports(
+    targets: Iterable[str], sources: Iterable[str] = SOURCES, jobs: int = 2
+) -> list[CudaKernel]:
     """Every kernel of every file for every target, ``jobs`` compilers at once."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         tasks = [
-            pool.submit(compile_source, source, target, Path(folder)) for target, source in product(targets, sources)
+            pool.submit(compile_source, source, target, Path(folder))
+            for target, source in product(targets, sources)
         ]
         return [row for task in tasks for row in task.result()]
 

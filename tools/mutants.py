@@ -1,15 +1,17 @@
-"""Faults put into a copy of the package one at a time, each of which a test has to find: ``make mutants``.
+"""Faults put into a copy of the package one at a time, each of which a test has to find: ``make
+mutants``.
 
     python tools/mutants.py [--only PATTERN] [--json FILE]
 
-Each mutant is one small change of arithmetic, layout or noise: a wrong tie, a constant off by one, a swapped operand, a
-step left out. For each of them the tests that ``make test`` runs on that code run until one fails: first the one that
-found it the last time, by FILE. In the end all tests that found something have to pass without a mutant. A mutant that
-survives is a hole in the tests, and the exit code is then 1.
+Each mutant is one small change of arithmetic, layout or noise: a wrong tie, a constant off by one,
+a swapped operand, a step left out. For each of them the tests that ``make test`` runs on that code
+run until one fails: first the one that found it the last time, by FILE. In the end all tests that
+found something have to pass without a mutant. A mutant that survives is a hole in the tests, and
+the exit code is then 1.
 
-A copy of the tree in a temporary folder is changed, never this one. Python with torch in it is forked for each mutant,
-which saves the seconds that importing torch takes; one in csrc is compiled first, for the portable instruction set
-alone, since the headers are the same for all of them.
+A copy of the tree in a temporary folder is changed, never this one. Python with torch in it is
+forked for each mutant, which saves the seconds that importing torch takes; one in csrc is compiled
+first, for the portable instruction set alone, since the headers are the same for all of them.
 """
 
 from __future__ import annotations
@@ -31,20 +33,35 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 COPIED = ("nvfp4", "csrc", "tests", "pyproject.toml", "setup.py", "benchmarks", "tools")
 CPU_SECONDS = 900
-"""A mutant that makes a loop endless is ended by its CPU time, on which a busy machine has no influence."""
+"""A mutant that makes a loop endless is ended by its CPU time, on which a busy machine has no
+influence."""
 
 NOTHING_FAILED = (0, 4, 5)
-"""pytest's exit codes where all pass, where a test that was named is not there, and where none was chosen."""
+"""pytest's exit codes where all pass, where a test that was named is not there, and where none was
+chosen."""
 
 VECTORS = ("tests/backends/test_vectors.py", "-k", "reference or seeds")
 ROUNDING = ("tests/numerics/test_rounding.py",)
 CODEC = ("tests/numerics/test_codec.py", "tests/numerics/test_rounding.py")
-SCALING = ("tests/numerics/test_scaling.py", "tests/backends/test_vectors.py", "-k", "reference or seeds or scaling")
+SCALING = (
+    "tests/numerics/test_scaling.py",
+    "tests/backends/test_vectors.py",
+    "-k",
+    "reference or seeds or scaling",
+)
 LAYOUT = ("tests/numerics/test_layout.py",)
 HADAMARD = ("tests/numerics/test_hadamard.py",)
 RNG = ("tests/numerics/test_rng.py",)
-LAYER = ("tests/layer/test_linear.py", "-k", "composition or ranks or 31_ or 32_ or stored or transposed")
-NATIVE = ("tests/backends/test_native.py", "-k", "portable and (quantize or decode or dequantize or input)")
+LAYER = (
+    "tests/layer/test_linear.py",
+    "-k",
+    "composition or ranks or 31_ or 32_ or stored or transposed",
+)
+NATIVE = (
+    "tests/backends/test_native.py",
+    "-k",
+    "portable and (quantize or decode or dequantize or input)",
+)
 TABLES = ("tests/backends/test_native.py", "-k", "tables or fold_in")
 BIAS = ("tests/layer/test_linear.py", "-k", "bias")
 REFUSED = ("tests/quantizers/test_quantizers.py", "-k", "seed or option or refuse")
@@ -122,7 +139,10 @@ MUTANTS = [
     *mutants(
         "nvfp4/numerics/hadamard.py",
         VECTORS,
-        ("(fwht(groups) * 0.25).to(torch.bfloat16).to(torch.float32).reshape", "(fwht(groups) * 0.25).reshape"),
+        (
+            "(fwht(groups) * 0.25).to(torch.bfloat16).to(torch.float32).reshape",
+            "(fwht(groups) * 0.25).reshape",
+        ),
     ),
     *mutants(
         "nvfp4/numerics/rng.py",
@@ -140,7 +160,10 @@ MUTANTS = [
         "nvfp4/layer/noise.py",
         LAYER,
         ("fold_in(sign_seed, 1 + LEFT, rank)", "fold_in(sign_seed, 1 + RIGHT, rank)"),
-        ("fold_in(seed % 2**64, layer, call, gemm)", "fold_in(seed % 2**64, layer, call, gemm, rank)"),
+        (
+            "fold_in(seed % 2**64, layer, call, gemm)",
+            "fold_in(seed % 2**64, layer, call, gemm, rank)",
+        ),
         ("fold_in(seed % 2**64, layer, call, gemm)", "fold_in(seed % 2**64, layer, 0, gemm)"),
     ),
     *mutants(
@@ -157,7 +180,10 @@ MUTANTS = [
     *mutants(
         "nvfp4/quantizers/rtn.py",
         VECTORS,
-        ("(1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)", "1 / (block_scale * global_scale)"),
+        (
+            "(1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)",
+            "1 / (block_scale * global_scale)",
+        ),
     ),
     *mutants(
         "nvfp4/quantizers/sr.py",
@@ -264,7 +290,8 @@ MUTANTS = [
 
 
 def build(copy: Path) -> None:
-    """nvfp4._cpu of this copy for the portable instruction set, with what setup.py compiles objects with."""
+    """nvfp4._cpu of this copy for the portable instruction set, with what setup.py compiles objects
+    with."""
     import pybind11
 
     for name in ("csrc/bind.cpp", "csrc/cpu/kernels.h"):
@@ -285,7 +312,8 @@ def build(copy: Path) -> None:
 
 
 def run(copy: Path, tests: tuple[str, ...], log: Path, interpreted: bool) -> int:
-    """pytest's exit code for these tests on the copy, in a fork of this process. interpreted: Triton's kernels."""
+    """pytest's exit code for these tests on the copy, in a fork of this process. interpreted:
+    Triton's kernels."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -297,7 +325,10 @@ def run(copy: Path, tests: tuple[str, ...], log: Path, interpreted: bool) -> int
     if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"
     os.chdir(copy)
-    sys.path[:] = [str(copy), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tools"))]
+    sys.path[:] = [
+        str(copy),
+        *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tools")),
+    ]
     code = 99
     try:
         import pytest
@@ -313,13 +344,15 @@ def native(mutant: Mutant) -> bool:
 
 
 def selections(mutant: Mutant, known: dict[str, str]) -> list[tuple[str, ...]]:
-    """What to run until something fails: the test that found this mutant the last time, then all of its tests."""
+    """What to run until something fails: the test that found this mutant the last time, then all of
+    its tests."""
     before = known.get(f"{mutant.file}: {mutant.before} -> {mutant.after}")
     return [(before,), mutant.tests] if before and before.startswith("tests/") else [mutant.tests]
 
 
 def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]:
-    """What became of one: the fault is put in, tests run until one fails, the fault is taken out."""
+    """What became of one: the fault is put in, tests run until one fails, the fault is taken
+    out."""
     file, log = copy / mutant.file, copy / "log.txt"
     text = file.read_text()
     times = text.count(mutant.before)
@@ -342,15 +375,22 @@ def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]
 
 
 def pass_without_mutants(rows: list[dict[str, Any]], chosen: list[Mutant], copy: Path) -> None:
-    """RuntimeError if one of the tests that found a mutant fails without any, and so has found nothing."""
+    """RuntimeError if one of the tests that found a mutant fails without any, and so has found
+    nothing."""
     log = copy / "log.txt"
     if any(map(native, chosen)):
         build(copy)
     for interpreted in (False, True):
-        killers = {r["by"]: None for r, m in zip(rows, chosen, strict=True) if (m.tests is TRITON) == interpreted}
+        killers = {
+            r["by"]: None
+            for r, m in zip(rows, chosen, strict=True)
+            if (m.tests is TRITON) == interpreted
+        }
         tests = tuple(name for name in killers if name.startswith("tests/"))
         if tests and (code := run(copy, tests, log, interpreted)) != 0:
-            raise RuntimeError(f"tests end with {code} without a mutant:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"tests end with {code} without a mutant:\n{log.read_text()[-3000:]}"
+            )
 
 
 def kept(path: str | None) -> dict[str, str]:
@@ -363,9 +403,15 @@ def kept(path: str | None) -> dict[str, str]:
 
 def main() -> int:
     """0 if every mutant was killed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose file matches this regular expression")
-    parser.add_argument("--json", help="where to keep the verdicts; the tests it names are tried first")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default="", help="mutants whose file matches this regular expression"
+    )
+    parser.add_argument(
+        "--json", help="where to keep the verdicts; the tests it names are tried first"
+    )
     options = parser.parse_args()
     known = kept(options.json)
     chosen = sorted((m for m in MUTANTS if re.search(options.only, m.file)), key=native)
@@ -374,14 +420,17 @@ def main() -> int:
     import pytest  # noqa: F401
     import torch  # noqa: F401
 
-    sys.dont_write_bytecode = True  # of a file that changes within a second, or is back, bytecode would be stale
+    # of a file that changes within a second, or is back, bytecode would be stale
+    sys.dont_write_bytecode = True
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "nvfp4"
         copy.mkdir()
         for name in COPIED:
             source, ignored = ROOT / name, shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
+            shutil.copytree(
+                source, copy / name, ignore=ignored
+            ) if source.is_dir() else shutil.copy(source, copy)
         for number, mutant in enumerate(chosen, 1):
             rows.append(verdict(mutant, copy, known))
             said = "killed  " if rows[-1]["killed"] else "SURVIVED"
@@ -392,7 +441,8 @@ def main() -> int:
     killed = sum(row["killed"] for row in rows)
     print(f"{killed} of {len(rows)} mutants killed")
     if options.json:
-        from nvfp4.bench.timing import machine  # not before the forks, each of which imports its own nvfp4
+        # not before the forks, each of which imports its own nvfp4
+        from nvfp4.bench.timing import machine
 
         result = {"machine": machine(), "killed": killed, "of": len(rows), "mutants": rows}
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

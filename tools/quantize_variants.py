@@ -46,7 +46,13 @@ def policies(capability: int) -> dict[str, Policy]:
     options: list[tuple[str, dict[str, Any]]] = [("rtn_2d", {})]
     for name in ("rtn", "sr", "sr_te"):
         options += [
-            (name, o) for o in ({}, {"row_scaled": True}, {"rotation": _FIXED}, {"rotation": Rotation(16, 1, 0)})
+            (name, o)
+            for o in (
+                {},
+                {"row_scaled": True},
+                {"rotation": _FIXED},
+                {"rotation": Rotation(16, 1, 0)},
+            )
         ]
     for name in ("sr", "sr_te", "scale_search"):
         options.append((name, {"block": TILE_BLOCK}))
@@ -95,14 +101,20 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     variants: list[KernelVariant] = []
     for label in ("rtn", "ms_eden_rounds=1") if few else COMPILED:
         for source in ("bfloat16",) if few else ("bfloat16", "bfloat16^T", "tile_codes"):
-            variants += (v for v in _single(label, table[label], source) if v.kernel is kernels.quantize_kernel)
+            variants += (
+                v
+                for v in _single(label, table[label], source)
+                if v.kernel is kernels.quantize_kernel
+            )
     if not few and capability // 10 in SWIZZLED_MAJORS:
         for label in (label for label in COMPILED if scaled_by_amax(table[label].rule)):
             swizzled = _single(label, table[label], "bfloat16", swizzled=True)
             variants += (v for v in swizzled if v.kernel is kernels.quantize_kernel)
     if not few:
         variants += (
-            v for v in _both(table) if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
+            v
+            for v in _both(table)
+            if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
         )
     variants += list(_scales())[:1]
     variants += list(_decoding())[:1]
@@ -117,7 +129,13 @@ def all_variants() -> Iterator[KernelVariant]:
     """
     table = policies(capability=90)
     for label, policy in table.items():
-        for source in (*ELEMENTS, *(f"{name}^T" for name in ELEMENTS), "codes", "tile_codes", "row_scaled_codes"):
+        for source in (
+            *ELEMENTS,
+            *(f"{name}^T" for name in ELEMENTS),
+            "codes",
+            "tile_codes",
+            "row_scaled_codes",
+        ):
             yield from _single(label, policy, source)
     yield from _both(table)
     yield from _scales()
@@ -133,10 +151,16 @@ def _single(
     source: a dtype, a dtype with ^T, or a kind of codes. in_memory: seeds are on the device, for
     CUDA graphs. swizzled: scales are also written as tensor cores read them.
     """
-    coded = Coded(16 if source == "tile_codes" else 1, source == "row_scaled_codes") if "codes" in source else None
+    coded = (
+        Coded(16 if source == "tile_codes" else 1, source == "row_scaled_codes")
+        if "codes" in source
+        else None
+    )
     down = coded is not None or source.endswith("^T")
     tile = tile_down(policy, coded is not None) if down else tile_along(policy)
-    constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile} | ({} if swizzled else {"swizzled": None})
+    constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile} | (
+        {} if swizzled else {"swizzled": None}
+    )
     constants |= {"stride_row" if down else "stride_column": 1}
     if coded is None:
         constants |= {"x_scale": None, "x_global": None}
@@ -148,7 +172,9 @@ def _single(
         constants |= dict.fromkeys(("seed_high", "sign_high"))
     for kernel in (kernels.amax_kernel, kernels.quantize_kernel):
         if kernel is kernels.quantize_kernel or scaled_by_amax(policy.rule):
-            name = f"{label} of {source}{', seeds in memory' if in_memory else ''}{', swizzled' if swizzled else ''}"
+            seeds = ", seeds in memory" if in_memory else ""
+            order = ", swizzled" if swizzled else ""
+            name = f"{label} of {source}{seeds}{order}"
             yield _variant(name, kernel, tile.warps, pointers, constants)
 
 
@@ -165,16 +191,30 @@ def _both(table: dict[str, Policy]) -> Iterator[KernelVariant]:
     for (left, right), (dtype, element) in product(pairs, ELEMENTS.items()):
         rows, columns = table[left], table[right]
         tiles = tiles_of_both(rows, columns)
-        constants = {"P_ROWS": rows, "P_COLUMNS": columns, "T_ROWS": tiles[0], "T_COLUMNS": tiles[1]}
+        constants = {
+            "P_ROWS": rows,
+            "P_COLUMNS": columns,
+            "T_ROWS": tiles[0],
+            "T_COLUMNS": tiles[1],
+        }
         pointers = {"x": element}
         for side, policy in (("rows", rows), ("columns", columns)):
-            pointers |= {f"{name}_{side}": _POINTERS[name] for name in ("peak", "codes", "block_scale", "global_scale")}
+            pointers |= {
+                f"{name}_{side}": _POINTERS[name]
+                for name in ("peak", "codes", "block_scale", "global_scale")
+            }
             if not scaled_by_amax(policy.rule):
                 pointers[f"block_scale_{side}"] = "*fp32"
         for kernel in (kernels.amax_both_kernel, kernels.quantize_both_kernel):
-            if kernel is kernels.quantize_both_kernel or scaled_by_amax(rows.rule) or scaled_by_amax(columns.rule):
+            if (
+                kernel is kernels.quantize_both_kernel
+                or scaled_by_amax(rows.rule)
+                or scaled_by_amax(columns.rule)
+            ):
                 name = f"{left} and {right}^T of {dtype}"
-                yield _variant(name, kernel, tiles[0].warps, pointers, constants | {"stride_column": 1})
+                yield _variant(
+                    name, kernel, tiles[0].warps, pointers, constants | {"stride_column": 1}
+                )
 
 
 def _scales() -> Iterator[KernelVariant]:
@@ -188,7 +228,13 @@ def _scales() -> Iterator[KernelVariant]:
 def _seeds(table: dict[str, Policy]) -> Iterator[KernelVariant]:
     """What CUDA graphs need: seeds made on the device, and one kernel that finds its own there."""
     gemms = len(GEMMS)
-    yield _variant("of three GEMMs", kernels.seeds_kernel, 1, {}, {"GEMMS": gemms, "COUNT": next_power_of_2(gemms)})
+    yield _variant(
+        "of three GEMMs",
+        kernels.seeds_kernel,
+        1,
+        {},
+        {"GEMMS": gemms, "COUNT": next_power_of_2(gemms)},
+    )
     yield from _single("sr_rotation=16x1", table["sr_rotation=16x1"], "bfloat16", in_memory=True)
 
 
@@ -204,10 +250,14 @@ def _decoding() -> Iterator[KernelVariant]:
             constants |= {"global_scale": None}
         scaled, without = "rows" if row_scaled else "tensor", "" if with_global else ", no global"
         name = f"{scaled} of {tile}x16 to {dtype}{without}"
-        yield _variant(name, kernels.decode_kernel, warps, {"codes": "*u8", "out": element}, constants)
+        yield _variant(
+            name, kernels.decode_kernel, warps, {"codes": "*u8", "out": element}, constants
+        )
 
 
-def _variant(name: str, kernel: Any, warps: int, pointers: dict[str, str], constants: dict[str, Any]) -> KernelVariant:
+def _variant(
+    name: str, kernel: Any, warps: int, pointers: dict[str, str], constants: dict[str, Any]
+) -> KernelVariant:
     """The constants that the kernel has; of its other arguments pointers, and 32-bit numbers.
 
     A kernel that rounds an operand to nearest has to use the card's conversion, if it has one.

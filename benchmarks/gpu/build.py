@@ -62,10 +62,16 @@ def run_setup(job: Job, module: str, environment: dict[str, str]) -> None:
     command = [*python(), "setup.py", *what]
     path = [os.environ.get("PATH", ""), *job.settings.place.toolboxes]  # nvcc may lie beside it
     environment = environment | {"PATH": os.pathsep.join(path)}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     print(done.stdout, done.stderr)
 
-    words = [line for line in (done.stdout + done.stderr).splitlines() if "warning" in line or "error" in line]
+    words = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if "warning" in line or "error" in line
+    ]
     said = words[-1] if words else "-" if done.returncode == 0 else f"code {done.returncode}"
     fault = importable(f"nvfp4.{module}")
     result = "rehearsed, nothing was built" if not job.settings.build else fault or "built"

@@ -103,7 +103,9 @@ def _smoke() -> Iterator[Unit]:
         yield _quantise("triton", name, RAGGED, "bf16")
     for backend, recipe in product(("triton", "cuda"), RECIPES[1:]):
         arguments = (backend, recipe, "bf16", False)
-        yield Unit(f"{backend} layer {recipe} bf16", "layers:layer", arguments, 60, backend == "cuda")
+        yield Unit(
+            f"{backend} layer {recipe} bf16", "layers:layer", arguments, 60, backend == "cuda"
+        )
     for name in ("four_over_six", "scale_search", "rtn"):
         yield Unit(f"explain activation {name}", "checks:explained", ("activation", name), 60)
 
@@ -152,7 +154,13 @@ def _graphs() -> Iterator[Unit]:
             yield Unit(f"{backend} {title} {recipe}", function, (backend, recipe), 60, needs)
     for name, backend in product(GRAPHED, backends):
         arguments = (backend, name)
-        yield Unit(f"{backend} graph of {name}", "layers:graph_of_quantiser", arguments, 45, backend == "cuda")
+        yield Unit(
+            f"{backend} graph of {name}",
+            "layers:graph_of_quantiser",
+            arguments,
+            45,
+            backend == "cuda",
+        )
     yield Unit("triton compiles once", "layers:compiles_once", ("triton", "quartet2"), 60)
 
 
@@ -168,13 +176,20 @@ def _large() -> Iterator[Unit]:
 
 
 def _sanitizer() -> Iterator[Unit]:
-    for tool, backend in (("memcheck", "cuda"), ("racecheck", "cuda"), ("memcheck", "triton"), ("racecheck", "triton")):
+    for tool, backend in (
+        ("memcheck", "cuda"),
+        ("racecheck", "cuda"),
+        ("memcheck", "triton"),
+        ("racecheck", "triton"),
+    ):
         yield Unit(f"{tool} {backend}", "tools:sanitizer", (tool, backend), 120, backend == "cuda")
 
 
 def _counters() -> Iterator[Unit]:
     for what, backend in product(("rtn", "ms_eden", "both", "amax"), ("cuda", "triton")):
-        yield Unit(f"ncu {backend} {what}", "tools:counters", (backend, what), 60, backend == "cuda")
+        yield Unit(
+            f"ncu {backend} {what}", "tools:counters", (backend, what), 60, backend == "cuda"
+        )
 
 
 def _others() -> Iterator[Unit]:
@@ -186,8 +201,16 @@ def _others() -> Iterator[Unit]:
         title = f"{backend} product {'x'.join(map(str, shape))}"
         yield Unit(title, "checks:product_of", (backend, shape), 90)
     for name, backend in product(("rtn", "sr"), backends):
-        yield Unit(f"{backend} misaligned {name}", "checks:misaligned", (backend, name), 60, backend == "cuda")
-    for recipe, backend in product(("rl", "rtn", "four_over_six", "tetrajet2", *RECIPES[1:]), backends):
+        yield Unit(
+            f"{backend} misaligned {name}",
+            "checks:misaligned",
+            (backend, name),
+            60,
+            backend == "cuda",
+        )
+    for recipe, backend in product(
+        ("rl", "rtn", "four_over_six", "tetrajet2", *RECIPES[1:]), backends
+    ):
         for dtype, autocast in (("f32", False), ("f32", True)):
             title = f"{backend} layer {recipe} {dtype}{' autocast' if autocast else ''}"
             arguments = (backend, recipe, dtype, autocast)

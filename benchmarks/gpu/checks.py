@@ -199,7 +199,9 @@ def large(job: Job, backend: str, what: str) -> None:
     if place.free_bytes() < 20 * 2**30:
         raise Skip("less than 20 GiB of the GPU are free")
 
-    compare = {"rows": _tail_of_rows, "columns": _tail_of_columns, "product": _tail_of_product}[what]
+    compare = {"rows": _tail_of_rows, "columns": _tail_of_columns, "product": _tail_of_product}[
+        what
+    ]
     count = Count(job, check="2^31 elements", backend=backend, case=what)
     count.run([(what, lambda: compare(chip, place))])
 

@@ -91,12 +91,16 @@ def layer(job: Job, backend: str, recipe: str, dtype: str, autocast: bool) -> No
     count.run([(name, lambda name=name: near(name)) for name in want])
 
 
-def small_layer(job: Job, backend: str, recipe: str) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+def small_layer(
+    job: Job, backend: str, recipe: str
+) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
     """A layer of ``SMALL`` with bias in BF16, x and dy for it; ``Skip`` without the backend."""
     place = job.settings.place
     place.backend(backend)
     torch.manual_seed(0)
-    module = nn.Linear(SMALL.in_features, SMALL.out_features, device=place.device, dtype=torch.bfloat16)
+    module = nn.Linear(
+        SMALL.in_features, SMALL.out_features, device=place.device, dtype=torch.bfloat16
+    )
     convert(module, recipe, backend=backend, seed=1, verbose=False)
     x = torch.randn(SMALL.tokens, SMALL.in_features, device=place.device).bfloat16()
     dy = torch.randn(SMALL.tokens, SMALL.out_features, device=place.device).bfloat16()
@@ -246,6 +250,11 @@ def compiled_kernels() -> int:
 
     modules = (quantize, gemm, decoded, activation)
     jitted = {
-        id(value): value for module in modules for value in vars(module).values() if hasattr(value, "device_caches")
+        id(value): value
+        for module in modules
+        for value in vars(module).values()
+        if hasattr(value, "device_caches")
     }
-    return sum(len(cache[0]) for kernel in jitted.values() for cache in kernel.device_caches.values())
+    return sum(
+        len(cache[0]) for kernel in jitted.values() for cache in kernel.device_caches.values()
+    )

@@ -40,7 +40,9 @@ class GPU:
         import torch
 
         if not torch.cuda.is_available():
-            raise RuntimeError(f"torch {torch.__version__} sees no GPU here; --rehearse 0.1 rehearses on the CPU")
+            raise RuntimeError(
+                f"torch {torch.__version__} sees no GPU here; --rehearse 0.1 rehearses on the CPU"
+            )
         torch.set_num_threads(2)
 
     @property
@@ -153,7 +155,10 @@ class GPU:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             run()
             self.synchronize()
-        rows = [(row.key, row.count, float(row.self_device_time_total)) for row in profile.key_averages()]
+        rows = [
+            (row.key, row.count, float(row.self_device_time_total))
+            for row in profile.key_averages()
+        ]
         return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
 
     def profiled(self, run: Run) -> None:
@@ -197,7 +202,9 @@ class GPU:
 
         self.backend("triton")
         kind = fp4.tensor_cores(self.device)
-        ways: dict[str, Callable[..., torch.Tensor]] = {"decode first": BACKENDS["triton"].matmul_decoded}
+        ways: dict[str, Callable[..., torch.Tensor]] = {
+            "decode first": BACKENDS["triton"].matmul_decoded
+        }
         for tile in fp4.TILES[kind]:
             name = f"{kind} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
             ways[name] = partial(fp4.gemm, tile=tile)
@@ -277,7 +284,9 @@ class Rehearsal(GPU):
 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run()
-        rows = [(row.key, row.count, float(row.self_cpu_time_total)) for row in profile.key_averages()]
+        rows = [
+            (row.key, row.count, float(row.self_cpu_time_total)) for row in profile.key_averages()
+        ]
         return sorted(rows, key=lambda row: -row[2])
 
     def profiled(self, run: Run) -> None:

@@ -4,8 +4,8 @@
 
 measures, on any machine with the Triton that GPU users have and with nvcc:
 
-    user CPU seconds of each unit that compiles: Triton's JIT for an H100 over a driver that launches
-    nothing
+    user CPU seconds of each unit that compiles: Triton's JIT for an H100 over a driver that
+    launches nothing
     seconds of nvcc for each CUDA source, for sm_90a
 
 Expected of a stage on 16 hardware threads: the compiling at ``SPEED`` times one thread's, and per
@@ -102,7 +102,8 @@ def _time_units(stage: Stage, call: int, folder: Path, workers: int, end: float)
         for unit in stage.units
         if _compiles(unit) and unit.name not in _times(path, stage.name)
     )
-    units = tuple(random.Random(0).sample(units, len(units)))  # whenever it is ended, it has timed some of each kind
+    # whenever it is ended, it has timed some of each kind
+    units = tuple(random.Random(0).sample(units, len(units)))
     settings = Settings(call=call, folder=str(folder), kind="compile", build=False)
     runner = Runner(path, folder / "log", settings, quiet=True)
     try:
@@ -114,7 +115,11 @@ def _time_units(stage: Stage, call: int, folder: Path, workers: int, end: float)
 def _times(path: Path, stage: str) -> dict[str, float]:
     """CPU seconds of each unit that was timed to its end."""
     ended = CallRecord.of(path).stages.get(stage, StageRecord()).units
-    return {name: unit["cpu s"] for name, unit in ended.items() if unit["state"] == "done" and "cpu s" in unit}
+    return {
+        name: unit["cpu s"]
+        for name, unit in ended.items()
+        if unit["state"] == "done" and "cpu s" in unit
+    }
 
 
 def kept(folder: Path) -> dict[str, Any]:
@@ -122,12 +127,19 @@ def kept(folder: Path) -> dict[str, Any]:
     import torch
     import triton
 
-    facts = {"triton": triton.__version__, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    facts = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     facts["processor"] = machine()["processor"]
     facts["unit"] = "user CPU seconds of one thread"
     times = {path.stem: _times(path, path.stem) for path in sorted(folder.glob("*.jsonl"))}
     build = folder / "build.json"
-    return facts | {"nvcc sm_90a": json.loads(build.read_text()) if build.exists() else {}, "stages": times}
+    return facts | {
+        "nvcc sm_90a": json.loads(build.read_text()) if build.exists() else {},
+        "stages": times,
+    }
 
 
 def table(call: int) -> list[dict[str, Any]]:
@@ -153,7 +165,12 @@ def table(call: int) -> list[dict[str, Any]]:
         whole = expected
         if stage is plan[-1]:  # it has what the others leave, and ends where its time does
             expected = min(expected, stage.limit)
-        row = {"call": call, "stage": stage.name, "units": len(stage.units), "timed here": len(times)}
+        row = {
+            "call": call,
+            "stage": stage.name,
+            "units": len(stage.units),
+            "timed here": len(times),
+        }
         row |= {"CPU s": round(cpu, 1), "expected s": round(expected, 1), "limit s": stage.limit}
         rows.append(row | {"reached": f"{expected / whole:.0%}"})
     return rows
@@ -171,7 +188,9 @@ def _cpu_seconds(unit: Unit, stage: str, figures: dict[str, Any]) -> float:
         return timed.get(stage, {}).get(unit.name, 0.0)
     every = [(other, each) for call in (1, 2) for other in stages(call) for each in other.units]
     seconds = [
-        (each.function, timed[other.name][each.name]) for other, each in every if each.name in timed.get(other.name, {})
+        (each.function, timed[other.name][each.name])
+        for other, each in every
+        if each.name in timed.get(other.name, {})
     ]
     alike = [value for function, value in seconds if function == unit.function]
     some = alike or [value for _, value in seconds]
@@ -195,7 +214,9 @@ def show() -> int:
         print(f"call {call}: {expected:.0f} s expected, {most:.0f} at most of {60 * minutes:.0f}\n")
     build = figures["nvcc sm_90a"]
     slowest = max(build, key=build.get, default="-")
-    print(f"_cuda for sm_90a, beside it: {build_seconds(figures):.0f} s, as long as {slowest} takes")
+    print(
+        f"_cuda for sm_90a, beside it: {build_seconds(figures):.0f} s, as long as {slowest} takes"
+    )
     return 0
 
 
@@ -217,7 +238,14 @@ def _time_nvcc(path: Path) -> None:
             if source in seconds:
                 continue
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            command = [str(find_nvcc()), *flags, "-c", f"csrc/cuda/{source}", "-o", f"{folder}/object.o"]
+            command = [
+                str(find_nvcc()),
+                *flags,
+                "-c",
+                f"csrc/cuda/{source}",
+                "-o",
+                f"{folder}/object.o",
+            ]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             seconds[source] = round(after - before, 1)
@@ -226,9 +254,15 @@ def _time_nvcc(path: Path) -> None:
 
 def main() -> int:
     """Measure, and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", type=Path, required=True, metavar="FOLDER", help="where it goes on from")
-    parser.add_argument("--keep", type=Path, help=f"write the figures there, e.g. {KEPT.relative_to(ROOT)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--measure", type=Path, required=True, metavar="FOLDER", help="where it goes on from"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help=f"write the figures there, e.g. {KEPT.relative_to(ROOT)}"
+    )
     parser.add_argument("--stages", nargs="+", default=["build", "smoke", "graphs", "others"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=7200.0)

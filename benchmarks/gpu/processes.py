@@ -48,7 +48,11 @@ PRELOADED = ["torch", "triton", "numpy"]
 Not nvfp4: an extension may get built in between.
 """
 
-EVERYTHING = [*PRELOADED, "nvfp4", *(f"benchmarks.gpu.{name}" for name in ("checks", "layers", "rates", "stand_in"))]
+EVERYTHING = [
+    *PRELOADED,
+    "nvfp4",
+    *(f"benchmarks.gpu.{name}" for name in ("checks", "layers", "rates", "stand_in")),
+]
 """The same where nothing is built: 0.4 s less for each unit."""
 
 PR_SET_PDEATHSIG = 1
@@ -133,7 +137,9 @@ class Runner:
         self.background = deque(units)
         self.build = self.background[0].name
         append(self.path, kind="stage", stage=BACKGROUND, state="running")
-        append(self.path, kind="plan", stage=BACKGROUND, units=[unit.name for unit in self.background])
+        append(
+            self.path, kind="plan", stage=BACKGROUND, units=[unit.name for unit in self.background]
+        )
         self._start(BACKGROUND, self.background.popleft())
 
     def run_stage(self, stage: Stage, end: float) -> None:
@@ -264,7 +270,8 @@ class Runner:
 def _work(unit: Unit, settings: Any, pipe: Connection, log: str) -> None:
     """The process of one unit: a group of its own, its words in the log, its result in the pipe."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever interrupts ends the runner, and that ends this
+    # whoever interrupts ends the runner, and that ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -104,7 +104,9 @@ def from_codes(job: Job, backend: str, name: str | None) -> None:
         raise Skip(f"{backend} does not quantise {name}")
     n = place.size(SIDE)
     tiles = get_quantizer("rtn_2d")
-    qs: list[QTensor] = [chip.quantize(_normal(place, n), tiles, tiles.check()) for _ in range(REPEATS)]
+    qs: list[QTensor] = [
+        chip.quantize(_normal(place, n), tiles, tiles.check()) for _ in range(REPEATS)
+    ]
 
     call: Call
     if name is None:
@@ -208,7 +210,9 @@ def one_more_layer(job: Job, recipe: str) -> None:
     job.add(recipe=recipe, **{"MB for one more layer": (peaks[1] - peaks[0]) / 8 / 1e6})
 
 
-def medians(place: Any, candidates: Mapping[str, Call], seconds: float, graph: bool = True) -> dict[str, float]:
+def medians(
+    place: Any, candidates: Mapping[str, Call], seconds: float, graph: bool = True
+) -> dict[str, float]:
     """Median milliseconds of a call of each candidate, all taking turns.
 
     seconds: per candidate. graph: of a replayed graph of ``REPEATS`` calls; else of as many plain

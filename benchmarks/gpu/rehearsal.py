@@ -160,7 +160,11 @@ def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
     counts = dict.fromkeys(FAULTS[call], 0)
     for name, stage in record.stages.items():
         blamed = [(unit, end["reason"]) for unit, end in stage.with_state("failed").items()]
-        blamed += [(unit, end["reason"]) for unit, end in stage.with_state("skipped").items() if "ncu" in end["reason"]]
+        blamed += [
+            (unit, end["reason"])
+            for unit, end in stage.with_state("skipped").items()
+            if "ncu" in end["reason"]
+        ]
         blamed += [(str(row.get("unit")), str(row)) for row in stage.rows if row.get("wrong")]
         for unit, said in blamed:
             if unit not in counts:
@@ -171,7 +175,9 @@ def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
                 bad.append(f"{name}: {unit} was to say {FAULTS[call][unit][1]!r}: {said}")
         if stage.not_reached:
             bad.append(f"{name}: not reached: {', '.join(stage.not_reached)}")
-    bad += [f"{unit}: {count} rows, one was injected" for unit, count in counts.items() if count != 1]
+    bad += [
+        f"{unit}: {count} rows, one was injected" for unit, count in counts.items() if count != 1
+    ]
 
     planned = {unit.name for stage in stages(call) for unit in stage.units if settings.takes(unit)}
     ended = {unit for stage in record.stages.values() for unit in stage.units}
@@ -194,7 +200,9 @@ def processor_seconds(call: int, record: CallRecord) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Rehearse and judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "rehearsal")
     parser.add_argument("--scale", type=float, default=0.1)
     parser.add_argument("--short", action="store_true", help="one unit of each kind, tiny")
@@ -216,7 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         record = report.read(folder)[call]
         spent = processor_seconds(call, record)
-        line = f"call {call}: {spent:.0f} s of {CORES} cores, of {budget:.0f}; by the clock {clock:.0f}"
+        line = (
+            f"call {call}: {spent:.0f} s of {CORES} cores, of {budget:.0f}; by the clock "
+            f"{clock:.0f}"
+        )
         print(f"\n{line}\n", flush=True)
         bad += judged(call, record, settings)
         bad += [f"call {call} ended with code {code}, not 1"] if code != 1 else []
@@ -237,7 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not planned <= accounted:
         bad.append(f"hurried: neither reached nor named: {sorted(planned - accounted)}")
 
-    print("\n".join(["", "The rehearsal went well." if not bad else "The rehearsal did not go well:", *bad]))
+    print(
+        "\n".join(
+            ["", "The rehearsal went well." if not bad else "The rehearsal did not go well:", *bad]
+        )
+    )
     return int(bool(bad))
 
 

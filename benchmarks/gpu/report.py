@@ -41,7 +41,10 @@ def write(folder: Path, call: int) -> str:
         "goals": judged,
         "wrong": mine.wrong,
         "compared": mine.compared,
-        "stages": {name: vars(stage) | {"not_reached": stage.not_reached} for name, stage in mine.stages.items()},
+        "stages": {
+            name: vars(stage) | {"not_reached": stage.not_reached}
+            for name, stage in mine.stages.items()
+        },
     }
 
     for path, text in (
@@ -64,7 +67,8 @@ def _about(call: CallRecord) -> list[str]:
     about = {key: value for key, value in call.call.items() if key != "state"} | facts(call)
     lines = [f"- {key}: {shown(value)}" for key, value in about.items()]
     stages = [
-        f"{name} {stage.state} ({stage.seconds:.0f} of {stage.limit:.0f} s)" for name, stage in call.stages.items()
+        f"{name} {stage.state} ({stage.seconds:.0f} of {stage.limit:.0f} s)"
+        for name, stage in call.stages.items()
     ]
     lines.append(f"- stages: {', '.join(stages) or 'none begun'}")
     lines.append(f"- {call.compared} comparisons, {call.wrong} wrong or failed")
@@ -83,7 +87,9 @@ def _wrong(call: CallRecord) -> list[str]:
                 said = {key: value for key, value in row.items() if value != "" and key != "unit"}
                 cells = ", ".join(f"{key} {shown(value)}" for key, value in said.items())
                 lines.append(f"- {name}: {cells}".replace("|", "\\|").replace("\n", " "))
-        lines += [f"- {name}: {unit}: {end['reason']}" for unit, end in stage.with_state("failed").items()]
+        lines += [
+            f"- {name}: {unit}: {end['reason']}" for unit, end in stage.with_state("failed").items()
+        ]
     return _chapter("Wrong or failed", lines)
 
 
@@ -93,7 +99,10 @@ def _skipped(call: CallRecord) -> list[str]:
         reasons: dict[str, list[str]] = defaultdict(list)
         for unit, end in stage.with_state("skipped").items():
             reasons[end["reason"]].append(unit)
-        lines += [f"- {name}: {len(units)} units: {why} ({', '.join(units)})" for why, units in reasons.items()]
+        lines += [
+            f"- {name}: {len(units)} units: {why} ({', '.join(units)})"
+            for why, units in reasons.items()
+        ]
     return _chapter("Could not run here", lines)
 
 
@@ -134,13 +143,20 @@ def _judged(what: str, value: float | None, relation: str, bound: float) -> Row:
 
 def _goals(calls: dict[int, CallRecord]) -> list[Goal]:
     """The goals of the first GPU work: nothing wrong, near the copy, near BF16, little kept."""
-    rows = [(name, row) for call in calls.values() for name, stage in call.stages.items() for row in stage.rows]
+    rows = [
+        (name, row)
+        for call in calls.values()
+        for name, stage in call.stages.items()
+        for row in stage.rows
+    ]
 
     def best(stage: str, column: str, highest: bool, **where: Any) -> float | None:
         values = [
             row[column]
             for name, row in rows
-            if name == stage and column in row and all(row.get(key) == value for key, value in where.items())
+            if name == stage
+            and column in row
+            and all(row.get(key) == value for key, value in where.items())
         ]
         if not values:
             return None

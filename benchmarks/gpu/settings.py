@@ -53,7 +53,9 @@ class Settings:
     def enter(self, unit: Any) -> None:
         """In the process of a unit, before it runs: make its place, and be its fault."""
         fault = self.faults.get(unit.name, "")
-        self.place = {"gpu": GPU, "rehearsal": Rehearsal, "compile": CompileOnly}[self.kind](self.scale)
+        self.place = {"gpu": GPU, "rehearsal": Rehearsal, "compile": CompileOnly}[self.kind](
+            self.scale
+        )
         self.place.prepare(fault)
         strike(fault)
 

@@ -33,7 +33,10 @@ def stand_in(real: Backend, name: str, operations: tuple[Operation, ...], wrong:
             return True
 
         def refuses(
-            self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+            self,
+            operation: Operation,
+            quantizer: Quantizer | None = None,
+            options: Options | None = None,
         ) -> str | None:
             if operation not in operations:
                 return f"{name} does not {operation}"

@@ -49,7 +49,13 @@ COUNTERS = (
 )
 """Parts of the names of ncu's raw columns that are kept, where a card has them."""
 
-SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats")
+SECTIONS = (
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "MemoryWorkloadAnalysis",
+    "Occupancy",
+    "LaunchStats",
+)
 
 
 def tests(job: Job) -> None:
@@ -60,7 +66,16 @@ def tests(job: Job) -> None:
     for needed in ("pytest", "hypothesis"):
         if find_spec(needed) is None:
             raise Skip(f"{needed} is not installed here")
-    command = [*python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.collect"]
+    command = [
+        *python(),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.gpu.collect",
+    ]
     command += ["--continue-on-collection-errors", *(job.settings.tests or files_with_gpu_tests())]
     if find_spec("pytest_timeout"):
         command += ["--timeout", "90"]
@@ -108,8 +123,17 @@ def sanitizer(job: Job, tool: str, backend: str) -> None:
     if "not here: " in text:
         raise Skip(text.partition("not here: ")[2].splitlines()[0])
     errors = errors_of(tool, done.stdout, text, done.returncode)
-    first = next((line for line in text.splitlines() if re.search(r"Invalid|hazard|Error", line)), "")
-    job.add(tool=tool, backend=backend, checked=1, wrong=int(errors > 0), errors=errors, first=first[:300])
+    first = next(
+        (line for line in text.splitlines() if re.search(r"Invalid|hazard|Error", line)), ""
+    )
+    job.add(
+        tool=tool,
+        backend=backend,
+        checked=1,
+        wrong=int(errors > 0),
+        errors=errors,
+        first=first[:300],
+    )
 
 
 def errors_of(tool: str, said: str, text: str, code: int) -> int:
@@ -121,7 +145,11 @@ def errors_of(tool: str, said: str, text: str, code: int) -> int:
     if (refused := REFUSED.search(text)) is not None:
         raise Skip(f"{tool} does not work on this machine: {refused[0]}")
     summary = ERRORS.search(text)
-    errors = 0 if summary is None else int(next(group for group in summary.groups() if group is not None))
+    errors = (
+        0
+        if summary is None
+        else int(next(group for group in summary.groups() if group is not None))
+    )
     if summary is None or (errors == 0 and "ran" not in said.splitlines()):
         raise RuntimeError(f"{tool} did not finish (code {code}): {text.strip()[-400:]}")
     return errors
@@ -131,7 +159,16 @@ def counters(job: Job, backend: str, what: str) -> None:
     """ncu's counters of the kernels of one call at full size: what a kernel waits for."""
     program = path_of(job, "ncu")
     target = Path(job.settings.folder) / f".ncu.{backend}.{what}.csv"
-    command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    command = [
+        program,
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "--csv",
+        "--page",
+        "raw",
+    ]
     for section in SECTIONS:
         command += ["--section", section]
     command += ["--log-file", str(target), *case(job, backend, what)]
@@ -163,7 +200,11 @@ def ncu_rows(text: str) -> list[dict[str, str]]:
     for line in table:
         if not (line.get("ID") or "").isdigit():
             continue
-        kept = {key: value for key, value in line.items() if any(name in (key or "") for name in COUNTERS)}
+        kept = {
+            key: value
+            for key, value in line.items()
+            if any(name in (key or "") for name in COUNTERS)
+        }
         rows.append({"kernel": (line.get("Kernel Name") or "")[:60], **kept})
     return rows
 

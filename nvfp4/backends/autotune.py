@@ -29,7 +29,9 @@ decide."""
 _BUSY_BYTES = 64 << 20
 
 
-def autotune(backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock) -> dict[str, float]:
+def autotune(
+    backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock
+) -> dict[str, float]:
     """Seconds each backend takes for a BF16 matrix and then for both orientations of it: the least
     of its turns.
 

@@ -1,7 +1,7 @@
 """What a backend is: operations on matrices, and an honest answer to whether it can do them.
 
-    quantize(x [M, K])          -> QTensor along K        the one operation every backend must have an answer to
-    quantize_both(x)            -> x along K, x^T along M
+    quantize(x [M, K])          -> QTensor along K        the one operation every backend must have
+    an answer to quantize_both(x)            -> x along K, x^T along M
     requantize(q [M, K])        -> what q stands for, transposed, along M
     quantize_activation(a)      -> RMSNorm or SwiGLU, quantised
     dequantize(q), matmul(a, b) -> matrices
@@ -29,7 +29,9 @@ from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import fold_in_there
 from nvfp4.quantizers.base import Options, Quantizer
 
-Operation = Literal["quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"]
+Operation = Literal[
+    "quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"
+]
 
 
 SWIZZLED_MAJORS = (10, 12)
@@ -67,7 +69,10 @@ class Backend(ABC):
         return True
 
     def refuses(
-        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+        self,
+        operation: Operation,
+        quantizer: Quantizer | None = None,
+        options: Options | None = None,
     ) -> str | None:
         """None if it implements the operation (for this quantiser and these options), otherwise the
         reason."""
@@ -75,7 +80,8 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
-        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along its last axis."""
+        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along its last
+        axis."""
 
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
@@ -120,9 +126,15 @@ class Backend(ABC):
         """``quantize_both`` of ``activation.values()`` (without ``columns``: ``quantize`` and
         None); a backend need not write these to memory."""
         x = activation.values()
-        return (self.quantize(x, *rows), None) if columns is None else self.quantize_both(x, rows, columns)
+        return (
+            (self.quantize(x, *rows), None)
+            if columns is None
+            else self.quantize_both(x, rows, columns)
+        )
 
-    def activation_gradients(self, activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def activation_gradients(
+        self, activation: Activation, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``activation.gradients(dy)`` of dy [M, K], float32, float16 or bfloat16."""
         return activation.gradients(dy)
 
@@ -143,7 +155,9 @@ class Backend(ABC):
         words: ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing
         waits for; rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``.
         """
-        signs = fold_in_there(words[0], words[1], words[2], torch.arange(gemms, device=words.device))
+        signs = fold_in_there(
+            words[0], words[1], words[2], torch.arange(gemms, device=words.device)
+        )
         sides = torch.arange(1, 3, device=words.device)
         rounding = fold_in_there(signs[:, None], sides, torch.where(words[3] < 0, rank, words[3]))
         return torch.cat((signs[:, None], rounding), dim=1)
@@ -166,17 +180,23 @@ class Backend(ABC):
         alike."""
         return self.decode(q, q.padded_contraction, dtype, with_global=False)
 
-    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+    def decode(
+        self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
+    ) -> torch.Tensor:
         """The first ``columns`` of the matrix of q [M, columns] in a dtype of ``decodes``, if there
         are any."""
         raise NotImplementedError(f"the {self.name} backend decodes to {self.decodes or 'nothing'}")
 
     @abstractmethod
-    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """decode(a) @ decode(b)^T [a.rows, b.rows]: contraction in float32 without the global
         scales, then fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast
         to ``out_dtype``."""
 
-    def grouped_matmul(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> list[torch.Tensor]:
+    def grouped_matmul(
+        self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
+    ) -> list[torch.Tensor]:
         """``matmul`` of every pair; a backend may do it in one launch."""
         return [self.matmul(left, right, out_dtype) for left, right in zip(a, b, strict=True)]

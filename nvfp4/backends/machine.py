@@ -20,9 +20,14 @@ def info() -> str:
     devices = [torch.device("cpu")]
     facts = {name: _version(name) for name in ("nvfp4", "torch", "triton", "transformers")}
     facts["python"] = platform.python_version()
-    facts["cpu"] = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    facts["cpu"] = (
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads"
+    )
     facts["kernels on cpu"] = next(iter(instruction_sets()), "none were built")
-    facts["nvfp4 product on cpu"] = next(iter(products()), "torch's float32 one, of decoded operands")
+    facts["nvfp4 product on cpu"] = next(
+        iter(products()), "torch's float32 one, of decoded operands"
+    )
     facts["bf16 product on cpu"] = dense_product_name(torch.bfloat16)
     facts["cuda"] = str(torch.version.cuda or "this torch was built without it")
     kernels = BACKENDS["cuda"]
@@ -32,7 +37,9 @@ def info() -> str:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
-            facts[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+            facts[f"cuda:{i}"] = (
+                f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+            )
             devices.append(torch.device("cuda", i))
     for device in devices:
         for name, backend in BACKENDS.items():

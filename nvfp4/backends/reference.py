@@ -23,7 +23,9 @@ class ReferenceBackend(Backend):
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         return quantizer.quantize(x, options)
 
-    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 
 

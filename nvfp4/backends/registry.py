@@ -34,7 +34,13 @@ from nvfp4.backends.triton.backend import TritonBackend
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
-_ORDER: tuple[Backend, ...] = (ScaledMmBackend(), CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
+_ORDER: tuple[Backend, ...] = (
+    ScaledMmBackend(),
+    CudaBackend(),
+    TritonBackend(),
+    CpuBackend(),
+    ReferenceBackend(),
+)
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
 """Fastest first, unless measuring says otherwise; the reference comes last and refuses nothing."""
 
@@ -56,20 +62,29 @@ def check_backend(name: str, device: torch.device | None = None) -> str:
         raise ValueError(f"unknown backend {name!r}; known: {AUTO}, {', '.join(BACKENDS)}")
     reason = None if device is None else BACKENDS[name].unavailable(device)
     if reason is not None:
-        raise BackendUnavailable(f"backend {name!r} cannot run on {device}: {reason}; use backend={AUTO!r}")
+        raise BackendUnavailable(
+            f"backend {name!r} cannot run on {device}: {reason}; use backend={AUTO!r}"
+        )
     return name
 
 
 def candidates(
-    operation: Operation, device: torch.device, quantizer: Quantizer | None = None, options: Options | None = None
+    operation: Operation,
+    device: torch.device,
+    quantizer: Quantizer | None = None,
+    options: Options | None = None,
 ) -> list[tuple[Backend, str | None]]:
     """Every backend in order of preference with None, or the reason why "auto" does not choose it
     here."""
     order = _in_order(operation, device, quantizer)
-    return [(backend, why_not_auto(backend, operation, device, quantizer, options)) for backend in order]
+    return [
+        (backend, why_not_auto(backend, operation, device, quantizer, options)) for backend in order
+    ]
 
 
-def measured(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> float | None:
+def measured(
+    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None
+) -> float | None:
     """Seconds this backend took when the order was measured, or None if it was not."""
     if operation != "quantize" or quantizer is None:
         return None
@@ -96,7 +111,9 @@ def select(
     backend = BACKENDS[name]
     reason = why_not(backend, operation, device, quantizer, options)
     if reason is not None:
-        raise BackendUnavailable(f"backend {name!r} cannot {operation} here: {reason}; use backend={AUTO!r}")
+        raise BackendUnavailable(
+            f"backend {name!r} cannot {operation} here: {reason}; use backend={AUTO!r}"
+        )
     return backend
 
 
@@ -120,11 +137,17 @@ def _select_auto(
         return backend
 
     # only where somebody took the reference, which refuses nothing, out of the table
-    raise BackendUnavailable(f"no backend can {operation} on {device}; the reference is missing from BACKENDS")
+    raise BackendUnavailable(
+        f"no backend can {operation} on {device}; the reference is missing from BACKENDS"
+    )
 
 
 def can_run(
-    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer, options: Options
+    backend: Backend,
+    operation: Operation,
+    device: torch.device,
+    quantizer: Quantizer,
+    options: Options,
 ) -> bool:
     """Whether this backend can do the operation here, whether or not "auto" would choose it."""
     return why_not(backend, operation, device, quantizer, options) is None
@@ -142,7 +165,9 @@ _CLOCKS: dict[str, Clock] = {"cuda": seconds_on_gpu}
 of summation."""
 
 
-def _in_order(operation: Operation, device: torch.device, quantizer: Quantizer | None) -> Iterable[Backend]:
+def _in_order(
+    operation: Operation, device: torch.device, quantizer: Quantizer | None
+) -> Iterable[Backend]:
     """The backends as "auto" asks them: for quantisers the fastest first, measured at the first
     question."""
     clock = _CLOCKS.get(device.type)
@@ -213,7 +238,11 @@ def why_not_auto(
 
 
 def _say_it_failed(
-    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None, reason: str
+    backend: Backend,
+    operation: Operation,
+    device: torch.device,
+    quantizer: Quantizer | None,
+    reason: str,
 ) -> None:
     """Whatever takes over: it may be several times as slow, and nobody would know why."""
     if (backend, operation, device) in _FAILED:
@@ -221,7 +250,8 @@ def _say_it_failed(
     _FAILED.add((backend, operation, device))
     what = operation if quantizer is None else f"{operation} by {quantizer.name}"
     warnings.warn(
-        f"nvfp4 does not use its {backend.name} backend for {what} on {device}: {reason}. Another backend "
+        f"nvfp4 does not use its {backend.name} backend for {what} on {device}: {reason}. "
+        "Another backend "
         f"takes over, at worst the reference, exact but slow; nvfp4.explain({operation!r}, "
         f"{str(device)!r}) says which",
         RuntimeWarning,
@@ -229,15 +259,20 @@ def _say_it_failed(
     )
 
 
-def _say_why(operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None) -> None:
+def _say_why(
+    operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None
+) -> None:
     """That only the reference is left, unless failed self-checks alone are why, of which each has
     been said."""
     _SAID.add(device.type)
-    refused = [(b, why) for b, why in candidates(operation, device, quantizer, options) if why is not None]
+    refused = [
+        (b, why) for b, why in candidates(operation, device, quantizer, options) if why is not None
+    ]
     if any((b, operation, device) not in _FAILED for b, _ in refused):
         reasons = "; ".join(f"{b.name}: {why}" for b, why in refused)
         warnings.warn(
-            f"nvfp4 computes on {device.type} with the reference backend, exactly but slowly ({reasons})",
+            f"nvfp4 computes on {device.type} with the reference backend, exactly but slowly "
+            f"({reasons})",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -107,18 +107,26 @@ class ScaledMmBackend(Backend):
 
     def unavailable(self, device: torch.device) -> str | None:
         if self._mm is None:
-            return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm; it came with 2.10"
+            return (
+                f"torch {torch.__version__} has no torch.nn.functional.scaled_mm; it came with 2.10"
+            )
         if device.type != "cuda":
             return f"it runs on cuda, not on {device.type}"
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "there is no NVIDIA GPU that torch can use"
         major, minor = torch.cuda.get_device_capability(device)
         if major not in SWIZZLED_MAJORS:  # torch itself lets Hopper through, to fail late
-            return f"compute capability {major}.{minor} has no FP4 units that cuBLASLt knows; it needs 10.x or 12.x"
+            return (
+                f"compute capability {major}.{minor} has no FP4 units that cuBLASLt knows; it "
+                "needs 10.x or 12.x"
+            )
         return None
 
     def refuses(
-        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+        self,
+        operation: Operation,
+        quantizer: Quantizer | None = None,
+        options: Options | None = None,
     ) -> str | None:
         return None if operation in self.operations else "it only multiplies"
 
@@ -128,7 +136,9 @@ class ScaledMmBackend(Backend):
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError("the scaled_mm backend only multiplies")
 
-    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
         if _may_scale_inside(a, b, out_dtype) and (bias is None or bias.dtype == out_dtype):
@@ -136,7 +146,9 @@ class ScaledMmBackend(Backend):
                 if lent:
                     bias = None if bias is None else F.pad(bias, (0, -b.rows % COLUMN_UNIT))
                     return self._product(a, b, out_dtype, bias, inside=True)
-        return _finished(self._product(a, b, torch.float32, None, inside=False), a, b, out_dtype, bias)
+        return _finished(
+            self._product(a, b, torch.float32, None, inside=False), a, b, out_dtype, bias
+        )
 
     def _product(
         self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None, inside: bool
@@ -161,18 +173,26 @@ class ScaledMmBackend(Backend):
         )
         return y[:, : b.rows].contiguous()
 
-    def grouped_matmul(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> list[torch.Tensor]:
+    def grouped_matmul(
+        self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
+    ) -> list[torch.Tensor]:
         if not self._fits_grouped(a, b, out_dtype):
             return super().grouped_matmul(a, b, out_dtype)
         assert self._grouped_mm is not None
-        ends = torch.tensor([q.rows for q in a]).cumsum(0).to(torch.int32)  # known here: no one waits for the device
+        # known here: no one waits for the device
+        ends = torch.tensor([q.rows for q in a]).cumsum(0).to(torch.int32)
         blocks = -(-a[0].padded_contraction // NVFP4.block_size // TILE_COLUMNS) * TILE_COLUMNS
         y = self._grouped_mm(
             torch.cat([_codes(q).view(torch.uint8) for q in a]).view(torch.float4_e2m1fn_x2),
-            torch.stack([_codes(q).view(torch.uint8) for q in b]).view(torch.float4_e2m1fn_x2).transpose(1, 2),
+            torch.stack([_codes(q).view(torch.uint8) for q in b])
+            .view(torch.float4_e2m1fn_x2)
+            .transpose(1, 2),
             # each group's scales are swizzled by themselves and start at a tile: over all of M they
             # would be others'
-            [torch.cat([self._scale(q) for q in a]).view(-1, blocks), torch.cat([q.global_scale for q in a])],
+            [
+                torch.cat([self._scale(q) for q in a]).view(-1, blocks),
+                torch.cat([q.global_scale for q in a]),
+            ],
             _recipe(True),
             [torch.stack([self._scale(q) for q in b]), torch.cat([q.global_scale for q in b])],
             _recipe(True),
@@ -183,18 +203,25 @@ class ScaledMmBackend(Backend):
         )
         return list(y.split([q.rows for q in a]))
 
-    def _fits_grouped(self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype) -> bool:
+    def _fits_grouped(
+        self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
+    ) -> bool:
         """Whether torch's grouped GEMM takes it: BF16, a's ragged in rows alone, b's alike, on its
         hardware."""
         if self._grouped_mm is None or len(a) < 2 or out_dtype != torch.bfloat16:
             return False
         device = a[0].device
-        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in GROUPED_MAJORS:
+        if (
+            device.type == "cuda"
+            and torch.cuda.get_device_capability(device)[0] not in GROUPED_MAJORS
+        ):
             return False
         return (
             len({(q.rows, q.padded_contraction) for q in b}) == 1
             and b[0].rows % COLUMN_UNIT == 0
-            and all(_may_scale_inside(left, right, out_dtype) for left, right in zip(a, b, strict=True))
+            and all(
+                _may_scale_inside(left, right, out_dtype) for left, right in zip(a, b, strict=True)
+            )
             and all(q.codes.numel() > 0 for q in (*a, *b))
         )
 
@@ -210,7 +237,8 @@ class ScaledMmBackend(Backend):
         if (ready := _ready_scale(q)) is not None:
             return ready
         capturing = is_capturing(q.device)
-        kept = None if capturing else self._swizzled.get(q)  # a graph must swizzle at every replay, and keeps nothing
+        # a graph must swizzle at every replay, and keeps nothing
+        kept = None if capturing else self._swizzled.get(q)
         if kept is None or kept[0] != q.block_scale._version:
             made = swizzle(spread(q.block_scale, q.block, q.rows)).view(torch.float8_e4m3fn)
             if capturing or q.block_scale.is_inference():
@@ -244,7 +272,8 @@ def _finished(
 
 
 def _may_scale_inside(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> bool:
-    """Whether cuBLASLt may apply the global scales: one each, and an output too coarse to show how."""
+    """Whether cuBLASLt may apply the global scales: one each, and an output too coarse to show
+    how."""
     return out_dtype != torch.float32 and not a.row_scaled and not b.row_scaled
 
 

@@ -30,7 +30,9 @@ _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
 """Codes of the exact elements beside a tie."""
 
 
-def find_fault(backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None) -> str | None:
+def find_fault(
+    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None
+) -> str | None:
     """None if ``backend`` reproduces the reference bit for bit on ``device``, otherwise what went
     wrong.
 
@@ -65,7 +67,8 @@ def _lost(device: torch.device) -> str:
         torch.cuda.synchronize(device)
     except Exception as error:
         return (
-            f"; {device} is lost to this process ({error}): whatever it computes there from now on fails as well, so "
+            f"; {device} is lost to this process ({error}): whatever it computes there from now "
+            "on fails as well, so "
             f"start it anew with another backend"
         )
     return ""
@@ -79,12 +82,15 @@ def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
     again = backend.requantize(_stored(_matrix(_COLUMNS, _ROWS), device), quantizer, options)
     made = [fresh, rows, columns, again]
     for edges in edge_cases(quantizer):
-        for x in (edges.to(device), edges.to(device).t().contiguous().t()):  # what is contiguous is another kernel
+        # what is contiguous is another kernel
+        for x in (edges.to(device), edges.to(device).t().contiguous().t()):
             made += [backend.quantize(y, quantizer, options) for y in (x, x.to(torch.bfloat16))]
     return [tensor for q in made for tensor in q.tensors]
 
 
-def _dequantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+def _dequantized(
+    backend: Backend, device: torch.device, quantizer: Quantizer
+) -> list[torch.Tensor]:
     return [backend.dequantize(_stored(_matrix(), device), torch.float32)]
 
 
@@ -103,12 +109,23 @@ def _multiplied(backend: Backend, device: torch.device, quantizer: Quantizer) ->
     return made
 
 
-def _multiplied_in_groups(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+def _multiplied_in_groups(
+    backend: Backend, device: torch.device, quantizer: Quantizer
+) -> list[torch.Tensor]:
     """Groups of unequal height, one of them beyond a tile of scales; the columns are what every
     path takes."""
-    a = [_exact(device, rows, scale, 40503 + rows) for rows, scale in zip(_HEIGHTS, (1.5, 1.25, 3), strict=True)]
-    b = [_exact(device, 32, scale, 48271 + rows) for rows, scale in zip(_HEIGHTS, (1.25, 3, 1.5), strict=True)]
-    return [*backend.grouped_matmul(a, b, torch.bfloat16), *backend.grouped_matmul(a, b, torch.float32)]
+    a = [
+        _exact(device, rows, scale, 40503 + rows)
+        for rows, scale in zip(_HEIGHTS, (1.5, 1.25, 3), strict=True)
+    ]
+    b = [
+        _exact(device, 32, scale, 48271 + rows)
+        for rows, scale in zip(_HEIGHTS, (1.25, 3, 1.5), strict=True)
+    ]
+    return [
+        *backend.grouped_matmul(a, b, torch.bfloat16),
+        *backend.grouped_matmul(a, b, torch.float32),
+    ]
 
 
 def _exact(
@@ -138,7 +155,10 @@ def _exact(
 
 
 def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
-    x, other = ((_noise(_ROWS, _COLUMNS, multiplier) - 32768).to(device) / 8192 for multiplier in (40503, 48271))
+    x, other = (
+        (_noise(_ROWS, _COLUMNS, multiplier) - 32768).to(device) / 8192
+        for multiplier in (40503, 48271)
+    )
     x, other, options = x.to(torch.bfloat16), other.to(torch.bfloat16), quantizer.check(seed=1)
     made = []
     for activation in (RMSNorm(x, other[0], 1e-6), SwiGLU(x, other)):
@@ -148,7 +168,9 @@ def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
 
 
 def _drawn(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
-    words = torch.tensor([[-(2**63) + 5, 2, 3, -1], [2**40 + 1, 7, 2**33, 6]], device="cpu").to(device)
+    words = torch.tensor([[-(2**63) + 5, 2, 3, -1], [2**40 + 1, 7, 2**33, 6]], device="cpu").to(
+        device
+    )
     return [backend.draw_seeds(row, 4, 3) for row in words]
 
 
@@ -173,7 +195,15 @@ def edge_cases(quantizer: Quantizer) -> list[torch.Tensor]:
     return [_spikes()] if quantizer.rotates else [_ties(cap) for cap in (E4M3.max, SEARCH_CAP)]
 
 
-_SPIKES = ((13327, 12273), (7427, 5794), (3087, 2033), (12607, 6966), (1807, 753), (9795, 2632), (1167, 113))
+_SPIKES = (
+    (13327, 12273),
+    (7427, 5794),
+    (3087, 2033),
+    (12607, 6966),
+    (1807, 753),
+    (9795, 2632),
+    (1167, 113),
+)
 """Rotated among zeros, a and b become a + b and a - b, of which for ms_eden the one is the maximum
 of its block and the other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by
 trying; test_selfcheck.py holds it."""
@@ -210,7 +240,9 @@ def _ties(cap: float) -> torch.Tensor:
 
 def _noise(rows: int, columns: int, multiplier: int) -> torch.Tensor:
     """Integers in [0, 65536) without any generator's help."""
-    return (torch.arange(1, rows * columns + 1, device="cpu") * multiplier % 65536).view(rows, columns)
+    return (torch.arange(1, rows * columns + 1, device="cpu") * multiplier % 65536).view(
+        rows, columns
+    )
 
 
 _PROBES = {

@@ -126,7 +126,9 @@ LLAMA_8B = {
 SETS = {"square": square(1024, 2048, 4096), "llama-8b": LLAMA_8B}
 
 
-def layer_for(shape: Shape, recipe: str | Recipe, backend: str = AUTO, device: torch.device = CPU) -> nn.Linear:
+def layer_for(
+    shape: Shape, recipe: str | Recipe, backend: str = AUTO, device: torch.device = CPU
+) -> nn.Linear:
     """A linear layer of that shape without bias, w ~ N(0, 1 / in_features).
 
     recipe: what a BF16 layer is converted into, or the name of it. "bf16" is the layer in high
@@ -135,7 +137,9 @@ def layer_for(shape: Shape, recipe: str | Recipe, backend: str = AUTO, device: t
     "float32" is the same weight in float32, torch's own layer.
     """
     dtype = torch.float32 if recipe == "float32" else torch.bfloat16
-    layer = nn.utils.skip_init(nn.Linear, shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device)
+    layer = nn.utils.skip_init(
+        nn.Linear, shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device
+    )
     with torch.no_grad():
         w = matrix(shape.out_features, shape.in_features) * shape.in_features**-0.5
         layer.weight.copy_(w)

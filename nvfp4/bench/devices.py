@@ -65,7 +65,9 @@ class Device:
 _LAUNCH = 3e-6
 """Assumed: of dependent kernels without graphs, 2 to 4 microseconds are commonly measured."""
 
-_TWO_PASSES = "memory: what Quartet II's RTX 5090 times leave beside its GEMMs is 0.5 to 0.6 of peak"
+_TWO_PASSES = (
+    "memory: what Quartet II's RTX 5090 times leave beside its GEMMs is 0.5 to 0.6 of peak"
+)
 
 
 DEVICES: dict[str, Device] = {
@@ -116,7 +118,10 @@ DEVICES: dict[str, Device] = {
             launch=_LAUNCH,
             source="H200 data sheet (SXM, dense: half of its sparse figures); L2: H100 white paper",
             efficiency=Efficiency(
-                fp4=0.72, bf16=0.72, memory=0.6, source="assumed as on B200; decoding codes is taken to be free"
+                fp4=0.72,
+                bf16=0.72,
+                memory=0.6,
+                source="assumed as on B200; decoding codes is taken to be free",
             ),
         ),
     )
@@ -139,7 +144,9 @@ def this_cpu(seconds: float = 0.2, clock: Callable[[], float] = time.perf_counte
     names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
     l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
     why = "peaks are measured; rounding is taken to be free, so times are lower bounds"
-    what = f"BF16 GEMM of {n}, copy of {source.numel() >> 20} MiB, {torch.get_num_threads()} threads"
+    what = (
+        f"BF16 GEMM of {n}, copy of {source.numel() >> 20} MiB, {torch.get_num_threads()} threads"
+    )
     return Device(
         "CPU",
         fp4=None,

@@ -90,7 +90,9 @@ def check_all(device: torch.device, quick: bool = False) -> list[Gate]:
     return gates
 
 
-def _of_backend(backend: Backend, device: torch.device, shapes: Sequence[tuple[int, int]]) -> Iterator[Gate]:
+def _of_backend(
+    backend: Backend, device: torch.device, shapes: Sequence[tuple[int, int]]
+) -> Iterator[Gate]:
     for operation in backend.operations:
         if operation != "quantize":
             yield Gate(backend.name, operation, find_fault(backend, operation, device, None))
@@ -119,7 +121,9 @@ def _of_layers(device: torch.device) -> Iterator[Gate]:
         yield Gate("auto", f"layer, {recipe}", fault)
 
 
-def fault_of(backend: Backend, case: QuantiserCase, x: torch.Tensor, device: torch.device) -> str | None:
+def fault_of(
+    backend: Backend, case: QuantiserCase, x: torch.Tensor, device: torch.device
+) -> str | None:
     """Which roads of ``comparisons`` lead to other bits, or None.
 
     x: [rows, columns] on the CPU.
@@ -179,7 +183,9 @@ def same(got: QTensor, want: QTensor) -> bool:
     return equal and torch.equal(got.global_scale.isnan().cpu(), want.global_scale.isnan())
 
 
-def exact_operand(rows: int, columns: int, block: tuple[int, int] = ROW_BLOCK, row_scaled: bool = False) -> QTensor:
+def exact_operand(
+    rows: int, columns: int, block: tuple[int, int] = ROW_BLOCK, row_scaled: bool = False
+) -> QTensor:
     """Any codes [rows, columns], block scales of 1/2, 1 and 2, a global scale of 1/2.
 
     row_scaled: global scales of 1/2, 1 and 3/2 by row.
@@ -210,7 +216,9 @@ def exact_operand(rows: int, columns: int, block: tuple[int, int] = ROW_BLOCK, r
 def _product_fault(backend: Backend, device: torch.device) -> str | None:
     """Real operands within what float32 sums may err: (K + 3) 2^-24 of the sum of magnitudes."""
     rtn = get_quantizer("rtn")
-    a, b = (REFERENCE.quantize(matrix(rows, 512, seed=rows), rtn, rtn.check()) for rows in (144, 80))
+    a, b = (
+        REFERENCE.quantize(matrix(rows, 512, seed=rows), rtn, rtn.check()) for rows in (144, 80)
+    )
     y = backend.matmul(a.to(device), b.to(device), torch.float32).cpu().double()
 
     scale = a.global_scale.double() * b.global_scale.double()

@@ -96,7 +96,9 @@ class Workload:
         return interleaved(candidates, self.seconds, self.least, timer(self.device))
 
 
-def workload(device: torch.device, quick: bool, seconds: float | None, expected: Device | None) -> Workload:
+def workload(
+    device: torch.device, quick: bool, seconds: float | None, expected: Device | None
+) -> Workload:
     """The usual amount for a device; ``quick``: one that takes a processor less than a minute."""
     if quick:
         sizes = square(256, 512)
@@ -167,7 +169,8 @@ def layers(work: Workload) -> Iterator[Row]:
         x = matrix(shape.tokens, shape.in_features, seed=1).to(work.device).requires_grad_()
         dy = matrix(shape.tokens, shape.out_features, seed=2).to(work.device)
         cases = {
-            recipe: LayerCase(layer_for(shape, recipe, device=work.device), x, dy) for recipe in ("bf16", *work.recipes)
+            recipe: LayerCase(layer_for(shape, recipe, device=work.device), x, dy)
+            for recipe in ("bf16", *work.recipes)
         }
         ms = work.time({recipe: case.step for recipe, case in cases.items()})
         saved = {recipe: case.saved_bytes() for recipe, case in cases.items()}
@@ -215,7 +218,8 @@ def _train(layer: nn.Linear, optimizer: torch.optim.Optimizer, x: torch.Tensor) 
 def _predicted(recipe: str, shape: Shape, device: Device) -> Row:
     layer = [Layer(shape.in_features, shape.out_features)]
     bf16, ours = (
-        1e3 * sum(step_seconds(RECIPES[name], layer, shape.tokens, device).values()) for name in ("bf16", recipe)
+        1e3 * sum(step_seconds(RECIPES[name], layer, shape.tokens, device).values())
+        for name in ("bf16", recipe)
     )
     return {"predicted ms": ours, "predicted speed-up": bf16 / ours}
 

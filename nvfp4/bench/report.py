@@ -54,7 +54,9 @@ class Findings:
             ends = ", ".join(f"{key} {value}" for key, value in self.clocks_at_the_end.items())
             lines.append(f"- at the end: {ends}")
 
-        passed = f"{len(self.gates)} gates passed before anything was timed: every backend gives the"
+        passed = (
+            f"{len(self.gates)} gates passed before anything was timed: every backend gives the"
+        )
         lines += ["", f"{passed} reference's bytes. Times are medians of runs that took turns."]
         if self.expected is not None:
             about = f"{PREDICTED}, for {self.expected.name} ({self.expected.source})"

@@ -117,7 +117,9 @@ class Kernel:
         return max(work, (self.bytes - cached) / device.memory_rate) + device.launch
 
 
-def layer_kernels(recipe: Recipe, layer: Layer, tokens: int, traffic: Traffic = OURS) -> list[Kernel]:
+def layer_kernels(
+    recipe: Recipe, layer: Layer, tokens: int, traffic: Traffic = OURS
+) -> list[Kernel]:
     """All kernels of a forward and backward: of each GEMM first those that make its operands.
 
     x [tokens, inputs], y [tokens, outputs] and their gradients are BF16.
@@ -187,13 +189,17 @@ def step_seconds(
     return total
 
 
-def speedup(recipe: Recipe, layers: Sequence[Layer], tokens: int, device: Device, traffic: Traffic = OURS) -> float:
+def speedup(
+    recipe: Recipe, layers: Sequence[Layer], tokens: int, device: Device, traffic: Traffic = OURS
+) -> float:
     """Predicted: how many times faster than BF16 a forward and backward of these layers are."""
     bf16 = sum(step_seconds(RECIPES["bf16"], layers, tokens, device).values())
     return bf16 / sum(step_seconds(recipe, layers, tokens, device, traffic).values())
 
 
-def overtakes(recipe: Recipe, layers: Sequence[Layer], device: Device, traffic: Traffic = OURS) -> int | None:
+def overtakes(
+    recipe: Recipe, layers: Sequence[Layer], device: Device, traffic: Traffic = OURS
+) -> int | None:
     """From how many tokens the recipe is predicted to beat BF16; None: not below a million.
 
     The gain is taken to grow with tokens once there is one: what the weight costs does not.

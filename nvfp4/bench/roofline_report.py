@@ -62,7 +62,9 @@ class Prediction:
     measured_ms: float | None = None
 
 
-def predict(recipe: Recipe, model: str, tokens: int, device: Device, measure: torch.device | None = None) -> Prediction:
+def predict(
+    recipe: Recipe, model: str, tokens: int, device: Device, measure: torch.device | None = None
+) -> Prediction:
     """Of one model; ``measure``: where to run it too, once in BF16 and once in the recipe."""
     layers = MODELS[model]
     bf16 = sum(step_seconds(RECIPES["bf16"], layers, tokens, device).values())
@@ -82,7 +84,9 @@ def predict(recipe: Recipe, model: str, tokens: int, device: Device, measure: to
     )
 
 
-def measured_ms(recipe: Recipe, layers: Sequence[Layer], tokens: int, device: torch.device) -> tuple[float, float]:
+def measured_ms(
+    recipe: Recipe, layers: Sequence[Layer], tokens: int, device: torch.device
+) -> tuple[float, float]:
     """Milliseconds of a forward and backward of the layers, one after the other: (BF16, recipe)."""
     recipes = (RECIPES["bf16"], recipe)
     totals = dict.fromkeys((each.name for each in recipes), 0.0)
@@ -122,7 +126,11 @@ def report(
     places = {here.name: torch.device("cuda")} if here else {}
     if measure_cpu:
         places["CPU"] = torch.device("cpu")
-    rows = [predict(recipe, model, tokens, device, places.get(device.name)) for device in devices for model in models]
+    rows = [
+        predict(recipe, model, tokens, device, places.get(device.name))
+        for device in devices
+        for model in models
+    ]
     published = _published(devices, models)
 
     console = Console()
@@ -245,7 +253,9 @@ def _beside(row: Prediction) -> Row:
     }
 
 
-def _keep(path: Path, rows: Sequence[Prediction], devices: Sequence[Device], published: list[Row]) -> None:
+def _keep(
+    path: Path, rows: Sequence[Prediction], devices: Sequence[Device], published: list[Row]
+) -> None:
     data = {
         "what": f"times and speed-ups named predicted_* are {PREDICTED}",
         "devices": [asdict(device) for device in devices],
@@ -255,7 +265,9 @@ def _keep(path: Path, rows: Sequence[Prediction], devices: Sequence[Device], pub
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def draw(recipe: Recipe, model: str, devices: Sequence[Device], rows: Sequence[Prediction], path: Path) -> None:
+def draw(
+    recipe: Recipe, model: str, devices: Sequence[Device], rows: Sequence[Prediction], path: Path
+) -> None:
     """Write the picture: predicted speed-up over tokens, a line per device; points: measured."""
     import matplotlib
 

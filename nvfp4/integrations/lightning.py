@@ -31,7 +31,12 @@ class NVFP4Precision(_MixedPrecision):
     """
 
     def __init__(
-        self, recipe: str | Recipe = "search_eden", *, device: str, precision: str = "bf16-mixed", **options: Any
+        self,
+        recipe: str | Recipe = "search_eden",
+        *,
+        device: str,
+        precision: str = "bf16-mixed",
+        **options: Any,
     ) -> None:
         super().__init__(precision, device)
         self.recipe, self.options = recipe, options

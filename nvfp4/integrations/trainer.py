@@ -25,7 +25,8 @@ class NoiseCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Restore what the checkpoint holds, if this is a resumption."""
         self.model = kwargs["model"]
-        stored: Any = state.stateful_callbacks  # a dict here, on resumption that of trainer_state.json
+        # a dict here, on resumption that of trainer_state.json
+        stored: Any = state.stateful_callbacks
         calls = stored.get(type(self).__name__, self.state())["attributes"]["calls"]
         if calls:
             load_noise_state(kwargs["model"], calls)

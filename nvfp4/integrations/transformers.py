@@ -47,7 +47,9 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         if self.quant_method != METHOD:
-            raise ValueError(f"quant_method must be {METHOD!r}, got {self.quant_method!r}; leave it out")
+            raise ValueError(
+                f"quant_method must be {METHOD!r}, got {self.quant_method!r}; leave it out"
+            )
         if isinstance(self.recipe, Recipe):
             self.recipe = self.recipe.to_dict()
         self._recipe()
@@ -58,7 +60,11 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
         return convert(model, **{**arguments, "recipe": self._recipe()})
 
     def _recipe(self) -> Recipe:
-        return Recipe.from_dict(self.recipe) if isinstance(self.recipe, Mapping) else as_recipe(self.recipe)
+        return (
+            Recipe.from_dict(self.recipe)
+            if isinstance(self.recipe, Mapping)
+            else as_recipe(self.recipe)
+        )
 
 
 @register_quantizer(METHOD)

@@ -50,7 +50,9 @@ def load_recipes(model: nn.Module, folder: str | Path, backend: str = "auto") ->
     Raises FileNotFoundError if no recipes were saved there, ValueError as ``convert_like``.
     """
     recipes = json.loads(Path(folder, RECIPES_FILE).read_text(encoding="utf-8"))
-    return _apply(model, {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()}, backend)
+    return _apply(
+        model, {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()}, backend
+    )
 
 
 class NVFP4Mixin:
@@ -90,7 +92,9 @@ class NVFP4Mixin:
         ids, mask = output["completion_ids"], output["completion_mask"].bool()
         if len(steps) < ids.shape[1] or any(len(step) != len(ids) for step in steps):
             return output  # several generations for one batch, as with tools: nothing to line up
-        sampled = torch.stack([step.gather(-1, ids[:, t, None])[:, 0] for t, step in enumerate(steps[: ids.shape[1]])])
+        sampled = torch.stack(
+            [step.gather(-1, ids[:, t, None])[:, 0] for t, step in enumerate(steps[: ids.shape[1]])]
+        )
 
         # what the trainer computes of the same tokens
         scored = output.get("old_per_token_logps")
@@ -106,7 +110,9 @@ class NVFP4Mixin:
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         length = output["completion_ids"].shape[1]
         with torch.no_grad():
-            scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, length)
+            scores = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, attention, length
+            )
         logprobs: torch.Tensor = scores[0]
         return logprobs
 
@@ -123,7 +129,11 @@ def _recipes(model: nn.Module) -> dict[str, Recipe]:
 
     Longer names come first, since a name is also a pattern for its end.
     """
-    found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Linear)]
+    found = [
+        (name, m)
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, Linear)
+    ]
     found.sort(key=lambda item: -item[0].count("."))
     return {name: layer.nvfp4.full_recipe or layer.nvfp4.recipe for name, layer in found}
 
@@ -131,10 +141,17 @@ def _recipes(model: nn.Module) -> dict[str, Recipe]:
 def _apply(model: nn.Module, recipes: dict[str, Recipe], backend: str) -> nn.Module:
     if not recipes:
         return model
-    linears = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    linears = {
+        name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)
+    }
     _complain(recipes.keys() - linears, "are not there")
     convert(
-        model, recipes, filter_fn=lambda _, name: name in recipes, include=list(recipes), backend=backend, verbose=False
+        model,
+        recipes,
+        filter_fn=lambda _, name: name in recipes,
+        include=list(recipes),
+        backend=backend,
+        verbose=False,
     )
     _complain(recipes.keys() - _recipes(model).keys(), "cannot be converted")
     return model
@@ -142,7 +159,9 @@ def _apply(model: nn.Module, recipes: dict[str, Recipe], backend: str) -> nn.Mod
 
 def _complain(names: Set[str], what: str) -> None:
     if names:
-        raise ValueError(f"{len(names)} layers converted in the other model {what}, first {min(names)!r}")
+        raise ValueError(
+            f"{len(names)} layers converted in the other model {what}, first {min(names)!r}"
+        )
 
 
 def _inner(trainer: Any, model: nn.Module) -> nn.Module:

@@ -49,7 +49,10 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def product(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """a b^T + bias [M, N] of a [M, K], b [N, K] on a CPU: float32 sums, rounded once to out_dtype.
 
@@ -61,7 +64,9 @@ def product(
     dtype = a.dtype if out_dtype is None else out_dtype
     if is_traced(a):
         return _operator(a, b, bias, dtype)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _Product.apply(a, b, bias, dtype)
     return dense_product(a, b, bias, dtype)
 
@@ -88,7 +93,9 @@ def is_emulated(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in EMULATED
 
 
-def _emulated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype | None:
+def _emulated(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.dtype | None:
     """The dtype of a linear layer's product if it is computed here; None: torch computes it."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or is_dtensor(x) or is_dtensor(weight):
         return None
@@ -126,7 +133,9 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         return dense_product(a, b, bias, dtype)
 
     @staticmethod
@@ -143,7 +152,9 @@ class _Product(torch.autograd.Function):
 
 
 @torch.library.custom_op("nvfp4::dense_product", mutates_args=())
-def _operator(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _operator(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """``product`` as compiled graphs call it."""
     with without_dispatch_modes():
         return dense_product(a, b, bias, dtype)

@@ -23,9 +23,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvfp4.layer.gemms import LayerCall, Pair, backward_operands, dense_fprop, forward_operands, product
+from nvfp4.layer.gemms import (
+    LayerCall,
+    Pair,
+    backward_operands,
+    dense_fprop,
+    forward_operands,
+    product,
+)
 from nvfp4.layer.noise import CALLS, HostNoise
-from nvfp4.layer.saved import NO_GRADIENTS, Dtypes, Matrix, Needs, Saved, inputs_to_save, pack, saved_specs, unpack
+from nvfp4.layer.saved import (
+    NO_GRADIENTS,
+    Dtypes,
+    Matrix,
+    Needs,
+    Saved,
+    inputs_to_save,
+    pack,
+    saved_specs,
+    unpack,
+)
 from nvfp4.layer.state import LinearState, output_dtype, refuse_second_derivative
 from nvfp4.layer.weight_cache import Codes
 from nvfp4.numerics.rng import fold_in, signed
@@ -40,7 +57,9 @@ def expert_call(call: LayerCall, expert: int) -> LayerCall:
     """The call of one expert, from that of its stack."""
     assert isinstance(call.noise, HostNoise), "experts read on the host how many tokens they got"
     seed, layer, calls, rank = call.noise
-    return call._replace(noise=HostNoise((signed(fold_in(seed % 2**64, layer)), expert, calls, rank)))
+    return call._replace(
+        noise=HostNoise((signed(fold_in(seed % 2**64, layer)), expert, calls, rank))
+    )
 
 
 class ExpertsState(LinearState):
@@ -51,7 +70,9 @@ class ExpertsState(LinearState):
         return tuple(expert_call(call, e).weight(matrix) for e, matrix in enumerate(weight))
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], state: ExpertsState) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], state: ExpertsState
+) -> torch.Tensor:
     """y [S, N], the rows of each expert times its matrix transposed, differentiable.
 
     x: [S, K], rows ordered by expert. weight: [E, N, K]. sizes: rows of every expert, adding up to
@@ -60,7 +81,9 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], 
     """
     experts, _, inputs = weight.shape
     if x.dim() != 2 or x.shape[1] != inputs or len(sizes) != experts or sum(sizes) != x.shape[0]:
-        raise ValueError(f"x {tuple(x.shape)} and sizes {list(sizes)} do not fit weights {tuple(weight.shape)}")
+        raise ValueError(
+            f"x {tuple(x.shape)} and sizes {list(sizes)} do not fit weights {tuple(weight.shape)}"
+        )
     dtype = output_dtype(x, weight)
     if x.shape[0] == 0:
         return F.linear(x, weight[0]).to(dtype)  # nothing to multiply, but a graph to hang on
@@ -92,7 +115,9 @@ def _forward(
     saved: list[torch.Tensor] = []
     for e, rows in _groups(x, sizes):
         codes = None if kept is None else kept[e]
-        operands, own = forward_operands(expert_call(call, e), rows, weight[e], needs, w_codes=codes)
+        operands, own = forward_operands(
+            expert_call(call, e), rows, weight[e], needs, w_codes=codes
+        )
         saved += pack(own)
         if operands.x is None or operands.w is None:
             w = weight[e] if operands.w is None else operands.w
@@ -119,16 +144,23 @@ def _backward(
     """(dx [S, K], dw [E, N, K]); saved: of every expert with rows. shape: of the weight."""
     groups = _groups(dy, sizes)
     operands = [
-        backward_operands(expert_call(call, e), rows, own, needs) for (e, rows), own in zip(groups, saved, strict=True)
+        backward_operands(expert_call(call, e), rows, own, needs)
+        for (e, rows), own in zip(groups, saved, strict=True)
     ]
 
     dx = dw = None
     if needs.dx:
         pairs = [each.dgrad for each in operands]
-        dx = torch.cat(_products(call, [rows for _, rows in groups], pairs, [own.for_dx for own in saved], dtypes.dx))
+        dx = torch.cat(
+            _products(
+                call, [rows for _, rows in groups], pairs, [own.for_dx for own in saved], dtypes.dx
+            )
+        )
     if needs.dw:
         pairs = [each.wgrad for each in operands]
-        parts = _products(call, [rows.t() for _, rows in groups], pairs, [own.for_dw for own in saved], dtypes.dw)
+        parts = _products(
+            call, [rows.t() for _, rows in groups], pairs, [own.for_dw for own in saved], dtypes.dw
+        )
         dw = torch.zeros(shape, dtype=dtypes.dw, device=dy.device)
         for (e, _), part in zip(groups, parts, strict=True):
             dw[e] = part
@@ -164,7 +196,8 @@ class _GroupedFunction(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:2])
         y, *codes = _forward(state, x, weight, sizes, dtype, needs)
         ctx.save_for_backward(*codes, *inputs_to_save(state.specs, needs, weight, x))
-        ctx.noise, ctx.key, ctx.backend = state.noise.state, state.key, state.backend  # noise: see ``linear.py``
+        # noise: see ``linear.py``
+        ctx.noise, ctx.key, ctx.backend = state.noise.state, state.key, state.backend
         ctx.sizes, ctx.needs, ctx.shape = sizes, needs, weight.shape
         ctx.dtypes = Dtypes(x.dtype, weight.dtype)
         return y
@@ -181,7 +214,11 @@ class _GroupedFunction(torch.autograd.Function):
 
 
 def _unpack(
-    call: LayerCall, tensors: Sequence[torch.Tensor], sizes: Sequence[int], needs: Needs, shape: torch.Size
+    call: LayerCall,
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    needs: Needs,
+    shape: torch.Size,
 ) -> list[Saved]:
     """What was saved of every expert with rows.
 
@@ -223,13 +260,17 @@ class Experts(nn.Module):
         """
         if not all(state.enabled and state.recipe.quantized for state in self.nvfp4.values()):
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        routed = torch.compiler.disable(self._routed) if torch.compiler.is_compiling() else self._routed
+        routed = (
+            torch.compiler.disable(self._routed) if torch.compiler.is_compiling() else self._routed
+        )
         return routed(hidden_states, top_k_index, top_k_weights)
 
     def _routed(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        if any(is_dtensor(getattr(self, name)) for name in STACKS) or getattr(self, "_is_expert_parallel", False):
+        if any(is_dtensor(getattr(self, name)) for name in STACKS) or getattr(
+            self, "_is_expert_parallel", False
+        ):
             raise RuntimeError(
                 "converted experts hold their weights whole: shard the block that holds them, or "
                 "keep experts that are spread over processes in high precision (nvfp4.disabled, "
@@ -244,12 +285,16 @@ class Experts(nn.Module):
         x = hidden_states[order // per_token]
 
         # both matrices of every expert
-        inner = self._apply_gate(grouped_linear(x, self.gate_up_proj, sizes, self.nvfp4["gate_up_proj"]))
+        inner = self._apply_gate(
+            grouped_linear(x, self.gate_up_proj, sizes, self.nvfp4["gate_up_proj"])
+        )
         y = grouped_linear(inner, self.down_proj, sizes, self.nvfp4["down_proj"])
 
         # back in the order of the tokens, and the weighted sum of each token's rows
         weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        back = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         return weighted[back].view(tokens, per_token, -1).sum(dim=1).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:

@@ -47,12 +47,21 @@ class LayerCall(NamedTuple):
 
     @classmethod
     def of(
-        cls, key: str, backend: str, state: torch.Tensor, capturable: bool, shards: Shards | None = None
+        cls,
+        key: str,
+        backend: str,
+        state: torch.Tensor,
+        capturable: bool,
+        shards: Shards | None = None,
     ) -> LayerCall:
         """The call under the recipe with this ``Recipe.key``, with the noise of ``Noise.state``."""
-        return cls(Recipe.from_key(key), backend, noise_for_call(state, capturable, backend), shards)
+        return cls(
+            Recipe.from_key(key), backend, noise_for_call(state, capturable, backend), shards
+        )
 
-    def quantizer(self, gemm: str, side: int, partner: Rotation | None = None) -> tuple[Quantizer, Options]:
+    def quantizer(
+        self, gemm: str, side: int, partner: Rotation | None = None
+    ) -> tuple[Quantizer, Options]:
         """The quantiser of an operand, with the seeds of this call in its options.
 
         partner: the rotation of the other operand if an earlier call made that one; its signs are
@@ -87,7 +96,9 @@ class LayerCall(NamedTuple):
         """
         if amax is None:
             return self.operand(weight, "fprop", RIGHT)
-        return quantize_with_amax(weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend)
+        return quantize_with_amax(
+            weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend
+        )
 
 
 def forward(
@@ -114,7 +125,12 @@ def forward(
 
 
 def backward(
-    call: LayerCall, dy: torch.Tensor, tensors: Sequence[torch.Tensor], needs: Needs, features: int, dtypes: Dtypes
+    call: LayerCall,
+    dy: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    needs: Needs,
+    features: int,
+    dtypes: Dtypes,
 ) -> list[torch.Tensor]:
     """Those of dx [M, K], dw [N, K] and db [N] that ``needs`` asks for, each in its dtype.
 
@@ -212,7 +228,9 @@ class BackwardOperands(NamedTuple):
     wgrad: Pair | None
 
 
-def backward_operands(call: LayerCall, dy: torch.Tensor, saved: Saved, needs: Needs) -> BackwardOperands:
+def backward_operands(
+    call: LayerCall, dy: torch.Tensor, saved: Saved, needs: Needs
+) -> BackwardOperands:
     """The operands of the backward's GEMMs; dy is read once where both want it.
 
     An x^T that the forward quantised keeps the signs of that call, and dy^T has to meet it under
@@ -223,7 +241,10 @@ def backward_operands(call: LayerCall, dy: torch.Tensor, saved: Saved, needs: Ne
     x = _x_transposed(call, saved.for_dw) if needs.dw and recipe.wgrad.quantized else None
 
     if w is not None and x is not None and call.shards is None:
-        rows, columns = call.quantizer("dgrad", LEFT), call.quantizer("wgrad", LEFT, partner=x.rotation)
+        rows, columns = (
+            call.quantizer("dgrad", LEFT),
+            call.quantizer("wgrad", LEFT, partner=x.rotation),
+        )
         dy_rows, dy_columns = quantize_both(dy, rows, columns, backend=call.backend)
         return BackwardOperands((dy_rows, w), (dy_columns, x))
 
@@ -237,7 +258,9 @@ def _w_operand(call: LayerCall, saved: Matrix | None) -> QTensor:
     """dgrad's operand w^T [K, N], contracted along N."""
     if call.recipe.dgrad.right.source == "codes":
         return transpose(cast(QTensor, saved), backend=call.backend)
-    return call.operand(saved if isinstance(saved, QTensor) else cast(torch.Tensor, saved).t(), "dgrad", RIGHT)
+    return call.operand(
+        saved if isinstance(saved, QTensor) else cast(torch.Tensor, saved).t(), "dgrad", RIGHT
+    )
 
 
 def _x_transposed(call: LayerCall, saved: Matrix | None) -> QTensor:
@@ -249,7 +272,11 @@ def _x_transposed(call: LayerCall, saved: Matrix | None) -> QTensor:
 
 
 def product(
-    call: LayerCall, dy: torch.Tensor, operands: Pair | None, saved: Matrix | None, dtype: torch.dtype
+    call: LayerCall,
+    dy: torch.Tensor,
+    operands: Pair | None,
+    saved: Matrix | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """One GEMM of the backward in ``dtype``: in FP4, or dense.
 

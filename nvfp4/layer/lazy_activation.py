@@ -32,7 +32,9 @@ from nvfp4.quantizers.base import Options, Quantizer
 Spec = tuple[Quantizer, Options]
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str = AUTO) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str = AUTO
+) -> torch.Tensor:
     """``activations.RMSNorm`` of x [..., K] with weight [K], lazily.
 
     Dtypes: float32, bfloat16 or float16, any mixture.
@@ -41,7 +43,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     fit.
     """
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must be [K] for x [..., K], got {tuple(weight.shape)} and {tuple(x.shape)}")
+        raise ValueError(
+            f"weight must be [K] for x [..., K], got {tuple(weight.shape)} and {tuple(x.shape)}"
+        )
     return _lazy(RMSNorm, x, weight, (float(eps),), backend)
 
 
@@ -91,7 +95,9 @@ class LazyActivation(torch.Tensor):
         if func in _DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _RESHAPING and not any(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
+        if func in _RESHAPING and not any(
+            isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())
+        ):
             return args[0]._reshaped(func, args[1:], kwargs)
 
         # everything else: on ordinary tensors
@@ -103,7 +109,11 @@ class LazyActivation(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             shaped = func(self, *args, **kwargs)
             same_rows = shaped.dim() > 0 and shaped.shape[-1] == self.shape[-1]
-        return _with_formula(shaped, self.formula) if same_rows else func(self.written(), *args, **kwargs)
+        return (
+            _with_formula(shaped, self.formula)
+            if same_rows
+            else func(self.written(), *args, **kwargs)
+        )
 
     @property
     def is_written(self) -> bool:
@@ -118,11 +128,19 @@ class LazyActivation(torch.Tensor):
             if formula.values is None or (wants_graph and not formula.values.requires_grad):
                 formula.check()
                 with without_autocast(self.device):
-                    formula.values = _Write.apply(self.as_subclass(torch.Tensor), formula.activation)
+                    formula.values = _Write.apply(
+                        self.as_subclass(torch.Tensor), formula.activation
+                    )
             # not a view of it where it fits: hooks and retain_grad must reach what layers use
-            return formula.values if formula.values.shape == self.shape else formula.values.view(self.shape)
+            return (
+                formula.values
+                if formula.values.shape == self.shape
+                else formula.values.view(self.shape)
+            )
 
-    def operands(self, rows: Spec, columns: Spec | None, backend: str) -> tuple[QTensor, QTensor | None]:
+    def operands(
+        self, rows: Spec, columns: Spec | None, backend: str
+    ) -> tuple[QTensor, QTensor | None]:
         """The matrix [M, K] along K and, with ``columns``, its transpose along M.
 
         Made once for equal specs.
@@ -154,29 +172,45 @@ _RESHAPING = frozenset((torch.Tensor.reshape, torch.Tensor.view, torch.reshape))
 
 
 def _lazy(
-    kind: type[RMSNorm] | type[SwiGLU], first: torch.Tensor, second: torch.Tensor, rest: tuple[float, ...], backend: str
+    kind: type[RMSNorm] | type[SwiGLU],
+    first: torch.Tensor,
+    second: torch.Tensor,
+    rest: tuple[float, ...],
+    backend: str,
 ) -> torch.Tensor:
     """kind(first, second, *rest), not computed; the inputs are checked."""
     first, second = (t.written() if isinstance(t, LazyActivation) else t for t in (first, second))
     if first.dtype not in INPUT_DTYPES or second.dtype not in INPUT_DTYPES:
-        raise TypeError(f"inputs must be float32, bfloat16 or float16, got {first.dtype} and {second.dtype}")
+        raise TypeError(
+            f"inputs must be float32, bfloat16 or float16, got {first.dtype} and {second.dtype}"
+        )
     if first.device != second.device:
         raise ValueError(f"inputs are on different devices: {first.device} and {second.device}")
     graph = _Apply.apply(first, second, kind, rest, backend)
-    return _with_formula(graph, ActivationFormula(_matrix(kind, first.detach(), second.detach(), rest)))
+    return _with_formula(
+        graph, ActivationFormula(_matrix(kind, first.detach(), second.detach(), rest))
+    )
 
 
 def _matrix(
-    kind: type[RMSNorm] | type[SwiGLU], first: torch.Tensor, second: torch.Tensor, rest: tuple[float, ...]
+    kind: type[RMSNorm] | type[SwiGLU],
+    first: torch.Tensor,
+    second: torch.Tensor,
+    rest: tuple[float, ...],
 ) -> Activation:
     """The activation of inputs [..., K] as that of matrices [M, K]; a norm's weight stays [K]."""
     columns = first.shape[-1]
-    return kind(first.reshape(-1, columns), second if second.dim() == 1 else second.reshape(-1, columns), *rest)
+    return kind(
+        first.reshape(-1, columns),
+        second if second.dim() == 1 else second.reshape(-1, columns),
+        *rest,
+    )
 
 
 def _with_formula(graph: torch.Tensor, formula: ActivationFormula) -> LazyActivation:
     """``graph``, a place in the autograd graph, as a lazy activation."""
-    dynamo = sys.modules.get("torch._dynamo.config")  # takes seconds to import; where nothing is compiled it is not
+    # takes seconds to import; where nothing is compiled it is not
+    dynamo = sys.modules.get("torch._dynamo.config")
     if dynamo is not None and LazyActivation not in dynamo.nontraceable_tensor_subclasses:
         # a module that is compiled by itself breaks its graph to read the activation
         dynamo.nontraceable_tensor_subclasses.add(LazyActivation)
@@ -190,7 +224,12 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, first: torch.Tensor, second: torch.Tensor, kind: Any, rest: tuple[float, ...], backend: str
+        ctx: Any,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        kind: Any,
+        rest: tuple[float, ...],
+        backend: str,
     ) -> torch.Tensor:
         ctx.save_for_backward(first, second)
         ctx.kind, ctx.rest, ctx.backend = kind, rest, backend
@@ -202,8 +241,12 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         first, second = ctx.saved_tensors
         activation = _matrix(ctx.kind, first, second, ctx.rest)
-        gradients = activation_gradients(activation, dy.reshape(activation[0].shape), backend=ctx.backend)
-        d_first, d_second = (d.view(t.shape) for d, t in zip(gradients, (first, second), strict=True))
+        gradients = activation_gradients(
+            activation, dy.reshape(activation[0].shape), backend=ctx.backend
+        )
+        d_first, d_second = (
+            d.view(t.shape) for d, t in zip(gradients, (first, second), strict=True)
+        )
         return d_first, d_second, None, None, None
 
 

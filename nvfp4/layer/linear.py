@@ -145,7 +145,9 @@ class Linear(nn.Linear):
         """
         x, state = input, self.nvfp4
         if torch.jit.is_tracing():
-            raise RuntimeError("torch.jit.trace cannot record an nvfp4 layer: use torch.export or torch.compile")
+            raise RuntimeError(
+                "torch.jit.trace cannot record an nvfp4 layer: use torch.export or torch.compile"
+            )
         if not (state.enabled and state.recipe.quantized):
             return affine(x, self.weight, self.bias)
         if is_dtensor(self.weight) or is_dtensor(x):
@@ -154,12 +156,15 @@ class Linear(nn.Linear):
 
     def _forward_part(self, x: torch.Tensor) -> torch.Tensor:
         """This process's part of y, as a DTensor, of DTensors x and weight."""
-        from nvfp4.layer.tensor_parallel import layout  # costs an import that a model of plain parameters need not pay
+        # costs an import that a model of plain parameters need not pay
+        from nvfp4.layer.tensor_parallel import layout
 
         where = layout(x, self.weight)
         self.nvfp4.noise.rank = where.noise_rank
         state = replace(self.nvfp4, shards=where.shards)
-        return where.whole(_linear(*where.local(x, self.weight, self.bias), state), self.out_features)
+        return where.whole(
+            _linear(*where.local(x, self.weight, self.bias), state), self.out_features
+        )
 
     def extra_repr(self) -> str:
         """Sizes, bias, recipe and backend."""
@@ -171,7 +176,9 @@ class Linear(nn.Linear):
         return f"{super().extra_repr()}, {runs}{shared}{off}"
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: LinearState) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: LinearState
+) -> torch.Tensor:
     """y [..., N] of plain tensors x [..., K], weight [N, K], bias [N]."""
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")

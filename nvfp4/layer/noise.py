@@ -79,7 +79,8 @@ class Noise:
         with torch.inference_mode(False):  # a model converted for a rollout may train later
             self.state = state.to(device, copy=True)
         self.capturable = capturable
-        if capturable:  # a compiled backward advances it, which CUDA graphs allow at fixed addresses only
+        # a compiled backward advances it, which CUDA graphs allow at fixed addresses only
+        if capturable:
             from torch._dynamo import mark_static_address  # takes seconds to import
 
             mark_static_address(self.state)
@@ -169,6 +170,8 @@ def _process() -> int:
 
 
 @lru_cache(maxsize=8)  # the two operands of a GEMM ask one after the other
-def _gemm_seeds(seed: int, layer: int, call: int, gemm: int, rank: int) -> tuple[int, tuple[int, int]]:
+def _gemm_seeds(
+    seed: int, layer: int, call: int, gemm: int, rank: int
+) -> tuple[int, tuple[int, int]]:
     sign_seed = fold_in(seed % 2**64, layer, call, gemm)
     return sign_seed, (fold_in(sign_seed, 1 + LEFT, rank), fold_in(sign_seed, 1 + RIGHT, rank))

@@ -65,11 +65,19 @@ def backward(
 ) -> list[torch.Tensor]:
     """Those of dx [M, K], dw [N, K], db [N] that ``needs`` asks for; features: K."""
     call = LayerCall.of(recipe, backend, noise, capturable)
-    return gemms.backward(call, dy, saved, Needs(*needs), features, Dtypes(x_dtype, w_dtype, b_dtype))
+    return gemms.backward(
+        call, dy, saved, Needs(*needs), features, Dtypes(x_dtype, w_dtype, b_dtype)
+    )
 
 
 @backward.register_fake
-def _(dy, saved, noise, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype, capturable=False):
+def _(
+    dy, saved, noise, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype, capturable=False
+):
     (m, n), k = dy.shape, features
     gradients = ((m, k), x_dtype), ((n, k), w_dtype), ((n,), b_dtype)
-    return [dy.new_empty(shape, dtype=dtype) for need, (shape, dtype) in zip(needs, gradients, strict=True) if need]
+    return [
+        dy.new_empty(shape, dtype=dtype)
+        for need, (shape, dtype) in zip(needs, gradients, strict=True)
+        if need
+    ]

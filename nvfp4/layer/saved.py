@@ -102,10 +102,14 @@ def _saved_specs(key: str) -> SavedSpecs:
 
 def pack(saved: Saved) -> list[torch.Tensor]:
     """The tensors of the codes in ``saved``; of a matrix saved as it is, none."""
-    return [tensor for matrix in saved if isinstance(matrix, QTensor) for tensor in _pack_codes(matrix)]
+    return [
+        tensor for matrix in saved if isinstance(matrix, QTensor) for tensor in _pack_codes(matrix)
+    ]
 
 
-def inputs_to_save(specs: SavedSpecs, needs: Needs, weight: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+def inputs_to_save(
+    specs: SavedSpecs, needs: Needs, weight: torch.Tensor, x: torch.Tensor
+) -> list[torch.Tensor]:
     """Those of (weight, x) that the backward needs as they are."""
     inputs = []
     if needs.dx and specs.for_dx is None:
@@ -116,7 +120,11 @@ def inputs_to_save(specs: SavedSpecs, needs: Needs, weight: torch.Tensor, x: tor
 
 
 def unpack(
-    tensors: Iterator[torch.Tensor], recipe: Recipe, needs: Needs, sizes: tuple[int, int, int], on_device: bool
+    tensors: Iterator[torch.Tensor],
+    recipe: Recipe,
+    needs: Needs,
+    sizes: tuple[int, int, int],
+    on_device: bool,
 ) -> Saved:
     """``Saved`` again, from ``pack``'s tensors in order; None for a matrix that is saved as it is.
 
@@ -133,7 +141,11 @@ def unpack(
 
 
 def empty(
-    recipe: Recipe, needs: Needs, sizes: tuple[int, int, int], device: torch.device, capturable: bool
+    recipe: Recipe,
+    needs: Needs,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    capturable: bool,
 ) -> list[torch.Tensor]:
     """Uninitialised tensors like those of ``pack``, for shape inference.
 
@@ -146,9 +158,13 @@ def empty(
         if not need or spec is None:
             continue
         options = spec.static_options
-        tensors += QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device).tensors
+        tensors += QTensor.empty(
+            shape, options.block, options.row_scaled, options.rotation, device
+        ).tensors
         if _draws_signs(spec):
-            tensors.append(torch.empty((), dtype=torch.int64, device=device if capturable else "cpu"))
+            tensors.append(
+                torch.empty((), dtype=torch.int64, device=device if capturable else "cpu")
+            )
     return tensors
 
 
@@ -172,7 +188,9 @@ def _pack_codes(q: QTensor) -> tuple[torch.Tensor, ...]:
     return *q.tensors, torch.tensor(signed(seed), device="cpu")
 
 
-def _unpack_codes(tensors: Iterator[torch.Tensor], spec: Operand, shape: tuple[int, int], on_device: bool) -> QTensor:
+def _unpack_codes(
+    tensors: Iterator[torch.Tensor], spec: Operand, shape: tuple[int, int], on_device: bool
+) -> QTensor:
     """The matrix of ``shape`` that ``spec`` quantised."""
     options = spec.static_options
     codes, block_scale, global_scale = next(tensors), next(tensors), next(tensors)

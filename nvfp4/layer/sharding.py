@@ -27,7 +27,12 @@ ROWS, CONTRACTION = 0, 1
 
 
 def quantize_with_amax(
-    x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor, *, backend: str = AUTO
+    x: torch.Tensor,
+    quantizer: Quantizer,
+    options: Options,
+    amax: torch.Tensor,
+    *,
+    backend: str = AUTO,
 ) -> QTensor:
     """Matrix x [M, K] with the codes it has inside a larger matrix of magnitude ``amax``.
 
@@ -36,7 +41,9 @@ def quantize_with_amax(
     whose noise comes from the place in x.
     """
     if options.rotation is not None or not quantizer.claims(options).deterministic:
-        raise ValueError(f"codes of {quantizer.name} under {options} are not a function of x and amax")
+        raise ValueError(
+            f"codes of {quantizer.name} under {options} are not a function of x and amax"
+        )
     if x.numel() == 0:
         return quantize_with(x, quantizer, options, backend=backend)
     return quantize_with(x, quantizer, options, backend=backend, amax=amax)
@@ -53,13 +60,16 @@ def magnitude(x: torch.Tensor, row_scaled: bool = False) -> torch.Tensor:
     return torch.maximum(low.abs(), high.abs()).to(torch.float32).view(-1)
 
 
-def amax_of_parts(x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = False) -> torch.Tensor:
+def amax_of_parts(
+    x: torch.Tensor, group: dist.ProcessGroup, row_scaled: bool = False
+) -> torch.Tensor:
     """Largest magnitude over the parts x [M, K] of a process group: float32 [1], or [M].
 
     Inf if any is NaN or Inf. A collective call.
     """
     amax = magnitude(x.detach(), row_scaled)
-    amax = torch.where(amax.isfinite(), amax, torch.inf)  # backends differ in what the maximum of a NaN is
+    # backends differ in what the maximum of a NaN is
+    amax = torch.where(amax.isfinite(), amax, torch.inf)
     dist.all_reduce(amax, dist.ReduceOp.MAX, group)
     return amax
 
@@ -83,9 +93,12 @@ class Shards:
         axis = self.cut.get((gemm, side))
         if axis is None or options.seed is not None or options.rotation is not None:
             return False
-        return not (options.row_scaled and axis == ROWS)  # a row that is whole has a scale of its own
+        # a row that is whole has a scale of its own
+        return not (options.row_scaled and axis == ROWS)
 
-    def quantize(self, x: torch.Tensor | QTensor, quantizer: Quantizer, options: Options, backend: str) -> QTensor:
+    def quantize(
+        self, x: torch.Tensor | QTensor, quantizer: Quantizer, options: Options, backend: str
+    ) -> QTensor:
         """This process's part x of an operand, with the codes of the whole; a collective call.
 
         A QTensor stands for the transpose of what it decodes to.
@@ -108,7 +121,9 @@ class GatheredWeight(torch.Tensor):
     @staticmethod
     def __new__(cls, codes: QTensor, dtype: torch.dtype) -> GatheredWeight:
         """A tensor of ``dtype`` without memory for its values."""
-        weight = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+        weight = torch.Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=dtype, device=codes.device
+        )
         weight.codes = codes
         return weight
 

@@ -96,7 +96,8 @@ class LinearState:
 
 def refuse_second_derivative() -> None:
     """RuntimeError in a backward that is to be differentiated."""
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only create_graph=True leaves it on in there
+    # only create_graph=True leaves it on in there
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         raise RuntimeError(
             "nvfp4 layers have no second derivative: differentiate without create_graph=True, or "
             "compute this forward under nvfp4.disabled(model)"
@@ -106,10 +107,14 @@ def refuse_second_derivative() -> None:
 def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """The dtype that ``F.linear`` gives, also under autocast; TypeError if theirs do not fit."""
     if x.dtype not in INPUT_DTYPES or weight.dtype not in INPUT_DTYPES:
-        raise TypeError(f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}")
+        raise TypeError(
+            f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}"
+        )
     cast = autocast_dtype(x.device)
     if cast is not None:
         return cast
     if x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast"
+        )
     return x.dtype

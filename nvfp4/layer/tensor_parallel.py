@@ -80,11 +80,14 @@ class Layout:
 
     def whole(self, y: torch.Tensor, size: int) -> torch.Tensor:
         """The DTensor [..., size] of which y is this process's part."""
-        if isinstance(self.y, Shard) and self.y.dim != y.dim() - 1:  # tokens: their number is known part by part only
+        # tokens: their number is known part by part only
+        if isinstance(self.y, Shard) and self.y.dim != y.dim() - 1:
             return DTensor.from_local(y, self.mesh, [self.y], run_check=False)
         shape = torch.Size((*y.shape[:-1], size))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(y, self.mesh, [self.y], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            y, self.mesh, [self.y], run_check=False, shape=shape, stride=stride
+        )
 
 
 class _OnFirst(torch.autograd.Function):
@@ -111,7 +114,9 @@ def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
         )
     mesh = weight.device_mesh
     if mesh.ndim != 1 or x.device_mesh != mesh:
-        raise TypeError(f"x and weight must be on one mesh of one dimension, got {x.device_mesh} and {mesh}")
+        raise TypeError(
+            f"x and weight must be on one mesh of one dimension, got {x.device_mesh} and {mesh}"
+        )
 
     # the four lines of the table at the head of the file
     (of_x,), (of_weight,) = x.placements, weight.placements

@@ -136,10 +136,15 @@ class WeightCache:
         # read once: another thread may end the scope
         entry = self.entry
         if is_capturing():
-            return entry.codes if self.mode is Mode.AFTER_STEP and entry is not None and entry.key == key else None
+            return (
+                entry.codes
+                if self.mode is Mode.AFTER_STEP and entry is not None and entry.key == key
+                else None
+            )
 
         if entry is None or entry.key != key:
-            with torch.inference_mode(False), torch.no_grad():  # codes made in a rollout serve training as well
+            # codes made in a rollout serve training as well
+            with torch.inference_mode(False), torch.no_grad():
                 amax = None if self.group is None else self.group.amax(among)
                 entry = self.entry = CachedCodes(key, make(weight, call, amax), Done(weight.device))
         entry.done.before_reading(tensor for q in entry.codes for tensor in q.memory)
@@ -152,7 +157,11 @@ class WeightCache:
         still waits for the old ones that they were modified, as it would of the weight itself.
         """
         new = self.entry
-        if old is None or new is None or [q.record for q in old.codes] != [q.record for q in new.codes]:
+        if (
+            old is None
+            or new is None
+            or [q.record for q in old.codes] != [q.record for q in new.codes]
+        ):
             return
         with torch.inference_mode(False), torch.no_grad():
             for target, source in zip(old.codes, new.codes, strict=True):
@@ -185,7 +194,8 @@ class AmaxGroup:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = tuple(layers)
-        self._magnitudes: dict[int, tuple[Content, torch.Tensor, Done]] = {}  # by position in ``layers``
+        # by position in ``layers``
+        self._magnitudes: dict[int, tuple[Content, torch.Tensor, Done]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_magnitudes": {}}

@@ -88,7 +88,9 @@ def convert(
 
     if verbose:
         names = ", ".join(dict.fromkeys(named.name for _, named in selection.recipes))
-        copies = f"; copied layers given noise of their own: {', '.join(separated)}" if separated else ""
+        copies = (
+            f"; copied layers given noise of their own: {', '.join(separated)}" if separated else ""
+        )
         print(f"nvfp4: recipe {names}, {plan.summary()}{copies}")
         slow = slow_linears(model)
         if slow is not None:

@@ -79,11 +79,19 @@ def why_not_experts(module: nn.Module) -> str | None:
 
     # the layout
     up, down = stacks
-    if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3):
+    if not (
+        isinstance(up, nn.Parameter)
+        and isinstance(down, nn.Parameter)
+        and up.dim() == down.dim() == 3
+    ):
         return "experts_layout"
     if not callable(getattr(module, "_apply_gate", None)) or not getattr(module, "has_gate", False):
         return "experts_without_gate"
-    if up.shape[0] != down.shape[0] or up.shape[2] != down.shape[1] or getattr(module, "is_transposed", True):
+    if (
+        up.shape[0] != down.shape[0]
+        or up.shape[2] != down.shape[1]
+        or getattr(module, "is_transposed", True)
+    ):
         return "experts_layout"
     if getattr(module, "has_bias", True) or getattr(module, "has_post_expert_norm", False):
         return "experts_bias_or_norm"
@@ -93,7 +101,10 @@ def why_not_experts(module: nn.Module) -> str | None:
         return "forward_replaced"
     if getattr(module, "_is_expert_parallel", False):
         return "expert_parallel"
-    if any(type(stack) is not nn.Parameter and not isinstance(stack, FakeTensor) for stack in (up, down)):
+    if any(
+        type(stack) is not nn.Parameter and not isinstance(stack, FakeTensor)
+        for stack in (up, down)
+    ):
         return "tensor_subclass"
     return None if up.dtype in INPUT_DTYPES and down.dtype in INPUT_DTYPES else "dtype"
 
@@ -107,7 +118,10 @@ def bypassed(model: nn.Module) -> dict[int, str]:
     """
     reasons: dict[int, str] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+        if (
+            isinstance(module, nn.MultiheadAttention)
+            and type(module).forward is nn.MultiheadAttention.forward
+        ):
             reasons[id(module.out_proj)] = "bypassed"
         if isinstance(module, nn.TransformerEncoderLayer) and _may_take_fast_path(module):
             reasons |= dict.fromkeys((id(module.linear1), id(module.linear2)), "fast_path")
@@ -124,7 +138,10 @@ def not_linear(model: nn.Module, converted: Collection[int] = ()) -> tuple[str, 
 
     converted: modules, by id, that are about to be; experts that are already do not count either.
     """
-    conv1d = sum(type(m).__name__ == "Conv1D" and _rank(getattr(m, "weight", None)) == 2 for m in model.modules())
+    conv1d = sum(
+        type(m).__name__ == "Conv1D" and _rank(getattr(m, "weight", None)) == 2
+        for m in model.modules()
+    )
     experts = 0
     for name, module in model.named_modules():
         done = isinstance(module, Experts) or id(module) in converted

@@ -45,13 +45,19 @@ def share_noise(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     seeds.
     """
     if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension, as for parallelize_module, got {mesh}: say mesh['tp']")
+        raise ValueError(
+            f"mesh must have one dimension, as for parallelize_module, got {mesh}: say mesh['tp']"
+        )
 
     # equal seeds, or the rank below would not make the noise equal
     seeds: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(seeds, [layer.nvfp4.noise.seed for layer in layers(model).values()], mesh.get_group())
+    dist.all_gather_object(
+        seeds, [layer.nvfp4.noise.seed for layer in layers(model).values()], mesh.get_group()
+    )
     if any(other != seeds[0] for other in seeds):
-        raise ValueError("the processes converted with different seeds: give convert one seed= on all of them")
+        raise ValueError(
+            "the processes converted with different seeds: give convert one seed= on all of them"
+        )
 
     # all round as the first process; layers with a DTensor weight set their rank in forward
     first = int(mesh.mesh.flatten()[0])
@@ -97,7 +103,9 @@ def _pre_all_gather(
     part = shard()
     assert part is not None
     if not isinstance(module, Linear):
-        raise RuntimeError("the layer was reverted while its weight is gathered in FP4: call fp4_all_gather(model)")
+        raise RuntimeError(
+            "the layer was reverted while its weight is gathered in FP4: call fp4_all_gather(model)"
+        )
     spec = module.nvfp4.recipe.fprop.right
     options = spec.options_given_amax
     assert options is not None
@@ -109,7 +117,11 @@ def _pre_all_gather(
 
 
 def _post_all_gather(
-    gathered: tuple[torch.Tensor, ...], record: tuple[Any, ...], dtype: torch.dtype, *, out: Any = None
+    gathered: tuple[torch.Tensor, ...],
+    record: tuple[Any, ...],
+    dtype: torch.dtype,
+    *,
+    out: Any = None,
 ) -> tuple[GatheredWeight, tuple[()]] | None:
     """The weight that FSDP2 received.
 
@@ -118,14 +130,17 @@ def _post_all_gather(
     if out is not None:
         return None
     codes, block_scale, global_scale = gathered
-    q = QTensor(codes, block_scale, global_scale[:1], *record)  # every process sends the same global scale
+    # every process sends the same global scale
+    q = QTensor(codes, block_scale, global_scale[:1], *record)
     return GatheredWeight(q, dtype), ()
 
 
 def _sharded_parameters(model: nn.Module) -> list[Any]:
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not modules:
-        raise ValueError("no part of the model is sharded: call torch.distributed.fsdp.fully_shard on it first")
+        raise ValueError(
+            "no part of the model is sharded: call torch.distributed.fsdp.fully_shard on it first"
+        )
     groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
     return [parameter for group in groups for parameter in group.fsdp_params]
 

@@ -89,7 +89,11 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
         if isinstance(module, FusedModule):
             verdicts[name] = FUSED
             continue
-        reason = _why_not_mlp(module, trials) if widths is None else _why_not_norm(module, widths, trials)
+        reason = (
+            _why_not_mlp(module, trials)
+            if widths is None
+            else _why_not_norm(module, widths, trials)
+        )
         if reason is None:
             reclass(module, FusedMLP if widths is None else FusedNorm)
         verdicts[name] = reason or FUSED
@@ -97,7 +101,9 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
 
 
 def _unfuse(model: nn.Module) -> dict[str, str]:
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedModule)}
+    fused = {
+        name: module for name, module in model.named_modules() if isinstance(module, FusedModule)
+    }
     for name, module in fused.items():
         if not can_restore(module):
             raise RuntimeError(
@@ -113,7 +119,11 @@ def _unfuse(model: nn.Module) -> dict[str, str]:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the fused modules of ``model`` compute as they did before ``fuse``."""
-    changed = [module for module in model.modules() if isinstance(module, FusedModule) and module.nvfp4_fused]
+    changed = [
+        module
+        for module in model.modules()
+        if isinstance(module, FusedModule) and module.nvfp4_fused
+    ]
     for module in changed:
         module.nvfp4_fused = False
     try:
@@ -168,7 +178,10 @@ def _needs_tensors(*tensors: torch.Tensor) -> bool:
 
 
 def _eps(module: nn.Module) -> Any:
-    return next((vars(module)[name] for name in EPS_NAMES if isinstance(vars(module).get(name), float)), None)
+    return next(
+        (vars(module)[name] for name in EPS_NAMES if isinstance(vars(module).get(name), float)),
+        None,
+    )
 
 
 def _backend(*layers: nn.Linear) -> str:
@@ -190,7 +203,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[int] | N
 def _widths(parent: nn.Module) -> set[int]:
     """in_features of the converted layers that a module, or one of its children, holds itself."""
     held = [inner for child in parent.children() for inner in (child, *child.children())]
-    held = [getattr(inner, "base_layer", inner) for inner in held]  # PEFT keeps the layer in a wrapper
+    # PEFT keeps the layer in a wrapper
+    held = [getattr(inner, "base_layer", inner) for inner in held]
     return {inner.in_features for inner in held if isinstance(inner, Linear)}
 
 
@@ -199,7 +213,12 @@ def _why_not_norm(module: nn.Module, widths: set[int], trials: dict[Any, bool]) 
     weight = vars(module)["_parameters"].get("weight")
     if "forward" in vars(module):
         return "forward_replaced"
-    if weight is None or weight.dim() != 1 or _eps(module) is None or len([*module.parameters()]) != 1:
+    if (
+        weight is None
+        or weight.dim() != 1
+        or _eps(module) is None
+        or len([*module.parameters()]) != 1
+    ):
         return "parameters"
     if weight.dtype not in INPUT_DTYPES:
         return "dtype"
@@ -234,7 +253,11 @@ def _agrees(trial: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> bool:
             got, want = trial()
         except Exception:  # whatever it raises on plain inputs, it is not the formula
             return False
-    return got.dtype == want.dtype and got.shape == want.shape and bool((got == want).float().mean() > AGREEMENT)
+    return (
+        got.dtype == want.dtype
+        and got.shape == want.shape
+        and bool((got == want).float().mean() > AGREEMENT)
+    )
 
 
 def _try_norm(module: nn.Module, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,7 +283,9 @@ def _try_mlp(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _random(rows: int, columns: int, seed: int) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32).to(torch.bfloat16)
+    return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32).to(
+        torch.bfloat16
+    )
 
 
 def _stand_in(module: nn.Module, **replaced: Any) -> nn.Module:

@@ -92,7 +92,10 @@ def observe(model: nn.Module) -> Iterator[dict[str, Health]]:
     """
     seen: dict[str, Health] = {}
     found = layers(model).items()
-    hooks = [layer.register_forward_pre_hook(_observer(name, seen), with_kwargs=True) for name, layer in found]
+    hooks = [
+        layer.register_forward_pre_hook(_observer(name, seen), with_kwargs=True)
+        for name, layer in found
+    ]
     try:
         yield seen
     finally:

@@ -34,7 +34,11 @@ def dense_linears(model: nn.Module, enabled: bool = True) -> list[str]:
 
 def slow_linears(model: nn.Module) -> str | None:
     """One line on the plain linears whose products torch emulates here, or None."""
-    slow = [module for module in model.modules() if type(module) is nn.Linear and is_emulated(module.weight)]
+    slow = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and is_emulated(module.weight)
+    ]
     if not slow:
         return None
     dtype = str(slow[0].weight.dtype).removeprefix("torch.")

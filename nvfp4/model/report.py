@@ -44,8 +44,18 @@ class LayerReport:
 
     def cells(self) -> tuple[str, ...]:
         """Its row of the table; the operands are in the caption."""
-        size, gemms = f"{self.out_features} x {self.in_features}", self.precisions or ("",) * len(GEMMS)
-        return (self.name or "(root)", size, self.recipe or "", *gemms, self.backend or "", self.reason or "")
+        size, gemms = (
+            f"{self.out_features} x {self.in_features}",
+            self.precisions or ("",) * len(GEMMS),
+        )
+        return (
+            self.name or "(root)",
+            size,
+            self.recipe or "",
+            *gemms,
+            self.backend or "",
+            self.reason or "",
+        )
 
 
 @dataclass(frozen=True)
@@ -90,15 +100,23 @@ class Report:
 
     def __rich__(self) -> Table:
         # below the table: the operands of each recipe, which have no room in the rows
-        used = dict.fromkeys((layer.recipe, layer.gemms) for layer in self.layers if layer.recipe is not None)
+        used = dict.fromkeys(
+            (layer.recipe, layer.gemms) for layer in self.layers if layer.recipe is not None
+        )
         lines = [
-            f"{recipe}: " + "; ".join(f"{gemm} {operands}" for gemm, operands in zip(GEMMS, gemms, strict=True))
+            f"{recipe}: "
+            + "; ".join(f"{gemm} {operands}" for gemm, operands in zip(GEMMS, gemms, strict=True))
             for recipe, gemms in used
         ]
         if self.not_linear:
             lines.append(f"not linear, so not converted: {', '.join(self.not_linear)}")
 
-        table = Table(title=self._title(), title_justify="left", caption="\n".join(lines), caption_justify="left")
+        table = Table(
+            title=self._title(),
+            title_justify="left",
+            caption="\n".join(lines),
+            caption_justify="left",
+        )
         for column in self._columns():
             table.add_column(column, overflow="fold")
         for layer in self.layers:
@@ -186,7 +204,9 @@ def check(
     """
     selection = Selection.of(recipe, filter_fn, include, exclude, keep_first, keep_last, experts)
     check_backend(backend)
-    model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else _skeleton(model_or_shapes)
+    model = (
+        model_or_shapes if isinstance(model_or_shapes, nn.Module) else _skeleton(model_or_shapes)
+    )
     plan = selection.plan(model)
     plan.complain(strict)
     rows = [_checked(decision, backend) for decision in plan.decisions]
@@ -198,8 +218,13 @@ def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[La
     """A row for each stack: the size is that of one expert, the bytes are those of all."""
     for name in STACKS:
         stack = getattr(decision.module, name)
-        one = nn.Linear(stack.shape[2], stack.shape[1], bias=False, device="meta", dtype=torch.bfloat16)
-        row = _checked(Decision(one, (f"{decision.names[0]}.{name}",), decision.recipe, decision.reason), backend)
+        one = nn.Linear(
+            stack.shape[2], stack.shape[1], bias=False, device="meta", dtype=torch.bfloat16
+        )
+        row = _checked(
+            Decision(one, (f"{decision.names[0]}.{name}",), decision.recipe, decision.reason),
+            backend,
+        )
         count = stack.shape[0]
         yield replace(row, nvfp4_bytes=count * row.nvfp4_bytes, bf16_bytes=count * row.bf16_bytes)
 
@@ -209,14 +234,18 @@ def _checked(decision: Decision[nn.Linear], backend: str) -> LayerCheck:
     module, recipe = decision.module, decision.recipe
     if isinstance(module, Linear):
         recipe, backend = module.nvfp4.recipe, module.nvfp4.backend
-    described = _described(decision.names[0], module, recipe, None if recipe is None else backend, decision.reason)
+    described = _described(
+        decision.names[0], module, recipe, None if recipe is None else backend, decision.reason
+    )
     rows, columns = module.out_features, module.in_features
     size = 2 * rows * columns
     if recipe is None:
         return LayerCheck(**described, nvfp4_bytes=size, bf16_bytes=size)
 
     # fprop contracts K, dgrad contracts N: each pads its own
-    padded = (_padded(recipe.fprop.right, columns) / columns + _padded(recipe.dgrad.left, rows) / rows) / 2
+    padded = (
+        _padded(recipe.fprop.right, columns) / columns + _padded(recipe.dgrad.left, rows) / rows
+    ) / 2
     codes = _stored_bytes(recipe.fprop.right, rows, columns) if recipe.fprop.quantized else size
     return LayerCheck(**described, padding=padded - 1, nvfp4_bytes=codes, bf16_bytes=size)
 
@@ -272,8 +301,12 @@ def _skeleton(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
 
         # the layer
         if not last or hasattr(owner, last):
-            raise ValueError(f"{name!r} cannot name a layer: empty, or holds other layers, or nn.Module has it")
-        owner.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16))
+            raise ValueError(
+                f"{name!r} cannot name a layer: empty, or holds other layers, or nn.Module has it"
+            )
+        owner.add_module(
+            last, nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16)
+        )
     return root
 
 

@@ -107,9 +107,15 @@ class ConversionPlan:
             warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
         experts = next((kind for kind in self.not_linear if "expert" in kind), None)
         if experts is not None:
-            why = ", ".join(sorted({decision.reason for decision in self.experts if decision.reason is not None}))
+            why = ", ".join(
+                sorted(
+                    {decision.reason for decision in self.experts if decision.reason is not None}
+                )
+            )
             hint = f" ({why})" if self.experts else "; experts=True converts those it knows"
-            message = f"{experts}: fused experts are no linear layers and stay in high precision{hint}"
+            message = (
+                f"{experts}: fused experts are no linear layers and stay in high precision{hint}"
+            )
             warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
 
 
@@ -154,15 +160,29 @@ class Selection:
         if isinstance(recipe, Mapping):
             wrong = next((pattern for pattern in recipe if not isinstance(pattern, str)), None)
             if wrong is not None:
-                raise TypeError(f"recipe goes from name patterns to recipes, got the pattern {wrong!r}")
-            recipes: tuple[tuple[str | None, Recipe], ...] = tuple((glob, as_recipe(r)) for glob, r in recipe.items())
+                raise TypeError(
+                    f"recipe goes from name patterns to recipes, got the pattern {wrong!r}"
+                )
+            recipes: tuple[tuple[str | None, Recipe], ...] = tuple(
+                (glob, as_recipe(r)) for glob, r in recipe.items()
+            )
         else:
             recipes = ((None, as_recipe(recipe)),)
         if filter_fn is not None and not callable(filter_fn):
-            raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}")
+            raise TypeError(
+                f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}"
+            )
         for argument, value in (("keep_first", keep_first), ("keep_last", keep_last)):
             _check_share(argument, value)
-        return cls(recipes, filter_fn, _patterns(include), _patterns(exclude), keep_first, keep_last, experts)
+        return cls(
+            recipes,
+            filter_fn,
+            _patterns(include),
+            _patterns(exclude),
+            keep_first,
+            keep_last,
+            experts,
+        )
 
     def plan(self, model: nn.Module) -> ConversionPlan:
         """Decide about every linear layer of ``model``, each once, in the order of the walk."""
@@ -175,7 +195,8 @@ class Selection:
         output = None if ask is None else ask()
         facts = _Facts(
             _kept_blocks(model, names, self.keep_first, self.keep_last),
-            frozenset() if output is None else frozenset(map(id, output.modules())),  # PEFT wraps the layer
+            # PEFT wraps the layer
+            frozenset() if output is None else frozenset(map(id, output.modules())),
             ask is not None,
             frozenset(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)),
             bypassed(model),
@@ -188,7 +209,9 @@ class Selection:
         # what the owner should hear
         unfit = not_linear(model, {id(d.module) for d in experts if d.recipe is not None})
         complaints = [*self._unmatched(names), *_nothing_converted((*decisions, *experts), unfit)]
-        return ConversionPlan(decisions, tuple(facts.kept_blocks), unfit, tuple(complaints), experts)
+        return ConversionPlan(
+            decisions, tuple(facts.kept_blocks), unfit, tuple(complaints), experts
+        )
 
     def _decide(self, facts: _Facts, module: nn.Linear, paths: list[str]) -> Decision[nn.Linear]:
         """Of a layer: converted only if every one of its names is.
@@ -198,7 +221,9 @@ class Selection:
         reasons = [self._why_keep(facts, module, path) for path in paths]
         return Decision(module, tuple(paths), *self._verdict(paths, reasons))
 
-    def _decide_experts(self, facts: _Facts, module: nn.Module, paths: list[str]) -> Decision[nn.Module]:
+    def _decide_experts(
+        self, facts: _Facts, module: nn.Module, paths: list[str]
+    ) -> Decision[nn.Module]:
         """Of stacked experts, by the name of the module.
 
         ``filter_fn`` is not asked, since it expects linears.
@@ -206,7 +231,9 @@ class Selection:
         reasons = [why_not_experts(module) or self._why_left_out(facts, path) for path in paths]
         return Decision(module, tuple(paths), *self._verdict(paths, reasons))
 
-    def _verdict(self, paths: list[str], reasons: list[str | None]) -> tuple[Recipe | None, str | None]:
+    def _verdict(
+        self, paths: list[str], reasons: list[str | None]
+    ) -> tuple[Recipe | None, str | None]:
         """(recipe, None) or (None, reason), from the reasons against each of a module's names."""
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
@@ -219,7 +246,11 @@ class Selection:
     def _why_keep(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
         # asked about every name, whatever else holds
         accepted = self.filter_fn is None or self.filter_fn(module, name)
-        why_not = why_not_linear(module) or facts.bypassed.get(id(module)) or self._why_should_not(facts, module, name)
+        why_not = (
+            why_not_linear(module)
+            or facts.bypassed.get(id(module))
+            or self._why_should_not(facts, module, name)
+        )
         return why_not or (None if accepted else "filter_fn")
 
     def _why_should_not(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
@@ -228,7 +259,11 @@ class Selection:
             return "tied_to_embedding"
         if any(part.startswith("lora_") for part in name.split(".")):
             return "adapter"
-        is_output = id(module) in facts.output if facts.knows_output else name.rpartition(".")[2] in OUTPUT_NAMES
+        is_output = (
+            id(module) in facts.output
+            if facts.knows_output
+            else name.rpartition(".")[2] in OUTPUT_NAMES
+        )
         return self._why_left_out(facts, name, is_output)
 
     def _why_left_out(self, facts: _Facts, name: str, is_output: bool = False) -> str | None:
@@ -240,12 +275,19 @@ class Selection:
                 return "not_included"
         elif is_output:
             return "output_embedding"
-        return next((why for block, why in facts.kept_blocks.items() if f"{name}.".startswith(f"{block}.")), None)
+        return next(
+            (why for block, why in facts.kept_blocks.items() if f"{name}.".startswith(f"{block}.")),
+            None,
+        )
 
     def _unmatched(self, names: list[str]) -> Iterator[str]:
         """A complaint about each pattern that matches none of the names."""
         recipes = tuple(pattern for pattern, _ in self.recipes if pattern is not None)
-        for argument, patterns in (("recipe", recipes), ("include", self.include), ("exclude", self.exclude)):
+        for argument, patterns in (
+            ("recipe", recipes),
+            ("include", self.include),
+            ("exclude", self.exclude),
+        ):
             for pattern in patterns:
                 if not any(matches(pattern, name) for name in names):
                     seen = f"names look like {names[:3]}"
@@ -261,7 +303,9 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
-def _with_names(model: nn.Module, is_meant: Callable[[nn.Module], bool]) -> list[tuple[Any, list[str]]]:
+def _with_names(
+    model: nn.Module, is_meant: Callable[[nn.Module], bool]
+) -> list[tuple[Any, list[str]]]:
     """Each module that is meant once, in the order of the walk, with every name that reaches it."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -284,7 +328,9 @@ def _kept(decisions: Sequence[Decision[Any]]) -> str:
     return f"kept {kept.total()}" + (f" ({detail})" if detail else "")
 
 
-def _kept_blocks(model: nn.Module, names: list[str], first: int | float, last: int | float) -> dict[str, str]:
+def _kept_blocks(
+    model: nn.Module, names: list[str], first: int | float, last: int | float
+) -> dict[str, str]:
     """Dotted names of the blocks to keep, with the reason.
 
     A stack is whatever has children named 0, 1, ..., be it a list, a Sequential or a dict; the
@@ -342,5 +388,7 @@ def _patterns(patterns: Patterns) -> tuple[str, ...]:
         patterns = (patterns,)
     wrong = next((pattern for pattern in patterns if not isinstance(pattern, str)), None)
     if wrong is not None:
-        raise TypeError(f"include and exclude take names with globs, such as 'layers.0', got {wrong!r}")
+        raise TypeError(
+            f"include and exclude take names with globs, such as 'layers.0', got {wrong!r}"
+        )
     return tuple(patterns)

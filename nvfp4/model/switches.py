@@ -54,7 +54,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 class _Switched(AbstractContextManager[nn.Module]):
     """What ``forward_precision`` changed; leaving it as a context puts that back."""
 
-    def __init__(self, model: nn.Module, before: list[tuple[LinearState, Recipe, Recipe | None]]) -> None:
+    def __init__(
+        self, model: nn.Module, before: list[tuple[LinearState, Recipe, Recipe | None]]
+    ) -> None:
         self._model = model
         self._before = before
 
@@ -62,7 +64,10 @@ class _Switched(AbstractContextManager[nn.Module]):
         return self._model
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         for state, recipe, full_recipe in self._before:
             state.recipe = recipe
@@ -87,7 +92,9 @@ def forward_precision(model: nn.Module, precision: str) -> AbstractContextManage
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     here = list(states(model).values())
     if not here:
-        warnings.warn("forward_precision: the model has no converted layer", ConvertWarning, stacklevel=2)
+        warnings.warn(
+            "forward_precision: the model has no converted layer", ConvertWarning, stacklevel=2
+        )
 
     before = [(state, state.recipe, state.full_recipe) for state in here]
     for state, recipe, full_recipe in before:
@@ -114,7 +121,9 @@ def capturable(model: nn.Module, enabled: bool = True) -> nn.Module:
     converted = layers(model)
     for name, layer in converted.items():
         if enabled and layer.weight.device.type == "meta":
-            raise RuntimeError(f"{name or 'the layer'} has no memory yet: materialise the model before capturable")
+            raise RuntimeError(
+                f"{name or 'the layer'} has no memory yet: materialise the model before capturable"
+            )
     for layer in converted.values():
         noise = layer.nvfp4.noise
         noise.place(noise.state, layer.weight.device if enabled else "cpu", enabled)
@@ -172,8 +181,14 @@ def _check_group(names: tuple[str, ...], members: list[Linear]) -> None:
     states_of_group = [layer.nvfp4 for layer in members]
     specs = [(state.full_recipe or state.recipe).fprop.right for state in states_of_group]
     if len({layer.weight.dtype for layer in members}) > 1:
-        raise ValueError(f"{group} have weights of different dtypes, so no scale can serve them all")
+        raise ValueError(
+            f"{group} have weights of different dtypes, so no scale can serve them all"
+        )
     if any(spec != specs[0] for spec in specs):
-        raise ValueError(f"{group} have different recipes for their weights, so no scale can serve all")
+        raise ValueError(
+            f"{group} have different recipes for their weights, so no scale can serve all"
+        )
     if specs[0].options_given_amax is None:
-        raise ValueError(f"{group}: weights under {specs[0]} have no single scale that follows from amax")
+        raise ValueError(
+            f"{group}: weights under {specs[0]} have no single scale that follows from amax"
+        )

@@ -59,7 +59,9 @@ def quantized_weights(model: nn.Module) -> dict[str, WeightHandle]:
         elif isinstance(state, dict):
             stacks = {parameter: s for parameter, s in state.items() if isinstance(s, LinearState)}
             for parameter, of_stack in stacks.items():
-                handles[f"{name}.{parameter}" if name else parameter] = WeightHandle(of_stack, module, parameter)
+                handles[f"{name}.{parameter}" if name else parameter] = WeightHandle(
+                    of_stack, module, parameter
+                )
     return dict(sorted(handles.items(), key=lambda item: item[1].state.noise.layer))
 
 
@@ -119,7 +121,9 @@ def after_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> AfterStep:
     ``remove()``, or leaving ``with after_step(...):``, ends it. Raises TypeError for an optimizer
     without step hooks, such as accelerate's wrapper: give the one inside.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(
+        optimizer, "_optimizer_step_post_hooks"
+    ):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer with step hooks, got {kind}")
     return AfterStep(optimizer, model)
@@ -130,7 +134,9 @@ class AfterStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._weights = list(quantized_weights(model).values())
-        self._caches = [handle.state.cache for handle in self._weights if handle.state.cache.mode is Mode.BYTES]
+        self._caches = [
+            handle.state.cache for handle in self._weights if handle.state.cache.mode is Mode.BYTES
+        ]
         for cache in self._caches:
             cache.mode = Mode.AFTER_STEP
         self._hook = optimizer.register_step_post_hook(self._stepped)
@@ -141,7 +147,8 @@ class AfterStep:
         _quantize_now(self._weights)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}  # read now: groups may be added
+        # read now: groups may be added
+        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
         _quantize_now([handle for handle in self._weights if id(handle.weight) in changed])
 
     def remove(self) -> None:
@@ -155,7 +162,10 @@ class AfterStep:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.remove()
 

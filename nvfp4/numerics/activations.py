@@ -6,7 +6,8 @@ rounded square roots; round_t is one rounding, to nearest even, to the dtype t. 
 makes the same codes.
 
     RMSNorm   rstd = 1 / sqrt(mean + eps), mean = row_sum(x^2) / K, y = round_out(round_x(x rstd) w)
-    SwiGLU    y = round_out(round_gate(silu(gate)) up), silu(g) = (g or g e) / (1 + e), e = exp(-|g|)
+    SwiGLU    y = round_out(round_gate(silu(gate)) up), silu(g) = (g or g e) / (1 + e), e =
+    exp(-|g|)
 
 They round where transformers' ``LlamaRMSNorm`` and ``LlamaMLP`` do (``out``: the dtype that torch
 promotes to), and differ from them in the order of a sum, which torch leaves open, and in the last
@@ -120,10 +121,13 @@ class SwiGLU(NamedTuple):
 def _sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator and denominator of the sigmoid of float32 x: (1 or e) / (1 + e), e = exp(-|x|)."""
     e = exp_negative(x)
-    return torch.maximum(e, (x >= 0).to(torch.float32)), 1 + e  # as torch.where, which is slow on CPUs: e <= 1
+    # as torch.where, which is slow on CPUs: e <= 1
+    return torch.maximum(e, (x >= 0).to(torch.float32)), 1 + e
 
 
-def _silu(dtype: torch.dtype, gate: torch.Tensor, sigmoid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _silu(
+    dtype: torch.dtype, gate: torch.Tensor, sigmoid: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """silu(gate) of float32 gate, rounded to ``dtype``, in float32."""
     top, bottom = sigmoid
     return (gate * top).div_(bottom).to(dtype).to(torch.float32)

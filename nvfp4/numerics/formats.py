@@ -35,11 +35,15 @@ class ElementFormat:
     def grid(self) -> tuple[float, ...]:
         """The non-negative finite values in ascending order; the index of a value is its code."""
         per_binade = 2**self.mantissa_bits
-        values = [code * 2.0 ** (self.min_exponent - self.mantissa_bits) for code in range(per_binade)]
+        values = [
+            code * 2.0 ** (self.min_exponent - self.mantissa_bits) for code in range(per_binade)
+        ]
         exponent = self.min_exponent
         while values[-1] < self.max:
             step = 2.0 ** (exponent - self.mantissa_bits)
-            values += [v for v in (2.0**exponent + i * step for i in range(per_binade)) if v <= self.max]
+            values += [
+                v for v in (2.0**exponent + i * step for i in range(per_binade)) if v <= self.max
+            ]
             exponent += 1
         return tuple(values)
 

@@ -64,7 +64,9 @@ class Rotation:
         for i in reversed(range(self.rounds)):
             signs = rotation_signs(self._seed(), i, self.group, y.device)
             # H H = group * I, so the inverse scale is 1 / (group * scale of the forward round)
-            groups = fwht(groups) * (1 / (self.group * round_scale(i, self.rounds, self.group))) * signs
+            groups = (
+                fwht(groups) * (1 / (self.group * round_scale(i, self.rounds, self.group))) * signs
+            )
         return groups.reshape(y.shape)
 
     def _seed(self) -> Seed:
@@ -73,7 +75,9 @@ class Rotation:
         return self.sign_seed
 
 
-def rotation_signs(sign_seed: Seed, round_index: int, group: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def rotation_signs(
+    sign_seed: Seed, round_index: int, group: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Signs of one round: float32 [group] of +-1. Bit j of the 128 Philox bits set means -1 at
     position j."""
     words = philox(sign_seed, round_index, SIGN_STREAM)
@@ -89,7 +93,8 @@ def fwht(x: torch.Tensor) -> torch.Tensor:
     """Unnormalised Walsh-Hadamard transform of the last axis (a power of two), strides 1, 2, ...,
     n/2, float32."""
     n = x.shape[-1]
-    lead = x.reshape(-1, n).t().contiguous()  # the rotated axis leads, so each butterfly runs over contiguous memory
+    # the rotated axis leads, so each butterfly runs over contiguous memory
+    lead = x.reshape(-1, n).t().contiguous()
     stride = 1
     while stride < n:
         pairs = lead.view(n // (2 * stride), 2, -1)
@@ -98,7 +103,9 @@ def fwht(x: torch.Tensor) -> torch.Tensor:
     return lead.view(n, -1).t().reshape(x.shape)
 
 
-def rotate(x: torch.Tensor, sign_seed: Seed, *, rounds: int = 1, group: int = 128, axis: int = -1) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, sign_seed: Seed, *, rounds: int = 1, group: int = 128, axis: int = -1
+) -> torch.Tensor:
     """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled Walsh-Hadamard
     transform.
 

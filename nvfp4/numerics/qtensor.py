@@ -129,7 +129,9 @@ class QTensor:
         values = e2m1_decode(unpack(self.codes)).view(*scales.shape, NVFP4.block_size)
         return (values * scales[..., None]).view(self.rows, self.padded_contraction)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, *, rotated: bool = False) -> torch.Tensor:
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, *, rotated: bool = False
+    ) -> torch.Tensor:
         """The tensor it stands for, of the original ``shape``: fl(fl(e2m1 * block_scale) *
         global_scale).
 
@@ -143,7 +145,12 @@ class QTensor:
         if self.rotation is not None:
             values = self.rotation.invert(values)
         lead = [size for i, size in enumerate(self.shape) if i != self.axis % len(self.shape)]
-        return values[:, : self.contraction].reshape(*lead, self.contraction).movedim(-1, self.axis).to(dtype)
+        return (
+            values[:, : self.contraction]
+            .reshape(*lead, self.contraction)
+            .movedim(-1, self.axis)
+            .to(dtype)
+        )
 
     def transpose(self) -> QTensor:
         """The same codes and tile scales with rows and contraction exchanged; no value changes.
@@ -153,12 +160,16 @@ class QTensor:
         """
         if self.block != TILE_BLOCK or self.rotation is not None or len(self.shape) != 2:
             raise ValueError(
-                f"transpose() needs an unrotated matrix with block={TILE_BLOCK}, got block={self.block}, "
-                f"rotation={self.rotation}, shape={self.shape}; quantise the transposed tensor instead"
+                f"transpose() needs an unrotated matrix with block={TILE_BLOCK}, got "
+                f"block={self.block}, "
+                f"rotation={self.rotation}, shape={self.shape}; quantise the transposed tensor "
+                "instead"
             )
         rows = F.pad(self.codes, (0, 0, 0, -self.rows % NVFP4.block_size))
         upper, lower = rows[0::2], rows[1::2]  # of each 2x2 square of codes, two bytes
-        codes = torch.empty(self.padded_contraction, rows.shape[0] // 2, dtype=torch.uint8, device=self.device)
+        codes = torch.empty(
+            self.padded_contraction, rows.shape[0] // 2, dtype=torch.uint8, device=self.device
+        )
         codes[0::2] = ((upper & 15) | (lower << 4)).t()
         codes[1::2] = ((upper >> 4) | (lower & 240)).t()
         return replace(

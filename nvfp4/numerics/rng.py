@@ -32,13 +32,15 @@ PROBLEM_BRANCH = 11  # problems of a step
 DRAW_BRANCH = 12  # tokens of completions
 COIN_BRANCH = 13  # rewards by chance, a control
 NORM_NOISE_BRANCH = 14  # noise on the sampler's norms
-EVALUATION_BRANCH = 21  # of the seed 0, as the next two: all runs are measured on the same problems and draws
+# of the seed 0, as the next two: all runs are measured on the same problems and draws
+EVALUATION_BRANCH = 21
 ABLATION_BRANCH = 22
 LENGTH_BRANCH = 23  # problems that are only measured for their length
 CANDIDATE_BRANCH = 31  # candidates of a round of Prismatic Synthesis
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # M0, M1 of Philox4x32 (SC 2011, table 2)
-WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)
+# golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _SEED_LIMIT = 2**64
@@ -64,7 +66,8 @@ SeedKind = TypeVar("SeedKind", bound=Seed)
 """A seed as a number in [0, 2^64), or one that only the device knows."""
 
 try:
-    from nvfp4._cpu import fold_in as _native_fold_in  # a layer asks six times a step, and Python takes 8 us each time
+    # a layer asks six times a step, and Python takes 8 us each time
+    from nvfp4._cpu import fold_in as _native_fold_in
 except ImportError:
     _native_fold_in = None
 
@@ -91,7 +94,12 @@ def philox(seed: Seed, index: Word, stream: int) -> tuple[Word, Word, Word, Word
     c0, c1, c2, c3 = index & _MASK, (index >> 32) & _MASK, (index & 0) + stream, index & 0
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (
+            (p1 >> 32) & _MASK ^ c1 ^ k0,
+            p1 & _MASK,
+            (p0 >> 32) & _MASK ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + WEYL[0]) & _MASK, (k1 + WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -144,7 +152,9 @@ def draw16(seed: Seed, stream: int, count: int, device: torch.device | str = "cp
     return out.view(-1)[:count]
 
 
-def uniform(seed: Seed, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+def uniform(
+    seed: Seed, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, draws in row-major
     order.
 

@@ -28,7 +28,8 @@ def nearest(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
 
 
 def up(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
-    """The smallest grid value not below each float32 of x >= 0, at most max; same shape, float32."""
+    """The smallest grid value not below each float32 of x >= 0, at most max; same shape,
+    float32."""
     magnitude = x.clamp(max=fmt.max)
     step = _step(magnitude, fmt)
     return magnitude.div_(step).ceil_().mul_(step).clamp_(max=fmt.max)

@@ -1,14 +1,17 @@
 """What torch is doing around a call, asked in one place: tracing, recording, capturing, spreading,
 casting.
 
-    somebody traces      ``torch.compile``, a fake tensor, or a dispatch mode such as selective checkpointing. To them
-                         our kernels are invisible: they write through raw pointers, so what they fill would be taken
-                         for uninitialised memory. A layer must then be one registered operator (``is_traced``), and
-                         whoever calls kernels directly does so out of their sight (``without_dispatch_modes``).
-    a CUDA graph         what is computed now is recorded and computed later, again and again. Whatever is read on the
-    is captured          host, kept, or measured now would be wrong at the second replay (``is_capturing``).
-    a DTensor            is spread over processes; its memory here is a part (``is_dtensor``).
-    autocast             would round the float32 GEMM of an emulated product to BF16 (``without_autocast``).
+    somebody traces      ``torch.compile``, a fake tensor, or a dispatch mode such as selective
+    checkpointing. To them
+                         our kernels are invisible: they write through raw pointers, so what they
+                         fill would be taken for uninitialised memory. A layer must then be one
+                         registered operator (``is_traced``), and whoever calls kernels directly
+                         does so out of their sight (``without_dispatch_modes``).
+    a CUDA graph         what is computed now is recorded and computed later, again and again.
+    Whatever is read on the is captured          host, kept, or measured now would be wrong at the
+    second replay (``is_capturing``). a DTensor            is spread over processes; its memory here
+    is a part (``is_dtensor``). autocast             would round the float32 GEMM of an emulated
+    product to BF16 (``without_autocast``).
 
 All of these are asked in every call of every layer, so none of them imports or allocates anything.
 """
@@ -27,7 +30,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 def is_traced(x: torch.Tensor) -> bool:
     """Whether somebody watches the operators that run on ``x``: a compiler, a dispatch mode, or x
     itself, a fake."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(x, FakeTensor)
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or isinstance(x, FakeTensor)
+    )
 
 
 def without_dispatch_modes() -> AbstractContextManager[object]:
@@ -66,14 +73,20 @@ def is_plain_parameter(x: object) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on ``device``, or None where it is off or
     unknown to it."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
+        device.type
+    ):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off within; nothing where it is off already or unknown to the device."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+    return (
+        nullcontext()
+        if autocast_dtype(device) is None
+        else torch.autocast(device.type, enabled=False)
+    )
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:

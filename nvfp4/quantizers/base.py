@@ -62,7 +62,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Finite float32 blocks [m, k, size] with the noise that belongs to their elements and scales."""
+    """Finite float32 blocks [m, k, size] with the noise that belongs to their elements and
+    scales."""
 
     values: torch.Tensor
     rows: int
@@ -80,11 +81,16 @@ class Blocks:
         return to_blocks(u, self.options.block)
 
     def scale_noise(self) -> torch.Tensor:
-        """Uniforms of stream 2 for each block scale, [m, k]; draw n = row * (Kp/16) + block column."""
-        return uniform(self._seed(), BLOCK_SCALE_STREAM, tuple(self.values.shape[:2]), self.values.device)
+        """Uniforms of stream 2 for each block scale, [m, k]; draw n = row * (Kp/16) + block
+        column."""
+        return uniform(
+            self._seed(), BLOCK_SCALE_STREAM, tuple(self.values.shape[:2]), self.values.device
+        )
 
     def _seed(self) -> Seed:
-        assert self.options.seed is not None, "Quantizer.check lets no stochastic rule run without a seed"
+        assert self.options.seed is not None, (
+            "Quantizer.check lets no stochastic rule run without a seed"
+        )
         return self.options.seed
 
 
@@ -117,14 +123,21 @@ class Quantizer:
         defaults = {f.name: f.default for f in fields(Options)} | {"block": self.block}
         for name, value in options.items():
             if name not in defaults:
-                raise TypeError(f"unknown option {name!r} for {self.name}; it takes {sorted(accepted)}")
+                raise TypeError(
+                    f"unknown option {name!r} for {self.name}; it takes {sorted(accepted)}"
+                )
             if name not in accepted and value != defaults[name]:
-                raise ValueError(f"{self.name} does not take {name}={value!r}; it takes {sorted(accepted)}")
+                raise ValueError(
+                    f"{self.name} does not take {name}={value!r}; it takes {sorted(accepted)}"
+                )
         checked = Options(**(defaults | options))  # type: ignore[arg-type]
         if checked.block not in (ROW_BLOCK, TILE_BLOCK):
             raise ValueError(f"block must be {ROW_BLOCK} or {TILE_BLOCK}, got {checked.block!r}")
         if checked.row_scaled and checked.block != ROW_BLOCK:
-            raise ValueError(f"row_scaled needs block={ROW_BLOCK}: a tile spans 16 rows, got block={checked.block}")
+            raise ValueError(
+                f"row_scaled needs block={ROW_BLOCK}: a tile spans 16 rows, got "
+                f"block={checked.block}"
+            )
         if checked.metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {checked.metric!r}")
         return self._check_seeds(checked)
@@ -138,9 +151,13 @@ class Quantizer:
         if not self.rotates:
             return options
         if options.rotation is not None:
-            raise ValueError(f"{self.name} rotates by itself: use its group, rounds and sign_seed, not rotation=")
+            raise ValueError(
+                f"{self.name} rotates by itself: use its group, rounds and sign_seed, not rotation="
+            )
         sign_seed = options.seed if options.sign_seed is None else options.sign_seed
-        return Options(**vars(options) | {"rotation": Rotation(options.group, options.rounds, sign_seed)})
+        return Options(
+            **vars(options) | {"rotation": Rotation(options.group, options.rounds, sign_seed)}
+        )
 
     def quantize(self, x: torch.Tensor, options: Options) -> QTensor:
         """Quantise matrix x [M, K] (float32, float16, bfloat16; any strides) along its last axis.
@@ -157,14 +174,20 @@ class Quantizer:
             return _empty(padded, tuple(x.shape), options)
         if rotation is not None:
             padded = rotation.apply(padded)
-        amax = padded.abs().amax(dim=1, keepdim=True) if options.row_scaled else padded.abs().amax().view(1, 1)
+        amax = (
+            padded.abs().amax(dim=1, keepdim=True)
+            if options.row_scaled
+            else padded.abs().amax().view(1, 1)
+        )
         finite = amax.isfinite()
         blocks = Blocks(to_blocks(torch.where(finite, padded, 0.0), options.block), rows, options)
         values, block_scale, global_scale = self.rule(blocks)
         poisoned = torch.where(finite, global_scale, float("nan"))
         codes = pack(from_blocks(e2m1_encode(values), options.block, rows)) * finite
         scale_codes = e4m3_encode(block_scale) * finite
-        return QTensor(codes, scale_codes, poisoned.view(-1), options.block, tuple(x.shape), -1, rotation)
+        return QTensor(
+            codes, scale_codes, poisoned.view(-1), options.block, tuple(x.shape), -1, rotation
+        )
 
 
 def _empty(padded: torch.Tensor, shape: tuple[int, ...], options: Options) -> QTensor:
@@ -174,7 +197,9 @@ def _empty(padded: torch.Tensor, shape: tuple[int, ...], options: Options) -> QT
     return QTensor(
         codes=torch.zeros(rows, columns // 2, dtype=torch.uint8, device=padded.device),
         block_scale=torch.zeros(scale_shape, dtype=torch.uint8, device=padded.device),
-        global_scale=torch.ones(rows if options.row_scaled else 1, dtype=torch.float32, device=padded.device),
+        global_scale=torch.ones(
+            rows if options.row_scaled else 1, dtype=torch.float32, device=padded.device
+        ),
         block=options.block,
         shape=shape,
         rotation=options.rotation,

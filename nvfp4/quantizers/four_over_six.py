@@ -1,7 +1,7 @@
 """four_over_six: per block, map the maximum to 6 or to 4, whichever decodes closer to the input.
 
-    s6 = e4m3(base), s4 = e4m3(1.5 * base); of a candidate s: codes = e2m1(x S / s), err = sum (x S - codes * s)^2
-    s4 where err4 < err6, else s6; scales capped at 256 so that 1.5x still fits
+    s6 = e4m3(base), s4 = e4m3(1.5 * base); of a candidate s: codes = e2m1(x S / s), err = sum (x S
+    - codes * s)^2 s4 where err4 < err6, else s6; scales capped at 256 so that 1.5x still fits
 
 E2M1 has nothing between 4 and 6, so elements near 5/6 of the maximum fare badly on the usual scale.
 Source: "Four Over Six", arXiv 2512.02010. ``metric``: mse (default), mae (sum |e|) or abs_max (max
@@ -77,7 +77,16 @@ def claims(options: Options) -> Claims:
     """Never worse than the s6 candidate, so rtn's bound holds for the block's squared error, not
     for one element."""
     table = _RELATIVE_MSE_OF_TILES if options.block == TILE_BLOCK else _RELATIVE_MSE
-    return Claims(True, False, False, None, table[options.metric], 0.06e-3 if options.metric == "abs_max" else 0.03e-3)
+    return Claims(
+        True,
+        False,
+        False,
+        None,
+        table[options.metric],
+        0.06e-3 if options.metric == "abs_max" else 0.03e-3,
+    )
 
 
-FOUR_OVER_SIX = Quantizer("four_over_six", rule, claims, frozenset({"block", "row_scaled", "metric"}))
+FOUR_OVER_SIX = Quantizer(
+    "four_over_six", rule, claims, frozenset({"block", "row_scaled", "metric"})
+)

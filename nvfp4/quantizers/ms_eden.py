@@ -3,7 +3,8 @@ scale stochastically.
 
     y = rotate(x); per block a = max |y|, z = y / a, c = (6/0.988125) / k, v = z c, q = e2m1(v)
     S = <v, v> / <v, q>  (so that <S q, v> = <v, v>: the EDEN correction), r = a S / c
-    global_scale = max r / 448, block_scale = e4m3_stochastic(r / global_scale), value = q * block_scale * global_scale
+    global_scale = max r / 448, block_scale = e4m3_stochastic(r / global_scale), value = q *
+    block_scale * global_scale
 
 Source: MS-EDEN, Quartet II, arXiv 2601.22813, section 3.2 and its post-hoc range kernel; here with
 the correction per 16 elements, scales in float32 and stochastic over all of E4M3. ``search=True``
@@ -69,7 +70,9 @@ def rule(blocks: Blocks) -> Quantized:
     return values, stochastic(scale / global_scale, E4M3, blocks.scale_noise()), global_scale
 
 
-def _search(unit: torch.Tensor, values: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(
+    unit: torch.Tensor, values: torch.Tensor, length: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     def error(q: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         e = unit - q * t[..., None]
         return tree_sum(e * e)

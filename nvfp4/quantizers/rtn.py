@@ -1,6 +1,7 @@
 """rtn: round to nearest, TransformerEngine's rule; rtn_2d is the same on 16x16 tiles.
 
-    s = e4m3(base), m = min(1 / (s * global_scale), FLT_MAX), codes = e2m1(x * m), scales capped at 448
+    s = e4m3(base), m = min(1 / (s * global_scale), FLT_MAX), codes = e2m1(x * m), scales capped at
+    448
 
 Source: TransformerEngine, ``common/cast/nvfp4/core_nvfp4.cuh``; NVIDIA, "Pretraining LLMs with
 NVFP4", arXiv 2509.25149.
@@ -16,7 +17,9 @@ from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 
 
-def scaled_elements(blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+def scaled_elements(
+    blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor
+) -> torch.Tensor:
     """x * m with m = min(1 / (s * global_scale), FLT_MAX): what the elements are before they are
     rounded to E2M1.
 
@@ -37,7 +40,11 @@ def nearest_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
 def rule(blocks: Blocks) -> Quantized:
     """Nearest block scale, nearest codes."""
     block_scale, global_scale = nearest_scales(blocks)
-    return nearest(scaled_elements(blocks, block_scale, global_scale), E2M1), block_scale, global_scale
+    return (
+        nearest(scaled_elements(blocks, block_scale, global_scale), E2M1),
+        block_scale,
+        global_scale,
+    )
 
 
 def claims(options: Options) -> Claims:

@@ -1,8 +1,8 @@
 """scale_search (ours): of ten neighbouring E4M3 scales, the one whose block decodes closest to the
 input.
 
-    s0 = e4m3(base), then the bytes byte(s0) + k for k = -2, -1, 1, ..., 6, clamped to [1, 126]; err as in
-    four_over_six, strictly smaller wins, in that order, s0 first; a zero scale stays zero
+    s0 = e4m3(base), then the bytes byte(s0) + k for k = -2, -1, 1, ..., 6, clamped to [1, 126]; err
+    as in four_over_six, strictly smaller wins, in that order, s0 first; a zero scale stays zero
 
 A byte is at most 1/8 of a scale, so -2 ... 6 covers maxima mapped to about 7.5 down to 3.5 of the
 E2M1 grid: Four Over Six and everything between. On N(0, 1) it takes 27 % off rtn's squared error,
@@ -44,7 +44,9 @@ def rule(blocks: Blocks) -> Quantized:
 
 def claims(options: Options) -> Claims:
     """As four_over_six: no bound for a single element."""
-    return Claims(True, False, False, None, 11.35e-3 if options.block == TILE_BLOCK else 6.60e-3, 0.03e-3)
+    return Claims(
+        True, False, False, None, 11.35e-3 if options.block == TILE_BLOCK else 6.60e-3, 0.03e-3
+    )
 
 
 SCALE_SEARCH = Quantizer("scale_search", rule, claims, frozenset({"block", "row_scaled"}))

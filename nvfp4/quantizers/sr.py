@@ -1,9 +1,10 @@
 """sr: stochastic rounding that never clips, hence unbiased; sr_te: NVIDIA's, on a nearest scale,
 slightly biased.
 
-    sr:     s = e4m3_up(base), codes = e2m1_stochastic(x * m): rounding the scale up keeps every |x * m| <= 6
-    sr_te:  s = e4m3(base),    codes = e2m1_stochastic(x * m): a scale rounded down clips the block maximum by up to
-    1/17
+    sr:     s = e4m3_up(base), codes = e2m1_stochastic(x * m): rounding the scale up keeps every |x
+    * m| <= 6
+    sr_te:  s = e4m3(base),    codes = e2m1_stochastic(x * m): a scale rounded down clips the block
+    maximum by up to 1/17
 
 m as in rtn. Sources: sr is ours; sr_te is TransformerEngine's gradient quantiser (arXiv 2509.25149,
 section 4).
@@ -37,12 +38,26 @@ def rule_te(blocks: Blocks) -> Quantized:
 def claims(options: Options) -> Claims:
     """A whole gap of at most 2 of 6; the scale rounded up widens it by at most 9/8. MSE on N(0, 1)
     as measured."""
-    return Claims(False, True, False, 1 / 3 * 9 / 8, 26.33e-3 if options.block == TILE_BLOCK else 22.22e-3, 0.1e-3)
+    return Claims(
+        False,
+        True,
+        False,
+        1 / 3 * 9 / 8,
+        26.33e-3 if options.block == TILE_BLOCK else 22.22e-3,
+        0.1e-3,
+    )
 
 
 def claims_te(options: Options) -> Claims:
     """A whole gap of at most 2 of 6, on a scale up to 1/17 off."""
-    return Claims(False, False, False, 1 / 3 * 17 / 16, 25.28e-3 if options.block == TILE_BLOCK else 18.87e-3, 0.06e-3)
+    return Claims(
+        False,
+        False,
+        False,
+        1 / 3 * 17 / 16,
+        25.28e-3 if options.block == TILE_BLOCK else 18.87e-3,
+        0.06e-3,
+    )
 
 
 SR = Quantizer("sr", rule, claims, frozenset({"block", "row_scaled"}))

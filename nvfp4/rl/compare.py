@@ -66,21 +66,35 @@ def plan(config: RLConfig) -> list[Arm]:
 def comparison(
     config: RLConfig, arms: list[Arm], results: list[dict[str, Any]], ablation: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of compare.json: results, curves as read from the logs, the ablation, the gates."""
+    """The content of compare.json: results, curves as read from the logs, the ablation, the
+    gates."""
     runs = []
     for arm, result in zip(arms, results, strict=True):
         rows = [row for row in log.read(arm.folder.log) if "reward" in row]
         named = (*CURVES, f"rewards/{result['task']}/mean")
         curves = {name: [row[name] for row in rows] for name in named}
         kept = {key: value for key, value in result.items() if key not in ("config", "completions")}
-        runs.append({"name": arm.name, **kept, "curve": {"step": [row["step"] for row in rows], **curves}})
+        runs.append(
+            {"name": arm.name, **kept, "curve": {"step": [row["step"] for row in rows], **curves}}
+        )
     report = {"config": saved_fields(config), "runs": runs, "ablation": ablation}
     return {**report, "gates": gates(runs, ablation)}
 
 
 def _arm(config: RLConfig, recipe: str, seed: int, reward: str) -> Arm:
     name = f"{'control-' if reward == 'random' else ''}{recipe}-seed{seed}"
-    own: dict[str, Any] = {"recipe": recipe, "seed": seed, "reward": reward, "out": str(Path(config.out) / name)}
-    shared: dict[str, Any] = {"seeds": (), "recipes": (), "control": False, "workers": None, "overwrite": False}
+    own: dict[str, Any] = {
+        "recipe": recipe,
+        "seed": seed,
+        "reward": reward,
+        "out": str(Path(config.out) / name),
+    }
+    shared: dict[str, Any] = {
+        "seeds": (),
+        "recipes": (),
+        "control": False,
+        "workers": None,
+        "overwrite": False,
+    }
     resolved = resolve(dataclasses.replace(config, **own, **shared))
     return Arm(name, "rl", resolved, RLFolder(resolved.out))

@@ -58,7 +58,8 @@ def _pairs(value: Any) -> Any:
     """{name: value} of a config file as the command line has it, name=value."""
     if isinstance(value, dict):
         return tuple(
-            f"{name}={yaml.safe_dump(v, default_flow_style=True).split(chr(10))[0]}" for name, v in value.items()
+            f"{name}={yaml.safe_dump(v, default_flow_style=True).split(chr(10))[0]}"
+            for name, v in value.items()
         )
     return value
 
@@ -257,8 +258,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 RL_RECIPES: dict[str, Recipe] = {**RECIPES, W4A16.name: W4A16}
 
 RENAMED = {
-    "truncated_reward": "what a completion keeps that the length limit cuts off is up to the objective: give "
-    "--objective-options truncated=scale truncated_scale=0 for what was the default, nothing to keep all"
+    "truncated_reward": "what a completion keeps that the length limit cuts off is up to the "
+    "objective: give --objective-options truncated=scale truncated_scale=0 for what was the "
+    "default, nothing to keep all"
 }
 """Options of earlier versions, and what to give instead."""
 
@@ -298,7 +300,9 @@ def resolve(config: RLConfig) -> RLConfig:
 def _as_its_authors(config: RLConfig) -> RLConfig:
     """With what the objective's authors use where the config is open."""
     defaults = OBJECTIVES[config.objective].defaults
-    minibatches = max(d for d in range(1, config.prompts + 1) if config.prompts % d == 0 and d <= defaults.updates)
+    minibatches = max(
+        d for d in range(1, config.prompts + 1) if config.prompts % d == 0 and d <= defaults.updates
+    )
     values = {
         **{name: value for name, value in vars(defaults).items() if name != "updates"},
         "minibatches": minibatches,
@@ -320,8 +324,8 @@ def remarks(config: RLConfig) -> list[str]:
     if updates > 1 or usual == 1:
         return []
     return [
-        f"minibatches: one update per rollout, where the authors of {config.objective} do {usual}: every ratio to the "
-        f"old policy stays exactly 1, so clips never act"
+        f"minibatches: one update per rollout, where the authors of {config.objective} do {usual}: "
+        f"every ratio to the old policy stays exactly 1, so clips never act"
     ]
 
 
@@ -351,15 +355,21 @@ def make_objective(config: RLConfig) -> Objective:
     known = {f.name: f.default for f in dataclasses.fields(kind)}
     listed = ", ".join(f"{name}={default}" for name, default in known.items())
     for name in sorted(values.keys() & kind.renamed.keys()):
-        raise TrainError(f"objective_options: {name} is no longer an option: give {kind.renamed[name]}")
+        raise TrainError(
+            f"objective_options: {name} is no longer an option: give {kind.renamed[name]}"
+        )
     unknown = sorted(values.keys() - known.keys())
     if unknown:
-        raise TrainError(f"objective_options: {config.objective} has no {', '.join(unknown)}; it takes {listed}")
+        raise TrainError(
+            f"objective_options: {config.objective} has no {', '.join(unknown)}; it takes {listed}"
+        )
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise TrainError(f"objective_options: {reason}; {config.objective} takes {listed}") from error
+        raise TrainError(
+            f"objective_options: {reason}; {config.objective} takes {listed}"
+        ) from error
 
 
 def _values(given: tuple[str, ...], field: str) -> dict[str, Any]:
@@ -395,24 +405,31 @@ def _check_objective(name: str) -> None:
 
 
 def _check_objective_acts(config: RLConfig) -> None:
-    """Refuse an option that is set and can do nothing, and an objective that would be another one."""
+    """Refuse an option that is set and can do nothing, and an objective that would be another
+    one."""
     objective, present = make_objective(config), plan(config)
     other = objective.acts_like(present)
     if other is not None:
         raise TrainError(
-            f"minibatches: with {present.updates} update per rollout {config.objective} is {other}; give --minibatches "
-            f"2 or more, or --epochs 2, or another --objective"
+            f"minibatches: with {present.updates} update per rollout {config.objective} is "
+            f"{other}; give --minibatches 2 or more, or --epochs 2, or another --objective"
         )
     reasons = objective.idle(present)
-    idle = [name for name in _values(config.objective_options, "objective_options") if name in reasons]
+    idle = [
+        name for name in _values(config.objective_options, "objective_options") if name in reasons
+    ]
     if idle:
         listed = "; ".join(f"{name} cannot act: {reasons[name]}" for name in idle)
-        raise TrainError(f"objective_options: {listed}; change that, or leave {', '.join(idle)} out")
+        raise TrainError(
+            f"objective_options: {listed}; change that, or leave {', '.join(idle)} out"
+        )
 
 
 def _check_together(config: RLConfig) -> None:
     if config.minibatches is not None and config.prompts % config.minibatches:
-        raise TrainError(f"minibatches: must divide prompts = {config.prompts}, got {config.minibatches}")
+        raise TrainError(
+            f"minibatches: must divide prompts = {config.prompts}, got {config.minibatches}"
+        )
     if config.aqn_stages == 1:
         raise TrainError("aqn_stages: the first has no noise, so at least 2 are needed; 0 for none")
     check_together(config)
@@ -421,18 +438,26 @@ def _check_together(config: RLConfig) -> None:
     if config.reward != "random" and config.random_share != 0.5:
         raise TrainError("random_share: only --reward random reads it; leave it out")
     if config.reward != "task" and config.control:
-        raise TrainError("control: adds a run with random rewards to one with the task's; leave out --reward")
+        raise TrainError(
+            "control: adds a run with random rewards to one with the task's; leave out --reward"
+        )
 
 
 def _check_can_act(config: RLConfig) -> None:
     given, alone = config.model is not None, not (config.seeds or config.recipes)
     rules = (
         ("architecture depth context", given, "--model brings its own sizes"),
-        ("warm_batch warm_lr warm_noise", given or config.warm_steps == 0, "there is no warm start"),
+        (
+            "warm_batch warm_lr warm_noise",
+            given or config.warm_steps == 0,
+            "there is no warm start",
+        ),
         ("control workers", alone, "only a comparison has them: give --seeds or --recipes"),
         ("recipe", bool(config.recipes), "--recipes says which"),
         ("aqn_start aqn_end", config.aqn_stages == 0, "there is no noise without --aqn-stages"),
     )
     refuse_idle(config, rules)
     if given and config.warm_steps:
-        raise TrainError(f"warm_steps: {config.model} is trained as it is, without a warm start; leave it out")
+        raise TrainError(
+            f"warm_steps: {config.model} is trained as it is, without a warm start; leave it out"
+        )

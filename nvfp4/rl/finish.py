@@ -1,7 +1,7 @@
 """The end of a run: held-out score, picture, export, result.json.
 
-"before" is the evaluation in row 0 of the log, so a resumed run has it too; "after" is made here, in
-the same way, on the same problems with the same draws.
+"before" is the evaluation in row 0 of the log, so a resumed run has it too; "after" is made here,
+in the same way, on the same problems with the same draws.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def finish(run: Run) -> dict[str, Any]:
     run.report.say(summary(result))
     draw_run(rows, result, run.folder.plot)
     export(run.model, run.text, run.folder.export, run.config.export_dtype)
-    run.report.say(f"exported to {run.folder.export} (loads with transformers alone); plot: {run.folder.plot}")
+    run.report.say(
+        f"exported to {run.folder.export} (loads with transformers alone); plot: {run.folder.plot}"
+    )
     run.folder.write_result(result)  # last: its presence says that the run is finished
     return result
 
@@ -38,17 +40,26 @@ def finish(run: Run) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     """One line of a result."""
     before, after = result["before"], result["after"]
-    last = max((key for key in after if key.count("/") == 1 and "@" in key), key=lambda key: int(key.split("@")[1]))
+    last = max(
+        (key for key in after if key.count("/") == 1 and "@" in key),
+        key=lambda key: int(key.split("@")[1]),
+    )
     name = last.removeprefix("eval/")
     return (
-        f"{result['recipe']}: held-out pass@1 {before['eval/pass@1']:.3f} -> {after['eval/pass@1']:.3f} "
-        f"[{after['eval/pass@1/low']:.3f}, {after['eval/pass@1/high']:.3f}], {name} {before[last]:.3f} -> "
-        f"{after[last]:.3f}, greedy {before['eval/greedy']:.3f} -> {after['eval/greedy']:.3f}; mismatch at most "
-        f"{result['mismatch']['max']:.2g}, {rate(result['tokens_per_s'])} tok/s, {duration(result['seconds'])}"
+        f"{result['recipe']}: held-out pass@1 {before['eval/pass@1']:.3f} -> "
+        f"{after['eval/pass@1']:.3f} "
+        f"[{after['eval/pass@1/low']:.3f}, {after['eval/pass@1/high']:.3f}], {name} "
+        f"{before[last]:.3f} -> "
+        f"{after[last]:.3f}, greedy {before['eval/greedy']:.3f} -> {after['eval/greedy']:.3f}; "
+        "mismatch at most "
+        f"{result['mismatch']['max']:.2g}, {rate(result['tokens_per_s'])} tok/s, "
+        f"{duration(result['seconds'])}"
     )
 
 
-def _result(run: Run, rows: list[log.Row], before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+def _result(
+    run: Run, rows: list[log.Row], before: dict[str, float], after: dict[str, float]
+) -> dict[str, Any]:
     checked = [row["mismatch/same_shape"] for row in rows if row["mismatch/same_shape"] is not None]
     return {
         "recipe": run.config.recipe,

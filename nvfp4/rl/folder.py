@@ -24,7 +24,8 @@ class RLFolder(RunFolder):
         super().__init__(out)
         self.completions = self.root / "completions.jsonl"
         self.plot = self.root / "run.png"
-        self.base = self.root / "base"  # which ``clear`` leaves: a config of another warm start makes another
+        # which ``clear`` leaves: a config of another warm start makes another
+        self.base = self.root / "base"
         self.logs = (self.log, self.completions)
         self.pictures = (self.plot,)
 

@@ -34,7 +34,8 @@ from nvfp4.run.progress import memory_gib
 from nvfp4.run.state import Tensors
 
 OUT_OF_MEMORY = (
-    "lower --micro-batch or --rollout-rows; to go on from a checkpoint: --resume --allow-changes micro_batch"
+    "lower --micro-batch or --rollout-rows; to go on from a checkpoint: --resume --allow-changes "
+    "micro_batch"
 )
 
 
@@ -46,11 +47,14 @@ def rl(config: RLConfig) -> dict[str, Any]:
     for what the user can put right, and ``Interrupted`` after a SIGINT, SIGTERM or SIGHUP was
     obeyed.
     """
-    return train(resolve(config), lambda config: Reinforcement(prepare(config)), summary, OUT_OF_MEMORY)
+    return train(
+        resolve(config), lambda config: Reinforcement(prepare(config)), summary, OUT_OF_MEMORY
+    )
 
 
 class Reinforcement(Training):
-    """Rewards of a task. Its own state: tokens drawn so far, the objective's, the reference model."""
+    """Rewards of a task. Its own state: tokens drawn so far, the objective's, the reference
+    model."""
 
     command = "rl"
     unit = "steps"
@@ -94,12 +98,18 @@ class Reinforcement(Training):
         seconds = time.perf_counter() - began
         self.tokens += row["num_tokens"]
         row |= {"total_tokens": self.tokens, "tokens_per_s": row["num_tokens"] / seconds}
-        row |= {"step_time": seconds, "rollout_time": drawn - began, "memory_gib": memory_gib(run.accelerator.device)}
+        row |= {
+            "step_time": seconds,
+            "rollout_time": drawn - began,
+            "memory_gib": memory_gib(run.accelerator.device),
+        }
 
         # The objective learns from them, those of an evaluation included.
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
             row |= self._evaluation(step + 1)
-        if RESET_REFERENCE in run.objective.observe({k: v for k, v in row.items() if isinstance(v, float)}):
+        if RESET_REFERENCE in run.objective.observe(
+            {k: v for k, v in row.items() if isinstance(v, float)}
+        ):
             self._reset_reference()
             row["reference_reset"] = True
         self._keep_texts(collected, step + 1)
@@ -122,7 +132,11 @@ class Reinforcement(Training):
         reference = self.run.reference
         if reference is None:
             return {}
-        return {"reference": {name: tensor.detach().cpu() for name, tensor in reference.named_parameters()}}
+        return {
+            "reference": {
+                name: tensor.detach().cpu() for name, tensor in reference.named_parameters()
+            }
+        }
 
     def load(self, snapshot: Snapshot) -> None:
         """Put ``state`` and ``tensors`` back."""
@@ -132,7 +146,9 @@ class Reinforcement(Training):
         if run.reference is None:
             return
         if "reference" not in snapshot.tensors:
-            raise TrainError("track_kl: the checkpoint has no reference model; start again with --overwrite")
+            raise TrainError(
+                "track_kl: the checkpoint has no reference model; start again with --overwrite"
+            )
         with torch.no_grad():
             for name, parameter in run.reference.named_parameters():
                 parameter.copy_(snapshot.tensors["reference"][name])
@@ -153,7 +169,9 @@ class Reinforcement(Training):
         """The first completions of the step, and the first for each reason why a reward failed, for
         people."""
         samples, reasons = collected.samples, collected.reasons
-        first = {reason: i for i, reason in reversed(list(enumerate(reasons))) if reason is not None}
+        first = {
+            reason: i for i, reason in reversed(list(enumerate(reasons))) if reason is not None
+        }
         count = min(self.run.config.log_completions, len(samples))
         kept = sorted({*range(count), *(first.values() if count else ())})
         self._write_texts(

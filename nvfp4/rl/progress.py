@@ -35,7 +35,9 @@ class Progress(Reporter):
         if "eval/pass@1" in row:
             shown.append(f"held-out pass@1 {row['eval/pass@1']:.3f}")
         if row["rewards/failed"]:
-            shown.append(f"{row['rewards/failed']} rewards failed: {next(iter(row['rewards/failures']))}")
+            shown.append(
+                f"{row['rewards/failed']} rewards failed: {next(iter(row['rewards/failures']))}"
+            )
         return shown
 
 
@@ -66,7 +68,10 @@ class Bars(Display):
         """How far the run's log has come; on a terminal only."""
         row = last_row(arm.folder.log) if self.console.is_terminal else None
         if row is not None and "reward" in row:
-            now = f"reward {row['reward']:.3f}  mismatch {row['mismatch/max']:.0e}  {rate(row['tokens_per_s'])} tok/s"
+            now = (
+                f"reward {row['reward']:.3f}  mismatch {row['mismatch/max']:.0e}  "
+                f"{rate(row['tokens_per_s'])} tok/s"
+            )
             self._bars.update(self._tasks[arm], completed=row["step"], now=now)
 
     def ended(self, arm: Arm) -> None:
@@ -75,4 +80,6 @@ class Bars(Display):
         result = arm.result()
         if result is not None:
             before, after = result["before"]["eval/pass@1"], result["after"]["eval/pass@1"]
-            self.console.print(f"{arm.name}: pass@1 {before:.3f} -> {after:.3f}, {duration(result['seconds'])}")
+            self.console.print(
+                f"{arm.name}: pass@1 {before:.3f} -> {after:.3f}, {duration(result['seconds'])}"
+            )

@@ -64,7 +64,9 @@ class Run(RunParts):
         length = objective.max_new_tokens(config.max_new_tokens)
         assert config.top_k is not None
         assert config.top_p is not None
-        return Sampling(length, objective.temperature(config.temperature), config.top_k, config.top_p)
+        return Sampling(
+            length, objective.temperature(config.temperature), config.top_k, config.top_p
+        )
 
     def score(self, forward: Any, samples: Samples, temperature: float) -> Scores:
         """``score`` with what the objective asks for."""
@@ -87,7 +89,9 @@ def prepare(config: RLConfig) -> Run:
     report = Progress(config.recipe, config.steps, config.log_every, accelerator.is_main_process)
     task, objective = make_task(config), make_objective(config)
     if accelerator.num_processes > 1:
-        objective.connect(lambda tensor: accelerator.reduce(tensor, reduction="sum"), accelerator.gather)
+        objective.connect(
+            lambda tensor: accelerator.reduce(tensor, reduction="sum"), accelerator.gather
+        )
 
     # What would stop the run later stops it now; from here on the folder is this process's.
     folder = RLFolder(config.out)
@@ -104,7 +108,12 @@ def prepare(config: RLConfig) -> Run:
 
 
 def _prepare(
-    config: RLConfig, accelerator: Accelerator, report: Progress, folder: RLFolder, task: Task, objective: Objective
+    config: RLConfig,
+    accelerator: Accelerator,
+    report: Progress,
+    folder: RLFolder,
+    task: Task,
+    objective: Objective,
 ) -> Run:
     """The rest of ``prepare``, in a folder that is this process's."""
     assert config.tokenizer is not None
@@ -143,18 +152,28 @@ def _prepare(
     reference = None
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)
-    parts = (config, accelerator, report, folder, model, accelerator.prepare(model), adamw(model, config))
+    parts = (
+        config,
+        accelerator,
+        report,
+        folder,
+        model,
+        accelerator.prepare(model),
+        adamw(model, config),
+    )
     return Run(*parts, task, objective, text, text.stops(model), sampler, reference)
 
 
 def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of the same class whose parameters are those of ``model``, not copies of them."""
+    """A second model of the same class whose parameters are those of ``model``, not copies of
+    them."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, shared)  # what the memo already holds is not copied
 
 
 def _check_problems(task: Task) -> None:
-    """``TrainError`` now, not after a warm start, if training or evaluation would have no problems."""
+    """``TrainError`` now, not after a warm start, if training or evaluation would have no
+    problems."""
     try:
         for held_out in (False, True):
             task.problems(1, 0, held_out=held_out)
@@ -167,7 +186,9 @@ def from_base(config: RLConfig, folder: Path) -> RLConfig:
     of_new_models = ("architecture", "depth", "context", "warm_batch", "warm_lr", "warm_noise")
     defaults = {field.name: field.default for field in dataclasses.fields(RLConfig)}
     without: dict[str, Any] = {name: defaults[name] for name in of_new_models}
-    return dataclasses.replace(config, model=str(folder), warm_steps=0, width=None, heads=None, **without)
+    return dataclasses.replace(
+        config, model=str(folder), warm_steps=0, width=None, heads=None, **without
+    )
 
 
 def _accelerator(config: RLConfig) -> Accelerator:
@@ -175,10 +196,19 @@ def _accelerator(config: RLConfig) -> Accelerator:
     count = accelerator.num_processes
     assert config.minibatches is not None
     if config.prompts % (config.minibatches * count):
-        fitting = math.gcd(config.minibatches, config.prompts // count) if config.prompts % count == 0 else 0
-        fewer = f"; give other --prompts, or --minibatches {fitting}" if fitting else "; give other --prompts"
+        fitting = (
+            math.gcd(config.minibatches, config.prompts // count)
+            if config.prompts % count == 0
+            else 0
+        )
+        fewer = (
+            f"; give other --prompts, or --minibatches {fitting}"
+            if fitting
+            else "; give other --prompts"
+        )
         raise TrainError(
-            f"prompts: must be a multiple of minibatches x processes = {config.minibatches} x {count}, "
+            f"prompts: must be a multiple of minibatches x processes = {config.minibatches} x "
+            f"{count}, "
             f"got {config.prompts}{fewer}"
         )
     return accelerator

@@ -3,7 +3,8 @@ something left to learn.
 
 Clean demonstrations would saturate a small task, and without any a new model never finds a reward.
 
-    problems of the task -> answers, a share of them corrupted -> cross-entropy of the answers -> AdamW
+    problems of the task -> answers, a share of them corrupted -> cross-entropy of the answers ->
+    AdamW
 
 It is a training of the same loop as the run that follows, in full precision, on the CPU, in the
 main process alone. base.unfinished/ holds its newest checkpoint until base/ is complete, and the
@@ -63,14 +64,20 @@ def warm_start(config: RLConfig, folder: Path) -> Path:
     checkpoints.
     """
     fields = {name: getattr(config, name) for name in RELEVANT}
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+    }
     mark = folder / MARK
     if mark.is_file() and mark.read_bytes() == _as_json(fields).encode():
         return folder
 
     # The run's own options but for what the warm start has of its own; one checkpoint is enough.
     assert config.warm_steps is not None
-    own: dict[str, Any] = {"steps": config.warm_steps, "lr": config.warm_lr, "warmup": config.warm_steps // 10}
+    own: dict[str, Any] = {
+        "steps": config.warm_steps,
+        "lr": config.warm_lr,
+        "warmup": config.warm_steps // 10,
+    }
     training = WarmStart(dataclasses.replace(config, **own, decay=0.5, keep=1), folder, fields)
     with StopWish() as wish:
         received = Loop(training).run()
@@ -94,7 +101,9 @@ class WarmStart(Training):
         self.learning_rate = learning_rates(config)
         model = build_model(model_source(config), self.text, config.seed).eval()
         report, base = Reporter("warm start", config.steps, 100), WarmFolder(folder, fields)
-        super().__init__(RunParts(config, Alone(), report, base, model, model, adamw(model, config)))
+        super().__init__(
+            RunParts(config, Alone(), report, base, model, model, adamw(model, config))
+        )
 
     def step(self, step: int) -> Row:
         """One update; the loss before it, in nats per token."""
@@ -106,8 +115,15 @@ class WarmStart(Training):
         loss = supervised_loss(run.model, batch)
         loss.backward()
         value = float(loss.detach())
-        norm, done = apply_gradients(run.model, run.optimizer, self.learning_rate(step), CLIP, value)
-        return {"loss": value, "grad_norm": norm, "skipped": not done, "seconds": time.perf_counter() - began}
+        norm, done = apply_gradients(
+            run.model, run.optimizer, self.learning_rate(step), CLIP, value
+        )
+        return {
+            "loss": value,
+            "grad_norm": norm,
+            "skipped": not done,
+            "seconds": time.perf_counter() - began,
+        }
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must be of to be gone on from."""
@@ -120,7 +136,10 @@ class WarmStart(Training):
 
     def stopped(self, step: int) -> str:
         """What ``Interrupted`` says after a signal."""
-        return f"stopped at update {step} of the warm start, checkpoint saved; the same command goes on from there"
+        return (
+            f"stopped at update {step} of the warm start, checkpoint saved; the same command "
+            "goes on from there"
+        )
 
     def cure(self) -> str:
         """What helps where losses are no numbers."""
@@ -152,12 +171,18 @@ class WarmFolder(RunFolder):
 
 
 def demonstrated(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:
-    """``count`` problems with an answer each, of which a share ``noise`` on average is corrupted."""
+    """``count`` problems with an answer each, of which a share ``noise`` on average is
+    corrupted."""
     rng = np.random.default_rng(fold_in(seed, 1))
     problems = task.problems(count, fold_in(seed, 0), held_out=False)
-    shown = [task.corrupt(problem, rng) if rng.random() < noise else problem.answer for problem in problems]
+    shown = [
+        task.corrupt(problem, rng) if rng.random() < noise else problem.answer
+        for problem in problems
+    ]
     prompts = [text.prompt(problem.prompt) for problem in problems]
-    return demonstrations(prompts, [text.answer(answer) for answer in shown], text.vocabulary.pad_id)
+    return demonstrations(
+        prompts, [text.answer(answer) for answer in shown], text.vocabulary.pad_id
+    )
 
 
 def supervised_loss(model: PreTrainedModel, samples: Samples) -> torch.Tensor:

@@ -128,12 +128,19 @@ def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dic
         ]
         if gaps:
             error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-            gaps_of[recipe] = {"mean": statistics.fmean(gaps), "standard_error": error, "seeds": len(gaps)}
+            gaps_of[recipe] = {
+                "mean": statistics.fmean(gaps),
+                "standard_error": error,
+                "seeds": len(gaps),
+            }
     return gaps_of
 
 
 def publish(
-    report: dict[str, Any], root: Path, draw: Callable[[dict[str, Any], Path], None], tables: list[Table]
+    report: dict[str, Any],
+    root: Path,
+    draw: Callable[[dict[str, Any], Path], None],
+    tables: list[Table],
 ) -> dict[str, Any]:
     """Write compare.json and compare.png, print the tables; returns the report."""
     data, picture = root / "compare.json", root / "compare.png"

@@ -59,6 +59,7 @@ def without_emulation(model: PreTrainedModel, device: torch.device, dtype: str) 
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
     return [
-        f"this processor has no BF16 instructions: {len(linears)} linears in high precision, and attention, "
+        f"this processor has no BF16 instructions: {len(linears)} linears in high precision, and "
+        "attention, "
         f"multiply BF16 numbers in float32 and round once"
     ]

@@ -41,7 +41,9 @@ def check_causal(model: Any, name: str) -> None:
     training = model.training
     model.eval()
     with torch.no_grad():
-        a, b = (model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in (first, second))
+        a, b = (
+            model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in (first, second)
+        )
     model.train(training)
     if bool(a.isnan().any() or b.isnan().any()):
         raise TrainError(f"model: the logits of {name} are NaN; its weights are damaged")
@@ -52,6 +54,8 @@ def check_causal(model: Any, name: str) -> None:
     spread = finite.max() - finite.min() if finite.numel() else torch.zeros(())
     if float(moved) > LEAK * float(spread):
         raise TrainError(
-            f"model: {name} ({type(model).__name__}) is not causal: the logits of its first {half} tokens move by "
-            f"{float(moved):.2g} when later tokens change; give a causal LM (a BERT must be one with is_decoder)"
+            f"model: {name} ({type(model).__name__}) is not causal: the logits of its first "
+            f"{half} tokens move by "
+            f"{float(moved):.2g} when later tokens change; give a causal LM (a BERT must be one "
+            "with is_decoder)"
         )

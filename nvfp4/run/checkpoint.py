@@ -60,13 +60,16 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     except (OSError, SafetensorError, TrainError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         left = newest_first(folder)
-        intact = f"the last good checkpoint is {left[0]}" if left else "no earlier checkpoint exists"
+        intact = (
+            f"the last good checkpoint is {left[0]}" if left else "no earlier checkpoint exists"
+        )
         raise TrainError(
             f"cannot write checkpoint {path}: {error}; {intact}; make room and go on with --resume"
         ) from error
 
     for old in [*folder.glob(f"{_TEMPORARY}*"), *newest_first(folder)[keep:]]:
-        shutil.rmtree(old, ignore_errors=True)  # what stays is tried again after the next checkpoint
+        # what stays is tried again after the next checkpoint
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -80,18 +83,25 @@ def load(path: Path, verify: bool = True) -> Snapshot:
     manifest = _read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
         raise TrainError(
-            f"checkpoint {path} has format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            f"checkpoint {path} has format {manifest.get('format')!r}, this version reads "
+            f"{FORMAT}; "
             f"use the version of nvfp4 that wrote it"
         )
     try:
         for name, expected in manifest["files"].items():
             _check_file(path, name, expected, verify)
         groups = [name for name in manifest["files"] if name.endswith(".safetensors")]
-        return Snapshot(_read_json(path, STATE), {Path(name).stem: load_file(path / name) for name in groups})
+        return Snapshot(
+            _read_json(path, STATE), {Path(name).stem: load_file(path / name) for name in groups}
+        )
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise _damaged(
+            path, f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     except (AttributeError, KeyError, TypeError) as error:
-        raise _damaged(path, f"{MANIFEST} does not list files with their sizes and hashes") from error
+        raise _damaged(
+            path, f"{MANIFEST} does not list files with their sizes and hashes"
+        ) from error
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -105,18 +115,26 @@ def newest_first(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise TrainError(f"cannot look for checkpoints in {folder}: {error.strerror}; make it readable") from error
+        raise TrainError(
+            f"cannot look for checkpoints in {folder}: {error.strerror}; make it readable"
+        ) from error
     return sorted(
-        (p for p in (folder / name for name in names if name.startswith("step-")) if p.is_dir()), reverse=True
+        (p for p in (folder / name for name in names if name.startswith("step-")) if p.is_dir()),
+        reverse=True,
     )
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     write_json(folder / STATE, snapshot.state)
     for group, tensors in snapshot.tensors.items():
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{group}.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / f"{group}.safetensors",
+        )
         sync(folder / f"{group}.safetensors")
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    files = {
+        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())
+    }
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
 
 
@@ -127,18 +145,24 @@ def _check_file(path: Path, name: str, expected: dict[str, Any], verify: bool) -
     if not file.is_file():
         raise _damaged(path, f"{name} is missing")
     if file.stat().st_size != expected["bytes"]:
-        raise _damaged(path, f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
+        raise _damaged(
+            path, f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
+        )
     if verify and sha256(file) != expected["sha256"]:
         raise _damaged(path, f"the content of {name} does not match its SHA-256")
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     if not os.path.isdir(path):
-        raise TrainError(f"no checkpoint at {path}; expected a folder like checkpoints/step-00000300")
+        raise TrainError(
+            f"no checkpoint at {path}; expected a folder like checkpoints/step-00000300"
+        )
     try:
         value = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is cut off or not readable"
+        reason = (
+            "is missing" if isinstance(error, FileNotFoundError) else "is cut off or not readable"
+        )
         raise _damaged(path, f"{name} {reason}") from error
     if not isinstance(value, dict):
         raise _damaged(path, f"{name} is not what was written")

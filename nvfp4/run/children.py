@@ -46,7 +46,9 @@ def start(
             preexec_fn=_end_with_parent(),
         )
     except OSError as error:
-        raise TrainError(f"cannot start a process: {error.strerror or error}; free some memory or processes") from error
+        raise TrainError(
+            f"cannot start a process: {error.strerror or error}; free some memory or processes"
+        ) from error
 
 
 def _end_with_parent() -> Callable[[], None] | None:

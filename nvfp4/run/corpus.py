@@ -28,7 +28,9 @@ from nvfp4.run.options import DataOptions
 
 # site-packages is not the standard library. Tests are left out because distributions ship Python
 # with or without them, and because some of their files are deliberately not UTF-8 or not Python.
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
 
 JSONL = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
@@ -66,7 +68,8 @@ class Corpus:
     def __str__(self) -> str:
         size = [sum(d.size for d in documents) / 1e6 for documents in (self.train, self.held_out)]
         return (
-            f"corpus: {len(self.train)} documents ({size[0]:.2f} MB) to train on, {len(self.held_out)} "
+            f"corpus: {len(self.train)} documents ({size[0]:.2f} MB) to train on, "
+            f"{len(self.held_out)} "
             f"({size[1]:.2f} MB) held out, sha256 {self.sha256}"
         )
 
@@ -90,9 +93,12 @@ def load_corpus(config: DataOptions) -> Corpus:
         if shared:
             name = next(d.name for d in held_out if d.text in shared)
             raise TrainError(
-                f"held_out_data: {len(shared)} documents are also in data (first: {name}); remove them from one"
+                f"held_out_data: {len(shared)} documents are also in data (first: {name}); "
+                "remove them from one"
             )
-        return Corpus(documents, sorted(held_out, key=lambda d: d.draw), _digest([*documents, *held_out]))
+        return Corpus(
+            documents, sorted(held_out, key=lambda d: d.draw), _digest([*documents, *held_out])
+        )
 
     # the end of a single document,
     if len(documents) == 1:
@@ -104,7 +110,10 @@ def load_corpus(config: DataOptions) -> Corpus:
     names = {d.name for d in held_out}
     train = [d for d in documents if d.name not in names]
     if not train:
-        raise TrainError(f"holdout: {config.holdout} of {len(documents)} documents leaves none to train on; lower it")
+        raise TrainError(
+            f"holdout: {config.holdout} of {len(documents)} documents leaves none to train on; "
+            "lower it"
+        )
     return Corpus(train, held_out, digest)
 
 
@@ -121,14 +130,17 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
             root, files = _matching(Path(pattern).expanduser(), field, pattern)
             if not files:
                 raise TrainError(
-                    f"{field}: no file matches {pattern}; give files, folders or globs (quoted for the shell)"
+                    f"{field}: no file matches {pattern}; give files, folders or globs (quoted "
+                    "for the shell)"
                 )
             for file in files:
                 names.setdefault(file.resolve(), file.relative_to(root).as_posix())
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name with a zero byte; no such home
+        # a loop of links; a name with a zero byte; no such home
+        except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise TrainError(
-                f"{field}: cannot look through {getattr(error, 'filename', None) or pattern}: {reason}; "
+                f"{field}: cannot look through {getattr(error, 'filename', None) or pattern}: "
+                f"{reason}; "
                 f"make it readable or leave it out"
             ) from error
     return sorted((name, path) for path, name in names.items())
@@ -146,7 +158,8 @@ def standard_library_files() -> list[tuple[str, Path]]:
             modules += [(path.relative_to(root).as_posix(), path) for path in paths]
     except OSError as error:
         raise TrainError(
-            f"data: cannot look through {error.filename} of the standard library: {error.strerror}; give --data"
+            f"data: cannot look through {error.filename} of the standard library: "
+            f"{error.strerror}; give --data"
         ) from error
     return sorted(modules)
 
@@ -166,7 +179,9 @@ def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
     else:
         root, paths = path.parent, [path]
         try:
-            path.lstat()  # OSError where a folder on the way may not be searched, which exists() takes for absence
+            # OSError where a folder on the way may not be searched, which exists() takes for
+            # absence
+            path.lstat()
         except FileNotFoundError:
             raise TrainError(f"{field}: no such file: {pattern}") from None
     files = []
@@ -174,7 +189,9 @@ def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
         if each.is_file():
             files.append(each)
         elif each.is_symlink() and not each.is_dir():
-            raise TrainError(f"{field}: {each} is a link that leads to no file; repair or remove it")
+            raise TrainError(
+                f"{field}: {each} is a link that leads to no file; repair or remove it"
+            )
     return root, files
 
 
@@ -217,7 +234,12 @@ def _raw(name: str) -> bytes:
 
 
 def _read_all(files: list[tuple[str, Path]], text_field: str) -> list[Document]:
-    return [document for name, path in files for document in _read(name, path, text_field) if document.text]
+    return [
+        document
+        for name, path in files
+        for document in _read(name, path, text_field)
+        if document.text
+    ]
 
 
 def _read(name: str, path: Path, text_field: str) -> Iterator[Document]:
@@ -237,7 +259,8 @@ def _decode(raw: bytes, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TrainError(
-            f"data: {where} is not UTF-8 text (byte 0x{raw[error.start]:02X} at offset {error.start}); "
+            f"data: {where} is not UTF-8 text (byte 0x{raw[error.start]:02X} at offset "
+            f"{error.start}); "
             f"convert it or leave it out"
         ) from None
 
@@ -254,8 +277,15 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
             except ValueError as error:
                 raise TrainError(f"data: {where} {error}; repair or remove it") from None
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                has = f"the fields {_some(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise TrainError(f"data: {where} has no text in field {text_field!r}, but {has}; set --text-field")
+                has = (
+                    f"the fields {_some(row)}"
+                    if isinstance(row, dict)
+                    else f"a {type(row).__name__}"
+                )
+                raise TrainError(
+                    f"data: {where} has no text in field {text_field!r}, but {has}; set "
+                    "--text-field"
+                )
             yield Document(f"{name}:{number}", row[text_field])
 
 
@@ -273,10 +303,13 @@ def read_json(line: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at column {error.colno})") from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"has half a character, the lone surrogate \\u{ord(error.object[error.start]):04x}") from None
+        raise ValueError(
+            f"has half a character, the lone surrogate \\u{ord(error.object[error.start]):04x}"
+        ) from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    except ValueError:  # Python reads no integer of thousands of digits, since that takes quadratic time
+    # Python reads no integer of thousands of digits, since that takes quadratic time
+    except ValueError:
         raise ValueError("has an integer of too many digits") from None
     return row
 
@@ -298,17 +331,21 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
             columns = file.schema_arrow.names
             if text_field not in columns:
                 raise TrainError(
-                    f"data: {path} has no column {text_field!r}, but {', '.join(columns)}; set --text-field"
+                    f"data: {path} has no column {text_field!r}, but {', '.join(columns)}; set "
+                    "--text-field"
                 )
             kind = file.schema_arrow.field(text_field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise TrainError(f"data: column {text_field!r} of {path} must hold strings, it holds {kind}")
+                raise TrainError(
+                    f"data: column {text_field!r} of {path} must hold strings, it holds {kind}"
+                )
             row = 0
             for batch in file.iter_batches(columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     yield Document(f"{name}:{row}", text or "")
                     row += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # Arrow believes that a string column holds UTF-8
+    # Arrow believes that a string column holds UTF-8
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainError(f"data: {path} is not a readable Parquet file: {reason}") from error
 
@@ -317,7 +354,8 @@ def _cut(document: Document, holdout: float) -> tuple[list[Document], list[Docum
     at = round(len(document.text) * (1 - holdout))
     if not 0 < at < len(document.text):
         raise TrainError(
-            f"data: {document.name} has {len(document.text)} characters, too few to hold out {holdout} of them"
+            f"data: {document.name} has {len(document.text)} characters, too few to hold out "
+            f"{holdout} of them"
         )
     head, tail = document.text[:at], document.text[at:]
     return [Document(document.name, head)], [Document(f"{document.name}@{at}", tail)]

@@ -47,11 +47,15 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except RecursionError as error:
         raise TrainError(f"config: {path} is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise TrainError(f"config: {path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+        raise TrainError(
+            f"config: {path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}"
+        ) from error
     if fields is None:
         return {}
     if not isinstance(fields, dict):
-        raise TrainError(f"config: {path} must hold fields with values, got a {type(fields).__name__}")
+        raise TrainError(
+            f"config: {path} must hold fields with values, got a {type(fields).__name__}"
+        )
     return fields
 
 
@@ -65,18 +69,24 @@ def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Conf
 
 
 def validated(config: Config) -> Config:
-    """The same config, its types and ranges checked as those of a file are, since Python does not."""
+    """The same config, its types and ranges checked as those of a file are, since Python does
+    not."""
     return _validated(type(config), dataclasses.asdict(config))
 
 
 def to_fields(config: RunConfig) -> dict[str, Any]:
     """Names and values of a config as JSON and YAML have them (lists for tuples)."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+    return {
+        name: list(v) if isinstance(v, tuple) else v
+        for name, v in dataclasses.asdict(config).items()
+    }
 
 
 def saved_config(config: Resumable) -> Resumable:
     """The config without what concerns one start of the run only, as it is saved beside the run."""
-    return dataclasses.replace(config, resume=False, resume_from=None, overwrite=False, allow_changes=())
+    return dataclasses.replace(
+        config, resume=False, resume_from=None, overwrite=False, allow_changes=()
+    )
 
 
 def saved_fields(config: ResumableConfig) -> dict[str, Any]:
@@ -92,10 +102,14 @@ def to_yaml(config: RunConfig) -> str:
 def free_on_resume(kind: type[RunConfig]) -> frozenset[str]:
     """Fields that cannot change what is learnt: those whose type is ``Free``."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return frozenset(name for name, hint in hints.items() if FREE in getattr(hint, "__metadata__", ()))
+    return frozenset(
+        name for name, hint in hints.items() if FREE in getattr(hint, "__metadata__", ())
+    )
 
 
-def differences(saved: dict[str, Any], config: ResumableConfig, bound: frozenset[str] = frozenset()) -> list[str]:
+def differences(
+    saved: dict[str, Any], config: ResumableConfig, bound: frozenset[str] = frozenset()
+) -> list[str]:
     """``field: saved value, now value`` of fields that can change a loss, differ and are not in
     ``allow_changes``.
 
@@ -113,7 +127,9 @@ def differences(saved: dict[str, Any], config: ResumableConfig, bound: frozenset
 
 def fill(config: Config, values: dict[str, Any]) -> Config:
     """The config with ``values`` in the fields that are None."""
-    return dataclasses.replace(config, **{name: v for name, v in values.items() if getattr(config, name) is None})
+    return dataclasses.replace(
+        config, **{name: v for name, v in values.items() if getattr(config, name) is None}
+    )
 
 
 def refuse_idle(config: RunConfig, rules: tuple[tuple[str, bool, str], ...]) -> None:
@@ -146,23 +162,34 @@ def check_together(config: RunConfig) -> None:
     if config.resume_from is not None and (config.resume or config.overwrite):
         raise TrainError("resume_from: names one checkpoint, so leave out --resume and --overwrite")
     if config.resume and config.overwrite:
-        raise TrainError("overwrite: deletes the run that --resume would go on with; give one of the two")
+        raise TrainError(
+            "overwrite: deletes the run that --resume would go on with; give one of the two"
+        )
     unknown = set(config.allow_changes) - {field.name for field in dataclasses.fields(config)}
     if unknown:
-        raise TrainError(f"allow_changes: no such field: {', '.join(sorted(unknown))}; see --help for the fields")
+        raise TrainError(
+            f"allow_changes: no such field: {', '.join(sorted(unknown))}; see --help for the fields"
+        )
 
 
 def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
     try:
         config = pydantic.TypeAdapter(kind).validate_python(fields)
     except pydantic.ValidationError as error:
-        raise TrainError("; ".join(_explain(kind, item) for item in error.errors(include_url=False))) from None
+        raise TrainError(
+            "; ".join(_explain(kind, item) for item in error.errors(include_url=False))
+        ) from None
 
     # What pydantic takes for a text and no file can hold.
-    if config.out == "":  # the working folder, if nobody looks: a variable of the shell that was not set
+    # the working folder, if nobody looks: a variable of the shell that was not set
+    if config.out == "":
         raise TrainError("out: expected the name of a folder, got ''")
     for name, value in vars(config).items():
-        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+        if any(
+            "\0" in text
+            for text in (value if isinstance(value, tuple) else (value,))
+            if isinstance(text, str)
+        ):
             raise TrainError(f"{name}: expected a text without null bytes, got {value!r}")
     prompt = getattr(config, "prompt", None)
     try:
@@ -177,7 +204,9 @@ def _explain(kind: type[RunConfig], item: Any) -> str:
     fields = [field.name for field in dataclasses.fields(kind)]
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1)
-        return f"{name}: no such field" + (f"; did you mean {close[0]}?" if close else "; see --help for the fields")
+        return f"{name}: no such field" + (
+            f"; did you mean {close[0]}?" if close else "; see --help for the fields"
+        )
     expected = item["msg"].removeprefix("Input should be ")
     return f"{name}: expected {expected}, got {item['input']!r}"
 
@@ -186,5 +215,7 @@ def _toml(text: str) -> Any:
     try:
         import tomllib
     except ModuleNotFoundError:
-        raise TrainError("config: TOML needs Python 3.11 or newer; write the file as YAML or JSON") from None
+        raise TrainError(
+            "config: TOML needs Python 3.11 or newer; write the file as YAML or JSON"
+        ) from None
     return tomllib.loads(text)

@@ -1,6 +1,7 @@
 """Files that are either old or new, never half.
 
-    temporary name in the same folder -> write -> fsync -> rename over the old one -> fsync the folder
+    temporary name in the same folder -> write -> fsync -> rename over the old one -> fsync the
+    folder
 
 A rename within a file system is atomic, so a reader, a full disk or a power cut sees the old
 content or the new one. What cannot be written is one sentence, and the old file stays.

@@ -84,7 +84,8 @@ class RunFolder:
                     shutil.rmtree(folder)
         except OSError as error:
             raise TrainError(
-                f"overwrite: cannot delete {error.filename}: {error.strerror}; delete it or choose another --out"
+                f"overwrite: cannot delete {error.filename}: {error.strerror}; delete it or "
+                "choose another --out"
             ) from error
 
     def lock(self) -> None:
@@ -106,7 +107,8 @@ class RunFolder:
                 who = lock.read(200).strip()
                 lock.close()
                 raise TrainError(
-                    f"out: another process{f' ({who})' if who else ''} is training in {self.root}; wait for it, "
+                    f"out: another process{f' ({who})' if who else ''} is training in "
+                    f"{self.root}; wait for it, "
                     f"stop it, or choose another --out"
                 ) from None
             self._lock = lock
@@ -114,7 +116,9 @@ class RunFolder:
             lock.write(f"process {os.getpid()} on {platform.node()}\n")
             lock.flush()
         except OSError as error:
-            raise TrainError(f"out: cannot write in {self.root}: {error.strerror}; choose another --out") from error
+            raise TrainError(
+                f"out: cannot write in {self.root}: {error.strerror}; choose another --out"
+            ) from error
 
     def release(self) -> None:
         """Let others train here, before this process ends."""
@@ -167,10 +171,13 @@ class RunFolder:
 
     def refuse_earlier(self, config: ResumableConfig) -> None:
         """``TrainError`` if another run's files are in the way of this config."""
-        present = [p.name for p in (self.config, self.log, self.checkpoints, self.result) if p.exists()]
+        present = [
+            p.name for p in (self.config, self.log, self.checkpoints, self.result) if p.exists()
+        ]
         if present and not (config.overwrite or config.resume or config.resume_from is not None):
             raise TrainError(
-                f"out: {self.root} holds an earlier run ({', '.join(present)}); give --resume to go on with it, "
+                f"out: {self.root} holds an earlier run ({', '.join(present)}); give --resume to "
+                "go on with it, "
                 f"--overwrite to delete it, or another --out"
             )
 
@@ -181,22 +188,28 @@ class RunFolder:
             return
         for name in self.renamed.keys() & read_config_file(self.config).keys():
             raise TrainError(
-                f"resume: {self.config} is of an earlier version, whose {name} is no longer an option: "
-                f"{self.renamed[name]}; finish it with that version, or start again with --overwrite"
+                f"resume: {self.config} is of an earlier version, whose {name} is no longer an "
+                "option: "
+                f"{self.renamed[name]}; finish it with that version, or start again with "
+                "--overwrite"
             )
 
-    def _check_fits(self, snapshot: Snapshot, config: ResumableConfig, data_sha256: str, bound: frozenset[str]) -> None:
+    def _check_fits(
+        self, snapshot: Snapshot, config: ResumableConfig, data_sha256: str, bound: frozenset[str]
+    ) -> None:
         """``TrainError`` for a checkpoint of another config or of other data."""
         differing = differences(snapshot.state["config"], config, bound)
         if differing:
             raise TrainError(
-                f"the checkpoint is of another config: {'; '.join(differing)}; give the saved values, choose another "
+                f"the checkpoint is of another config: {'; '.join(differing)}; give the saved "
+                "values, choose another "
                 f"--out, or name the fields in --allow-changes"
             )
         saved, field = snapshot.state["corpus_sha256"], self.data_field
         if saved != data_sha256 and field not in config.allow_changes:
             raise TrainError(
-                f"{field}: the files have changed since the checkpoint: corpus sha256 {saved}, now {data_sha256}; "
+                f"{field}: the files have changed since the checkpoint: corpus sha256 {saved}, "
+                f"now {data_sha256}; "
                 f"restore them, start a new run, or give --allow-changes {field}"
             )
 
@@ -207,7 +220,8 @@ class RunFolder:
         if not any(row["step"] == step for row in rows):
             last = f"ends at step {rows[-1]['step']}" if rows else "is missing or empty"
             raise TrainError(
-                f"out: {self.log} {last}, the checkpoint is of step {step}: the log is damaged; restore it or start "
+                f"out: {self.log} {last}, the checkpoint is of step {step}: the log is damaged; "
+                "restore it or start "
                 f"again with --overwrite"
             )
 
@@ -227,7 +241,10 @@ class RunFolder:
             except DamagedCheckpoint as error:
                 notes.append(f"{error}; trying the one before")
         if paths:
-            raise TrainError(f"{notes[0]}. All {len(paths)} checkpoints are damaged; start again with --overwrite")
+            raise TrainError(
+                f"{notes[0]}. All {len(paths)} checkpoints are damaged; start again with "
+                "--overwrite"
+            )
         return None, ["no checkpoint yet: starting from the beginning"] if config.resume else []
 
     def _take_over(self, path: Path, config: ResumableConfig) -> None:
@@ -236,10 +253,15 @@ class RunFolder:
         source = path.resolve().parent.parent
         if source != self.root.resolve():
             if self.checkpoints.exists() or self.log.exists():
-                raise TrainError(f"out: {self.root} holds another run than {path}; choose a new --out")
+                raise TrainError(
+                    f"out: {self.root} holds another run than {path}; choose a new --out"
+                )
             if (source / self.log.name).exists():
                 write_text(self.log, (source / self.log.name).read_text(encoding="utf-8"))
-        elif config.allow_changes and any(p.name > path.name for p in checkpoint.newest_first(self.checkpoints)):
+        elif config.allow_changes and any(
+            p.name > path.name for p in checkpoint.newest_first(self.checkpoints)
+        ):
             raise TrainError(
-                f"allow_changes: {self.root} has checkpoints after {path.name} that would not fit; choose a new --out"
+                f"allow_changes: {self.root} has checkpoints after {path.name} that would not "
+                "fit; choose a new --out"
             )

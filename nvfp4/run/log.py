@@ -25,7 +25,8 @@ LAST = 20
 
 
 class Log:
-    """Appends rows; each is one ``write`` of a whole line, so a killed process leaves no half line."""
+    """Appends rows; each is one ``write`` of a whole line, so a killed process leaves no half
+    line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +57,10 @@ class Log:
         os.close(self._descriptor)
 
     def _failed(self, error: OSError) -> TrainError:
-        return TrainError(f"cannot write {self.path}: {error.strerror or error}; make room and go on with --resume")
+        return TrainError(
+            f"cannot write {self.path}: {error.strerror or error}; make room and go on with "
+            "--resume"
+        )
 
 
 def read(path: Path) -> list[Row]:

@@ -31,7 +31,14 @@ from nvfp4.run.fields import saved_fields, to_yaml
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.log import Log, Row
 from nvfp4.run.options import ResumableConfig
-from nvfp4.run.processes import Processes, agreed, deterministic, machine, other_machine, process_group
+from nvfp4.run.processes import (
+    Processes,
+    agreed,
+    deterministic,
+    machine,
+    other_machine,
+    process_group,
+)
 from nvfp4.run.progress import Reporter
 from nvfp4.run.signals import StopWish
 from nvfp4.run.state import Tensors
@@ -157,7 +164,9 @@ def train(
             loop.run()
             return training.finish()
         except torch.OutOfMemoryError as error:
-            raise TrainError(f"out of memory: {str(error).splitlines()[0]}; {out_of_memory}") from error
+            raise TrainError(
+                f"out of memory: {str(error).splitlines()[0]}; {out_of_memory}"
+            ) from error
         finally:
             if training is not None:
                 training.run.folder.release()  # a traceback, which a notebook keeps, keeps the run
@@ -199,7 +208,8 @@ class Loop:
         return wish.received
 
     def one_step(self) -> None:
-        """Train, log and show a step; ``TrainError`` after too many in a row that were not finite."""
+        """Train, log and show a step; ``TrainError`` after too many in a row that were not
+        finite."""
         row: Row = {"step": self.step + 1, **self.training.step(self.step)}
         self.step += 1
         self._write(row)
@@ -207,7 +217,8 @@ class Loop:
         self.bad_in_a_row = self.bad_in_a_row + 1 if row["skipped"] else 0
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise TrainError(
-                f"loss or gradient was NaN or Inf in {self.bad_in_a_row} {self.training.unit} in a row, up to step "
+                f"loss or gradient was NaN or Inf in {self.bad_in_a_row} {self.training.unit} in "
+                "a row, up to step "
                 f"{self.step}; {self.training.cure()}"
             )
 
@@ -218,7 +229,9 @@ class Loop:
         path: list[Any] = [None]
         snapshot = None
         if run.accelerator.is_main_process:
-            start, notes = run.folder.open(self.config, self.training.data_sha256, self.training.bound)
+            start, notes = run.folder.open(
+                self.config, self.training.data_sha256, self.training.bound
+            )
             for note in notes:
                 run.report.say(note)
             if start is not None:
@@ -226,7 +239,8 @@ class Loop:
         if run.accelerator.num_processes > 1:
             path = broadcast_object_list(path)
             if path[0] is not None and snapshot is None:
-                snapshot = checkpoint.load(path[0], verify=False)  # the main process has read every byte
+                # the main process has read every byte
+                snapshot = checkpoint.load(path[0], verify=False)
         return snapshot
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -274,5 +288,8 @@ def finite(value: Any) -> Any:
 
 
 def _size(run: RunParts) -> str:
-    parameters, processes = sum(p.numel() for p in run.model.parameters()), run.accelerator.num_processes
+    parameters, processes = (
+        sum(p.numel() for p in run.model.parameters()),
+        run.accelerator.num_processes,
+    )
     return f"model: {parameters:,} parameters on {run.accelerator.device}, {processes} process(es)"

@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.utils import logging
 
 from nvfp4.backends.registry import BackendUnavailable
@@ -32,7 +38,10 @@ from nvfp4.run.files import sync
 from nvfp4.run.options import QuantOptions, Sizes
 from nvfp4.run.tokens import Tokenizer, check_model_folder
 
-ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -59,7 +68,8 @@ def build_model(
     text = model.config.get_text_config()
     if text.vocab_size < tokenizer.vocab_size:
         raise TrainError(
-            f"tokenizer: has {tokenizer.vocab_size} tokens, the model embeds only {text.vocab_size}; "
+            f"tokenizer: has {tokenizer.vocab_size} tokens, the model embeds only "
+            f"{text.vocab_size}; "
             f"give the model's own tokenizer"
         )
     most = getattr(text, "max_position_embeddings", None)
@@ -68,7 +78,10 @@ def build_model(
 
     if recompute:
         # Renamed within transformers 5; the old name warns, the new one is missing before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
     model.config.use_cache = False
     return model.train()
@@ -84,7 +97,9 @@ def quantize_model(
     """
     recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
     with warnings.catch_warnings():
-        warnings.simplefilter("default" if recipe.quantized and verbose else "ignore", ConvertWarning)
+        warnings.simplefilter(
+            "default" if recipe.quantized and verbose else "ignore", ConvertWarning
+        )
         try:
             convert(
                 model,
@@ -102,7 +117,9 @@ def quantize_model(
             raise TrainError(f"recipe {recipe.name}: {error}") from error
 
 
-def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
+def sample(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int
+) -> str:
     """``tokens`` tokens that follow ``prompt``, drawn at temperature 0.8; ends early at the
     separator.
 
@@ -110,7 +127,9 @@ def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: in
     random state and the training mode as they were.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    ids = torch.tensor([[tokenizer.separator, *tokenizer.encode([prompt])[0].tolist()]], device=model.device)
+    ids = torch.tensor(
+        [[tokenizer.separator, *tokenizer.encode([prompt])[0].tolist()]], device=model.device
+    )
     start, end = ids.shape[1], ids.shape[1] + tokens
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
@@ -154,13 +173,17 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise TrainError(f"cannot export to {folder}: {reason}; make room and run again with --resume") from error
+        raise TrainError(
+            f"cannot export to {folder}: {reason}; make room and run again with --resume"
+        ) from error
     except BaseException:  # Ctrl-C: the next run may be of another --out
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _continue(model: PreTrainedModel, context: torch.Tensor, count: int, separator: int) -> torch.Tensor:
+def _continue(
+    model: PreTrainedModel, context: torch.Tensor, count: int, separator: int
+) -> torch.Tensor:
     """At most ``count`` new tokens [1, n] after ``context`` [1, m]."""
     generate: Any = model.generate
     whole = generate(
@@ -190,7 +213,9 @@ def _new(sizes: Sizes, tokenizer: Tokenizer) -> PreTrainedModel:
         bos_token_id=tokenizer.separator,
         eos_token_id=tokenizer.separator,
     )
-    return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(
+        settings, attn_implementation="sdpa", dtype=torch.float32
+    )
 
 
 def load_model(path: str) -> PreTrainedModel:
@@ -198,7 +223,9 @@ def load_model(path: str) -> PreTrainedModel:
     check_model_folder(path)
     try:
         with _no_bars():
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            return AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True
+            )
     except Exception as error:  # the library raises many kinds, OSError to KeyError
         raise TrainError(f"model: {path} does not load: {str(error).splitlines()[0]}") from error
 

@@ -26,11 +26,16 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Frozen parameters are in neither. Order follows ``named_parameters``.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     plain = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
 
 
 def adamw(model: nn.Module, config: OptimOptions) -> torch.optim.AdamW:
@@ -40,7 +45,9 @@ def adamw(model: nn.Module, config: OptimOptions) -> torch.optim.AdamW:
     assert config.weight_decay is not None
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     groups = decay_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused
+    )
 
 
 def learning_rates(config: OptimOptions) -> Callable[[int], float]:
@@ -49,7 +56,8 @@ def learning_rates(config: OptimOptions) -> Callable[[int], float]:
     assert config.warmup is not None
     peak, steps = config.lr, config.steps + 1
 
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a schedule wants an optimiser; we want its function
+    # a schedule wants an optimiser; we want its function
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     if config.schedule == "wsd":
         schedule = get_wsd_schedule(
             unused,
@@ -61,7 +69,10 @@ def learning_rates(config: OptimOptions) -> Callable[[int], float]:
         )
     else:
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            unused, num_warmup_steps=config.warmup, num_training_steps=steps, min_lr_rate=config.min_lr
+            unused,
+            num_warmup_steps=config.warmup,
+            num_training_steps=steps,
+            min_lr_rate=config.min_lr,
         )
 
     factor = schedule.lr_lambdas[0]

@@ -48,7 +48,11 @@ Names = tuple[str, ...]
 
 def _split_at_commas(value: Any) -> Any:
     names = [value] if isinstance(value, str) else value
-    return [part for name in names for part in name.split(",")] if all(isinstance(n, str) for n in names) else value
+    return (
+        [part for name in names for part in name.split(",")]
+        if all(isinstance(n, str) for n in names)
+        else value
+    )
 
 
 Listed = Annotated[Names, BeforeValidator(_split_at_commas)]
@@ -112,7 +116,9 @@ class Sizes:
         self.kv_heads = self.kv_heads or self.heads
         self.ffn = self.ffn or round_up(-(-8 * self.width // 3), 128)
         if self.width % self.heads or self.width // self.heads % 2:
-            raise TrainError(f"heads: width / heads must be an even integer, got {self.width} / {self.heads}")
+            raise TrainError(
+                f"heads: width / heads must be an even integer, got {self.width} / {self.heads}"
+            )
         if self.heads % self.kv_heads:
             raise TrainError(f"kv_heads: must divide heads = {self.heads}, got {self.kv_heads}")
 
@@ -130,7 +136,8 @@ class QuantOptions:
     """Blocks at the start kept in high precision: a count, or if below 1 a share of them, rounded
     up."""
     keep_last: int | float = 0
-    """Blocks at the end kept in high precision: a count, or if below 1 a share of them, rounded up."""
+    """Blocks at the end kept in high precision: a count, or if below 1 a share of them, rounded
+    up."""
     include: Names = ()
     """Only linears whose names match one of these globs are converted; empty: all but the output
     embedding."""
@@ -165,7 +172,8 @@ class OptimOptions:
     lr: Positive | None = None
     """Peak learning rate of AdamW; None: 0.4 / width for a new model, 2e-5 for --model."""
     schedule: Literal["wsd", "cosine"] = "wsd"
-    """After the warm-up: constant then linear decay over the last --decay share (wsd), or cosine."""
+    """After the warm-up: constant then linear decay over the last --decay share (wsd), or
+    cosine."""
     warmup: CountOrZero | None = None
     """Updates over which the learning rate rises linearly; None: a sixth of all, at most 1000."""
     decay: Fraction = 0.3
@@ -200,7 +208,8 @@ class ComputeOptions:
     """Compute dtype under autocast, the same for every recipe; weights and optimiser state are
     always float32."""
     deterministic: Flag = True
-    """Deterministic kernels, so that a resumed run repeats the uninterrupted one to the last bit."""
+    """Deterministic kernels, so that a resumed run repeats the uninterrupted one to the last
+    bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +242,9 @@ class ResumeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(CadenceOptions, ComputeOptions, OptimOptions, QuantOptions, ModelOptions, FolderOptions):
+class RunConfig(
+    CadenceOptions, ComputeOptions, OptimOptions, QuantOptions, ModelOptions, FolderOptions
+):
     """What every kind of run needs."""
 
 

@@ -69,22 +69,33 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     for run, colour in zip(report["runs"], _colours(report), strict=True):
         steps, raw = _curve(run)
         curve = smooth(raw)
-        if run["recipe"] == report["baseline"]:  # the others' noise is that of the same batches: one says it
+        # the others' noise is that of the same batches: one says it
+        if run["recipe"] == report["baseline"]:
             axes.plot(steps, raw, color=RAW_COLOUR, linewidth=0.5, zorder=1)
         axes.plot(steps, curve, color=colour, linewidth=1.6, zorder=2)
         scored = run["held_out"]
-        axes.plot(scored["step"], _scored(run), "o", color=colour, markersize=4.5, markeredgecolor="white", zorder=3)
+        axes.plot(
+            scored["step"],
+            _scored(run),
+            "o",
+            color=colour,
+            markersize=4.5,
+            markeredgecolor="white",
+            zorder=3,
+        )
         ends.append(float(curve[-1]))
         texts.append((f"{run['recipe']}  {run['val_bpb']:.3f}", colour))
 
     # The axis shows what the curves settle at, not the fall of the first steps.
     settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
-    low = float(np.nanquantile(np.concatenate(settled), 0.005))  # a single lucky batch shall not flatten the curves
+    # a single lucky batch shall not flatten the curves
+    low = float(np.nanquantile(np.concatenate(settled), 0.005))
     high = max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axes.set_ylabel("loss, nats per token")
     axes.set_title(
-        "Training loss (lines: smoothed; grey: each batch; dots: held out; labels: final held-out bits per byte)",
+        "Training loss (lines: smoothed; grey: each batch; dots: held out; labels: final "
+        "held-out bits per byte)",
         fontsize=9.5,
         loc="left",
     )
@@ -103,10 +114,18 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
         if run is base:
             continue
         steps, raw = _curve(run)
-        gap = smooth(raw - _curve(base)[1])  # the same batches in the same order, so the batch's own noise cancels
+        # the same batches in the same order, so the batch's own noise cancels
+        gap = smooth(raw - _curve(base)[1])
         axes.plot(steps, gap, color=colour, linewidth=1.6)
         scored = _scored(run) - _scored(base)
-        axes.plot(run["held_out"]["step"], scored, "o", color=colour, markersize=4.5, markeredgecolor="white")
+        axes.plot(
+            run["held_out"]["step"],
+            scored,
+            "o",
+            color=colour,
+            markersize=4.5,
+            markeredgecolor="white",
+        )
         extremes += [*gap[_settled(run) :], *scored[1:][np.isfinite(scored[1:])]]
         ends.append(float(gap[-1]))
         texts.append((f"{run['recipe']}  {run['gap_percent']:+.2f} %", colour))
@@ -127,7 +146,8 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _curve(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(run["curve"]["step"]), np.array(run["curve"]["loss"], dtype=np.float64)  # None becomes NaN
+    # None becomes NaN
+    return np.array(run["curve"]["step"]), np.array(run["curve"]["loss"], dtype=np.float64)
 
 
 def _scored(run: dict[str, Any]) -> np.ndarray:
@@ -136,7 +156,10 @@ def _scored(run: dict[str, Any]) -> np.ndarray:
 
 def _colours(report: dict[str, Any]) -> list[str]:
     others = iter(COLOURS * (1 + len(report["runs"]) // len(COLOURS)))
-    return [BASE_COLOUR if run["recipe"] == report["baseline"] else next(others) for run in report["runs"]]
+    return [
+        BASE_COLOUR if run["recipe"] == report["baseline"] else next(others)
+        for run in report["runs"]
+    ]
 
 
 def _settled(run: dict[str, Any]) -> int:

@@ -16,12 +16,14 @@ import torch
 
 from nvfp4.run.errors import TrainError
 
-if TYPE_CHECKING:  # seconds, and the objectives, which the command line names, take float64_device from here
+# seconds, and the objectives, which the command line names, take float64_device from here
+if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 class Alone:
-    """One process on the CPU that trains while the others of a run, if there are any, wait for it."""
+    """One process on the CPU that trains while the others of a run, if there are any, wait for
+    it."""
 
     device = torch.device("cpu")
     num_processes, process_index, is_main_process = 1, 0, True
@@ -47,14 +49,20 @@ def accelerator_for(device: str) -> Accelerator:
     from accelerate import Accelerator
 
     launched = _launched()
-    on_cpu = device == "cpu" or (device == "auto" and launched > 1 and not torch.cuda.is_available())
+    on_cpu = device == "cpu" or (
+        device == "auto" and launched > 1 and not torch.cuda.is_available()
+    )
     accelerator = Accelerator(cpu=on_cpu)
     kind = accelerator.device.type
     if device not in ("auto", kind):
-        raise TrainError(f"device: {device} was asked for, but only {kind} is here; give --device auto or {kind}")
-    if accelerator.num_processes < launched:  # more is what another launcher, mpirun say, has started
         raise TrainError(
-            f"device: {launched} processes were started, but on {kind} they do not find each other; start one, "
+            f"device: {device} was asked for, but only {kind} is here; give --device auto or {kind}"
+        )
+    # more is what another launcher, mpirun say, has started
+    if accelerator.num_processes < launched:
+        raise TrainError(
+            f"device: {launched} processes were started, but on {kind} they do not find each "
+            "other; start one, "
             f"or give --device cpu"
         )
     return accelerator
@@ -77,10 +85,14 @@ def float64_device(device: torch.device) -> torch.device:
 def deterministic(wanted: bool) -> Iterator[None]:
     """Deterministic kernels within; a kernel that has no such form warns. The settings before come
     back afterwards."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
+        # what cuBLAS needs to repeat itself
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, we never read it
     try:
@@ -101,7 +113,8 @@ def process_group() -> Iterator[None]:
         torch.distributed.destroy_process_group()
         from accelerate.state import AcceleratorState
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # else a later run in this process finds a dead group
+        # else a later run in this process finds a dead group
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def machine(accelerator: Processes) -> dict[str, Any]:
@@ -119,10 +132,17 @@ def machine(accelerator: Processes) -> dict[str, Any]:
 def other_machine(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """A note for the user if these differ, or nothing."""
     comparable = {key: value for key, value in present.items() if key in saved}
-    changed = [f"{key} {saved[key]}, now {value}" for key, value in comparable.items() if saved[key] != value]
+    changed = [
+        f"{key} {saved[key]}, now {value}"
+        for key, value in comparable.items()
+        if saved[key] != value
+    ]
     if not changed:
         return []
-    return [f"note: the checkpoint was written with {'; '.join(changed)}: the losses go on, but not to the last bit"]
+    return [
+        f"note: the checkpoint was written with {'; '.join(changed)}: the losses go on, but not "
+        "to the last bit"
+    ]
 
 
 def _launched() -> int:

@@ -35,7 +35,8 @@ class LastingConsole(Console):
 
     def _fall_silent(self) -> None:
         self.quiet = True
-        with contextlib.suppress(OSError, ValueError):  # else Python complains when it flushes at its end
+        # else Python complains when it flushes at its end
+        with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
@@ -43,7 +44,12 @@ class LastingConsole(Console):
 
 def bar(console: Console, last: str, **options: Any) -> Progress:
     """A bar per task: name, bar, how many of how many, and ``last`` of the task's fields."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(last))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(last),
+    )
     return Progress(*columns, console=console, **options)
 
 
@@ -60,7 +66,9 @@ class Reporter:
 
     def __init__(self, name: str, steps: int, every: int, enabled: bool = True) -> None:
         self.name, self.steps, self.every = name, steps, every
-        self.console = LastingConsole(quiet=not enabled, soft_wrap=True, highlight=False, markup=False)
+        self.console = LastingConsole(
+            quiet=not enabled, soft_wrap=True, highlight=False, markup=False
+        )
         self._recent: list[float] = []
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
@@ -85,8 +93,17 @@ class Reporter:
         eta = duration(sum(self._recent) / len(self._recent) * (self.steps - step))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, eta=eta)
-        if step % self.every == 0 or step in (1, self.steps) or row["skipped"] or self.evaluated in row:
-            self.say("  ".join([*self.figures(row), "SKIPPED: not finite" if row["skipped"] else f"eta {eta}"]))
+        if (
+            step % self.every == 0
+            or step in (1, self.steps)
+            or row["skipped"]
+            or self.evaluated in row
+        ):
+            self.say(
+                "  ".join(
+                    [*self.figures(row), "SKIPPED: not finite" if row["skipped"] else f"eta {eta}"]
+                )
+            )
 
     def figures(self, row: Row) -> list[str]:
         """What is shown of a row, before the time that is left."""
@@ -111,7 +128,11 @@ def rate(value: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else f"{minutes}:{rest:02d}"
+    )
 
 
 def memory_gib(device: torch.device) -> float:
@@ -119,5 +140,6 @@ def memory_gib(device: torch.device) -> float:
     process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -3,7 +3,8 @@
     model       parameters and persistent buffers, each once though two names may reach it
     optimizer   moments, by kind and name of the parameter
     random      torch's generators, of every process and device
-    noise       how many backward passes each converted layer has finished: the seed of its next noise
+    noise       how many backward passes each converted layer has finished: the seed of its next
+    noise
 
 The first three are groups of tensors, the last is plain, beside what the trainer says of itself.
 """
@@ -25,7 +26,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Processes, state: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Processes,
+    state: dict[str, Any],
 ) -> Snapshot:
     """Model, optimiser, random states of all processes and the layers' call counters, beside the
     plain ``state``.
@@ -36,7 +40,11 @@ def capture(
     """
     own = [_random()]
     everybody = own if accelerator.num_processes == 1 else gather_object(own)
-    random = {f"{device}.{rank}": value for rank, states in enumerate(everybody) for device, value in states.items()}
+    random = {
+        f"{device}.{rank}": value
+        for rank, states in enumerate(everybody)
+        for device, value in states.items()
+    }
     state = {**state, "noise": noise_state(model)}
     if not accelerator.is_main_process:
         return Snapshot(state, {})
@@ -49,7 +57,9 @@ def capture(
     return Snapshot(state, {"model": weights, "optimizer": moments, "random": random})
 
 
-def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Processes) -> None:
+def restore(
+    snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Processes
+) -> None:
     """Put a snapshot back; ``TrainError`` naming the tensors if it is of another model."""
     _restore_weights(snapshot, model, optimizer)
 
@@ -66,7 +76,9 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
         torch.cuda.set_rng_state(own["cuda"])
 
 
-def _restore_weights(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore_weights(
+    snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Put weights and moments back."""
     _check_same(_weights(model), snapshot.tensors["model"])
     with torch.no_grad():
@@ -75,7 +87,8 @@ def _restore_weights(snapshot: Snapshot, model: nn.Module, optimizer: torch.opti
     moments: dict[str, Tensors] = {}
     for key, value in snapshot.tensors["optimizer"].items():
         kind, _, name = key.partition(".")
-        moments.setdefault(name, {})[kind] = value.clone()  # not the mapped file, which is deleted one day
+        # not the mapped file, which is deleted one day
+        moments.setdefault(name, {})[kind] = value.clone()
     names = {parameter: name for name, parameter in _trained(model).items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
@@ -91,11 +104,14 @@ def _random() -> Tensors:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def _weights(model: nn.Module) -> Tensors:
-    """Parameters and persistent buffers, each once though two names may reach it (tied embeddings)."""
+    """Parameters and persistent buffers, each once though two names may reach it (tied
+    embeddings)."""
     saved = model.state_dict().keys()
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if name in saved}
@@ -112,4 +128,6 @@ def _check_same(model: Tensors, saved: Tensors) -> None:
     ]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise TrainError(f"the checkpoint is of another model: {'; '.join(sorted(wrong)[:5])}{more}")
+        raise TrainError(
+            f"the checkpoint is of another model: {'; '.join(sorted(wrong)[:5])}{more}"
+        )

@@ -75,7 +75,9 @@ class HuggingFaceTokenizer:
         ends = (self.inner.eos_token_id, self.inner.bos_token_id, self.inner.sep_token_id)
         separator = next((i for i in ends if i is not None), None)
         if separator is None:
-            raise TrainError(f"tokenizer: {path} has no eos, bos or sep token to put between documents; add one")
+            raise TrainError(
+                f"tokenizer: {path} has no eos, bos or sep token to put between documents; add one"
+            )
         self.separator: int = separator
         self.vocab_size = len(self.inner)
 
@@ -83,7 +85,9 @@ class HuggingFaceTokenizer:
         if not texts:
             return []
         # split_special_tokens: a text that spells out a special token is text, not the token
-        encoded = self.inner(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        encoded = self.inner(
+            texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
     def decode(self, ids: list[int]) -> str:
@@ -102,8 +106,12 @@ def load_tokenizer(path: str | None, model: str | None) -> Tokenizer:
     if model is not None:
         check_model_folder(model)
     if path is None and model is not None:
-        if not any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-            raise TrainError(f"tokenizer: {model} holds none; give --tokenizer with a folder, or bytes")
+        if not any(
+            (Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+        ):
+            raise TrainError(
+                f"tokenizer: {model} holds none; give --tokenizer with a folder, or bytes"
+            )
         path = model
     return ByteTokenizer() if path in (None, BYTES) else HuggingFaceTokenizer(str(path))
 
@@ -112,7 +120,8 @@ def check_model_folder(path: str) -> None:
     """``TrainError`` if there is no such folder: the name of a model on a hub is not one."""
     if not os.path.isdir(path):
         raise TrainError(
-            f"model: expected the folder of a local Hugging Face causal LM, got {path!r}; nothing is downloaded here: "
+            f"model: expected the folder of a local Hugging Face causal LM, got {path!r}; "
+            "nothing is downloaded here: "
             f"fetch it first (hf download NAME --local-dir FOLDER) and give the folder"
         )
 
@@ -131,7 +140,8 @@ def pack(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, n
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """The same ids as ``ByteTokenizer`` as a Hugging Face tokenizer: byte-level BPE without merges."""
+    """The same ids as ``ByteTokenizer`` as a Hugging Face tokenizer: byte-level BPE without
+    merges."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -140,16 +150,23 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(SEPARATOR_TEXT, special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=SEPARATOR_TEXT, eos_token=SEPARATOR_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token=SEPARATOR_TEXT, eos_token=SEPARATOR_TEXT
+    )
 
 
 def _load(path: str) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
-        raise TrainError(f"tokenizer: expected the folder of a local Hugging Face tokenizer or {BYTES!r}, got {path!r}")
+        raise TrainError(
+            f"tokenizer: expected the folder of a local Hugging Face tokenizer or {BYTES!r}, got "
+            f"{path!r}"
+        )
     from transformers import AutoTokenizer
 
     try:
         loaded: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises many kinds, OSError to KeyError
-        raise TrainError(f"tokenizer: {path} does not load: {str(error).splitlines()[0]}") from error
+        raise TrainError(
+            f"tokenizer: {path} does not load: {str(error).splitlines()[0]}"
+        ) from error
     return loaded

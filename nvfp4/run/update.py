@@ -23,7 +23,9 @@ def apply_gradients(
     processes. Returns the norm before clipping, and whether the step was done.
     """
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    total_norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    total_norm = nn.utils.get_total_norm(
+        [parameter.grad for parameter in trained if parameter.grad is not None]
+    )
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, total_norm)
 

@@ -1,8 +1,8 @@
 """The same run once per recipe and seed, and what the recipes cost.
 
     plan      a run per recipe, or per recipe and seed where several are asked for
-    gaps      held-out loss minus that of bf16 in the run of the same seed: same weights, same batches
-    paired    their mean over seeds, and its standard error
+    gaps      held-out loss minus that of bf16 in the run of the same seed: same weights, same
+    batches paired    their mean over seeds, and its standard error
 
 ``run/arms.py`` does the runs; what came out is compare.json, compare.png and a table.
 """
@@ -53,20 +53,31 @@ def plan(config: CompareConfig) -> list[Arm]:
     in a row."""
     if not config.seeds:
         return [_arm(config, recipe, recipe, config.seed) for recipe in config.recipes]
-    return [_arm(config, f"{recipe}-seed{seed}", recipe, seed) for recipe in config.recipes for seed in config.seeds]
+    return [
+        _arm(config, f"{recipe}-seed{seed}", recipe, seed)
+        for recipe in config.recipes
+        for seed in config.seeds
+    ]
 
 
-def comparison(config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]]) -> dict[str, Any]:
+def comparison(
+    config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The content of compare.json: each result with its gaps and its curves, as read from the runs'
     logs."""
     baseline = BASELINE if BASELINE in config.recipes else config.recipes[0]
-    base = {arm.config.seed: r for arm, r in zip(arms, results, strict=True) if r["recipe"] == baseline}
+    base = {
+        arm.config.seed: r for arm, r in zip(arms, results, strict=True) if r["recipe"] == baseline
+    }
 
     # Each result beside the baseline's of the same seed, with its curves.
     runs = []
     for arm, result in zip(arms, results, strict=True):
         rows = log.read(arm.folder.log)
-        steps, scored = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+        steps, scored = (
+            [row for row in rows if "loss" in row],
+            [row for row in rows if "val_loss" in row],
+        )
         same = base[arm.config.seed]
         runs.append(
             {
@@ -74,8 +85,13 @@ def comparison(config: CompareConfig, arms: list[Arm], results: list[dict[str, A
                 **({"name": arm.name, "seed": arm.config.seed} if config.seeds else {}),
                 "gap_nats": result["val_loss"] - same["val_loss"],
                 "gap_percent": 100 * (result["val_bpb"] / same["val_bpb"] - 1),
-                "curve": {"step": [row["step"] for row in steps], "loss": [row["loss"] for row in steps]},
-                "held_out": {key: [row[key] for row in scored] for key in ("step", "val_loss", "val_bpb")},
+                "curve": {
+                    "step": [row["step"] for row in steps],
+                    "loss": [row["loss"] for row in steps],
+                },
+                "held_out": {
+                    key: [row[key] for row in scored] for key in ("step", "val_loss", "val_bpb")
+                },
             }
         )
     report = {"baseline": baseline, "config": to_fields(config), "runs": runs}
@@ -88,7 +104,8 @@ def comparison(config: CompareConfig, arms: list[Arm], results: list[dict[str, A
 
 
 def draw_over_seeds(report: dict[str, Any], path: Path) -> None:
-    """The picture of a report, in which a recipe's figures and curves are the means over its seeds."""
+    """The picture of a report, in which a recipe's figures and curves are the means over its
+    seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
         groups.setdefault(run["recipe"], []).append(run)
@@ -99,25 +116,43 @@ def table(report: dict[str, Any]) -> Table:
     """The comparison as a rich table."""
     first = report["runs"][0]
     shown = Table(
-        title=f"{first['parameters']:,} parameters, {first['steps']} steps; held out: {first['val_bytes']:,} bytes",
+        title=(
+            f"{first['parameters']:,} parameters, {first['steps']} steps; held out: "
+            f"{first['val_bytes']:,} bytes"
+        ),
         caption="\n".join(
             [
-                f"loss in nats per token (training: mean of the last {log.LAST} steps); gap % in bits per byte",
+                f"loss in nats per token (training: mean of the last {log.LAST} steps); gap % in "
+                "bits per byte",
                 *(
-                    f"{recipe}: {gap['mean']:+.4f} ± {gap['standard_error']:.4f} nats over {gap['seeds']} seeds"
+                    f"{recipe}: {gap['mean']:+.4f} ± {gap['standard_error']:.4f} nats over "
+                    f"{gap['seeds']} seeds"
                     for recipe, gap in report.get("paired", {}).items()
                 ),
             ]
         ),
     )
     shown.add_column("recipe")
-    for name in ("training loss", "held-out loss", "bits/byte", "gap nats", "gap %", "tok/s", "peak GiB", "time"):
+    for name in (
+        "training loss",
+        "held-out loss",
+        "bits/byte",
+        "gap nats",
+        "gap %",
+        "tok/s",
+        "peak GiB",
+        "time",
+    ):
         shown.add_column(name, justify="right")
     for run in report["runs"]:
         base = run["recipe"] == report["baseline"]
         gaps = ("", "") if base else (f"{run['gap_nats']:+.4f}", f"{run['gap_percent']:+.2f}")
         numbers = (run["train_loss"], run["val_loss"], run["val_bpb"])
-        costs = (rate(run["tokens_per_s"]), f"{run['peak_memory_gib']:.2f}", duration(run["seconds"]))
+        costs = (
+            rate(run["tokens_per_s"]),
+            f"{run['peak_memory_gib']:.2f}",
+            duration(run["seconds"]),
+        )
         name = run.get("name", run["recipe"])
         shown.add_row(name, *("-" if n is None else f"{n:.4f}" for n in numbers), *gaps, *costs)
     return shown
@@ -151,6 +186,7 @@ def _check_run(arm: Arm) -> None:
     differing = differences(read_config_file(folder.config), arm.config)
     if differing:
         raise TrainError(
-            f"out: {folder.root} holds a run of another config: {'; '.join(differing)}; give --overwrite to delete it, "
+            f"out: {folder.root} holds a run of another config: {'; '.join(differing)}; give "
+            "--overwrite to delete it, "
             f"or another --out"
         )

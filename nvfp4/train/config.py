@@ -63,7 +63,8 @@ class TrainConfig(DataOptions, RunConfig):
     batch: Count = 8
     """Sequences in one optimiser update, over all processes and accumulation steps."""
     micro_batch: Count | None = None
-    """Sequences in one forward pass of one process; the rest is accumulated; None: no accumulation."""
+    """Sequences in one forward pass of one process; the rest is accumulated; None: no
+    accumulation."""
 
     # Compute
     compile: Flag = False
@@ -123,7 +124,10 @@ def resolve(config: Config) -> Config:
     """
     config = validated(config)
     _check(config)
-    config = fill(config, {"eval_batch": max(1, 2048 // config.seq_len), "warmup": min(1000, config.steps // 6)})
+    config = fill(
+        config,
+        {"eval_batch": max(1, 2048 // config.seq_len), "warmup": min(1000, config.steps // 6)},
+    )
     if config.model is not None:
         return fill(config, {"lr": 2e-5})
 
@@ -141,24 +145,38 @@ def sizes_of(config: TrainConfig) -> Sizes:
     assert config.width is not None
     assert config.heads is not None
     own = (config.kv_heads, config.ffn, config.tie_embeddings)
-    return Sizes(config.architecture, config.depth, config.width, config.heads, config.seq_len, *own)
+    return Sizes(
+        config.architecture, config.depth, config.width, config.heads, config.seq_len, *own
+    )
 
 
 def _check(config: TrainConfig) -> None:
     """``TrainError`` for options that contradict each other, have no effect, or name what is not
     there."""
     if config.micro_batch is not None and config.batch % config.micro_batch:
-        raise TrainError(f"micro_batch: must divide batch = {config.batch}, got {config.micro_batch}")
+        raise TrainError(
+            f"micro_batch: must divide batch = {config.batch}, got {config.micro_batch}"
+        )
     check_together(config)
     if config.model is not None:
-        sizes = [name for name in ("width", "heads", "kv_heads", "ffn") if getattr(config, name) is not None]
+        sizes = [
+            name
+            for name in ("width", "heads", "kv_heads", "ffn")
+            if getattr(config, name) is not None
+        ]
         if sizes:
-            raise TrainError(f"{sizes[0]}: {config.model} brings its own sizes; leave out {', '.join(sizes)}")
+            raise TrainError(
+                f"{sizes[0]}: {config.model} brings its own sizes; leave out {', '.join(sizes)}"
+            )
 
     # Options that were given and cannot act.
     seeds = config.seeds if isinstance(config, CompareConfig) else ()
     rules = (
-        ("architecture depth tie_embeddings", config.model is not None, "--model brings its own sizes"),
+        (
+            "architecture depth tie_embeddings",
+            config.model is not None,
+            "--model brings its own sizes",
+        ),
         ("holdout", bool(config.held_out_data), "--held-out-data says what is held out"),
         ("seed", bool(seeds), "--seeds says which"),
     )

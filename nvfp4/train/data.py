@@ -47,7 +47,8 @@ class TrainWindows:
         self.count = (len(tokens) - seq_len) // seq_len  # whole windows at any offset below seq_len
         if self.count < 1:
             raise TrainError(
-                f"seq_len: training needs at least {2 * seq_len} tokens for sequences of {seq_len}, the text has "
+                f"seq_len: training needs at least {2 * seq_len} tokens for sequences of "
+                f"{seq_len}, the text has "
                 f"{len(tokens)}; lower --seq-len or give more --data"
             )
 
@@ -60,7 +61,9 @@ class TrainWindows:
             here = sequences // self.count == epoch
             offset = fold_in(self.seed, int(epoch), self.count) % self.seq_len
             starts[here] = (
-                shuffled(self.seed, int(epoch), self.count)[sequences[here] % self.count] * self.seq_len + offset
+                shuffled(self.seed, int(epoch), self.count)[sequences[here] % self.count]
+                * self.seq_len
+                + offset
             )
         return starts
 
@@ -90,7 +93,9 @@ class HeldOut:
         return int((self.targets != IGNORED).sum())
 
 
-def held_out_windows(documents: list[Document], tokenizer: Tokenizer, seq_len: int, limit: int) -> HeldOut:
+def held_out_windows(
+    documents: list[Document], tokenizer: Tokenizer, seq_len: int, limit: int
+) -> HeldOut:
     """Windows over the first ``limit`` bytes (0: all) of held-out documents.
 
     With a limit each document gives at most a sixteenth of it (more if there are fewer than 16),
@@ -116,7 +121,8 @@ def _excerpts(documents: list[Document], limit: int) -> list[Document]:
     share = -(-limit // min(len(documents), MAX_DOCUMENT_SHARE))
     excerpts, left = [], limit
     for document in documents:
-        text = document.text.encode()[: min(share, left)].decode("utf-8", errors="ignore")  # drops a split character
+        # drops a split character
+        text = document.text.encode()[: min(share, left)].decode("utf-8", errors="ignore")
         if text:
             excerpts.append(Document(document.name, text))
             left -= len(text.encode())

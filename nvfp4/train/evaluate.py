@@ -63,10 +63,13 @@ def evaluate(
     nats = torch.zeros(len(batches), dtype=torch.float64, device=exact)
     with torch.no_grad():
         for i in range(accelerator.process_index, len(batches), accelerator.num_processes):
-            nats[i] = _nats(model, *batches[i], autocast, accelerator.device).to(exact).double().sum()
+            nats[i] = (
+                _nats(model, *batches[i], autocast, accelerator.device).to(exact).double().sum()
+            )
     model.train(training)
     if accelerator.num_processes > 1:
-        nats = accelerator.reduce(nats, reduction="sum")  # each place has one number and zeros: nothing is rounded
+        # each place has one number and zeros: nothing is rounded
+        nats = accelerator.reduce(nats, reduction="sum")
     return Score(math.fsum(nats.tolist()), held_out.tokens, held_out.size)
 
 
@@ -77,9 +80,13 @@ def _nats(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each target, float32 [rows * seq_len], 0 where it is ``IGNORED``."""
+    """Negative log-likelihood of each target, float32 [rows * seq_len], 0 where it is
+    ``IGNORED``."""
     with autocast():
         logits = model(input_ids=inputs.to(device)).logits
     return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, 1),
+        targets.to(device).flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
     )

@@ -33,7 +33,9 @@ def finish(run: PretrainRun) -> dict[str, Any]:
     config = run.config
 
     # The score, as trained and with the layers in BF16.
-    held_out = held_out_windows(run.corpus.held_out, run.tokenizer, config.seq_len, config.final_eval_bytes)
+    held_out = held_out_windows(
+        run.corpus.held_out, run.tokenizer, config.seq_len, config.final_eval_bytes
+    )
     trained = evaluate(run.model, held_out, run.eval_rows, run.autocast, run.accelerator)
     plain = trained
     if config.recipe != "bf16":
@@ -41,8 +43,10 @@ def finish(run: PretrainRun) -> dict[str, Any]:
             plain = evaluate(run.model, held_out, run.eval_rows, run.autocast, run.accelerator)
     if not math.isfinite(trained.loss + plain.loss):
         raise TrainError(
-            f"the held-out loss is {trained.loss:g} after the last update, {plain.loss:g} with the layers in BF16: the "
-            f"model is lost; lower --lr or --clip and go on from an earlier checkpoint in {run.folder.checkpoints}: "
+            f"the held-out loss is {trained.loss:g} after the last update, {plain.loss:g} with "
+            "the layers in BF16: the "
+            "model is lost; lower --lr or --clip and go on from an earlier checkpoint in "
+            f"{run.folder.checkpoints}: "
             f"--resume-from ... --allow-changes lr clip"
         )
     if not run.accelerator.is_main_process:
@@ -61,11 +65,17 @@ def finish(run: PretrainRun) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """One line of a result."""
-    bf16 = "" if result["recipe"] == "bf16" else f" ({result['val_bpb_bf16']:.4f} with the layers in BF16)"
+    bf16 = (
+        ""
+        if result["recipe"] == "bf16"
+        else f" ({result['val_bpb_bf16']:.4f} with the layers in BF16)"
+    )
     loss = "none" if result["train_loss"] is None else f"{result['train_loss']:.4f}"
     return (
-        f"{result['recipe']}: held-out {result['val_bpb']:.4f} bits per byte{bf16} on {result['val_bytes']:,} bytes, "
-        f"training loss {loss}, {rate(result['tokens_per_s'])} tok/s, {duration(result['seconds'])}, "
+        f"{result['recipe']}: held-out {result['val_bpb']:.4f} bits per byte{bf16} on "
+        f"{result['val_bytes']:,} bytes, "
+        f"training loss {loss}, {rate(result['tokens_per_s'])} tok/s, "
+        f"{duration(result['seconds'])}, "
         f"{result['peak_memory_gib']:.2f} GiB, {result['skipped_steps']} steps skipped"
     )
 
@@ -96,7 +106,11 @@ def _sample(run: PretrainRun) -> None:
     with run.autocast():
         text = sample(run.model, run.tokenizer, prompt, config.sample_tokens, config.seed)
     write_text(run.folder.sample, prompt + text)
-    printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in f"{prompt}|{text}")
+    printable = "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}"
+        for c in f"{prompt}|{text}"
+    )
     run.report.say(
-        "sample (the prompt ends at the bar):\n" + "\n".join(f"    {line}" for line in printable.split("\n"))
+        "sample (the prompt ends at the bar):\n"
+        + "\n".join(f"    {line}" for line in printable.split("\n"))
     )

@@ -21,7 +21,8 @@ from nvfp4.train.setup import PretrainRun, prepare
 from nvfp4.train.step import update
 
 OUT_OF_MEMORY = (
-    "lower --micro-batch or --seq-len, or give --recompute; to go on from a checkpoint: --resume --allow-changes "
+    "lower --micro-batch or --seq-len, or give --recompute; to go on from a checkpoint: --resume "
+    "--allow-changes "
     "micro_batch recompute"
 )
 
@@ -38,9 +39,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     try:
         return train(config, lambda config: Pretraining(prepare(config)), summary, OUT_OF_MEMORY)
     except Exception as error:
-        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if config.compile and type(error).__module__.startswith(
+            ("torch._dynamo", "torch._inductor")
+        ):
             reason = str(error).strip().splitlines()[0]
-            raise TrainError(f"compile: torch.compile failed here ({reason}); run with --no-compile") from error
+            raise TrainError(
+                f"compile: torch.compile failed here ({reason}); run with --no-compile"
+            ) from error
         raise
 
 

@@ -102,7 +102,15 @@ def prepare(config: PretrainConfig) -> PretrainRun:
         forward = torch.compile(forward)
 
     torch.manual_seed(fold_in(config.seed, MODEL_BRANCH, accelerator.process_index))
-    parts = (config, accelerator, report, RunFolder(config.out), model, forward, adamw(model, config))
+    parts = (
+        config,
+        accelerator,
+        report,
+        RunFolder(config.out),
+        model,
+        forward,
+        adamw(model, config),
+    )
     return PretrainRun(*parts, corpus, tokenizer, windows, held_out)
 
 
@@ -114,7 +122,8 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
         raise TrainError(f"batch: must be a multiple of the {count} processes, got {config.batch}")
     if config.batch // count % (config.micro_batch or 1):
         raise TrainError(
-            f"micro_batch: must divide the {config.batch // count} sequences of one process (batch {config.batch} "
+            f"micro_batch: must divide the {config.batch // count} sequences of one process "
+            f"(batch {config.batch} "
             f"over {count} processes), got {config.micro_batch}"
         )
     return accelerator

@@ -1,7 +1,9 @@
-"""The kernels compiled for aarch64 (NEON) and run under emulation, against the same source on this processor.
+"""The kernels compiled for aarch64 (NEON) and run under emulation, against the same source on this
+processor.
 
-Debian's packages g++-aarch64-linux-gnu and qemu-user are all it takes; ``make aarch64`` says so. Slow: two compilers
-and an emulated processor. ``make test`` has the same source on this processor, in test_native.py.
+Debian's packages g++-aarch64-linux-gnu and qemu-user are all it takes; ``make aarch64`` says so.
+Slow: two compilers and an emulated processor. ``make test`` has the same source on this processor,
+in test_native.py.
 """
 
 from __future__ import annotations
@@ -16,9 +18,20 @@ from object_code import instructions, missing, scalar_faults
 ROOT = Path(__file__).parents[2]
 TOOLS = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64", "g++")
 # as in setup.py, without threads
-FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-static"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-static",
+]
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing(*TOOLS) is not None, reason=f"{missing(*TOOLS)}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing(*TOOLS) is not None, reason=f"{missing(*TOOLS)}"),
+]
 
 
 def build(compiler: str, to: Path) -> Path:
@@ -40,10 +53,12 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_aarch64_computes_the_same_bytes(binaries: tuple[Path, Path]) -> None:
-    """Codes, scales, globals, decoded numbers and fingerprints, over every rule, dtype, orientation and hard input."""
+    """Codes, scales, globals, decoded numbers and fingerprints, over every rule, dtype, orientation
+    and hard input."""
     commands = (["qemu-aarch64", str(binaries[0])], [str(binaries[1])])
     there, here = (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() for command in commands
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        for command in commands
     )
     assert len(here) > 300
     differing = [f"{a}\n  here: {b}" for a, b in zip(there, here, strict=True) if a != b]

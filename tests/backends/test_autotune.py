@@ -1,4 +1,5 @@
-"""Among backends of equal bits the faster one is chosen, as a clock says: here one that is made up."""
+"""Among backends of equal bits the faster one is chosen, as a clock says: here one that is made
+up."""
 
 from __future__ import annotations
 
@@ -72,23 +73,35 @@ REFERENCE = _Last()
 
 
 def test_the_faster_one_is_chosen_and_said(stage) -> None:
-    """Its line comes first with its time, the other's with the time it lost by; asked once a quantiser."""
+    """Its line comes first with its time, the other's with the time it lost by; asked once a
+    quantiser."""
     backends, clock = stage(57e-6, 41e-6)
     said = nvfp4.explain("quantize", "cpu", "rtn")
-    assert said == "second: chosen, measured 41 us\nfirst: available, measured 57 us\nreference: available"
+    assert (
+        said
+        == "second: chosen, measured 41 us\nfirst: available, measured 57 us\nreference: available"
+    )
     asked = clock.asked
     assert asked == 2 * autotune.TURNS
-    assert registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check()) is backends[1]
+    assert (
+        registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check())
+        is backends[1]
+    )
     assert clock.asked == asked
     nvfp4.explain("quantize", "cpu", "rtn_2d")
     assert clock.asked == 2 * asked
 
 
 @pytest.mark.parametrize(("second", "wrong"), [(56e-6, False), (1e-6, True)])
-def test_the_order_stays_without_a_clear_and_right_winner(stage, second: float, wrong: bool) -> None:
+def test_the_order_stays_without_a_clear_and_right_winner(
+    stage, second: float, wrong: bool
+) -> None:
     """Within the margin the earlier one stays; one whose bits differ is not timed at all."""
     backends, clock = stage(57e-6, second, wrong)
-    assert registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check()) is backends[0]
+    assert (
+        registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check())
+        is backends[0]
+    )
     assert (clock.asked == 0) == wrong
 
 

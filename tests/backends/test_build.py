@@ -1,4 +1,5 @@
-"""csrc/objects.py: what is compiled again, and what is not. setup.py: what it leaves where it could not build."""
+"""csrc/objects.py: what is compiled again, and what is not. setup.py: what it leaves where it could
+not build."""
 
 from __future__ import annotations
 
@@ -35,14 +36,21 @@ def project(tmp_path: Path) -> Path:
 def build(project: Path, *flags: str) -> list[str]:
     """Names of the objects that were compiled."""
     commands = {
-        str(project / "out" / f"{name}.o"): [str(COMPILER), "-O0", *flags, "-c", str(project / f"{name}.cpp")]
+        str(project / "out" / f"{name}.o"): [
+            str(COMPILER),
+            "-O0",
+            *flags,
+            "-c",
+            str(project / f"{name}.cpp"),
+        ]
         for name in ("one", "two")
     }
     return [Path(target).stem for target in OBJECTS.compile_changed(commands)]
 
 
 def test_only_what_depends_on_a_change_is_compiled(project: Path) -> None:
-    """A header, a source, a flag; not a file that was touched or is back as it was when it was last compiled."""
+    """A header, a source, a flag; not a file that was touched or is back as it was when it was last
+    compiled."""
     header, two = project / "a header.h", project / "two.cpp"
     assert build(project) == ["one", "two"]
     assert build(project) == []
@@ -64,7 +72,9 @@ def test_only_what_depends_on_a_change_is_compiled(project: Path) -> None:
     assert build(project, "-DNAME=1") == []
 
 
-def test_an_object_without_its_record_or_a_record_without_its_object_is_compiled(project: Path) -> None:
+def test_an_object_without_its_record_or_a_record_without_its_object_is_compiled(
+    project: Path,
+) -> None:
     """As a build that was killed leaves them, half a record too."""
     build(project)
     (project / "out" / "one.o").unlink()
@@ -91,7 +101,8 @@ def test_a_failure_names_the_object_and_is_not_remembered_as_success(
 
 
 COMPILE = """#!/bin/sh
-# a compiler whose objects are empty; as a linker it writes half a library where the file "breaks" is beside it
+# a compiler whose objects are empty; as a linker it writes half a library where the file
+# "breaks" is beside it
 for word in "$@"; do
   case "$before" in -o) out="$word" ;; -MF) echo "out:" > "$word" ;; esac
   before="$word"
@@ -101,8 +112,11 @@ case "$*" in *-shared*) [ ! -e "$0.breaks" ] || exit 1 ;; esac
 """
 
 
-def test_what_could_not_be_built_says_why_and_looks_unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler, then a linker that breaks off: a warning, a reason beside the package, no extension."""
+def test_what_could_not_be_built_says_why_and_looks_unbuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No compiler, then a linker that breaks off: a warning, a reason beside the package, no
+    extension."""
     tools, package = tmp_path / "tools", tmp_path / "lib" / "nvfp4"
     tools.mkdir()
     package.mkdir(parents=True)
@@ -114,7 +128,9 @@ def test_what_could_not_be_built_says_why_and_looks_unbuilt(tmp_path: Path, monk
 
     def build() -> str:
         command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=True
+        )
         return done.stderr
 
     assert "installed without native CPU kernels: there is no C++ compiler" in build()
@@ -128,7 +144,9 @@ def test_what_could_not_be_built_says_why_and_looks_unbuilt(tmp_path: Path, monk
         (tools / f"{name}.breaks").touch()
     assert "installed without native CPU kernels" in build()
     assert re.search("exit (code|status) 1", why_not_built("cpu", package)) is not None
-    assert [path.name for path in package.glob("_cpu*") if "part" not in path.name] == ["_cpu_missing.txt"]
+    assert [path.name for path in package.glob("_cpu*") if "part" not in path.name] == [
+        "_cpu_missing.txt"
+    ]
 
     for broken in tools.glob("*.breaks"):
         broken.unlink()

@@ -1,4 +1,5 @@
-"""For which GPUs the CUDA kernels are built, what is said where they are not, and that no compiler outlives setup.py.
+"""For which GPUs the CUDA kernels are built, what is said where they are not, and that no compiler
+outlives setup.py.
 
 The compilers are scripts on PATH: what is tested is what setup.py asks of them.
 """
@@ -42,7 +43,12 @@ def test_the_users_list_comes_first() -> None:
     ("asked", "present", "known", "words"),
     [
         ("80", [], TARGETS, "NVFP4_CUDA_TARGETS names '80'; the kernels are written for 90a, 100a"),
-        (None, ["8.0"], TARGETS, "compute capability 8.0, and these kernels are written for sm_90a"),
+        (
+            None,
+            ["8.0"],
+            TARGETS,
+            "compute capability 8.0, and these kernels are written for sm_90a",
+        ),
         ("103a", [], ("90a",), "nvcc does not know sm_103a, only sm_90a: update CUDA"),
         (None, ["12.1"], (), "nvcc does not know sm_121a, only older ones: update CUDA"),
     ],
@@ -72,7 +78,8 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_machine_is_asked(tools: Path) -> None:
-    """nvidia-smi for the GPUs, nvcc for what it knows; a program that fails or is missing says nothing."""
+    """nvidia-smi for the GPUs, nvcc for what it knows; a program that fails or is missing says
+    nothing."""
     program(tools, "nvidia-smi", "printf '9.0\\n9.0\\n12.0\\n'")
     program(tools, "nvcc", "printf 'sm_75\\nsm_90\\nsm_100\\nsm_120\\n'")
     assert cuda_targets.present_capabilities() == ("9.0", "12.0")
@@ -90,9 +97,15 @@ def setup_command(folder: Path) -> list[str]:
 def test_a_build_that_fails_leaves_its_reason(tools: Path, tmp_path: Path, monkeypatch) -> None:
     """On standard error, and in a file beside the package, which the backend then reads out."""
     (tmp_path / "lib" / "nvfp4").mkdir(parents=True)
-    program(tools, "nvcc", 'case "$1" in --list-gpu-code) echo sm_90;; *) echo broken >&2; exit 3;; esac')
+    program(
+        tools,
+        "nvcc",
+        'case "$1" in --list-gpu-code) echo sm_90;; *) echo broken >&2; exit 3;; esac',
+    )
     program(tools, "nvidia-smi", "echo 9.0")
-    done = subprocess.run(setup_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    done = subprocess.run(
+        setup_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=HANG
+    )
     assert done.returncode == 0
     assert "nvfp4: CUDA kernels for sm_90a (the GPUs of this machine" in done.stderr
     assert "nvfp4 is installed without CUDA kernels: nvcc failed with 3" in done.stderr
@@ -101,14 +114,21 @@ def test_a_build_that_fails_leaves_its_reason(tools: Path, tmp_path: Path, monke
     assert why_not_built("cuda", tmp_path) == ""
     program(tools, "nvcc", 'case "$1" in --list-gpu-code) echo sm_100;; esac')
     subprocess.run(setup_command(tmp_path), cwd=ROOT, check=True, capture_output=True, timeout=HANG)
-    assert "nvcc does not know sm_90a, only sm_100a: update CUDA" in why_not_built("cuda", tmp_path / "lib" / "nvfp4")
+    assert "nvcc does not know sm_90a, only sm_100a: update CUDA" in why_not_built(
+        "cuda", tmp_path / "lib" / "nvfp4"
+    )
 
 
 def test_killed_it_takes_its_compilers_along(tools: Path, tmp_path: Path, monkeypatch) -> None:
     """kill -9 of setup.py alone: the compilers that nvcc started end too, in a moment."""
     pids = tmp_path / "pids"
     monkeypatch.setenv("NVFP4_CUDA_TARGETS", "90a")
-    program(tools, "nvcc", f'case "$1" in --list-gpu-code) echo sm_90;; *) sleep 1000 & echo $! >> {pids}; wait;; esac')
+    program(
+        tools,
+        "nvcc",
+        f'case "$1" in --list-gpu-code) echo sm_90;; *) sleep 1000 & echo $! >> {pids}; wait;; '
+        "esac",
+    )
     build = subprocess.Popen(setup_command(tmp_path), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (pids.exists() and pids.read_text().strip()):
         assert build.poll() is None, "setup.py ended before it compiled"

@@ -12,7 +12,8 @@ from nvfp4.backends.native.extension import INTERFACE, load
 
 
 def test_an_extension_from_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout that moved on beside an extension that did not: said with its place, instead of failing in a call."""
+    """A checkout that moved on beside an extension that did not: said with its place, instead of
+    failing in a call."""
     for made in ({}, {"interface": INTERFACE - 1}, {"interface": INTERFACE}):
         stale = types.ModuleType("nvfp4._stale")
         stale.__file__ = "/somewhere/_stale.so"

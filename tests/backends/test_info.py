@@ -25,12 +25,18 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that sees no GPU and turns every warning of ours into an error."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=HANG, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=HANG,
+        check=False,
     )
 
 
 def test_info_states_facts() -> None:
-    """Versions as installed, this machine, and for each backend and device "yes" or the backend's own reason."""
+    """Versions as installed, this machine, and for each backend and device "yes" or the backend's
+    own reason."""
     facts = dict(line.split("  ", 1) for line in nvfp4.info().splitlines())
     facts = {key.strip(): value.strip() for key, value in facts.items()}
     assert facts["torch"] == importlib.metadata.version("torch")
@@ -38,13 +44,17 @@ def test_info_states_facts() -> None:
     assert platform.machine() in facts["cpu"]
     assert f"{torch.get_num_threads()} threads" in facts["cpu"]
     for name, backend in BACKENDS.items():
-        assert facts[f"backend {name} on cpu"] == (backend.unavailable(torch.device("cpu")) or "yes")
+        assert facts[f"backend {name} on cpu"] == (
+            backend.unavailable(torch.device("cpu")) or "yes"
+        )
     assert facts["backend reference on cpu"] == "yes"
 
 
 def test_info_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that cannot run says why, and a package that is missing is named so."""
-    monkeypatch.setattr(BACKENDS["reference"], "unavailable", lambda device: f"no such thing on {device}")
+    monkeypatch.setattr(
+        BACKENDS["reference"], "unavailable", lambda device: f"no such thing on {device}"
+    )
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -84,13 +94,15 @@ layer(torch.randn(3, 32)).sum().backward()
 nvfp4.info(), str(nvfp4.report(layer))
 assert not torch.cuda.is_initialized(), "importing or running on a CPU touched CUDA"
 assert nvfp4.info().startswith("nvfp4")
-print(*sorted({name.split(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names))
+came = {name.split(".")[0] for name in sys.modules.keys() - before}
+print(*sorted(came - sys.stdlib_module_names))
 """
 
 
 def test_import_is_light_and_needs_no_gpu() -> None:
-    """46: import, convert, a training step, report and info work with no GPU and with Triton, transformers, pyarrow and
-    matplotlib missing; beside torch's own packages only nvfp4 and rich are imported for it."""
+    """46: import, convert, a training step, report and info work with no GPU and with Triton,
+    transformers, pyarrow and matplotlib missing; beside torch's own packages only nvfp4 and rich
+    are imported for it."""
     done = _python("-c", _PROGRAM)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) - {"torch"} == {"nvfp4", "rich"}

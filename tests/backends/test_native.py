@@ -1,5 +1,6 @@
-"""The native CPU kernels against the reference: equal to the last bit, whatever the instruction set, the thread count,
-the orientation, the dtype or the shape; and safe against what a caller may hand them."""
+"""The native CPU kernels against the reference: equal to the last bit, whatever the instruction
+set, the thread count, the orientation, the dtype or the shape; and safe against what a caller may
+hand them."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from nvfp4.numerics.rng import fold_in
 from nvfp4.ops import explain
 from nvfp4.quantizers.registry import QUANTIZERS
 
-pytestmark = pytest.mark.skipif(native is None, reason=f"the native CPU kernels are not built: {_MISSING}")
+pytestmark = pytest.mark.skipif(
+    native is None, reason=f"the native CPU kernels are not built: {_MISSING}"
+)
 
 ISAS = native.instruction_sets() if native is not None else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +49,11 @@ CASES = [
     ("sr", {"rotation": Rotation(64, 2, 77), "row_scaled": True}),
     ("sr_te", {}),
     ("sr_te", {"rotation": Rotation(16, fixed=True)}),
-    *(("four_over_six", {"metric": m, "block": b}) for m in ("mse", "mae", "abs_max") for b in ((1, 16), (16, 16))),
+    *(
+        ("four_over_six", {"metric": m, "block": b})
+        for m in ("mse", "mae", "abs_max")
+        for b in ((1, 16), (16, 16))
+    ),
     ("four_over_six", {"row_scaled": True}),
     ("scale_search", {}),
     ("scale_search", {"block": (16, 16)}),
@@ -55,7 +62,18 @@ CASES = [
     ("ms_eden", {"rounds": 2, "search": True}),
     ("ms_eden", {"rounds": 3, "group": 32, "search": True}),
 ]
-SHAPES = [(1, 1), (16, 16), (17, 33), (5, 300), (130, 128), (64, 512), (300, 5), (33, 129), (1, 257), (257, 1)]
+SHAPES = [
+    (1, 1),
+    (16, 16),
+    (17, 33),
+    (5, 300),
+    (130, 128),
+    (64, 512),
+    (300, 5),
+    (33, 129),
+    (1, 257),
+    (257, 1),
+]
 KINDS = ("normal", "wide", "rows", "sparse", "zeros", "tiny", "huge", "nan", "inf", "ties")
 
 
@@ -94,7 +112,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def assert_same(got: QTensor, want: QTensor, note: str) -> None:
     """Codes, block scales and global scale, bit for bit."""
-    for name, a, b in zip(("codes", "block_scale", "global_scale"), got.tensors, want.tensors, strict=True):
+    for name, a, b in zip(
+        ("codes", "block_scale", "global_scale"), got.tensors, want.tensors, strict=True
+    ):
         assert same(a, b), f"{name} differ: {note}"
 
 
@@ -109,14 +129,17 @@ def restore_threads():
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: str(v))
 def test_quantize_equals_reference(isa: str, name: str, options: dict) -> None:
-    """Every rule and option, over shapes, kinds of data, dtypes, orientations and thread counts drawn at random."""
+    """Every rule and option, over shapes, kinds of data, dtypes, orientations and thread counts
+    drawn at random."""
     rng = random.Random(f"{name}{options}")
     quantizer, backend = QUANTIZERS[name], CpuBackend(isa)
     for shape in SHAPES:
         kind, dtype, transposed = rng.choice(KINDS), rng.choice(DTYPES), rng.random() < 0.5
         x = data(shape[::-1] if transposed else shape, kind, dtype, rng.randrange(2**31))
         x = x.t() if transposed else x
-        checked = quantizer.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **options)
+        checked = quantizer.check(
+            seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **options
+        )
         torch.set_num_threads(rng.choice([1, 2, 3]))
         note = f"{shape} {kind} {dtype} transposed={transposed} isa={isa}"
         assert_same(backend.quantize(x, quantizer, checked), quantizer.quantize(x, checked), note)
@@ -130,14 +153,18 @@ BOTH = [
     (("four_over_six", {}), ("ms_eden", {"group": 16})),
     (("ms_eden", {"group": 64}), ("scale_search", {"rotation": Rotation(32, 2, 3)})),
     (("rtn", {"row_scaled": True}), ("rtn_2d", {})),
-    (("scale_search", {"block": (16, 16)}), ("sr", {"row_scaled": True, "rotation": Rotation(128, 1, 3)})),
+    (
+        ("scale_search", {"block": (16, 16)}),
+        ("sr", {"row_scaled": True, "rotation": Rotation(128, 1, 3)}),
+    ),
 ]
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("rows", "columns"), BOTH, ids=lambda v: f"{v[0]}{v[1]}")
 def test_quantize_both_equals_two_references(isa: str, rows: tuple, columns: tuple) -> None:
-    """x and x^T in one read: each as if it were alone, over shapes, data, dtypes, orientations and thread counts."""
+    """x and x^T in one read: each as if it were alone, over shapes, data, dtypes, orientations and
+    thread counts."""
     rng = random.Random(f"{rows}{columns}")
     backend = CpuBackend(isa)
     pairs = [(QUANTIZERS[name], options) for name, options in (rows, columns)]
@@ -146,55 +173,92 @@ def test_quantize_both_equals_two_references(isa: str, rows: tuple, columns: tup
         x = data(shape[::-1] if transposed else shape, kind, dtype, rng.randrange(2**31))
         x = x.t() if transposed else x
         torch.set_num_threads(rng.choice((1, 2, 3)))
-        checked = [(q, q.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **o)) for q, o in pairs]
+        checked = [
+            (q, q.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **o))
+            for q, o in pairs
+        ]
         got = backend.quantize_both(x, *checked)
         for q, view, pair in zip(got, (x, x.t()), checked, strict=True):
             assert_same(
-                q, ReferenceBackend().quantize(view, *pair), f"{shape} {kind} {dtype} transposed={transposed} {pair[1]}"
+                q,
+                ReferenceBackend().quantize(view, *pair),
+                f"{shape} {kind} {dtype} transposed={transposed} {pair[1]}",
             )
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bfloat16_and_float16_input_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
-    """All 65536 bit patterns of a 16-bit format, one row each (so that a NaN poisons only itself)."""
+    """All 65536 bit patterns of a 16-bit format, one row each (so that a NaN poisons only
+    itself)."""
     if dtype == torch.float32:
-        x = torch.arange(2**16, dtype=torch.int64).mul(65537).to(torch.int32).view(torch.float32)[:, None]
+        x = (
+            torch.arange(2**16, dtype=torch.int64)
+            .mul(65537)
+            .to(torch.int32)
+            .view(torch.float32)[:, None]
+        )
     else:
         x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
     quantizer = QUANTIZERS["rtn"]
     checked = quantizer.check(row_scaled=True)
     for operand in (x, x.expand(-1, 16).contiguous()):
-        assert_same(CpuBackend(isa).quantize(operand, quantizer, checked), quantizer.quantize(operand, checked), isa)
+        assert_same(
+            CpuBackend(isa).quantize(operand, quantizer, checked),
+            quantizer.quantize(operand, checked),
+            isa,
+        )
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("saved", [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})], ids=str)
+@pytest.mark.parametrize(
+    "saved", [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})], ids=str
+)
 def test_requantize_equals_decoding_first(isa: str, saved: tuple[str, dict]) -> None:
-    """x-hat^T from codes equals decode in float32, cut, transpose, quantise: padding, tiles, row scales, NaN."""
+    """x-hat^T from codes equals decode in float32, cut, transpose, quantise: padding, tiles, row
+    scales, NaN."""
     rng = random.Random(1)
     backend = CpuBackend(isa)
     for shape in SHAPES:
         for kind in ("normal", "wide", "nan"):
             first = QUANTIZERS[saved[0]]
-            q = first.quantize(data(shape, kind, torch.float32, rng.randrange(2**31)), first.check(**saved[1]))
-            for name, options in (("ms_eden", {"rounds": 2}), ("sr", {"rotation": Rotation(16, 1, 9)}), ("rtn", {})):
+            q = first.quantize(
+                data(shape, kind, torch.float32, rng.randrange(2**31)), first.check(**saved[1])
+            )
+            for name, options in (
+                ("ms_eden", {"rounds": 2}),
+                ("sr", {"rotation": Rotation(16, 1, 9)}),
+                ("rtn", {}),
+            ):
                 second = QUANTIZERS[name]
-                checked = second.check(seed=3, sign_seed=None if "rotation" in options else 4, **options)
+                checked = second.check(
+                    seed=3, sign_seed=None if "rotation" in options else 4, **options
+                )
                 want = second.quantize(q.dequantize().t(), checked)
-                assert_same(backend.requantize(q, second, checked), want, f"{shape} {kind} {name} {isa}")
+                assert_same(
+                    backend.requantize(q, second, checked), want, f"{shape} {kind} {name} {isa}"
+                )
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_equals_reference(isa: str, dtype: torch.dtype) -> None:
-    """Decoding with the global scale, per tensor and per row, rounded once to the dtype; signs of zeros included."""
+    """Decoding with the global scale, per tensor and per row, rounded once to the dtype; signs of
+    zeros included."""
     for i, shape in enumerate(SHAPES):
         for kind in KINDS:
-            for name, options in (("rtn", {"row_scaled": True}), ("rtn_2d", {}), ("four_over_six", {})):
+            for name, options in (
+                ("rtn", {"row_scaled": True}),
+                ("rtn_2d", {}),
+                ("four_over_six", {}),
+            ):
                 quantizer = QUANTIZERS[name]
-                q = quantizer.quantize(data(shape, kind, torch.float32, i), quantizer.check(**options))
-                assert same(CpuBackend(isa).dequantize(q, dtype), q.dequantize(dtype)), f"{shape} {kind} {name} {isa}"
+                q = quantizer.quantize(
+                    data(shape, kind, torch.float32, i), quantizer.check(**options)
+                )
+                assert same(CpuBackend(isa).dequantize(q, dtype), q.dequantize(dtype)), (
+                    f"{shape} {kind} {name} {isa}"
+                )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -209,9 +273,14 @@ def test_every_code_and_scale_decodes_to_its_product(isa: str) -> None:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    """Noise is a function of the element index, so 1, 2, 3 and 7 threads agree on a tensor large enough to be split."""
+    """Noise is a function of the element index, so 1, 2, 3 and 7 threads agree on a tensor large
+    enough to be split."""
     x = torch.randn(700, 600).bfloat16()
-    for name, options in (("sr", {}), ("ms_eden", {"rounds": 2, "search": True}), ("rtn", {"row_scaled": True})):
+    for name, options in (
+        ("sr", {}),
+        ("ms_eden", {"rounds": 2, "search": True}),
+        ("rtn", {"row_scaled": True}),
+    ):
         quantizer = QUANTIZERS[name]
         checked = quantizer.check(seed=1, sign_seed=2, **options)
         results = []
@@ -228,7 +297,9 @@ def test_concurrent_calls_agree() -> None:
     inputs = [torch.randn(190 + i, 300 + i) for i in range(8)]
 
     def run(i: int) -> QTensor:
-        return CpuBackend().quantize(inputs[i], quantizer, quantizer.check(seed=i, sign_seed=i, rounds=2))
+        return CpuBackend().quantize(
+            inputs[i], quantizer, quantizer.check(seed=i, sign_seed=i, rounds=2)
+        )
 
     alone = [run(i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -238,7 +309,8 @@ def test_concurrent_calls_agree() -> None:
 
 
 def test_rows_further_apart_than_32_bits() -> None:
-    """Operand rows 2^31 bytes apart in (untouched) memory are read at the right place: indices are 64-bit."""
+    """Operand rows 2^31 bytes apart in (untouched) memory are read at the right place: indices are
+    64-bit."""
     stride = 2**30
     memory = np.zeros(2 * stride + 64, dtype=np.int16)  # pages appear only where they are touched
     x = torch.from_numpy(memory).view(torch.bfloat16).as_strided((3, 64), (stride, 1))
@@ -255,15 +327,17 @@ def test_rows_further_apart_than_32_bits() -> None:
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("isa", ["", "portable", *products()])
 def test_matmul_equals_reference(isa: str, out_dtype: torch.dtype) -> None:
-    """Small-integer operands (codes on the grid, block scales powers of two in a narrow range) make every partial sum
-    exact in float32, so any order of summation gives the same bits; globals, row globals and bias are applied alike."""
+    """Small-integer operands (codes on the grid, block scales powers of two in a narrow range) make
+    every partial sum exact in float32, so any order of summation gives the same bits; globals, row
+    globals and bias are applied alike."""
     generator = torch.Generator().manual_seed(0)
     for m, n, k in ((1, 1, 16), (14, 32, 16), (15, 33, 48), (113, 129, 1040), (40, 7, 2064)):
         for row_scaled in (False, True):
             a, b = (
                 QTensor(
                     torch.randint(256, (rows, k // 2), dtype=torch.uint8, generator=generator),
-                    torch.randint(6, 9, (rows, k // 16), dtype=torch.uint8, generator=generator) * 8,
+                    torch.randint(6, 9, (rows, k // 16), dtype=torch.uint8, generator=generator)
+                    * 8,
                     torch.rand(rows if row_scaled else 1, generator=generator) + 0.5,
                     (1, 16),
                     (rows, k),
@@ -272,17 +346,25 @@ def test_matmul_equals_reference(isa: str, out_dtype: torch.dtype) -> None:
             )
             for bias in (None, torch.randn(n, generator=generator)):
                 got = CpuBackend(isa).matmul(a, b, out_dtype, bias)
-                assert same(got, ReferenceBackend().matmul(a, b, out_dtype, bias)), f"{m} {n} {k} rows={row_scaled}"
+                assert same(got, ReferenceBackend().matmul(a, b, out_dtype, bias)), (
+                    f"{m} {n} {k} rows={row_scaled}"
+                )
 
 
 def test_matmul_of_tiles_and_poison() -> None:
-    """16x16 scales reach their 16 rows; a NaN global scale makes all of y NaN, or its row alone when row-scaled."""
+    """16x16 scales reach their 16 rows; a NaN global scale makes all of y NaN, or its row alone
+    when row-scaled."""
     tiles, rows = QUANTIZERS["rtn_2d"], QUANTIZERS["rtn"]
     x, w = torch.randn(40, 70), torch.randn(50, 70)
     a, b = rows.quantize(x, rows.check(row_scaled=True)), tiles.quantize(w, tiles.check())
-    got, want = (backend.matmul(a, b, torch.float32) for backend in (CpuBackend(), ReferenceBackend()))
-    # float32 sums of 80 products in another order: each of the 80 additions errs by at most 2^-24 of the running sum
-    assert (got - want).abs().max() <= 80 * 2**-24 * (a.dequantize().abs() @ b.dequantize().abs().t()).max()
+    got, want = (
+        backend.matmul(a, b, torch.float32) for backend in (CpuBackend(), ReferenceBackend())
+    )
+    # float32 sums of 80 products in another order: each of the 80 additions errs by at most 2^-24
+    # of the running sum
+    assert (got - want).abs().max() <= 80 * 2**-24 * (
+        a.dequantize().abs() @ b.dequantize().abs().t()
+    ).max()
     x[3, 5] = float("nan")
     y = CpuBackend().matmul(rows.quantize(x, rows.check(row_scaled=True)), b, torch.float32)
     assert y[3].isnan().all()
@@ -291,9 +373,11 @@ def test_matmul_of_tiles_and_poison() -> None:
 
 
 def test_native_tables_equal_the_python_ones() -> None:
-    """One table exported by the kernels pins csrc/formats.h to formats.py: decoding is a view of it."""
+    """One table exported by the kernels pins csrc/formats.h to formats.py: decoding is a view of
+    it."""
     scales = torch.arange(127, dtype=torch.uint8)[:, None]
-    codes = torch.tensor([[0x22] * 8], dtype=torch.uint8).expand(127, -1).contiguous()  # code 2 is 1.0
+    # code 2 is 1.0
+    codes = torch.tensor([[0x22] * 8], dtype=torch.uint8).expand(127, -1).contiguous()
     q = QTensor(codes, scales.contiguous(), torch.ones(1), (1, 16), (127, 16))
     got = CpuBackend().decode(q, 1, torch.float32, with_global=False)[:, 0]
     assert got.tolist() == list(E4M3.grid) == e4m3_decode(scales[:, 0]).tolist()
@@ -311,8 +395,9 @@ def test_fold_in_and_swizzle_are_the_same_functions() -> None:
 
 
 def test_fingerprint_sees_every_change_and_is_the_same_everywhere() -> None:
-    """One flipped bit anywhere, all signs flipped, two neighbours or two far words exchanged, one byte more: each gives
-    another number; instruction sets and thread counts agree. A collision by chance has probability 2^-64."""
+    """One flipped bit anywhere, all signs flipped, two neighbours or two far words exchanged, one
+    byte more: each gives another number; instruction sets and thread counts agree. A collision by
+    chance has probability 2^-64."""
     x = torch.randn(3 * 2**17 + 5)
     seen = set()
     for isa in ISAS:
@@ -320,7 +405,16 @@ def test_fingerprint_sees_every_change_and_is_the_same_everywhere() -> None:
             torch.set_num_threads(threads)
             seen.add(CpuBackend(isa).fingerprint(x))
     assert len(seen) == 1
-    variants = [x.neg(), x.flip(0), x.roll(1), x.roll(128), x.roll(2**14), x[:-1].contiguous(), x.mul(2), x.add(0.5)]
+    variants = [
+        x.neg(),
+        x.flip(0),
+        x.roll(1),
+        x.roll(128),
+        x.roll(2**14),
+        x[:-1].contiguous(),
+        x.mul(2),
+        x.add(0.5),
+    ]
     for at in (0, 1, 127, 128, 2**14 - 1, 2**14, x.numel() - 1):
         for bit in (0, 12, 22, 23, 31):
             one = x.clone()
@@ -347,7 +441,17 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
     with pytest.raises(ValueError, match="instruction set"):
         native.quantize(native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 0, 1), "sse9")
     with pytest.raises(ValueError, match="scratch"):
-        native.QuantizeArgs(source, native.Options(5, 0, False, False, False, 0, 16, 1, 0, False), 32, 1, 1, 1, 0, 0, 1)
+        native.QuantizeArgs(
+            source,
+            native.Options(5, 0, False, False, False, 0, 16, 1, 0, False),
+            32,
+            1,
+            1,
+            1,
+            0,
+            0,
+            1,
+        )
     args = native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="one matrix and its transpose"):
         native.quantize_both(args, args, "")
@@ -356,13 +460,17 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
 def test_it_is_chosen_on_the_cpu_and_explained() -> None:
     """``explain`` names it as chosen for every operation, and the reference as available."""
     for operation in ("quantize", "dequantize", "matmul"):
-        assert explain(operation, "cpu").splitlines()[-2:] == ["cpu: chosen", "reference: available"]
+        assert explain(operation, "cpu").splitlines()[-2:] == [
+            "cpu: chosen",
+            "reference: available",
+        ]
     assert "not on cuda" in explain("matmul", "cuda")
 
 
 def test_a_process_can_be_held_to_an_instruction_set() -> None:
-    """From then on nothing better is offered or accepted, by the quantisers and by the products, until it is let go.
-    The bytes are the same on each. A name that this processor lacks changes nothing."""
+    """From then on nothing better is offered or accepted, by the quantisers and by the products,
+    until it is let go. The bytes are the same on each. A name that this processor lacks changes
+    nothing."""
     everything, all_products = instruction_sets(), products()
     x = torch.randn(33, 70).bfloat16()
     quantizer = QUANTIZERS["ms_eden"]
@@ -372,7 +480,9 @@ def test_a_process_can_be_held_to_an_instruction_set() -> None:
         for i, isa in enumerate(everything):
             use_instruction_set(isa)
             assert instruction_sets() == everything[i:]
-            assert products() == tuple(p for p in all_products if p.removesuffix("bf16") in everything[i:])
+            assert products() == tuple(
+                p for p in all_products if p.removesuffix("bf16") in everything[i:]
+            )
             assert f"kernels on cpu {isa}" in " ".join(info().split())
             assert_same(CpuBackend().quantize(x, quantizer, options), want, isa)
             for better in everything[:i]:

@@ -1,4 +1,5 @@
-"""The kernels as compiled are vector code on every instruction set: no compiler took their vectors apart."""
+"""The kernels as compiled are vector code on every instruction set: no compiler took their vectors
+apart."""
 
 from __future__ import annotations
 
@@ -28,10 +29,17 @@ def functions() -> dict[str, Counter[str]]:
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_no_kernel_goes_element_by_element(functions: dict[str, Counter[str]], isa: str) -> None:
-    """No scalar compare of floats, hardly a scalar move, in anything that runs per element; and there is something to
+    """No scalar compare of floats, hardly a scalar move, in anything that runs per element; and
+    there is something to
     look at: each rule's own visit, the loads, decoding and the fingerprint."""
     if not any(f"nvfp4::{isa}::" in name for name in functions):
         pytest.skip(f"{isa} is not for this processor family")
     assert list(scalar_faults(functions, isa)) == []
-    for kernel in ("ScaledPass<", "EdenPass<true>::visit", "load_transposed", "decode_matrix", "fingerprint"):
+    for kernel in (
+        "ScaledPass<",
+        "EdenPass<true>::visit",
+        "load_transposed",
+        "decode_matrix",
+        "fingerprint",
+    ):
         assert any(f"nvfp4::{isa}::{kernel}" in name for name in functions), kernel

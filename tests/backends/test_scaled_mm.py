@@ -1,7 +1,9 @@
-"""The cuBLASLt backend against a stand-in that knows torch's rules, and the self-check against every known way to err.
+"""The cuBLASLt backend against a stand-in that knows torch's rules, and the self-check against
+every known way to err.
 
-There is no such GPU where these tests run: ``tests/support/scaled_mm.py`` stands in for torch's functions, at the seam
-where the backend takes them. On a Blackwell card the ordinary tests of every backend run it too.
+There is no such GPU where these tests run: ``tests/support/scaled_mm.py`` stands in for torch's
+functions, at the seam where the backend takes them. On a Blackwell card the ordinary tests of every
+backend run it too.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Here(ScaledMmBackend):
 @pytest.mark.parametrize("block", [(1, 16), (16, 16)], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 32), (3, 5, 16), (130, 48, 100), (20, 150, 240)])
 def test_float32_products_are_those_of_the_definition(m, n, k, block, rng):
-    """Padding, tiles of scales spread over rows, swizzling, and the global scales one after the other, bit for bit."""
+    """Padding, tiles of scales spread over rows, swizzling, and the global scales one after the
+    other, bit for bit."""
     a, b = exact_operand(rng, m, k), exact_operand(rng, n, k, block=block)
     assert_floats_bitwise(Here().matmul(a, b, torch.float32), oracle_matmul(a, b), "y")
 
@@ -70,12 +73,17 @@ def test_row_scales_and_their_order_hold_in_every_dtype(row_scaled, rng):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_apply_both_global_scales_at_once(dtype, rng):
-    """fl(acc * fl(ga gb)) and fl(fl(acc ga) gb) each round twice, by 2^-24: at most 4 * 2^-24 apart before the cast.
+    """fl(acc * fl(ga gb)) and fl(fl(acc ga) gb) each round twice, by 2^-24: at most 4 * 2^-24 apart
+    before the cast.
 
-    So a result differs by at most the one step of ``dtype`` that the cast may take the other way, and rarely: the two
-    have to lie on both sides of a midpoint, 2^-22 of the distance to the next at 8 bits.
+    So a result differs by at most the one step of ``dtype`` that the cast may take the other way,
+    and rarely: the two have to lie on both sides of a midpoint, 2^-22 of the distance to the next
+    at 8 bits.
     """
-    a, b = exact_operand(rng, 64, 256, octaves=(-8, -6)), exact_operand(rng, 128, 256, octaves=(-8, -6))
+    a, b = (
+        exact_operand(rng, 64, 256, octaves=(-8, -6)),
+        exact_operand(rng, 128, 256, octaves=(-8, -6)),
+    )
     got, want = Here().matmul(a, b, dtype), ReferenceBackend().matmul(a, b, dtype)
     step = torch.finfo(dtype).eps * want.double().abs()
     assert ((got.double() - want.double()).abs() <= step).all()
@@ -83,7 +91,8 @@ def test_sixteen_bits_apply_both_global_scales_at_once(dtype, rng):
 
 
 def test_bias_goes_along(rng):
-    """One of the output's dtype inside, any other in float32 afterwards; both to the bit (1.5 and 1.25 are exact)."""
+    """One of the output's dtype inside, any other in float32 afterwards; both to the bit (1.5 and
+    1.25 are exact)."""
     a, b = exact_operand(rng, 20, 64), exact_operand(rng, 24, 64)
     a.global_scale.fill_(1.5)
     b.global_scale.fill_(1.25)
@@ -106,7 +115,8 @@ class Cuda:
 
 
 def test_torchs_one_buffer_is_used_where_nothing_can_overwrite_it(monkeypatch):
-    """The default stream of the first card outside of captures, and nowhere else; one thread at a time."""
+    """The default stream of the first card outside of captures, and nowhere else; one thread at a
+    time."""
     cuda, alpha = Cuda(monkeypatch), SharedAlpha()
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -145,7 +155,10 @@ def test_without_the_buffer_the_definition_is_computed(with_bias, rng, monkeypat
     backend = Here()
     backend._mm = Counts()
     monkeypatch.setattr(scaled_mm_module, "ALPHA", Lends())
-    a, b = exact_operand(rng, 20, 96, octaves=(-8, -6)), exact_operand(rng, 37, 96, octaves=(-8, -6))
+    a, b = (
+        exact_operand(rng, 20, 96, octaves=(-8, -6)),
+        exact_operand(rng, 37, 96, octaves=(-8, -6)),
+    )
     for dtype in (torch.bfloat16, torch.float16):
         bias = torch.arange(37).to(dtype) if with_bias else None
         want = ReferenceBackend().matmul(a, b, dtype, bias)
@@ -154,7 +167,8 @@ def test_without_the_buffer_the_definition_is_computed(with_bias, rng, monkeypat
 
 
 def test_nan_and_empty_operands(rng):
-    """A NaN global scale makes all NaN even where the sum is 0; nothing times anything is nothing."""
+    """A NaN global scale makes all NaN even where the sum is 0; nothing times anything is
+    nothing."""
     a, b = exact_operand(rng, 4, 32), exact_operand(rng, 16, 32)
     a.codes.zero_()
     a.global_scale.fill_(float("nan"))
@@ -174,10 +188,14 @@ def test_a_weight_is_swizzled_once(rng, monkeypatch):
     backend, weight = Here(), exact_operand(rng, 32, 64)
     for _ in range(3):
         x = exact_operand(rng, 8, 64)
-        assert_floats_bitwise(backend.matmul(x, weight, torch.float32), oracle_matmul(x, weight), "y")
+        assert_floats_bitwise(
+            backend.matmul(x, weight, torch.float32), oracle_matmul(x, weight), "y"
+        )
     assert len(made) == 4
     weight.block_scale.copy_(exact_operand(rng, 32, 64).block_scale)
-    assert_floats_bitwise(backend.matmul(x, weight, torch.float32), oracle_matmul(x, weight), "y after a change")
+    assert_floats_bitwise(
+        backend.matmul(x, weight, torch.float32), oracle_matmul(x, weight), "y after a change"
+    )
     del x, weight
     gc.collect()
     assert not backend._swizzled
@@ -185,8 +203,8 @@ def test_a_weight_is_swizzled_once(rng, monkeypatch):
 
 @pytest.mark.parametrize("block", [(1, 16), (16, 16)], ids=str)
 def test_scales_that_a_quantiser_swizzled_are_read(block, rng, monkeypatch):
-    """The same bits as where they are swizzled here; codes that are overwritten bring theirs along, and scales that
-    somebody wrote to by themselves are swizzled anew."""
+    """The same bits as where they are swizzled here; codes that are overwritten bring theirs along,
+    and scales that somebody wrote to by themselves are swizzled anew."""
     backend = Here()
     plain, other, b = (exact_operand(rng, rows, 80, block=block) for rows in (130, 130, 48))
 
@@ -222,8 +240,12 @@ def test_the_stand_in_passes_the_self_check():
 @pytest.mark.parametrize("operation", ["matmul", "grouped_matmul"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_every_mistake_is_caught_at_first_use(mistake, operation):
-    """Scales in another order, zeros or leftovers for a result, global scales left out, nibbles exchanged."""
-    assert find_fault(Here(mistake), operation, CPU, None) == f"its first {operation} differs from the reference"
+    """Scales in another order, zeros or leftovers for a result, global scales left out, nibbles
+    exchanged."""
+    assert (
+        find_fault(Here(mistake), operation, CPU, None)
+        == f"its first {operation} differs from the reference"
+    )
 
 
 def test_scales_swizzled_over_all_groups_are_caught():
@@ -241,7 +263,9 @@ def test_a_wrong_backend_is_passed_over(monkeypatch):
     calls = wrong._mm.calls
     registry.select("auto", "matmul", CPU)
     assert wrong._mm.calls == calls
-    with pytest.raises(registry.BackendUnavailable, match="its first matmul differs from the reference"):
+    with pytest.raises(
+        registry.BackendUnavailable, match="its first matmul differs from the reference"
+    ):
         registry.select("here", "matmul", CPU)
 
 
@@ -252,15 +276,21 @@ def test_named_it_multiplies_and_leaves_the_rest(monkeypatch):
     assert registry.select("here", "matmul", CPU) is backend
     assert registry.select("here", "quantize", CPU) is registry.select("auto", "quantize", CPU)
     x = torch.randn(8, 64)
-    y = ops.matmul(ops.quantize(x, "rtn", backend="here"), ops.quantize(x, "rtn", backend="here"), backend="here")
+    y = ops.matmul(
+        ops.quantize(x, "rtn", backend="here"),
+        ops.quantize(x, "rtn", backend="here"),
+        backend="here",
+    )
     assert y.shape == (8, 8)
     assert "here: it only multiplies" in ops.explain("quantize")
 
 
-@pytest.mark.parametrize(("capability", "word"), [((9, 0), "9.0"), ((8, 9), "8.9"), ((11, 0), "11.0")])
+@pytest.mark.parametrize(
+    ("capability", "word"), [((9, 0), "9.0"), ((8, 9), "8.9"), ((11, 0), "11.0")]
+)
 def test_other_cards_are_refused_by_us(capability, word, monkeypatch):
-    """torch would let Hopper through to cuBLASLt; Blackwell's two families pass, and a torch without the function
-    says so."""
+    """torch would let Hopper through to cuBLASLt; Blackwell's two families pass, and a torch
+    without the function says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -280,13 +310,18 @@ def test_the_order_of_backends():
     assert names.index("scaled_mm") < names.index("triton") < names.index("reference")
 
 
-def groups(rng: np.random.Generator, heights: list[int], n: int, k: int) -> tuple[list[QTensor], list[QTensor]]:
-    return [exact_operand(rng, rows, k) for rows in heights], [exact_operand(rng, n, k) for _ in heights]
+def groups(
+    rng: np.random.Generator, heights: list[int], n: int, k: int
+) -> tuple[list[QTensor], list[QTensor]]:
+    return [exact_operand(rng, rows, k) for rows in heights], [
+        exact_operand(rng, n, k) for _ in heights
+    ]
 
 
 @pytest.mark.parametrize("native", [False, True])
 def test_grouped_products_are_the_single_ones(native, rng):
-    """Ragged groups, one of them empty; in one launch where nothing is (BF16), by turns elsewhere, to the same bits."""
+    """Ragged groups, one of them empty; in one launch where nothing is (BF16), by turns elsewhere,
+    to the same bits."""
     backend: Backend = Here()
     a, b = groups(rng, [5, 130, 16] if native else [5, 0, 130], 32, 64)
     for q in (*a, *b):
@@ -312,10 +347,11 @@ def test_grouped_products_through_the_door(backend, device, rng):
 
 
 def test_experts_run_in_one_launch(monkeypatch):
-    """fprop and dgrad of a stack are one grouped product each; wgrad, ragged in its contraction, goes expert by expert.
+    """fprop and dgrad of a stack are one grouped product each; wgrad, ragged in its contraction,
+    goes expert by expert.
 
-    Held against the same stack on the reference: at most the step that ``test_sixteen_bits`` allows, of sums that the
-    stand-in adds exactly.
+    Held against the same stack on the reference: at most the step that ``test_sixteen_bits``
+    allows, of sums that the stand-in adds exactly.
     """
     backend = Here()
     monkeypatch.setattr(registry, "BACKENDS", registry.BACKENDS | {"here": backend})
@@ -324,7 +360,9 @@ def test_experts_run_in_one_launch(monkeypatch):
     made = {}
     for name in ("here", "reference"):
         w, leaf = (tensor.clone().requires_grad_() for tensor in (weight, x))
-        y = grouped_linear(leaf, w, (7, 1, 140), ExpertsState(RECIPES["quartet2"], Noise(1, 0), name))
+        y = grouped_linear(
+            leaf, w, (7, 1, 140), ExpertsState(RECIPES["quartet2"], Noise(1, 0), name)
+        )
         y.backward(dy)
         made[name] = (y.detach(), leaf.grad, w.grad)
     assert backend._grouped_mm.calls == 2 + 1, "and the self-check's"
@@ -345,7 +383,8 @@ def test_grouped_mistakes_are_named(rng):
 
 
 def test_the_probe_is_exact_in_any_order():
-    """What the self-check rests on: float64 gives the same bits, with the global scales applied in either way."""
+    """What the self-check rests on: float64 gives the same bits, with the global scales applied in
+    either way."""
     from nvfp4.backends import selfcheck
 
     a = selfcheck._exact(CPU, 136, 1.5, 40503)

@@ -51,7 +51,9 @@ def _one_tie(middle: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Right but for one tie, which goes the other way."""
     even = _right(torch.tensor(middle)).item()
     other = 2 * middle - even
-    return lambda x: torch.where(x.abs() == middle, torch.full_like(x, other).copysign(x), _right(x))
+    return lambda x: torch.where(
+        x.abs() == middle, torch.full_like(x, other).copysign(x), _right(x)
+    )
 
 
 def _unsigned_zero(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +73,8 @@ MIDDLES = ((_GRID[1:] + _GRID[:-1]) / 2).tolist()
 
 @pytest.mark.parametrize("name", TO_NEAREST)
 def test_a_conversion_of_its_own_is_found(name: str) -> None:
-    """Each of the seven ties the other way round, a lost sign of zero, no saturation: one alone is enough."""
+    """Each of the seven ties the other way round, a lost sign of zero, no saturation: one alone is
+    enough."""
     rule = QUANTIZERS[name]
     assert find_fault(Converts(_right), "quantize", CPU, rule) is None
     faults = {f"tie at {middle}": _one_tie(middle) for middle in MIDDLES}
@@ -85,7 +88,8 @@ def test_a_conversion_of_its_own_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", TO_NEAREST)
 def test_edge_cases_hold_every_tie(name: str) -> None:
-    """Once scaled, the elements are exactly each of the seven ties; those of plain rules in both signs."""
+    """Once scaled, the elements are exactly each of the seven ties; those of plain rules in both
+    signs."""
     rule, seen = QUANTIZERS[name], Converts(_right)
     for x in edge_cases(rule):
         seen.quantize(x, rule, rule.check(seed=1))
@@ -96,7 +100,8 @@ def test_edge_cases_hold_every_tie(name: str) -> None:
 
 
 def test_spikes_are_those_of_the_rule() -> None:
-    """The ties of ms_eden rest on its constants: they come out of rotation, division and multiplication as written."""
+    """The ties of ms_eden rest on its constants: they come out of rotation, division and
+    multiplication as written."""
     rule = QUANTIZERS["ms_eden"]
     (x,) = edge_cases(rule)
     rotation = rule.check(seed=1).rotation
@@ -127,7 +132,8 @@ class Last(ReferenceBackend):
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, ReferenceBackend]]:
-    """Backends "first", with a fault, and "second" before the reference, in a process that has said nothing yet."""
+    """Backends "first", with a fault, and "second" before the reference, in a process that has said
+    nothing yet."""
 
     def install(fault: str) -> dict[str, ReferenceBackend]:
         known = {"first": Stub("first", fault), "second": Stub("second"), "reference": Last()}
@@ -143,11 +149,14 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Referenc
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("raises", "its first quantize failed: no kernel image"), ("differs", "its first quantize differs from the ref")],
+    [
+        ("raises", "its first quantize failed: no kernel image"),
+        ("differs", "its first quantize differs from the ref"),
+    ],
 )
 def test_a_failed_check_is_said_though_another_takes_over(stubs, fault: str, reason: str) -> None:
-    """Once for a backend, an operation and a device, with the reason, though nothing slow is left: several quantisers
-    that fail alike are one warning."""
+    """Once for a backend, an operation and a device, with the reason, though nothing slow is left:
+    several quantisers that fail alike are one warning."""
     known = stubs(fault)
 
     def select(name: str) -> object:
@@ -159,20 +168,26 @@ def test_a_failed_check_is_said_though_another_takes_over(stubs, fault: str, rea
         chosen = [select(name) for name in ("sr", "rtn", "sr")]
     assert chosen == [known["second"]] * 3
     assert len(caught) == 1
-    with pytest.warns(RuntimeWarning, match="does not use its first backend for activation on cpu") as caught:
+    with pytest.warns(
+        RuntimeWarning, match="does not use its first backend for activation on cpu"
+    ) as caught:
         assert registry.select("auto", "activation", CPU) is known["second"]
     assert len(caught) == 1
 
 
 def test_nothing_is_said_of_what_is_right(stubs, recwarn: pytest.WarningsRecorder) -> None:
     known = stubs("")
-    assert registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check()) is known["first"]
+    assert (
+        registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check())
+        is known["first"]
+    )
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_lost_device_is_named(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that took the device with it is told from one that raised: only then does the process have to end."""
+    """A kernel that took the device with it is told from one that raised: only then does the
+    process have to end."""
 
     def synchronize(device: torch.device) -> None:
         if lost:
@@ -181,10 +196,17 @@ def test_a_lost_device_is_named(lost: bool, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     card, move = torch.device("cuda", 0), torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **how: self if to == (card,) else move(self, *to, **how))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, *to, **how: self if to == (card,) else move(self, *to, **how),
+    )
     said = find_fault(Stub("first", "raises"), "quantize", card, QUANTIZERS["rtn"])
     assert said is not None
     assert said.startswith("its first quantize failed: no kernel image")
     assert ("cuda:0 is lost to this process (an illegal memory access" in said) == lost
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert find_fault(Stub("first", "raises"), "quantize", CPU, None) == "its first quantize failed: no kernel image"
+    assert (
+        find_fault(Stub("first", "raises"), "quantize", CPU, None)
+        == "its first quantize failed: no kernel image"
+    )

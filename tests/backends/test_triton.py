@@ -1,8 +1,9 @@
-"""The Triton kernels against the reference: equal to the last bit, over quantisers, options, dtypes, orientations and
-difficult data; and what the compiler makes of them.
+"""The Triton kernels against the reference: equal to the last bit, over quantisers, options,
+dtypes, orientations and difficult data; and what the compiler makes of them.
 
-The kernels run on a GPU where there is one. Everywhere else Triton's interpreter runs them, in a process of its own
-(``interpreting.py``), because a kernel is interpreted or compiled from its definition on.
+The kernels run on a GPU where there is one. Everywhere else Triton's interpreter runs them, in a
+process of its own (``interpreting.py``), because a kernel is interpreted or compiled from its
+definition on.
 """
 
 from __future__ import annotations
@@ -62,22 +63,30 @@ def quiet_interpreter() -> Iterator[None]:
         yield
 
 
-def check_quantize(name: str, options: dict, x: torch.Tensor, rng: random.Random, note: str) -> None:
+def check_quantize(
+    name: str, options: dict, x: torch.Tensor, rng: random.Random, note: str
+) -> None:
     """Both backends on x under random seeds."""
     quantizer = QUANTIZERS[name]
     checked = quantizer.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **options)
     got = BACKEND.quantize(x.to(DEVICE), quantizer, checked)
     assert_same(
-        got.to("cpu"), quantizer.quantize(x.cpu(), checked), f"{name} {options} {tuple(x.shape)} {x.dtype} {note}"
+        got.to("cpu"),
+        quantizer.quantize(x.cpu(), checked),
+        f"{name} {options} {tuple(x.shape)} {x.dtype} {note}",
     )
 
 
 def orientations() -> Iterator[Any]:
-    """Every case with both orientations; those of a rule's many options are slow where each pair of an option and an
-    orientation has a case already: rounds and groups of ms_eden, metrics and blocks of four_over_six."""
+    """Every case with both orientations; those of a rule's many options are slow where each pair of
+    an option and an
+    orientation has a case already: rounds and groups of ms_eden, metrics and blocks of
+    four_over_six."""
     for name, options in CASES:
         turns = options.get("rounds", 1) + options.get("group", 16).bit_length()
-        turns += ("mse", "mae", "abs_max").index(options.get("metric", "mse")) + options.get("block", (1, 16))[0] // 16
+        turns += ("mse", "mae", "abs_max").index(options.get("metric", "mse")) + options.get(
+            "block", (1, 16)
+        )[0] // 16
         many = options.keys() in ({"rounds", "group"}, {"metric", "block"})
         for transposed in (False, True):
             again = many and turns % 2 == transposed
@@ -87,18 +96,22 @@ def orientations() -> Iterator[Any]:
 @interpreted
 @pytest.mark.parametrize(("name", "options", "transposed"), orientations(), ids=lambda v: str(v))
 def test_quantize_equals_reference(name: str, options: dict, transposed: bool) -> None:
-    """Every rule and option in both orientations, over shapes, kinds of data, dtypes and seeds drawn at random."""
+    """Every rule and option in both orientations, over shapes, kinds of data, dtypes and seeds
+    drawn at random."""
     rng = random.Random(f"{name}{options}{transposed}")
     shape, kind = rng.choice(SHAPES), rng.choice(("normal", "wide", "rows", "sparse"))
     x = data(shape[::-1] if transposed else shape, kind, rng.choice(DTYPES), rng.randrange(2**31))
-    check_quantize(name, options, x.t() if transposed else x, rng, f"{kind} transposed={transposed}")
+    check_quantize(
+        name, options, x.t() if transposed else x, rng, f"{kind} transposed={transposed}"
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*QUANTIZERS, "row_scaled", "tiles", "rotated"])
 def test_difficult_data(name: str, kind: str) -> None:
-    """Zeros, denormals, overflow, NaN, Inf and ties under every rule; what a single element may be, as one too."""
+    """Zeros, denormals, overflow, NaN, Inf and ties under every rule; what a single element may be,
+    as one too."""
     variants = {
         "row_scaled": ("sr", {"row_scaled": True}),
         "tiles": ("four_over_six", {"block": (16, 16)}),
@@ -107,12 +120,15 @@ def test_difficult_data(name: str, kind: str) -> None:
     rule, options = variants.get(name, (name, {}))
     rng = random.Random(f"{name}{kind}")
     for shape in ((3, 40), (1, 1)) if kind in ("normal", "zeros", "tiny", "nan") else ((3, 40),):
-        check_quantize(rule, options, data(shape, kind, rng.choice(DTYPES), rng.randrange(2**31)), rng, kind)
+        check_quantize(
+            rule, options, data(shape, kind, rng.choice(DTYPES), rng.randrange(2**31)), rng, kind
+        )
 
 
 @interpreted
 def test_strides_of_neither_kind() -> None:
-    """Every second column, rows in reverse order of a view, one row broadcast: addresses come from both strides."""
+    """Every second column, rows in reverse order of a view, one row broadcast: addresses come from
+    both strides."""
     rng = random.Random(0)
     x = torch.randn(20, 80).to(DEVICE)  # there first: a copy to a GPU closes the gaps of a view
     for view in (x[:, ::2], x[::3, 1::2], x[:1].expand(5, 80), x.t()[::2, ::2]):
@@ -127,13 +143,20 @@ def test_quantize_both_equals_two_references(rows: tuple, columns: tuple) -> Non
     pairs = [(QUANTIZERS[name], options) for name, options in (rows, columns)]
     for shape in ((1, 1), (17, 33)):
         kind, transposed = rng.choice(KINDS), rng.random() < 0.5
-        x = data(shape[::-1] if transposed else shape, kind, rng.choice(DTYPES), rng.randrange(2**31))
+        x = data(
+            shape[::-1] if transposed else shape, kind, rng.choice(DTYPES), rng.randrange(2**31)
+        )
         x = x.t() if transposed else x
-        checked = [(q, q.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **o)) for q, o in pairs]
+        checked = [
+            (q, q.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **o))
+            for q, o in pairs
+        ]
         got = BACKEND.quantize_both(x.to(DEVICE), *checked)
         want = ReferenceBackend().quantize_both(x, *checked)
         for side, a, b in zip(("rows", "columns"), got, want, strict=True):
-            assert_same(a.to("cpu"), b, f"{side} of {shape} {kind} {x.dtype} transposed={transposed}")
+            assert_same(
+                a.to("cpu"), b, f"{side} of {shape} {kind} {x.dtype} transposed={transposed}"
+            )
 
 
 SAVED = [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})]
@@ -146,37 +169,51 @@ AGAIN = [
 
 
 @interpreted
-@pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "rest"])
+@pytest.mark.parametrize(
+    "rest", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "rest"]
+)
 @pytest.mark.parametrize("kind", ["normal", "wide", "nan"])
 @pytest.mark.parametrize("saved", SAVED, ids=str)
 def test_requantize_equals_reference(saved: tuple, kind: str, rest: bool) -> None:
-    """Codes decoded in float32, cut, transposed, quantised: no decoded copy in between. Each pair of what was saved, a
-    kind of data and what comes of it; the rest of the triples is slow."""
+    """Codes decoded in float32, cut, transposed, quantised: no decoded copy in between. Each pair
+    of what was saved, a kind of data and what comes of it; the rest of the triples is slow."""
     first = QUANTIZERS[saved[0]]
     rng = random.Random(f"{saved}{kind}")
     turn = SAVED.index(saved) + ("normal", "wide", "nan").index(kind) + rest
     for name, options, shape in AGAIN[turn % 2 :: 2]:
-        q = first.quantize(data(shape, kind, torch.float32, rng.randrange(2**31)), first.check(**saved[1]))
+        q = first.quantize(
+            data(shape, kind, torch.float32, rng.randrange(2**31)), first.check(**saved[1])
+        )
         second = QUANTIZERS[name]
         checked = second.check(seed=3, sign_seed=None if "rotation" in options else 4, **options)
         want = second.quantize(q.dequantize().t(), checked)
-        assert_same(BACKEND.requantize(q.to(DEVICE), second, checked).to("cpu"), want, f"{shape} {kind} {name}")
+        assert_same(
+            BACKEND.requantize(q.to(DEVICE), second, checked).to("cpu"),
+            want,
+            f"{shape} {kind} {name}",
+        )
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_equals_reference(dtype: torch.dtype) -> None:
-    """Decoding with the global scale, per tensor, per row and per tile, rounded once to the dtype."""
+    """Decoding with the global scale, per tensor, per row and per tile, rounded once to the
+    dtype."""
     for i, kind in enumerate(KINDS):
         for name, options in (("rtn", {"row_scaled": True}), ("rtn_2d", {}), ("four_over_six", {})):
             quantizer = QUANTIZERS[name]
-            q = quantizer.quantize(data((19, 37), kind, torch.float32, i), quantizer.check(**options))
-            assert same(BACKEND.dequantize(q.to(DEVICE), dtype).cpu(), q.dequantize(dtype)), f"{kind} {name}"
+            q = quantizer.quantize(
+                data((19, 37), kind, torch.float32, i), quantizer.check(**options)
+            )
+            assert same(BACKEND.dequantize(q.to(DEVICE), dtype).cpu(), q.dequantize(dtype)), (
+                f"{kind} {name}"
+            )
 
 
 @interpreted
 def test_every_code_and_scale_decodes_to_its_product() -> None:
-    """All 16 codes on all 128 scales without the global scale: exact in BF16; the NaN byte decodes to NaN."""
+    """All 16 codes on all 128 scales without the global scale: exact in BF16; the NaN byte decodes
+    to NaN."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(128, 1)
     scales = torch.arange(128, dtype=torch.uint8)[:, None].expand(-1, 32).contiguous()
     q = QTensor(codes, scales, torch.ones(1), (1, 16), (128, 512))
@@ -189,8 +226,9 @@ def test_every_code_and_scale_decodes_to_its_product() -> None:
 @interpreted
 @pytest.mark.parametrize("name", ["rtn", "rtn_2d", "ms_eden"])
 def test_swizzled_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a GEMM reads them: the scales of each row, in the order of ``layout.swizzle``, padding zero; the row-major
-    ones are unchanged. From x, from codes, and of both orientations for the rule that finishes later."""
+    """Where a GEMM reads them: the scales of each row, in the order of ``layout.swizzle``, padding
+    zero; the row-major ones are unchanged. From x, from codes, and of both orientations for the
+    rule that finishes later."""
     from nvfp4.backends.triton import operands
 
     monkeypatch.setattr(operands, "reads_swizzled", lambda device: True)
@@ -199,7 +237,10 @@ def test_swizzled_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((1, 1), (130, 90), (16, 300)):
         x = data(shape, "normal", torch.bfloat16, 1)
         here = x.to(DEVICE)
-        made = [BACKEND.quantize(here, quantizer, checked), BACKEND.requantize(quantized(here.t()), quantizer, checked)]
+        made = [
+            BACKEND.quantize(here, quantizer, checked),
+            BACKEND.requantize(quantized(here.t()), quantizer, checked),
+        ]
         if name == "ms_eden":
             made += BACKEND.quantize_both(here, (quantizer, checked), (quantizer, checked))
         for q in made:
@@ -214,12 +255,16 @@ def quantized(x: torch.Tensor) -> QTensor:
 
 
 @interpreted
-@pytest.mark.skipif(ON_GPU, reason="a GPU from sm_100 on takes this path in every test, others never")
+@pytest.mark.skipif(
+    ON_GPU, reason="a GPU from sm_100 on takes this path in every test, others never"
+)
 @pytest.mark.parametrize("kind", ["normal", "wide", "ties", "nan"])
 @pytest.mark.parametrize(("name", "options"), CONVERTED, ids=str)
-def test_conversions_of_the_hardware(name: str, options: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled for Blackwell, where ``cvt`` rounds to E2M1, with that instruction as the PTX ISA has it: the
-    same codes in the same order; values, too, where candidates are compared."""
+def test_conversions_of_the_hardware(
+    name: str, options: dict, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled for Blackwell, where ``cvt`` rounds to E2M1, with that instruction as the
+    PTX ISA has it: the same codes in the same order; values, too, where candidates are compared."""
     import ptx
     import triton.language as tl
 
@@ -248,7 +293,11 @@ def test_seeds_of_every_size(seed: int) -> None:
     for name in ("sr", "ms_eden"):
         quantizer = QUANTIZERS[name]
         checked = quantizer.check(seed=seed, sign_seed=seed ^ 2**63 ^ 2**31)
-        assert_same(BACKEND.quantize(x.to(DEVICE), quantizer, checked).to("cpu"), quantizer.quantize(x, checked), name)
+        assert_same(
+            BACKEND.quantize(x.to(DEVICE), quantizer, checked).to("cpu"),
+            quantizer.quantize(x, checked),
+            name,
+        )
 
 
 @interpreted
@@ -258,9 +307,11 @@ def test_seeds_of_every_size(seed: int) -> None:
     ids=lambda r: getattr(r, "name", r),
 )
 def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, twice, of a capturable layer: the bits of one whose seeds are arguments; nothing is read
-    back. Words whose every half has its top bit set. The first recipe draws all that there is to draw: signs and
-    elements of each operand in the forward, scales in the backward. The others are slow in the interpreter."""
+    """Forward and backward, twice, of a capturable layer: the bits of one whose seeds are
+    arguments; nothing is read
+    back. Words whose every half has its top bit set. The first recipe draws all that there is to
+    draw: signs and elements of each operand in the forward, scales in the backward. The others are
+    slow in the interpreter."""
     if INTERPRETED:  # by the other tests of this file, in a fifth of the time
         monkeypatch.setattr(registry, "find_fault", lambda *args: None)
     layer, there = (layer.to(DEVICE) for layer in pair(recipe, 32, 16, "triton"))
@@ -278,7 +329,12 @@ def test_seeds_in_memory_give_the_same_layer(recipe: Any, monkeypatch: pytest.Mo
 @interpreted
 def test_seeds_folded_on_the_device() -> None:
     """Every bit of seed, layer, call and rank; a rank of its own or the process's."""
-    for words in ([5, 3, 2, -1], [-7, 2**40, 2**33 + 1, 3], [-(2**63), 0, 0, 0], [2**63 - 1, 9, 8, 2**31]):
+    for words in (
+        [5, 3, 2, -1],
+        [-7, 2**40, 2**33 + 1, 3],
+        [-(2**63), 0, 0, 0],
+        [2**63 - 1, 9, 8, 2**31],
+    ):
         made = BACKEND.draw_seeds(torch.tensor(words).to(DEVICE), 6, 3)
         assert torch.equal(made.cpu(), ReferenceBackend().draw_seeds(torch.tensor(words), 6, 3))
 
@@ -299,7 +355,9 @@ def test_noise_beyond_32_bits() -> None:
     """Draw numbers above 2^35 use the second word of the counter."""
     import triton_kernels
 
-    index = torch.tensor([0, 7, 2**31, 2**32 + 5, 2**35, 2**40 + 3, 2**52 + 6, 2**62 + 1], dtype=torch.int64)
+    index = torch.tensor(
+        [0, 7, 2**31, 2**32 + 5, 2**35, 2**40 + 3, 2**52 + 6, 2**62 + 1], dtype=torch.int64
+    )
     got = triton_kernels.draws(index.to(DEVICE), 2**63 + 7).cpu()
     words = torch.stack(philox(2**63 + 7, index >> 3, ELEMENT_STREAM))
     word = words.gather(0, ((index & 7) >> 1)[None])[0]
@@ -317,13 +375,17 @@ def test_rows_further_apart_than_32_bits() -> None:
     quantizer = QUANTIZERS["rtn"]
     for far, near in ((x, values), (x.t(), values.t())):
         assert_same(
-            BACKEND.quantize(far, quantizer, quantizer.check()), quantizer.quantize(near, quantizer.check()), "far rows"
+            BACKEND.quantize(far, quantizer, quantizer.check()),
+            quantizer.quantize(near, quantizer.check()),
+            "far rows",
         )
 
 
 @pytest.mark.cuda
 @compiles
-@pytest.mark.parametrize(("name", "options"), [("sr", {}), ("ms_eden", {"rounds": 2}), ("rtn", {"row_scaled": True})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("sr", {}), ("ms_eden", {"rounds": 2}), ("rtn", {"row_scaled": True})]
+)
 def test_nothing_waits_and_a_graph_replays(name: str, options: dict) -> None:
     """No synchronisation, and a captured graph reads the new contents of x, NaN included."""
     quantizer = QUANTIZERS[name]
@@ -396,7 +458,8 @@ REPRESENTATIVE = [
 @compiles
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_compiled_code(name: str, tmp_path: Path) -> None:
-    """For sm_90, without a GPU: nothing is fused, flushed or approximated, no FP8 type, no register spilled."""
+    """For sm_90, without a GPU: nothing is fused, flushed or approximated, no FP8 type, no register
+    spilled."""
     from triton import knobs
 
     from tools.aot import compile_variant
@@ -407,7 +470,11 @@ def test_compiled_code(name: str, tmp_path: Path) -> None:
         knobs.cache.dir = str(tmp_path)
         compiled = compile_variant(variant, 90)
     assert not compiled.metadata.enable_fp_fusion  # ptxas is told --fmad=false
-    found = set(re.findall(r"fma\.\w+|\.ftz|div\.full|div\.approx|rcp\.\w+|e4m3|e2m1|\.local", compiled.asm["ptx"]))
+    found = set(
+        re.findall(
+            r"fma\.\w+|\.ftz|div\.full|div\.approx|rcp\.\w+|e4m3|e2m1|\.local", compiled.asm["ptx"]
+        )
+    )
     assert not found, f"{name} has {found}"
     usage = resource_usage(compiled.asm["cubin"])
     assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
@@ -427,13 +494,18 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 @compiles
 def test_no_kernel_is_compiled_for_a_seed() -> None:
-    """Triton compiles anew for integers that divide by 16 and for 1, and ignores names that a kernel does not have: a
-    seed that it looks at is a new kernel, of a second or more, every few steps."""
+    """Triton compiles anew for integers that divide by 16 and for 1, and ignores names that a
+    kernel does not have: a seed that it looks at is a new kernel, of a second or more, every few
+    steps."""
     from nvfp4.backends.triton.quantize import kernels
 
     for name, kernel in vars(kernels).items():
         if name.endswith("_kernel"):
-            looked_at = [p.name for p in kernel.params if re.match("seed_|sign_", p.name) and not p.do_not_specialize]
+            looked_at = [
+                p.name
+                for p in kernel.params
+                if re.match("seed_|sign_", p.name) and not p.do_not_specialize
+            ]
             assert not looked_at, f"{name} is specialised on {looked_at}"
 
 
@@ -454,7 +526,8 @@ def test_variants_cover_every_kernel() -> None:
 @interpreted
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 33), (150, 140), (3, 270)])
 def test_transposed_codes(shape: tuple[int, int]) -> None:
-    """Bytes of both nibbles and tile scales, ragged on either side, and back again; what has none is refused alike."""
+    """Bytes of both nibbles and tile scales, ragged on either side, and back again; what has none
+    is refused alike."""
     quantizer = QUANTIZERS["rtn_2d"]
     q = quantizer.quantize(data(shape, "rows", torch.float32, 5), quantizer.check()).to(DEVICE)
     got = BACKEND.transpose(q)
@@ -467,11 +540,14 @@ def test_transposed_codes(shape: tuple[int, int]) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("name", "options"), [("rtn", {}), ("scale_search", {"row_scaled": True}), ("rtn_2d", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("rtn", {}), ("scale_search", {"row_scaled": True}), ("rtn_2d", {})]
+)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("amax", [50.0, float("inf"), float("nan")])
 def test_a_supplied_amax_is_used(name: str, options: dict, amax: float, sign: int) -> None:
-    """As the reference, which looks for it in a larger matrix, whatever its sign; only one kernel runs."""
+    """As the reference, which looks for it in a larger matrix, whatever its sign; only one kernel
+    runs."""
     quantizer = QUANTIZERS[name]
     checked = quantizer.check(**options)
     x = data((21, 50), "normal", torch.bfloat16, 3)
@@ -479,20 +555,27 @@ def test_a_supplied_amax_is_used(name: str, options: dict, amax: float, sign: in
     given = -given if sign < 0 else given
     assert given.signbit().all() == (sign < 0)
     got = BACKEND.quantize_with_amax(x.to(DEVICE), quantizer, checked, given.to(DEVICE))
-    assert_same(got.to("cpu"), ReferenceBackend().quantize_with_amax(x, quantizer, checked, given), f"{name} {amax}")
+    assert_same(
+        got.to("cpu"),
+        ReferenceBackend().quantize_with_amax(x, quantizer, checked, given),
+        f"{name} {amax}",
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("row_scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gemm_of_operands_decoded_in_memory(dtype: torch.dtype, row_scaled: bool) -> None:
-    """Sums that are exact in any order: equal to the reference, ragged, biased, NaN where a global scale is."""
+    """Sums that are exact in any order: equal to the reference, ragged, biased, NaN where a global
+    scale is."""
     rng = np.random.default_rng(3)
     a, b = (exact_operand(rng, rows, 80, row_scaled=row_scaled).to(DEVICE) for rows in (37, 150))
     bias = torch.arange(150, dtype=dtype, device=DEVICE)
     for extra in (None, bias):
         got = BACKEND.matmul_decoded(a, b, dtype, extra)
-        want = ReferenceBackend().matmul(a.to("cpu"), b.to("cpu"), dtype, None if extra is None else extra.cpu())
+        want = ReferenceBackend().matmul(
+            a.to("cpu"), b.to("cpu"), dtype, None if extra is None else extra.cpu()
+        )
         assert same(got.cpu(), want)
     a.global_scale[0] = torch.nan
     assert BACKEND.matmul_decoded(a, b, dtype)[0].isnan().all()

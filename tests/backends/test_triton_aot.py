@@ -1,4 +1,5 @@
-"""What Triton makes of our kernels for cards that are not here: the instructions, and that they fit.
+"""What Triton makes of our kernels for cards that are not here: the instructions, and that they
+fit.
 
 ``make test`` compiles a few kernels for three cards, ``make aot`` all of them for eight.
 """
@@ -24,11 +25,15 @@ if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdum
     pytest.skip("this Triton has no CUDA tools in its wheel", allow_module_level=True)
 
 TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-FP4 = {100: "kind::mxf4nvf4.block_scale", 120: "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"}
+FP4 = {
+    100: "kind::mxf4nvf4.block_scale",
+    120: "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
+}
 
 
 OF_THE_CARD = ("gemm", "quantize_kernel: rtn", "quantize_kernel: ms_eden")
-"""Kernels with instructions that another card does not have: tensor cores, and conversions to E2M1."""
+"""Kernels with instructions that another card does not have: tensor cores, and conversions to
+E2M1."""
 
 
 @pytest.mark.parametrize(
@@ -43,9 +48,14 @@ OF_THE_CARD = ("gemm", "quantize_kernel: rtn", "quantize_kernel: ms_eden")
     ids=lambda value: value if isinstance(value, int) else "all" if value == ("",) else "own",
 )
 def test_kernels_compile_to_tensor_cores_and_fit(capability, kernels):
-    """Native FP4 on both Blackwells, FP16 on Hopper; E2M1 by the hardware's conversion; no spill, no fused rounding,
-    shared memory within the card's. The kernels that are the same on every card are slow but for one card."""
-    places = [p for p in aot.places([capability], few=True) if p.variants()[p.position].name.startswith(kernels)]
+    """Native FP4 on both Blackwells, FP16 on Hopper; E2M1 by the hardware's conversion; no spill,
+    no fused rounding, shared memory within the card's. The kernels that are the same on every card
+    are slow but for one card."""
+    places = [
+        p
+        for p in aot.places([capability], few=True)
+        if p.variants()[p.position].name.startswith(kernels)
+    ]
     rows = list(aot.reports(places))
     assert {row.fault for row in rows} == {None}
     gemms = [row for row in rows if row.kernel.startswith("gemm")]
@@ -57,15 +67,22 @@ def test_kernels_compile_to_tensor_cores_and_fit(capability, kernels):
         assert 0 < row.shared_bytes <= aot.CARDS[capability].shared_block
         assert 0 < row.occupancy <= 1
         assert row.sass_instructions > 300
-    nearest = [row for row in rows if row.kernel.startswith(("quantize_kernel: rtn", "quantize_kernel: ms_eden"))]
-    assert {row.instruction for row in nearest} == {"cvt.rn.satfinite.e2m1x2.f32" if capability >= 100 else "-"}
+    nearest = [
+        row
+        for row in rows
+        if row.kernel.startswith(("quantize_kernel: rtn", "quantize_kernel: ms_eden"))
+    ]
+    assert {row.instruction for row in nearest} == {
+        "cvt.rn.satfinite.e2m1x2.f32" if capability >= 100 else "-"
+    }
     assert len(nearest) == 2
     assert kernels == OF_THE_CARD or any("seeds in memory" in row.kernel for row in rows)
 
 
 @pytest.mark.parametrize("capability", [103, 121])
 def test_a_conversion_packs_two_elements(capability):
-    """In the machine code: one instruction for two of the 32 elements of a thread, and the packing is in it."""
+    """In the machine code: one instruction for two of the 32 elements of a thread, and the packing
+    is in it."""
     variant = quantizers(capability, few=True)[0]
     sass = aot.machine_code(aot.compile_variant(variant, capability).asm["cubin"])
     assert len(re.findall(r"F2FP\.SATFINITE\.E2M1\.F32\.PACK_AB_MERGE_C", sass)) == 32 // 2
@@ -77,7 +94,8 @@ def test_the_one_cast_rounds_to_nearest():
 
 
 def test_faults_are_found():
-    """The rules themselves, on a kernel made worse: 128 x 256 sums on 4 warps spill and exceed what sm_120 shares."""
+    """The rules themselves, on a kernel made worse: 128 x 256 sums on 4 warps spill and exceed what
+    sm_120 shares."""
     variant = kernel_variants(100, few=True)[0]
     worse = replace(variant, num_warps=4, num_stages=6, instruction="dp4a")
     fault = aot.inspect(worse, 120, aot.compile_variant(worse, 120)).fault
@@ -92,12 +110,15 @@ def test_local_memory_is_found_in_machine_code(monkeypatch):
     """An array indexed by a variable lies there, without any spill."""
     variant, read = kernel_variants(90, few=True)[1], aot.machine_code
     compiled = aot.compile_variant(variant, 90)
-    monkeypatch.setattr(aot, "machine_code", lambda cubin: read(cubin) + "        /*0010*/   STL [R1], R2 ;\n")
+    monkeypatch.setattr(
+        aot, "machine_code", lambda cubin: read(cubin) + "        /*0010*/   STL [R1], R2 ;\n"
+    )
     assert aot.inspect(variant, 90, compiled).fault == "reads or writes local memory"
 
 
 def test_another_process_reports_the_same():
-    """A kernel finds its way there by name; and the table that is kept has a kernel a line under columns named once."""
+    """A kernel finds its way there by name; and the table that is kept has a kernel a line under
+    columns named once."""
     found = [place for place in aot.places([90], few=True) if "quantize" in place.module][-2:-1]
     rows = list(aot.reports(found, jobs=2))
     assert rows == list(aot.reports(found))
@@ -107,11 +128,14 @@ def test_another_process_reports_the_same():
 
 
 def test_occupancy_counts_whole_blocks():
-    """By hand: 128 registers x 256 threads fit twice, 100 KB of shared memory twice, 512 columns once."""
+    """By hand: 128 registers x 256 threads fit twice, 100 KB of shared memory twice, 512 columns
+    once."""
     card = aot.CARDS[100]
     assert aot.occupancy(128, 0, 8, card) == 2 * 8 / 64
     assert aot.occupancy(32, 100 * 1024, 8, card) == 2 * 8 / 64
-    assert aot.occupancy(32, card.shared_total // 2 - 512, 8, card) == 8 / 64, "each block takes a KB more"
+    assert aot.occupancy(32, card.shared_total // 2 - 512, 8, card) == 8 / 64, (
+        "each block takes a KB more"
+    )
     assert aot.occupancy(32, 0, 8, card, tensor_columns=512) == 8 / 64
     assert aot.occupancy(32, 0, 1, card) == 32 / 64
     assert aot.occupancy(129, 0, 8, card) == 8 / 64  # allotted as 136
@@ -123,7 +147,9 @@ def test_an_interpreting_process_cannot_compile(monkeypatch):
         next(aot.reports(aot.places([90], few=True)))
 
 
-@pytest.mark.parametrize(("version", "native"), [("3.6.0", False), ("3.9.0", True), ("3.10.1", True)])
+@pytest.mark.parametrize(
+    ("version", "native"), [("3.6.0", False), ("3.9.0", True), ("3.10.1", True)]
+)
 def test_an_old_triton_decodes_on_sm_121(version, native, monkeypatch):
     """Its compiler fails on FP4 products there; sm_120 and sm_100 have them since 3.6."""
     monkeypatch.setattr(triton, "__version__", version)
@@ -132,7 +158,8 @@ def test_an_old_triton_decodes_on_sm_121(version, native, monkeypatch):
 
 
 def test_families_and_tiles(monkeypatch):
-    """Native only where Triton has FP4 instructions; few rows get low tiles, many rows large ones."""
+    """Native only where Triton has FP4 instructions; few rows get low tiles, many rows large
+    ones."""
     monkeypatch.setattr(triton, "__version__", "3.9.0")
     kinds = {
         80: "mma",
@@ -166,13 +193,20 @@ def test_where_operands_are_decoded_first():
 def test_the_newest_disassembler_reads_what_an_older_triton_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiling needs the old Triton first on the path; its disassembler does not know all cards it compiles for."""
+    """Compiling needs the old Triton first on the path; its disassembler does not know all cards it
+    compiles for."""
     for version in ("3.6.0", "3.10.1", "3.9.0"):
         wheel = tmp_path / version
         (wheel / f"triton-{version}.dist-info").mkdir(parents=True)
-        (wheel / f"triton-{version}.dist-info" / "METADATA").write_text(f"Name: triton\nVersion: {version}\n")
+        (wheel / f"triton-{version}.dist-info" / "METADATA").write_text(
+            f"Name: triton\nVersion: {version}\n"
+        )
         (wheel / "triton/backends/nvidia/bin").mkdir(parents=True)
         (wheel / "triton/backends/nvidia/bin/cuobjdump").touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path / version) for version in ("3.6.0", "3.10.1", "3.9.0")])
+    monkeypatch.setattr(
+        sys, "path", [str(tmp_path / version) for version in ("3.6.0", "3.10.1", "3.9.0")]
+    )
 
-    assert machine_code.tritons_cuobjdump() == str(tmp_path / "3.10.1/triton/backends/nvidia/bin/cuobjdump")
+    assert machine_code.tritons_cuobjdump() == str(
+        tmp_path / "3.10.1/triton/backends/nvidia/bin/cuobjdump"
+    )

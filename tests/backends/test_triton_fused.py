@@ -1,6 +1,8 @@
-"""The Triton kernels that make RMSNorm and SwiGLU in registers, against the reference: equal to the last bit.
+"""The Triton kernels that make RMSNorm and SwiGLU in registers, against the reference: equal to the
+last bit.
 
-They run where those of ``test_triton.py`` do: on a GPU, or in Triton's interpreter in a process of its own.
+They run where those of ``test_triton.py`` do: on a GPU, or in Triton's interpreter in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def quiet_interpreter() -> Iterator[None]:
 def spec(case: tuple[str, dict], rng: random.Random) -> tuple[Quantizer, Options]:
     """A quantiser with its options under random seeds."""
     quantizer = QUANTIZERS[case[0]]
-    return quantizer, quantizer.check(seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **case[1])
+    return quantizer, quantizer.check(
+        seed=rng.randrange(2**64), sign_seed=rng.randrange(2**64), **case[1]
+    )
 
 
 def made(kind: type, x: torch.Tensor, other: torch.Tensor, eps: float = 1e-6) -> Activation:
@@ -70,7 +74,9 @@ def made(kind: type, x: torch.Tensor, other: torch.Tensor, eps: float = 1e-6) ->
 
 def moved(activation: Activation) -> Activation:
     """The same on the device of the kernels, strides kept."""
-    return type(activation)(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in activation))
+    return type(activation)(
+        *(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in activation)
+    )
 
 
 def check(activation: Activation, rows: tuple, columns: tuple | None, note: str) -> None:
@@ -103,24 +109,40 @@ def test_quantize_both_equals_reference(kind: type, rows: tuple, columns: tuple)
     rng = random.Random(f"{kind}{rows}{columns}")
     shape, dtype = rng.choice(SHAPES[1:]), rng.choice(DTYPES)
     x, other = (data(shape, k, dtype, rng.randrange(2**31)) for k in (rng.choice(KINDS), "normal"))
-    check(made(kind, x, other), spec(rows, rng), spec(columns, rng), f"{shape} {dtype} {rows} {columns}")
+    check(
+        made(kind, x, other),
+        spec(rows, rng),
+        spec(columns, rng),
+        f"{shape} {dtype} {rows} {columns}",
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("difficulty", ["zeros", "tiny", "huge", "nan", "inf"])
 def test_difficult_data(difficulty: str) -> None:
-    """Zeros (also without eps), denormals, overflow, NaN and Inf in either input; forward and backward."""
+    """Zeros (also without eps), denormals, overflow, NaN and Inf in either input; forward and
+    backward."""
     rng = random.Random(difficulty)
     for kind, swapped in ((RMSNorm, False), (RMSNorm, True), (SwiGLU, False), (SwiGLU, True)):
-        x, other = (data((3, 40), k, rng.choice(DTYPES), rng.randrange(2**31)) for k in (difficulty, "normal"))
+        x, other = (
+            data((3, 40), k, rng.choice(DTYPES), rng.randrange(2**31))
+            for k in (difficulty, "normal")
+        )
         x, other = (other, x) if swapped else (x, other)
         activation = made(kind, x, other, eps=rng.choice((0.0, 1e-5)))
-        check(activation, spec(("rtn", {"row_scaled": rng.random() < 0.5}), rng), spec(("rtn", FIXED), rng), difficulty)
+        check(
+            activation,
+            spec(("rtn", {"row_scaled": rng.random() < 0.5}), rng),
+            spec(("rtn", FIXED), rng),
+            difficulty,
+        )
         check_gradients(activation, torch.randn(3, 40), difficulty)
 
 
 @interpreted
-@pytest.mark.parametrize("mixture", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "mixture", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str
+)
 @pytest.mark.parametrize("kind", [RMSNorm, SwiGLU])
 def test_mixed_dtypes(kind: type, mixture: tuple) -> None:
     """Each rounding goes to the dtype it belongs to."""
@@ -132,7 +154,8 @@ def test_mixed_dtypes(kind: type, mixture: tuple) -> None:
 
 @interpreted
 def test_strides() -> None:
-    """Halves of one matrix, a transposed one; and rows 2^31 bytes apart, where memory is virtual."""
+    """Halves of one matrix, a transposed one; and rows 2^31 bytes apart, where memory is
+    virtual."""
     rng = random.Random(0)
     wide = torch.randn(10, 80).bfloat16()
     pairs = [(wide[:, :40], wide[:, 40:]), (wide.t()[:9, :8], wide.t()[:9, 2:])]
@@ -144,14 +167,20 @@ def test_strides() -> None:
         for kind in (RMSNorm, SwiGLU):
             activation = made(kind, first, second)
             check(activation, spec(("rtn", {}), rng), None, f"strides {first.stride()}")
-            check_gradients(activation, torch.randn(first.shape).t().contiguous().t(), f"strides {first.stride()}")
+            check_gradients(
+                activation,
+                torch.randn(first.shape).t().contiguous().t(),
+                f"strides {first.stride()}",
+            )
 
 
 def check_gradients(activation: Activation, dy: torch.Tensor, note: str) -> None:
     """Both gradients, bit for bit."""
     got = BACKEND.activation_gradients(moved(activation), dy.to(DEVICE))
     for side, a, b in zip(("first", "second"), got, activation.gradients(dy), strict=True):
-        assert same(a.cpu(), b), f"gradient of the {side} input of {type(activation).__name__} {note}"
+        assert same(a.cpu(), b), (
+            f"gradient of the {side} input of {type(activation).__name__} {note}"
+        )
 
 
 @interpreted
@@ -170,7 +199,9 @@ def test_slabs_of_many_rows() -> None:
     from nvfp4.backends.triton.activation import kernels as fused_kernels
 
     slabs, out = torch.randn(300, 3), torch.empty(3, device=DEVICE)
-    fused_kernels.slab_sum_kernel[(1,)](slabs.to(DEVICE), out, 300, 3, 16, "float32", enable_fp_fusion=False)
+    fused_kernels.slab_sum_kernel[(1,)](
+        slabs.to(DEVICE), out, 300, 3, 16, "float32", enable_fp_fusion=False
+    )
     assert same(out.cpu(), row_sum(slabs.t()))
 
 
@@ -190,12 +221,15 @@ def test_it_passes_its_self_check() -> None:
 
 @compiles
 def test_variants_cover_every_kernel() -> None:
-    """Every kernel is compiled ahead of time, under names that differ, with every parameter typed."""
+    """Every kernel is compiled ahead of time, under names that differ, with every parameter
+    typed."""
     from nvfp4.backends.triton.activation import kernels as fused_kernels
     from tools.activation_variants import kernel_variants
 
     variants = kernel_variants(90, few=False)
-    assert {v.kernel for v in variants} == {f for name, f in vars(fused_kernels).items() if name.endswith("_kernel")}
+    assert {v.kernel for v in variants} == {
+        f for name, f in vars(fused_kernels).items() if name.endswith("_kernel")
+    }
     assert len({v.name for v in variants}) == len(variants)
     for v in variants:
         assert set(v.types) | set(v.constants) == set(v.kernel.arg_names)

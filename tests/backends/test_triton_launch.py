@@ -1,5 +1,5 @@
-"""What a kept kernel is kept under, and that it is launched as Triton would have launched it. A driver that compiles
-for sm_90 and launches nothing stands in for the GPU."""
+"""What a kept kernel is kept under, and that it is launched as Triton would have launched it. A
+driver that compiles for sm_90 and launches nothing stands in for the GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ MEMORY = torch.zeros(64, dtype=torch.uint8)
 START = -MEMORY.data_ptr() % 16
 ALIGNED, ODD = MEMORY[START:], MEMORY[START + 8 :]
 
-pytestmark = pytest.mark.skipif(not launch.DIRECT, reason="kernels are not launched directly by this Triton")
+pytestmark = pytest.mark.skipif(
+    not launch.DIRECT, reason="kernels are not launched directly by this Triton"
+)
 
 
 @triton.jit(do_not_specialize=("seed",))
@@ -57,13 +59,20 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 TILE = Tile(1, 32, False, 1, 1, 1)
 
 
-def put(x: torch.Tensor, n: int = 32, seed: int = 7, tile: Tile = TILE, flag: object = None, warps: int = 1) -> None:
+def put(
+    x: torch.Tensor,
+    n: int = 32,
+    seed: int = 7,
+    tile: Tile = TILE,
+    flag: object = None,
+    warps: int = 1,
+) -> None:
     launch.launch(fill, 3, (x, None, n, seed), (tile, flag), warps=warps)
 
 
 def test_a_kept_kernel_is_launched_as_triton_would(driver: Driver) -> None:
-    """The second launch goes past Triton's look-up, with everything that the first one had: grid, stream, function,
-    metadata, hooks and arguments."""
+    """The second launch goes past Triton's look-up, with everything that the first one had: grid,
+    stream, function, metadata, hooks and arguments."""
     look_ups = []
     fill.add_pre_run_hook(lambda *args, **options: look_ups.append(args))
     try:
@@ -73,13 +82,15 @@ def test_a_kept_kernel_is_launched_as_triton_would(driver: Driver) -> None:
         fill.pre_run_hooks.clear()
     first, second = driver.launches
     assert len(look_ups) == 1
-    plain = [[v.get() if hasattr(v, "extras") else v for v in call] for call in (first, second)]  # what hooks would see
+    # what hooks would see
+    plain = [[v.get() if hasattr(v, "extras") else v for v in call] for call in (first, second)]
     assert [a is b or a == b for a, b in zip(*plain, strict=True)] == [True] * len(first), plain
     assert first[:4] == (3, 1, 1, 100)
 
 
 def test_the_first_of_a_family_says_that_it_compiles(driver: Driver, monkeypatch, caplog) -> None:
-    """One line, before anything is compiled; not again for another kernel, nor in any process but the first."""
+    """One line, before anything is compiled; not again for another kernel, nor in any process but
+    the first."""
     monkeypatch.setattr(launch, "_ANNOUNCED", set())
     monkeypatch.setitem(launch.FAMILIES, __name__, "tests")
     put(ALIGNED)
@@ -95,7 +106,8 @@ def test_the_first_of_a_family_says_that_it_compiles(driver: Driver, monkeypatch
 
 
 def test_sums_modulo_a_power_of_two_are_not_trapped(driver: Driver, monkeypatch) -> None:
-    """Under TRITON_DEBUG=1 Triton asserts that no integer overflows, and Philox does so at every step."""
+    """Under TRITON_DEBUG=1 Triton asserts that no integer overflows, and Philox does so at every
+    step."""
     from nvfp4.backends.triton.quantize import kernels
 
     words, seeds = torch.zeros(4, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
@@ -112,13 +124,21 @@ def test_sums_modulo_a_power_of_two_are_not_trapped(driver: Driver, monkeypatch)
 
 
 def test_what_is_compiled_anew(driver: Driver) -> None:
-    """Only what Triton specialises on, and an unaligned pointer never reaches a kernel compiled for aligned ones."""
+    """Only what Triton specialises on, and an unaligned pointer never reaches a kernel compiled for
+    aligned ones."""
     put(ALIGNED)
     same = driver.launches[-1][4]
     for changed in ({"seed": 1}, {"seed": 16}, {"seed": -5}, {"n": 48}):
         put(ALIGNED, **changed)
         assert driver.launches[-1][4] == same, changed
-    others = [{"x": ODD}, {"n": 33}, {"n": 1}, {"n": 2**40}, {"x": ALIGNED.view(torch.int8)}, {"seed": 2**40}]
+    others = [
+        {"x": ODD},
+        {"n": 33},
+        {"n": 1},
+        {"n": 2**40},
+        {"x": ALIGNED.view(torch.int8)},
+        {"seed": 2**40},
+    ]
     others += [{"flag": 5}, {"tile": TILE._replace(columns=64)}, {"warps": 2}]
     for changed in others:
         put(**({"x": ALIGNED} | changed))
@@ -135,8 +155,27 @@ def test_what_is_compiled_anew(driver: Driver) -> None:
 def test_equal_keys_mean_equal_specialisations() -> None:
     """Against Triton's own verdict, over every pair of calls with these arguments."""
     tensors = [ALIGNED, ODD, ALIGNED.view(torch.float32), ODD.view(torch.float32), None]
-    numbers = [0, 1, 2, 16, -16, -1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**35, 2**63 - 1, 2**63, 1.0, True, None]
-    calls = [(x, None, n, 5) for x in tensors for n in numbers] + [(ALIGNED, None, 32, n) for n in numbers]
+    numbers = [
+        0,
+        1,
+        2,
+        16,
+        -16,
+        -1,
+        2**31 - 1,
+        2**31,
+        -(2**31),
+        -(2**31) - 1,
+        2**35,
+        2**63 - 1,
+        2**63,
+        1.0,
+        True,
+        None,
+    ]
+    calls = [(x, None, n, 5) for x in tensors for n in numbers] + [
+        (ALIGNED, None, 32, n) for n in numbers
+    ]
     calls = [c for c in calls if c[3] is not None]
     binder = create_function_from_signature(fill.signature, fill.params, make_backend(TARGET))
     verdicts = [(launch.key_of(fill, c, (TILE, 1)), tuple(binder(*c, TILE, 1)[1])) for c in calls]
@@ -149,6 +188,8 @@ def test_equal_keys_mean_equal_specialisations() -> None:
 @pytest.mark.parametrize("capability", [90])
 def test_constants_come_last(capability: int) -> None:
     """As ``launch`` passes them, in every kernel that is listed."""
-    for kernel in {id(v.kernel): v.kernel for p in aot.places([capability]) for v in p.variants()}.values():
+    for kernel in {
+        id(v.kernel): v.kernel for p in aot.places([capability]) for v in p.variants()
+    }.values():
         constant = [parameter.is_constexpr for parameter in kernel.params]
         assert [group for group, _ in itertools.groupby(constant)] == [False, True], kernel.__name__

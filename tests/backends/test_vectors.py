@@ -2,8 +2,9 @@
 
 Their names: docs/numerics.md, section 9.
 
-The cases hold ragged shapes, NaN, Inf, zero and underflowing scales, denormals, -0, ties, and a rotation that overflows
-although its input is finite. A rule that is right here and wrong elsewhere is looked for in test_quantizers.py.
+The cases hold ragged shapes, NaN, Inf, zero and underflowing scales, denormals, -0, ties, and a
+rotation that overflows although its input is finite. A rule that is right here and wrong elsewhere
+is looked for in test_quantizers.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ FILES = oracle.VECTOR_FILES
 PAIRS = [
     pytest.param(path, rule, id=f"{path.stem}-{rule}")
     for path in FILES
-    for rule in sorted({rule for case in oracle.vectors(path).cases for rule in oracle.vectors(path).rules(case)})
+    for rule in sorted(
+        {rule for case in oracle.vectors(path).cases for rule in oracle.vectors(path).rules(case)}
+    )
 ]
 
 
@@ -34,7 +37,9 @@ def pad_to(x: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("path", "rule"), PAIRS)
-def test_package_agrees_with_the_worked_cases(path: Path, rule: str, backend: str, device: str) -> None:
+def test_package_agrees_with_the_worked_cases(
+    path: Path, rule: str, backend: str, device: str
+) -> None:
     """One rule over all cases of a file, on every backend."""
     vectors = oracle.vectors(path)
     common = {"seed": vectors.seed, "sign_seed": vectors.sign_seed, "backend": backend}

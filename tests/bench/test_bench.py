@@ -62,7 +62,9 @@ def test_the_command_measures_everything_and_says_on_what(tmp_path, capsys):
     assert all(row["saved x BF16"] in (1, pytest.approx(0.28, abs=0.02)) for row in
                sections["Linear layer, forward and backward"])  # fmt: skip
     for row in sections["GEMM on codes"]:
-        tokens, inputs, outputs = map(int, re.search(r"\((\d+) x (\d+) -> (\d+)\)", row["GEMM"]).groups())
+        tokens, inputs, outputs = map(
+            int, re.search(r"\((\d+) x (\d+) -> (\d+)\)", row["GEMM"]).groups()
+        )
         assert row["TFLOP/s"] == pytest.approx(2 * tokens * inputs * outputs / row["ms"] / 1e9)
 
 
@@ -75,8 +77,13 @@ def test_every_prediction_is_labelled():
     assert "B200" not in page.partition("## Blackwell")[0]
     for row in report.predictions():
         assert set(row) == {
-            "predicted for", "block", "tokens", "recipe", "predicted speed-up", "predicted from tokens"
-        }  # fmt: skip
+            "predicted for",
+            "block",
+            "tokens",
+            "recipe",
+            "predicted speed-up",
+            "predicted from tokens",
+        }
 
 
 class Wrong(Exception):
@@ -88,12 +95,17 @@ def never(*args, **kwargs):
 
 
 @pytest.mark.parametrize("fault", ["quantize", "transposed", "both", "again", "matmul", "nan"])
-@pytest.mark.skipif(BACKENDS["cpu"].unavailable(CPU) is not None, reason="the native extension is not built")
+@pytest.mark.skipif(
+    BACKENDS["cpu"].unavailable(CPU) is not None, reason="the native extension is not built"
+)
 def test_a_red_gate_stops_everything(fault, monkeypatch, tmp_path, capsys, no_self_check):
     """One bit of one code in one orientation, or one element of a product: named, code 1, no figure
     and no file.
     """
-    real = {name: getattr(CpuBackend, name) for name in ("quantize", "quantize_both", "requantize", "matmul")}
+    real = {
+        name: getattr(CpuBackend, name)
+        for name in ("quantize", "quantize_both", "requantize", "matmul")
+    }
 
     def spoilt(q):
         q.codes.view(-1)[-1] ^= 1
@@ -101,7 +113,9 @@ def test_a_red_gate_stops_everything(fault, monkeypatch, tmp_path, capsys, no_se
 
     def quantize(self, x, quantizer, options):
         made = real["quantize"](self, x, quantizer, options)
-        hit = quantizer.name == "sr" and (fault == "quantize" or (fault == "transposed" and x.stride(0) == 1))
+        hit = quantizer.name == "sr" and (
+            fault == "quantize" or (fault == "transposed" and x.stride(0) == 1)
+        )
         return spoilt(made) if hit else made
 
     def both(self, *args):
@@ -136,7 +150,9 @@ def test_layers_have_a_gate_of_their_own(monkeypatch):
 
     real = gemms.product
     monkeypatch.setattr(gemms, "product", lambda call, dy, *rest: real(call, dy, *rest).flip(0))
-    with pytest.raises(WrongResults, match="auto, layer, quartet2: output or weight gradient is far"):
+    with pytest.raises(
+        WrongResults, match="auto, layer, quartet2: output or weight gradient is far"
+    ):
         check_all(CPU, quick=True)
 
 
@@ -201,9 +217,13 @@ def test_help_describes_both_benchmarks(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    entries = {entry.split()[0].rstrip(","): entry for entry in re.split(r"(?<!\S)--(?!no-)", said)[1:]}
+    entries = {
+        entry.split()[0].rstrip(","): entry for entry in re.split(r"(?<!\S)--(?!no-)", said)[1:]
+    }
     belongs = dict.fromkeys(("report", "quick", "device", "seconds"), " all: ")
-    belongs |= dict.fromkeys(("devices", "models", "recipe", "tokens", "json", "plot", "measure-cpu"), " roofline: ")
+    belongs |= dict.fromkeys(
+        ("devices", "models", "recipe", "tokens", "json", "plot", "measure-cpu"), " roofline: "
+    )
     assert all(word in entries[option] for option, word in belongs.items())
 
 
@@ -212,7 +232,9 @@ def test_candidates_take_turns():
     not counted.
     """
     order = []
-    ms = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=4)
+    ms = interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=4
+    )
     assert order == ["a", "b"] * 5
     assert set(ms) == {"a", "b"}
 
@@ -222,12 +244,16 @@ def test_clocks_come_from_nvidia_smi_where_it_is(monkeypatch):
     nothing, and no error.
     """
     cuda, asked = torch.device("cuda", 0), []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="ab-1"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="ab-1")
+    )
     monkeypatch.setattr(timing.shutil, "which", lambda name: f"/usr/bin/{name}")
 
     def run(command, **kwargs):
         asked.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout="1980 MHz, 2619 MHz, 1980 MHz, 700.00 W, 570.1\n")
+        return subprocess.CompletedProcess(
+            command, 0, stdout="1980 MHz, 2619 MHz, 1980 MHz, 700.00 W, 570.1\n"
+        )
 
     monkeypatch.setattr(timing.subprocess, "run", run)
     found = timing.clocks(cuda)
@@ -245,24 +271,40 @@ def test_clocks_come_from_nvidia_smi_where_it_is(monkeypatch):
 
 
 def test_kept_rows_replace_their_like(tmp_path):
-    """A row with the same labels and processor gives way, the others stay; each says where it was measured."""
+    """A row with the same labels and processor gives way, the others stay; each says where it was
+    measured."""
     path = tmp_path / "results" / "rows.json"
-    first, second = {"processor": "a", "commit": "1"}, {"processor": "a", "commit": "2", "python": "3"}
-    harness.keep(
-        path, "t", [{"quantiser": "rtn", "isa": "avx2", "ms": 1.0}, {"quantiser": "sr", "isa": "", "ms": 2.0}], first, 2
+    first, second = (
+        {"processor": "a", "commit": "1"},
+        {"processor": "a", "commit": "2", "python": "3"},
     )
     harness.keep(
         path,
         "t",
-        [{"quantiser": "rtn", "isa": "avx2", "ms": 3.0}, {"quantiser": "rtn", "isa": "", "ms": 4.0}],
+        [{"quantiser": "rtn", "isa": "avx2", "ms": 1.0}, {"quantiser": "sr", "isa": "", "ms": 2.0}],
+        first,
+        2,
+    )
+    harness.keep(
+        path,
+        "t",
+        [
+            {"quantiser": "rtn", "isa": "avx2", "ms": 3.0},
+            {"quantiser": "rtn", "isa": "", "ms": 4.0},
+        ],
         second,
         2,
     )
-    rows = [(row["quantiser"], row["isa"], row["ms"], row["machine"]) for row in json.loads(path.read_text())["rows"]]
+    rows = [
+        (row["quantiser"], row["isa"], row["ms"], row["machine"])
+        for row in json.loads(path.read_text())["rows"]
+    ]
     again = {"processor": "a", "commit": "2"}
     assert rows == [("rtn", "avx2", 3.0, again), ("sr", "", 2.0, first), ("rtn", "", 4.0, again)]
     harness.keep(path, "t", [{"quantiser": "sr", "isa": "", "ms": 5.0}], {"processor": "b"}, 2)
-    assert [row["ms"] for row in json.loads(path.read_text())["rows"]] == [3.0, 2.0, 4.0, 5.0], "another machine"
+    assert [row["ms"] for row in json.loads(path.read_text())["rows"]] == [3.0, 2.0, 4.0, 5.0], (
+        "another machine"
+    )
     assert [each.name for each in path.parent.iterdir()] == ["rows.json"]
 
 
@@ -270,7 +312,9 @@ def test_rows_of_an_older_file_keep_their_machine(tmp_path):
     """Files written at once have it beside the rows."""
     path = tmp_path / "rows.json"
     path.write_text(
-        json.dumps({"title": "t", "machine": {"processor": "a", "cuda": "1"}, "rows": [{"recipe": "bf16"}]})
+        json.dumps(
+            {"title": "t", "machine": {"processor": "a", "cuda": "1"}, "rows": [{"recipe": "bf16"}]}
+        )
     )
     harness.keep(path, "t", [{"recipe": "rtn"}], {"processor": "b"})
     rows = json.loads(path.read_text())["rows"]
@@ -301,7 +345,8 @@ def test_matrices_are_what_they_say():
     """The same every time; magnitudes from 2^-20 to 2^20; one NaN, in the last place."""
     assert torch.equal(cases.matrix(8, 8), cases.matrix(8, 8))
     wide = cases.matrix(41, 512, "wide", torch.float32).square().mean(1).sqrt()
-    assert torch.allclose(wide.log2(), torch.arange(-20.0, 21.0), atol=0.2)  # 512 squares: 0.045 is one sigma
+    # 512 squares: 0.045 is one sigma
+    assert torch.allclose(wide.log2(), torch.arange(-20.0, 21.0), atol=0.2)
     nan = cases.matrix(3, 5, "nan").isnan()
     assert (nan.sum(), nan[-1, -1]) == (1, True)
 
@@ -311,7 +356,10 @@ def test_bytes_that_must_move():
     rotation finds the range afterwards, a sixteenth of the scales for 16 x 16 blocks.
     """
     x = cases.matrix(64, 32)
-    moved = {name: cases.quantiser(name).bytes_moved(x) for name in ("rtn", "rtn row-scaled", "ms_eden(2)", "rtn_2d")}
+    moved = {
+        name: cases.quantiser(name).bytes_moved(x)
+        for name in ("rtn", "rtn row-scaled", "ms_eden(2)", "rtn_2d")
+    }
     assert moved == {
         "rtn": 2 * 4096 + 1024 + 128,
         "rtn row-scaled": 4096 + 1024 + 128,

@@ -56,9 +56,18 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     may be busy.
     """
     folder = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, "-m", "benchmarks.gpu.rehearsal", "--short", "--out", str(folder / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.rehearsal",
+        "--short",
+        "--out",
+        str(folder / "out"),
+    ]
     command += ["--budget-minutes", "600", "600"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(folder), capture_output=True, text=True
+    )
     return done, folder / "out"
 
 
@@ -103,7 +112,9 @@ def test_packages_that_are_absent_are_named_not_imported(tmp_path: Path) -> None
     assert subprocess.run(command, env=environment(tmp_path), capture_output=True).returncode == 1
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     command += ["tests/test_cli.py", "tests/numerics/test_formats.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "tests/test_cli.py:1: pydantic is not installed here" in done.stdout
     assert " passed" in done.stdout
@@ -114,7 +125,10 @@ def processes_with(mark: str) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (folder / "environ").read_bytes() and (folder / "stat").read_text().split()[2] != "Z":
+            if (
+                mark.encode() in (folder / "environ").read_bytes()
+                and (folder / "stat").read_text().split()[2] != "Z"
+            ):
                 found.append(int(folder.name))
         except (OSError, IndexError):
             continue
@@ -129,8 +143,12 @@ def begun(rows: Path) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_an_interrupted_call_ends_its_children_and_reports(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_call_ends_its_children_and_reports(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     """Ctrl-C in the middle of a unit: no process is left, the rest is named as not reached.
 
     SIGTERM, which one handler takes alike, is slow: a whole call once more.
@@ -140,7 +158,11 @@ def test_an_interrupted_call_ends_its_children_and_reports(tmp_path: Path, numbe
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--call", "1", "--rehearse", "0.01"]
     command += ["--out", str(tmp_path), "--budget-minutes", "600"]
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path) | {name: value}, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment(tmp_path) | {name: value},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     rows = tmp_path / "call1.jsonl"
     while not begun(rows):
@@ -187,7 +209,8 @@ def test_a_rehearsal_counts_what_its_units_computed(tmp_path: Path) -> None:
 def test_the_cpu_build_leaves_what_is_said_of_cuda(
     reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It forbids CUDA kernels to be quick, and setup.py would keep that as the reason why there are none."""
+    """It forbids CUDA kernels to be quick, and setup.py would keep that as the reason why there are
+    none."""
     from benchmarks.gpu import build
 
     said = tmp_path / "nvfp4" / "_cuda_missing.txt"
@@ -196,7 +219,9 @@ def test_the_cpu_build_leaves_what_is_said_of_cuda(
         said.write_text(reason)
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "importable", lambda module: "no such module")
-    monkeypatch.setattr(build, "run_setup", lambda *arguments: said.write_text("NVFP4_CUDA=0 forbade it"))
+    monkeypatch.setattr(
+        build, "run_setup", lambda *arguments: said.write_text("NVFP4_CUDA=0 forbade it")
+    )
     monkeypatch.setattr(build.os, "nice", lambda by: by)
     build.build_cpu(None)
     assert (said.read_text() if said.exists() else None) == reason
@@ -209,15 +234,47 @@ def test_goals_are_judged(tmp_path: Path) -> None:
     path = tmp_path / "call1.jsonl"
     append(path, kind="call", state="began", call=1)
     for backend, share in (("cuda", 0.71), ("triton", 0.5)):
-        append(path, kind="row", stage="rates", quantiser="rtn", backend=backend, **{"rows / copy": share})
+        append(
+            path,
+            kind="row",
+            stage="rates",
+            quantiser="rtn",
+            backend=backend,
+            **{"rows / copy": share},
+        )
     append(path, kind="row", stage="rates", quantiser="rtn", **{"one read over two": 1.39})
     for size, ratio in ((8192, 1.25), (4096, 1.6)):
-        append(path, kind="row", stage="linear", size=size, recipe="nvidia", **{"x bf16": ratio, "saved x bf16": 0.28})
-    append(path, kind="row", stage="smoke", check="gemm", backend="triton", checked=3, wrong=2, first="a | b")
-    append(path, kind="unit", stage="smoke", unit="dead", state="failed", reason="its process died of SIGSEGV")
+        append(
+            path,
+            kind="row",
+            stage="linear",
+            size=size,
+            recipe="nvidia",
+            **{"x bf16": ratio, "saved x bf16": 0.28},
+        )
+    append(
+        path,
+        kind="row",
+        stage="smoke",
+        check="gemm",
+        backend="triton",
+        checked=3,
+        wrong=2,
+        first="a | b",
+    )
+    append(
+        path,
+        kind="unit",
+        stage="smoke",
+        unit="dead",
+        state="failed",
+        reason="its process died of SIGSEGV",
+    )
     with path.open("a") as file:
         file.write('{"kind": "row", "stage": "smoke", "wro')
-    met = {row["goal"]: (row["measured"], row["met"]) for row in report.judge(report.read(tmp_path))}
+    met = {
+        row["goal"]: (row["measured"], row["met"]) for row in report.judge(report.read(tmp_path))
+    }
     assert met["wrong or failed <= 0"] == (3.0, "NO")
     assert met["rtn, share of copy bandwidth >= 0.7"] == (0.71, "yes")
     assert met["rtn, both orientations: one read over two >= 1.4"] == (1.39, "NO")
@@ -251,11 +308,19 @@ def test_operands_whose_products_are_exact_in_any_order() -> None:
     from nvfp4.bench.gates import exact_operand as exact
     from nvfp4.numerics.formats import TILE_BLOCK
 
-    for m, n, k, block in ((33, 40, 2048, (1, 16)), (64, 17, 272, TILE_BLOCK), (3, 5, 100, (1, 16))):
+    for m, n, k, block in (
+        (33, 40, 2048, (1, 16)),
+        (64, 17, 272, TILE_BLOCK),
+        (3, 5, 100, (1, 16)),
+    ):
         a, b = exact(m, k, row_scaled=True), exact(n, k, block)
         left, right = a.decode_blocks().double(), b.decode_blocks().double()
         want = (left @ right.t()) * a.global_scale[:, None].double() * b.global_scale.double()
-        backwards = left.float().flip(1) @ (right.float() * b.global_scale).flip(1).t() * a.global_scale[:, None]
+        backwards = (
+            left.float().flip(1)
+            @ (right.float() * b.global_scale).flip(1).t()
+            * a.global_scale[:, None]
+        )
         assert torch.equal(backwards.double(), want)
         assert want.abs().max() > 1
 
@@ -264,7 +329,9 @@ def test_files_with_gpu_tests() -> None:
     """The named ones and all that mark a test ``cuda``, and not the whole suite."""
     files = {Path(path).name for path in files_with_gpu_tests()}
     assert {*TRITON_TESTS, "test_cuda.py", "test_contract.py", "test_capturable.py"} <= files
-    assert {"test_quantizers.py", "test_matmul.py", "test_sharding.py"} <= files, "they take every device"
+    assert {"test_quantizers.py", "test_matmul.py", "test_sharding.py"} <= files, (
+        "they take every device"
+    )
     assert "test_train_loop.py" not in files
 
 
@@ -278,7 +345,9 @@ def test_goals_of_every_device_are_marked_cuda(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made: list = []
     names = ("backend", "device")
-    conftest.pytest_generate_tests(SimpleNamespace(fixturenames=names, parametrize=lambda _, cases: made.extend(cases)))
+    conftest.pytest_generate_tests(
+        SimpleNamespace(fixturenames=names, parametrize=lambda _, cases: made.extend(cases))
+    )
     assert {case.values[1] for case in made} == {"cpu", "cuda"}
     for case in made:
         assert ("cuda" in {mark.name for mark in case.marks}) == (case.values[1] == "cuda")
@@ -292,8 +361,12 @@ def test_goals_of_chosen_tests() -> None:
 
     from benchmarks.gpu.collect import _on_gpu
 
-    def item(file: str, marked: bool, backend: str | None = None, name: str = "test_x") -> SimpleNamespace:
-        made = SimpleNamespace(path=Path(file), name=name, get_closest_marker=lambda mark: marked or None)
+    def item(
+        file: str, marked: bool, backend: str | None = None, name: str = "test_x"
+    ) -> SimpleNamespace:
+        made = SimpleNamespace(
+            path=Path(file), name=name, get_closest_marker=lambda mark: marked or None
+        )
         if backend is not None:
             made.callspec = SimpleNamespace(params={"backend": backend})
         return made
@@ -339,7 +412,9 @@ def test_goals_of_tests_that_are_cut_off(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(collect, "SECONDS", 0.0)
     for _ in range(3):
         collect.pytest_runtest_logreport(SimpleNamespace(failed=False, skipped=False, when="call"))
-    bad = SimpleNamespace(failed=True, skipped=False, when="call", nodeid="bad", longreprtext="E  planted")
+    bad = SimpleNamespace(
+        failed=True, skipped=False, when="call", nodeid="bad", longreprtext="E  planted"
+    )
     collect.pytest_runtest_logreport(bad)
     found = CallRecord.of(rows)
     assert (found.compared, found.wrong) == (4, 1)
@@ -353,11 +428,18 @@ def test_goals_explained_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> No
     from nvfp4 import ops
     from nvfp4.backends.registry import BACKENDS
 
-    order = [(BACKENDS["triton"], "its first matmul failed: at 3:4:\n    x = y\n  ^"), (BACKENDS["reference"], None)]
+    order = [
+        (BACKENDS["triton"], "its first matmul failed: at 3:4:\n    x = y\n  ^"),
+        (BACKENDS["reference"], None),
+    ]
     monkeypatch.setattr(ops, "candidates", lambda *arguments: order)
     rows: list = []
     place = type("Place", (), {"device": torch.device("cpu")})
-    job = type("Job", (), {"settings": type("Settings", (), {"place": place}), "add": lambda **row: rows.append(row)})
+    job = type(
+        "Job",
+        (),
+        {"settings": type("Settings", (), {"place": place}), "add": lambda **row: rows.append(row)},
+    )
     checks.explained(job, "matmul", None)
     assert rows[0]["triton"] == "its first matmul failed: at 3:4: x = y ^"
     assert rows[0]["chosen"] == "reference"
@@ -368,11 +450,20 @@ def test_rows_of_ncu() -> None:
     kept.
     """
     text = (
-        '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum","other","launch__registers_per_thread"\n'
+        '==PROF== Connected\n"ID","Kernel '
+        'Name","gpu__time_duration.sum","other","launch__registers_per_thread"\n'
         '"","","us","","register/thread"\n"0","amax_kernel(int)","12.5","1","40"\n"1","quantize","7","2","64"\n'
     )
-    first = {"kernel": "amax_kernel(int)", "gpu__time_duration.sum": "12.5", "launch__registers_per_thread": "40"}
-    second = {"kernel": "quantize", "gpu__time_duration.sum": "7", "launch__registers_per_thread": "64"}
+    first = {
+        "kernel": "amax_kernel(int)",
+        "gpu__time_duration.sum": "12.5",
+        "launch__registers_per_thread": "40",
+    }
+    second = {
+        "kernel": "quantize",
+        "gpu__time_duration.sum": "7",
+        "launch__registers_per_thread": "64",
+    }
     assert ncu_rows(text) == [first, second]
     assert ncu_rows("==ERROR== no permission\n") == []
 
@@ -393,7 +484,9 @@ def test_the_plan_fits() -> None:
 
     for call in (1, 2):
         rows = plan.table(call)
-        assert sum(row["expected s"] for row in rows) < 60 * calls.BUDGET_MINUTES[call] - calls.RESERVE
+        assert (
+            sum(row["expected s"] for row in rows) < 60 * calls.BUDGET_MINUTES[call] - calls.RESERVE
+        )
         assert all(row["expected s"] <= row["limit s"] for row in rows)
         assert all(row["reached"] == "100%" for row in rows[:-1])
         assert [row["stage"] for row in rows] == [stage.name for stage in calls.stages(call)]
@@ -409,7 +502,10 @@ def test_the_gpu_s_place_calls_what_torch_has(monkeypatch: pytest.MonkeyPatch) -
 
     from benchmarks.gpu.place import GPU
 
-    names = "is_available current_device synchronize current_stream stream graph set_sync_debug_mode mem_get_info"
+    names = (
+        "is_available current_device synchronize current_stream stream graph set_sync_debug_mode "
+        "mem_get_info"
+    )
     names += " reset_peak_memory_stats max_memory_allocated"
     for name in names.split():
         monkeypatch.setattr(torch.cuda, name, mock.create_autospec(getattr(torch.cuda, name)))
@@ -437,7 +533,10 @@ def test_the_gpu_s_place_calls_what_torch_has(monkeypatch: pytest.MonkeyPatch) -
     assert len(place.side_by_side([lambda: 1, lambda: 2], 3)) == 2
     with place.no_waiting():
         ran.append(5)
-    assert torch.cuda.set_sync_debug_mode.call_args_list == [mock.call("error"), mock.call("default")]
+    assert torch.cuda.set_sync_debug_mode.call_args_list == [
+        mock.call("error"),
+        mock.call("default"),
+    ]
     assert place.free_bytes() == 5
     assert place.peak_bytes(lambda: ran.append(6)) == 11
     place.profiled(lambda: ran.append(7))

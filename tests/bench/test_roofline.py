@@ -36,10 +36,16 @@ by shape.
 """
 
 
-def bits_moved(recipe: str, tensor: str, traffic: roofline.Traffic, gemms=("fprop", "dgrad", "wgrad")) -> float:
+def bits_moved(
+    recipe: str, tensor: str, traffic: roofline.Traffic, gemms=("fprop", "dgrad", "wgrad")
+) -> float:
     """Bits an element of a tensor that its quantisation moves."""
     kernels = layer_kernels(RECIPES[recipe], LAYER, TOKENS, traffic)
-    moved = sum(k.bytes for k in kernels if not k.flops and k.name.endswith(f" {tensor}") and k.gemm in gemms)
+    moved = sum(
+        k.bytes
+        for k in kernels
+        if not k.flops and k.name.endswith(f" {tensor}") and k.gemm in gemms
+    )
     return 8 * moved / ELEMENTS[tensor]
 
 
@@ -89,11 +95,15 @@ def test_seconds_by_hand():
     """The longer of work and bytes, at the assumed share of the peaks, and a launch."""
     assert Kernel("", "", flops=8e12, bytes=1e12, fp4=True).seconds(machine()) == 8 / 2 + 1
     assert Kernel("", "", flops=8e12, bytes=1e12, fp4=False).seconds(machine()) == 8 / 0.25 + 1
-    assert Kernel("", "", flops=8e12, bytes=1e12, fp4=True).seconds(machine(fp4=None)) == 8 / 0.25 + 1
+    assert (
+        Kernel("", "", flops=8e12, bytes=1e12, fp4=True).seconds(machine(fp4=None)) == 8 / 0.25 + 1
+    )
     assert Kernel("", "", flops=8e12, bytes=3e12, fp4=True).seconds(machine()) == 3 / 0.5 + 1
     again = Kernel("", "", flops=0, bytes=3e12, again=1e12)
     assert again.seconds(machine()) == 3 / 0.5 + 1
-    assert again.seconds(machine(l2=2e12)) == 2 / 0.5 + 1, "what fills half of L2 is read from there"
+    assert again.seconds(machine(l2=2e12)) == 2 / 0.5 + 1, (
+        "what fills half of L2 is read from there"
+    )
     assert again.seconds(machine(l2=1.9e12)) == 3 / 0.5 + 1
 
 
@@ -102,7 +112,11 @@ def test_published_speedups_follow_from_published_traffic(device, model):
     """And ours, which reads the gradient once, comes out better, by what 16 of 45 bits of the
     gradient are worth.
     """
-    recipe, layers, published = RECIPES["quartet2"], MODELS[model], PUBLISHED_SPEEDUPS[device, model]
+    recipe, layers, published = (
+        RECIPES["quartet2"],
+        MODELS[model],
+        PUBLISHED_SPEEDUPS[device, model],
+    )
     theirs = speedup(recipe, layers, PUBLISHED_TOKENS, DEVICES[device], PUBLISHED)
     ours = speedup(recipe, layers, PUBLISHED_TOKENS, DEVICES[device], OURS_AMAX_GIVEN)
     assert abs(theirs / published - 1) < TOLERANCE
@@ -114,7 +128,11 @@ def test_where_nvfp4_overtakes():
     recipe, layers = RECIPES["search_eden"], MODELS["7B"]
     for name in ("B200", "RTX 5090"):
         count = overtakes(recipe, layers, DEVICES[name])
-        assert speedup(recipe, layers, count, DEVICES[name]) > 1 >= speedup(recipe, layers, count - 1, DEVICES[name])
+        assert (
+            speedup(recipe, layers, count, DEVICES[name])
+            > 1
+            >= speedup(recipe, layers, count - 1, DEVICES[name])
+        )
         assert 64 < count < 4096
     assert overtakes(recipe, layers, DEVICES["H200"]) is None
 
@@ -124,8 +142,12 @@ def test_parts_add_up():
     parts = step_seconds(RECIPES["nvidia"], layers, 4096, device)
     kernels = [k for layer in layers for k in layer_kernels(RECIPES["nvidia"], layer, 4096)]
     assert sum(parts.values()) == pytest.approx(sum(k.seconds(device) for k in kernels))
-    assert parts["quantise"] == pytest.approx(sum(k.seconds(device) for k in kernels if not k.flops))
-    assert parts["fprop"] == pytest.approx(sum(k.seconds(device) for k in kernels if k.name == "fprop GEMM"))
+    assert parts["quantise"] == pytest.approx(
+        sum(k.seconds(device) for k in kernels if not k.flops)
+    )
+    assert parts["fprop"] == pytest.approx(
+        sum(k.seconds(device) for k in kernels if k.name == "fprop GEMM")
+    )
 
 
 def test_devices_are_found_by_name(monkeypatch):
@@ -134,7 +156,11 @@ def test_devices_are_found_by_name(monkeypatch):
         find_device("B300")
     assert gpu_at_hand() is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for said, wanted in (("NVIDIA B200", "B200"), ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("Tesla T4", None)):
+    for said, wanted in (
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("Tesla T4", None),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda said=said: said)
         assert gpu_at_hand() == DEVICES.get(wanted)
 
@@ -176,15 +202,21 @@ def test_measured_beside_predicted(small, monkeypatch, capsys, tmp_path):
     """
     seen = []
     convert = cases.convert
-    monkeypatch.setattr(cases, "convert", lambda *a, **k: seen.append(a[1].name) or convert(*a, **k))
+    monkeypatch.setattr(
+        cases, "convert", lambda *a, **k: seen.append(a[1].name) or convert(*a, **k)
+    )
     cpu = Device(**{**vars(machine(launch=1e-9)), "name": "CPU"})
     path = tmp_path / "r.json"
-    rows = roofline_report.report(RECIPES["rtn"], ["tiny"], [cpu], 32, json_path=str(path), measure_cpu=True)
+    rows = roofline_report.report(
+        RECIPES["rtn"], ["tiny"], [cpu], 32, json_path=str(path), measure_cpu=True
+    )
     assert seen == ["rtn", "rtn"]
     assert rows[0].measured_ms > 0
     assert rows[0].measured_bf16_ms > 0
     monkeypatch.setattr(roofline_report, "measured_ms", lambda *_: (1.0, 2.0))
-    rows = roofline_report.report(RECIPES["rtn"], ["tiny"], [cpu], 32, json_path=str(path), measure_cpu=True)
+    rows = roofline_report.report(
+        RECIPES["rtn"], ["tiny"], [cpu], 32, json_path=str(path), measure_cpu=True
+    )
     assert (rows[0].measured_bf16_ms, rows[0].measured_ms) == (1, 2)
     assert rows[0].predicted_ms["fprop"] > 0
     kept = json.loads(path.read_text())["rows"][0]
@@ -195,7 +227,18 @@ def test_measured_beside_predicted(small, monkeypatch, capsys, tmp_path):
 def test_the_command(small, capsys, tmp_path):
     """Tables, JSON and picture; times are called predictions wherever they stand."""
     paths = [str(tmp_path / name) for name in ("r.json", "r.png")]
-    options = ["--devices", "B200", "rtx5090", "--models", "7B", "22B", "--json", paths[0], "--plot", paths[1]]
+    options = [
+        "--devices",
+        "B200",
+        "rtx5090",
+        "--models",
+        "7B",
+        "22B",
+        "--json",
+        paths[0],
+        "--plot",
+        paths[1],
+    ]
     assert main(["bench", "roofline", *options]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("predicted, not measured") == 2

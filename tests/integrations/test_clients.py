@@ -1,6 +1,8 @@
-"""Libraries that users bring: transformers and its Trainer, accelerate, TRL, PEFT, Lightning Fabric, torch's own.
+"""Libraries that users bring: transformers and its Trainer, accelerate, TRL, PEFT, Lightning
+Fabric, torch's own.
 
-Each runs as its documentation says, on a Llama of a few thousand parameters, and is held to an exact statement.
+Each runs as its documentation says, on a Llama of a few thousand parameters, and is held to an
+exact statement.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ WORDS = ["abcdef", "xyzzy", "hello", "nvfp"]
 
 def optional(name: str) -> Any:
     """A library of the extra ``clients``, or a skip that says how to get it."""
-    return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'nvfp4[clients]'")
+    return pytest.importorskip(
+        name, reason=f"{name} is not installed: pip install 'nvfp4[clients]'"
+    )
 
 
 def llama() -> nn.Module:
@@ -113,14 +117,17 @@ def tokenizer() -> Any:
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, padding_side="left", **special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters, padding_side="left", **special
+    )
 
 
 # --- the quantization config
 
 
 def test_importing_nvfp4_leaves_the_clients_alone() -> None:
-    """Nothing of a client is imported until the config is asked for by name; other names are still an error."""
+    """Nothing of a client is imported until the config is asked for by name; other names are still
+    an error."""
     clients = ("transformers", "accelerate", "peft", "trl", "lightning_fabric", "lightning")
     code = f"""
 import sys, nvfp4
@@ -129,13 +136,22 @@ assert nvfp4.NVFP4TrainingConfig("rtn").recipe == "rtn" and "transformers" in sy
 assert nvfp4.NVFP4TrainingConfig is nvfp4.integrations.transformers.NVFP4TrainingConfig
 assert not hasattr(nvfp4, "NVFP4Config")
 """.replace(str(clients), repr(set(clients)))
-    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=HANG)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("recipe", ["quartet2", nvfp4.RECIPES["four_over_six"], nvfp4.RECIPES["nvidia"].to_dict()])
+@pytest.mark.parametrize(
+    "recipe", ["quartet2", nvfp4.RECIPES["four_over_six"], nvfp4.RECIPES["nvidia"].to_dict()]
+)
 def test_config_is_plain_json(recipe: Any) -> None:
-    """A config survives JSON, also with a recipe of one's own, and transformers finds its class by the method."""
+    """A config survives JSON, also with a recipe of one's own, and transformers finds its class by
+    the method."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     first = config(recipe, exclude=["down_proj"], keep_last=0.15)
@@ -147,7 +163,8 @@ def test_config_is_plain_json(recipe: Any) -> None:
 
 
 def test_config_refuses_what_it_does_not_know() -> None:
-    """An unknown recipe, argument or method is an error where the config is made, not when a model is loaded."""
+    """An unknown recipe, argument or method is an error where the config is made, not when a model
+    is loaded."""
     with pytest.raises(ValueError, match="unknown recipe 'quartet3'; known: bf16"):
         nvfp4.NVFP4TrainingConfig("quartet3")
     with pytest.raises(TypeError, match="modules_to_not_convert"):
@@ -157,28 +174,44 @@ def test_config_refuses_what_it_does_not_know() -> None:
 
 
 def test_from_pretrained_is_convert(folder: Path) -> None:
-    """The same layers, state and bits as loading first and converting then; no mark of quantisation stays."""
+    """The same layers, state and bits as loading first and converting then; no mark of quantisation
+    stays."""
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(folder, quantization_config=config("quartet2", exclude="down_proj"))
     want = quiet(load(folder), "quartet2", exclude="down_proj")
     assert len(converted(model)) == LINEARS - SIZES["num_hidden_layers"]
     assert reasons(model) == reasons(want)
-    states = ([layer.nvfp4 for layer in m.modules() if isinstance(layer, nvfp4.Linear)] for m in (model, want))
+    states = (
+        [layer.nvfp4 for layer in m.modules() if isinstance(layer, nvfp4.Linear)]
+        for m in (model, want)
+    )
     assert next(states) == next(states)
     assert_same(train_by_hand(model), train_by_hand(want))
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model, "hf_quantizer")
     assert not hasattr(model.config, "quantization_config")
-    assert model.half().dtype == torch.float16  # which transformers refuses for what it holds to be quantised
+    # which transformers refuses for what it holds to be quantised
+    assert model.half().dtype == torch.float16
 
 
 def test_from_pretrained_in_bfloat16_offloaded(folder: Path) -> None:
-    """A device map wraps each forward; the layers are converted all the same and compute as without it."""
+    """A device map wraps each forward; the layers are converted all the same and compute as without
+    it."""
     optional("accelerate")
     load = transformers.AutoModelForCausalLM.from_pretrained
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+    }
     options = {"quantization_config": config(), "dtype": torch.bfloat16}
-    spread = load(folder, device_map=places | {"model.norm": "cpu", "lm_head": "cpu"}, offload_folder=folder, **options)
+    spread = load(
+        folder,
+        device_map=places | {"model.norm": "cpu", "lm_head": "cpu"},
+        offload_folder=folder,
+        **options,
+    )
     assert len(converted(spread)) == LINEARS
     assert any("forward" in vars(spread.get_submodule(name)) for name in converted(spread))
     with torch.no_grad():
@@ -188,7 +221,8 @@ def test_from_pretrained_in_bfloat16_offloaded(folder: Path) -> None:
 
 
 def test_43_what_is_saved_is_an_ordinary_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """43: the same files as the plain model's, config.json byte for byte, and transformers alone loads them."""
+    """43: the same files as the plain model's, config.json byte for byte, and transformers alone
+    loads them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
     train_by_hand(model)
     saved = tmp_path / "saved"
@@ -206,7 +240,13 @@ assert {{type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)}} ==
 tokens = torch.arange(3, 27).view(2, 12)
 assert torch.equal(model(input_ids=tokens).logits, torch.load({str(tmp_path / "logits.pt")!r}))
 """
-    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=HANG)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert ran.returncode == 0, ran.stderr
 
 
@@ -218,7 +258,9 @@ def trainer(model: nn.Module, out: Path, steps: int) -> Any:
     from nvfp4.integrations.trainer import NoiseCallback
 
     optional("accelerate")
-    examples = [{"input_ids": row, "labels": row} for row in torch.arange(8 * 12).view(8, 12) % 29 + 3]
+    examples = [
+        {"input_ids": row, "labels": row} for row in torch.arange(8 * 12).view(8, 12) % 29 + 3
+    ]
     arguments = transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -235,12 +277,17 @@ def trainer(model: nn.Module, out: Path, steps: int) -> Any:
         report_to="none",
     )
     return transformers.Trainer(
-        model, arguments, train_dataset=examples, eval_dataset=examples[:4], callbacks=[NoiseCallback()]
+        model,
+        arguments,
+        train_dataset=examples,
+        eval_dataset=examples[:4],
+        callbacks=[NoiseCallback()],
     )
 
 
 def test_42_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path) -> None:
-    """42: four steps lower the loss; resuming after two gives the same weights bit for bit; evaluation changes none."""
+    """42: four steps lower the loss; resuming after two gives the same weights bit for bit;
+    evaluation changes none."""
     start = llama()
     straight = trainer(quiet(copy.deepcopy(start)), tmp_path / "a", 4)
     straight.train()
@@ -293,11 +340,18 @@ def trl_arguments(kind: str, out: Path, **options: Any) -> Any:
 def grpo(model: Any, out: Path, **options: Any) -> Any:
     """GRPO on the number of different letters, with a KL penalty, which needs a reference model."""
     arguments = trl_arguments(
-        "GRPOConfig", out, beta=0.1, per_device_train_batch_size=4, num_generations=4, max_completion_length=6
+        "GRPOConfig",
+        out,
+        beta=0.1,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
     )
     return optional("trl").GRPOTrainer(
         model=model,
-        reward_funcs=lambda completions, **_: [float(len(set(completion))) for completion in completions],
+        reward_funcs=lambda completions, **_: [
+            float(len(set(completion))) for completion in completions
+        ],
         args=arguments,
         train_dataset=optional("datasets").Dataset.from_dict({"prompt": WORDS}),
         processing_class=tokenizer(),
@@ -310,8 +364,11 @@ def kls(trainer: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("recipe", ["rl", "search_eden"])
-def test_42_grpo_from_a_path_converts_the_reference_too(folder: Path, tmp_path: Path, recipe: str) -> None:
-    """42: policy and reference get the config; both round alike, so the KL is 0 at first, exactly, and not later."""
+def test_42_grpo_from_a_path_converts_the_reference_too(
+    folder: Path, tmp_path: Path, recipe: str
+) -> None:
+    """42: policy and reference get the config; both round alike, so the KL is 0 at first, exactly,
+    and not later."""
     run = grpo(str(folder), tmp_path / "out", quantization_config=config(recipe))
     assert len(converted(run.model)) == len(converted(run.ref_model)) == LINEARS
     reference = parameters(run.ref_model)
@@ -327,7 +384,8 @@ def test_42_grpo_from_a_path_converts_the_reference_too(folder: Path, tmp_path: 
 def test_42_grpo_of_a_model_needs_its_reference_converted(
     folder: Path, tmp_path: Path, convert_reference: bool
 ) -> None:
-    """42: given a model, TRL loads the reference itself and plain: the KL is above 0 at once, until it is converted."""
+    """42: given a model, TRL loads the reference itself and plain: the KL is above 0 at once, until
+    it is converted."""
     run = grpo(quiet(transformers.AutoModelForCausalLM.from_pretrained(folder)), tmp_path / "out")
     assert not converted(run.ref_model)
     if convert_reference:
@@ -338,10 +396,13 @@ def test_42_grpo_of_a_model_needs_its_reference_converted(
 
 
 def test_42_sft(folder: Path, tmp_path: Path) -> None:
-    """42: SFTTrainer with a config, under BF16 autocast and activation checkpointing, its defaults."""
+    """42: SFTTrainer with a config, under BF16 autocast and activation checkpointing, its
+    defaults."""
     run = optional("trl").SFTTrainer(
         model=str(folder),
-        args=trl_arguments("SFTConfig", tmp_path / "out", per_device_train_batch_size=2, max_length=16, bf16=True),
+        args=trl_arguments(
+            "SFTConfig", tmp_path / "out", per_device_train_batch_size=2, max_length=16, bf16=True
+        ),
         train_dataset=optional("datasets").Dataset.from_dict({"text": WORDS}),
         processing_class=tokenizer(),
         quantization_config=config("quartet2"),
@@ -368,7 +429,8 @@ def accelerator(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_42_accelerate(accelerator: Any, tmp_path: Path) -> None:
-    """42: prepare(convert(model)) trains bit for bit as the loop by hand, and load_state brings the weights back."""
+    """42: prepare(convert(model)) trains bit for bit as the loop by hand, and load_state brings the
+    weights back."""
     plain = llama()
     want = train_by_hand(quiet(copy.deepcopy(plain)))
     model = quiet(plain)
@@ -392,7 +454,8 @@ def test_42_accelerate(accelerator: Any, tmp_path: Path) -> None:
 
 
 def on_grid(model: nn.Module, steps: int) -> None:
-    """Round all parameters to multiples of 1/steps, so that sums and products of few of them are exact in float32."""
+    """Round all parameters to multiples of 1/steps, so that sums and products of few of them are
+    exact in float32."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_((p * steps).round() / steps)
@@ -402,13 +465,16 @@ def adapted(model: nn.Module, **options: Any) -> nn.Module:
     """LoRA of rank 4 and scale 1 on two kinds of layers, A and B both random and on a grid."""
     peft = optional("peft")
     options = {"target_modules": ["q_proj", "down_proj"]} | options
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **options))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **options)
+    )
     on_grid(wrapped, 64)
     return wrapped
 
 
 def test_13_adapters_before_or_after_convert() -> None:
-    """13: base layers are converted and frozen, A and B are plain and train; both orders give the same bits."""
+    """13: base layers are converted and frozen, A and B are plain and train; both orders give the
+    same bits."""
     base = llama()
     after = adapted(quiet(copy.deepcopy(base)))
     before = quiet(adapted(copy.deepcopy(base)))
@@ -424,15 +490,19 @@ def test_13_adapters_before_or_after_convert() -> None:
     assert moved == {name for name in trained if ".lora_" in name}
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
 def test_13_a_wrapped_output_embedding_is_kept(options: dict[str, Any]) -> None:
-    """13, 7: the output embedding stays in high precision also inside the wrapper that PEFT puts around it."""
+    """13, 7: the output embedding stays in high precision also inside the wrapper that PEFT puts
+    around it."""
     for model in (adapted(quiet(llama()), **options), quiet(adapted(llama(), **options))):
         assert not [name for name in converted(model) if "lm_head" in name]
 
 
 def test_13_merge_and_unmerge() -> None:
-    """13: merged, a layer computes with the sum, quantised anew; unmerged, with the base again; to the last bit."""
+    """13: merged, a layer computes with the sum, quantised anew; unmerged, with the base again; to
+    the last bit."""
     model = quiet(adapted(llama())).eval()
     with torch.no_grad():
         apart = model(**BATCH).logits
@@ -440,7 +510,11 @@ def test_13_merge_and_unmerge() -> None:
             base = model(**BATCH).logits
         model.merge_adapter()
         merged = model(**BATCH).logits
-        sums = {name: p for name, p in model.base_model.model.state_dict().items() if ".lora_" not in name}
+        sums = {
+            name: p
+            for name, p in model.base_model.model.state_dict().items()
+            if ".lora_" not in name
+        }
         plain = llama()
         plain.load_state_dict({name.replace("base_layer.", ""): p for name, p in sums.items()})
         assert_floats_bitwise(merged, quiet(plain.eval())(**BATCH).logits, "merged")
@@ -479,8 +553,8 @@ def test_fabric_plugin() -> None:
 
 
 def test_40_grad_scaler_skips_a_step_on_overflow() -> None:
-    """40: under FP16 a scale too large makes gradients of converted layers infinite; the weights stay, the scale
-    halves until they fit, and then all of them move."""
+    """40: under FP16 a scale too large makes gradients of converted layers infinite; the weights
+    stay, the scale halves until they fit, and then all of them move."""
     model = quiet(llama())
     before = parameters(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -496,7 +570,9 @@ def test_40_grad_scaler_skips_a_step_on_overflow() -> None:
         scaler.update()
         if finite:
             break
-        assert not all(model.get_submodule(name).weight.grad.isfinite().all() for name in converted(model))
+        assert not all(
+            model.get_submodule(name).weight.grad.isfinite().all() for name in converted(model)
+        )
         assert_same(parameters(model), before)
         assert scaler.get_scale() == scale / 2
         optimizer.zero_grad()
@@ -526,7 +602,8 @@ def test_19_copies_of_a_real_model(how: str) -> None:
 
 
 def test_19_exponential_moving_average() -> None:
-    """19: AveragedModel holds a converted copy whose weights are the average and which computes with them."""
+    """19: AveragedModel holds a converted copy whose weights are the average and which computes
+    with them."""
     model = quiet(llama())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
     average.update_parameters(model)  # the first call copies
@@ -535,10 +612,15 @@ def test_19_exponential_moving_average() -> None:
     average.update_parameters(model)
     assert len(converted(average)) == LINEARS
     got = parameters(average.module)
-    for name in start:  # lerp's two products and a sum: three roundings of float32 on terms no larger than these
+    # lerp's two products and a sum: three roundings of float32 on terms no larger than these
+    for name in start:
         bound = 3 * 2.0**-24 * (start[name].abs() + end[name].abs())
-        assert ((0.75 * start[name].double() + 0.25 * end[name] - got[name]).abs() <= bound).all(), name
+        assert (
+            (0.75 * start[name].double() + 0.25 * end[name] - got[name]).abs() <= bound
+        ).all(), name
     fresh = quiet(llama())
     fresh.load_state_dict(got)
     with torch.no_grad():
-        assert_floats_bitwise(average(**BATCH).logits, fresh(**BATCH).logits, "logits of the average")
+        assert_floats_bitwise(
+            average(**BATCH).logits, fresh(**BATCH).logits, "logits of the average"
+        )

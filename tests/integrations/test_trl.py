@@ -1,4 +1,5 @@
-"""TRL's GRPO on converted models, by its own interface: what trains, what the reference is, what the meter reads."""
+"""TRL's GRPO on converted models, by its own interface: what trains, what the reference is, what
+the meter reads."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from nvfp4.layer.linear import Linear
 from nvfp4.rl.vocabulary import Symbols
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'nvfp4[clients]'")
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'nvfp4[clients]'")
+datasets = pytest.importorskip(
+    "datasets", reason="datasets is not installed: pip install 'nvfp4[clients]'"
+)
 
 from nvfp4.integrations.trl import (  # noqa: E402  # after the skip
     RECIPES_FILE,
@@ -40,13 +43,16 @@ METER = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain checkpoint with its tokenizer, on disk as TRL wants its reference; weights large enough to round."""
+    """A plain checkpoint with its tokenizer, on disk as TRL wants its reference; weights large
+    enough to round."""
     path = tmp_path_factory.mktemp("plain")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
     torch.manual_seed(0)
     ids = {"eos_token_id": Symbols.eos_id, "pad_token_id": Symbols.pad_id, "bos_token_id": None}
-    config = Qwen3Config(vocab_size=Symbols.vocab_size, max_position_embeddings=64, **sizes, **heads, **ids)
+    config = Qwen3Config(
+        vocab_size=Symbols.vocab_size, max_position_embeddings=64, **sizes, **heads, **ids
+    )
     Qwen3ForCausalLM(config).save_pretrained(path)
     Symbols().save(path)
     return path
@@ -54,7 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, recipe: str | None = "rl", **options: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return model if recipe is None else nvfp4.convert(model, recipe, seed=5, verbose=False, **options)
+    return (
+        model if recipe is None else nvfp4.convert(model, recipe, seed=5, verbose=False, **options)
+    )
 
 
 def digits(completions: list[str], **_: Any) -> list[float]:
@@ -62,7 +70,14 @@ def digits(completions: list[str], **_: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def trainer(model: Any, folder: Path, out: Path, cls: type = NVFP4GRPOTrainer, more: Any = None, **options: Any) -> Any:
+def trainer(
+    model: Any,
+    folder: Path,
+    out: Path,
+    cls: type = NVFP4GRPOTrainer,
+    more: Any = None,
+    **options: Any,
+) -> Any:
     settings = {
         "max_steps": 2,
         "learning_rate": 1e-3,
@@ -97,13 +112,21 @@ def converted(model: Any) -> list[str]:
 
 
 def test_a_converted_model_learns(folder: Path, tmp_path: Path) -> None:
-    """8 steps: every parameter moves and stays finite, classes stay, the reward rises, TRL's metrics are all there;
-    sampler and trainer agree at every step."""
+    """8 steps: every parameter moves and stays finite, classes stay, the reward rises, TRL's
+    metrics are all there; sampler and trainer agree at every step."""
     model = load(folder)
     names = converted(model)
     assert len(names) == 14
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = trainer(model, folder, tmp_path, max_steps=8, per_device_train_batch_size=32, learning_rate=3e-3, beta=0.01)
+    run = trainer(
+        model,
+        folder,
+        tmp_path,
+        max_steps=8,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        beta=0.01,
+    )
     run.train()
     assert converted(run.model) == names
     for name, p in run.model.named_parameters():
@@ -112,22 +135,42 @@ def test_a_converted_model_learns(folder: Path, tmp_path: Path) -> None:
     rewards = rows(run, "reward")
     assert len(rewards) == 8
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
-    for key in ("loss", "grad_norm", "kl", "entropy", "reward_std", "frac_reward_zero_std", "rewards/digits/mean"):
+    for key in (
+        "loss",
+        "grad_norm",
+        "kl",
+        "entropy",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/digits/mean",
+    ):
         assert len(rows(run, key)) == 8, key
         assert all(math.isfinite(value) for value in rows(run, key)), key
     for key in METER:
         assert len(rows(run, key)) == 8, key
-    # float32 with and without a cache: sums in another order. A tie in rounding may flip one code in a million.
+    # float32 with and without a cache: sums in another order. A tie in rounding may flip one code
+    # in a million.
     assert max(rows(run, METER[0])) < 1e-5
     assert all(value == pytest.approx(1, abs=1e-5) for value in rows(run, METER[3]))
 
 
 @pytest.mark.parametrize(("recipe", "agrees"), [("rl", True), (None, True), ("rtn", False)])
-def test_the_meter_tells_recipes_apart(folder: Path, tmp_path: Path, recipe: str | None, agrees: bool) -> None:
-    """Row scales agree to rounding, as does the plain model; a scale from the whole batch does not: > .01 in places.
+def test_the_meter_tells_recipes_apart(
+    folder: Path, tmp_path: Path, recipe: str | None, agrees: bool
+) -> None:
+    """Row scales agree to rounding, as does the plain model; a scale from the whole batch does not:
+    > .01 in places.
 
     Also at a temperature and with a cut, which are the sampler's business and no mismatch."""
-    run = trainer(load(folder, recipe), folder, tmp_path, max_steps=1, temperature=1.5, top_k=10, learning_rate=0.0)
+    run = trainer(
+        load(folder, recipe),
+        folder,
+        tmp_path,
+        max_steps=1,
+        temperature=1.5,
+        top_k=10,
+        learning_rate=0.0,
+    )
     run.train()
     mean, largest, low, average, high = (rows(run, key)[0] for key in METER)
     assert 0 <= mean <= largest
@@ -138,8 +181,8 @@ def test_the_meter_tells_recipes_apart(folder: Path, tmp_path: Path, recipe: str
 
 
 def test_the_meter_is_of_the_samples_that_were_drawn(folder: Path, tmp_path: Path) -> None:
-    """Sampler log-probabilities from the hook, token by token, against a forward pass over the finished sequences; a
-    trainer whose weights differ is noticed by as much as it differs."""
+    """Sampler log-probabilities from the hook, token by token, against a forward pass over the
+    finished sequences; a trainer whose weights differ is noticed by as much as it differs."""
 
     class Kept(NVFP4GRPOTrainer):
         def _scored(self, output: dict[str, Any]) -> torch.Tensor:
@@ -156,9 +199,14 @@ def test_the_meter_is_of_the_samples_that_were_drawn(folder: Path, tmp_path: Pat
 
 
 def test_the_meter_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    """With it, without, and with TRL's own trainer: the same weights to the last bit; the same log but for it."""
+    """With it, without, and with TRL's own trainer: the same weights to the last bit; the same log
+    but for it."""
     weights, logs = [], []
-    for cls, more in ((NVFP4GRPOTrainer, {}), (NVFP4GRPOTrainer, {"mismatch_meter": False}), (trl.GRPOTrainer, {})):
+    for cls, more in (
+        (NVFP4GRPOTrainer, {}),
+        (NVFP4GRPOTrainer, {"mismatch_meter": False}),
+        (trl.GRPOTrainer, {}),
+    ):
         run = trainer(load(folder), folder, tmp_path, cls=cls, more=more, max_steps=1)
         run.train()
         weights.append(dict(run.model.named_parameters()))
@@ -172,8 +220,11 @@ def test_the_meter_changes_nothing(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cls", [NVFP4GRPOTrainer, trl.GRPOTrainer])
 def test_the_reference_rounds_like_the_policy(folder: Path, tmp_path: Path, cls: type) -> None:
-    """At learning rate 0 the KL is exactly 0 with ours; with TRL's plain reference it is not: the negative control."""
-    run = trainer(load(folder, exclude="down_proj"), folder, tmp_path, cls=cls, beta=0.1, learning_rate=0.0)
+    """At learning rate 0 the KL is exactly 0 with ours; with TRL's plain reference it is not: the
+    negative control."""
+    run = trainer(
+        load(folder, exclude="down_proj"), folder, tmp_path, cls=cls, beta=0.1, learning_rate=0.0
+    )
     assert converted(run.ref_model) == (converted(run.model) if cls is NVFP4GRPOTrainer else [])
     run.train()
     kls = rows(run, "kl")
@@ -192,10 +243,17 @@ def test_it_mixes_into_other_trainers(folder: Path, tmp_path: Path) -> None:
 
 
 def test_saved_models_load_as_they_were(folder: Path, tmp_path: Path) -> None:
-    """``save_model`` writes plain weights and the recipes: loaded plain the logits differ, after ``load_recipes`` they
-    are the same to the last bit, also of a model whose layers have different recipes."""
+    """``save_model`` writes plain weights and the recipes: loaded plain the logits differ, after
+    ``load_recipes`` they are the same to the last bit, also of a model whose layers have different
+    recipes."""
     model = load(folder, None)
-    nvfp4.convert(model, {"mlp": "rl", "self_attn": "four_over_six"}, exclude="layers.1.mlp", seed=5, verbose=False)
+    nvfp4.convert(
+        model,
+        {"mlp": "rl", "self_attn": "four_over_six"},
+        exclude="layers.1.mlp",
+        seed=5,
+        verbose=False,
+    )
     run = trainer(model, folder, tmp_path, max_steps=1)
     run.train()
     run.save_model(str(tmp_path / "saved"))
@@ -208,7 +266,9 @@ def test_saved_models_load_as_they_were(folder: Path, tmp_path: Path) -> None:
         assert not torch.equal(again(ids).logits, want)
         assert load_recipes(again, tmp_path / "saved") is again
         assert_floats_bitwise(again(ids).logits, want, "logits")
-        like = convert_like(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), run.model)
+        like = convert_like(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), run.model
+        )
         assert_floats_bitwise(like(ids).logits, want, "logits")
 
 
@@ -222,7 +282,9 @@ def test_what_cannot_be_converted_alike_is_an_error(folder: Path, tmp_path: Path
     assert not converted(other)
     other = load(folder, None)
     torch.nn.utils.parametrizations.weight_norm(other.model.layers[0].mlp.down_proj)
-    with pytest.raises(ValueError, match=r"1 layers .* cannot be converted, first 'model.layers.0.mlp.down_proj'"):
+    with pytest.raises(
+        ValueError, match=r"1 layers .* cannot be converted, first 'model.layers.0.mlp.down_proj'"
+    ):
         convert_like(other, policy)
     assert not converted(convert_like(load(folder, None), load(folder, None)))
     with pytest.raises(FileNotFoundError):

@@ -1,4 +1,5 @@
-"""What may be switched on around a layer: default dtypes and devices, dispatch modes, tracing. No bit depends on it."""
+"""What may be switched on around a layer: default dtypes and devices, dispatch modes, tracing. No
+bit depends on it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ RECIPES = ["rtn", "nvidia", "quartet2", "search_eden", "rl"]
 
 def model(recipe: str) -> nn.Module:
     torch.manual_seed(0)
-    stack = nn.Sequential(nn.Linear(64, 48, dtype=torch.float32), nn.ReLU(), nn.Linear(48, 32, bias=False))
+    stack = nn.Sequential(
+        nn.Linear(64, 48, dtype=torch.float32), nn.ReLU(), nn.Linear(48, 32, bias=False)
+    )
     return nvfp4.convert(stack, recipe, seed=3, verbose=False)
 
 
@@ -78,17 +81,24 @@ def test_the_default_device_changes_nothing(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("saved", [{torch.ops.aten.mm.default}, {"all but relu"}], ids=str)
 def test_selective_checkpointing_gives_the_same_bits(recipe: str, saved: set) -> None:
-    """A mode that keeps some operators' results and replays the others meets one operator for each layer."""
+    """A mode that keeps some operators' results and replays the others meets one operator for each
+    layer."""
 
     def policy(ctx, op, *args, **kwargs):
         keep = op in saved or ("all but relu" in saved and op is not torch.ops.aten.relu.default)
-        return checkpointing.CheckpointPolicy.PREFER_SAVE if keep else checkpointing.CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            checkpointing.CheckpointPolicy.PREFER_SAVE
+            if keep
+            else checkpointing.CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     contexts = functools.partial(checkpointing.create_selective_checkpoint_contexts, policy)
     stack, twin = model(recipe), model(recipe)
     for _ in range(2):
         got = step(
-            lambda x: checkpointing.checkpoint(stack, x, use_reentrant=False, context_fn=contexts), stack, data()
+            lambda x: checkpointing.checkpoint(stack, x, use_reentrant=False, context_fn=contexts),
+            stack,
+            data(),
         )
         assert_equal(got, step(twin, twin, data()))
 
@@ -137,7 +147,8 @@ def test_jit_trace_is_refused() -> None:
 
 
 def test_compiling_a_part_of_a_whole_is_refused() -> None:
-    """A tensor-parallel layer scales by the amax of all parts, which a compiled graph would drop in silence."""
+    """A tensor-parallel layer scales by the amax of all parts, which a compiled graph would drop in
+    silence."""
     layer = nvfp4.convert(nn.Linear(32, 32), "rtn", verbose=False)
     layer.nvfp4.shards = Shards(None, {})  # type: ignore[arg-type]
     with torch.no_grad(), pytest.raises(Exception, match="one part of a whole"):
@@ -150,7 +161,9 @@ def test_one_element_without_a_unit_stride() -> None:
     head(torch.randn(1, 8)).sum().backward()
     assert head.weight.grad.isfinite().all()
     strided = torch.randn(10, 10)[:1, ::10]
-    assert torch.equal(nvfp4.quantize(strided, "rtn").codes, nvfp4.quantize(strided.clone(), "rtn").codes)
+    assert torch.equal(
+        nvfp4.quantize(strided, "rtn").codes, nvfp4.quantize(strided.clone(), "rtn").codes
+    )
 
 
 def test_a_model_converted_for_inference_trains_later() -> None:

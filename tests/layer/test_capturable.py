@@ -1,7 +1,8 @@
-"""A layer whose noise lies on its device: the same bits as with noise on the host, nothing read back, fresh in every
-replay of a CUDA graph.
+"""A layer whose noise lies on its device: the same bits as with noise on the host, nothing read
+back, fresh in every replay of a CUDA graph.
 
-Here by the reference and the CPU backend; by the Triton kernels in ``test_triton.py``, which lends its ``calls``.
+Here by the reference and the CPU backend; by the Triton kernels in ``test_triton.py``, which lends
+its ``calls``.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def pair(recipe: Any, k: int, n: int, backend: str = "reference") -> tuple[nn.Li
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @by_recipe
 def test_same_bits_as_with_noise_on_the_host(recipe: Any, backend: str) -> None:
-    """Call after call, each with noise of its own; and back again, where the host goes on counting."""
+    """Call after call, each with noise of its own; and back again, where the host goes on
+    counting."""
     if reason := BACKENDS[backend].unavailable(torch.device("cpu")):
         pytest.skip(reason)
     layer, there = pair(recipe, 48, 80, backend)
@@ -86,16 +88,27 @@ def test_seeds_are_those_of_the_host() -> None:
     for backend in BACKENDS.values():
         if backend.unavailable(torch.device("cpu")):
             continue
-        for words in ([5, 3, 2, -1], [-7, 2**40, 2**33 + 1, 3], [-(2**63), 0, 0, 0], [2**63 - 1, 9, 8, 2**31]):
+        for words in (
+            [5, 3, 2, -1],
+            [-7, 2**40, 2**33 + 1, 3],
+            [-(2**63), 0, 0, 0],
+            [2**63 - 1, 9, 8, 2**31],
+        ):
             made = backend.draw_seeds(torch.tensor(words), 6, len(GEMMS))
             for gemm, seeds in zip(GEMMS, made.tolist(), strict=True):
-                sign, (left, right) = gemm_seeds((*words[:3], words[3] if words[3] >= 0 else 6), gemm)  # type: ignore[arg-type]
-                assert [seed % 2**64 for seed in seeds] == [sign, left, right], (backend.name, words, gemm)
+                step = words[3] if words[3] >= 0 else 6
+                sign, (left, right) = gemm_seeds((*words[:3], step), gemm)
+                assert [seed % 2**64 for seed in seeds] == [sign, left, right], (
+                    backend.name,
+                    words,
+                    gemm,
+                )
 
 
 @by_recipe
 def test_the_host_reads_nothing(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, backward, recomputation; the layer with noise on the host does read, so the guard sees something."""
+    """Forward, backward, recomputation; the layer with noise on the host does read, so the guard
+    sees something."""
     layer, there = pair(recipe, 32, 48)
     x, dy = tokens(20, 32, 48)
     calls(layer, x, dy, 1)  # checks that happen once are behind us
@@ -112,11 +125,14 @@ def test_the_host_reads_nothing(recipe: Any, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("reentrant", [False, True])
 @by_recipe
 def test_recomputation_and_two_uses(recipe: Any, reentrant: bool) -> None:
-    """A layer used twice under checkpointing: each backward meets the seeds that its own recomputed forward saved."""
+    """A layer used twice under checkpointing: each backward meets the seeds that its own recomputed
+    forward saved."""
 
     def gradients(layer: nn.Module) -> list[torch.Tensor]:
         x = torch.linspace(-1, 2, 20 * 32).view(20, 32).requires_grad_()
-        y = checkpoint(layer, checkpoint(layer, x, use_reentrant=reentrant), use_reentrant=reentrant)
+        y = checkpoint(
+            layer, checkpoint(layer, x, use_reentrant=reentrant), use_reentrant=reentrant
+        )
         y.sum().backward()
         return [x.grad, layer.weight.grad]  # type: ignore[list-item]
 
@@ -127,7 +143,8 @@ def test_recomputation_and_two_uses(recipe: Any, reentrant: bool) -> None:
 
 @by_recipe
 def test_compiled(recipe: Any) -> None:
-    """One graph, step after step; the words are an input at a fixed address, so CUDA graphs may advance them."""
+    """One graph, step after step; the words are an input at a fixed address, so CUDA graphs may
+    advance them."""
     static: list[set[int]] = []
     torch.compiler.reset()  # shapes that other tests compiled would make this one's dynamic
 
@@ -151,12 +168,17 @@ def test_compiled(recipe: Any) -> None:
         there.zero_grad()
         y = compiled(leaf)
         y.backward(dy)
-        same(Result(y.detach(), leaf.grad, there.weight.grad, there.bias.grad), run(layer, x, dy), f"call {call}")
+        same(
+            Result(y.detach(), leaf.grad, there.weight.grad, there.bias.grad),
+            run(layer, x, dy),
+            f"call {call}",
+        )
     assert len(static) == 1
 
 
 def test_copies_and_pickles() -> None:
-    """A deep copy stays capturable and counts for itself; a pickle comes back with noise on the host."""
+    """A deep copy stays capturable and counts for itself; a pickle comes back with noise on the
+    host."""
     _, there = pair("quartet2", 32, 32)
     x, dy = tokens(4, 32, 32)
     calls(there, x, dy)
@@ -183,7 +205,8 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 
 def test_a_capture_that_would_repeat_noise_is_refused(capture: Callable[[bool], None]) -> None:
-    """Forward with noise, or backward with noise; not what is deterministic, not what is capturable."""
+    """Forward with noise, or backward with noise; not what is deterministic, not what is
+    capturable."""
     x, dy = tokens(4, 32, 32)
     layer, there = pair("quartet2", 32, 32)
     drawn, _ = pair(CUSTOM, 32, 32)
@@ -200,7 +223,8 @@ def test_a_capture_that_would_repeat_noise_is_refused(capture: Callable[[bool], 
 
 
 def test_a_capture_takes_kept_codes_and_keeps_none(capture: Callable[[bool], None]) -> None:
-    """Codes that a capture made would not exist before its first replay; those made before it are used."""
+    """Codes that a capture made would not exist before its first replay; those made before it are
+    used."""
     layer, _ = pair("quartet2", 32, 32)
     x, _ = tokens(4, 32, 32)
     with torch.no_grad(), nvfp4.fixed_weights(layer):
@@ -219,7 +243,10 @@ def test_a_capture_takes_kept_codes_and_keeps_none(capture: Callable[[bool], Non
 def test_a_model_that_moved_is_refused() -> None:
     """Noise on one device, x on another; weights without memory."""
     _, there = pair("quartet2", 32, 32)
-    with pytest.raises(RuntimeError, match=r"x is on meta, .* put on cpu by nvfp4.capturable\(model\): call it again"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"x is on meta, .* put on cpu by nvfp4.capturable\(model\): call it again",
+    ):
         there.to("meta")(torch.empty(4, 32, device="meta"))
     with pytest.raises(RuntimeError, match="the layer has no memory yet"):
         nvfp4.capturable(there)
@@ -228,8 +255,8 @@ def test_a_model_that_moved_is_refused() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("recipe", ["quartet2", "search_eden", "tetrajet2", "nvidia"])
 def test_every_replay_has_noise_of_its_own(recipe: str) -> None:
-    """Forward and backward in one graph, replayed three times: gradients of three eager calls, all different; and no
-    synchronisation on the way."""
+    """Forward and backward in one graph, replayed three times: gradients of three eager calls, all
+    different; and no synchronisation on the way."""
     x, dy = (t.cuda() for t in tokens(64, 256, 128))
     eager = make(recipe, 256, 128).cuda()
     layer = nvfp4.capturable(copy.deepcopy(eager))
@@ -259,7 +286,12 @@ def test_every_replay_has_noise_of_its_own(recipe: str) -> None:
         for got, wanted in zip(made, (want.dx, want.dw), strict=True):
             assert torch.equal(got, wanted), replay  # type: ignore[arg-type]
         seen.append([t.clone() for t in made])
-    assert not any(torch.equal(a, b) for i in range(3) for j in range(i) for a, b in zip(seen[i], seen[j], strict=True))
+    assert not any(
+        torch.equal(a, b)
+        for i in range(3)
+        for j in range(i)
+        for a, b in zip(seen[i], seen[j], strict=True)
+    )
     assert nvfp4.noise_state(layer) == {"": 4}
 
 

@@ -1,7 +1,7 @@
 """Stacked experts: each computes as an nvfp4.Linear of its own, bit for bit, forward and backward.
 
-The modules are transformers' own; what they are held against is one converted nn.Linear an expert, with the noise that
-``experts.py`` says an expert has.
+The modules are transformers' own; what they are held against is one converted nn.Linear an expert,
+with the noise that ``experts.py`` says an expert has.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ SEED, LAYER = 11, 6
 
 
 def own_layers(weight: torch.Tensor, recipe: str | Recipe, calls: int = 0) -> list[nvfp4.Linear]:
-    """Each expert as a converted layer by itself: index e, of a model with the seed fold_in(seed, layer)."""
+    """Each expert as a converted layer by itself: index e, of a model with the seed fold_in(seed,
+    layer)."""
     made = []
     for e, matrix in enumerate(weight):
         layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, dtype=weight.dtype)
@@ -46,8 +47,11 @@ def own_layers(weight: torch.Tensor, recipe: str | Recipe, calls: int = 0) -> li
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recipe", [*NAMES, "dense forward"])
 def test_a_stack_is_its_experts(recipe, dtype):
-    """Output, dx and dw, for ragged groups, one of them empty, in the third call (two backward passes before)."""
-    spec = RECIPES["quartet2"].with_dense_forward() if recipe == "dense forward" else RECIPES[recipe]
+    """Output, dx and dw, for ragged groups, one of them empty, in the third call (two backward
+    passes before)."""
+    spec = (
+        RECIPES["quartet2"].with_dense_forward() if recipe == "dense forward" else RECIPES[recipe]
+    )
     weight = torch.randn(4, 48, 32, dtype=dtype, requires_grad=True)
     x = torch.randn(sum(SIZES), 32, dtype=dtype, requires_grad=True)
     dy = torch.randn(sum(SIZES), 48, dtype=dtype)
@@ -70,7 +74,8 @@ def test_a_stack_is_its_experts(recipe, dtype):
 
 
 def test_noise_is_nobodys_twice():
-    """Over layers, experts, calls and GEMMs: all sign seeds differ, those of ordinary layers among them."""
+    """Over layers, experts, calls and GEMMs: all sign seeds differ, those of ordinary layers among
+    them."""
     seen = set()
     for layer in range(4):
         for calls in range(4):
@@ -90,7 +95,9 @@ def test_only_what_is_needed(frozen):
         torch.manual_seed(0)
         weight, x = torch.randn(4, 48, 32), torch.randn(sum(SIZES), 32)
         weight.requires_grad_(w_needs), x.requires_grad_(x_needs)
-        grouped_linear(x, weight, SIZES, ExpertsState(RECIPES["quartet2"], Noise(SEED, LAYER))).sum().backward()
+        grouped_linear(
+            x, weight, SIZES, ExpertsState(RECIPES["quartet2"], Noise(SEED, LAYER))
+        ).sum().backward()
         return x.grad, weight.grad
 
     both, one = gradients(True, True), gradients(frozen == "weight", frozen == "x")
@@ -127,21 +134,32 @@ def model_of(kind: str, layers: int = 2, **options) -> nn.Module:
     }
     torch.manual_seed(0)
     if kind == "mixtral":
-        config = transformers.MixtralConfig(**common, intermediate_size=48, num_local_experts=4, **options)
+        config = transformers.MixtralConfig(
+            **common, intermediate_size=48, num_local_experts=4, **options
+        )
     else:
         config = transformers.Qwen3MoeConfig(
-            **common, intermediate_size=48, moe_intermediate_size=48, num_experts=4, head_dim=16, **options
+            **common,
+            intermediate_size=48,
+            moe_intermediate_size=48,
+            num_experts=4,
+            head_dim=16,
+            **options,
         )
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def converted(kind: str, **kwargs) -> nn.Module:
-    return nvfp4.convert(model_of(kind), **({"seed": 5, "verbose": False, "experts": True} | kwargs))
+    return nvfp4.convert(
+        model_of(kind), **({"seed": 5, "verbose": False, "experts": True} | kwargs)
+    )
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
-    return F.cross_entropy(model(input_ids=tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return F.cross_entropy(
+        model(input_ids=tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()
+    )
 
 
 def stacks_of(model: nn.Module) -> list[Experts]:
@@ -150,18 +168,24 @@ def stacks_of(model: nn.Module) -> list[Experts]:
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_models_train(kind):
-    """Every block's experts are converted, all stacks get gradients, and the loss goes where BF16's goes."""
+    """Every block's experts are converted, all stacks get gradients, and the loss goes where BF16's
+    goes."""
     losses = {}
     for experts in (True, False):
         with warnings.catch_warnings():
-            warnings.simplefilter("error" if experts else "ignore")  # with all converted there is nothing to warn of
+            # with all converted there is nothing to warn of
+            warnings.simplefilter("error" if experts else "ignore")
             model = converted(kind, experts=experts)
         assert len(stacks_of(model)) == 2 * experts
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for _ in range(12):
             loss = loss_of(model)
             loss.backward()
-            assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "experts" in n)
+            assert all(
+                p.grad is not None and p.grad.any()
+                for n, p in model.named_parameters()
+                if "experts" in n
+            )
             optimizer.step()
             optimizer.zero_grad()
         losses[experts] = loss.item()
@@ -170,11 +194,13 @@ def test_models_train(kind):
 
 
 def test_a_block_is_eager_in_other_arithmetic():
-    """With quantisation off the module gives transformers' own output; with it, a few percent off; routing included."""
+    """With quantisation off the module gives transformers' own output; with it, a few percent off;
+    routing included."""
     model = converted("qwen3_moe")
     block = stacks_of(model)[0]
     x, weights = torch.randn(7, 32), torch.rand(7, 2)
-    chosen = torch.tensor([[0, 1], [0, 3], [3, 0], [1, 0], [0, 1], [3, 1], [1, 3]])  # nobody chooses expert 2
+    # nobody chooses expert 2
+    chosen = torch.tensor([[0, 1], [0, 3], [3, 0], [1, 0], [0, 1], [3, 1], [1, 3]])
     with nvfp4.disabled(model):
         exact = block(x, chosen, weights)
     by_hand = torch.zeros(7, 32)
@@ -190,9 +216,14 @@ def test_a_block_is_eager_in_other_arithmetic():
 
 
 def test_identity_of_a_model():
-    """Parameters, keys, class and output of the plain model come back; a converted one is still of its old class."""
+    """Parameters, keys, class and output of the plain model come back; a converted one is still of
+    its old class."""
     model = model_of("mixtral")
-    parameters, keys, kinds = list(model.parameters()), list(model.state_dict()), [type(m) for m in model.modules()]
+    parameters, keys, kinds = (
+        list(model.parameters()),
+        list(model.state_dict()),
+        [type(m) for m in model.modules()],
+    )
     want = loss_of(model)
     nvfp4.convert(model, seed=5, verbose=False, experts=True)
     assert list(map(id, model.parameters())) == list(map(id, parameters))
@@ -216,7 +247,12 @@ def test_copies_pickles_and_resumption():
     loaded.load_state_dict(model.state_dict())
     nvfp4.load_noise_state(loaded, nvfp4.noise_state(model))
     assert nvfp4.noise_state(model)["model.layers.0.mlp.experts.down_proj"] == 1
-    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False), loaded]
+    others = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(stream, weights_only=False),
+        loaded,
+    ]
     gradients = []
     for each in (model, *others):
         each.zero_grad()
@@ -227,7 +263,8 @@ def test_copies_pickles_and_resumption():
 
 
 def test_policy_reaches_experts():
-    """By the name of their module: exclude, include, keep_last, recipes by pattern; and default is to leave them."""
+    """By the name of their module: exclude, include, keep_last, recipes by pattern; and default is
+    to leave them."""
 
     def blocks(**kwargs) -> list[str]:
         with warnings.catch_warnings():
@@ -260,7 +297,11 @@ def test_reports_and_summary(capsys):
     other = model_of("qwen3_moe")
     checked = {layer.name: layer for layer in nvfp4.check(other, experts=True).layers}
     stack = checked["model.layers.0.mlp.experts.down_proj"]
-    assert (stack.bf16_bytes, stack.recipe, stack.in_features) == (2 * 4 * 32 * 48, "search_eden", 48)
+    assert (stack.bf16_bytes, stack.recipe, stack.in_features) == (
+        2 * 4 * 32 * 48,
+        "search_eden",
+        48,
+    )
     assert stack.nvfp4_bytes == 4 * (32 * 48 // 2 + 32 * 3 + 4)
     assert not stacks_of(other)
     other.model.layers[0].mlp.experts.has_bias = True
@@ -270,7 +311,8 @@ def test_reports_and_summary(capsys):
 
 
 def test_forward_precision_and_fixed_weights_know_experts():
-    """A dense forward equals the plain model's on experts and layers alike; fixed weights change nothing."""
+    """A dense forward equals the plain model's on experts and layers alike; fixed weights change
+    nothing."""
     model = converted("mixtral")
     with nvfp4.disabled(model):
         plain = loss_of(model)
@@ -279,12 +321,17 @@ def test_forward_precision_and_fixed_weights_know_experts():
     free = loss_of(model)
     with nvfp4.fixed_weights(model):
         assert torch.equal(loss_of(model), free)
-        held = [handle.state for handle in quantized_weights(model).values() if isinstance(handle.owner, Experts)]
+        held = [
+            handle.state
+            for handle in quantized_weights(model).values()
+            if isinstance(handle.owner, Experts)
+        ]
         assert all(len(state.cache.entry.codes) == 4 for state in held)
 
 
 def test_after_step_covers_experts():
-    """Two steps with a fused optimizer: the same weights, and every expert's codes are those of its new weight."""
+    """Two steps with a fused optimizer: the same weights, and every expert's codes are those of its
+    new weight."""
     results = []
     for helped in (False, True):
         model = converted("qwen3_moe")
@@ -313,7 +360,8 @@ def test_checkpointing_recomputes_the_same():
 
 
 def test_compiled_models_run_experts_eagerly():
-    """torch.compile is interrupted, not refused; output and gradients are those of the eager module."""
+    """torch.compile is interrupted, not refused; output and gradients are those of the eager
+    module."""
     block = stacks_of(converted("mixtral", recipe="nvidia"))[0]
     args = (torch.randn(6, 32), torch.randint(0, 4, (6, 2)), torch.rand(6, 2))
     want = block(*args)

@@ -1,4 +1,5 @@
-"""The layer against a composition by hand: every operand of every GEMM, its axis, source, seeds and signs, bit for bit.
+"""The layer against a composition by hand: every operand of every GEMM, its axis, source, seeds and
+signs, bit for bit.
 
 Statement numbers are those of the contract of the layer.
 """
@@ -16,7 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assertions import assert_floats_bitwise, assert_within
-from layer_oracle import GEMMS, QUANTISED, TABLE, Noise, exact_product, operands, product, summation_bound
+from layer_oracle import (
+    GEMMS,
+    QUANTISED,
+    TABLE,
+    Noise,
+    exact_product,
+    operands,
+    product,
+    summation_bound,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +41,8 @@ CUSTOM = Recipe(
     Gemm(operand("ms_eden"), operand("ms_eden")),
     Gemm(operand("sr", rotation=Rotation(16)), operand("sr", rotation=Rotation(16))),
 )
-"""No named recipe: everything stochastic, random signs in the forward, x^T turned and quantised in the forward."""
+"""No named recipe: everything stochastic, random signs in the forward, x^T turned and quantised in
+the forward."""
 
 
 class Result(NamedTuple):
@@ -41,16 +52,22 @@ class Result(NamedTuple):
     db: torch.Tensor | None
 
 
-def make(recipe: str | Recipe, k: int, n: int, *, bias: bool = True, seed: int = SEED, **kwargs: Any) -> nn.Linear:
-    """A converted layer, alone in its model: layer index 0. Its parameters depend on torch's seed alone."""
+def make(
+    recipe: str | Recipe, k: int, n: int, *, bias: bool = True, seed: int = SEED, **kwargs: Any
+) -> nn.Linear:
+    """A converted layer, alone in its model: layer index 0. Its parameters depend on torch's seed
+    alone."""
     layer = nn.Linear(k, n, bias=bias, **kwargs)
     nvfp4.convert(layer, recipe, seed=seed, verbose=False)
     return layer
 
 
 def twin(layer: nn.Linear, recipe: str | Recipe, *, seed: int = SEED, calls: int = 0) -> nn.Linear:
-    """A fresh layer with a copy of the same parameters, converted alike, ``calls`` backward passes behind it."""
-    other = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype)
+    """A fresh layer with a copy of the same parameters, converted alike, ``calls`` backward passes
+    behind it."""
+    other = nn.Linear(
+        layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype
+    )
     other.load_state_dict(layer.state_dict())
     nvfp4.convert(other, recipe, seed=seed, verbose=False)
     nvfp4.load_noise_state(other, {"": calls})
@@ -66,7 +83,9 @@ def run(layer: Callable[..., torch.Tensor], x: torch.Tensor, dy: torch.Tensor) -
     y = layer(x)
     y.backward(dy)
     bias = parameters.get("bias")
-    return Result(y.detach(), x.grad, parameters["weight"].grad, None if bias is None else bias.grad)
+    return Result(
+        y.detach(), x.grad, parameters["weight"].grad, None if bias is None else bias.grad
+    )
 
 
 def same(got: Result, want: Result, what: str) -> None:
@@ -78,7 +97,9 @@ def same(got: Result, want: Result, what: str) -> None:
             assert_floats_bitwise(g.float(), w.float(), f"{what}: {name}")
 
 
-def composed(recipe: str, layer: nn.Linear, x: torch.Tensor, dy: torch.Tensor, noise: Noise) -> Result:
+def composed(
+    recipe: str, layer: nn.Linear, x: torch.Tensor, dy: torch.Tensor, noise: Noise
+) -> Result:
     """The same by hand, with the operations of the layer in its order."""
     pairs = operands(recipe, x, layer.weight.detach(), dy, noise)
     bias = None if layer.bias is None else layer.bias.detach()
@@ -87,7 +108,9 @@ def composed(recipe: str, layer: nn.Linear, x: torch.Tensor, dy: torch.Tensor, n
     return Result(y, dx, dw, None if bias is None else dy.float().sum(0).to(bias.dtype))
 
 
-def tokens(m: int, k: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens(
+    m: int, k: int, n: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [m, k] and dy [m, n], rows of different size, so that a wrong axis or scale shows."""
     size = torch.linspace(0.5, 2, m)[:, None]
     return (torch.randn(m, k) * size).to(dtype), (torch.randn(m, n) * 0.1 * size.flip(0)).to(dtype)
@@ -98,9 +121,11 @@ def tokens(m: int, k: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_layer_is_the_composition(recipe: str) -> None:
-    """y, dx, dw, db are the hand-made operands multiplied: layer index 2, third call, both seeds, both operands.
+    """y, dx, dw, db are the hand-made operands multiplied: layer index 2, third call, both seeds,
+    both operands.
 
-    Bitwise, because the composition multiplies with the same operations; that those are right is the next test.
+    Bitwise, because the composition multiplies with the same operations; that those are right is
+    the next test.
     """
     model = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50), nn.Linear(50, 23))
     nvfp4.convert(model, recipe, seed=SEED, verbose=False)
@@ -113,11 +138,17 @@ def test_layer_is_the_composition(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize(("m", "k", "n"), [(37, 50, 23), (32, 48, 64)], ids=["padded", "whole blocks"])
-def test_layer_is_the_exact_product_of_its_operands(recipe: str, backend: str, m: int, k: int, n: int) -> None:
-    """y, dx, dw against float64 products of what the operands decode to, within the bound of float32 summation.
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(37, 50, 23), (32, 48, 64)], ids=["padded", "whole blocks"]
+)
+def test_layer_is_the_exact_product_of_its_operands(
+    recipe: str, backend: str, m: int, k: int, n: int
+) -> None:
+    """y, dx, dw against float64 products of what the operands decode to, within the bound of
+    float32 summation.
 
-    The operands are decoded by ``QTensor`` itself, so a backend that misreads them shows. rl multiplies in BF16, whose
+    The operands are decoded by ``QTensor`` itself, so a backend that misreads them shows. rl
+    multiplies in BF16, whose
     result is rounded to 8 bits: 2^-8 of it on top.
     """
     layer = nn.Linear(k, n)
@@ -144,7 +175,8 @@ SIZES = [(1, 1), (3, 17), (17, 3), (100, 1), (1, 100), (16, 32)]
 @pytest.mark.parametrize(("k", "n"), SIZES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_27_any_k_and_n(recipe: str, k: int, n: int, bias: bool) -> None:
-    """27: every size works, forward and backward, with and without bias, and gives the composition bit for bit."""
+    """27: every size works, forward and backward, with and without bias, and gives the composition
+    bit for bit."""
     layer = make(recipe, k, n, bias=bias)
     x, dy = tokens(5, k, n)
     same(run(layer, x, dy), composed(recipe, layer, x, dy, Noise(SEED)), f"{recipe} {k} x {n}")
@@ -161,7 +193,8 @@ def test_bf16_model(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_the_output_alone(recipe: str, dtype: torch.dtype) -> None:
-    """float32 parameters under autocast: operands are quantised from float32, y and dy have the autocast dtype."""
+    """float32 parameters under autocast: operands are quantised from float32, y and dy have the
+    autocast dtype."""
     layer = make(recipe, 50, 23)
     x, dy = tokens(21, 50, 23)
     dy = dy.to(dtype)
@@ -180,8 +213,11 @@ def test_bf16_recipe_is_the_plain_layer() -> None:
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)
-def test_ranks_share_signs_and_differ_in_rounding(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """32: on rank 3 the composition with rank 3 folded into the rounding seeds, and the signs of every other rank."""
+def test_ranks_share_signs_and_differ_in_rounding(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32: on rank 3 the composition with rank 3 folded into the rounding seeds, and the signs of
+    every other rank."""
     layer = make(recipe, 40, 24)
     x, dy = tokens(20, 40, 24)
     rank_0 = run(twin(layer, recipe), x, dy)
@@ -200,13 +236,21 @@ class Spy:
         import nvfp4.layer.gemms as module
 
         self.made: list[tuple[str, tuple[int, ...], Any]] = []
-        quantize, requantize, both = module.quantize_with, module.requantize_with, module.quantize_both
+        quantize, requantize, both = (
+            module.quantize_with,
+            module.requantize_with,
+            module.quantize_both,
+        )
 
-        def quantized(x: torch.Tensor, quantizer: Any, options: Any, **kwargs: Any) -> nvfp4.QTensor:
+        def quantized(
+            x: torch.Tensor, quantizer: Any, options: Any, **kwargs: Any
+        ) -> nvfp4.QTensor:
             self.made.append((quantizer.name, tuple(x.shape), options))
             return quantize(x, quantizer, options, **kwargs)
 
-        def requantized(q: nvfp4.QTensor, quantizer: Any, options: Any, **kwargs: Any) -> nvfp4.QTensor:
+        def requantized(
+            q: nvfp4.QTensor, quantizer: Any, options: Any, **kwargs: Any
+        ) -> nvfp4.QTensor:
             self.made.append((quantizer.name, q.shape[::-1], options))
             return requantize(q, quantizer, options, **kwargs)
 
@@ -225,9 +269,11 @@ class Spy:
 
 
 @pytest.mark.parametrize("recipe", ["tetrajet2", "quartet2", "search_eden"])
-def test_32_signs_are_shared_across_ranks_and_reloads(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """32: both operands of a GEMM, every rank, and a layer that was saved and loaded, all draw the same signs; dgrad
-    and wgrad, and one call and the next, draw different ones."""
+def test_32_signs_are_shared_across_ranks_and_reloads(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32: both operands of a GEMM, every rank, and a layer that was saved and loaded, all draw the
+    same signs; dgrad and wgrad, and one call and the next, draw different ones."""
     spy = Spy(monkeypatch)
     layer = make(recipe, 40, 24)
     x, dy = tokens(20, 40, 24)
@@ -239,7 +285,8 @@ def test_32_signs_are_shared_across_ranks_and_reloads(recipe: str, monkeypatch: 
         return [options.rotation for _, _, options in spy.take() if options.rotation is not None]
 
     first = signs(0, twin(layer, recipe))
-    # the order of the four backward operands is not promised, so each GEMM is told by its pair of equal signs
+    # the order of the four backward operands is not promised, so each GEMM is told by its pair of
+    # equal signs
     assert len(first) == 4
     seeds = {rotation.sign_seed for rotation in first}
     assert seeds == {Noise(SEED).sign_seed("dgrad"), Noise(SEED).sign_seed("wgrad")}
@@ -253,8 +300,11 @@ def test_32_signs_are_shared_across_ranks_and_reloads(recipe: str, monkeypatch: 
 @pytest.mark.parametrize("recipe", TABLE)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_23_24_dtypes_are_those_of_f_linear(recipe: str, autocast: torch.dtype | None, dtype: torch.dtype) -> None:
-    """23, 24: y, dx, dw, db have the dtypes that F.linear gives for the same x, weight and autocast."""
+def test_23_24_dtypes_are_those_of_f_linear(
+    recipe: str, autocast: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    """23, 24: y, dx, dw, db have the dtypes that F.linear gives for the same x, weight and
+    autocast."""
     layer = make(recipe, 32, 16, dtype=dtype)
     seen = []
     for forward in (layer, partial(F.linear, weight=layer.weight, bias=layer.bias)):
@@ -304,7 +354,8 @@ def test_input_is_a_keyword_as_in_nn_linear() -> None:
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize("lead", [(), (12,), (3, 4), (2, 3, 2), (1, 12)])
 def test_25_ranks(recipe: str, lead: tuple[int, ...]) -> None:
-    """25, 28: leading dims are flattened and restored, for y and all gradients; db sums over all of them."""
+    """25, 28: leading dims are flattened and restored, for y and all gradients; db sums over all of
+    them."""
     k, n = 33, 18
     layer = make(recipe, k, n)
     count = torch.Size(lead).numel()
@@ -329,10 +380,12 @@ def test_25_zero_tokens(recipe: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_25_strides_of_x_and_dy(recipe: str) -> None:
-    """25: transposed and expanded x, transposed and expanded dy give what their contiguous copies give."""
+    """25: transposed and expanded x, transposed and expanded dy give what their contiguous copies
+    give."""
     layer = make(recipe, 32, 16)
     x = torch.randn(32, 6, 2).permute(2, 1, 0)
-    dy = torch.randint(-8, 9, (16, 2, 6)).permute(1, 2, 0) / 8  # db is exact, whatever order the strides suggest
+    # db is exact, whatever order the strides suggest
+    dy = torch.randint(-8, 9, (16, 2, 6)).permute(1, 2, 0) / 8
     plain = (x.contiguous(), dy.contiguous())
     want = run(twin(layer, recipe), *plain)
     leaf = x.detach().requires_grad_()  # no copy: keeps the strides
@@ -361,7 +414,8 @@ def test_25_sum_expands_its_gradient(recipe: str) -> None:
 def _narrow(rows: int, columns: int) -> torch.Tensor:
     """Magnitudes in [1/2, 1], the first element 1, so that any leading rows have the same maximum.
 
-    Then sums are exact in any order (derived in ``test_ops.py``), and no GEMM shape can change a bit of them.
+    Then sums are exact in any order (derived in ``test_ops.py``), and no GEMM shape can change a
+    bit of them.
     """
     x = (torch.rand(rows, columns) / 2 + 0.5) * (torch.randint(0, 2, (rows, columns)) * 2 - 1)
     x[0, 0] = 1
@@ -370,7 +424,8 @@ def _narrow(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_26_any_token_count(recipe: str) -> None:
-    """26: for 1 to 40 tokens the outputs are the first rows of 40, bitwise: no row sees padding or another row.
+    """26: for 1 to 40 tokens the outputs are the first rows of 40, bitwise: no row sees padding or
+    another row.
 
     (Tensor-scaled recipes share the tensor maximum, which sits in the first row here.)
     """
@@ -384,7 +439,8 @@ def test_26_any_token_count(recipe: str) -> None:
 
 
 def test_26_row_scaled_tokens_do_not_see_each_other() -> None:
-    """26, rl: a token gives the same logits alone as in a batch beside much larger ones, which rollouts rely on."""
+    """26, rl: a token gives the same logits alone as in a batch beside much larger ones, which
+    rollouts rely on."""
     layer = make("rl", 32, 24, bias=False)
     with torch.no_grad():
         layer.weight.copy_(_narrow(24, 32))
@@ -397,9 +453,11 @@ def test_26_row_scaled_tokens_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 40])
 def test_26_padding_tokens_change_no_gradient(recipe: str, m: int) -> None:
-    """26: m tokens, and the same with explicit zero tokens up to the padded length, give the same dw, bitwise.
+    """26: m tokens, and the same with explicit zero tokens up to the padded length, give the same
+    dw, bitwise.
 
-    rl does not pad its BF16 GEMM, so there the two may differ in summation order: by its bound, and one BF16 rounding.
+    rl does not pad its BF16 GEMM, so there the two may differ in summation order: by its bound, and
+    one BF16 rounding.
     """
     layer = make(recipe, 32, 24)
     x, dy = tokens(m, 32, 24)
@@ -412,12 +470,15 @@ def test_26_padding_tokens_change_no_gradient(recipe: str, m: int) -> None:
         return
     pair = operands(recipe, x, layer.weight.detach(), dy, Noise(SEED))["wgrad"]
     exact, magnitude = exact_product(pair)
-    assert ((got.dw - want.dw).abs() <= 2 * summation_bound(pair, magnitude) + 2 * 2.0**-8 * exact.abs()).all()
+    assert (
+        (got.dw - want.dw).abs() <= 2 * summation_bound(pair, magnitude) + 2 * 2.0**-8 * exact.abs()
+    ).all()
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_28_bias_gradient_sums_over_all_leading_dims(recipe: str) -> None:
-    """28: db is the sum of dy over batch and sequence, exactly (small integers), also when it alone is wanted."""
+    """28: db is the sum of dy over batch and sequence, exactly (small integers), also when it alone
+    is wanted."""
     layer = make(recipe, 32, 16)
     dy = torch.randint(-8, 9, (3, 5, 7, 16)).float()
     layer.weight.requires_grad_(False)
@@ -426,7 +487,8 @@ def test_28_bias_gradient_sums_over_all_leading_dims(recipe: str) -> None:
 
 
 def test_28_bias_gradient_is_summed_in_float32() -> None:
-    """Under autocast dy is BF16 and the bias is not: sums beyond 256 keep the bits that BF16 has no room for."""
+    """Under autocast dy is BF16 and the bias is not: sums beyond 256 keep the bits that BF16 has no
+    room for."""
     layer = make("nvidia", 32, 16)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(torch.randn(300, 32))
@@ -466,8 +528,9 @@ def test_29_zero_blocks_give_zeros(recipe: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["x", "weight", "dy"])
 def test_29_non_finite_reaches_the_output(recipe: str, value: float, where: str) -> None:
-    """29: one NaN or Inf shows in all that depends on it: the whole GEMM, or its row where row-scaled, and is clipped
-    nowhere. rl multiplies dy in BF16, where a NaN reaches one row of dx and one row of dw, as in a plain layer."""
+    """29: one NaN or Inf shows in all that depends on it: the whole GEMM, or its row where
+    row-scaled, and is clipped nowhere. rl multiplies dy in BF16, where a NaN reaches one row of dx
+    and one row of dw, as in a plain layer."""
     layer = make(recipe, 32, 16)
     x, dy = tokens(6, 32, 16)
     target = {"x": x, "weight": layer.weight.data, "dy": dy}[where]
@@ -501,7 +564,8 @@ STOCHASTIC = [name for name in QUANTISED if name not in ("rtn", "rl")]
 
 @pytest.mark.parametrize("recipe", STOCHASTIC)
 def test_31_noise_differs_every_call_and_repeats_under_its_seed(recipe: str) -> None:
-    """31: two calls of one layer differ in dx and dw; the same seed repeats both; another seed, or layer, differs."""
+    """31: two calls of one layer differ in dx and dw; the same seed repeats both; another seed, or
+    layer, differs."""
     x, dy = tokens(20, 40, 24)
     layer = make(recipe, 40, 24)
     first, second = run(layer, x, dy), run(layer, x, dy)
@@ -513,13 +577,15 @@ def test_31_noise_differs_every_call_and_repeats_under_its_seed(recipe: str) -> 
     nvfp4.convert(stack, recipe, seed=SEED, verbose=False)
     others = [second, run(twin(layer, recipe, seed=SEED + 1), x, dy), run(stack[1], x, dy)]
     for other in others:
-        assert torch.equal(other.y, first.y)  # forward operands are deterministic in every named recipe
+        # forward operands are deterministic in every named recipe
+        assert torch.equal(other.y, first.y)
         assert not torch.equal(other.dx, first.dx)  # type: ignore[arg-type]
         assert not torch.equal(other.dw, first.dw)  # type: ignore[arg-type]
 
 
 def test_31_manual_seed_is_the_default() -> None:
-    """31: without ``seed`` the layer follows torch.manual_seed, and draws nothing from torch's generator."""
+    """31: without ``seed`` the layer follows torch.manual_seed, and draws nothing from torch's
+    generator."""
     x, dy = tokens(20, 40, 24)
     results = []
     for seed in (1, 1, 2):
@@ -549,8 +615,8 @@ def _train(model: nn.Module, steps: range) -> None:
 
 @pytest.mark.parametrize("recipe", STOCHASTIC)
 def test_31_resume_is_bit_exact(recipe: str) -> None:
-    """31: four steps equal two steps, a save, a fresh process' worth of objects, a load, and two steps; without the
-    noise state they would not."""
+    """31: four steps equal two steps, a save, a fresh process' worth of objects, a load, and two
+    steps; without the noise state they would not."""
     straight = nvfp4.convert(_mlp(), recipe, seed=SEED, verbose=False)
     start = {k: v.clone() for k, v in straight.state_dict().items()}
     _train(straight, range(4))
@@ -574,7 +640,8 @@ def test_31_resume_is_bit_exact(recipe: str) -> None:
 
 
 def test_31_noise_state_must_fit() -> None:
-    """A noise state of another model is refused with the layers that differ, and changes nothing."""
+    """A noise state of another model is refused with the layers that differ, and changes
+    nothing."""
     model = nvfp4.convert(_mlp(), "rtn", verbose=False)
     with pytest.raises(ValueError, match=r"missing \['2'\], unexpected \['3'\]"):
         nvfp4.load_noise_state(model, {"0": 5, "3": 5})
@@ -582,7 +649,8 @@ def test_31_noise_state_must_fit() -> None:
 
 
 def test_31_forward_and_evaluation_do_not_advance_the_noise() -> None:
-    """31: only a finished backward counts: evaluating more or less often does not change training."""
+    """31: only a finished backward counts: evaluating more or less often does not change
+    training."""
     layer = make("quartet2", 32, 16)
     for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with context:
@@ -595,10 +663,11 @@ def test_31_forward_and_evaluation_do_not_advance_the_noise() -> None:
 def test_31_mean_of_draws_converges() -> None:
     """31: tetrajet2's dx is unbiased: the squared error of a mean of n draws falls as 1/n.
 
-    Independent unbiased draws give err(2) / err(32) = 16 in expectation. Each error is a mean over 1536 elements, of
-    which the 24 of a row share a block's noise at most: at least 1536 / 24 = 64 independent groups, so its relative
-    standard deviation is below sqrt(2 / 64) = 0.18, and the ratio's below 0.25; 3 sigma: [4, 28]. A bias of 5 % of one
-    draw's error would hold err(32) up, and a noise that repeats gives a ratio of 1.
+    Independent unbiased draws give err(2) / err(32) = 16 in expectation. Each error is a mean over
+    1536 elements, of which the 24 of a row share a block's noise at most: at least 1536 / 24 = 64
+    independent groups, so its relative standard deviation is below sqrt(2 / 64) = 0.18, and the
+    ratio's below 0.25; 3 sigma: [4, 28]. A bias of 5 % of one draw's error would hold err(32) up,
+    and a noise that repeats gives a ratio of 1.
     """
     layer = make("tetrajet2", 24, 48)
     x, dy = tokens(64, 24, 48)
@@ -611,11 +680,12 @@ def test_31_mean_of_draws_converges() -> None:
 
 @pytest.mark.parametrize("turned", [True, False], ids=["rht", "plain"])
 def test_32_rotation_changes_gradients_by_quantisation_noise_alone(turned: bool) -> None:
-    """32: nvidia's wgrad with and without its rotation misses the exact product by the noise of its two operands.
+    """32: nvidia's wgrad with and without its rotation misses the exact product by the noise of its
+    two operands.
 
-    For independent N(0,1) operands the relative squared errors add: sr_te 18.87e-3 + rtn 9.05e-3 + their product
-    1.7e-4 = 28.1e-3 (definition, section 8). Over 128 x 128 outputs of 256 terms that estimate is good to about 5 %
-    (measured spread 2 %); signs that do not cancel would give 2.
+    For independent N(0,1) operands the relative squared errors add: sr_te 18.87e-3 + rtn 9.05e-3 +
+    their product 1.7e-4 = 28.1e-3 (definition, section 8). Over 128 x 128 outputs of 256 terms that
+    estimate is good to about 5 % (measured spread 2 %); signs that do not cancel would give 2.
     """
     rotation = Rotation(16, fixed=True) if turned else None
     tile = operand("rtn_2d")
@@ -628,7 +698,9 @@ def test_32_rotation_changes_gradients_by_quantisation_noise_alone(turned: bool)
     layer = make(recipe, 128, 128)
     x, dy = torch.randn(256, 128), torch.randn(256, 128)
     dw, exact = run(layer, x, dy).dw, dy.t() @ x
-    assert_within(((dw - exact).square().sum() / exact.square().sum()).item(), 28.1e-3, 2.8e-3, "dw")
+    assert_within(
+        ((dw - exact).square().sum() / exact.square().sum()).item(), 28.1e-3, 2.8e-3, "dw"
+    )
 
 
 # --- what is computed and saved, and when
@@ -637,7 +709,13 @@ def test_32_rotation_changes_gradients_by_quantisation_noise_alone(turned: bool)
 def test_33_frozen_weight_computes_no_wgrad(monkeypatch: pytest.MonkeyPatch) -> None:
     """33: no wgrad operand is made for a frozen weight, and x is not saved."""
     spy = Spy(monkeypatch)
-    for recipe, dgrad in (("nvidia", 1), ("quartet2", 2), ("search_eden", 2), ("rtn", 2), ("rl", 0)):
+    for recipe, dgrad in (
+        ("nvidia", 1),
+        ("quartet2", 2),
+        ("search_eden", 2),
+        ("rtn", 2),
+        ("rl", 0),
+    ):
         layer = make(recipe, 32, 16, bias=False)
         layer.weight.requires_grad_(False)
         x = torch.randn(20, 32, requires_grad=True)
@@ -652,9 +730,16 @@ def test_33_frozen_weight_computes_no_wgrad(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_33_input_without_grad_computes_no_dgrad(monkeypatch: pytest.MonkeyPatch) -> None:
-    """33: no dgrad operand is made for an x that needs no gradient, as in the first layer of a model."""
+    """33: no dgrad operand is made for an x that needs no gradient, as in the first layer of a
+    model."""
     spy = Spy(monkeypatch)
-    for recipe, wgrad in (("nvidia", 2), ("quartet2", 2), ("search_eden", 2), ("rtn", 2), ("rl", 0)):
+    for recipe, wgrad in (
+        ("nvidia", 2),
+        ("quartet2", 2),
+        ("search_eden", 2),
+        ("rtn", 2),
+        ("rl", 0),
+    ):
         layer = make(recipe, 32, 16, bias=False)
         layer(torch.randn(20, 32)).sum().backward()
         shapes = [shape for _, shape, _ in spy.take()][2:]
@@ -665,7 +750,9 @@ def test_33_input_without_grad_computes_no_dgrad(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_33_no_grad(recipe: str, context: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_33_no_grad(
+    recipe: str, context: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """33: without gradients y is bitwise the same, two operands are made and no graph."""
     layer, x = make(recipe, 32, 16), torch.randn(5, 32)
     want = twin(layer, recipe)(x).detach()
@@ -691,8 +778,9 @@ def test_33_each_gradient_alone(wanted: str) -> None:
 
 
 def test_35_double_backward_raises() -> None:
-    """35: a second derivative raises and says so; also where dy itself requires no grad (``y.sum()``), since a graph
-    that silently ends there would drop the term from a gradient penalty."""
+    """35: a second derivative raises and says so; also where dy itself requires no grad
+    (``y.sum()``), since a graph that silently ends there would drop the term from a gradient
+    penalty."""
     layer = make("rtn", 32, 16)
     for loss in (lambda y: y.sum(), lambda y: y.square().sum()):
         x = torch.randn(5, 32, requires_grad=True)
@@ -721,10 +809,13 @@ def _nbytes(tensors: list[torch.Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
 
 
-@pytest.mark.parametrize("recipe", ["nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden"])
+@pytest.mark.parametrize(
+    "recipe", ["nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden"]
+)
 def test_only_codes_and_scales_are_saved(recipe: str) -> None:
-    """Backward keeps 4.5 bits an element (0.28 of BF16): x alone at most 0.30 of BF16, x and w together too, in bytes
-    of whole storages (a view would keep all of what it views); never x, and no copy of the weight."""
+    """Backward keeps 4.5 bits an element (0.28 of BF16): x alone at most 0.30 of BF16, x and w
+    together too, in bytes of whole storages (a view would keep all of what it views); never x, and
+    no copy of the weight."""
     layer = make(recipe, 256, 192, dtype=torch.bfloat16)
     x = torch.randn(320, 256, dtype=torch.bfloat16)
     first = _saved(layer, x)
@@ -739,8 +830,8 @@ def test_only_codes_and_scales_are_saved(recipe: str) -> None:
 
 
 def test_rtn_saves_the_weight_itself_not_a_copy() -> None:
-    """A recipe that quantises w^T in the backward keeps the parameter, which costs nothing, and notices that it was
-    changed in between."""
+    """A recipe that quantises w^T in the backward keeps the parameter, which costs nothing, and
+    notices that it was changed in between."""
     layer = make("rtn", 64, 48)
     x = torch.randn(8, 64, requires_grad=True)
     floats = [t for t in _saved(layer, x) if t.numel() > 1 and t.dtype != torch.uint8]
@@ -768,7 +859,8 @@ def test_inputs_are_not_changed(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_two_forwards_before_two_backwards(recipe: str) -> None:
-    """Each backward is the composition with its own call number, whichever forward it belongs to; gradients add up."""
+    """Each backward is the composition with its own call number, whichever forward it belongs to;
+    gradients add up."""
     layer = make(recipe, 32, 16)
     (x1, dy1), (x2, dy2) = tokens(20, 32, 16), tokens(9, 32, 16)
     leaves = [x1.clone().requires_grad_(), x2.clone().requires_grad_()]
@@ -778,12 +870,15 @@ def test_two_forwards_before_two_backwards(recipe: str) -> None:
     second = composed(recipe, layer, x2, dy2, Noise(SEED, call=0))
     first = composed(recipe, layer, x1, dy1, Noise(SEED, call=1))
     same(Result(y1.detach(), leaves[0].grad, None, None), first._replace(dw=None, db=None), "first")
-    same(Result(y2.detach(), leaves[1].grad, None, None), second._replace(dw=None, db=None), "second")
+    same(
+        Result(y2.detach(), leaves[1].grad, None, None), second._replace(dw=None, db=None), "second"
+    )
     assert_floats_bitwise(layer.weight.grad, second.dw + first.dw, "dw")  # type: ignore[operator]
 
 
 def _looped(layer: nn.Linear, x: torch.Tensor, mode: bool | None) -> torch.Tensor:
-    """layer(layer(x)), each use in a checkpoint of its own: reentrant, not reentrant, or none at all."""
+    """layer(layer(x)), each use in a checkpoint of its own: reentrant, not reentrant, or none at
+    all."""
     if mode is None:
         return layer(layer(x))
     return checkpoint(layer, checkpoint(layer, x, use_reentrant=mode), use_reentrant=mode)
@@ -792,8 +887,9 @@ def _looped(layer: nn.Linear, x: torch.Tensor, mode: bool | None) -> torch.Tenso
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
 def test_layer_used_twice_in_one_graph(recipe: str, mode: bool | None) -> None:
-    """The second use runs its backward first (call 0), the first use next (call 1); rotations match in both, and
-    checkpointing each use changes no bit, though the first use is recomputed after a backward has finished."""
+    """The second use runs its backward first (call 0), the first use next (call 1); rotations match
+    in both, and checkpointing each use changes no bit, though the first use is recomputed after a
+    backward has finished."""
     layer = make(recipe, 32, 32)
     x, dy = tokens(20, 32, 32)
     leaf = x.clone().requires_grad_()
@@ -807,10 +903,13 @@ def test_layer_used_twice_in_one_graph(recipe: str, mode: bool | None) -> None:
 
 @pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
 def test_layer_used_twice_with_signs_drawn_in_the_forward(mode: bool | None) -> None:
-    """A recipe whose x^T is turned by random signs in the forward: the backward turns dy^T by the same, in every mode.
+    """A recipe whose x^T is turned by random signs in the forward: the backward turns dy^T by the
+    same, in every mode.
 
-    Its sr operands have a relative squared error of 22.22e-3 each, dx passes four of them on its way and dw six at most
-    (y, dx and dw of the inner use): 0.14 and higher terms; 0.25 allows for them. Signs that do not meet give 2.
+    Its sr operands have a relative squared error of 22.22e-3 each, dx passes four of them on its
+    way and dw six at most
+    (y, dx and dw of the inner use): 0.14 and higher terms; 0.25 allows for them. Signs that do not
+    meet give 2.
     """
     layer = make(CUSTOM, 128, 128, bias=False)
     plain = nn.Linear(128, 128, bias=False)
@@ -829,14 +928,16 @@ def test_layer_used_twice_with_signs_drawn_in_the_forward(mode: bool | None) -> 
 @pytest.mark.parametrize("recipe", [*QUANTISED, CUSTOM], ids=str)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_is_bit_equal(recipe: str | Recipe, reentrant: bool) -> None:
-    """37: recomputing a forward meets the same noise, so both kinds of activation checkpointing change no bit, over
-    two steps (the second step has call 1)."""
+    """37: recomputing a forward meets the same noise, so both kinds of activation checkpointing
+    change no bit, over two steps (the second step has call 1)."""
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model = nvfp4.convert(_mlp(), recipe, seed=SEED, verbose=False)
         for step in range(2):
-            x = torch.randn(20, 32, generator=torch.Generator().manual_seed(step), requires_grad=True)
+            x = torch.randn(
+                20, 32, generator=torch.Generator().manual_seed(step), requires_grad=True
+            )
             y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
             y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in model.parameters())])
@@ -846,7 +947,8 @@ def test_checkpointing_is_bit_equal(recipe: str | Recipe, reentrant: bool) -> No
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_gradient_accumulation(recipe: str) -> None:
-    """Two micro-batches add the gradients of call 0 and of call 1: different noise, the same weight codes."""
+    """Two micro-batches add the gradients of call 0 and of call 1: different noise, the same weight
+    codes."""
     layer = make(recipe, 32, 16)
     batches = [tokens(20, 32, 16), tokens(20, 32, 16)]
     total = torch.zeros(16, 32)
@@ -857,19 +959,22 @@ def test_gradient_accumulation(recipe: str) -> None:
 
 
 def test_retained_graph_draws_anew() -> None:
-    """A second backward through a retained graph is another call: other noise, the same forward codes."""
+    """A second backward through a retained graph is another call: other noise, the same forward
+    codes."""
     layer = make("quartet2", 32, 16)
     x, dy = tokens(20, 32, 16)
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
     for call in range(2):
         (dx,) = torch.autograd.grad(y, leaf, dy, retain_graph=True)
-        assert_floats_bitwise(dx, composed("quartet2", layer, x, dy, Noise(SEED, call=call)).dx, f"call {call}")  # type: ignore[arg-type]
+        want = composed("quartet2", layer, x, dy, Noise(SEED, call=call)).dx
+        assert_floats_bitwise(dx, want, f"call {call}")
 
 
 def test_autocast_cache_does_not_interfere() -> None:
-    """Inside one autocast region: no_grad, disabled, enabled, after a change of the weight, each as in a region of its
-    own; a cached BF16 copy of the weight would show as stale or without gradient."""
+    """Inside one autocast region: no_grad, disabled, enabled, after a change of the weight, each as
+    in a region of its own; a cached BF16 copy of the weight would show as stale or without
+    gradient."""
     layer = make("quartet2", 32, 16)
     x, dy = tokens(20, 32, 16)
 
@@ -906,8 +1011,8 @@ def test_autocast_cache_does_not_interfere() -> None:
 
 
 def test_in_place_activation_after_the_layer() -> None:
-    """An in-place ReLU on the output works as after nn.Linear, of rank 2 and 3: autograd allows it, and nothing that
-    backward needs is overwritten."""
+    """An in-place ReLU on the output works as after nn.Linear, of rank 2 and 3: autograd allows it,
+    and nothing that backward needs is overwritten."""
     layer = make("quartet2", 32, 16)
     x, dy = tokens(20, 32, 16)
     for lead in ((20,), (4, 5)):
@@ -921,8 +1026,8 @@ def test_in_place_activation_after_the_layer() -> None:
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 def test_partly_quantised_recipes(recipe: str) -> None:
-    """A recipe is data: with one GEMM taken from a named recipe and the others left alone, that GEMM is bitwise the
-    named one's and the others are bitwise a plain layer's."""
+    """A recipe is data: with one GEMM taken from a named recipe and the others left alone, that
+    GEMM is bitwise the named one's and the others are bitwise a plain layer's."""
     named = nvfp4.RECIPES[recipe]
     layer, plain = make(recipe, 32, 16), nn.Linear(32, 16)
     plain.load_state_dict(layer.state_dict())
@@ -938,7 +1043,8 @@ def test_partly_quantised_recipes(recipe: str) -> None:
 
 
 def test_forward_on_meta() -> None:
-    """Shapes come out on the meta device, as from nn.Linear: for planners that run a model without its memory."""
+    """Shapes come out on the meta device, as from nn.Linear: for planners that run a model without
+    its memory."""
     for recipe in QUANTISED:
         layer = make(recipe, 32, 16, device="meta")
         x = torch.empty(2, 5, 32, device="meta", requires_grad=True)
@@ -1000,8 +1106,9 @@ UNTRACED: dict[str, Callable[[nn.Linear], Any]] = {
 @pytest.mark.parametrize("change", TRACED | UNTRACED)
 @pytest.mark.parametrize("kept", [False, True], ids=["", "fixed_weights"])
 def test_a_changed_weight_is_used_at_once(change: str, kept: bool) -> None:
-    """Whatever changes a weight, the next forward uses it; inside ``fixed_weights`` the changes that leave no trace
-    need ``invalidate``, without which they go unseen. Ten rounds, since a freed weight's address may come back."""
+    """Whatever changes a weight, the next forward uses it; inside ``fixed_weights`` the changes
+    that leave no trace need ``invalidate``, without which they go unseen. Ten rounds, since a freed
+    weight's address may come back."""
     layer, x = make("quartet2", 32, 16), torch.randn(5, 32)
     with nvfp4.fixed_weights(layer) if kept else nullcontext(), torch.no_grad():
         for _ in range(10):
@@ -1017,8 +1124,9 @@ def test_a_changed_weight_is_used_at_once(change: str, kept: bool) -> None:
 
 
 def test_fixed_weights_quantises_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside the context a weight is quantised by the first of several forwards, also of training ones, with no bit of
-    any result changed; outside, where the backend cannot compare bytes, by each, and where it can, by the first."""
+    """Inside the context a weight is quantised by the first of several forwards, also of training
+    ones, with no bit of any result changed; outside, where the backend cannot compare bytes, by
+    each, and where it can, by the first."""
     layer, (x, dy) = make("quartet2", 32, 16), tokens(20, 32, 16)
     want = [run(layer, x, dy) for _ in range(2)]
     nvfp4.load_noise_state(layer, {"": 0})
@@ -1045,8 +1153,8 @@ def test_fixed_weights_quantises_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_codes_from_inference_serve_training() -> None:
-    """Inside one context a rollout under inference_mode, then a training step: the kept codes can be saved for
-    backward."""
+    """Inside one context a rollout under inference_mode, then a training step: the kept codes can
+    be saved for backward."""
     layer = make("quartet2", 32, 16)
     x, dy = tokens(20, 32, 16)
     with nvfp4.fixed_weights(layer):
@@ -1056,8 +1164,9 @@ def test_codes_from_inference_serve_training() -> None:
 
 
 def test_stochastic_weights_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe that rounds the weight stochastically draws anew in every call; and under torch.distributed, where FSDP
-    refills a weight's memory unseen, every recipe quantises it in every call."""
+    """A recipe that rounds the weight stochastically draws anew in every call; and under
+    torch.distributed, where FSDP refills a weight's memory unseen, every recipe quantises it in
+    every call."""
     x, dy = tokens(20, 32, 16)
     layer = make(CUSTOM, 32, 16)
     with nvfp4.fixed_weights(layer):
@@ -1073,7 +1182,8 @@ def test_stochastic_weights_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_kept_codes_stay_out_of_copies() -> None:
-    """deepcopy and pickle inside the context carry neither codes nor the context: a copy quantises its own weight."""
+    """deepcopy and pickle inside the context carry neither codes nor the context: a copy quantises
+    its own weight."""
     layer, x = make("quartet2", 32, 16), torch.randn(5, 32)
     with nvfp4.fixed_weights(layer):
         layer(x)

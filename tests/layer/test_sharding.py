@@ -48,7 +48,9 @@ def cut(q: QTensor, rows: slice, columns: slice) -> QTensor:
     codes = q.codes[rows, columns.start // 2 : -(-columns.stop // 16) * 8]
     scales = q.block_scale[row_blocks, columns.start // 16 : -(-columns.stop // 16)]
     global_scale = q.global_scale[rows] if q.row_scaled else q.global_scale
-    return QTensor(codes, scales, global_scale, q.block, (rows.stop - rows.start, columns.stop - columns.start))
+    return QTensor(
+        codes, scales, global_scale, q.block, (rows.stop - rows.start, columns.stop - columns.start)
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda case: str(case))
@@ -76,7 +78,10 @@ def test_any_shape_and_any_larger_maximum(rows, columns, amax):
     larger = torch.zeros(rows + 1, columns)
     larger[:rows], larger[rows, 0] = x, amax
     q = quantize_with_amax(x, quantizer, quantizer.check(), torch.tensor([amax]))
-    assert_qtensor_equal(q, cut(quantize_with(larger, quantizer, quantizer.check()), slice(0, rows), slice(0, columns)))
+    assert_qtensor_equal(
+        q,
+        cut(quantize_with(larger, quantizer, quantizer.check()), slice(0, rows), slice(0, columns)),
+    )
 
 
 @pytest.mark.parametrize("amax", [float("nan"), float("inf")])
@@ -88,13 +93,19 @@ def test_a_whole_that_is_not_finite_makes_every_part_nan(amax):
 
 
 def test_empty_parts_and_what_is_refused():
-    """A process may hold no row at all; rotated and stochastic operands depend on more than x and amax."""
+    """A process may hold no row at all; rotated and stochastic operands depend on more than x and
+    amax."""
     quantizer = QUANTIZERS["rtn"]
     q = quantize_with_amax(torch.zeros(0, 32), quantizer, quantizer.check(), torch.ones(1))
     assert q.codes.shape == (0, 16)
     for name, options in (("rtn", {"rotation": Rotation(16, fixed=True)}), ("sr", {"seed": 1})):
         with pytest.raises(ValueError, match="not a function of x and amax"):
-            quantize_with_amax(torch.ones(3, 16), QUANTIZERS[name], QUANTIZERS[name].check(**options), torch.ones(1))
+            quantize_with_amax(
+                torch.ones(3, 16),
+                QUANTIZERS[name],
+                QUANTIZERS[name].check(**options),
+                torch.ones(1),
+            )
 
 
 def test_which_operands_need_the_amax_of_the_whole():
@@ -124,20 +135,25 @@ def test_a_gathered_weight_has_a_shape_and_no_values():
 
 
 def test_a_part_is_refused_where_operators_are_watched():
-    """In the backward as in the forward: an operator knows of no other process, and would scale by its part alone."""
+    """In the backward as in the forward: an operator knows of no other process, and would scale by
+    its part alone."""
     layer = nvfp4.convert(torch.nn.Linear(16, 16), "rtn", verbose=False)
     layer.nvfp4.shards = Shards(None, {})
     x = torch.randn(4, 16, requires_grad=True)
     y = layer(x)
     for step in (lambda: layer(x), lambda: y.sum().backward()):
-        with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="run such layers eagerly"):
+        with (
+            FlopCounterMode(display=False),
+            pytest.raises(RuntimeError, match="run such layers eagerly"),
+        ):
             step()
     y.sum().backward()
     assert x.grad is not None
 
 
 def test_a_layer_keeps_its_noise_rank_when_copied():
-    """It survives copies and pickles, as the seed does, and changes the rounding but not the signs."""
+    """It survives copies and pickles, as the seed does, and changes the rounding but not the
+    signs."""
     layer = nvfp4.convert(torch.nn.Sequential(torch.nn.Linear(16, 16)), "rtn", verbose=False)[0]
     layer.nvfp4.noise.rank = 3
     noise = layer.nvfp4.noise

@@ -1,4 +1,5 @@
-"""What keeps the codes of a weight: streams that stand in for a GPU's, and the memory that a read needs."""
+"""What keeps the codes of a weight: streams that stand in for a GPU's, and the memory that a read
+needs."""
 
 from __future__ import annotations
 
@@ -28,12 +29,15 @@ class Stream:
 
 
 def test_another_stream_waits_and_the_memory_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream that made it does not wait; another one does, at every read, and the allocator is told."""
+    """The stream that made it does not wait; another one does, at every read, and the allocator is
+    told."""
     told: list[Any] = []
     maker, reader = Stream(told), Stream(told)
     current = maker
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append((tensor, stream)))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: told.append((tensor, stream))
+    )
     x = torch.zeros(3)
     done = Done(torch.device("cuda", 0))
     done.before_reading([x])
@@ -46,7 +50,8 @@ def test_another_stream_waits_and_the_memory_outlives_it(monkeypatch: pytest.Mon
 
 
 def test_all_that_kept_codes_hold_outlives_a_read() -> None:
-    """The swizzled scales that a GEMM reads are memory too, which the allocator must not give away before."""
+    """The swizzled scales that a GEMM reads are memory too, which the allocator must not give away
+    before."""
     weight = torch.ones(32, 64)
     q = quantize(weight, "rtn")
     q = replace(q, swizzled_scale=swizzle(q.block_scale))
@@ -57,7 +62,9 @@ def test_all_that_kept_codes_hold_outlives_a_read() -> None:
     assert cache.entry is not None
     cache.entry = cache.entry._replace(done=SimpleNamespace(before_reading=read.extend))
     assert cache.get(weight, "recipe", "auto", lambda *_: (q,), None) == (q,)
-    assert [id(tensor) for tensor in read] == [id(tensor) for tensor in (*q.tensors, q.swizzled_scale)]
+    assert [id(tensor) for tensor in read] == [
+        id(tensor) for tensor in (*q.tensors, q.swizzled_scale)
+    ]
 
 
 def test_a_processor_has_no_streams() -> None:

@@ -1,4 +1,5 @@
-"""after_step: codes made right after the optimiser step, none in forwards, and the same training bit for bit."""
+"""after_step: codes made right after the optimiser step, none in forwards, and the same training
+bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(32, 32),
+            nn.Linear(32, 16),
+            nn.Linear(32, 16),
+        )
         self.out = nn.Linear(16, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +47,9 @@ def optimizer_of(model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.02, fused=fused)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, parts: int = 2) -> list[torch.Tensor]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, parts: int = 2
+) -> list[torch.Tensor]:
     """Weights after training on the same data with accumulation over ``parts``."""
     data = torch.Generator().manual_seed(5)
     for _ in range(steps):
@@ -87,8 +94,8 @@ def test_training_is_bit_equal(recipe, shared, gpu, monkeypatch):
 
 
 def test_no_forward_quantises_a_weight(quantised_weights, monkeypatch):
-    """Eight layers, three steps of two micro-batches: 8 codes at first and 8 a step; without it, 8 a forward on a
-    GPU."""
+    """Eight layers, three steps of two micro-batches: 8 codes at first and 8 a step; without it, 8
+    a forward on a GPU."""
     no_fingerprints(monkeypatch)
     model = model_of("quartet2")
     optimizer = optimizer_of(model)
@@ -101,7 +108,8 @@ def test_no_forward_quantises_a_weight(quantised_weights, monkeypatch):
 
 
 def test_codes_are_overwritten_where_they_lie():
-    """What a CUDA graph read once is what it reads later; a backward that comes too late hears of it."""
+    """What a CUDA graph read once is what it reads later; a backward that comes too late hears of
+    it."""
     model = model_of("quartet2")
     optimizer = optimizer_of(model)
     nvfp4.after_step(optimizer, model)
@@ -117,7 +125,9 @@ def test_codes_are_overwritten_where_they_lie():
         late.backward()
 
 
-@pytest.mark.parametrize("change", ["in place", "load_state_dict", "other memory", "invalidate", "renew"])
+@pytest.mark.parametrize(
+    "change", ["in place", "load_state_dict", "other memory", "invalidate", "renew"]
+)
 def test_changes_between_steps_are_seen(change, monkeypatch):
     """Everything that leaves a trace, and the two ways to say so of what leaves none."""
     no_fingerprints(monkeypatch)
@@ -133,13 +143,16 @@ def test_changes_between_steps_are_seen(change, monkeypatch):
         else:
             model[0].out.weight.data.mul_(2)
             nvfp4.invalidate(model) if change == "invalidate" else kept.renew()
-    fresh = nvfp4.convert(copy.deepcopy(nvfp4.revert(copy.deepcopy(model))), "quartet2", seed=3, verbose=False)
+    fresh = nvfp4.convert(
+        copy.deepcopy(nvfp4.revert(copy.deepcopy(model))), "quartet2", seed=3, verbose=False
+    )
     x = torch.randn(8, 32)
     assert torch.equal(model(x), fresh(x))
 
 
 def test_only_what_was_stepped_is_quantised(quantised_weights, monkeypatch):
-    """Two optimizers, one step: the other's layers and a frozen one keep their codes, and all compute alike."""
+    """Two optimizers, one step: the other's layers and a frozen one keep their codes, and all
+    compute alike."""
     no_fingerprints(monkeypatch)
     model = model_of("quartet2")
     model[1].out.weight.requires_grad_(False)
@@ -175,11 +188,15 @@ def test_nothing_is_left_behind():
 
 @pytest.mark.parametrize("scope", ["fixed_weights", "after_step"])
 def test_shared_magnitudes_end_with_the_scope(scope):
-    """A fused step between two scopes leaves no trace in version counters: magnitudes known in the first must not serve
-    in the second."""
+    """A fused step between two scopes leaves no trace in version counters: magnitudes known in the
+    first must not serve in the second."""
     model = model_of("four_over_six", shared=True)
     optimizer, x = optimizer_of(model), torch.randn(24, 32)
-    with nvfp4.fixed_weights(model) if scope == "fixed_weights" else nvfp4.after_step(optimizer, model):
+    with (
+        nvfp4.fixed_weights(model)
+        if scope == "fixed_weights"
+        else nvfp4.after_step(optimizer, model)
+    ):
         model(x).square().mean().backward()
     optimizer.step()
     with torch.no_grad(), nvfp4.fixed_weights(model):

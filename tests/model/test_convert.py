@@ -1,4 +1,5 @@
-"""convert beside its contract: policies, switches, what cannot be converted, errors, seeds, real models."""
+"""convert beside its contract: policies, switches, what cannot be converted, errors, seeds, real
+models."""
 
 from __future__ import annotations
 
@@ -15,7 +16,17 @@ import torch
 from assertions import assert_floats_bitwise
 from layer_oracle import Noise, Op, operands, product
 from torch import nn
-from toy_model import TOKENS, Block, Model, assert_untouched, converted, gradients, quiet, reasons, snapshot
+from toy_model import (
+    TOKENS,
+    Block,
+    Model,
+    assert_untouched,
+    converted,
+    gradients,
+    quiet,
+    reasons,
+    snapshot,
+)
 
 import nvfp4
 from nvfp4.recipes import Recipe
@@ -36,7 +47,8 @@ class LoraLinear(nn.Module):
 
 @pytest.mark.parametrize("first", ["adapters", "convert"])
 def test_13_adapters_are_kept_in_either_order(first: str) -> None:
-    """13: the base layer is converted, LoRA A and B are not; adapters train, the base has no gradient."""
+    """13: the base layer is converted, LoRA A and B are not; adapters train, the base has no
+    gradient."""
     model = Model()
     if first == "convert":
         quiet(model, include="layers")
@@ -53,7 +65,10 @@ def test_13_adapters_are_kept_in_either_order(first: str) -> None:
     assert model.layers[0].up.lora_A["default"].weight.grad is not None
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed; simulated above by names")
+@pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None,
+    reason="peft is not installed; simulated above by names",
+)
 @pytest.mark.parametrize("first", ["adapters", "convert"])
 def test_13_peft(first: str) -> None:
     """13: the same with PEFT itself, and merging adapters into the converted base works."""
@@ -89,13 +104,24 @@ def _raising_filter(module: nn.Module, name: str) -> bool:
         ({"seed": -1}, ValueError, "seed must be an integer in"),
         ({"seed": 2**64}, ValueError, "seed must be an integer in"),
         ({"keep_last": -1}, ValueError, "keep_last must be"),
-        ({"include": "nothing", "strict": True}, ValueError, "include 'nothing' matches no linear layer"),
-        ({"filter_fn": lambda m, n: False, "strict": True}, ValueError, r"no layer was converted.*filter_fn: 4"),
+        (
+            {"include": "nothing", "strict": True},
+            ValueError,
+            "include 'nothing' matches no linear layer",
+        ),
+        (
+            {"filter_fn": lambda m, n: False, "strict": True},
+            ValueError,
+            r"no layer was converted.*filter_fn: 4",
+        ),
         ({"filter_fn": _raising_filter}, RuntimeError, "mine"),
     ],
 )
-def test_errors_leave_the_model_unchanged(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Whatever is wrong is found before the first layer is changed, so no error leaves half a conversion."""
+def test_errors_leave_the_model_unchanged(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """Whatever is wrong is found before the first layer is changed, so no error leaves half a
+    conversion."""
     model = Model()
     before = snapshot(model)
     with pytest.raises(error, match=message):
@@ -120,13 +146,19 @@ def test_noise_is_seeded_by_argument_or_torch() -> None:
     torch.manual_seed(23)
     assert nvfp4.convert(nn.Linear(4, 4), verbose=False).nvfp4.noise.seed == 23
     torch.manual_seed(-1)
-    assert nvfp4.convert(nn.Linear(4, 4), verbose=False).nvfp4.noise.seed == torch.initial_seed() % 2**64
+    assert (
+        nvfp4.convert(nn.Linear(4, 4), verbose=False).nvfp4.noise.seed
+        == torch.initial_seed() % 2**64
+    )
 
 
 def test_mixed_recipes_in_one_model() -> None:
     """Two calls give two recipes to two sets of layers, and both run."""
     model = quiet(quiet(Model(), "nvidia", include="up"), "quartet2", include="down")
-    assert [model.get_submodule(n).nvfp4.recipe.name for n in converted(model)] == ["nvidia", "quartet2"] * 2
+    assert [model.get_submodule(n).nvfp4.recipe.name for n in converted(model)] == [
+        "nvidia",
+        "quartet2",
+    ] * 2
     assert len(gradients(model)) == len(list(model.parameters()))
 
 
@@ -153,8 +185,8 @@ def _llama(transformers: Any, tied: bool) -> nn.Module:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama(transformers: Any, tied: bool) -> None:
-    """A transformers Llama: seven linears a block, lm_head kept whether tied or not, trains, generates, and its
-    checkpoint holds the plain names."""
+    """A transformers Llama: seven linears a block, lm_head kept whether tied or not, trains,
+    generates, and its checkpoint holds the plain names."""
     model = _llama(transformers, tied)
     names = list(model.state_dict())
     quiet(model, keep_last=1)
@@ -162,7 +194,9 @@ def test_llama(transformers: Any, tied: bool) -> None:
     kept = {name: reason for name, reason in reasons(model).items() if reason is not None}
     assert kept.pop("lm_head") == ("tied_to_embedding" if tied else "output_embedding")
     assert len(kept) == 7
-    assert all(n.startswith("model.layers.2.") and reason == "keep_last" for n, reason in kept.items())
+    assert all(
+        n.startswith("model.layers.2.") and reason == "keep_last" for n, reason in kept.items()
+    )
     tokens = torch.arange(20).view(2, 10)
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -196,11 +230,13 @@ def test_gpt2_has_no_linears(transformers: Any) -> None:
 
 @pytest.mark.filterwarnings("default::nvfp4.ConvertWarning")
 def test_gpt2_names_its_conv1d(transformers: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The warning names what GPT-2 is made of, and so do the summary and the report of a model that has both; a
-    convolution of rank 3 is none of these."""
+    """The warning names what GPT-2 is made of, and so do the summary and the report of a model that
+    has both; a convolution of rank 3 is none of these."""
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8)
     model = transformers.GPT2LMHeadModel(config)
-    with pytest.warns(nvfp4.ConvertWarning, match=r"no layer was converted.*not_linear: Conv1D x 8"):
+    with pytest.warns(
+        nvfp4.ConvertWarning, match=r"no layer was converted.*not_linear: Conv1D x 8"
+    ):
         quiet(model)
     both = nn.ModuleDict({"gpt": model, "up": nn.Linear(16, 16), "conv": nn.Conv1d(3, 3, 3)})
     nvfp4.convert(both, "rtn")
@@ -212,7 +248,8 @@ def test_gpt2_names_its_conv1d(transformers: Any, capsys: pytest.CaptureFixture[
 
 
 class Conv1D(nn.Conv1d):
-    """A convolution in one dimension, which happens to have the name of GPT-2's transposed linear."""
+    """A convolution in one dimension, which happens to have the name of GPT-2's transposed
+    linear."""
 
 
 def test_a_convolution_of_that_name_is_none() -> None:
@@ -231,8 +268,9 @@ class Experts(nn.Module):
 
 
 def test_fused_experts_are_counted_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Parameters of rank 3 of experts are no linears: a warning and the summary say how many there are; strict is about
-    arguments and does not raise; other parameters of rank 3 (a position embedding) are not counted."""
+    """Parameters of rank 3 of experts are no linears: a warning and the summary say how many there
+    are; strict is about arguments and does not raise; other parameters of rank 3 (a position
+    embedding) are not counted."""
     model = nn.ModuleDict({"attention": nn.Linear(16, 16), "moe": Experts()})
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 8, 16)))
     with pytest.warns(
@@ -240,11 +278,15 @@ def test_fused_experts_are_counted_and_said(capsys: pytest.CaptureFixture[str]) 
     ) as caught:
         nvfp4.convert(model, "rtn", strict=True)
     assert caught[0].filename == __file__
-    assert capsys.readouterr().out == "nvfp4: recipe rtn, converted 1, kept 0; not_linear: 3-D expert parameter x 2\n"
+    assert (
+        capsys.readouterr().out
+        == "nvfp4: recipe rtn, converted 1, kept 0; not_linear: 3-D expert parameter x 2\n"
+    )
 
 
 def test_mixtral(transformers: Any) -> None:
-    """A transformers Mixtral: attention is converted, its fused experts are counted, and it trains."""
+    """A transformers Mixtral: attention is converted, its fused experts are counted, and it
+    trains."""
     config = transformers.MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -260,7 +302,12 @@ def test_mixtral(transformers: Any) -> None:
         pytest.skip(f"transformers {transformers.__version__} keeps Mixtral's experts as linears")
     with pytest.warns(nvfp4.ConvertWarning, match=f"3-D expert parameter x {len(fused)}"):
         quiet(model)
-    assert {name.rsplit(".", 1)[1] for name in converted(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.rsplit(".", 1)[1] for name in converted(model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
     tokens = torch.arange(20).view(2, 10)
     assert model(input_ids=tokens, labels=tokens).loss.isfinite()
 
@@ -273,11 +320,13 @@ def recipes(model: nn.Module) -> dict[str, str | None]:
 
 
 def test_recipes_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first pattern in order wins, names and Recipes mix, "bf16" and no match keep a layer with their reasons, the
-    output embedding stays kept, and the printed line counts each recipe."""
+    """The first pattern in order wins, names and Recipes mix, "bf16" and no match keep a layer with
+    their reasons, the output embedding stays kept, and the printed line counts each recipe."""
     mine = Recipe("mine", fprop=nvfp4.RECIPES["rtn"].fprop)
     model = Model(4)
-    nvfp4.convert(model, {"layers.0": "bf16", "layers.[12].up": "nvidia", "up": mine, "layers.1": "quartet2"})
+    nvfp4.convert(
+        model, {"layers.0": "bf16", "layers.[12].up": "nvidia", "up": mine, "layers.1": "quartet2"}
+    )
     assert recipes(model) == {
         "layers.0.up": None,
         "layers.0.down": None,
@@ -297,18 +346,25 @@ def test_recipes_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         "lm_head": "output_embedding",
     }
     assert capsys.readouterr().out == (
-        "nvfp4: recipe bf16, nvidia, mine, quartet2, converted 4 (nvidia: 2, quartet2: 1, mine: 1), "
+        "nvfp4: recipe bf16, nvidia, mine, quartet2, converted 4 (nvidia: 2, quartet2: 1, mine: "
+        "1), "
         "kept 5 (bf16: 2, no_recipe: 2, output_embedding: 1)\n"
     )
     assert len(gradients(model)) == len(list(model.parameters()))
 
 
 def test_recipes_by_pattern_meet_the_other_policies() -> None:
-    """exclude, include and keep_last decide whether, the mapping decides what; a layer with two names takes the first
-    pattern that fits either."""
+    """exclude, include and keep_last decide whether, the mapping decides what; a layer with two
+    names takes the first pattern that fits either."""
     model = Model(3)
     model.alias = model.layers[0].up
-    quiet(model, {"alias": "rtn", "*": "nvidia"}, include=["layers", "alias", "lm_head"], keep_last=1, exclude="1.down")
+    quiet(
+        model,
+        {"alias": "rtn", "*": "nvidia"},
+        include=["layers", "alias", "lm_head"],
+        keep_last=1,
+        exclude="1.down",
+    )
     assert {n: r for n, r in recipes(model).items() if r} == {
         "layers.0.up": "rtn",
         "layers.0.down": "nvidia",
@@ -318,14 +374,17 @@ def test_recipes_by_pattern_meet_the_other_policies() -> None:
 
 
 def test_recipes_by_pattern_that_match_nothing() -> None:
-    """A pattern without a layer warns, or raises when strict; so does a mapping under which nothing is converted,
-    unless that is what it says."""
+    """A pattern without a layer warns, or raises when strict; so does a mapping under which nothing
+    is converted, unless that is what it says."""
     patterns = {"layers.9": "rtn", "up": "nvidia"}
     with pytest.warns(nvfp4.ConvertWarning, match=r"recipe 'layers\.9' matches no linear layer"):
         quiet(Model(), patterns)
     model = Model()
     before = snapshot(model)
-    for recipe, words in ((patterns, "recipe 'layers.9' matches no"), ({}, "no layer was converted.*no_recipe: 4")):
+    for recipe, words in (
+        (patterns, "recipe 'layers.9' matches no"),
+        ({}, "no layer was converted.*no_recipe: 4"),
+    ):
         with pytest.raises(ValueError, match=words):
             quiet(model, recipe, strict=True)
         assert_untouched(model, before)
@@ -344,9 +403,12 @@ def encoder_layer(**kwargs: Any) -> nn.TransformerEncoderLayer:
 
 
 def test_fast_path_layers_are_kept() -> None:
-    """In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel: converted linears would be bypassed
-    without a word, so they are kept with the reason, and nothing changes, also with padding."""
-    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(encoder_layer(), 2), "out": nn.Linear(16, 16)}).eval()
+    """In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel: converted
+    linears would be bypassed without a word, so they are kept with the reason, and nothing changes,
+    also with padding."""
+    model = nn.ModuleDict(
+        {"encoder": nn.TransformerEncoder(encoder_layer(), 2), "out": nn.Linear(16, 16)}
+    ).eval()
     x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
     padding[1, 3:] = True
     with torch.no_grad():
@@ -386,10 +448,13 @@ def assert_uses_what_it_converted(layer: nn.Module, x: torch.Tensor) -> None:
 
 
 def test_layers_that_cannot_take_the_fast_path_are_converted() -> None:
-    """A sequence-first layer, which is torch's default, a forward of one's own, and a decoder layer."""
+    """A sequence-first layer, which is torch's default, a forward of one's own, and a decoder
+    layer."""
     sequence_first = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
     assert_uses_what_it_converted(sequence_first, torch.randn(5, 2, 16))
-    assert_uses_what_it_converted(OwnEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16))
+    assert_uses_what_it_converted(
+        OwnEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)
+    )
     decoder = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     quiet(decoder)
     assert type(decoder.linear1) is nvfp4.Linear
@@ -413,12 +478,17 @@ class Packed(torch.Tensor):
 
 
 def test_tensor_subclasses_are_kept() -> None:
-    """A weight or bias that is a tensor subclass has other plans for F.linear: kept, with its reason."""
+    """A weight or bias that is a tensor subclass has other plans for F.linear: kept, with its
+    reason."""
     model = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("weight", "bias", "plain")})
     model["weight"].weight = nn.Parameter(torch.randn(16, 16).as_subclass(Packed))
     model["bias"].bias = nn.Parameter(torch.randn(16).as_subclass(Packed))
     assert type(model["weight"].weight) is Packed
-    assert reasons(quiet(model)) == {"weight": "tensor_subclass", "bias": "tensor_subclass", "plain": None}
+    assert reasons(quiet(model)) == {
+        "weight": "tensor_subclass",
+        "bias": "tensor_subclass",
+        "plain": None,
+    }
 
 
 def test_sharded_parameters_are_converted() -> None:
@@ -450,7 +520,8 @@ def test_fake_parameters_are_converted() -> None:
 
 
 def test_weights_that_are_gathered_when_needed_are_converted() -> None:
-    """DeepSpeed's ZeRO-3 leaves an empty parameter behind until the forward: the sizes of the layer count."""
+    """DeepSpeed's ZeRO-3 leaves an empty parameter behind until the forward: the sizes of the layer
+    count."""
     layer = nn.Linear(16, 16)
     full, layer.weight.data = layer.weight.data, torch.empty(0)
     layer.register_forward_pre_hook(lambda module, _: setattr(module.weight, "data", full))
@@ -459,7 +530,8 @@ def test_weights_that_are_gathered_when_needed_are_converted() -> None:
 
 
 def test_weights_made_by_hooks_are_kept() -> None:
-    """The older weight_norm computes its weight in a hook, so that it is no Parameter: kept as parametrised."""
+    """The older weight_norm computes its weight in a hook, so that it is no Parameter: kept as
+    parametrised."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -468,7 +540,8 @@ def test_weights_made_by_hooks_are_kept() -> None:
 
 
 def test_linear_is_made_by_convert_alone() -> None:
-    """Constructing the class is refused at once, with the way to do it; copies and pickles construct nothing."""
+    """Constructing the class is refused at once, with the way to do it; copies and pickles
+    construct nothing."""
     with pytest.raises(TypeError, match=r"no constructor.*nvfp4\.convert"):
         nvfp4.Linear(8, 8)
     layer = quiet(nn.Linear(8, 8))
@@ -480,13 +553,20 @@ def test_linear_is_made_by_convert_alone() -> None:
 
 
 def noises(model: nn.Module) -> list[tuple[int, int]]:
-    return [(m.nvfp4.noise.seed, m.nvfp4.noise.layer) for m in model.modules() if isinstance(m, nvfp4.Linear)]
+    return [
+        (m.nvfp4.noise.seed, m.nvfp4.noise.layer)
+        for m in model.modules()
+        if isinstance(m, nvfp4.Linear)
+    ]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
-def test_copied_layers_get_noise_of_their_own(copied: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Layers copied, deeply or not, to be further layers of the same model draw the first ones' noise, until convert,
-    called again, gives them indices of their own and says so; the first keep theirs, and a third call finds nothing."""
+def test_copied_layers_get_noise_of_their_own(
+    copied: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers copied, deeply or not, to be further layers of the same model draw the first ones'
+    noise, until convert, called again, gives them indices of their own and says so; the first keep
+    theirs, and a third call finds nothing."""
     model = quiet(Model())
     gradients(model)
     block = Block()
@@ -495,7 +575,10 @@ def test_copied_layers_get_noise_of_their_own(copied: Any, capsys: pytest.Captur
     assert noises(model) == [(5, 0), (5, 1), (5, 2), (5, 3), (5, 2), (5, 3)]
     nvfp4.convert(model, "quartet2")
     assert noises(model) == [(5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5)]
-    assert "; copied layers given noise of their own: layers.2.up, layers.2.down\n" in capsys.readouterr().out
+    assert (
+        "; copied layers given noise of their own: layers.2.up, layers.2.down\n"
+        in capsys.readouterr().out
+    )
     assert {int(calls) for calls in nvfp4.noise_state(model).values()} == {1}
     x, dy = torch.randn(4, 16), torch.randn(4, 32)
     grads = []
@@ -504,15 +587,16 @@ def test_copied_layers_get_noise_of_their_own(copied: Any, capsys: pytest.Captur
         layer(leaf).backward(dy)
         grads.append(leaf.grad)
     assert not torch.equal(*grads)
-    assert [int(calls) for calls in nvfp4.noise_state(model).values()] == [1, 1, 2, 1, 2, 1]  # counted apart
+    # counted apart
+    assert [int(calls) for calls in nvfp4.noise_state(model).values()] == [1, 1, 2, 1, 2, 1]
     nvfp4.convert(model, "quartet2")
     assert "copied layers" not in capsys.readouterr().out
     assert noises(model) == [(5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5)]
 
 
 def test_a_copy_that_stands_alone_keeps_its_noise() -> None:
-    """A deep copy of the whole model, a moving average or a reference, has the original's noise, and convert, called on
-    either of them, leaves it so."""
+    """A deep copy of the whole model, a moving average or a reference, has the original's noise,
+    and convert, called on either of them, leaves it so."""
     model = quiet(Model())
     reference = copy.deepcopy(model)
     for again in (model, reference):
@@ -543,20 +627,29 @@ def assert_equal_steps(got: list[torch.Tensor], want: list[torch.Tensor]) -> Non
 
 
 def _of_tensors(table: dict[str, tuple[Op, Op]]) -> dict[str, tuple[Op, Op]]:
-    """The definition of a recipe with its backward made of x and w themselves, written by hand from its words."""
+    """The definition of a recipe with its backward made of x and w themselves, written by hand from
+    its words."""
     fprop, dgrad, wgrad = table["fprop"], table["dgrad"], table["wgrad"]
 
     def of_tensor(op: Op, forward: Op) -> Op:
         return forward if op.source == "codes" else op._replace(source="x")
 
-    dgrad, wgrad = (dgrad[0], of_tensor(dgrad[1], fprop[1])), (wgrad[0], of_tensor(wgrad[1], fprop[0]))
+    dgrad, wgrad = (
+        (dgrad[0], of_tensor(dgrad[1], fprop[1])),
+        (wgrad[0], of_tensor(wgrad[1], fprop[0])),
+    )
     return {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden"])
-def test_bf16_forward_is_the_plain_forward_and_an_nvfp4_backward(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """y is F.linear's to the bit; dx and dw are NVFP4 products of dy with w and x themselves, quantised by the recipe's
-    quantisers with its noise, put together by hand; and back again it is the recipe as if nothing had happened."""
+@pytest.mark.parametrize(
+    "recipe", ["rtn", "nvidia", "four_over_six", "tetrajet2", "quartet2", "search_eden"]
+)
+def test_bf16_forward_is_the_plain_forward_and_an_nvfp4_backward(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y is F.linear's to the bit; dx and dw are NVFP4 products of dy with w and x themselves,
+    quantised by the recipe's quantisers with its noise, put together by hand; and back again it is
+    the recipe as if nothing had happened."""
     layer, plain = layer_and_plain(recipe)
     untouched = copy.deepcopy(layer)
     x, dy = torch.randn(37, 48), torch.randn(37, 32)
@@ -568,7 +661,12 @@ def test_bf16_forward_is_the_plain_forward_and_an_nvfp4_backward(recipe: str, mo
         pairs = operands("switched", x, layer.weight.detach(), dy, Noise(5, call=call))
         assert_equal_steps(
             [y, dx, dw, db],
-            [exact[0], product(pairs["dgrad"], torch.float32), product(pairs["wgrad"], torch.float32), exact[3]],
+            [
+                exact[0],
+                product(pairs["dgrad"], torch.float32),
+                product(pairs["wgrad"], torch.float32),
+                exact[3],
+            ],
         )
         assert not torch.equal(dw, exact[2])
         step(untouched, x, dy)
@@ -583,7 +681,9 @@ def test_bf16_forward_is_a_recipe_like_any_other(recipe: Recipe) -> None:
     switched = recipe.with_dense_forward()
     assert Recipe.from_dict(switched.to_dict()) == switched
     assert not switched.fprop.quantized
-    backward = [operand for gemm in (switched.dgrad, switched.wgrad) for operand in (gemm.left, gemm.right)]
+    backward = [
+        operand for gemm in (switched.dgrad, switched.wgrad) for operand in (gemm.left, gemm.right)
+    ]
     assert {operand.source for operand in backward} == {"tensor"}
     assert switched.quantized == (recipe.name not in ("bf16", "rl"))
 
@@ -597,8 +697,8 @@ def test_bf16_forward_of_rl_is_the_plain_layer() -> None:
 
 
 def test_forward_precision_as_a_call_and_as_a_context() -> None:
-    """A call lasts, and again changes nothing; a context ends, also after an exception, nests, and puts back what it
-    found, be that a switch made before."""
+    """A call lasts, and again changes nothing; a context ends, also after an exception, nests, and
+    puts back what it found, be that a switch made before."""
     model = quiet(Model())
     nvfp4_y = model(TOKENS).detach()
     with nvfp4.disabled(model):
@@ -623,8 +723,8 @@ def test_forward_precision_as_a_call_and_as_a_context() -> None:
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_forward_precision_travels_and_shows(how: Any) -> None:
-    """A copy and a pickle carry the switch and can be switched back, apart from the original; repr and report name it;
-    revert leaves nothing of it."""
+    """A copy and a pickle carry the switch and can be switched back, apart from the original; repr
+    and report name it; revert leaves nothing of it."""
     model = quiet(Model(), "nvidia")
     plain = snapshot(nvfp4.revert(copy.deepcopy(model)))
     nvfp4.forward_precision(model, "bf16")
@@ -632,7 +732,10 @@ def test_forward_precision_travels_and_shows(how: Any) -> None:
     assert "recipe=nvidia+bf16_forward" in repr(twin.layers[0].up)
     row = nvfp4.report(twin).layers[0]
     assert (row.recipe, row.precisions) == ("nvidia+bf16_forward", ("bf16", "nvfp4", "nvfp4"))
-    assert "nvidia+bf16_forward: fprop high precision / high precision; dgrad sr_te / rtn_2d" in str(nvfp4.report(twin))
+    assert (
+        "nvidia+bf16_forward: fprop high precision / high precision; dgrad sr_te / rtn_2d"
+        in str(nvfp4.report(twin))
+    )
     assert_floats_bitwise(twin(TOKENS), model(TOKENS), "copy")
     nvfp4.forward_precision(twin, "nvfp4")
     assert "recipe=nvidia," in repr(twin.layers[0].up)
@@ -642,7 +745,8 @@ def test_forward_precision_travels_and_shows(how: Any) -> None:
 
 
 def test_a_switched_training_resumes_bit_for_bit() -> None:
-    """Noise state and state_dict resume a training that has switched, given the same switch; without it they do not."""
+    """Noise state and state_dict resume a training that has switched, given the same switch;
+    without it they do not."""
 
     def train(model: nn.Module, steps: int) -> nn.Module:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -672,13 +776,19 @@ def test_a_switched_training_resumes_bit_for_bit() -> None:
         if switched:
             nvfp4.forward_precision(resumed, "bf16")
         train(resumed, 2)
-        same = all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(resumed.parameters(), straight.parameters(), strict=True)
+        )
         assert same == switched
 
 
 def test_forward_precision_says_what_is_wrong() -> None:
-    """Another precision is refused with the choice; a model without converted layers is warned of."""
-    with pytest.raises(ValueError, match=r"precision must be one of \('nvfp4', 'bf16'\), got 'fp8'"):
+    """Another precision is refused with the choice; a model without converted layers is warned
+    of."""
+    with pytest.raises(
+        ValueError, match=r"precision must be one of \('nvfp4', 'bf16'\), got 'fp8'"
+    ):
         nvfp4.forward_precision(quiet(Model()), "fp8")
     with pytest.warns(nvfp4.ConvertWarning, match="no converted layer") as caught:
         nvfp4.forward_precision(Model(), "bf16")
@@ -686,7 +796,8 @@ def test_forward_precision_says_what_is_wrong() -> None:
 
 
 def test_revert_refuses_a_layer_whose_class_has_changed() -> None:
-    """``fully_shard(layer)`` gives the layer itself another class, which reverting would drop: nothing is changed."""
+    """``fully_shard(layer)`` gives the layer itself another class, which reverting would drop:
+    nothing is changed."""
     model = nvfp4.convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "rtn", verbose=False)
     model[1].__class__ = type("FSDPLinear", (nvfp4.Linear,), {})
     with pytest.raises(RuntimeError, match="FSDPLinear: revert before fully_shard"):
@@ -704,7 +815,8 @@ def test_revert_refuses_a_layer_whose_class_has_changed() -> None:
     ids=str,
 )
 def test_arguments_of_another_type_are_named(arguments: dict[str, Any], message: str) -> None:
-    """A TypeError says which argument, what was expected and what came; so does one for the model."""
+    """A TypeError says which argument, what was expected and what came; so does one for the
+    model."""
     with pytest.raises(TypeError, match=message):
         nvfp4.convert(nn.Linear(8, 8), "rtn", **arguments)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):

@@ -25,7 +25,11 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python module in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment(), capture_output=True, text=True, timeout=HANG
+        [sys.executable, "-m", *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
     )
 
 
@@ -39,7 +43,9 @@ def test_processes_are_told_what_torchrun_tells(tmp_path):
     of_the_agent = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"}
     assert told.keys() - environment().keys() - of_the_agent == ours.keys()
     free = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID"}
-    assert {name: told[name] for name in ours.keys() - free} == {name: ours[name] for name in ours.keys() - free}
+    assert {name: told[name] for name in ours.keys() - free} == {
+        name: ours[name] for name in ours.keys() - free
+    }
 
 
 def run_checks(folder: Path, processes: int) -> dict[str, list[str | None]]:
@@ -68,7 +74,9 @@ def four(two):
 
 def verdict(results: dict[str, list[str | None]], name: str) -> None:
     errors = results.get(name, ["not reached: an earlier check failed"])
-    assert not any(errors), "\n".join(f"process {rank}: {error}" for rank, error in enumerate(errors) if error)
+    assert not any(errors), "\n".join(
+        f"process {rank}: {error}" for rank, error in enumerate(errors) if error
+    )
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in worker.CHECKS[2]])
@@ -85,7 +93,8 @@ def test_on_four_processes(four, check):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_two_processes_loads_on_one_and_on_four(two, four):
-    """DCP: weights and momentum arrive to the bit, and one process that plays both ranks goes on to the bit."""
+    """DCP: weights and momentum arrive to the bit, and one process that plays both ranks goes on to
+    the bit."""
     alone = worker.net("search_eden")
     optimizer = worker.sgd(alone)
     worker.play(alone, optimizer, range(2), 2)
@@ -97,12 +106,22 @@ def test_a_checkpoint_of_two_processes_loads_on_one_and_on_four(two, four):
         worker.assert_same(torch.load(four[0] / f"{rank}.pt"), worker.tensors(alone, optimizer))
     worker.assert_same(worker.tensors(model, optimizer_of_model), worker.tensors(alone, optimizer))
     assert nvfp4.noise_state(model) == nvfp4.noise_state(alone)
-    losses = [worker.play(m, o, range(2, 4), 2) for m, o in ((alone, optimizer), (model, optimizer_of_model))]
+    losses = [
+        worker.play(m, o, range(2, 4), 2)
+        for m, o in ((alone, optimizer), (model, optimizer_of_model))
+    ]
     assert losses[0] == losses[1]
     worker.assert_same(worker.tensors(model, optimizer_of_model), worker.tensors(alone, optimizer))
 
 
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE = [
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
 
 
@@ -114,13 +133,23 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     ],
 )
 def test_the_loop_under_a_launcher_gives_the_losses_of_one_process(tmp_path, launcher):
-    """Two sequences a step, each quantised by itself: a + b in both, so loss and norm are equal to the bit.
+    """Two sequences a step, each quantised by itself: a + b in both, so loss and norm are equal to
+    the bit.
 
-    rtn, since stochastic rounding differs between processes by design. torchrun is slow: accelerate starts its
-    processes through it.
+    rtn, since stochastic rounding differs between processes by design. torchrun is slow: accelerate
+    starts its processes through it.
     """
     texts = write_texts(tmp_path / "texts")
-    config = tiny(tmp_path / "one", texts, recipe="rtn", batch=2, micro_batch=1, steps=6, save_every=0, eval_every=0)
+    config = tiny(
+        tmp_path / "one",
+        texts,
+        recipe="rtn",
+        batch=2,
+        micro_batch=1,
+        steps=6,
+        save_every=0,
+        eval_every=0,
+    )
     pretrain(config)
     one = steps_of(tmp_path / "one")
     path = tmp_path / "many.yaml"
@@ -130,4 +159,7 @@ def test_the_loop_under_a_launcher_gives_the_losses_of_one_process(tmp_path, lau
     assert "2 process(es)" in run.stdout
     many = steps_of(tmp_path / "many")
     for step in range(1, 7):
-        assert (many[step]["loss"], many[step]["grad_norm"]) == (one[step]["loss"], one[step]["grad_norm"]), step
+        assert (many[step]["loss"], many[step]["grad_norm"]) == (
+            one[step]["loss"],
+            one[step]["grad_norm"],
+        ), step

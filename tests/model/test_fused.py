@@ -1,5 +1,5 @@
-"""Norms and SwiGLUs that are quantised without being written: the same numbers as written ones, less memory, and models
-that keep everything else they had."""
+"""Norms and SwiGLUs that are quantised without being written: the same numbers as written ones,
+less memory, and models that keep everything else they had."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ RECIPES = ["rtn", "nvidia", "four_over_six", "tetrajet2", "quartet2", "search_ed
 WIDTH, TOKENS = 64, 24
 
 
-def layers(recipe: str | None, *outputs: int, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> nn.ModuleList:
+def layers(
+    recipe: str | None, *outputs: int, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16
+) -> nn.ModuleList:
     """Linear layers side by side, converted unless ``recipe`` is None."""
     torch.manual_seed(0)
     stack = nn.ModuleList(nn.Linear(width, n, bias=n % 32 == 0, dtype=dtype) for n in outputs)
@@ -35,7 +37,9 @@ def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Ten
     return x, up, (1 + torch.randn(WIDTH) / 4).to(dtype)
 
 
-def gradients(stack: nn.Module, run: Callable[..., tuple], *tensors: torch.Tensor) -> list[torch.Tensor]:
+def gradients(
+    stack: nn.Module, run: Callable[..., tuple], *tensors: torch.Tensor
+) -> list[torch.Tensor]:
     """Outputs, and the gradients of inputs and parameters, of one pass from the beginning."""
     nvfp4.load_noise_state(stack, dict.fromkeys(nvfp4.noise_state(stack), 0))
     leaves = [t.clone().requires_grad_() for t in tensors]
@@ -60,7 +64,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_bit_depends_on_writing(recipe: str, written: Callable[[], None]) -> None:
-    """Outputs and every gradient, of three layers behind one norm and of one behind a SwiGLU, with and without."""
+    """Outputs and every gradient, of three layers behind one norm and of one behind a SwiGLU, with
+    and without."""
     stack = layers(recipe, 32, 48, 64)
     x, up, weight = inputs()
     runs = [
@@ -87,15 +92,22 @@ def test_the_result_is_the_formula_then_the_layer() -> None:
 
 
 def test_gradients_are_those_of_float64() -> None:
-    """Through layers that are not converted, in float32: each sum is of 64 terms or fewer, so about 1e-6 relative."""
+    """Through layers that are not converted, in float32: each sum is of 64 terms or fewer, so about
+    1e-6 relative."""
     stack = layers(None, 32, 48, dtype=torch.float32)
     x, up, weight = inputs(torch.float32)
 
     def exact(x: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
         gated = x * torch.sigmoid(x) * up
-        wide = [(layer.weight.double(), layer.bias.double() if layer.bias is not None else None) for layer in stack]
-        ys = nn.functional.linear(normal, *wide[0]).tanh(), nn.functional.linear(gated, *wide[1]).tanh()
+        wide = [
+            (layer.weight.double(), layer.bias.double() if layer.bias is not None else None)
+            for layer in stack
+        ]
+        ys = (
+            nn.functional.linear(normal, *wide[0]).tanh(),
+            nn.functional.linear(gated, *wide[1]).tanh(),
+        )
         return ys[0].sum() + ys[1].sum()
 
     leaves = [t.double().requires_grad_() for t in (x, up, weight)]
@@ -122,8 +134,8 @@ def saved_bytes(run: Callable[[], object]) -> dict[int, tuple[torch.dtype, int]]
 
 @pytest.mark.parametrize("recipe", ["rtn", "nvidia", "search_eden"])
 def test_codes_are_kept_once_and_no_activation(recipe: str) -> None:
-    """Of x itself, two bytes an element; of what was normalised, one set of codes for three layers; of SwiGLU, gate, up
-    and codes. Nothing else of that size, whatever the dtype."""
+    """Of x itself, two bytes an element; of what was normalised, one set of codes for three layers;
+    of SwiGLU, gate, up and codes. Nothing else of that size, whatever the dtype."""
     stack = layers(recipe, 40, 40, 40)
     x, up, weight = (t.requires_grad_() for t in inputs())
     own = {t.untyped_storage().data_ptr() for t in (x, up, weight, *stack.parameters())}
@@ -133,7 +145,9 @@ def test_codes_are_kept_once_and_no_activation(recipe: str) -> None:
         """Sizes of what belongs to x's side: weights' codes have other lengths."""
         kept = saved_bytes(run)
         sizes = [size for address, (dtype, size) in kept.items() if address not in own]
-        assert all(dtype == torch.uint8 or size <= 8 for a, (dtype, size) in kept.items() if a not in own)
+        assert all(
+            dtype == torch.uint8 or size <= 8 for a, (dtype, size) in kept.items() if a not in own
+        )
         weights = {40 * WIDTH // 2, 40 * WIDTH // 16, 3 * WIDTH // 16}
         return sorted(size for size in sizes if size > 8 and size not in weights)
 
@@ -156,7 +170,8 @@ def test_layers_with_other_recipes_share_no_codes(written: Callable[[], None]) -
 
 
 def test_everybody_else_finds_an_ordinary_tensor() -> None:
-    """Arithmetic, indexing, views, iteration; shapes without writing; written once, with a gradient."""
+    """Arithmetic, indexing, views, iteration; shapes without writing; written once, with a
+    gradient."""
     x, _, weight = inputs()
     x.requires_grad_()
     y = rms_norm(x, weight, 1e-6)
@@ -167,19 +182,27 @@ def test_everybody_else_finds_an_ordinary_tensor() -> None:
     assert not y.is_written
     assert torch.equal(y.reshape(2, -1), want.reshape(2, -1))
     assert y.is_written
-    for use in (lambda t: t + 1, lambda t: 2 * t, lambda t: t[0, 1:], lambda t: t.float().sum(), torch.relu):
+    for use in (
+        lambda t: t + 1,
+        lambda t: 2 * t,
+        lambda t: t[0, 1:],
+        lambda t: t.float().sum(),
+        torch.relu,
+    ):
         assert torch.equal(use(y), use(want))
         assert type(use(y)) is torch.Tensor
     assert torch.equal(next(iter(y)), want[0])
     assert torch.equal(torch.cat([y, y]), torch.cat([want, want]))
     assert y.tolist() == want.tolist()
     y.sum().backward()
-    assert torch.equal(x.grad.view(-1, WIDTH), RMSNorm(x.detach().view(-1, WIDTH), weight, 1e-6).gradients(
-        torch.ones(TOKENS, WIDTH, dtype=torch.bfloat16))[0])  # fmt: skip
+    alone = RMSNorm(x.detach().view(-1, WIDTH), weight, 1e-6)
+    want = alone.gradients(torch.ones(TOKENS, WIDTH, dtype=torch.bfloat16))[0]
+    assert torch.equal(x.grad.view(-1, WIDTH), want)
 
 
 def test_changes_in_place_are_never_missed() -> None:
-    """Of the activation: layers use what it became. Of its input: refused, since the activation is made later."""
+    """Of the activation: layers use what it became. Of its input: refused, since the activation is
+    made later."""
     stack = layers("rtn", 32)
     x, _, weight = inputs()
     y, z = rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6).clone()
@@ -207,9 +230,16 @@ def test_bad_arguments_are_refused() -> None:
         g.sum().backward()
 
 
-def causal_lm(kind: type = LlamaConfig, recipe: str | None = "nvidia", **changes: object) -> nn.Module:
+def causal_lm(
+    kind: type = LlamaConfig, recipe: str | None = "nvidia", **changes: object
+) -> nn.Module:
     """A model of two blocks; converted and not fused."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = kind(**{**sizes, "num_key_value_heads": 2, "vocab_size": 64, "head_dim": 16} | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -234,9 +264,14 @@ PARTS = ("input_layernorm", "mlp", "post_attention_layernorm")
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen3Config])
 def test_models_are_fused_and_separated(kind: type, written: Callable[[], None]) -> None:
-    """Norms before attention and MLP and the MLPs; not the last norm, nor those of q and k; and back again."""
+    """Norms before attention and MLP and the MLPs; not the last norm, nor those of q and k; and
+    back again."""
     model = causal_lm(kind)
-    before, names, classes = loss_and_gradients(model), list(model.state_dict()), [type(m) for m in model.modules()]
+    before, names, classes = (
+        loss_and_gradients(model),
+        list(model.state_dict()),
+        [type(m) for m in model.modules()],
+    )
     verdicts = nvfp4.fuse(model)
     assert sorted(name for name, verdict in verdicts.items() if verdict == "fused") == [
         f"model.layers.{i}.{part}" for i in (0, 1) for part in PARTS
@@ -247,7 +282,8 @@ def test_models_are_fused_and_separated(kind: type, written: Callable[[], None])
     assert all(isinstance(m, was) for m, was in zip(model.modules(), classes, strict=True))
     assert nvfp4.fuse(model) == verdicts, "fusing twice changes nothing"
     got = loss_and_gradients(model)
-    assert abs(got[0] - before[0]) < 0.01 * before[0]  # torch's norm may round another way, which moves codes
+    # torch's norm may round another way, which moves codes
+    assert abs(got[0] - before[0]) < 0.01 * before[0]
     assert set(nvfp4.fuse(model, False).values()) == {"separated"}
     assert [type(m) for m in model.modules()] == classes
     assert_equal(loss_and_gradients(model), before)
@@ -257,8 +293,11 @@ def test_models_are_fused_and_separated(kind: type, written: Callable[[], None])
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
-def test_with_one_definition_of_the_norm_nothing_changes(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose own norm and activation compute what ``activations`` defines gives the same bits fused or not."""
+def test_with_one_definition_of_the_norm_nothing_changes(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose own norm and activation compute what ``activations`` defines gives the same
+    bits fused or not."""
     model = causal_lm(kind)
 
     def normalized(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -278,7 +317,8 @@ def test_with_one_definition_of_the_norm_nothing_changes(kind: type, monkeypatch
 
 
 def test_a_fused_model_keeps_what_it_had() -> None:
-    """Copies, pickles, hooks, both kinds of checkpointing, no_grad, inference_mode, switching nvfp4 off, revert."""
+    """Copies, pickles, hooks, both kinds of checkpointing, no_grad, inference_mode, switching nvfp4
+    off, revert."""
     model = causal_lm()
     nvfp4.fuse(model)
     want = loss_and_gradients(model)
@@ -308,7 +348,8 @@ def test_a_fused_model_keeps_what_it_had() -> None:
 
 
 def test_under_autocast(written: Callable[[], None]) -> None:
-    """float32 parameters: the norm stays float32, as it does in the model, and the layers give BF16."""
+    """float32 parameters: the norm stays float32, as it does in the model, and the layers give
+    BF16."""
     model = causal_lm().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = loss_and_gradients(model)
@@ -354,7 +395,8 @@ def test_compiled_graphs_compute_as_without() -> None:
 
 @pytest.mark.parametrize("path", ["mlp.down_proj", "self_attn.q_proj", "self_attn"])
 def test_a_part_that_is_compiled_by_itself_reads_what_is_deferred(path: str) -> None:
-    """Its graph breaks there; before, tracing met memory that does not exist. The same bits, and gradients."""
+    """Its graph breaks there; before, tracing met memory that does not exist. The same bits, and
+    gradients."""
     model = causal_lm(num_hidden_layers=1)
     nvfp4.fuse(model)
     want = loss_and_gradients(model)
@@ -365,8 +407,8 @@ def test_a_part_that_is_compiled_by_itself_reads_what_is_deferred(path: str) -> 
 
 
 def test_disabled_is_the_model_that_it_was() -> None:
-    """To the bit, with second derivatives and under torch.func, all of which fused modules refuse; fused again after
-    it, also when it ends in an error."""
+    """To the bit, with second derivatives and under torch.func, all of which fused modules refuse;
+    fused again after it, also when it ends in an error."""
     model = causal_lm(num_hidden_layers=1)
     block, x = model.model.layers[0], inputs()[0]
 
@@ -414,7 +456,8 @@ class PlusOneRMSNorm(nn.Module):
 
 
 class DroppingMLP(nn.Module):
-    """Something between the product and the last layer; and with ``swapped``, the other operand activated."""
+    """Something between the product and the last layer; and with ``swapped``, the other operand
+    activated."""
 
     def __init__(self, swapped: bool = False) -> None:
         super().__init__()
@@ -430,7 +473,9 @@ class DroppingMLP(nn.Module):
 
 def test_what_is_something_else_is_left_alone_with_the_reason() -> None:
     """Another formula, another activation, another forward, layers that are not converted."""
-    block = nn.ModuleDict({"input_rmsnorm": PlusOneRMSNorm(64), "drop": DroppingMLP(), "swap": DroppingMLP(True)})
+    block = nn.ModuleDict(
+        {"input_rmsnorm": PlusOneRMSNorm(64), "drop": DroppingMLP(), "swap": DroppingMLP(True)}
+    )
     block["linear"] = layers(None, 64)[0]
     block.eval()
     nvfp4.convert(block, "rtn", verbose=False)

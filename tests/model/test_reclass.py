@@ -1,4 +1,5 @@
-"""A module that changes its class in place: everything else stays, and copies and pickles find the class again."""
+"""A module that changes its class in place: everything else stays, and copies and pickles find the
+class again."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Halved(nn.Linear):
 
 
 def test_a_class_is_mixed_in_and_taken_out():
-    """Identity, parameters, hooks and isinstance stay; the class is one for all modules of a kind."""
+    """Identity, parameters, hooks and isinstance stay; the class is one for all modules of a
+    kind."""
     one, other, x = nn.Linear(3, 2), nn.Linear(3, 2), torch.randn(4, 3)
     want, weight, seen = one(x), one.weight, []
     one.register_forward_hook(lambda module, args, y: seen.append(module))
@@ -56,7 +58,9 @@ def test_a_subclass_is_taken_as_it_is():
     assert type(layer) is nn.Linear
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
 @pytest.mark.parametrize("kind", [Doubling, Halved])
 def test_copies_and_pickles_are_of_the_same_class(kind, copied):
     """And compute the same; a class that was made at run time cannot be found by its name."""
@@ -72,7 +76,8 @@ def test_copies_and_pickles_are_of_the_same_class(kind, copied):
 
 
 def test_a_class_that_was_derived_since_cannot_be_restored():
-    """As ``fully_shard`` derives one from the class of the module that it is called on; its copies are its own."""
+    """As ``fully_shard`` derives one from the class of the module that it is called on; its copies
+    are its own."""
     layer = nn.Linear(3, 2)
     reclass(layer, Doubling)
     assert can_restore(layer)

@@ -1,4 +1,5 @@
-"""Layers that share the amax of their weights: one global scale, so the fused matrix is the one that was trained."""
+"""Layers that share the amax of their weights: one global scale, so the fused matrix is the one
+that was trained."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(48, 32), nn.Linear(48, 16), nn.Linear(48, 16, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(48, 32),
+            nn.Linear(48, 16),
+            nn.Linear(48, 16, bias=False),
+        )
         with torch.no_grad():
             self.k_proj.weight.mul_(5)
 
@@ -35,7 +40,9 @@ class Attention(nn.Module):
 
 def converted(recipe: str | Recipe = "quartet2", **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return nvfp4.convert(nn.ModuleList([Attention(), Attention()]), recipe, seed=1, verbose=False, **kwargs)
+    return nvfp4.convert(
+        nn.ModuleList([Attention(), Attention()]), recipe, seed=1, verbose=False, **kwargs
+    )
 
 
 def codes_of(layer: Linear) -> nvfp4.QTensor:
@@ -45,12 +52,15 @@ def codes_of(layer: Linear) -> nvfp4.QTensor:
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_the_fused_matrix_is_the_one_that_was_trained(recipe: str) -> None:
-    """q, k and v side by side are, bit for bit, codes, scales and output of the fused weight quantised as one."""
+    """q, k and v side by side are, bit for bit, codes, scales and output of the fused weight
+    quantised as one."""
     block = converted(recipe)[0]
     assert nvfp4.share_amax(block) == [("q_proj", "k_proj", "v_proj")]
     layers = (block.q_proj, block.k_proj, block.v_proj)
     spec = RECIPES[recipe].fprop.right
-    fused = quantize(torch.cat([layer.weight.detach() for layer in layers]), spec.quantizer, **dict(spec.options))
+    fused = quantize(
+        torch.cat([layer.weight.detach() for layer in layers]), spec.quantizer, **dict(spec.options)
+    )
     parts = [codes_of(layer) for layer in layers]
     assert torch.equal(torch.cat([part.codes for part in parts]), fused.codes)
     assert torch.equal(torch.cat([part.block_scale for part in parts]), fused.block_scale)
@@ -65,7 +75,8 @@ def test_the_fused_matrix_is_the_one_that_was_trained(recipe: str) -> None:
 
 
 def test_only_the_largest_keeps_its_scale_and_all_follow_it() -> None:
-    """Alone each layer has its own scale; shared, a change of the largest weight by any route moves all of them."""
+    """Alone each layer has its own scale; shared, a change of the largest weight by any route moves
+    all of them."""
     model = converted()
     alone = [codes_of(layer).global_scale.item() for layer in (model[0].q_proj, model[0].k_proj)]
     assert alone[0] < alone[1]
@@ -80,7 +91,8 @@ def test_only_the_largest_keeps_its_scale_and_all_follow_it() -> None:
 
 
 def test_copies_share_among_themselves() -> None:
-    """A deep copy or a pickle of the model shares within the copy: changing the original leaves it alone."""
+    """A deep copy or a pickle of the model shares within the copy: changing the original leaves it
+    alone."""
     model = converted()
     nvfp4.share_amax(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -92,12 +104,17 @@ def test_copies_share_among_themselves() -> None:
 
 
 def test_a_step_of_training_compiled_and_eager() -> None:
-    """Forward and backward run, alike to the bit in a compiled graph, and the backward decodes the shared codes."""
+    """Forward and backward run, alike to the bit in a compiled graph, and the backward decodes the
+    shared codes."""
     eager, compiled = converted()[0], converted()[0]
     x, results = torch.randn(20, 48), []
     for block in (eager, compiled):
         nvfp4.share_amax(block)
-        run = torch.compile(block, fullgraph=True, backend="aot_eager") if block is compiled else block
+        run = (
+            torch.compile(block, fullgraph=True, backend="aot_eager")
+            if block is compiled
+            else block
+        )
         y = run(x)
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad for p in block.parameters())])
@@ -108,7 +125,8 @@ def test_a_step_of_training_compiled_and_eager() -> None:
 
 
 def test_non_finite_weights_reach_all() -> None:
-    """A NaN in one weight of a fused matrix makes all of its output NaN, as it would in one GEMM."""
+    """A NaN in one weight of a fused matrix makes all of its output NaN, as it would in one
+    GEMM."""
     block = converted()[0]
     nvfp4.share_amax(block)
     with torch.no_grad():
@@ -117,19 +135,23 @@ def test_non_finite_weights_reach_all() -> None:
 
 
 def test_what_cannot_share_is_refused() -> None:
-    """Different recipes, stochastic or row-scaled weights: one error that names the layers; kept layers join none."""
+    """Different recipes, stochastic or row-scaled weights: one error that names the layers; kept
+    layers join none."""
     mixed = converted({"q_proj": "rtn", "*": "quartet2"})
     with pytest.raises(ValueError, match=r"0\.q_proj.*different recipes"):
         nvfp4.share_amax(mixed)
     stochastic = Recipe("stochastic", Gemm(operand("rtn"), operand("sr")))
     with pytest.raises(ValueError, match="no single scale"):
         nvfp4.share_amax(converted(stochastic))
-    assert nvfp4.share_amax(converted(exclude="q_proj")) == [(f"{i}.k_proj", f"{i}.v_proj") for i in (0, 1)]
+    assert nvfp4.share_amax(converted(exclude="q_proj")) == [
+        (f"{i}.k_proj", f"{i}.v_proj") for i in (0, 1)
+    ]
     assert nvfp4.share_amax(converted(include="q_proj")) == []
 
 
 def test_sharing_survives_what_convert_does_to_copies() -> None:
-    """A copied block that is converted again gets noise of its own and goes on sharing among its own layers."""
+    """A copied block that is converted again gets noise of its own and goes on sharing among its
+    own layers."""
     model = converted()
     nvfp4.share_amax(model)
     model.append(copy.deepcopy(model[0]))
@@ -142,7 +164,8 @@ def test_sharing_survives_what_convert_does_to_copies() -> None:
 
 
 def test_a_refusal_changes_nothing() -> None:
-    """Overlapping groups, mixed dtypes, names instead of groups: an error, and the sharing that was there stays."""
+    """Overlapping groups, mixed dtypes, names instead of groups: an error, and the sharing that was
+    there stays."""
     model = converted()
     nvfp4.share_amax(model)
     before = [layer.nvfp4.cache.group for layer in layers(model).values()]
@@ -157,13 +180,15 @@ def test_a_refusal_changes_nothing() -> None:
 
 
 def test_kept_codes_ask_for_no_amax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside ``fixed_weights`` the amax is worked out once a weight, nothing is read on the host, and a change of
-    another layer's weight in place makes the codes anew."""
+    """Inside ``fixed_weights`` the amax is worked out once a weight, nothing is read on the host,
+    and a change of another layer's weight in place makes the codes anew."""
     block = converted()[0]
     nvfp4.share_amax(block)
     x, seen = torch.randn(3, 48), []
     monkeypatch.setattr(weight_cache, "magnitude", lambda w: seen.append(w) or magnitude(w))
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a value was read on the host"))
+    monkeypatch.setattr(
+        torch.Tensor, "item", lambda tensor: pytest.fail("a value was read on the host")
+    )
     with torch.no_grad(), nvfp4.fixed_weights(block):
         block(x)
         assert len(seen) == 3

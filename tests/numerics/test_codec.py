@@ -1,4 +1,5 @@
-"""Codes and values are one to one, for every code there is: 16 of E2M1, 256 packed bytes, 128 of E4M3."""
+"""Codes and values are one to one, for every code there is: 16 of E2M1, 256 packed bytes, 128 of
+E4M3."""
 
 from __future__ import annotations
 
@@ -30,9 +31,12 @@ def test_all_e4m3_bytes() -> None:
 
 
 def test_e4m3_is_torch_float8() -> None:
-    """torch's conversion of each grid value gives our byte: what scaled_mm will read is what we wrote."""
+    """torch's conversion of each grid value gives our byte: what scaled_mm will read is what we
+    wrote."""
     values = torch.from_numpy(oracle.E4M3.values)
-    assert_bytes_equal(e4m3_encode(values), values.to(torch.float8_e4m3fn).view(torch.uint8), "e4m3")
+    assert_bytes_equal(
+        e4m3_encode(values), values.to(torch.float8_e4m3fn).view(torch.uint8), "e4m3"
+    )
 
 
 def test_all_packed_bytes() -> None:
@@ -60,7 +64,8 @@ def test_empty() -> None:
 
 
 def test_tables_are_made_once_a_device_and_never_kept_from_a_mode():
-    """A copy to a GPU cannot go into a CUDA graph, so decoding must find its table there; fake tensors are not kept."""
+    """A copy to a GPU cannot go into a CUDA graph, so decoding must find its table there; fake
+    tensors are not kept."""
     cpu = torch.device("cpu")
     with FakeTensorMode():
         fake = constant((1.0, -2.5), cpu)

@@ -8,9 +8,19 @@ import pytest
 import torch
 from assertions import assert_floats_bitwise
 
-from nvfp4.numerics.hadamard import GROUPS, NVIDIA_SIGNS, Rotation, fwht, nvidia_rotate, rotate, rotation_signs
+from nvfp4.numerics.hadamard import (
+    GROUPS,
+    NVIDIA_SIGNS,
+    Rotation,
+    fwht,
+    nvidia_rotate,
+    rotate,
+    rotation_signs,
+)
 
-ALL = pytest.mark.parametrize(("group", "rounds"), [(group, rounds) for group in GROUPS for rounds in (1, 2, 3)])
+ALL = pytest.mark.parametrize(
+    ("group", "rounds"), [(group, rounds) for group in GROUPS for rounds in (1, 2, 3)]
+)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -36,16 +46,19 @@ def test_fwht_is_the_hadamard_matrix(n: int, rng: np.random.Generator) -> None:
 
 
 @ALL
-def test_rotate_agrees_with_the_oracle(group: int, rounds: int, rng: np.random.Generator, seed: int) -> None:
+def test_rotate_agrees_with_the_oracle(
+    group: int, rounds: int, rng: np.random.Generator, seed: int
+) -> None:
     """Bit for bit, with a length that is no multiple of the group, over all magnitudes.
 
-    Where sums are denormal or overflow, one sees which of two rounds multiplies by which power of two.
-    On a GPU whose sums run on tensor cores a rotation may differ in its last bits; those backends have a measured share
-    of their own. Nothing here does.
+    Where sums are denormal or overflow, one sees which of two rounds multiplies by which power of
+    two. On a GPU whose sums run on tensor cores a rotation may differ in its last bits; those
+    backends have a measured share of their own. Nothing here does.
     """
-    x = (rng.uniform(-1, 1, (6, 2 * group + 5)) * 2.0 ** np.array([[-146], [-140], [-20], [20], [120], [127]])).astype(
-        np.float32
-    )
+    x = (
+        rng.uniform(-1, 1, (6, 2 * group + 5))
+        * 2.0 ** np.array([[-146], [-140], [-20], [20], [120], [127]])
+    ).astype(np.float32)
     got = rotate(torch.from_numpy(x), seed, rounds=rounds, group=group)
     assert_floats_bitwise(got, oracle.rotate(x, seed, rounds=rounds, group=group), "y")
 
@@ -54,9 +67,10 @@ def test_rotate_agrees_with_the_oracle(group: int, rounds: int, rng: np.random.G
 def test_rotation_is_orthonormal(group: int, rounds: int, seed: int) -> None:
     """R R^T = 1, the property that lets (A R)(B R)^T = A B^T stand in for A B^T.
 
-    Exact where all factors are powers of two: an even number of rounds, or group = 2^p with p even. Then entries are
-    multiples of 1/group and their products sum exactly. Otherwise the last factor is fl(2^(-p/2)), a relative error of
-    2^-24 in each row, 2^-23 in its square, and the sums of the butterflies may add 7 times 2^-24.
+    Exact where all factors are powers of two: an even number of rounds, or group = 2^p with p even.
+    Then entries are multiples of 1/group and their products sum exactly. Otherwise the last factor
+    is fl(2^(-p/2)), a relative error of 2^-24 in each row, 2^-23 in its square, and the sums of the
+    butterflies may add 7 times 2^-24.
     """
     rotation = rotate(torch.eye(group), seed, rounds=rounds, group=group)
     product = (rotation.double() @ rotation.double().t()).float()
@@ -66,9 +80,11 @@ def test_rotation_is_orthonormal(group: int, rounds: int, seed: int) -> None:
 
 @ALL
 def test_invert_undoes_apply(group: int, rounds: int, rng: np.random.Generator, seed: int) -> None:
-    """On small integers: exactly where the factors are powers of two, else to the rounding of that one factor.
+    """On small integers: exactly where the factors are powers of two, else to the rounding of that
+    one factor.
 
-    fl(2^(-p/2)) is used forth and its reciprocal back; two float32 roundings of values that the butterflies add up
+    fl(2^(-p/2)) is used forth and its reciprocal back; two float32 roundings of values that the
+    butterflies add up
     log2(128) times: 16 * 2^-24 of the largest value covers them.
     """
     x = torch.from_numpy(rng.integers(-8, 9, (4, 2 * group)).astype(np.float32))
@@ -82,7 +98,9 @@ def test_nvidia_rotation_agrees_with_the_oracle(rng: np.random.Generator) -> Non
     """Input and result rounded to BF16, times 1/4, fixed signs."""
     x = (rng.standard_normal((7, 48)) * 2.0 ** rng.integers(-20, 20, (7, 1))).astype(np.float32)
     assert_floats_bitwise(nvidia_rotate(torch.from_numpy(x)), oracle.nvidia_rotate(x), "y")
-    assert_floats_bitwise(Rotation(16, fixed=True).apply(torch.from_numpy(x)), oracle.nvidia_rotate(x), "y")
+    assert_floats_bitwise(
+        Rotation(16, fixed=True).apply(torch.from_numpy(x)), oracle.nvidia_rotate(x), "y"
+    )
 
 
 def test_nvidia_rotation_inverts(rng: np.random.Generator) -> None:

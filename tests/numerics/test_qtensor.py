@@ -6,24 +6,40 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from assertions import assert_bytes_equal, assert_codes_bitwise, assert_floats_bitwise, assert_qtensor_equal
+from assertions import (
+    assert_bytes_equal,
+    assert_codes_bitwise,
+    assert_floats_bitwise,
+    assert_qtensor_equal,
+)
 
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import dequantize, quantize
 
 
-def random_qtensor(rng: np.random.Generator, rows: int, k: int, block: tuple[int, int], row_scaled: bool) -> QTensor:
-    """Every code, every scale byte 0..126 and any finite global scale: more than a quantiser would ever produce."""
+def random_qtensor(
+    rng: np.random.Generator, rows: int, k: int, block: tuple[int, int], row_scaled: bool
+) -> QTensor:
+    """Every code, every scale byte 0..126 and any finite global scale: more than a quantiser would
+    ever produce."""
     kp = -(-k // 16) * 16
     codes = rng.integers(0, 256, (rows, kp // 2), dtype=np.uint8)
     scales = rng.integers(0, 127, (-(-rows // block[0]), kp // 16), dtype=np.uint8)
     globals_ = (2.0 ** rng.uniform(-130, 110, rows if row_scaled else 1)).astype(np.float32)
-    return QTensor(torch.from_numpy(codes), torch.from_numpy(scales), torch.from_numpy(globals_), block, (rows, k))
+    return QTensor(
+        torch.from_numpy(codes),
+        torch.from_numpy(scales),
+        torch.from_numpy(globals_),
+        block,
+        (rows, k),
+    )
 
 
 def oracle_decode(q: QTensor) -> np.ndarray:
-    return oracle.decode(q.codes.numpy(), q.block_scale.numpy(), q.global_scale.numpy(), q.contraction, q.block)
+    return oracle.decode(
+        q.codes.numpy(), q.block_scale.numpy(), q.global_scale.numpy(), q.contraction, q.block
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +51,8 @@ def oracle_decode(q: QTensor) -> np.ndarray:
 def test_dequantize_agrees_with_the_oracle(
     block: tuple[int, int], row_scaled: bool, rows: int, k: int, rng: np.random.Generator
 ) -> None:
-    """Two products, each rounded once, in this order (the first is exact); padding cut off; -0 kept; denormals kept."""
+    """Two products, each rounded once, in this order (the first is exact); padding cut off; -0
+    kept; denormals kept."""
     q = random_qtensor(rng, rows, k, block, row_scaled)
     assert_floats_bitwise(q.dequantize(), oracle_decode(q), "x")
     assert_floats_bitwise(dequantize(q), oracle_decode(q), "x through ops")
@@ -52,7 +69,8 @@ def test_dequantize_rounds_once_to_the_dtype(dtype: torch.dtype, rng: np.random.
 
 
 def test_decode_blocks_is_exact_in_bf16(rng: np.random.Generator) -> None:
-    """The GEMM operand: no global scale, padding kept, nothing lost when a 16-bit tensor core reads it."""
+    """The GEMM operand: no global scale, padding kept, nothing lost when a 16-bit tensor core reads
+    it."""
     q = random_qtensor(rng, 20, 72, (16, 16), False)
     decoded = q.decode_blocks()
     assert decoded.shape == (20, 80)
@@ -68,7 +86,9 @@ def test_shape_and_axis_come_back(axis: int, rng: np.random.Generator) -> None:
     assert q.shape == (3, 20, 5)
     assert q.contraction == x.shape[axis]
     moved = np.ascontiguousarray(np.moveaxis(x.numpy(), axis, -1))
-    want = oracle.decode(*oracle.quantize(moved.reshape(-1, moved.shape[-1]), "rtn"), moved.shape[-1])
+    want = oracle.decode(
+        *oracle.quantize(moved.reshape(-1, moved.shape[-1]), "rtn"), moved.shape[-1]
+    )
     assert_floats_bitwise(q.dequantize(), np.moveaxis(want.reshape(moved.shape), -1, axis), "x")
 
 
@@ -77,14 +97,19 @@ def test_a_vector_is_one_row(rng: np.random.Generator) -> None:
     x = torch.from_numpy(rng.standard_normal(50).astype(np.float32))
     q = quantize(x, "rtn")
     assert (q.rows, q.contraction, q.padded_contraction) == (1, 50, 64)
-    assert_floats_bitwise(q.dequantize(), oracle.decode(*oracle.quantize(x.numpy()[None], "rtn"), 50)[0], "x")
+    assert_floats_bitwise(
+        q.dequantize(), oracle.decode(*oracle.quantize(x.numpy()[None], "rtn"), 50)[0], "x"
+    )
 
 
 def test_rotated_coordinates_and_back(rng: np.random.Generator, seed: int) -> None:
-    """rotated=True is what is stored, [M, Kp], bit for bit; the default turns it back in float32, not bit for bit.
+    """rotated=True is what is stored, [M, Kp], bit for bit; the default turns it back in float32,
+    not bit for bit.
 
-    Two rounds multiply by powers of two, so only the 14 levels of butterflies round, each by 2^-24 of its result, and
-    an orthonormal transform spreads an error over its group without making it longer: 14 * 2^-24 * |group|, where
+    Two rounds multiply by powers of two, so only the 14 levels of butterflies round, each by 2^-24
+    of its result, and
+    an orthonormal transform spreads an error over its group without making it longer: 14 * 2^-24 *
+    |group|, where
     |group| is at most sqrt(128) times the largest value.
     """
     x = rng.standard_normal((6, 100)).astype(np.float32)
@@ -94,11 +119,14 @@ def test_rotated_coordinates_and_back(rng: np.random.Generator, seed: int) -> No
     assert_floats_bitwise(stored, want, "stored")
     basis = torch.from_numpy(oracle.rotate(np.eye(128, dtype=np.float32), seed, rounds=2)).double()
     exact = (stored.double() @ basis.t())[:, :100]
-    assert (q.dequantize().double() - exact).abs().max() <= 14 * 2**-24 * 128**0.5 * stored.abs().max()
+    assert (
+        q.dequantize().double() - exact
+    ).abs().max() <= 14 * 2**-24 * 128**0.5 * stored.abs().max()
 
 
 def test_nan_global_scale_shows(rng: np.random.Generator) -> None:
-    """Under a NaN global scale every value is NaN, though codes and scales are 0; a row-scaled one keeps to its row."""
+    """Under a NaN global scale every value is NaN, though codes and scales are 0; a row-scaled one
+    keeps to its row."""
     x = torch.from_numpy(rng.standard_normal((4, 32)).astype(np.float32))
     x[2, 7] = float("inf")
     whole = quantize(x, "rtn")
@@ -112,7 +140,8 @@ def test_nan_global_scale_shows(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(32, 48), (20, 40), (16, 5), (1, 16)])
 def test_transpose_keeps_every_value(n: int, k: int, rng: np.random.Generator) -> None:
-    """The same weight codes, read along the other axis: bytes as defined, and it decodes to the transposed matrix."""
+    """The same weight codes, read along the other axis: bytes as defined, and it decodes to the
+    transposed matrix."""
     x = rng.standard_normal((n, k)).astype(np.float32)
     q = quantize(torch.from_numpy(x), "rtn_2d")
     t = q.transpose()
@@ -122,7 +151,9 @@ def test_transpose_keeps_every_value(n: int, k: int, rng: np.random.Generator) -
     assert (t.contraction, t.rows) == (n, k)
     decoded = oracle.decode(codes, scales, q.global_scale.numpy(), n, (16, 16))
     assert_floats_bitwise(decoded, np.ascontiguousarray(oracle_decode(q).T), "transposed values")
-    assert_floats_bitwise(t.dequantize(), q.dequantize(), "the tensor itself, in its own order of axes")
+    assert_floats_bitwise(
+        t.dequantize(), q.dequantize(), "the tensor itself, in its own order of axes"
+    )
     assert_qtensor_equal(t.transpose(), q, "twice")
 
 
@@ -147,7 +178,12 @@ def test_tensors_and_record_make_it_again(rng: np.random.Generator) -> None:
     q = random_qtensor(rng, 4, 20, (1, 16), True)
     again = QTensor(*q.tensors, *q.record)
     assert_qtensor_equal(again, q)
-    assert (again.shape, again.axis, again.block, again.row_scaled) == (q.shape, q.axis, q.block, True)
+    assert (again.shape, again.axis, again.block, again.row_scaled) == (
+        q.shape,
+        q.axis,
+        q.block,
+        True,
+    )
     assert not any(isinstance(part, torch.Tensor) for part in q.record)
     assert_qtensor_equal(q.to("cpu"), q)
 

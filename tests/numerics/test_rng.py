@@ -1,4 +1,5 @@
-"""Noise is a function of (seed, stream, index) and of nothing else, and it is the function that was published."""
+"""Noise is a function of (seed, stream, index) and of nothing else, and it is the function that was
+published."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def test_streams_are_numbered_as_defined() -> None:
 
 
 def test_philox_known_answer() -> None:
-    """The published vector of key 0, counter 0 (Random123); the other two need counter words that we leave 0."""
+    """The published vector of key 0, counter 0 (Random123); the other two need counter words that
+    we leave 0."""
     assert philox(0, 0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
@@ -39,7 +41,10 @@ def test_philox_agrees_with_the_oracle(seed: int) -> None:
     """Seeds and indices that fill the upper word, every stream."""
     for index in (0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**40 + 3, 2**63 - 1):
         for stream in range(4):
-            assert philox(seed, index, stream) == oracle.philox(seed, index, stream), (index, stream)
+            assert philox(seed, index, stream) == oracle.philox(seed, index, stream), (
+                index,
+                stream,
+            )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -66,7 +71,8 @@ def test_draws_agree_with_the_oracle(count: int, seed: int) -> None:
 
 
 def test_draws_do_not_depend_on_how_many_are_made(seed: int) -> None:
-    """A long run of draws (made in pieces) starts with the short one, and its far end is where the index says."""
+    """A long run of draws (made in pieces) starts with the short one, and its far end is where the
+    index says."""
     count = 2**19 + 21
     long = draw16(seed, ELEMENT_STREAM, count)
     assert torch.equal(long[:1000], draw16(seed, ELEMENT_STREAM, 1000))
@@ -75,10 +81,12 @@ def test_draws_do_not_depend_on_how_many_are_made(seed: int) -> None:
 
 
 def test_uniform_is_centred_and_row_major(seed: int) -> None:
-    """u = (k + 1/2) / 2^16 in float32, exact; element (row, column) takes draw row * columns + column."""
+    """u = (k + 1/2) / 2^16 in float32, exact; element (row, column) takes draw row * columns +
+    column."""
     got = uniform(seed, ELEMENT_STREAM, (3, 40))
     want = np.array(
-        [[oracle.uniform(seed, ELEMENT_STREAM, r * 40 + c) for c in range(40)] for r in range(3)], np.float32
+        [[oracle.uniform(seed, ELEMENT_STREAM, r * 40 + c) for c in range(40)] for r in range(3)],
+        np.float32,
     )
     assert_floats_bitwise(got, want, "u")
     assert got.min() > 0
@@ -86,7 +94,8 @@ def test_uniform_is_centred_and_row_major(seed: int) -> None:
 
 
 def test_draws_are_uniform(seed: int) -> None:
-    """Chi-square over 2^20 draws in 256 bins, below what a fair generator exceeds once in 10^8 seeds; ours is fixed.
+    """Chi-square over 2^20 draws in 256 bins, below what a fair generator exceeds once in 10^8
+    seeds; ours is fixed.
 
     256 - 1 degrees of freedom: mean 255, deviation sqrt(510) = 22.6, six deviations above is 391.
     """
@@ -97,7 +106,8 @@ def test_draws_are_uniform(seed: int) -> None:
 
 
 def test_streams_and_seeds_are_independent() -> None:
-    """No stream or seed repeats another: of 4096 pairs of draws 1/16 of one agree by chance, five once in 10^8."""
+    """No stream or seed repeats another: of 4096 pairs of draws 1/16 of one agree by chance, five
+    once in 10^8."""
     runs = [draw16(s, stream, 4096) for s in (5, 6, 5 << 32) for stream in range(4)]
     agreeing = [int((a == b).sum()) for i, a in enumerate(runs) for b in runs[:i]]
     assert max(agreeing) <= 4

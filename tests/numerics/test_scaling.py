@@ -9,12 +9,21 @@ import torch
 from assertions import assert_floats_bitwise
 
 from nvfp4.numerics.formats import FLOAT32_MAX
-from nvfp4.numerics.scaling import base_scale, encode_scale, from_blocks, spread, tensor_amax, to_blocks, tree_sum
+from nvfp4.numerics.scaling import (
+    base_scale,
+    encode_scale,
+    from_blocks,
+    spread,
+    tensor_amax,
+    to_blocks,
+    tree_sum,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32])
 def test_tiles_are_row_major_and_filled_with_zeros(rows: int, rng: np.random.Generator) -> None:
-    """Tile (i, j) holds rows 16 i ... 16 i + 15 and columns 16 j ... 16 j + 15, row by row; missing rows are 0."""
+    """Tile (i, j) holds rows 16 i ... 16 i + 15 and columns 16 j ... 16 j + 15, row by row; missing
+    rows are 0."""
     x = rng.standard_normal((rows, 48)).astype(np.float32)
     blocks = to_blocks(torch.from_numpy(x), (16, 16))
     padded = np.zeros((-(-rows // 16) * 16, 48), np.float32)
@@ -36,7 +45,8 @@ def test_row_blocks_round_trip(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("n", [16, 256])
 def test_tree_sum_adds_in_the_defined_order(n: int, rng: np.random.Generator) -> None:
-    """Bit for bit, on numbers whose sum depends on the order: another pairing gives another result (checked)."""
+    """Bit for bit, on numbers whose sum depends on the order: another pairing gives another result
+    (checked)."""
     x = (rng.standard_normal((200, n)) * 2.0 ** rng.integers(-12, 12, (200, n))).astype(np.float32)
     want = np.array([oracle.tree(row) for row in x])
     assert_floats_bitwise(tree_sum(torch.from_numpy(x)), want, "tree")
@@ -48,13 +58,18 @@ def test_tree_sum_adds_in_the_defined_order(n: int, rng: np.random.Generator) ->
 
 @pytest.mark.parametrize("cap", [448, 256])
 def test_scales_agree_with_the_oracle(cap: int, rng: np.random.Generator) -> None:
-    """S, 1/S and base over every exponent of float32: denormal maxima (S clamped), the largest ones, and 0 (S = 1)."""
+    """S, 1/S and base over every exponent of float32: denormal maxima (S clamped), the largest
+    ones, and 0 (S = 1)."""
     bits = rng.integers(0, 0x7F800000, 4000, dtype=np.uint32)
-    amax = np.concatenate([bits.view(np.float32), np.array([0, 2**-149, 2**-126, 2**-116.5, FLOAT32_MAX], np.float32)])
+    amax = np.concatenate(
+        [bits.view(np.float32), np.array([0, 2**-149, 2**-126, 2**-116.5, FLOAT32_MAX], np.float32)]
+    )
     with np.errstate(over="ignore", divide="ignore"):
         want = np.array([oracle.encode_scale(a, cap) for a in amax])
         inverse = np.float32(1) / want
-        blocks = [oracle.Block(np.array([a]), amax.copy, s, s) for a, s in zip(amax, want, strict=True)]
+        blocks = [
+            oracle.Block(np.array([a]), amax.copy, s, s) for a, s in zip(amax, want, strict=True)
+        ]
         base = np.array([block.base for block in blocks])
     got = encode_scale(torch.from_numpy(amax), cap)
     assert_floats_bitwise(got, want, "S")
@@ -68,14 +83,16 @@ def test_base_of_a_block_far_above_its_tensor_saturates() -> None:
 
 
 def test_tensor_amax_of_tensor_and_rows() -> None:
-    """One number for the tensor, one for each row when row-scaled; either broadcasts over the blocks."""
+    """One number for the tensor, one for each row when row-scaled; either broadcasts over the
+    blocks."""
     block_amax = torch.tensor([[1.0, 5.0], [3.0, 2.0]])
     assert tensor_amax(block_amax, row_scaled=False).tolist() == [[5.0]]
     assert tensor_amax(block_amax, row_scaled=True).tolist() == [[5.0], [3.0]]
 
 
 def test_spread_repeats_tile_scales_to_rows() -> None:
-    """Row r reads the scale of tile row r div 16, a last tile may have fewer rows; 1x16 scales stay as they are."""
+    """Row r reads the scale of tile row r div 16, a last tile may have fewer rows; 1x16 scales stay
+    as they are."""
     scales = torch.arange(6, dtype=torch.uint8).view(2, 3)
     got = spread(scales, (16, 16), 20)
     assert torch.equal(got[:16], scales[:1].expand(16, 3))

@@ -1,7 +1,8 @@
-"""Every registered quantiser under every option it takes: equal to the oracle, symmetric, as good as it claims.
+"""Every registered quantiser under every option it takes: equal to the oracle, symmetric, as good
+as it claims.
 
-A new quantiser is tested the moment it is listed. The oracle must know it too: `test_package_is_the_oracle` fails until
-its formula is written out there.
+A new quantiser is tested the moment it is listed. The oracle must know it too:
+`test_package_is_the_oracle` fails until its formula is written out there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SEEDS = {"seed": 0xDEADBEEF_12345678, "sign_seed": 0x0123456789}
 
 
 def variants(quantizer: Quantizer) -> list[dict[str, Any]]:
-    """The default, each option alone at each of its values, and the combinations that share code paths."""
+    """The default, each option alone at each of its values, and the combinations that share code
+    paths."""
     values: dict[str, list[Any]] = {
         "block": [(16, 16)],
         "row_scaled": [True],
@@ -47,7 +49,9 @@ def variants(quantizer: Quantizer) -> list[dict[str, Any]]:
         "search": [True],
         "group": [16, 32, 64],
     }
-    assert quantizer.options <= values.keys(), f"{quantizer.name} takes an option that no test here varies"
+    assert quantizer.options <= values.keys(), (
+        f"{quantizer.name} takes an option that no test here varies"
+    )
     found: list[dict[str, Any]] = [{}]
     found += [{option: value} for option in sorted(quantizer.options) for value in values[option]]
     if {"block", "metric"} <= quantizer.options:
@@ -55,7 +59,11 @@ def variants(quantizer: Quantizer) -> list[dict[str, Any]]:
     if {"rounds", "search"} <= quantizer.options:
         found.append({"rounds": 2, "search": True})
     default = vars(quantizer.check(**SEEDS))
-    return [options for options in found if not options or any(default[k] != v for k, v in options.items())]
+    return [
+        options
+        for options in found
+        if not options or any(default[k] != v for k, v in options.items())
+    ]
 
 
 def label(name: str, options: dict[str, Any]) -> str:
@@ -78,7 +86,9 @@ def claims(name: str, options: dict[str, Any]) -> Claims:
     return QUANTIZERS[name].claims(checked(name, options))
 
 
-def run(x: npt.NDArray[np.float32] | torch.Tensor, name: str, options: dict[str, Any], **kwargs: Any) -> QTensor:
+def run(
+    x: npt.NDArray[np.float32] | torch.Tensor, name: str, options: dict[str, Any], **kwargs: Any
+) -> QTensor:
     return quantize(torch.as_tensor(x), name, **(SEEDS | options | kwargs))
 
 
@@ -94,7 +104,8 @@ def heavy(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[Any]:
 
 
 def all_exponents(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[Any]:
-    """Denormals to 2^127 side by side: scales underflow, rotations lose everything but the largest."""
+    """Denormals to 2^127 side by side: scales underflow, rotations lose everything but the
+    largest."""
     return rng.choice([-1, 1], shape) * 2.0 ** rng.uniform(-149, 127.9, shape)
 
 
@@ -105,13 +116,16 @@ def deep_blocks(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray
 
 
 def ties(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[Any]:
-    """Quarters in [-6, 6]: with a scale of 1 every other element lies half way between two codes."""
+    """Quarters in [-6, 6]: with a scale of 1 every other element lies half way between two
+    codes."""
     return rng.integers(-24, 25, shape) / 4
 
 
 def sparse(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[Any]:
     """Mostly 0 and -0, whole blocks of them."""
-    return np.where(rng.random(shape) < 0.04, rng.standard_normal(shape), rng.choice([-0.0, 0.0], shape))
+    return np.where(
+        rng.random(shape) < 0.04, rng.standard_normal(shape), rng.choice([-0.0, 0.0], shape)
+    )
 
 
 def denormal(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[Any]:
@@ -137,11 +151,24 @@ def specials(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[An
     return x
 
 
-KINDS = [normal, heavy, all_exponents, deep_blocks, ties, sparse, denormal, huge, constant, specials]
+KINDS = [
+    normal,
+    heavy,
+    all_exponents,
+    deep_blocks,
+    ties,
+    sparse,
+    denormal,
+    huge,
+    constant,
+    specials,
+]
 
 
 @st.composite
-def matrices(draw: st.DrawFn, *, kinds: list = KINDS, max_rows: int = 20, max_columns: int = 150) -> npt.NDArray[Any]:
+def matrices(
+    draw: st.DrawFn, *, kinds: list = KINDS, max_rows: int = 20, max_columns: int = 150
+) -> npt.NDArray[Any]:
     """Float32 [M, K] of some kind; ragged and empty shapes included, small ones first."""
     shape = (draw(st.integers(0, max_rows)), draw(st.integers(0, max_columns)))
     kind = draw(st.sampled_from(kinds))
@@ -149,19 +176,26 @@ def matrices(draw: st.DrawFn, *, kinds: list = KINDS, max_rows: int = 20, max_co
 
 
 @functools.lru_cache(maxsize=1000)
-def judged(content: bytes, shape: tuple[int, ...], name: str, options: tuple) -> tuple[tuple, npt.NDArray[np.float32]]:
-    """What the oracle makes of a matrix, and its decoding: it is slow on purpose, and hypothesis gives every backend
-    the same matrices."""
+def judged(
+    content: bytes, shape: tuple[int, ...], name: str, options: tuple
+) -> tuple[tuple, npt.NDArray[np.float32]]:
+    """What the oracle makes of a matrix, and its decoding: it is slow on purpose, and hypothesis
+    gives every backend the same matrices."""
     x = np.frombuffer(content, np.float32).reshape(shape)
     want = oracle.quantize(x, name, **dict(options), **SEEDS)
     return want, oracle.decode(*want, 2 * want.codes.shape[1], checked(name, dict(options)).block)
 
 
 def test_kernels_are_there() -> None:
-    """What the CPU's and the CUDA kernels have had, they keep: a rule they refuse is skipped below."""
+    """What the CPU's and the CUDA kernels have had, they keep: a rule they refuse is skipped
+    below."""
     rules = {"rtn", "rtn_2d", "sr", "sr_te", "four_over_six", "scale_search", "ms_eden"}
     for backend in (BACKENDS["cpu"], BACKENDS["cuda"]):
-        refused = {name for name in rules if backend.refuses("quantize", QUANTIZERS[name], checked(name, {}))}
+        refused = {
+            name
+            for name in rules
+            if backend.refuses("quantize", QUANTIZERS[name], checked(name, {}))
+        }
         assert not refused, backend.name
 
 
@@ -170,7 +204,8 @@ def test_kernels_are_there() -> None:
 def test_package_is_the_oracle(
     name: str, options: dict[str, Any], backend: str, device: str, x: npt.NDArray[np.float32]
 ) -> None:
-    """On every backend, bit for bit on any shape and kind of numbers; it decodes to the oracle's decoding."""
+    """On every backend, bit for bit on any shape and kind of numbers; it decodes to the oracle's
+    decoding."""
     missing = BACKENDS[backend].refuses("quantize", QUANTIZERS[name], checked(name, options))
     if missing is not None:
         pytest.skip(f"{backend}: {missing}")
@@ -193,16 +228,22 @@ FINITE = [kind for kind in KINDS if kind is not specials]
 @every_variant
 @given(x=matrices(kinds=FINITE))
 def test_odd_symmetry(name: str, options: dict[str, Any], x: npt.NDArray[np.float32]) -> None:
-    """quantize(-x) = -quantize(x): the same scales, every sign flipped, also of zeros and also when rounding is random.
+    """quantize(-x) = -quantize(x): the same scales, every sign flipped, also of zeros and also when
+    rounding is random.
 
-    A rotated zero may be +0 for x and for -x (a - a = +0), so there the values are compared, where -0 equals 0.
+    A rotated zero may be +0 for x and for -x (a - a = +0), so there the values are compared, where
+    -0 equals 0.
     """
     q, minus = run(x, name, options), run(-x, name, options)
     assert_floats_bitwise(minus.global_scale, q.global_scale, "global_scale")
     assert_bytes_equal(minus.block_scale, q.block_scale, "block_scale")
     if QUANTIZERS[name].rotates:
         torch.testing.assert_close(
-            minus.dequantize(rotated=True), -q.dequantize(rotated=True), rtol=0, atol=0, equal_nan=True
+            minus.dequantize(rotated=True),
+            -q.dequantize(rotated=True),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
         )
         return
     codes = unpack(q.codes)
@@ -211,22 +252,33 @@ def test_odd_symmetry(name: str, options: dict[str, Any], x: npt.NDArray[np.floa
 
 
 def moderate(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[Any]:
-    """60 octaves, far enough from both ends of float32 that no product of a rule leaves the normal numbers."""
+    """60 octaves, far enough from both ends of float32 that no product of a rule leaves the normal
+    numbers."""
     return rng.choice([-1, 0, 1], shape) * 2.0 ** rng.uniform(-30, 30, shape)
 
 
 @every_variant
 @given(x=matrices(kinds=[moderate, normal, ties, sparse]), k=st.integers(-35, 35))
-def test_power_of_two_equivariance(name: str, options: dict[str, Any], x: npt.NDArray[np.float32], k: int) -> None:
-    """2^k x has the codes and block scales of x, and 2^k times its global scale: a unit change costs nothing.
+def test_power_of_two_equivariance(
+    name: str, options: dict[str, Any], x: npt.NDArray[np.float32], k: int
+) -> None:
+    """2^k x has the codes and block scales of x, and 2^k times its global scale: a unit change
+    costs nothing.
 
-    Exact in this range: with x in 2^-30..2^30 and |k| <= 35 every quantity that scales with x stays normal (ms_eden's
-    smallest possible non-zero maximum after cancellation, 2^(-30-53-35), is above its threshold of 2^-120), and all
-    others do not scale. A tensor of zeros keeps its global scale of 1.
+    Exact in this range: with x in 2^-30..2^30 and |k| <= 35 every quantity that scales with x stays
+    normal (ms_eden's smallest possible non-zero maximum after cancellation, 2^(-30-53-35), is above
+    its threshold of 2^-120), and all others do not scale. A tensor of zeros keeps its global scale
+    of 1.
     """
     q, scaled = run(x, name, options), run(x * np.float32(2.0**k), name, options)
-    zero = (q.block_scale == 0).all(dim=1) if "row_scaled" in options else (q.block_scale == 0).all().view(1)
-    assert_floats_bitwise(scaled.global_scale, q.global_scale * torch.where(zero, 1.0, 2.0**k), "global_scale")
+    zero = (
+        (q.block_scale == 0).all(dim=1)
+        if "row_scaled" in options
+        else (q.block_scale == 0).all().view(1)
+    )
+    assert_floats_bitwise(
+        scaled.global_scale, q.global_scale * torch.where(zero, 1.0, 2.0**k), "global_scale"
+    )
     assert_bytes_equal(scaled.block_scale, q.block_scale, "block_scale")
     assert_codes_bitwise(scaled.codes, q.codes)
 
@@ -234,9 +286,11 @@ def test_power_of_two_equivariance(name: str, options: dict[str, Any], x: npt.ND
 @every_variant
 @given(x=matrices(kinds=FINITE))
 def test_zeros_stay_zeros(name: str, options: dict[str, Any], x: npt.NDArray[np.float32]) -> None:
-    """All-zero blocks get a zero scale, signed zero codes, and decode to zeros; no other block disturbs them.
+    """All-zero blocks get a zero scale, signed zero codes, and decode to zeros; no other block
+    disturbs them.
 
-    For a rotated quantiser the blocks are those of the rotated operand, and a group of zeros rotates to zeros.
+    For a rotated quantiser the blocks are those of the rotated operand, and a group of zeros
+    rotates to zeros.
     """
     group = QUANTIZERS[name].check(**options, **SEEDS).group if QUANTIZERS[name].rotates else 16
     x = x.copy()
@@ -252,7 +306,8 @@ def test_zeros_stay_zeros(name: str, options: dict[str, Any], x: npt.NDArray[np.
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 @every_variant
 def test_a_zero_tensor(name: str, options: dict[str, Any], zero: float) -> None:
-    """Scale 0, global scale 1, codes of the signed zero (of the rotated zero where it is rotated)."""
+    """Scale 0, global scale 1, codes of the signed zero (of the rotated zero where it is
+    rotated)."""
     q = run(torch.full((5, 40), zero), name, options)
     assert (q.global_scale == 1).all()
     assert not q.block_scale.any()
@@ -265,10 +320,11 @@ def test_a_zero_tensor(name: str, options: dict[str, Any], zero: float) -> None:
 @pytest.mark.parametrize(("name", "options"), UNROTATED)
 @given(data=st.data())
 def test_blocks_are_independent(name: str, options: dict[str, Any], data: st.DataObject) -> None:
-    """Permuting blocks permutes scales and codes: a block sees its own values and the global scale, nothing else.
+    """Permuting blocks permutes scales and codes: a block sees its own values and the global scale,
+    nothing else.
 
-    Row-scaled, blocks are permuted within the rows as well as whole rows. Random codes follow their index instead of
-    their block, so for those only the scales are compared.
+    Row-scaled, blocks are permuted within the rows as well as whole rows. Random codes follow their
+    index instead of their block, so for those only the scales are compared.
     """
     height = checked(name, options).block[0]
     m, k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
@@ -281,14 +337,19 @@ def test_blocks_are_independent(name: str, options: dict[str, Any], data: st.Dat
     assert_floats_bitwise(p.global_scale, globals_, "global_scale")
     assert_bytes_equal(p.block_scale, q.block_scale.numpy()[rows][:, columns], "block_scale")
     if claims(name, options).deterministic:
-        codes = unpack(q.codes).numpy().reshape(m, height, k, 16)[rows][:, :, columns].reshape(x.shape)
+        codes = (
+            unpack(q.codes).numpy().reshape(m, height, k, 16)[rows][:, :, columns].reshape(x.shape)
+        )
         assert_codes_bitwise(p.codes, oracle.pack(codes))
 
 
 @pytest.mark.parametrize(("name", "options"), [p for p in ALL if p not in UNROTATED])
 @given(data=st.data())
-def test_rotation_groups_are_independent(name: str, options: dict[str, Any], data: st.DataObject) -> None:
-    """The same for rotated quantisers, group by group: codes move along, the range of the tensor stays.
+def test_rotation_groups_are_independent(
+    name: str, options: dict[str, Any], data: st.DataObject
+) -> None:
+    """The same for rotated quantisers, group by group: codes move along, the range of the tensor
+    stays.
 
     Block scales are rounded with the noise of their place, so they are left out.
     """
@@ -306,8 +367,11 @@ def test_rotation_groups_are_independent(name: str, options: dict[str, Any], dat
 
 @every_variant
 @given(x=matrices())
-def test_axis_0_is_the_transposed_matrix(name: str, options: dict[str, Any], x: npt.NDArray[np.float32]) -> None:
-    """Element and block indices are those of the transposed, padded matrix, whatever the strides of the view."""
+def test_axis_0_is_the_transposed_matrix(
+    name: str, options: dict[str, Any], x: npt.NDArray[np.float32]
+) -> None:
+    """Element and block indices are those of the transposed, padded matrix, whatever the strides of
+    the view."""
     along = run(x, name, options, axis=0)
     transposed = run(np.ascontiguousarray(x.T), name, options)
     assert_qtensor_equal(along, transposed)
@@ -316,7 +380,9 @@ def test_axis_0_is_the_transposed_matrix(name: str, options: dict[str, Any], x: 
 
 
 @every_variant
-def test_more_axes_are_more_rows(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
+def test_more_axes_are_more_rows(
+    name: str, options: dict[str, Any], rng: np.random.Generator
+) -> None:
     """[a, b, K] is quantised as [a * b, K]."""
     x = rng.standard_normal((3, 4, 40)).astype(np.float32)
     assert_qtensor_equal(run(x, name, options), run(x.reshape(12, 40), name, options))
@@ -328,7 +394,9 @@ def test_narrow_input_is_converted_exactly(
     name: str, options: dict[str, Any], dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
     """BF16 and FP16 (denormals included) are quantised as the float32 numbers they are."""
-    x = torch.from_numpy(rng.standard_normal((7, 50)) * 2.0 ** rng.integers(-20, 10, (7, 1))).to(dtype)
+    x = torch.from_numpy(rng.standard_normal((7, 50)) * 2.0 ** rng.integers(-20, 10, (7, 1))).to(
+        dtype
+    )
     assert_qtensor_equal(run(x, name, options), run(x.float(), name, options))
 
 
@@ -337,7 +405,8 @@ def test_narrow_input_is_converted_exactly(
 def test_non_finite_input_is_never_hidden(
     name: str, options: dict[str, Any], bad: float, rng: np.random.Generator
 ) -> None:
-    """One bad element anywhere: the whole tensor, or the whole row when row-scaled, decodes to NaN, from zero bytes."""
+    """One bad element anywhere: the whole tensor, or the whole row when row-scaled, decodes to NaN,
+    from zero bytes."""
     x = rng.standard_normal((20, 70)).astype(np.float32)
     for row, column in ((0, 0), (19, 69), (7, 33)):
         poisoned = x.copy()
@@ -363,15 +432,20 @@ def test_a_rotation_that_overflows_is_never_hidden() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), UNROTATED)
-@pytest.mark.parametrize("rotation", [Rotation(16, 1, 99), Rotation(128, 2, 99), Rotation(16, fixed=True)], ids=str)
+@pytest.mark.parametrize(
+    "rotation", [Rotation(16, 1, 99), Rotation(128, 2, 99), Rotation(16, fixed=True)], ids=str
+)
 def test_a_rotation_before_any_quantiser(
     name: str, options: dict[str, Any], rotation: Rotation, rng: np.random.Generator
 ) -> None:
-    """rotation= quantises the rotated, padded operand: the oracle's rotation, then the oracle's rule."""
+    """rotation= quantises the rotated, padded operand: the oracle's rotation, then the oracle's
+    rule."""
     x = rng.standard_normal((18, 100)).astype(np.float32)
     if rotation.fixed:
         y = oracle.nvidia_rotate(x)
-        assert_floats_bitwise(nvidia_rotate(torch.nn.functional.pad(torch.from_numpy(x), (0, 12))), y, "y")
+        assert_floats_bitwise(
+            nvidia_rotate(torch.nn.functional.pad(torch.from_numpy(x), (0, 12))), y, "y"
+        )
     else:
         y = oracle.rotate(x, 99, rounds=rotation.rounds, group=rotation.group)
     q = run(x, name, options, rotation=rotation)
@@ -381,7 +455,8 @@ def test_a_rotation_before_any_quantiser(
 
 @every_variant
 def test_claim_deterministic(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
-    """Claimed: no seed is needed and none matters. Not claimed: one is demanded, and the values follow it."""
+    """Claimed: no seed is needed and none matters. Not claimed: one is demanded, and the values
+    follow it."""
     x = torch.from_numpy(rng.standard_normal((32, 256)).astype(np.float32))
     first = run(x, name, options)
     assert_qtensor_equal(run(x, name, options), first, "the same call twice")
@@ -396,8 +471,11 @@ def test_claim_deterministic(name: str, options: dict[str, Any], rng: np.random.
 
 
 @every_variant
-def test_seeds_have_their_own_jobs(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
-    """sign_seed turns the operand and nothing else; it defaults to seed; without a rotation it does not matter."""
+def test_seeds_have_their_own_jobs(
+    name: str, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """sign_seed turns the operand and nothing else; it defaults to seed; without a rotation it does
+    not matter."""
     x = torch.from_numpy(rng.standard_normal((8, 256)).astype(np.float32))
     q = run(x, name, options)
     other = run(x, name, options, sign_seed=SEEDS["sign_seed"] + 1)
@@ -405,8 +483,12 @@ def test_seeds_have_their_own_jobs(name: str, options: dict[str, Any], rng: np.r
         assert_qtensor_equal(other, q)
         return
     assert not torch.equal(other.codes, q.codes)
-    assert torch.equal(run(x, name, options, seed=1).codes, q.codes), "rounding seeds move scales only"
-    assert_qtensor_equal(run(x, name, options, sign_seed=None), run(x, name, options, sign_seed=SEEDS["seed"]))
+    assert torch.equal(run(x, name, options, seed=1).codes, q.codes), (
+        "rounding seeds move scales only"
+    )
+    assert_qtensor_equal(
+        run(x, name, options, sign_seed=None), run(x, name, options, sign_seed=SEEDS["seed"])
+    )
 
 
 CLAIMS_IDEMPOTENT = [p for p in ALL if claims(*p.values).idempotent]
@@ -414,9 +496,11 @@ CLAIMS_IDEMPOTENT = [p for p in ALL if claims(*p.values).idempotent]
 
 @pytest.mark.parametrize(("name", "options"), CLAIMS_IDEMPOTENT)
 def test_claim_idempotent(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
-    """Quantising the dequantised tensor gives the same codes and block scales, as long as no block scale is subnormal.
+    """Quantising the dequantised tensor gives the same codes and block scales, as long as no block
+    scale is subnormal.
 
-    A subnormal scale is rounded coarsely enough to leave a block whose maximum is no longer 6 scales away.
+    A subnormal scale is rounded coarsely enough to leave a block whose maximum is no longer 6
+    scales away.
     """
     for _ in range(20):
         x = torch.from_numpy(rng.standard_normal((32, 128)) * 2.0 ** rng.uniform(-20, 20)).float()
@@ -434,7 +518,8 @@ CLAIMS_MAX_ERROR = [p for p in ALL if claims(*p.values).max_error is not None]
 @given(x=matrices(kinds=[normal, heavy, ties, moderate, constant], max_rows=32))
 @settings(max_examples=60)
 def test_claim_max_error(name: str, options: dict[str, Any], x: npt.NDArray[np.float32]) -> None:
-    """|dequantised - x| stays below max_error times the maximum of its block, wherever the block scale is normal.
+    """|dequantised - x| stays below max_error times the maximum of its block, wherever the block
+    scale is normal.
 
     1e-6 covers the half dozen float32 roundings on the way (2^-24 each).
     """
@@ -455,12 +540,16 @@ def test_claim_max_error(name: str, options: dict[str, Any], x: npt.NDArray[np.f
 
 
 @pytest.mark.parametrize(("name", "options"), CLAIMS_MAX_ERROR)
-def test_claim_max_error_is_not_idle(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
+def test_claim_max_error_is_not_idle(
+    name: str, options: dict[str, Any], rng: np.random.Generator
+) -> None:
     """A bound far above anything that happens says nothing: data aimed at it reaches 90 % of it."""
     bound = claims(name, options).max_error
     assert bound is not None
     largest = rng.uniform(0.5, 1, (32, 64))  # of a tile: every mantissa of a block scale occurs
-    x = torch.from_numpy(rng.uniform(-1, 1, (512, 1024)) * largest.repeat(16, axis=0).repeat(16, axis=1)).float()
+    x = torch.from_numpy(
+        rng.uniform(-1, 1, (512, 1024)) * largest.repeat(16, axis=0).repeat(16, axis=1)
+    ).float()
     q = run(x, name, options)
     blocks = (512 // q.block[0], q.block[0], 64, 16)
     error = q.dequantize().sub(x).abs().view(blocks).amax(dim=(1, 3))
@@ -476,10 +565,11 @@ def normal_matrix(i: int) -> tuple[torch.Tensor, float]:
 
 @every_variant
 def test_claim_relative_mse(name: str, options: dict[str, Any]) -> None:
-    """On N(0, 1), mean of four 2048 x 2048 tensors, within the tolerance that the claim states for this size.
+    """On N(0, 1), mean of four 2048 x 2048 tensors, within the tolerance that the claim states for
+    this size.
 
-    Measured over eight tensors, one tensor scatters by 0.06 to 0.14 % of its MSE, so the mean of four by at most
-    0.07 %; the tolerances are 0.2 to 0.6 %.
+    Measured over eight tensors, one tensor scatters by 0.06 to 0.14 % of its MSE, so the mean of
+    four by at most 0.07 %; the tolerances are 0.2 to 0.6 %.
     """
     claim = claims(name, options)
     measured = []
@@ -487,11 +577,17 @@ def test_claim_relative_mse(name: str, options: dict[str, Any]) -> None:
         x, energy = normal_matrix(i)
         error = quantize(x, name, **options, seed=i).dequantize().sub_(x)
         measured.append(error.square_().sum(dtype=torch.float64).item() / energy)
-    assert_within(float(np.mean(measured)), claim.relative_mse, claim.relative_mse_tolerance, label(name, options))
+    assert_within(
+        float(np.mean(measured)),
+        claim.relative_mse,
+        claim.relative_mse_tolerance,
+        label(name, options),
+    )
 
 
 def test_better_options_are_better(rng: np.random.Generator) -> None:
-    """The order that the searches are paid for: scale_search < four_over_six < rtn, and ms_eden's search < without."""
+    """The order that the searches are paid for: scale_search < four_over_six < rtn, and ms_eden's
+    search < without."""
     x = torch.from_numpy(rng.standard_normal((256, 512)).astype(np.float32))
 
     def mse(name: str, **options: Any) -> float:
@@ -499,7 +595,9 @@ def test_better_options_are_better(rng: np.random.Generator) -> None:
 
     assert mse("scale_search") < mse("four_over_six") < mse("rtn")
     assert mse("ms_eden", rounds=2, search=True) < mse("ms_eden", rounds=2)
-    assert mse("four_over_six") < min(mse("four_over_six", metric=metric) for metric in ("mae", "abs_max"))
+    assert mse("four_over_six") < min(
+        mse("four_over_six", metric=metric) for metric in ("mae", "abs_max")
+    )
 
 
 def _no_noise() -> npt.NDArray[np.float32]:
@@ -507,10 +605,11 @@ def _no_noise() -> npt.NDArray[np.float32]:
 
 
 def test_chosen_scales_are_the_best_of_their_candidates(rng: np.random.Generator) -> None:
-    """Seen from outside: no E4M3 byte between s0 - 2 and s0 + 6 decodes a block closer than the one scale_search chose.
+    """Seen from outside: no E4M3 byte between s0 - 2 and s0 + 6 decodes a block closer than the one
+    scale_search chose.
 
-    s0 is rtn's byte at the same cap, recomputed by the oracle. The error is computed in double from what is stored; the
-    choice was made in float32, so a tie within 2^-20 is allowed.
+    s0 is rtn's byte at the same cap, recomputed by the oracle. The error is computed in double from
+    what is stored; the choice was made in float32, so a tie within 2^-20 is allowed.
     """
     x = rng.standard_normal((8, 64)).astype(np.float32)
     q = quantize(torch.from_numpy(x), "scale_search")
@@ -524,16 +623,22 @@ def test_chosen_scales_are_the_best_of_their_candidates(rng: np.random.Generator
 
             def error(byte: int, block: npt.NDArray[np.float32] = block) -> float:
                 step = float(oracle.e4m3_value(byte)) * g
-                nearest = oracle.e2m1_value(oracle.e2m1_nearest((block / np.float64(step)).astype(np.float32)))
+                nearest = oracle.e2m1_value(
+                    oracle.e2m1_nearest((block / np.float64(step)).astype(np.float32))
+                )
                 return float(((nearest.astype(np.float64) * step - block) ** 2).sum())
 
             chosen = error(int(q.block_scale[r, c]))
-            assert all(chosen <= error(byte) * (1 + 2**-20) for byte in range(max(s0 - 2, 1), min(s0 + 6, 126) + 1))
+            assert all(
+                chosen <= error(byte) * (1 + 2**-20)
+                for byte in range(max(s0 - 2, 1), min(s0 + 6, 126) + 1)
+            )
 
 
 @every_variant
 def test_scale_underflow_decodes_to_zero(name: str, options: dict[str, Any]) -> None:
-    """A block 2^-60 below its tensor has scale 0 (or, rounded up, the smallest scale) and no effect but a tiny one."""
+    """A block 2^-60 below its tensor has scale 0 (or, rounded up, the smallest scale) and no effect
+    but a tiny one."""
     x = torch.zeros(16, 256)
     x[:, :16] = 1.0
     x[:, -128:] = 2.0**-60
@@ -547,7 +652,9 @@ def test_scale_underflow_decodes_to_zero(name: str, options: dict[str, Any]) -> 
 def test_wrong_input_is_refused() -> None:
     """Each error names the argument, what was expected and what came."""
     x = torch.zeros(4, 32)
-    with pytest.raises(TypeError, match=r"x must be one of float32, bfloat16, float16, got torch\.float64"):
+    with pytest.raises(
+        TypeError, match=r"x must be one of float32, bfloat16, float16, got torch\.float64"
+    ):
         quantize(x.double(), "rtn")
     with pytest.raises(TypeError, match="got list"):
         quantize([[1.0]], "rtn")  # type: ignore[arg-type]
@@ -570,7 +677,8 @@ def test_wrong_input_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"row_scaled": True}, {"block": (16, 16)}], ids=str)
 def test_ms_eden_takes_neither_rows_nor_tiles(options: dict[str, Any]) -> None:
-    """Its range is found after the correction, over the tensor; its correction is per 16 rotated elements."""
+    """Its range is found after the correction, over the tensor; its correction is per 16 rotated
+    elements."""
     with pytest.raises(ValueError, match="ms_eden does not take"):
         quantize(torch.zeros(16, 128), "ms_eden", seed=0, **options)
 

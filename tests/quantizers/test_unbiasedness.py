@@ -1,14 +1,16 @@
 """What claims to be unbiased is, what is not is caught: a test that cannot fail is no test.
 
-The product A B^T of two quantised operands is averaged over draws in which the signs of the rotation and the rounding
-are both new. Halves of the draws are averaged apart, and
+The product A B^T of two quantised operands is averaged over draws in which the signs of the
+rotation and the rounding are both new. Halves of the draws are averaged apart, and
 
     split-half bias^2 = <mean of even draws - ref, mean of odd draws - ref> / |ref|^2
 
-estimates |E[A' B'^T] - A B^T|^2 / |A B^T|^2 without the variance of a mean, because the halves are independent. What is
-left is the noise of the estimate: with a relative error v a draw, and n/2 draws a half, its deviation is about
-2 v / n / sqrt(d), d the number of independent entries. v = 0.045 (sr) and n = 512 give 2e-4 / sqrt(d): 1e-6 where
-A is dense (d = 256 * 256), and 1e-5 where all rows of A share their few active columns (d about 256).
+estimates |E[A' B'^T] - A B^T|^2 / |A B^T|^2 without the variance of a mean, because the halves are
+independent. What is
+left is the noise of the estimate: with a relative error v a draw, and n/2 draws a half, its
+deviation is about 2 v / n / sqrt(d), d the number of independent entries. v = 0.045 (sr) and n =
+512 give 2e-4 / sqrt(d): 1e-6 where A is dense (d = 256 * 256), and 1e-5 where all rows of A share
+their few active columns (d about 256).
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def dense() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def two_active() -> tuple[torch.Tensor, torch.Tensor]:
-    """The same 2 of 128 columns active in every row of A, as a masked loss leaves them in wgrad; B dense."""
+    """The same 2 of 128 columns active in every row of A, as a masked loss leaves them in wgrad; B
+    dense."""
     a, b = dense()
     active = torch.zeros(K)
     for group in range(0, K, 128):
@@ -55,7 +58,8 @@ def two_active() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def product(name: str, **options: Any) -> Product:
-    """Both operands by one quantiser: one sign seed, two rounding seeds, as a GEMM of a recipe draws them."""
+    """Both operands by one quantiser: one sign seed, two rounding seeds, as a GEMM of a recipe
+    draws them."""
 
     def draw(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Tensor:
         sign_seed = fold_in(USER_SEED, n)
@@ -71,14 +75,17 @@ def product(name: str, **options: Any) -> Product:
 def four_over_six_sr(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Tensor:
     """The tempting mistake: the scale that four_over_six chose, with stochastic codes.
 
-    Some blocks map their maximum to 4 *because* their elements round well there, and those that map it to 6 clip.
+    Some blocks map their maximum to 4 *because* their elements round well there, and those that map
+    it to 6 clip.
     """
 
     def decode(x: torch.Tensor, seed: int) -> torch.Tensor:
         q = quantize(x, "four_over_six")
         blocks = Blocks(to_blocks(x, q.block), x.shape[0], QUANTIZERS["sr"].check(seed=seed))
         scale = e4m3_decode(q.block_scale)
-        values = stochastic(scaled_elements(blocks, scale, q.global_scale), E2M1, blocks.element_noise())
+        values = stochastic(
+            scaled_elements(blocks, scale, q.global_scale), E2M1, blocks.element_noise()
+        )
         return from_blocks(values * scale[..., None], q.block, x.shape[0]) * q.global_scale
 
     seed = fold_in(USER_SEED, n)
@@ -139,7 +146,8 @@ def test_sparse_products_are_unbiased(name: str, options: dict[str, Any]) -> Non
 
 
 def test_one_round_is_biased_on_sparse_groups() -> None:
-    """ms_eden of one round, on two active columns a group: above 5e-4. Why recipes of ours use two."""
+    """ms_eden of one round, on two active columns a group: above 5e-4. Why recipes of ours use
+    two."""
     assert split_half_bias(product("ms_eden"), two_active) > 5e-4
 
 
@@ -151,15 +159,21 @@ def worst_pair(k: int = 128) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("position", [(0, 1), (37, 90)], ids=str)
-def test_one_round_gives_e0_plus_a_tenth_e1_the_same_wrong_answer_for_every_sign(position: tuple[int, int]) -> None:
-    """(1, 1/10) becomes (101/102, 101/510), whatever the signs: the bias of one round in its purest form.
+def test_one_round_gives_e0_plus_a_tenth_e1_the_same_wrong_answer_for_every_sign(
+    position: tuple[int, int],
+) -> None:
+    """(1, 1/10) becomes (101/102, 101/510), whatever the signs: the bias of one round in its purest
+    form.
 
-    R x takes two magnitudes, (1 + .1) h and (1 - .1) h with h = 2^-3.5, in equal numbers in every block of 16 (if the
-    two indices differ modulo 16). On a scale of 6.072 they are 6.07 and 4.97, which become 6 and 4, that is, a vector
-    proportional to (5, 1) instead of (10, 1) in the plane of the two; the correction restores the length of its
-    projection, 1.01 / (5 * 1 + 1 * .1) = 101/510, hence (5, 1) * 101/510.
-    All 8 block scales are equal, so they are the largest and land on 448 exactly: no rounding of scales is left. What
-    is left is float32: some 20 roundings of 2^-24 between x and its decoding, and the rotation back (7 more).
+    R x takes two magnitudes, (1 + .1) h and (1 - .1) h with h = 2^-3.5, in equal numbers in every
+    block of 16 (if the two indices differ modulo 16). On a scale of 6.072 they are 6.07 and 4.97,
+    which become 6 and 4, that is, a vector proportional to (5, 1) instead of (10, 1) in the plane
+    of the two; the correction restores the length of its projection, 1.01 / (5 * 1 + 1 * .1) =
+    101/510, hence (5, 1) * 101/510.
+    All 8 block scales are equal, so they are the largest and land on 448 exactly: no rounding of
+    scales is left. What
+    is left is float32: some 20 roundings of 2^-24 between x and its decoding, and the rotation back
+    (7 more).
     """
     x = torch.zeros(1, 128)
     x[0, position[0]], x[0, position[1]] = 1.0, 0.1
@@ -175,7 +189,9 @@ def mean_of_draws(x: torch.Tensor, draws: int, **options: Any) -> torch.Tensor:
     """The mean of x's decodings over signs and rounding, in double."""
     total = torch.zeros(x.shape, dtype=torch.float64)
     for draw in range(draws):
-        total += quantize(x, "ms_eden", seed=draw, sign_seed=fold_in(USER_SEED, draw), **options).dequantize()
+        total += quantize(
+            x, "ms_eden", seed=draw, sign_seed=fold_in(USER_SEED, draw), **options
+        ).dequantize()
     return total / draws
 
 
@@ -185,10 +201,13 @@ def mean_of_draws(x: torch.Tensor, draws: int, **options: Any) -> torch.Tensor:
     ids=str,
 )
 def test_more_rounds_repair_the_worst_pair(options: dict[str, Any], worst: float) -> None:
-    """|E x' - x|^2 / |x|^2 of e0 + 0.1 e1 falls from 1e-2 below the documented worst cases of two and three rounds.
+    """|E x' - x|^2 / |x|^2 of e0 + 0.1 e1 falls from 1e-2 below the documented worst cases of two
+    and three rounds.
 
-    1024 draws of a relative error of about 1e-2 leave a variance of 1e-2 / 1024 = 1e-5 in the mean, which is added to
-    the bound (twice, for its own scatter). One round is held to what it gives: (1/102)^2 + (101/510 - 1/10)^2 = 9.7e-3.
+    1024 draws of a relative error of about 1e-2 leave a variance of 1e-2 / 1024 = 1e-5 in the mean,
+    which is added to
+    the bound (twice, for its own scatter). One round is held to what it gives: (1/102)^2 + (101/510
+    - 1/10)^2 = 9.7e-3.
     """
     x = worst_pair()
     energy = x.double().square().sum()
@@ -199,10 +218,12 @@ def test_more_rounds_repair_the_worst_pair(options: dict[str, Any], worst: float
 
 
 def test_sr_is_exact_in_expectation_by_counting() -> None:
-    """The whole quantiser, not only its rounding: over all 65536 noise values, the mean decoding is the input to 2^-17.
+    """The whole quantiser, not only its rounding: over all 65536 noise values, the mean decoding is
+    the input to 2^-17.
 
-    One block whose 16 elements lie anywhere between the codes, under a block scale that had to be rounded up. The noise
-    is put in place of the random numbers, everything else is the quantiser's own path through the oracle's formulas.
+    One block whose 16 elements lie anywhere between the codes, under a block scale that had to be
+    rounded up. The noise is put in place of the random numbers, everything else is the quantiser's
+    own path through the oracle's formulas.
     """
     x = np.linspace(-1, 1, 16, dtype=np.float32) * np.float32(0.93)
     q = quantize(torch.from_numpy(np.vstack([x, np.eye(1, 16, dtype=np.float32)])), "sr", seed=3)
@@ -211,20 +232,33 @@ def test_sr_is_exact_in_expectation_by_counting() -> None:
     scaled = torch.from_numpy(x * (np.float32(1) / step))
     assert scaled.abs().max() <= E2M1.max, "a scale rounded up leaves nothing to clip"
     noise = (torch.arange(2**16, dtype=torch.float32)[:, None] + 0.5) / 2**16
-    mean = stochastic(scaled.expand(2**16, -1), E2M1, noise.expand(-1, 16)).double().mean(dim=0) * float(step)
-    gaps = np.array([oracle.E2M1.steps[oracle.E2M1.values.searchsorted(v, "right") - 1] for v in scaled.abs().numpy()])
+    mean = stochastic(scaled.expand(2**16, -1), E2M1, noise.expand(-1, 16)).double().mean(
+        dim=0
+    ) * float(step)
+    gaps = np.array(
+        [
+            oracle.E2M1.steps[oracle.E2M1.values.searchsorted(v, "right") - 1]
+            for v in scaled.abs().numpy()
+        ]
+    )
     assert (np.abs(mean.numpy() - x) <= gaps * float(step) * (2**-17 + 2**-21)).all()
 
 
 def test_ranks_differ_in_rounding_never_in_signs() -> None:
-    """Two ranks, one sign seed: the same rotation and codes, independent scale rounding; averaging them helps by two.
+    """Two ranks, one sign seed: the same rotation and codes, independent scale rounding; averaging
+    them helps by two.
 
-    The error that only the rounding of scales makes is measured against the mean over 64 ranks, which stands for its
-    expectation: the mean of two ranks has half the variance of one, up to the scatter of 32 pairs (25 %) doubled.
+    The error that only the rounding of scales makes is measured against the mean over 64 ranks,
+    which stands for its
+    expectation: the mean of two ranks has half the variance of one, up to the scatter of 32 pairs
+    (25 %) doubled.
     """
     x = dense()[0][:64]
     sign_seed = fold_in(USER_SEED, 9)
-    ranks = [quantize(x, "ms_eden", seed=fold_in(sign_seed, 1, rank), sign_seed=sign_seed) for rank in range(64)]
+    ranks = [
+        quantize(x, "ms_eden", seed=fold_in(sign_seed, 1, rank), sign_seed=sign_seed)
+        for rank in range(64)
+    ]
     assert all(torch.equal(q.codes, ranks[0].codes) for q in ranks)
     values = torch.stack([q.dequantize(rotated=True) for q in ranks]).double()
     centred = values - values.mean(dim=0)

@@ -1,8 +1,9 @@
-"""Objectives beside their authors' code: its steps in other words, one number at a time, on random inputs.
+"""Objectives beside their authors' code: its steps in other words, one number at a time, on random
+inputs.
 
-Each test names repository, commit and file. Nothing here calls what it checks: the rewrites are of plain numbers, or of
-autograd over float64 tensors where a gradient is compared. Tolerances are those of float32 advantages (2^-24 relative)
-against float64, with a factor for the sums.
+Each test names repository, commit and file. Nothing here calls what it checks: the rewrites are of
+plain numbers, or of autograd over float64 tensors where a gradient is compared. Tolerances are
+those of float32 advantages (2^-24 relative) against float64, with a factor for the sums.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ CLOSE: dict[str, float] = {"rtol": 3e-6, "atol": 3e-8}
 
 @pytest.fixture
 def samples(policy: TablePolicy, generator: torch.Generator) -> Samples:
-    """6 completions of each of 4 prompts, shuffled, graded rewards, some cut, a sampler that is not the trainer."""
+    """6 completions of each of 4 prompts, shuffled, graded rewards, some cut, a sampler that is not
+    the trainer."""
     drawn = shuffled(policy, 6, generator)
     rewards = torch.randint(0, 5, (24,), generator=generator) / 4
     foreign = drawn.sampler_logprobs + 0.4 * torch.randn(drawn.mask.shape, generator=generator)
     foreign = torch.where(drawn.mask, foreign, 0.0)
-    return replace(drawn, rewards=rewards, sampler_logprobs=foreign, truncated=torch.arange(24) % 5 == 0)
+    return replace(
+        drawn, rewards=rewards, sampler_logprobs=foreign, truncated=torch.arange(24) % 5 == 0
+    )
 
 
 def rows(values: torch.Tensor) -> list[list[float]]:
@@ -52,8 +56,11 @@ def rows(values: torch.Tensor) -> list[list[float]]:
     return values.double().tolist()
 
 
-def same(objective: Any, later: TablePolicy, ready: Samples, wanted: Any, reference: Any = None) -> None:
-    """Loss and gradient of ``objective`` are those of ``wanted``, a function of the logits [.., V] of the table."""
+def same(
+    objective: Any, later: TablePolicy, ready: Samples, wanted: Any, reference: Any = None
+) -> None:
+    """Loss and gradient of ``objective`` are those of ``wanted``, a function of the logits [.., V]
+    of the table."""
     logits = later.logits.clone().requires_grad_()
     expected = wanted(later.at(logits).score(ready))
     expected.backward()
@@ -66,23 +73,38 @@ def same(objective: Any, later: TablePolicy, ready: Samples, wanted: Any, refere
 
 
 def nemo_advantages(samples: Samples) -> torch.Tensor:
-    """nemo_rl/algorithms/advantage_estimator.py, reinforce_plus_plus with its baseline, after stop-properly of
-    reward_functions.py with coefficient 0."""
-    rewards = [0.0 if cut else r for r, cut in zip(samples.rewards.tolist(), samples.truncated.tolist(), strict=True)]
+    """nemo_rl/algorithms/advantage_estimator.py, reinforce_plus_plus with its baseline, after
+    stop-properly of reward_functions.py with coefficient 0."""
+    rewards = [
+        0.0 if cut else r
+        for r, cut in zip(samples.rewards.tolist(), samples.truncated.tolist(), strict=True)
+    ]
     centred = oracle.advantages(rewards, samples.groups.tolist(), kind="group_mean")
     tokens = [a for a, n in zip(centred, samples.lengths.tolist(), strict=True) for _ in range(n)]
     mean, variance = statistics.fmean(tokens), statistics.pvariance(tokens)
-    return torch.tensor([(a - mean) / math.sqrt(max(variance, 1e-8)) for a in centred], dtype=torch.float64)
+    return torch.tensor(
+        [(a - mean) / math.sqrt(max(variance, 1e-8)) for a in centred], dtype=torch.float64
+    )
 
 
-@pytest.mark.parametrize(("clamp", "most"), [(1.5, 0.8), (0.7, 0.8)])  # the second: beyond the first, within the last
+# the second: beyond the first, within the last
+@pytest.mark.parametrize(("clamp", "most"), [(1.5, 0.8), (0.7, 0.8)])
 @pytest.mark.parametrize("kind", [ProRLv2, ProRLv21])
 def test_prorl_v2_is_nemos(
-    kind: type[ProRLv2], clamp: float, most: float, policy: TablePolicy, samples: Samples, generator: torch.Generator
+    kind: type[ProRLv2],
+    clamp: float,
+    most: float,
+    policy: TablePolicy,
+    samples: Samples,
+    generator: torch.Generator,
 ) -> None:
-    """nemo_rl/algorithms/loss/loss_functions.py and utils.py under examples/configs/prorlv2.v2.yaml, and
-    prorlv2_1_moe.v2.yaml: clip, IcePop or the mask of sequences, k2 with clamps and the score function's gradient."""
-    objective = kind(dynamic_sampling=False, kl_coef=0.3, kl_log_ratio_clamp=clamp, kl_value_clamp=most)
+    """nemo_rl/algorithms/loss/loss_functions.py and utils.py under
+    examples/configs/prorlv2.v2.yaml, and
+    prorlv2_1_moe.v2.yaml: clip, IcePop or the mask of sequences, k2 with clamps and the score
+    function's gradient."""
+    objective = kind(
+        dynamic_sampling=False, kl_coef=0.3, kl_log_ratio_clamp=clamp, kl_value_clamp=most
+    )
     base, later = moved(policy, generator, 1.0), moved(policy, generator, 0.3)
     ready = prepared(objective, policy, samples, reference=base)
     advantages, mask = nemo_advantages(samples)[:, None], samples.mask
@@ -94,12 +116,16 @@ def test_prorl_v2_is_nemos(
         forced = kind is ProRLv21
         before = new.detach() if forced else old
         ratio = (new - before).exp()
-        surrogate = -torch.minimum(ratio * advantages, advantages * (ratio if forced else ratio.clamp(0.8, 1.27)))
-        # v2.1 of ours weighs by the policy before the updates; theirs by the present one, which at its only update is
-        # the same.
+        surrogate = -torch.minimum(
+            ratio * advantages, advantages * (ratio if forced else ratio.clamp(0.8, 1.27))
+        )
+        # v2.1 of ours weighs by the policy before the updates; theirs by the present one, which at
+        # its only update is the same.
         weights = (old - drawn).exp()
         if forced:
-            level = torch.stack([(old - drawn)[i, :n].mean() for i, n in enumerate(samples.lengths)]).exp()[:, None]
+            level = torch.stack(
+                [(old - drawn)[i, :n].mean() for i, n in enumerate(samples.lengths)]
+            ).exp()[:, None]
             weights = torch.where((level >= 0.999) & (level <= 1.002), weights, 0.0)
         else:
             weights = torch.where((weights >= 0.5) & (weights <= 5.0), weights, 0.0)
@@ -110,11 +136,15 @@ def test_prorl_v2_is_nemos(
         kl = (importance * inside.square() / 2).clamp(-most, most)
         return ((weights * surrogate + 0.3 * kl) * mask).sum() / mask.sum()
 
-    assert ((ref - later.score(samples).logprobs).abs() > clamp).any(), "the clamp of the input acts"
+    assert ((ref - later.score(samples).logprobs).abs() > clamp).any(), (
+        "the clamp of the input acts"
+    )
     same(objective, later, ready, wanted)
 
 
-def test_the_weights_of_the_kl_matter(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
+def test_the_weights_of_the_kl_matter(
+    policy: TablePolicy, samples: Samples, generator: torch.Generator
+) -> None:
     """Without the score function the gradient is another one; the value is the same."""
     base, later = moved(policy, generator, 1.0), moved(policy, generator, 0.3)
     found = []
@@ -127,14 +157,17 @@ def test_the_weights_of_the_kl_matter(policy: TablePolicy, samples: Samples, gen
 
 
 def test_gen_kl_error_is_nemos(generator: torch.Generator) -> None:
-    """loss_functions.py: k3 of the sampler's log-probabilities against the trainer's, exp(r) - 1 - r with r = trainer -
-    sampler; unbiased for KL(sampler || trainer), as exact sums over a distribution show. The other direction is not."""
+    """loss_functions.py: k3 of the sampler's log-probabilities against the trainer's, exp(r) - 1 -
+    r with r = trainer - sampler; unbiased for KL(sampler || trainer), as exact sums over a
+    distribution show. The other direction is not."""
     p = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
     q = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
     every = torch.ones(1, 1, dtype=torch.bool)
     each = [mismatch(q[i].view(1, 1), p[i].view(1, 1), every)["gen_kl_error"] for i in range(6)]
     exact = sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
-    assert sum(math.exp(a) * value for a, value in zip(p.tolist(), each, strict=True)) == pytest.approx(exact)
+    assert sum(
+        math.exp(a) * value for a, value in zip(p.tolist(), each, strict=True)
+    ) == pytest.approx(exact)
     assert min(each) >= 0
     for trainer, sampler, value in zip(q.tolist(), p.tolist(), each, strict=True):
         assert value == pytest.approx(math.exp(trainer - sampler) - 1 - (trainer - sampler))
@@ -144,14 +177,16 @@ def test_gen_kl_error_is_nemos(generator: torch.Generator) -> None:
 
 
 def test_gspo_is_verls(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """verl/trainer/ppo/core_algos.py, compute_policy_loss_gspo: the stopped mean of a completion, with the gradient of
-    each token's own log-probability; then the mean over tokens, then over completions. The gradients are the same
-    since each token carries 1/length of the mean, and the clip is the completion's in both."""
+    """verl/trainer/ppo/core_algos.py, compute_policy_loss_gspo: the stopped mean of a completion,
+    with the gradient of each token's own log-probability; then the mean over tokens, then over
+    completions. The gradients are the same since each token carries 1/length of the mean, and the
+    clip is the completion's in both."""
     objective, later = GSPO(clip_low=0.05, clip_high=0.08), moved(policy, generator, 0.2)
     ready = prepared(objective, policy, samples)
     old = policy.score(samples).logprobs
     advantages = torch.tensor(
-        oracle.advantages(samples.rewards.tolist(), samples.groups.tolist(), kind="group_std"), dtype=torch.float64
+        oracle.advantages(samples.rewards.tolist(), samples.groups.tolist(), kind="group_std"),
+        dtype=torch.float64,
     )
 
     def wanted(scores: Any) -> torch.Tensor:
@@ -160,7 +195,9 @@ def test_gspo_is_verls(policy: TablePolicy, samples: Samples, generator: torch.G
             new = scores.logprobs[i, :n]
             level = (new - old[i, :n]).mean().detach()
             ratio = (new - new.detach() + level).exp()
-            losses = torch.maximum(-advantages[i] * ratio, -advantages[i] * ratio.clamp(1 - 0.05, 1 + 0.08))
+            losses = torch.maximum(
+                -advantages[i] * ratio, -advantages[i] * ratio.clamp(1 - 0.05, 1 + 0.08)
+            )
             means.append(losses.mean())
         return torch.stack(means).mean()
 
@@ -168,8 +205,9 @@ def test_gspo_is_verls(policy: TablePolicy, samples: Samples, generator: torch.G
 
 
 def test_the_overlong_penalty_is_verls(samples: Samples) -> None:
-    """verl/workers/reward_manager/dapo.py: min(-(length - (limit - buffer)) / buffer * factor, 0) is added to rewards
-    of +1 and -1. On rewards of 1 and 0 half of it is as much: they are halved, and 1/2 is added."""
+    """verl/workers/reward_manager/dapo.py: min(-(length - (limit - buffer)) / buffer * factor, 0)
+    is added to rewards of +1 and -1. On rewards of 1 and 0 half of it is as much: they are halved,
+    and 1/2 is added."""
     limit, buffer = 40, 8
     lengths = torch.tensor([10, 32, 33, 36, 39, 40])
     mask = torch.arange(limit) < lengths[:, None]
@@ -189,8 +227,11 @@ def test_the_overlong_penalty_is_verls(samples: Samples) -> None:
 # RUCBM/DelTA cf048bd
 
 
-def test_delta_is_its_authors(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """verl-DelTA/verl/workers/actor/dp_actor.py, compute_log_prob_h with K = 1, and core_algos.py's vanilla loss with
+def test_delta_is_its_authors(
+    policy: TablePolicy, samples: Samples, generator: torch.Generator
+) -> None:
+    """verl-DelTA/verl/workers/actor/dp_actor.py, compute_log_prob_h with K = 1, and core_algos.py's
+    vanilla loss with
     clip_ratio_c 10: gammas are those of the margins to the means before the last ones."""
     vectors = torch.randn(4000, 16, generator=generator, dtype=torch.float64)
     advantages = torch.randn(4000, generator=generator, dtype=torch.float64)
@@ -205,7 +246,10 @@ def test_delta_is_its_authors(policy: TablePolicy, samples: Samples, generator: 
         return to_minus - to_plus, to_plus - to_minus
 
     def spreads(pair: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        return [m[s].var(correction=0).clamp(min=1e-8).sqrt() for m, s in zip(pair, (positive, negative), strict=True)]
+        return [
+            m[s].var(correction=0).clamp(min=1e-8).sqrt()
+            for m, s in zip(pair, (positive, negative), strict=True)
+        ]
 
     up, down = advantages.clamp(min=0), (-advantages).clamp(min=0)
     first = margins(centre(up), centre(down))
@@ -240,10 +284,15 @@ def test_delta_is_its_authors(policy: TablePolicy, samples: Samples, generator: 
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("estimator", ["group_mean", "group_std", "batch_rates"])
 def test_rover_is_its_authors(
-    estimator: str, clip: float | None, policy: TablePolicy, samples: Samples, generator: torch.Generator
+    estimator: str,
+    clip: float | None,
+    policy: TablePolicy,
+    samples: Samples,
+    generator: torch.Generator,
 ) -> None:
-    """Math/verl/workers/actor/dp_actor.py with rover_t, next_q_scale_factor and use_rover_clip; core_algos.py for the
-    loss and the rover estimator; its grpo estimator with and without the standard deviation."""
+    """Math/verl/workers/actor/dp_actor.py with rover_t, next_q_scale_factor and use_rover_clip;
+    core_algos.py for the loss and the rover estimator; its grpo estimator with and without the
+    standard deviation."""
     objective = Rover(advantage=estimator, q_scale=0.7, value_scale=0.9, q_clip=clip)
     later = moved(policy, generator, 0.6)
     ready = prepared(objective, policy, samples)
@@ -253,7 +302,9 @@ def test_rover_is_its_authors(
         right = sum(r > 0 for r in rewards) / len(rewards)
         reward = [5 * (1 - right) if r > 0 else -2 * (1 - (1 - right)) for r in rewards]
     else:
-        reward = oracle.advantages(samples.rewards.tolist(), samples.groups.tolist(), kind=estimator)
+        reward = oracle.advantages(
+            samples.rewards.tolist(), samples.groups.tolist(), kind=estimator
+        )
     before = old.logits.log_softmax(-1).mean(-1)
 
     def wanted(scores: Any) -> torch.Tensor:
@@ -277,9 +328,11 @@ def test_rover_is_its_authors(
 
 
 def test_reasonmaxxer_is_its_authors(generator: torch.Generator) -> None:
-    """scripts/select_mid_pool.py, prepare_training_data.py and train_reasonmaxxer.py (variant reasonmaxxer, adv_ce, KL
-    on the prompt too) on a real model with prompts of several lengths: problems, the pooled shortest 80 %, advantages
-    of what is left, a mean per rollout, everything at temperature 1 whatever that of sampling."""
+    """scripts/select_mid_pool.py, prepare_training_data.py and train_reasonmaxxer.py (variant
+    reasonmaxxer, adv_ce, KL
+    on the prompt too) on a real model with prompts of several lengths: problems, the pooled
+    shortest 80 %, advantages of what is left, a mean per rollout, everything at temperature 1
+    whatever that of sampling."""
     base, model = model_of("bf16"), model_of("bf16", spread=0.2)
     groups, size = 6, 5
     count = groups * size
@@ -296,14 +349,23 @@ def test_reasonmaxxer_is_its_authors(generator: torch.Generator) -> None:
     cut = torch.rand(count, generator=generator) < 0.2
     numbers = torch.arange(groups).repeat_interleave(size)
     samples = Samples(
-        ids, attention, attention[:, width:], numbers, rewards, cut, torch.zeros(count, longest), max_new_tokens=7
+        ids,
+        attention,
+        attention[:, width:],
+        numbers,
+        rewards,
+        cut,
+        torch.zeros(count, longest),
+        max_new_tokens=7,
     )
     objective = ReasonMaxxer(entropy_gate=2.6, problem_share=0.5)
     assert objective.loss_temperature(0.6) == 1.0
     with torch.no_grad():
         old = score(base, samples, 1.0, logits=True, prompt=True)
     extra = objective.remember(samples, old, "reference")
-    ready = objective.prepare(replace(samples, ref_logprobs=old.logprobs, extra=extra), replace(old, logits=None))
+    ready = objective.prepare(
+        replace(samples, ref_logprobs=old.logprobs, extra=extra), replace(old, logits=None)
+    )
 
     wanted, used = their_loss(base, model, samples, problems=3, gate=2.6)
     assert torch.equal(ready.extra["used"].nonzero().flatten(), torch.tensor(sorted(used)))
@@ -324,12 +386,21 @@ def test_reasonmaxxer_is_its_authors(generator: torch.Generator) -> None:
         found = found + loss.detach()
     assert float(found) == pytest.approx(float(wanted.detach()), rel=1e-5)
     for parameter, grad in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=2e-6 * float(grad.abs().max() + 1))
+        torch.testing.assert_close(
+            parameter.grad, grad, rtol=1e-3, atol=2e-6 * float(grad.abs().max() + 1)
+        )
 
 
-def their_loss(base: Any, model: Any, samples: Samples, problems: int, gate: float) -> tuple[torch.Tensor, list[int]]:
-    """The mean over the rollouts that their scripts would train on, each alone in its batch; and which these are."""
-    lengths, rewards, groups = samples.lengths.tolist(), samples.rewards.tolist(), samples.groups.tolist()
+def their_loss(
+    base: Any, model: Any, samples: Samples, problems: int, gate: float
+) -> tuple[torch.Tensor, list[int]]:
+    """The mean over the rollouts that their scripts would train on, each alone in its batch; and
+    which these are."""
+    lengths, rewards, groups = (
+        samples.lengths.tolist(),
+        samples.rewards.tolist(),
+        samples.groups.tolist(),
+    )
     table = []
     for group in sorted(set(groups)):
         members = [i for i, g in enumerate(groups) if g == group]
@@ -348,12 +419,15 @@ def their_loss(base: Any, model: Any, samples: Samples, problems: int, gate: flo
         spread = statistics.pstdev(left) if len(left) > 1 else 1e-8
         advantage = (rewards[i] - statistics.fmean(left)) / max(spread, 1e-8)
         tokens = samples.ids[i][samples.attention[i]][None]
-        first = tokens.shape[1] - lengths[i] - 1  # the position whose distribution the first drawn token comes from
+        # the position whose distribution the first drawn token comes from
+        first = tokens.shape[1] - lengths[i] - 1
         new = model(tokens).logits[0, :-1].float().log_softmax(-1)
         with torch.no_grad():
             held = base(tokens).logits[0, :-1].float().log_softmax(-1)
         entropy = -(held.exp() * held).sum(-1)
-        decisions = [t for t in range(first, tokens.shape[1] - 1) if entropy[t] > gate and advantage != 0]
+        decisions = [
+            t for t in range(first, tokens.shape[1] - 1) if entropy[t] > gate and advantage != 0
+        ]
         others = [t for t in range(tokens.shape[1] - 1) if t not in decisions]
         advantage = max(-2.5, min(2.5, advantage))
         ce = [-new[t, tokens[0, t + 1]] for t in decisions]
@@ -363,12 +437,14 @@ def their_loss(base: Any, model: Any, samples: Samples, problems: int, gate: flo
     return torch.stack(losses).mean(), used
 
 
-# huggingface/trl f2cd57710, sail-sg/understand-r1-zero dfca49d, NVlabs/QeRL e8c6e79, ZongqianLi/MicroCoder acd9bcd
+# huggingface/trl f2cd57710, sail-sg/understand-r1-zero dfca49d, NVlabs/QeRL e8c6e79,
+# ZongqianLi/MicroCoder acd9bcd
 
 
 def test_ssd_is_trls(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """trl/experimental/ssd/ssd_trainer.py, compute_loss: cross-entropy of raw logits, whatever the temperature of
-    sampling, over the kept tokens, divided by their number. Their filter looks at characters, ours at tokens."""
+    """trl/experimental/ssd/ssd_trainer.py, compute_loss: cross-entropy of raw logits, whatever the
+    temperature of sampling, over the kept tokens, divided by their number. Their filter looks at
+    characters, ours at tokens."""
     objective, later = SSD(), moved(policy, generator)
     ready = prepared(objective, policy, samples)
     kept = (samples.lengths > 1)[:, None] & samples.mask
@@ -381,13 +457,18 @@ def test_ssd_is_trls(policy: TablePolicy, samples: Samples, generator: torch.Gen
     same(objective, later, ready, wanted)
 
 
-def test_dr_grpo_is_its_authors(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """train_zero_math.py: reward minus the mean of the group, sums over tokens by a constant, the length limit; the
-    mean over completions of PPO's clipped loss (oat c1a074c, oat/algorithms/ppo.py)."""
+def test_dr_grpo_is_its_authors(
+    policy: TablePolicy, samples: Samples, generator: torch.Generator
+) -> None:
+    """train_zero_math.py: reward minus the mean of the group, sums over tokens by a constant, the
+    length limit; the mean over completions of PPO's clipped loss (oat c1a074c,
+    oat/algorithms/ppo.py)."""
     objective, later = DrGRPO(), moved(policy, generator, 0.4)
     ready = prepared(objective, policy, samples)
     old = policy.score(samples).logprobs
-    centred = oracle.advantages(samples.rewards.tolist(), samples.groups.tolist(), kind="group_mean")
+    centred = oracle.advantages(
+        samples.rewards.tolist(), samples.groups.tolist(), kind="group_mean"
+    )
 
     def wanted(scores: Any) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -400,9 +481,12 @@ def test_dr_grpo_is_its_authors(policy: TablePolicy, samples: Samples, generator
     same(objective, later, ready, wanted)
 
 
-def test_microcoder_is_its_equation(policy: TablePolicy, samples: Samples, generator: torch.Generator) -> None:
-    """figures/MicroCoder-GRPO_equation.png and MicroCoder-Insights.md: A times (1 - [length = limit, a correct answer,
-    the last m tokens differ from those before, u < rho]), with a std without epsilon; ours has GRPO's 1e-4."""
+def test_microcoder_is_its_equation(
+    policy: TablePolicy, samples: Samples, generator: torch.Generator
+) -> None:
+    """figures/MicroCoder-GRPO_equation.png and MicroCoder-Insights.md: A times (1 - [length =
+    limit, a correct answer, the last m tokens differ from those before, u < rho]), with a std
+    without epsilon; ours has GRPO's 1e-4."""
     samples = replace(samples, rewards=samples.rewards.round())
     objective, later = MicroCoder(excused_share=0.5, loop_window=2), moved(policy, generator)
     full = samples.lengths == samples.limit
@@ -431,8 +515,8 @@ def test_microcoder_is_its_equation(policy: TablePolicy, samples: Samples, gener
 
 @pytest.mark.parametrize(("steps", "stages"), [(600, 10), (60, 10), (7, 3), (10, 2)])
 def test_the_noise_on_norms_is_qerls(steps: int, stages: int) -> None:
-    """trl_trainer/noise_scheduler.py, and the trend that trl_trainer/grpo_trainer.py makes of its launch scripts: the
-    first interval has none, then a geometric row from 1e-2 to 1e-4."""
+    """trl_trainer/noise_scheduler.py, and the trend that trl_trainer/grpo_trainer.py makes of its
+    launch scripts: the first interval has none, then a geometric row from 1e-2 to 1e-4."""
     last = stages - 1
     trend = [1e-2 * (1e-4 / 1e-2) ** (k / max(last - 1, 1)) for k in range(last)]
     for step in range(steps):
@@ -445,4 +529,8 @@ def test_the_noise_on_norms_is_qerls(steps: int, stages: int) -> None:
 def test_totals_are_what_the_losses_are_divided_by(samples: Samples) -> None:
     """The helper of these tests counts as the loop does."""
     totals = totals_of(samples)
-    assert (totals.tokens, totals.samples, totals.max_new_tokens) == (int(samples.mask.sum()), 24, 5)
+    assert (totals.tokens, totals.samples, totals.max_new_tokens) == (
+        int(samples.mask.sum()),
+        24,
+        5,
+    )

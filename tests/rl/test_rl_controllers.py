@@ -1,4 +1,5 @@
-"""What changes in a long run: penalties and limits of length, the controlled clip, resets, stages of temperature."""
+"""What changes in a long run: penalties and limits of length, the controlled clip, resets, stages
+of temperature."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from nvfp4.rl.samples import Samples
 
 
 def test_overlong_penalty() -> None:
-    """0 up to the cache, -1 at the limit and beyond, linear between, at every length of a limit of 10."""
+    """0 up to the cache, -1 at the limit and beyond, linear between, at every length of a limit of
+    10."""
     found = overlong_penalty(torch.arange(13), limit=10, share=0.4).tolist()
     assert found == [0.0] * 7 + [-0.25, -0.5, -0.75, -1.0, -1.0, -1.0]
     # hardly any room: the last fifth of 8 tokens is one, and of 4 none
@@ -34,7 +36,8 @@ def test_cosine_penalty() -> None:
 
 
 def test_loops_are_found() -> None:
-    """Only at the end, only of exactly the window, only where there are two of them; padding does not count."""
+    """Only at the end, only of exactly the window, only where there are two of them; padding does
+    not count."""
     rows = torch.tensor(
         [
             [9, 1, 2, 1, 2, 0, 0],  # loops with 2
@@ -50,7 +53,8 @@ def test_loops_are_found() -> None:
 
 
 def test_length_stages() -> None:
-    """The configured limit before the first stage; each stage from its step on; ProRL counts the steps it observes."""
+    """The configured limit before the first stage; each stage from its step on; ProRL counts the
+    steps it observes."""
     assert [staged(step, (2, 4), (16, 32), 8) for step in range(6)] == [8, 8, 16, 16, 32, 32]
     objective = ProRL(length_stages=(16, 32), length_stage_steps=(2, 4))
     found = []
@@ -67,7 +71,9 @@ def test_length_stages() -> None:
 def test_length_penalty_in_its_phases() -> None:
     """The last step of every three: half the limit costs half of the weight."""
     mask = torch.tensor([[1, 1, 0, 0]], dtype=torch.bool)
-    samples = Samples(mask.long(), mask, mask, torch.zeros(1), torch.ones(1), ~mask[:, 0], torch.zeros(1, 4))
+    samples = Samples(
+        mask.long(), mask, mask, torch.zeros(1), torch.ones(1), ~mask[:, 0], torch.zeros(1, 4)
+    )
     objective = ProRL(length_penalty=0.2, length_penalty_period=3, length_penalty_steps=1)
     found = []
     for _ in range(6):
@@ -77,8 +83,8 @@ def test_length_penalty_in_its_phases() -> None:
 
 
 def test_the_clip_follows_the_entropy() -> None:
-    """A scripted trace: up by 0.01 below the target, down above, within its bounds, and smoothed: one high value after
-    many low ones does not turn it."""
+    """A scripted trace: up by 0.01 below the target, down above, within its bounds, and smoothed:
+    one high value after many low ones does not turn it."""
     clip = EntropyClip(0.28, target=0.5, lowest=0.2, highest=0.3)
     trace = []
     for entropy in [0.1, 0.1, 0.1, 1.0] + [2.0] * 20:
@@ -97,7 +103,8 @@ def test_the_clip_follows_the_entropy() -> None:
 
 
 def test_prorl_clips_where_the_controller_says() -> None:
-    """Without a target the clip is constant; with one it moves, and never below clip_low or above the maximum."""
+    """Without a target the clip is constant; with one it moves, and never below clip_low or above
+    the maximum."""
     constant, moving = ProRL(), ProRL(clip_high=0.25, clip_high_max=0.4, entropy_target=0.5)
     for _ in range(50):
         for objective in (constant, moving):
@@ -110,10 +117,13 @@ def test_prorl_clips_where_the_controller_says() -> None:
 
 
 def test_the_controlled_clip_is_the_one_of_the_loss(seed: int) -> None:
-    """A clip that the entropy has brought from 0.25 to 0.26 makes the loss of a constant clip of 0.26."""
+    """A clip that the entropy has brought from 0.25 to 0.26 makes the loss of a constant clip of
+    0.26."""
     generator = torch.Generator().manual_seed(seed)
     policy = TablePolicy.random(3, 4, 3, generator)
-    later = policy.at(policy.logits + torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64))
+    later = policy.at(
+        policy.logits + torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
+    )
     samples = policy.sample(torch.arange(3).repeat_interleave(8), generator)
     samples = replace(samples, rewards=torch.rand(24, generator=generator))
     moved = ProRL(clip_high=0.25, entropy_target=0.5, kl_coef=0.0)
@@ -126,24 +136,40 @@ def test_the_controlled_clip_is_the_one_of_the_loss(seed: int) -> None:
 
 
 def test_reset_when_the_kl_dominates() -> None:
-    """Three steps in a row above half of the policy loss; a step below starts the count anew, and so does a reset."""
+    """Three steps in a row above half of the policy loss; a step below starts the count anew, and
+    so does a reset."""
     criterion = ResetCriterion(share=0.5, patience=3, every=0, stall=0, delta=0.0)
     trace = [0.6, 0.6, 0.4, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
-    assert [criterion.update(kl, 1.0, None) for kl in trace] == [False] * 5 + [True, False, False, True]
+    assert [criterion.update(kl, 1.0, None) for kl in trace] == [False] * 5 + [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_reset_when_validation_stalls() -> None:
-    """Two evaluations without a gain of delta; steps without evaluation do not count; a reset keeps the best score."""
+    """Two evaluations without a gain of delta; steps without evaluation do not count; a reset keeps
+    the best score."""
     criterion = ResetCriterion(share=0.0, patience=1, every=0, stall=2, delta=0.05)
     trace = [0.3, None, 0.34, 0.36, 0.37, None, 0.38, 0.40, 0.40]
-    assert [criterion.update(9.0, 0.0, score) for score in trace] == [False] * 6 + [True, False, True]
+    assert [criterion.update(9.0, 0.0, score) for score in trace] == [False] * 6 + [
+        True,
+        False,
+        True,
+    ]
     assert criterion.best == 0.36
 
 
 def test_reset_every_so_many_steps() -> None:
     """And never, if every rule is off."""
     criterion = ResetCriterion(share=0.0, patience=1, every=4, stall=0, delta=0.0)
-    assert [criterion.update(9.0, 0.0, 0.0) for _ in range(9)] == [False, False, False, True] * 2 + [False]
+    assert [criterion.update(9.0, 0.0, 0.0) for _ in range(9)] == [
+        False,
+        False,
+        False,
+        True,
+    ] * 2 + [False]
     off = ResetCriterion(share=0.0, patience=0, every=0, stall=0, delta=0.0)
     assert not any(off.update(9.0, 0.0, 0.0) for _ in range(20))
 
@@ -158,7 +184,8 @@ def test_prorl_wishes_for_a_reset() -> None:
 
 
 def test_temperature_rises_in_stages() -> None:
-    """After two steps in a row below the floor, one stage at a time, never down, and not beyond the last."""
+    """After two steps in a row below the floor, one stage at a time, never down, and not beyond the
+    last."""
     stages = TemperatureStages((0.6, 1.2, 1.8), floor=0.5, patience=2)
     trace = []
     for diversity in [0.4, 0.6, 0.4, 0.4, 0.9, 0.9, 0.4, 0.4, 0.4, 0.4]:
@@ -177,12 +204,22 @@ def test_temperature_rises_in_stages() -> None:
 @pytest.mark.parametrize("split", [1, 6, 11])
 @pytest.mark.parametrize("name", ["prorl", "prorl_v2", "microcoder"])
 def test_resuming_changes_nothing(name: str, split: int, seed: int) -> None:
-    """A run that stops, writes its state as JSON and goes on in another objective ends in the same bits, across resets
-    of the reference, moves of the clip, stages of temperature and draws of the truncation mask."""
+    """A run that stops, writes its state as JSON and goes on in another objective ends in the same
+    bits, across resets of the reference, moves of the clip, stages of temperature and draws of the
+    truncation mask."""
     options = {
-        "prorl": (ProRL, {"reset_every": 4, "entropy_target": 0.8, "clip_high": 0.3, "kl_coef": 0.01}),
-        "prorl_v2": (ProRLv2, {"reset_every": 5, "length_penalty": 0.5, "length_penalty_period": 4, "kl_coef": 0.01}),
-        "microcoder": (MicroCoder, {"temperature_stages": (0.8, 1.0, 1.3), "diversity_patience": 2}),
+        "prorl": (
+            ProRL,
+            {"reset_every": 4, "entropy_target": 0.8, "clip_high": 0.3, "kl_coef": 0.01},
+        ),
+        "prorl_v2": (
+            ProRLv2,
+            {"reset_every": 5, "length_penalty": 0.5, "length_penalty_period": 4, "kl_coef": 0.01},
+        ),
+        "microcoder": (
+            MicroCoder,
+            {"temperature_stages": (0.8, 1.0, 1.3), "diversity_patience": 2},
+        ),
     }
     kind, values = options[name]
 
@@ -206,7 +243,11 @@ def test_resuming_changes_nothing(name: str, split: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     policy = TablePolicy.random(2, 4, 3, generator)
     fixed = policy.sample(torch.arange(2).repeat_interleave(16), generator)
-    fixed = replace(fixed, rewards=torch.rand(32, generator=generator), truncated=torch.ones(32, dtype=torch.bool))
+    fixed = replace(
+        fixed,
+        rewards=torch.rand(32, generator=generator),
+        truncated=torch.ones(32, dtype=torch.bool),
+    )
     whole = observed(kind(**values), range(12))
     first, second = kind(**values), kind(**values)
     begun = observed(first, range(split))
@@ -224,5 +265,10 @@ def test_a_reset_reaches_the_loop(seed: int) -> None:
         objective = ProRL(kl_coef=2.0, reset_every=every, reset_kl_share=0.0)
         reward = lambda prompts, completions: (completions[:, 0] == 1).float()  # noqa: E731
         after = train(objective, policy, reward, 30, torch.Generator().manual_seed(seed))
-        rises[every] = (after.logits.log_softmax(-1) - policy.logits.log_softmax(-1))[:, 0, 0, 1].exp().mean().item()
+        rises[every] = (
+            (after.logits.log_softmax(-1) - policy.logits.log_softmax(-1))[:, 0, 0, 1]
+            .exp()
+            .mean()
+            .item()
+        )
     assert rises[5] > rises[0] * 1.2

@@ -22,19 +22,28 @@ from nvfp4.run.errors import TrainError
 
 def tiny() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=Symbols.vocab_size, max_position_embeddings=64, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=Symbols.vocab_size, max_position_embeddings=64, **sizes)
+    )
 
 
 def examples(task: str, count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     words = Symbols()
     return [
-        (words.encode(p.prompt), [*words.encode(p.answer), words.eos_id]) for p in load_task(task).problems(count, seed)
+        (words.encode(p.prompt), [*words.encode(p.answer), words.eos_id])
+        for p in load_task(task).problems(count, seed)
     ]
 
 
 def test_limits() -> None:
-    """Alike: 1; orthogonal: n. The eigenvalues are exact to 1e-15 or so, and their entropy is then good to 1e-12."""
+    """Alike: 1; orthogonal: n. The eigenvalues are exact to 1e-15 or so, and their entropy is then
+    good to 1e-12."""
     assert g_vendi(torch.ones(7, 5)) == pytest.approx(1.0, abs=1e-12)
     assert g_vendi(torch.ones(5, 7)) == pytest.approx(1.0, abs=1e-12)
     assert g_vendi(torch.eye(6, 9)) == pytest.approx(6.0, abs=1e-12)
@@ -43,7 +52,8 @@ def test_limits() -> None:
 
 
 def test_order_and_length_do_not_matter() -> None:
-    """Nor does which of the two Gram matrices is taken: 5 rows of 8 and, with a zero column block, 8 columns of 5."""
+    """Nor does which of the two Gram matrices is taken: 5 rows of 8 and, with a zero column block,
+    8 columns of 5."""
     rows = torch.randn(12, 8)
     value = g_vendi(rows)
     assert 1 < value < 8
@@ -87,7 +97,8 @@ def test_signs_are_bits_of_philox() -> None:
 
 
 def test_projection_keeps_scalar_products() -> None:
-    """Of unit vectors: to 5 / sqrt(dimensions), five standard deviations, also where they share rows of the table."""
+    """Of unit vectors: to 5 / sqrt(dimensions), five standard deviations, also where they share
+    rows of the table."""
     vectors = torch.nn.functional.normalize(torch.randn(6, 20_000), dim=1)
     got = Projection(1)(vectors)
     assert got.shape == (6, 1024)
@@ -99,8 +110,10 @@ def test_projection_keeps_scalar_products() -> None:
 
 
 def test_the_error_is_that_of_a_full_matrix() -> None:
-    """Over 400 seeds: the mean of a scalar product is right, and its variance is (1 + c^2 - 2 sum of a^2 b^2) / D, as
-    for independent signs. Standard errors: of the mean sqrt(variance / 400), of the variance 7 %."""
+    """Over 400 seeds: the mean of a scalar product is right, and its variance is (1 + c^2 - 2 sum
+    of a^2 b^2) / D, as
+    for independent signs. Standard errors: of the mean sqrt(variance / 400), of the variance 7
+    %."""
     a, b = (torch.nn.functional.normalize(torch.randn(3 * 8192), dim=0) for _ in range(2))
     b = torch.nn.functional.normalize(a + b, dim=0)
     a[8192 : 2 * 8192] = a[:8192]  # the same rows of the table, with equal weights
@@ -116,7 +129,8 @@ def test_the_error_is_that_of_a_full_matrix() -> None:
 
 
 def test_features_are_gradients() -> None:
-    """Unprojected: what autograd gives for the sum of log P of the answer's tokens, and nothing else is touched."""
+    """Unprojected: what autograd gives for the sum of log P of the answer's tokens, and nothing
+    else is touched."""
     model = tiny().train()
     prompt, answer = examples("sort", 1)[0]
     got = gradient_features(model, [(prompt, answer)], dimensions=None)
@@ -131,11 +145,15 @@ def test_features_are_gradients() -> None:
 
 
 def test_a_mixture_is_more_diverse_than_one_task() -> None:
-    """At equal numbers of examples; repeated examples add nothing; the projected value is near the unprojected one."""
+    """At equal numbers of examples; repeated examples add nothing; the projected value is near the
+    unprojected one."""
     model = tiny()
     mixed = [e for task in ("sort", "addition", "countdown", "reverse") for e in examples(task, 6)]
     alone = examples("sort", 24)
-    exact = {name: gradient_features(model, e, dimensions=None) for name, e in {"mixed": mixed, "alone": alone}.items()}
+    exact = {
+        name: gradient_features(model, e, dimensions=None)
+        for name, e in {"mixed": mixed, "alone": alone}.items()
+    }
     values = {name: g_vendi(rows) for name, rows in exact.items()}
     assert values["mixed"] > 1.2 * values["alone"]
     for name, rows in exact.items():
@@ -149,16 +167,34 @@ def test_measure_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     model = tiny()
     model.save_pretrained(tmp_path)
     Symbols().save(tmp_path)
-    want = g_vendi(gradient_features(model, [*examples("sort", 3), *examples("parity", 3)], dimensions=128))
+    want = g_vendi(
+        gradient_features(model, [*examples("sort", 3), *examples("parity", 3)], dimensions=128)
+    )
     config = GVendiConfig(model=str(tmp_path), tasks=("sort", "parity"), count=3, dimensions=128)
     found = measure(config)
     assert found["all"] == pytest.approx(want)
-    assert found["sort"] == pytest.approx(g_vendi(gradient_features(model, examples("sort", 3), dimensions=128)))
+    assert found["sort"] == pytest.approx(
+        g_vendi(gradient_features(model, examples("sort", 3), dimensions=128))
+    )
     out = tmp_path / "figures.json"
-    command = ["gvendi", "--model", str(tmp_path), "--tasks", "sort", "parity", "--count", "3", "--dimensions", "128"]
+    command = [
+        "gvendi",
+        "--model",
+        str(tmp_path),
+        "--tasks",
+        "sort",
+        "parity",
+        "--count",
+        "3",
+        "--dimensions",
+        "128",
+    ]
     assert main([*command, "--out", str(out)]) == 0
     assert json.loads(out.read_text())["g_vendi"] == found
-    assert capsys.readouterr().out.splitlines()[-1] == f"G-Vendi {found['all']:8.2f} of at most 6   all"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"G-Vendi {found['all']:8.2f} of at most 6   all"
+    )
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
@@ -175,7 +211,9 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
         ("fill_in", 2, 128, "use bytes|not among"),
     ):
         with pytest.raises(TrainError, match=message):
-            measure(GVendiConfig(model=str(tmp_path), tasks=(task,), count=count, dimensions=dimensions))
+            measure(
+                GVendiConfig(model=str(tmp_path), tasks=(task,), count=count, dimensions=dimensions)
+            )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +231,8 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_devices_and_chat(tmp_path: Path) -> None:
-    """A device and a chat template that are not there are named; a template changes what is measured."""
+    """A device and a chat template that are not there are named; a template changes what is
+    measured."""
     tiny().save_pretrained(tmp_path)
     Symbols().save(tmp_path)
     config = GVendiConfig(model=str(tmp_path), tasks=("sort",), count=3, dimensions=128)
@@ -204,12 +243,15 @@ def test_devices_and_chat(tmp_path: Path) -> None:
         measure(replace(config, chat=True))
     settings = tmp_path / "tokenizer_config.json"
     fields = json.loads(settings.read_text())
-    settings.write_text(json.dumps({**fields, "chat_template": "{{ messages[0]['content'] }}{{ '=' }}"}))
+    settings.write_text(
+        json.dumps({**fields, "chat_template": "{{ messages[0]['content'] }}{{ '=' }}"})
+    )
     assert measure(replace(config, chat=True)) != measure(config)
 
 
 def test_kmeans_finds_planted_clusters() -> None:
-    """Three bundles of directions, of 12, 7 and 2: found from any seed, and the sparse one is the last."""
+    """Three bundles of directions, of 12, 7 and 2: found from any seed, and the sparse one is the
+    last."""
     bundles = [torch.eye(8)[i] + 0.1 * torch.randn(n, 8) for i, n in ((0, 12), (1, 7), (2, 2))]
     rows = torch.nn.functional.normalize(torch.cat(bundles).double(), dim=1)
     for seed in range(5):
@@ -219,12 +261,13 @@ def test_kmeans_finds_planted_clusters() -> None:
         assert in_sparse(rows, rows[[0, 12, 19, 20]], 3, 0.3, seed) == [2, 3]
         assert in_sparse(rows, rows[[0, 12, 19, 20]], 3, 0.67, seed) == [1, 2, 3]
     same = torch.nn.functional.normalize(torch.ones(4, 8).double(), dim=1)
-    assert in_sparse(same, same, 3, 0.3, 0) == []  # all are in one cluster, and it is not the sparse one
+    # all are in one cluster, and it is not the sparse one
+    assert in_sparse(same, same, 3, 0.3, 0) == []
 
 
 def test_what_is_sparse_adds_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pool of sorting and candidates of which an eighth is something else: what is kept is new, readable as a task,
-    and raises G-Vendi more than as many of the candidates as they come."""
+    """A pool of sorting and candidates of which an eighth is something else: what is kept is new,
+    readable as a task, and raises G-Vendi more than as many of the candidates as they come."""
     tiny().save_pretrained(tmp_path)
     Symbols().save(tmp_path)
     mixed = [
@@ -249,8 +292,16 @@ def test_what_is_sparse_adds_more(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     grown = grow(config)
     assert grown.before < grown.at_random < grown.after
-    command = ["prismatic", *(f"--{key}={value}" for key, value in vars(config).items() if value not in (None, False))]
-    assert main([part.replace("_", "-", 1) if part.startswith("--sparse") else part for part in command]) == 0
+    command = [
+        "prismatic",
+        *(f"--{key}={value}" for key, value in vars(config).items() if value not in (None, False)),
+    ]
+    assert (
+        main(
+            [part.replace("_", "-", 1) if part.startswith("--sparse") else part for part in command]
+        )
+        == 0
+    )
     assert f"kept {len(grown.kept)} problems" in capsys.readouterr().out
     again = load_task(str(tmp_path / "kept.jsonl")).problems(40, 0)
     assert {p.prompt for p in again} <= {p.prompt for p in grown.kept}
@@ -261,7 +312,11 @@ def test_what_is_sparse_adds_more(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"keep": 0}, "keep: expected at least 1, got 0"),
         ({"sparse_share": 0.0}, "sparse_share: expected above 0"),
         (
-            {"pool": "sort", "candidates": str(tmp_path / "pool.jsonl"), "model": str(tmp_path / "no")},
+            {
+                "pool": "sort",
+                "candidates": str(tmp_path / "pool.jsonl"),
+                "model": str(tmp_path / "no"),
+            },
             "model: expected",
         ),
     ):

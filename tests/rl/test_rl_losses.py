@@ -1,4 +1,5 @@
-"""Advantages, clipping, aggregation, KL and importance weights: against an oracle, by enumeration, and against TRL."""
+"""Advantages, clipping, aggregation, KL and importance weights: against an oracle, by enumeration,
+and against TRL."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_advantages_are_the_oracles(samples: Samples, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1.0, -3.3])
 def test_equal_rewards_give_exact_zeros(reward: float, dtype: torch.dtype) -> None:
-    """0.1 summed three times and divided by 3 is not 0.1 in float64; the advantage is 0 all the same."""
+    """0.1 summed three times and divided by 3 is not 0.1 in float64; the advantage is 0 all the
+    same."""
     rewards, groups = torch.full((7,), reward, dtype=dtype), torch.tensor([0, 0, 0, 1, 1, 1, 1])
     for made in (
         group_advantages(rewards, groups, divide_by_std=True),
@@ -79,7 +81,9 @@ def test_a_group_of_one_has_no_advantage() -> None:
 
 def test_population_advantages() -> None:
     """One right of four: (1 - 1/4) / sqrt(3/16) = sqrt 3, and -1/sqrt 3."""
-    found = population_advantages(torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64))
+    found = population_advantages(
+        torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64)
+    )
     torch.testing.assert_close(found, torch.tensor([-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)]))
 
 
@@ -103,13 +107,18 @@ def test_spread_and_places() -> None:
 
 @pytest.mark.parametrize("dual", [None, 3.0])
 def test_clip_truth_table(dual: float | None) -> None:
-    """Every side of both clips and of the dual one, with its gradient: 0 exactly where the clip is active."""
+    """Every side of both clips and of the dual one, with its gradient: 0 exactly where the clip is
+    active."""
     old = -1.0
-    for ratio, advantage in itertools.product((0.3, 0.79, 0.81, 1.0, 1.27, 1.29, 2.9, 3.1), (-2.0, 0.0, 1.5)):
+    for ratio, advantage in itertools.product(
+        (0.3, 0.79, 0.81, 1.0, 1.27, 1.29, 2.9, 3.1), (-2.0, 0.0, 1.5)
+    ):
         new = torch.tensor([[old + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
         loss = clipped_loss(new - old, torch.tensor([[advantage]]), 0.2, 0.28, dual)
         loss.backward()
-        assert loss.item() == pytest.approx(oracle.token_loss(new.item(), old, advantage, 0.2, 0.28, dual), abs=1e-12)
+        assert loss.item() == pytest.approx(
+            oracle.token_loss(new.item(), old, advantage, 0.2, 0.28, dual), abs=1e-12
+        )
         active = (
             (advantage > 0 and ratio > 1.28)
             or (advantage < 0 and ratio < 0.8)
@@ -132,7 +141,8 @@ def test_clip_metrics_count_tokens_without_gradient() -> None:
 
 
 def test_ratio_levels() -> None:
-    """token: each. sequence: the mean over the completion on each. one: value 0, gradient of the log-probability."""
+    """token: each. sequence: the mean over the completion on each. one: value 0, gradient of the
+    log-probability."""
     new = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
     old, mask = torch.tensor([[-1.5, -1.0, 0.0]]), torch.tensor([[1, 1, 0]], dtype=torch.bool)
     assert log_ratio(new, old, mask, "token").tolist() == [[0.5, -1.0, 0.0]]
@@ -146,7 +156,9 @@ def test_ratio_levels() -> None:
 def test_an_absurd_ratio_stays_finite() -> None:
     """exp(200) is infinite in float32, and times an advantage of 0 NaN."""
     new = torch.tensor([[0.0, 0.0]], requires_grad=True)
-    ratios = log_ratio(new, torch.tensor([[-200.0, 200.0]]), torch.ones(1, 2, dtype=torch.bool), "token")
+    ratios = log_ratio(
+        new, torch.tensor([[-200.0, 200.0]]), torch.ones(1, 2, dtype=torch.bool), "token"
+    )
     loss = clipped_loss(ratios, torch.tensor([[0.0, -1.0]]), 0.2, 0.2).sum()
     loss.backward()
     assert loss.isfinite()
@@ -157,10 +169,16 @@ def test_an_absurd_ratio_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("rule", AGGREGATIONS)
-def test_the_loss_is_the_oracles(samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str) -> None:
+def test_the_loss_is_the_oracles(
+    samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str
+) -> None:
     """The whole formula at a policy that has moved, with both clips active and a KL term."""
     objective = GRPO(
-        aggregation=rule, clip_low=0.2, clip_high=0.28, kl_coef=0.3, kl_importance="none" if rule == "dapo" else "ratio"
+        aggregation=rule,
+        clip_low=0.2,
+        clip_high=0.28,
+        kl_coef=0.3,
+        kl_importance="none" if rule == "dapo" else "ratio",
     )
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
     later = moved(policy, generator, 0.6)
@@ -171,13 +189,22 @@ def test_the_loss_is_the_oracles(samples: Samples, policy: TablePolicy, generato
         [
             oracle.token_loss(n, o, made[i], 0.2, 0.28)
             + 0.3 * oracle.kl(n, r, "k3") * (math.exp(n - o) if rule != "dapo" else 1.0)
-            for n, o, r in zip(new[i].tolist(), ready.old_logprobs[i].tolist(), ready.ref_logprobs[i].tolist())  # noqa: B905
+            for n, o, r in zip(
+                new[i].tolist(),
+                ready.old_logprobs[i].tolist(),
+                ready.ref_logprobs[i].tolist(),
+                strict=True,
+            )
         ]
         for i in range(len(ready))
     ]
     lengths = ready.lengths.tolist()
-    assert found == pytest.approx(oracle.aggregate(values, lengths, rule, max_new_tokens=5), rel=1e-6)
-    assert min(metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) > 0, "the test must reach the clips"
+    assert found == pytest.approx(
+        oracle.aggregate(values, lengths, rule, max_new_tokens=5), rel=1e-6
+    )
+    assert min(metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) > 0, (
+        "the test must reach the clips"
+    )
     assert len(set(lengths)) > 2
 
 
@@ -185,9 +212,14 @@ def test_the_loss_is_the_oracles(samples: Samples, policy: TablePolicy, generato
 def test_gradients_are_finite_differences(
     samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str
 ) -> None:
-    """Of the stated scalar, at a policy that has moved, with the importance weights of a foreign sampler."""
-    samples = replace(samples, sampler_logprobs=moved(policy, generator, 0.3).score(samples).logprobs)
-    objective = GRPO(aggregation=rule, kl_coef=0.3, kl="k2", kl_importance="ratio", correction="token_truncate")
+    """Of the stated scalar, at a policy that has moved, with the importance weights of a foreign
+    sampler."""
+    samples = replace(
+        samples, sampler_logprobs=moved(policy, generator, 0.3).score(samples).logprobs
+    )
+    objective = GRPO(
+        aggregation=rule, kl_coef=0.3, kl="k2", kl_importance="ratio", correction="token_truncate"
+    )
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
 
     def scalar(logits: torch.Tensor) -> torch.Tensor:
@@ -197,20 +229,26 @@ def test_gradients_are_finite_differences(
 
 
 @pytest.mark.parametrize("rule", AGGREGATIONS)
-def test_micro_batches_add_up(samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str) -> None:
-    """dapo, dr_grpo and grpo do not notice the split, even through groups; bnpo does, which is what it is known for."""
+def test_micro_batches_add_up(
+    samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str
+) -> None:
+    """dapo, dr_grpo and grpo do not notice the split, even through groups; bnpo does, which is what
+    it is known for."""
     objective = GRPO(aggregation=rule, kl_coef=0.1)
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
     later = moved(policy, generator, 0.6)
     whole, whole_grad, _ = gradient(objective, later, ready)
     for parts in (2, 5, 12):
         loss, grad, _ = gradient(objective, later, ready, parts)
-        same = torch.allclose(grad, whole_grad, rtol=1e-9, atol=1e-12) and loss == pytest.approx(whole, rel=1e-9)
+        same = torch.allclose(grad, whole_grad, rtol=1e-9, atol=1e-12) and loss == pytest.approx(
+            whole, rel=1e-9
+        )
         assert same == (rule != "bnpo")
 
 
 def test_aggregation_ignores_what_is_masked() -> None:
-    """Infinities there do not spread; a completion without tokens counts as a sample and not as a token."""
+    """Infinities there do not spread; a completion without tokens counts as a sample and not as a
+    token."""
     values = torch.tensor([[1.0, 2.0, torch.inf], [torch.inf] * 3])
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
     totals = Totals(tokens=2, samples=2, max_new_tokens=4)
@@ -226,9 +264,12 @@ def test_aggregation_ignores_what_is_masked() -> None:
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl_estimators(kind: str) -> None:
-    """Each value is the oracle's, and exactly 0 with gradient exactly 0 (k1: 1) where policy and reference agree."""
+    """Each value is the oracle's, and exactly 0 with gradient exactly 0 (k1: 1) where policy and
+    reference agree."""
     for new, ref in itertools.product((-0.1, -1.0, -4.0), repeat=2):
-        found = kl_estimate(torch.tensor(new, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64), kind)
+        found = kl_estimate(
+            torch.tensor(new, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64), kind
+        )
         assert found.item() == pytest.approx(oracle.kl(new, ref, kind), abs=1e-12)
     same = torch.tensor(-1.3, requires_grad=True)
     kl_estimate(same, torch.tensor(-1.3), kind).backward()
@@ -238,9 +279,12 @@ def test_kl_estimators(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("importance", [False, True])
-def test_kl_estimators_in_expectation(kind: str, importance: bool, generator: torch.Generator) -> None:
-    """By enumeration of a vocabulary: k1 and k3 have the KL's value. As a loss, k2 has its gradient, k1 none and k3
-    that of the other KL; times the ratio, k1 and k3 have the right one. This is what the docstring promises."""
+def test_kl_estimators_in_expectation(
+    kind: str, importance: bool, generator: torch.Generator
+) -> None:
+    """By enumeration of a vocabulary: k1 and k3 have the KL's value. As a loss, k2 has its
+    gradient, k1 none and k3 that of the other KL; times the ratio, k1 and k3 have the right one.
+    This is what the docstring promises."""
     logits = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(6, generator=generator, dtype=torch.float64)
     new = logits.log_softmax(0)
@@ -278,13 +322,18 @@ def test_exact_kl() -> None:
     """Exactly 0 for equal logits; by hand for two symbols: .5 ln(.5/.8) + .5 ln(.5/.2)."""
     logits = torch.tensor([[0.3, -1.2, 2.0]])
     assert exact_kl(logits, logits).item() == 0.0
-    found = exact_kl(torch.zeros(2, dtype=torch.float64), torch.tensor([0.8, 0.2], dtype=torch.float64).log())
-    assert found.item() == pytest.approx(0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), rel=1e-12)
+    found = exact_kl(
+        torch.zeros(2, dtype=torch.float64), torch.tensor([0.8, 0.2], dtype=torch.float64).log()
+    )
+    assert found.item() == pytest.approx(
+        0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), rel=1e-12
+    )
 
 
 # Importance weights of a foreign sampler
 
-WEIGHTS = {  # of tokens with w = 2, 1/4, 3 and one of padding, bounds [0.5, 2.5]; the product is 1.5
+# of tokens with w = 2, 1/4, 3 and one of padding, bounds [0.5, 2.5]; the product is 1.5
+WEIGHTS = {
     "none": [1, 1, 1],
     "token": [2, 0.25, 3],
     "token_truncate": [2, 0.25, 2.5],
@@ -296,7 +345,9 @@ WEIGHTS = {  # of tokens with w = 2, 1/4, 3 and one of padding, bounds [0.5, 2.5
     "geometric_mask": [1, 1, 1],
     "geometric_mask_token": [2, 0.25, 3],
 }
-NARROW = {  # the same with bounds [0.9, 1.12]: the geometric mean 1.145 is outside too; over four tokens it were 1.107
+# the same with bounds [0.9, 1.12]: the geometric mean 1.145 is outside too; over four tokens it
+# were 1.107
+NARROW = {
     "token_truncate": [1.12, 0.25, 1.12],
     "sequence_truncate": [1.12, 1.12, 1.12],
     "sequence_mask": [0, 0, 0],
@@ -320,7 +371,9 @@ def test_importance_weights(kind: str, low: float, high: float, wanted: list[flo
     outside = out_of_bounds(old, sampler, mask, kind, low, high)
     assert not outside[0, 3]
     if kind.startswith("token_"):
-        assert outside[0, :3].tolist() == [w > high or (kind == "token_mask" and w < low) for w in (2.0, 0.25, 3.0)]
+        assert outside[0, :3].tolist() == [
+            w > high or (kind == "token_mask" and w < low) for w in (2.0, 0.25, 3.0)
+        ]
     elif kind.startswith(("sequence_", "geometric")):
         assert outside[0, :3].all() == (high == 1.12)
     else:
@@ -328,7 +381,9 @@ def test_importance_weights(kind: str, low: float, high: float, wanted: list[flo
 
 
 @pytest.mark.parametrize("kind", list(WEIGHTS))
-def test_weights_are_one_where_sampler_and_trainer_agree(kind: str, policy: TablePolicy, samples: Samples) -> None:
+def test_weights_are_one_where_sampler_and_trainer_agree(
+    kind: str, policy: TablePolicy, samples: Samples
+) -> None:
     """Bit for bit: the corrected loss of a faithful sampler is the plain loss."""
     plain, corrected = GRPO(), GRPO(correction=kind)
     before, ready = prepared(plain, policy, samples), prepared(corrected, policy, samples)
@@ -337,10 +392,12 @@ def test_weights_are_one_where_sampler_and_trainer_agree(kind: str, policy: Tabl
 
 
 def test_the_gradient_under_a_foreign_sampler() -> None:
-    """3 tokens of 3 symbols, all 27 sequences, logits of the sampler perturbed by 0.4: expectations without sampling.
+    """3 tokens of 3 symbols, all 27 sequences, logits of the sampler perturbed by 0.4: expectations
+    without sampling.
 
-    The product over the sequence gives the exact policy gradient; token weights leave most of the bias, prefixes some.
-    Figures are means over 20 policies; the research notes have .235, .208, .208, .208, .170 and 0 for one.
+    The product over the sequence gives the exact policy gradient; token weights leave most of the
+    bias, prefixes some. Figures are means over 20 policies; the research notes have .235, .208,
+    .208, .208, .170 and 0 for one.
     """
     errors: dict[str, list[float]] = defaultdict(list)
     for case in range(20):
@@ -351,7 +408,9 @@ def test_the_gradient_under_a_foreign_sampler() -> None:
         drawn = moved(policy, generator, 0.4).samples(ids, whole, whole[:, 0])
         rewards = torch.rand(27, 1, generator=generator, dtype=torch.float64)
 
-        def policy_gradient(policy: TablePolicy, samples: Samples, weights: torch.Tensor) -> torch.Tensor:
+        def policy_gradient(
+            policy: TablePolicy, samples: Samples, weights: torch.Tensor
+        ) -> torch.Tensor:
             logits = policy.logits.clone().requires_grad_()
             new = policy.at(logits).score(samples).logprobs
             loss = clipped_loss(new - new.detach(), weights, 0.2, 0.2)
@@ -360,7 +419,9 @@ def test_the_gradient_under_a_foreign_sampler() -> None:
             return logits.grad
 
         old = policy.score(drawn).logprobs
-        truth = policy_gradient(policy, drawn, old.sum(1, keepdim=True).exp() * rewards * torch.ones(3))
+        truth = policy_gradient(
+            policy, drawn, old.sum(1, keepdim=True).exp() * rewards * torch.ones(3)
+        )
         for kind, low, high in [
             ("none", 0, 0),
             ("token", 0, 0),
@@ -381,10 +442,13 @@ def test_the_gradient_under_a_foreign_sampler() -> None:
 
 
 def test_weights_stay_finite() -> None:
-    """A product over 1000 tokens of w = e has weight exp(20), not infinity, and nothing is 0 times infinity."""
+    """A product over 1000 tokens of w = e has weight exp(20), not infinity, and nothing is 0 times
+    infinity."""
     mask = torch.ones(1, 1000, dtype=torch.bool)
     for kind in WEIGHTS:
-        found = importance_weights(torch.zeros(1, 1000), torch.full((1, 1000), -1.0), mask, kind, 0.5, 2.0)
+        found = importance_weights(
+            torch.zeros(1, 1000), torch.full((1, 1000), -1.0), mask, kind, 0.5, 2.0
+        )
         assert found.isfinite().all()
 
 
@@ -396,9 +460,19 @@ def test_weights_stay_finite() -> None:
 def test_trl_computes_the_same_loss(
     samples: Samples, policy: TablePolicy, generator: torch.Generator, rule: str, level: str
 ) -> None:
-    """TRL's own loss function on our samples, in three accumulated micro-batches: loss, gradient and metrics."""
-    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed (extra: clients)")
-    objective = GRPO(aggregation=rule, ratio=level, clip_high=0.28, dual_clip=4.0, kl_coef=0.2, kl_importance="ratio")
+    """TRL's own loss function on our samples, in three accumulated micro-batches: loss, gradient
+    and metrics."""
+    trainer = pytest.importorskip(
+        "trl.trainer.grpo_trainer", reason="trl is not installed (extra: clients)"
+    )
+    objective = GRPO(
+        aggregation=rule,
+        ratio=level,
+        clip_high=0.28,
+        dual_clip=4.0,
+        kl_coef=0.2,
+        kl_importance="ratio",
+    )
     ready = prepared(objective, policy, samples, reference=moved(policy, generator, 0.5))
     later = moved(policy, generator, 0.6)
     logits = later.logits.clone().requires_grad_()
@@ -407,7 +481,11 @@ def test_trl_computes_the_same_loss(
         part = ready.select(index)
         scores = policy.at(logits).score(part)
         fake = SimpleNamespace(
-            _get_per_token_logps_and_entropies=lambda *a, s=scores, **k: (s.logprobs, s.entropy, None),
+            _get_per_token_logps_and_entropies=lambda *a, s=scores, **k: (
+                s.logprobs,
+                s.entropy,
+                None,
+            ),
             aux_loss_enabled=False,
             top_entropy_quantile=1.0,
             off_policy_mask_threshold=None,
@@ -416,12 +494,16 @@ def test_trl_computes_the_same_loss(
             epsilon_low=0.2,
             epsilon_high=0.28,
             beta=0.2,
-            args=SimpleNamespace(delta=4.0, use_bias_correction_kl=True, steps_per_generation=parts),
+            args=SimpleNamespace(
+                delta=4.0, use_bias_correction_kl=True, steps_per_generation=parts
+            ),
             use_vllm=False,
             model=SimpleNamespace(training=True),
             current_gradient_accumulation_steps=parts,
             max_completion_length=5,
-            accelerator=SimpleNamespace(num_processes=1, reduce=lambda t, reduction: t, gather=lambda t: t),
+            accelerator=SimpleNamespace(
+                num_processes=1, reduce=lambda t, reduction: t, gather=lambda t: t
+            ),
             _entropy_bonus_enabled=False,
             _metrics={"train": logged},
         )

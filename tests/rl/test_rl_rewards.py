@@ -1,4 +1,5 @@
-"""The sandbox: every way to misbehave scores 0 with its reason, within its limits, and nobody else notices."""
+"""The sandbox: every way to misbehave scores 0 with its reason, within its limits, and nobody else
+notices."""
 
 from __future__ import annotations
 
@@ -42,10 +43,14 @@ MISBEHAVIOUR = {
     "hangs": ("while True: pass", r"took more than \d s"),
     "sleeps": ("import time; time.sleep(60)", r"took more than 1 s"),
     "ignores signals": (
-        "import signal; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; exec('while True: pass')",
+        "import signal; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; exec('while True: "
+        "pass')",
         r"took more than \d s",
     ),
-    "eats memory": ("return len([bytearray(1 << 20) for _ in range(10**6)])", r"took more than 64 MiB of memory"),
+    "eats memory": (
+        "return len([bytearray(1 << 20) for _ in range(10**6)])",
+        r"took more than 64 MiB of memory",
+    ),
     "eats memory at once": ("return len(bytearray(1 << 40))", r"took more than 64 MiB of memory"),
     "keeps memory": (
         "KEPT = []\ndef reward(*a):\n    while True: KEPT.append('x' * 1000 + str(len(KEPT)))",
@@ -53,10 +58,16 @@ MISBEHAVIOUR = {
     ),
     "prints megabytes": ("print('x' * 5_000_000)", r"printed more than 10000 bytes"),
     "prints for ever": ("while True: print('x')", r"printed more than 10000 bytes"),
-    "complains for ever": ("import os\n    while True: os.write(2, b'x' * 1000)", r"printed more than 10000 bytes"),
+    "complains for ever": (
+        "import os\n    while True: os.write(2, b'x' * 1000)",
+        r"printed more than 10000 bytes",
+    ),
     "prints and returns": ("print('x' * 20_000); return 1.0", r"printed more than 10000 bytes"),
     "raises": ("raise KeyError('boo')", r"^line 2: KeyError: 'boo'$"),
-    "raises at import": ("import nothing_of_the_sort\ndef reward(*a): return 1", r"^line 1: ModuleNotFoundError"),
+    "raises at import": (
+        "import nothing_of_the_sort\ndef reward(*a): return 1",
+        r"^line 1: ModuleNotFoundError",
+    ),
     "raises what cannot be printed": (
         "class E(Exception):\n    def __str__(self): raise ValueError\ndef reward(*a): raise E",
         r"line 3: E: \(its message cannot be read\)",
@@ -78,7 +89,10 @@ MISBEHAVIOUR = {
     "returns a huge integer": ("return 10**400", r"OverflowError"),
     "closes stdout": ("import sys; sys.stdout.close(); raise ValueError('x')", r"ValueError: x"),
     "closes everything": ("import os; os.closerange(0, 64); return 1.0", r"without a result"),
-    "closes everything and hangs": ("import os; os.closerange(0, 64)\n    while True: pass", r"took more than \d s"),
+    "closes everything and hangs": (
+        "import os; os.closerange(0, 64)\n    while True: pass",
+        r"took more than \d s",
+    ),
     "talks nonsense": ("import os; os.write(3, b'nonsense'); return 1", r"without a result"),
     "talks too long": ("import os\n    while True: os.write(3, b'x' * 100)", r"returned more than"),
 }
@@ -86,8 +100,14 @@ SYSTEM = {
     "forks": ("import os\n    while True: os.fork()", r"PermissionError|BlockingIOError"),
     "starts programs": ("import os; os.execv('/bin/true', ['true'])", r"PermissionError"),
     "kills": ("import os; os.kill(os.getppid(), 9)", r"PermissionError"),
-    "opens sockets": ("import _socket; _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)", r"PermissionError"),
-    "raises its limits": ("import resource; resource.setrlimit(resource.RLIMIT_CPU, (9, 9))", r"Error"),
+    "opens sockets": (
+        "import _socket; _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)",
+        r"PermissionError",
+    ),
+    "raises its limits": (
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (9, 9))",
+        r"Error",
+    ),
     "new session": ("import os; os.setsid()", r"PermissionError"),
     "shared memory": (
         "import _posixshmem, os; _posixshmem.shm_open('/nvfp4', os.O_CREAT | os.O_RDWR)",
@@ -97,7 +117,8 @@ SYSTEM = {
 
 
 def test_every_misbehaviour_scores_0_with_its_reason(sandbox: Sandbox) -> None:
-    """All at once, between calls that behave, which all get their reward; those that never end under a short limit."""
+    """All at once, between calls that behave, which all get their reward; those that never end
+    under a short limit."""
     cases = {**MISBEHAVIOUR, **(SYSTEM if sandbox.confined else {})}
     endless = {name: case for name, case in cases.items() if case[1].endswith(" s")}
     others = {name: case for name, case in cases.items() if name not in endless}
@@ -116,8 +137,11 @@ def test_every_misbehaviour_scores_0_with_its_reason(sandbox: Sandbox) -> None:
 
 
 def test_calls_share_nothing(sandbox: Sandbox) -> None:
-    """Neither globals nor modules nor random numbers: the reward of a sample does not depend on the others."""
-    spoil = call("import builtins, math; builtins.float = None; math.pi = 3; import random; random.seed(7)")
+    """Neither globals nor modules nor random numbers: the reward of a sample does not depend on the
+    others."""
+    spoil = call(
+        "import builtins, math; builtins.float = None; math.pi = 3; import random; random.seed(7)"
+    )
     look = call("import math, random; return float(math.pi > 3.1) * random.random()")
     order = call("return float(list({'a', 'b', 'c', 'd', 'e'}) == a[0])", list(_order(sandbox)))
     verdicts = sandbox.run([look, spoil, look, spoil, look, order, order, order])
@@ -128,13 +152,17 @@ def test_calls_share_nothing(sandbox: Sandbox) -> None:
 
 def _order(sandbox: Sandbox) -> str:
     """The order of a set of strings in the sandbox, from its digits."""
-    source = "return sum('abcde'.index(c) * 10**i for i, c in enumerate({'a', 'b', 'c', 'd', 'e'})) / 10**5"
+    source = (
+        "return sum('abcde'.index(c) * 10**i for i, c in enumerate({'a', 'b', 'c', 'd', 'e'})) / "
+        "10**5"
+    )
     digits = round(sandbox.run([call(source)])[0].reward * 10**5)
     return "".join("abcde"[digits // 10**i % 10] for i in range(5))
 
 
 def test_surroundings_are_clean(sandbox: Sandbox) -> None:
-    """No environment of the trainer, an empty folder, no input, no site-packages, descriptors of its own only."""
+    """No environment of the trainer, an empty folder, no input, no site-packages, descriptors of
+    its own only."""
     os.environ["NVFP4_SECRET"] = "1"
     try:
         with Sandbox(LIMITS, workers=1) as fresh:
@@ -146,13 +174,15 @@ def test_surroundings_are_clean(sandbox: Sandbox) -> None:
         "import os; return os.listdir('.') == []",
         "import sys; return sys.stdin is None or sys.stdin.read() == ''",
         "import sys; return not [p for p in sys.path if 'packages' in p or 'nvfp4' in p]",
-        "import os; return len(os.listdir('/proc/self/fd')) <= 5 if os.path.exists('/proc/self/fd') else 1",
+        "import os; return len(os.listdir('/proc/self/fd')) <= 5 if "
+        "os.path.exists('/proc/self/fd') else 1",
     ]
     assert sandbox.run([call(text) for text in checks]) == [Verdict(1.0)] * len(checks)
 
 
 def test_preload_opens_packages() -> None:
-    """Named modules are there at once; one that is missing is an error at the start, not a reward of 0."""
+    """Named modules are there at once; one that is missing is an error at the start, not a reward
+    of 0."""
     with Sandbox(LIMITS, workers=1, preload=["numpy"]) as box:
         assert box.run([call("import numpy; return numpy.float32(0.5)")]) == [Verdict(0.5)]
     with pytest.raises(TrainError, match="nothing_of_the_sort"):
@@ -160,7 +190,8 @@ def test_preload_opens_packages() -> None:
 
 
 def test_a_lost_worker_is_replaced() -> None:
-    """Killed from outside: its call gets a reward all the same; closed, a sandbox starts anew; forgotten, it ends."""
+    """Killed from outside: its call gets a reward all the same; closed, a sandbox starts anew;
+    forgotten, it ends."""
     box = Sandbox(LIMITS, workers=1)
     assert box.run([call("return 1")]) == [Verdict(1.0)]
     os.kill(box._workers[0].process.pid, signal.SIGKILL)
@@ -207,12 +238,15 @@ def test_what_is_no_reward_function_is_refused_before(source: str) -> None:
 
 
 def write(path: Path, *rows: object) -> str:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n"
+    )
     return str(path)
 
 
 def test_jsonl_rewards(tmp_path: Path) -> None:
-    """Each kind of reward gives what it says, each of them in one batch; the function sees the row."""
+    """Each kind of reward gives what it says, each of them in one batch; the function sees the
+    row."""
     (tmp_path / "mine.py").write_text(
         "def close(completion, row):\n    return 1 / (1 + abs(int(completion) - row['n']))\n"
     )
@@ -251,7 +285,8 @@ def test_jsonl_rewards(tmp_path: Path) -> None:
     assert task.reward(e, "7") == 1.0
     task.close()
     strict = load_task(path, seconds=1.0)
-    assert strict.verdicts([f], ["x" * 40]) == [Verdict(0.0, "took more than 1 s")]  # a pattern can hang as well
+    # a pattern can hang as well
+    assert strict.verdicts([f], ["x" * 40]) == [Verdict(0.0, "took more than 1 s")]
     strict.close()
 
 
@@ -260,7 +295,10 @@ def test_jsonl_draws_and_holds_out(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", *({"prompt": f"q{i}", "answer": str(i)} for i in range(64)))
     task = load_task(path)
     assert {p.prompt for p in task.problems(1000, 0)} == {f"q{i}" for i in range(64)}
-    sides = [{p.prompt for p in task.problems(1000, seed, held_out=side)} for seed, side in ((0, True), (1, False))]
+    sides = [
+        {p.prompt for p in task.problems(1000, seed, held_out=side)}
+        for seed, side in ((0, True), (1, False))
+    ]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 64
     only = load_task(write(tmp_path / "one.jsonl", {"prompt": "q", "answer": "1"}))
@@ -278,12 +316,27 @@ def test_jsonl_draws_and_holds_out(tmp_path: Path) -> None:
         ({"prompt": "a"}, r"p.jsonl:2: expected a field 'answer' or 'reward'"),
         ({"prompt": "a", "answer": 4}, r"p.jsonl:2: .*'answer', got 4; put quotes"),
         ({"prompt": "a", "reward": "x"}, r"p.jsonl:2: expected 'reward' to be an object"),
-        ({"prompt": "a", "reward": {"a": "x"}}, r"p.jsonl:2: .*one field of exact, regex, code, python"),
-        ({"prompt": "a", "reward": {"exact": 3}}, r"p.jsonl:2: expected a text as reward 'exact', got 3"),
+        (
+            {"prompt": "a", "reward": {"a": "x"}},
+            r"p.jsonl:2: .*one field of exact, regex, code, python",
+        ),
+        (
+            {"prompt": "a", "reward": {"exact": 3}},
+            r"p.jsonl:2: expected a text as reward 'exact', got 3",
+        ),
         ({"prompt": "a", "reward": {"regex": "("}}, r"p.jsonl:2: reward 'regex' is no pattern"),
-        ({"prompt": "a", "reward": {"code": "def reward(:"}}, r"p.jsonl:2: not Python: .* \(line 1\)"),
-        ({"prompt": "a", "reward": {"code": "x = 1"}}, r"p.jsonl:2: no function 'reward' is defined"),
-        ({"prompt": "a", "reward": {"python": "mine.py"}}, r"p.jsonl:2: .*file.py:function, got 'mine.py'"),
+        (
+            {"prompt": "a", "reward": {"code": "def reward(:"}},
+            r"p.jsonl:2: not Python: .* \(line 1\)",
+        ),
+        (
+            {"prompt": "a", "reward": {"code": "x = 1"}},
+            r"p.jsonl:2: no function 'reward' is defined",
+        ),
+        (
+            {"prompt": "a", "reward": {"python": "mine.py"}},
+            r"p.jsonl:2: .*file.py:function, got 'mine.py'",
+        ),
         ({"prompt": "a", "reward": {"python": "no.py:f"}}, r"p.jsonl:2: .*cannot read .*no.py"),
         ("[" * 100_000, r"p.jsonl:2: "),
     ],
@@ -308,7 +361,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_task_that_raises_scores_0() -> None:
-    """In the default of ``Task``, for classes of users: the reason, and the others get their rewards."""
+    """In the default of ``Task``, for classes of users: the reason, and the others get their
+    rewards."""
 
     class Mine(Task):
         name = "mine"

@@ -1,4 +1,5 @@
-"""Sampler and trainer are one function: to the bit, whatever the batch; draws are what temperature and cuts say."""
+"""Sampler and trainer are one function: to the bit, whatever the batch; draws are what temperature
+and cuts say."""
 
 from __future__ import annotations
 
@@ -23,15 +24,20 @@ PROMPTS = [[2, 3, 4], [5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15, 16, 17, 18]]
 STOPS, SIX = Stops((1,), 0), Sampling(6)
 
 
-def draw(model, prompts=PROMPTS, groups=None, size=8, sampling=SIX, seed=3, rows=None, stops=STOPS) -> Samples:
+def draw(
+    model, prompts=PROMPTS, groups=None, size=8, sampling=SIX, seed=3, rows=None, stops=STOPS
+) -> Samples:
     groups = range(len(prompts)) if groups is None else groups
     with torch.no_grad(), fixed_weights(model):
         return rollout(model, prompts, list(groups), size, sampling, stops, seed, rows)
 
 
-@pytest.mark.parametrize("recipe", [RECIPES["bf16"], RECIPES["rl"], W4A16], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [RECIPES["bf16"], RECIPES["rl"], W4A16], ids=lambda recipe: recipe.name
+)
 def test_a_cached_rollout_is_the_trainer_to_the_bit(recipe):
-    """Log-probabilities noted while sampling over a KV cache, against one differentiable forward of the whole text."""
+    """Log-probabilities noted while sampling over a KV cache, against one differentiable forward of
+    the whole text."""
     model = model_of(recipe)
     samples = draw(model)
     trained = score(model, samples, 1.0)
@@ -55,7 +61,8 @@ def test_float32_attention_is_what_would_spoil_it():
 
 
 def test_one_scale_for_all_rows_is_what_would_ruin_it():
-    """With a per-tensor amax a token's logits depend on its batch; the loss in likelihood is not small."""
+    """With a per-tensor amax a token's logits depend on its batch; the loss in likelihood is not
+    small."""
     model = model_of(tensor_scaled(RECIPES["rl"]))
     samples = draw(model, size=16)
     found = mismatch(score(model, samples, 1.0).logprobs, samples.sampler_logprobs, samples.mask)
@@ -64,7 +71,8 @@ def test_one_scale_for_all_rows_is_what_would_ruin_it():
 
 
 def test_scores_are_those_of_transformers_one_text_at_a_time():
-    """Padding, positions and temperature, against a plain forward of each text alone; float32 sums differ a little."""
+    """Padding, positions and temperature, against a plain forward of each text alone; float32 sums
+    differ a little."""
     model = model_of("bf16", attention="sdpa")
     samples = draw(model, sampling=Sampling(6, temperature=1.3))
     scores = score(model, samples, 1.3)
@@ -82,10 +90,11 @@ def test_scores_are_those_of_transformers_one_text_at_a_time():
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_a_completion_does_not_depend_on_its_batch(rows):
-    """The same tokens, whatever else is drawn with it, in whatever order and however many at a time.
+    """The same tokens, whatever else is drawn with it, in whatever order and however many at a
+    time.
 
-    Log-probabilities to a few last bits: the output embedding's float32 product adds otherwise for a few rows. An FP4
-    code that moves would cost a thousand times as much.
+    Log-probabilities to a few last bits: the output embedding's float32 product adds otherwise for
+    a few rows. An FP4 code that moves would cost a thousand times as much.
     """
     model = model_of("rl")
     whole = draw(model)
@@ -93,7 +102,10 @@ def test_a_completion_does_not_depend_on_its_batch(rows):
     other = draw(model, [PROMPTS[p] for p in order], order, rows=rows)
     assert whole.ids.shape == other.ids.shape
     for place, prompt in enumerate(order):
-        mine, theirs = (samples.select(slice(8 * i, 8 * i + 8)) for samples, i in ((other, place), (whole, prompt)))
+        mine, theirs = (
+            samples.select(slice(8 * i, 8 * i + 8))
+            for samples, i in ((other, place), (whole, prompt))
+        )
         for name in ("ids", "attention", "mask", "truncated"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
         assert torch.allclose(mine.sampler_logprobs, theirs.sampler_logprobs, rtol=0, atol=2e-6)
@@ -104,13 +116,16 @@ def test_seed_and_group_decide_the_draws():
     first = draw(model)
     assert torch.equal(first.ids, draw(model).ids)
     assert not torch.equal(first.ids, draw(model, seed=4).ids)
-    assert not torch.equal(first.ids[:8], draw(model, [PROMPTS[0]], [9]).ids[:8, -first.ids.shape[1] :])
+    assert not torch.equal(
+        first.ids[:8], draw(model, [PROMPTS[0]], [9]).ids[:8, -first.ids.shape[1] :]
+    )
     distinct = {tuple(row.tolist()) for row in first.ids[:8]}
     assert len(distinct) > 4, "the completions of a group have random numbers of their own"
 
 
 def test_completions_end_where_they_should():
-    """A flat model: ends anywhere. The mask holds the end-of-text token, nothing stands behind it, cut ones say so."""
+    """A flat model: ends anywhere. The mask holds the end-of-text token, nothing stands behind it,
+    cut ones say so."""
     model = model_of("bf16")
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -142,7 +157,8 @@ def test_uniforms():
 
 
 def test_pick_follows_the_distribution():
-    """A comb of uniforms meets each token as often as its probability says, up to one tooth at each end."""
+    """A comb of uniforms meets each token as often as its probability says, up to one tooth at each
+    end."""
     logprobs = torch.log_softmax(torch.tensor([0.3, -1.0, 2.0, 0.0, -4.0]), 0)
     u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
     for sampling, kept in (
@@ -176,7 +192,8 @@ def test_mismatch_by_hand():
 
 
 def test_share_of_codes_that_change():
-    """One weight moved from its block's maximum to 0: one code of all, and none if nothing moves."""
+    """One weight moved from its block's maximum to 0: one code of all, and none if nothing
+    moves."""
     model = model_of("rl")
     before = weight_codes(model)
     assert codes_changed(before, weight_codes(model)) == 0
@@ -193,7 +210,8 @@ def test_share_of_codes_that_change():
 
 
 def test_the_noise_schedule():
-    """QeRL's: nothing in the first of ten stages, then from start to end, each stage by the same factor."""
+    """QeRL's: nothing in the first of ten stages, then from start to end, each stage by the same
+    factor."""
     sigmas = [sigma_at(step, 200, 10, 1e-2, 1e-4) for step in range(200)]
     assert sigmas[:20] == [0.0] * 20
     stages = [sigmas[20 * stage] for stage in range(1, 10)]
@@ -206,7 +224,8 @@ def test_the_noise_schedule():
 
 
 def test_noise_is_the_samplers_alone():
-    """Within the context all norms move and completions with them; after it every bit is back, also after an error."""
+    """Within the context all norms move and completions with them; after it every bit is back, also
+    after an error."""
     model = model_of("rl")
     gains = norm_weights(model)
     assert len(gains) == 5  # two of each layer, one at the end

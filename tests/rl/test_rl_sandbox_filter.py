@@ -1,4 +1,5 @@
-"""The system call filter of both machines, run here instruction by instruction, so that no kernel is needed."""
+"""The system call filter of both machines, run here instruction by instruction, so that no kernel
+is needed."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4.rl.rewards.filter import ABSENT, ALLOW, ASYNC, DENY, KILL, MACHINES, build_filter, numbers
+from nvfp4.rl.rewards.filter import (
+    ABSENT,
+    ALLOW,
+    ASYNC,
+    DENY,
+    KILL,
+    MACHINES,
+    build_filter,
+    numbers,
+)
 
 HEADERS = {
     "x86_64": ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"),
@@ -17,11 +27,15 @@ HEADERS = {
 both = pytest.mark.parametrize("machine", MACHINES)
 
 
-def verdict(machine: str, name: str | int, *arguments: int, architecture: int | None = None, **kinds: bool) -> int:
+def verdict(
+    machine: str, name: str | int, *arguments: int, architecture: int | None = None, **kinds: bool
+) -> int:
     """What the filter returns for a call."""
     number = name if isinstance(name, int) else numbers(machine, writes=True)[name]
     six = [value & 0xFFFFFFFFFFFFFFFF for value in (*arguments, 0, 0, 0, 0, 0, 0)[:6]]
-    data = struct.pack("=IIQ6Q", number, MACHINES[machine] if architecture is None else architecture, 0, *six)
+    data = struct.pack(
+        "=IIQ6Q", number, MACHINES[machine] if architecture is None else architecture, 0, *six
+    )
     program = list(struct.iter_unpack("=HBBI", build_filter(machine, **kinds) or b""))
     place = accumulator = 0
     while True:
@@ -34,7 +48,9 @@ def verdict(machine: str, name: str | int, *arguments: int, architecture: int | 
         elif code == 0x54:
             accumulator &= k
         else:
-            holds = {0x15: accumulator == k, 0x35: accumulator >= k, 0x45: bool(accumulator & k)}[code]
+            holds = {0x15: accumulator == k, 0x35: accumulator >= k, 0x45: bool(accumulator & k)}[
+                code
+            ]
             place += yes if holds else no
 
 
@@ -76,22 +92,45 @@ def test_other_architectures_kill(machine: str) -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("ioctl", [(0, 0x5401), (1, 0x541B), (9, 0x5421)], [(0, 0x5412), (0, 0x40086602), (0, 0x540E), (0, 0)]),
+        (
+            "ioctl",
+            [(0, 0x5401), (1, 0x541B), (9, 0x5421)],
+            [(0, 0x5412), (0, 0x40086602), (0, 0x540E), (0, 0)],
+        ),
         (
             "fcntl",
-            [(3, 3, 0xFFFFFFFFFFFFFFFF), (3, 1, ASYNC), (0, 1), (0, 3), (0, 4, 0o4000), (0, 1030, 9)],
+            [
+                (3, 3, 0xFFFFFFFFFFFFFFFF),
+                (3, 1, ASYNC),
+                (0, 1),
+                (0, 3),
+                (0, 4, 0o4000),
+                (0, 1030, 9),
+            ],
             [(0, 8), (0, 10), (0, 6), (0, 1024), (0, 4, 0o20000)],
         ),
         ("prctl", [(15,), (16,)], [(1,), (4,), (22,), (36,), (38,), (47,), (0x59616D61,)]),
-        ("clone", [(0x3D0F00,), (0x50F00,)], [(17,), (0,), (0x10000,), (0x103D0F00,), (0x203D0F00,), (0x43D0F00,)]),
+        (
+            "clone",
+            [(0x3D0F00,), (0x50F00,)],
+            [(17,), (0,), (0x10000,), (0x103D0F00,), (0x203D0F00,), (0x43D0F00,)],
+        ),
         ("socketpair", [(1, 1), (1, 0x80801)], [(2, 1), (1, 2), (1, 5), (16, 3), (1, 0x1001)]),
         (
             "sendto",
             [(3, 7, 9, 0, 0, 0), (3, 7, 9, 0x4040)],
             [(3, 7, 9, 0, 1, 16), (3, 7, 9, 0, 1 << 32, 16), (3, 7, 9, 1), (3, 7, 9, 0x20000000)],
         ),
-        ("recvfrom", [(3, 7, 9, 0), (3, 7, 9, 0x162)], [(3, 7, 9, 1), (3, 7, 9, 0x41), (3, 7, 9, 0x40000000)]),
-        ("getsockopt", [(3, 1, 3), (3, 1, 4)], [(3, 1, 17), (3, 1, 59), (3, 1, 77), (3, 6, 3), (3, 0, 4)]),
+        (
+            "recvfrom",
+            [(3, 7, 9, 0), (3, 7, 9, 0x162)],
+            [(3, 7, 9, 1), (3, 7, 9, 0x41), (3, 7, 9, 0x40000000)],
+        ),
+        (
+            "getsockopt",
+            [(3, 1, 3), (3, 1, 4)],
+            [(3, 1, 17), (3, 1, 59), (3, 1, 77), (3, 6, 3), (3, 0, 4)],
+        ),
         ("prlimit64", [(0, 7, 0, 9)], [(1, 7, 0, 9), (0, 7, 1, 0), (0, 7, 1 << 32, 0)]),
         ("sched_getaffinity", [(0, 8, 9)], [(1, 8, 9), (-1, 8, 9)]),
         ("clock_gettime", [(0,), (3,), (11,)], [(16,), (-6,), (-1,)]),
@@ -99,8 +138,11 @@ def test_other_architectures_kill(machine: str) -> None:
         ("madvise", [(9, 9, 4), (9, 9, 14)], [(9, 9, 100), (9, 9, 101), (9, 9, 12), (9, 9, 21)]),
     ],
 )
-def test_arguments_decide(machine: str, name: str, good: list[tuple[int, ...]], bad: list[tuple[int, ...]]) -> None:
-    """Of the calls that are doors to more; the upper half of an int is not looked at by the kernel either."""
+def test_arguments_decide(
+    machine: str, name: str, good: list[tuple[int, ...]], bad: list[tuple[int, ...]]
+) -> None:
+    """Of the calls that are doors to more; the upper half of an int is not looked at by the kernel
+    either."""
     for arguments in good:
         assert verdict(machine, name, *arguments) == ALLOW, arguments
     for arguments in bad:
@@ -128,7 +170,8 @@ def test_threads_can_be_refused(machine: str) -> None:
 
 @both
 def test_the_arm_list_lacks_nothing(machine: str) -> None:
-    """ioprio_set and vhangup once stood on one list of two: now there is one list, of what is allowed."""
+    """ioprio_set and vhangup once stood on one list of two: now there is one list, of what is
+    allowed."""
     for number in {"x86_64": (251, 153), "aarch64": (30, 58)}[machine]:
         assert verdict(machine, number) == DENY
 

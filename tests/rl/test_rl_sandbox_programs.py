@@ -1,4 +1,5 @@
-"""Programs of the model, judged from outside; where the walls cannot be built; and what a killed run leaves behind."""
+"""Programs of the model, judged from outside; where the walls cannot be built; and what a killed
+run leaves behind."""
 
 from __future__ import annotations
 
@@ -47,15 +48,22 @@ ADD = {"call": "add", "arguments": [1, 2], "result": 3}
 SUM = {"stdin": "1 2\n", "stdout": "3\n"}
 PASSING = {
     "print(sum(map(int, input().split())))": [SUM],
-    "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='')": [SUM, {"stdin": "4\n5", "stdout": "9"}],
-    "import sys\nfor line in sys.stdin: print(line.strip() + '  ')\nprint()": [{"stdin": "a\nb", "stdout": "a\nb"}],
+    "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='')": [
+        SUM,
+        {"stdin": "4\n5", "stdout": "9"},
+    ],
+    "import sys\nfor line in sys.stdin: print(line.strip() + '  ')\nprint()": [
+        {"stdin": "a\nb", "stdout": "a\nb"}
+    ],
     "print('x'); raise SystemExit": [{"stdout": "x"}],
     "def add(a, b): return a + b": [ADD, {"call": "add", "arguments": ["a", "b"], "result": "ab"}],
     "def add(a, b): return 0.1 * 3": [{**ADD, "result": 0.3}],
     "def add(a, b): return (a, [b], {'k': None})": [{**ADD, "result": [1, [2], {"k": None}]}],
     "if __name__ == '__main__': print(3)": [SUM],
     "open('a', 'w').write('3'); print(open('a').read())": [SUM],
-    "print('\\ud83d\\ude00'.encode('utf-16', 'surrogatepass').decode('utf-16'))": [{"stdout": "\U0001f600"}],
+    "print('\\ud83d\\ude00'.encode('utf-16', 'surrogatepass').decode('utf-16'))": [
+        {"stdout": "\U0001f600"}
+    ],
 }
 FAILING = {
     "print(4)": [SUM],
@@ -103,7 +111,8 @@ def test_programs_that_fail(sandbox: Sandbox, text: str) -> None:
 def test_programs_that_never_end() -> None:
     """One hangs, one sleeps, one writes for ever; the next one gets its reward."""
     texts = ["while True: pass", "import time; time.sleep(600)", "while True: print('x')"]
-    with Sandbox(replace(STRICT, seconds=5.0), workers=1, unsafe=True) as box:  # the last one needs some of them
+    # the last one needs some of them
+    with Sandbox(replace(STRICT, seconds=5.0), workers=1, unsafe=True) as box:
         verdicts = box.run([ProgramTests(text, (SUM,)) for text in [*texts, "print(3)"]])
     assert verdicts == [Verdict(0.0)] * 3 + [Verdict(1.0)]
 
@@ -111,7 +120,10 @@ def test_programs_that_never_end() -> None:
 def test_all_tests_have_to_pass(sandbox: Sandbox) -> None:
     constant = "def add(a, b): return 3"
     assert sandbox.run(
-        [ProgramTests(constant, (ADD,)), ProgramTests(constant, (ADD, {**ADD, "arguments": [2, 2], "result": 4}))]
+        [
+            ProgramTests(constant, (ADD,)),
+            ProgramTests(constant, (ADD, {**ADD, "arguments": [2, 2], "result": 4})),
+        ]
     ) == [
         Verdict(1.0),
         Verdict(0.0),
@@ -124,8 +136,9 @@ import ctypes, gc, hashlib, os
 libc = ctypes.CDLL(None)
 libc.sbrk.restype = ctypes.c_void_p
 def scan():
-    # whole chunks around everything that Python knows of, and the heap; write(2) says EFAULT where nothing is; what is
-    # looked for must not be here itself, so only its beginning is, and a digest of all of it
+    # whole chunks around everything that Python knows of, and the heap; write(2) says EFAULT where
+    # nothing is; what is looked for must not be here itself, so only its beginning is, and a digest
+    # of all of it
     reader, writer = os.pipe()
     end = libc.sbrk(0) >> 20
     chunks = {{id(each) >> 20 for each in gc.get_objects()}} | set(range(end - 16, end + 1))
@@ -138,7 +151,8 @@ def scan():
             text = before + os.read(reader, 4096)
             place = text.find({SECRET[:12]!r})
             while place >= 0:
-                if hashlib.sha256(text[place : place + {len(SECRET)}]).hexdigest() == {sha256(SECRET).hexdigest()!r}:
+                found = hashlib.sha256(text[place : place + {len(SECRET)}]).hexdigest()
+                if found == {sha256(SECRET).hexdigest()!r}:
                     return True
                 place = text.find({SECRET[:12]!r}, place + 1)
             before = text[-64:]
@@ -147,7 +161,8 @@ def scan():
 
 
 def test_the_expected_answer_is_not_in_the_memory_of_a_program(sandbox: Sandbox) -> None:
-    """Neither with tests nor with run; the same search finds it in the process of the function, which knows it."""
+    """Neither with tests nor with run; the same search finds it in the process of the function,
+    which knows it."""
     look = f"""
 {SCAN}
 def reward(secret, run):
@@ -158,7 +173,10 @@ def reward(secret, run):
     assert sandbox.run([call(look, SECRET.decode())]) == [Verdict(1.0)]
     tests = ({"stdin": "", "stdout": "False"}, {"stdin": "", "stdout": SECRET.decode()})
     search = SCAN + "print(scan())"
-    assert sandbox.run([ProgramTests(search, tests[:1]), ProgramTests(search, tests)]) == [Verdict(1.0), Verdict(0.0)]
+    assert sandbox.run([ProgramTests(search, tests[:1]), ProgramTests(search, tests)]) == [
+        Verdict(1.0),
+        Verdict(0.0),
+    ]
 
 
 # --- run, for reward functions
@@ -193,17 +211,22 @@ def reward(run):
         ("def reward(run): return run(3)", "TypeError: run: expected texts"),
         ("def reward(run): run('1', call=3)", "TypeError: run: expected texts"),
         (
-            "import json, os, struct\ndef reward(run):\n    ask = json.dumps({'run': {'program': 3}}).encode()\n"
+            "import json, os, struct\ndef reward(run):\n    ask = json.dumps({'run': {'program': "
+            "3}}).encode()\n"
             "    os.write(3, struct.pack('>I', len(ask)) + ask)\n    run('1')",
             # what it gets back first, or the second that it no longer waits for
             "ValueError: run: expected texts / does not take the outcome of a run",
         ),
         (
-            "import os\ndef reward():\n    for _ in range(300):\n        os.write(3, b'\\0\\0\\0\\x0b{\"run\": {}}')\n"
+            "import os\ndef reward():\n    for _ in range(300):\n        os.write(3, "
+            "b'\\0\\0\\0\\x0b{\"run\": {}}')\n"
             "        os.read(3, 1 << 16)\n    return 1",
             "asked for more than 200 runs of programs",
         ),
-        ("def reward(run): run('1', stdin='\\ud800')", "ValueError: run: cannot be handed over: UnicodeEncodeError"),
+        (
+            "def reward(run): run('1', stdin='\\ud800')",
+            "ValueError: run: cannot be handed over: UnicodeEncodeError",
+        ),
     ],
     ids=["too many", "no text", "no name", "nonsense", "a flood", "half a character"],
 )
@@ -216,13 +239,17 @@ def test_run_has_limits(source: str, reason: str) -> None:
 
 def test_time_of_programs_is_not_the_caller_s() -> None:
     """Three that hang until the limit, in one call under the same limit."""
-    source = "def reward(run): return float(all('took more' in run('while True: pass').stopped for _ in range(3)))"
+    source = (
+        "def reward(run): return float(all('took more' in run('while True: pass').stopped for _ "
+        "in range(3)))"
+    )
     with Sandbox(replace(STRICT, seconds=4.0), workers=1, unsafe=True) as box:
         assert box.run([call(source)]) == [Verdict(1.0)]
 
 
 def test_files_of_the_function_are_not_those_of_programs(tmp_path: Path) -> None:
-    """It imports and reads what lies beside it; a program does not, nor does another folder open."""
+    """It imports and reads what lies beside it; a program does not, nor does another folder
+    open."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "helper.py").write_text("def double(x): return 2 * x\n")
     (tmp_path / "mine" / "words.txt").write_text("answer")
@@ -247,7 +274,11 @@ def reward(folder, run):
         with Sandbox(LIMITS, workers=1, read=[folder], without=without, unsafe=True) as box:
             if not box.confined:
                 pytest.skip("files cannot be confined here")
-            if os.geteuid() == 0 and not box.walls[1].startswith(walls.LANDLOCK) and walls.NAMESPACES in without:
+            if (
+                os.geteuid() == 0
+                and not box.walls[1].startswith(walls.LANDLOCK)
+                and walls.NAMESPACES in without
+            ):
                 continue
             for parent in [tmp_path, *tmp_path.parents[:3]]:
                 parent.chmod(0o755)
@@ -255,19 +286,27 @@ def reward(folder, run):
 
 
 def test_a_program_cannot_speak_for_the_walls(sandbox: Sandbox) -> None:
-    """What it writes is no reason of the sandbox's, and makes no exception in the function that runs it."""
+    """What it writes is no reason of the sandbox's, and makes no exception in the function that
+    runs it."""
     forged = "import os; os.write(3, b'\\0\\0\\0\\x0f' + b'{\"walls\": \"no\"}')"
-    assert sandbox.run([call("def reward(text, run): return float(run(text).status == 0)", forged)]) == [Verdict(1.0)]
+    assert sandbox.run(
+        [call("def reward(text, run): return float(run(text).status == 0)", forged)]
+    ) == [Verdict(1.0)]
 
 
 def test_reasons_can_be_printed(sandbox: Sandbox) -> None:
-    """A text of the model's in an exception moves no cursor of a terminal, and is not more than UTF-8 can take."""
-    [verdict] = sandbox.run([call("def reward(text): raise ValueError(text)", "\x1b[2J\ud800\r\né")])
+    """A text of the model's in an exception moves no cursor of a terminal, and is not more than
+    UTF-8 can take."""
+    [verdict] = sandbox.run(
+        [call("def reward(text): raise ValueError(text)", "\x1b[2J\ud800\r\né")]
+    )
     assert verdict.reason == "line 1: ValueError: \\x1b[2J\\ud800\\r\\né"
 
 
 @pytest.mark.parametrize("without", [(), (walls.LANDLOCK,), (walls.NAMESPACES,)])
-def test_what_rewards_name_may_overlap_and_be_much(tmp_path: Path, without: tuple[str, ...]) -> None:
+def test_what_rewards_name_may_overlap_and_be_much(
+    tmp_path: Path, without: tuple[str, ...]
+) -> None:
     """A folder and one in it, and more files than a call may have open."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     files = [tmp_path / "a" / "b" / "c", *(tmp_path / f"{i}" for i in range(80))]
@@ -296,7 +335,8 @@ def seen(paths):
     source = f"""
 {look}
 def reward(paths, run):
-    return float(seen(paths) == len(paths) and run({look!r}, call='seen', arguments=[paths]).result == 0)
+    there = run({look!r}, call='seen', arguments=[paths]).result
+    return float(seen(paths) == len(paths) and there == 0)
 """
     with Sandbox(LIMITS, workers=1, without=without, unsafe=True) as bare:
         if not bare.confined:
@@ -314,9 +354,12 @@ def write(path: Path, *rows: Any) -> str:
 
 
 def test_problems_with_tests(tmp_path: Path) -> None:
-    """The program is the last fenced block, or all of it; sibling modules of a function are there."""
+    """The program is the last fenced block, or all of it; sibling modules of a function are
+    there."""
     (tmp_path / "helper.py").write_text("def right(text): return text == 'yes'\n")
-    (tmp_path / "rewards.py").write_text("import helper\ndef mine(completion, row): return helper.right(completion)\n")
+    (tmp_path / "rewards.py").write_text(
+        "import helper\ndef mine(completion, row): return helper.right(completion)\n"
+    )
     path = write(
         tmp_path / "p.jsonl",
         {"prompt": "a", "reward": {"tests": [SUM, {"stdin": "5 5", "stdout": "10"}]}},
@@ -327,8 +370,16 @@ def test_problems_with_tests(tmp_path: Path) -> None:
         parent.chmod(0o755)
     task = load_task(path, seconds=30.0, unsafe_rewards=True)
     a, b, c = task.rows
-    answer = "First:\n```python\nprint(0)\n```\nNo:\n```python\nprint(sum(map(int, input().split())))\n```\nDone."
-    cases = [(a, answer, 1), (a, "print(3)", 0), (b, "def add(a, b): return a + b", 1), (b, "I cannot", 0)]
+    answer = (
+        "First:\n```python\nprint(0)\n```\nNo:\n```python\nprint(sum(map(int, "
+        "input().split())))\n```\nDone."
+    )
+    cases = [
+        (a, answer, 1),
+        (a, "print(3)", 0),
+        (b, "def add(a, b): return a + b", 1),
+        (b, "I cannot", 0),
+    ]
     cases += [(c, "yes", 1), (c, "no", 0), (a, "\ud800", 0)]
     verdicts = task.verdicts([p for p, _, _ in cases], [text for _, text, _ in cases])
     assert verdicts == [Verdict(float(reward)) for _, _, reward in cases]
@@ -358,7 +409,10 @@ def test_bad_tests_are_named(tmp_path: Path, tests: Any) -> None:
 
 def test_functions_that_execute_text_are_warned_of(tmp_path: Path) -> None:
     source = "def reward(completion, row):\n    return eval(completion)"
-    task = load_task(write(tmp_path / "p.jsonl", {"prompt": "a", "reward": {"code": source}}), unsafe_rewards=True)
+    task = load_task(
+        write(tmp_path / "p.jsonl", {"prompt": "a", "reward": {"code": source}}),
+        unsafe_rewards=True,
+    )
     assert "p.jsonl:1 calls exec or eval in line 2" in str(task.confinement())
     task.close()
 
@@ -366,7 +420,11 @@ def test_functions_that_execute_text_are_warned_of(tmp_path: Path) -> None:
 def test_answers_alone_need_no_walls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equality and patterns run anywhere: neither is code of somebody else's."""
     monkeypatch.setattr(module, "_filters", dict)
-    path = write(tmp_path / "p.jsonl", {"prompt": "a", "answer": "4"}, {"prompt": "b", "reward": {"regex": "^x"}})
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "a", "answer": "4"},
+        {"prompt": "b", "reward": {"regex": "^x"}},
+    )
     task = load_task(path, seconds=30.0)
     assert task.confinement() is None
     assert task.verdicts(task.rows, ["4", "xy"]) == [Verdict(1.0), Verdict(1.0)]
@@ -374,7 +432,9 @@ def test_answers_alone_need_no_walls(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("place", ["home", "temp", "above"])
-def test_functions_in_shared_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_functions_in_shared_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     """The sandbox would show all of it to them; a folder of its own is asked for, early."""
     (tmp_path / "rewards.py").write_text("def reward(completion, row): return 1\n")
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "reward": {"python": "rewards.py:reward"}})
@@ -392,9 +452,12 @@ def test_functions_in_shared_folders_are_refused(tmp_path: Path, monkeypatch: py
 ENOUGH_ALONE = [(walls.LANDLOCK,), (walls.NAMESPACES,)]
 
 
-@pytest.mark.parametrize("without", [(walls.FILTER,), (walls.LANDLOCK, walls.NAMESPACES), walls.ALL[:3]])
+@pytest.mark.parametrize(
+    "without", [(walls.FILTER,), (walls.LANDLOCK, walls.NAMESPACES), walls.ALL[:3]]
+)
 def test_what_cannot_be_confined_is_refused(without: tuple[str, ...]) -> None:
-    """With what is missing and what to do; unsafe runs it all the same, behind what can be built, and says so."""
+    """With what is missing and what to do; unsafe runs it all the same, behind what can be built,
+    and says so."""
     with pytest.raises(TrainError, match=r"cannot be confined here.*--unsafe-rewards"):
         Sandbox(LIMITS, workers=1, without=without).run([call("def reward(): return 1")])
     with Sandbox(LIMITS, workers=1, without=without, unsafe=True) as box:
@@ -405,15 +468,22 @@ def test_what_cannot_be_confined_is_refused(without: tuple[str, ...]) -> None:
 
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One whose system calls are not listed has no filter; the option goes from the command line to the worker."""
+    """One whose system calls are not listed has no filter; the option goes from the command line to
+    the worker."""
     monkeypatch.setattr(module, "_filters", dict)
-    path = write(tmp_path / "p.jsonl", {"prompt": "a", "reward": {"code": "def reward(completion, row): return 1"}})
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "a", "reward": {"code": "def reward(completion, row): return 1"}},
+    )
     task = make_task(RLConfig(task=path))
     with pytest.raises(TrainError, match="cannot be confined here"):
         task.confinement()
     with pytest.raises(TrainError, match="cannot be confined here"):
         task.reward(task.rows[0], "x")
-    make_task(RLConfig(task=path, unsafe_rewards=True, task_options=("unsafe_rewards=true",))).close()  # said twice
+    # said twice
+    make_task(
+        RLConfig(task=path, unsafe_rewards=True, task_options=("unsafe_rewards=true",))
+    ).close()
     unsafe = make_task(RLConfig(task=path, unsafe_rewards=True))
     assert "NOT confined" in str(unsafe.confinement())
     assert unsafe.reward(unsafe.rows[0], "x") == 1.0
@@ -438,8 +508,12 @@ def test_unknown_walls_are_refused() -> None:
 
 def test_enough() -> None:
     """Of the walls: the filter, one of two for files, no root, no capabilities."""
-    assert walls.sufficient(["system call filter", "Landlock (ABI 1)", "unprivileged user 7", "no capabilities"])
-    assert not walls.sufficient(["Landlock (ABI 1)", "namespaces (x)", "unprivileged user 7", "no capabilities"])
+    assert walls.sufficient(
+        ["system call filter", "Landlock (ABI 1)", "unprivileged user 7", "no capabilities"]
+    )
+    assert not walls.sufficient(
+        ["Landlock (ABI 1)", "namespaces (x)", "unprivileged user 7", "no capabilities"]
+    )
     assert not walls.sufficient(["system call filter", "unprivileged user 7", "no capabilities"])
     assert not walls.sufficient(["system call filter", "Landlock (ABI 1)", "no capabilities"])
     assert not walls.sufficient([])
@@ -450,7 +524,8 @@ def test_enough() -> None:
 RUN = """
 import sys
 from nvfp4.rl.rewards.sandbox import Limits, RewardCall, Sandbox, compile_reward
-wait = RewardCall(compile_reward("def reward():\\n    while True: pass", "r.py"), "r.py", "reward", ())
+code = compile_reward("def reward():\\n    while True: pass", "r.py")
+wait = RewardCall(code, "r.py", "reward", ())
 box = Sandbox(Limits(seconds=3000.0), workers=2, without=sys.argv[1:], unsafe=True)
 box.walls
 print(box._workers[0].process.pid, flush=True)
@@ -461,7 +536,8 @@ box.run([wait, wait])
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
 @pytest.mark.parametrize("without", [(), walls.ALL[:3]], ids=["walls", "none"])
 def test_a_killed_run_leaves_nothing(without: tuple[str, ...]) -> None:
-    """kill -9 in the middle of calls that hang: every process of the sandbox ends, and no folder stays."""
+    """kill -9 in the middle of calls that hang: every process of the sandbox ends, and no folder
+    stays."""
     before = set(os.listdir(tempfile.gettempdir()))
     run = subprocess.Popen([sys.executable, "-c", RUN, *without], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
@@ -476,7 +552,9 @@ def test_a_killed_run_leaves_nothing(without: tuple[str, ...]) -> None:
     while any(os.path.exists(f"/proc/{pid}") for pid in family) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
-    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - before if "reward" in name]
+    assert not [
+        name for name in set(os.listdir(tempfile.gettempdir())) - before if "reward" in name
+    ]
 
 
 def children(pid: int) -> list[int]:
@@ -508,7 +586,8 @@ def test_lines() -> None:
 
 
 def test_lines_take_no_longer_for_white_space() -> None:
-    """Which a program may print in the middle of a line; by a pattern that backtracks these were hours."""
+    """Which a program may print in the middle of a line; by a pattern that backtracks these were
+    hours."""
     text = " \t" * (1 << 19) + "x"
     assert outcomes.lines(text + "\u2003\n") == [text]
 
@@ -520,7 +599,15 @@ def test_same() -> None:
     assert outcomes.same(1, 1.0)
     assert outcomes.same(0.1 + 0.2, 0.3)
     assert outcomes.same(float("inf"), float("inf"))
-    for a, b in [(1, True), (0, False), (1, "1"), (1, None), ([1], [1, 1]), ({"a": 1}, {"b": 1}), (1.0, 1.001)]:
+    for a, b in [
+        (1, True),
+        (0, False),
+        (1, "1"),
+        (1, None),
+        ([1], [1, 1]),
+        ({"a": 1}, {"b": 1}),
+        (1.0, 1.001),
+    ]:
         assert not outcomes.same(a, b)
         assert not outcomes.same(b, a)
     assert not outcomes.same(float("nan"), float("nan"))
@@ -528,7 +615,8 @@ def test_same() -> None:
 
 
 def test_a_reply_too_deep_to_be_written_has_no_result() -> None:
-    """How deep a value may be is not the same for reading it and for writing it, nor in every Python."""
+    """How deep a value may be is not the same for reading it and for writing it, nor in every
+    Python."""
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -547,6 +635,14 @@ def test_frames() -> None:
 
     good = framed(b'{"a": 1}')
     assert list(keeper.frames(good + good)) == [{"a": 1}] * 2
-    for bad in (b"", b"\0\0", good[:-1], framed(b"[1]"), framed(b"nonsense"), framed(b"[" * 100_000), b"\xff" * 9):
+    for bad in (
+        b"",
+        b"\0\0",
+        good[:-1],
+        framed(b"[1]"),
+        framed(b"nonsense"),
+        framed(b"[" * 100_000),
+        b"\xff" * 9,
+    ):
         assert list(keeper.frames(bad)) == []
     assert list(keeper.frames(framed(b'{"a": ' + b"9" * 5000 + b"}"))) == []

@@ -1,4 +1,5 @@
-"""Rewards that know nothing of the right answer: what each of them gives, and that the loop gives it."""
+"""Rewards that know nothing of the right answer: what each of them gives, and that the loop gives
+it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def test_coins_fall_with_their_probability() -> None:
 
 
 def test_popular_answers() -> None:
-    """The most frequent of the candidates of a group, for all who have it; ties go to the first; no answer is none."""
+    """The most frequent of the candidates of a group, for all who have it; ties go to the first; no
+    answer is none."""
     task = load_task("sort")
     texts = ["12", "12", "13", "", "", " 7 ", "8", "7", "8", "9"]
     groups = torch.tensor([4, 4, 4, 4, 4, 1, 1, 1, 1, 2])
@@ -60,7 +62,9 @@ def test_what_looks_like_an_answer(name: str, good: list[str], bad: list[str]) -
 def test_the_loop_maximises_them_and_reports_the_task(kind: str, tmp_path) -> None:
     """What is maximised is the control, the verifier's word stays beside it."""
     share = {"random_share": 0.25} if kind == "random" else {}
-    config = resolve(tiny(tmp_path, task=SEVENS, reward=kind, prompts=8, group=8, max_new_tokens=2, **share))
+    config = resolve(
+        tiny(tmp_path, task=SEVENS, reward=kind, prompts=8, group=8, max_new_tokens=2, **share)
+    )
     run = prepare(config)
     collected = collect(run, 0)
     samples = collected.samples
@@ -80,5 +84,7 @@ def test_the_loop_maximises_them_and_reports_the_task(kind: str, tmp_path) -> No
     if kind == "incorrect":
         assert bool((verdict[raw == 1] < 1).all())
     if kind == "format":
-        assert bool((raw == torch.tensor([float(bool(text)) for text in texts]) * ~samples.truncated).all())
+        assert bool(
+            (raw == torch.tensor([float(bool(text)) for text in texts]) * ~samples.truncated).all()
+        )
     run.folder.release()

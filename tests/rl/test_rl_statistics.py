@@ -22,7 +22,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_hit(samples: int) -> None:
 
 
 def test_pass_at_k_is_unbiased() -> None:
-    """The mean over all outcomes of 5 draws of chance p, weighted, is the chance 1 - (1-p)^k of k fresh draws."""
+    """The mean over all outcomes of 5 draws of chance p, weighted, is the chance 1 - (1-p)^k of k
+    fresh draws."""
     p = 0.3
     for k in range(1, 6):
         mean = sum(comb(5, c) * p**c * (1 - p) ** (5 - c) * pass_at_k(5, c, k) for c in range(6))
@@ -36,21 +37,25 @@ def test_pass_at_k_of_many_samples() -> None:
     assert pass_at_k(10_000, 1, 10_000) == 1.0
 
 
-@pytest.mark.parametrize(("samples", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)])
+@pytest.mark.parametrize(
+    ("samples", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)]
+)
 def test_pass_at_k_refuses(samples: int, correct: int, k: int) -> None:
     with pytest.raises(ValueError, match="must be from"):
         pass_at_k(samples, correct, k)
 
 
 def test_rates_are_means_over_problems_with_an_interval() -> None:
-    """Means to the last digits; the interval is as wide as theory says; the same for the same seed only."""
+    """Means to the last digits; the interval is as wide as theory says; the same for the same seed
+    only."""
     rng = np.random.default_rng(1)
     correct = rng.random((400, 8)) < rng.random((400, 1))
     rates = pass_rates(correct, [1, 2, 8], seed=3)
     for k, estimate in rates.items():
         values = np.array([pass_at_k(8, int(row.sum()), k) for row in correct])
         assert estimate.mean == values.mean()
-        width = 2 * 1.96 * values.std() / 400**0.5  # the bootstrap of 2,000 draws is within 10 % of the normal limit
+        # the bootstrap of 2,000 draws is within 10 % of the normal limit
+        width = 2 * 1.96 * values.std() / 400**0.5
         assert estimate.high - estimate.low == pytest.approx(width, rel=0.1)
         assert estimate.low < estimate.mean < estimate.high
     assert rates[1] == average(correct, seed=3)
@@ -59,7 +64,8 @@ def test_rates_are_means_over_problems_with_an_interval() -> None:
 
 
 def test_interval_covers_95_percent() -> None:
-    """Of 200 sets of 60 problems, the interval holds the true rate in about 190: below 178 is 4 standard deviations."""
+    """Of 200 sets of 60 problems, the interval holds the true rate in about 190: below 178 is 4
+    standard deviations."""
     rng = np.random.default_rng(5)
     covered = 0
     for trial in range(200):
@@ -91,6 +97,13 @@ def test_empty_is_refused(values: np.ndarray) -> None:
 
 def test_keys_of_pass_at_k_rise_with_k() -> None:
     """16 after 2, whatever the order of the row; neither ends of intervals nor other figures."""
-    row = ["eval/pass@16", "eval/greedy", "eval/pass@2", "eval/pass@2/low", "eval/pass@2/high", "eval/pass@1"]
+    row = [
+        "eval/pass@16",
+        "eval/greedy",
+        "eval/pass@2",
+        "eval/pass@2/low",
+        "eval/pass@2/high",
+        "eval/pass@1",
+    ]
     assert pass_keys(row) == ["eval/pass@1", "eval/pass@2", "eval/pass@16"]
     assert pass_keys(["eval/reward"]) == []

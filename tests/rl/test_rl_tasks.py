@@ -1,4 +1,5 @@
-"""Tasks: every problem has its right answer, wrong ones score 0 whatever they are, and vocabularies spell them all."""
+"""Tasks: every problem has its right answer, wrong ones score 0 whatever they are, and vocabularies
+spell them all."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def tasks() -> dict[str, Task]:
 
 
 def solve(prompt: str) -> str | None:
-    """The answer, from the prompt alone, in other words than the task's; None for tasks with many."""
+    """The answer, from the prompt alone, in other words than the task's; None for tasks with
+    many."""
     body = prompt[1:-1]
     if prompt[0] == "s":
         counts = Counter(body)
@@ -62,26 +64,41 @@ def solve(prompt: str) -> str | None:
     if prompt[0] == "m":
         expression, modulus = body.split("%")
         a, sign, b = re.fullmatch(r"(\d+)([-+*])(\d+)", expression).groups()
-        return str({"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] % int(modulus))
+        return str(
+            {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] % int(modulus)
+        )
     return None
 
 
 @by_name
 def test_problems_have_right_answers(tasks: dict[str, Task], name: str) -> None:
-    """In the documented format, with the answer one gets otherwise; it scores 1 and other texts score 0."""
+    """In the documented format, with the answer one gets otherwise; it scores 1 and other texts
+    score 0."""
     task = tasks[name]
     for problem in task.problems(200, 1):
         assert re.fullmatch(FORMATS[name], problem.prompt), problem.prompt
         want = None if name in ("fill_in", "countdown") else solve(problem.prompt)
         assert want is None or problem.answer == want
         assert task.reward(problem, problem.answer) == 1.0
-        for wrong in ("", " ", problem.answer + "0", "0" + problem.answer, problem.prompt, "²", "\ud800", "(" * 5000):
-            assert task.reward(problem, wrong) == 0.0 or (name == "parity" and wrong.endswith(problem.answer[-2:]))
+        for wrong in (
+            "",
+            " ",
+            problem.answer + "0",
+            "0" + problem.answer,
+            problem.prompt,
+            "²",
+            "\ud800",
+            "(" * 5000,
+        ):
+            assert task.reward(problem, wrong) == 0.0 or (
+                name == "parity" and wrong.endswith(problem.answer[-2:])
+            )
 
 
 @by_name
 def test_problems_follow_from_the_seed(tasks: dict[str, Task], name: str) -> None:
-    """The same for the same seed, from another object too; others for another; many different ones."""
+    """The same for the same seed, from another object too; others for another; many different
+    ones."""
     task = tasks[name]
     assert task.problems(50, 3) == load_task(name).problems(50, 3)
     assert task.problems(50, 3)[:20] == task.problems(20, 3)
@@ -96,7 +113,8 @@ def test_held_out_problems_are_never_trained_on(tasks: dict[str, Task], name: st
     held = {task.origin(p) for p in task.problems(300, 1, held_out=True)}
     free = {task.origin(p) for p in task.problems(300, 1, held_out=False)}
     assert not held & free
-    if name == "sort":  # nearly all of 800 differ: an eighth of them, 100, within 4 standard deviations, 38
+    # nearly all of 800 differ: an eighth of them, 100, within 4 standard deviations, 38
+    if name == "sort":
         drawn = {task.origin(p) for p in task.problems(800, 2)}
         free = {task.origin(p) for p in task.problems(20_000, 2, held_out=False)}
         assert 62 <= len(drawn - free) <= 138
@@ -104,7 +122,8 @@ def test_held_out_problems_are_never_trained_on(tasks: dict[str, Task], name: st
 
 @by_name
 def test_corrupt_demonstrations(tasks: dict[str, Task], name: str) -> None:
-    """Of the answer's length and symbols, mostly wrong, not always the same, determined by the generator."""
+    """Of the answer's length and symbols, mostly wrong, not always the same, determined by the
+    generator."""
     task, rng = tasks[name], np.random.default_rng(0)
     problems = task.problems(200, 5)
     texts = [task.corrupt(p, rng) for p in problems]
@@ -124,7 +143,8 @@ def test_corrupt_demonstrations(tasks: dict[str, Task], name: str) -> None:
 
 
 def test_replace_digit() -> None:
-    """Every digit of every place can be hit, every other value can come, and a text without digits stays."""
+    """Every digit of every place can be hit, every other value can come, and a text without digits
+    stays."""
     rng = np.random.default_rng(0)
     seen = {replace_digit("a12", rng) for _ in range(500)}
     assert seen == {f"a{d}2" for d in "023456789"} | {f"a1{d}" for d in "013456789"}
@@ -136,21 +156,38 @@ def test_replace_digit() -> None:
 
 def test_countdown_accepts_every_right_way_and_no_other() -> None:
     """3*2+7 = 13 from 3, 7, 2; each number once, no eval tricks."""
-    task, problem = Countdown(), Problem("c3,7,2=13>", "3*2+7", {"numbers": [2, 3, 7], "target": 13})
+    task, problem = (
+        Countdown(),
+        Problem("c3,7,2=13>", "3*2+7", {"numbers": [2, 3, 7], "target": 13}),
+    )
     for right in ("3*2+7", "7+2*3", "(2*3)+7", "7+(3*2)", "((7))+3*2"):
         assert task.reward(problem, right) == 1.0, right
-    for wrong in ("13", "3*2+7+0", "3*2*7", "2*3+7-", "3*2+07+", " 3*2+7", "3*2+7\n", "+3*2+7", "3**2+7-2", "int(13)"):
+    for wrong in (
+        "13",
+        "3*2+7+0",
+        "3*2*7",
+        "2*3+7-",
+        "3*2+07+",
+        " 3*2+7",
+        "3*2+7\n",
+        "+3*2+7",
+        "3**2+7-2",
+        "int(13)",
+    ):
         assert task.reward(problem, wrong) == 0.0, wrong
     half = Problem("c1,2,4=2>", "", {"numbers": [1, 2, 4], "target": 2})
     assert task.reward(half, "4*(1/2)") == 1.0  # fractions on the way are exact
     assert task.reward(half, "4/(1-1)") == 0.0
-    assert all(0 <= p.data["target"] <= 20 for p in Countdown(numbers=4, largest=20).problems(100, 0))
+    assert all(
+        0 <= p.data["target"] <= 20 for p in Countdown(numbers=4, largest=20).problems(100, 0)
+    )
 
 
 EXPRESSIONS = st.recursive(
     st.integers(0, 99).map(str),
     lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from("+-*/"), inner).map("".join), inner.map(lambda text: f"({text})")
+        st.tuples(inner, st.sampled_from("+-*/"), inner).map("".join),
+        inner.map(lambda text: f"({text})"),
     ),
     max_leaves=12,
 )
@@ -178,7 +215,8 @@ def test_evaluate_is_arithmetic(text: str) -> None:
 
 @given(st.text(alphabet="0123456789+-*/() .e_x²٣\n", max_size=20))
 def test_evaluate_refuses_the_rest(text: str) -> None:
-    """A value or ``ExpressionError``, never anything else; and no value for what holds other symbols."""
+    """A value or ``ExpressionError``, never anything else; and no value for what holds other
+    symbols."""
     try:
         evaluate(text)
     except ExpressionError:
@@ -189,7 +227,20 @@ def test_evaluate_refuses_the_rest(text: str) -> None:
 def test_evaluate_has_bounds() -> None:
     deep = "(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH
     assert evaluate(deep) == (1, [1])
-    for text in (f"({deep})", "1" * 10, "+".join("1" * 101), "", "()", "1+", "(1", "1)", "-1", "1 + 1", "01", "00"):
+    for text in (
+        f"({deep})",
+        "1" * 10,
+        "+".join("1" * 101),
+        "",
+        "()",
+        "1+",
+        "(1",
+        "1)",
+        "-1",
+        "1 + 1",
+        "01",
+        "00",
+    ):
         with pytest.raises(ExpressionError):
             evaluate(text)
 
@@ -198,8 +249,8 @@ def test_evaluate_has_bounds() -> None:
 
 
 def test_fill_in_is_a_fair_choice(tasks: dict[str, Task]) -> None:
-    """Options differ, one of them stood there, letters are uniform (chi-square below its 0.999 quantile, 16.3 for 3
-    degrees of freedom), and always answering A scores a quarter."""
+    """Options differ, one of them stood there, letters are uniform (chi-square below its 0.999
+    quantile, 16.3 for 3 degrees of freedom), and always answering A scores a quarter."""
     task = tasks["fill_in"]
     problems = task.problems(600, 0)
     letters = Counter(p.answer for p in problems)
@@ -216,14 +267,19 @@ def test_fill_in_is_a_fair_choice(tasks: dict[str, Task]) -> None:
 
 
 def test_fill_in_reads_other_files(tmp_path: Path) -> None:
-    """The original line is in the file at that place; what is no Python is passed over; too little data is an error."""
-    lines = [f"def f{i}(x):\n    y = x + {i}\n    z = y * {i}\n    return z - {i}\n" for i in range(20)]
+    """The original line is in the file at that place; what is no Python is passed over; too little
+    data is an error."""
+    lines = [
+        f"def f{i}(x):\n    y = x + {i}\n    z = y * {i}\n    return z - {i}\n" for i in range(20)
+    ]
     (tmp_path / "good.py").write_text("\n".join(lines))
     (tmp_path / "bad.py").write_text("def (")
     task = FillIn(options=3, data=(str(tmp_path),))
     for problem in task.problems(50, 0):
         code, _, options = problem.prompt.partition("\nA) ")
-        chosen = dict(zip(LETTERS, re.split(r"\n[BC]\) ", options.removesuffix(f"\n{GAP} is ")), strict=False))
+        chosen = dict(
+            zip(LETTERS, re.split(r"\n[BC]\) ", options.removesuffix(f"\n{GAP} is ")), strict=False)
+        )
         assert code.replace(GAP, chosen[problem.answer]) + "\n" in lines
         assert problem.data == {"file": "good.py"}
     with pytest.raises(TrainError, match="no function"):
@@ -308,7 +364,8 @@ def test_wrong_options_say_what_is_wrong(name: str, options: dict[str, int]) -> 
 
 
 def test_a_task_without_foreign_code_says_that_nothing_is_confined(tmp_path: Path) -> None:
-    """--unsafe-rewards used to end in "unexpected keyword argument"; a class that takes the option gets it."""
+    """--unsafe-rewards used to end in "unexpected keyword argument"; a class that takes the option
+    gets it."""
     message = r"^unsafe_rewards: task {} runs neither .*; leave out --unsafe-rewards$"
     (tmp_path / "own.py").write_text(OWN)
     for name in ("sort", f"{tmp_path}/own.py:Echo"):
@@ -323,7 +380,9 @@ def test_a_task_without_foreign_code_says_that_nothing_is_confined(tmp_path: Pat
 
 def test_a_task_lists_its_problems_or_draws_them(tmp_path: Path) -> None:
     """All rows of a file, the longest among them; of a rule there is no list."""
-    (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"prompt": "{"1" * n}", "answer": "1"}}' for n in (3, 9, 5)))
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(f'{{"prompt": "{"1" * n}", "answer": "1"}}' for n in (3, 9, 5))
+    )
     listed = load_task(str(tmp_path / "rows.jsonl")).listed()
     assert [len(problem.prompt) for problem in listed] == [3, 9, 5]
     assert all(load_task(name).listed() is None for name in TASKS)
@@ -333,7 +392,9 @@ def test_options_are_obeyed() -> None:
     assert {len(p.answer) for p in Sort(shortest=2, longest=4).problems(100, 0)} == {2, 3, 4}
     assert {len(p.answer) for p in Reverse(longest=3).problems(20, 0)} == {3}
     assert {len(p.answer) for p in Parity(shortest=4, longest=4).problems(20, 0)} == {10}
-    assert all(re.fullmatch(r"a\d{2}\+\d{2}>", p.prompt) for p in Addition(digits=2).problems(20, 0))
+    assert all(
+        re.fullmatch(r"a\d{2}\+\d{2}>", p.prompt) for p in Addition(digits=2).problems(20, 0)
+    )
     assert {int(p.prompt[:-1].split("%")[1]) for p in Modular(largest=3).problems(50, 0)} == {2, 3}
 
 
@@ -342,7 +403,8 @@ def test_options_are_obeyed() -> None:
 
 @by_name
 def test_vocabularies_spell_every_task(tasks: dict[str, Task], name: str) -> None:
-    """Prompt, answer and corrupt answer, there and back; the end-of-text token is in none of them."""
+    """Prompt, answer and corrupt answer, there and back; the end-of-text token is in none of
+    them."""
     task, rng = tasks[name], np.random.default_rng(0)
     for vocabulary in {"symbols": [Symbols(), Bytes()], "bytes": [Bytes()]}[task.vocabulary]:
         for problem in task.problems(50, 0):
@@ -364,11 +426,16 @@ def test_symbols() -> None:
 
 @pytest.mark.parametrize("name", ["symbols", "bytes"])
 def test_saved_vocabularies_load_in_transformers(tmp_path: Path, name: str) -> None:
-    """The same ids and texts from ``AutoTokenizer``, the same special tokens, padding on the left; and from us."""
+    """The same ids and texts from ``AutoTokenizer``, the same special tokens, padding on the left;
+    and from us."""
     ours = load_vocabulary(name)
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.padding_side) == (ours.eos_id, ours.pad_id, "left")
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.padding_side) == (
+        ours.eos_id,
+        ours.pad_id,
+        "left",
+    )
     for text in ("s52907>", "c3,7,2=13>", "3*(2+7)/1-0"):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
         assert theirs.decode([*ours.encode(text), ours.eos_id], skip_special_tokens=True) == text

@@ -1,4 +1,5 @@
-"""Both trainers in processes as torchrun starts them: no device named, more processes than problems, one evaluation."""
+"""Both trainers in processes as torchrun starts them: no device named, more processes than
+problems, one evaluation."""
 
 from __future__ import annotations
 
@@ -49,15 +50,25 @@ def given(tmp_path: Path, config) -> Path:
 
 
 @no_gpu
-def test_pretraining_on_two_processes_without_a_device_is_one_run_and_evaluates_as_one_does(tmp_path, texts):
+def test_pretraining_on_two_processes_without_a_device_is_one_run_and_evaluates_as_one_does(
+    tmp_path, texts
+):
     """Without a GPU it was two trainings of one process each, which fought for the folder.
 
-    nvidia has one scale per activation tensor. Before the first update, the held-out loss is the same to the bit for
-    micro-batches of 1, 2 and 8 on one process and for two processes; it used to differ in the third digit.
+    nvidia has one scale per activation tensor. Before the first update, the held-out loss is the
+    same to the bit for micro-batches of 1, 2 and 8 on one process and for two processes; it used to
+    differ in the third digit.
     """
     losses = []
     for name, micro in (("one", 1), ("two", 2), ("eight", 8)):
-        shared = {"recipe": "nvidia", "batch": 8, "micro_batch": micro, "steps": 4, "save_every": 2, "device": "auto"}
+        shared = {
+            "recipe": "nvidia",
+            "batch": 8,
+            "micro_batch": micro,
+            "steps": 4,
+            "save_every": 2,
+            "device": "auto",
+        }
         config = tiny(tmp_path / name, texts, **shared)
         pretrain(config)
         losses.append(steps_of(tmp_path / name)[0]["val_loss"])
@@ -70,18 +81,32 @@ def test_pretraining_on_two_processes_without_a_device_is_one_run_and_evaluates_
     shutil.copytree(tmp_path / "together", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000004")
     (tmp_path / "again" / "result.json").unlink()
-    said = two_processes("pretrain", given(tmp_path, replace(together, out=str(tmp_path / "again"))), "--resume")
+    said = two_processes(
+        "pretrain", given(tmp_path, replace(together, out=str(tmp_path / "again"))), "--resume"
+    )
     assert "resuming from" in said
     assert steps_of(tmp_path / "again") == steps_of(tmp_path / "together")
-    last = [load_file(tmp_path / run / "checkpoints/step-00000004/model.safetensors") for run in ("again", "together")]
+    last = [
+        load_file(tmp_path / run / "checkpoints/step-00000004/model.safetensors")
+        for run in ("again", "together")
+    ]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
 @no_gpu
 def test_reinforcement_learning_on_two_processes_logs_what_all_did(tmp_path):
-    """One problem to evaluate and two processes: the second has none. The share of groups of equal rewards, which was
-    that of the first process, is that of one process alone, as are all figures of the evaluation."""
-    config = tiny_rl(tmp_path / "one", group=2, steps=2, save_every=0, eval_problems=1, device="auto", check_every=0)
+    """One problem to evaluate and two processes: the second has none. The share of groups of equal
+    rewards, which was that of the first process, is that of one process alone, as are all figures
+    of the evaluation."""
+    config = tiny_rl(
+        tmp_path / "one",
+        group=2,
+        steps=2,
+        save_every=0,
+        eval_problems=1,
+        device="auto",
+        check_every=0,
+    )
     rl(config)
     two_processes("rl", given(tmp_path, resolve_rl(replace(config, out=str(tmp_path / "two")))))
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
@@ -93,37 +118,59 @@ def test_reinforcement_learning_on_two_processes_logs_what_all_did(tmp_path):
 
 
 def test_what_was_drawn_is_counted_over_processes_which_may_draw_unequally(monkeypatch):
-    """Dynamic sampling: this process took one round of 8 samples, the other three; 4 and 20 were in flat groups."""
+    """Dynamic sampling: this process took one round of 8 samples, the other three; 4 and 20 were in
+    flat groups."""
     run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
-    monkeypatch.setattr(collecting, "gather_object", lambda mine: [*mine, (20, 24, Counter({"x": 24}))])
+    monkeypatch.setattr(
+        collecting, "gather_object", lambda mine: [*mine, (20, 24, Counter({"x": 24}))]
+    )
     assert collecting._of_all_processes(run, 4, 8, Counter(), 0) == (24, 32)
-    with pytest.raises(TrainError, match=r"step 1: every reward of 32 completions failed, .*: x \(32 times\)"):
+    with pytest.raises(
+        TrainError, match=r"step 1: every reward of 32 completions failed, .*: x \(32 times\)"
+    ):
         collecting._of_all_processes(run, 4, 8, Counter({"x": 8}), 0)
 
 
 def test_only_the_main_process_copies_the_model_when_one_is_saved():
-    """Each of eight processes used to hold 12 bytes per parameter in the host's memory at every checkpoint."""
+    """Each of eight processes used to hold 12 bytes per parameter in the host's memory at every
+    checkpoint."""
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(4)).sum().backward()
     optimizer.step()
-    others = state.capture(model, optimizer, SimpleNamespace(is_main_process=False, num_processes=1), {"step": 1})
+    others = state.capture(
+        model, optimizer, SimpleNamespace(is_main_process=False, num_processes=1), {"step": 1}
+    )
     assert others.tensors == {}
-    main = state.capture(model, optimizer, SimpleNamespace(is_main_process=True, num_processes=1), {"step": 1})
-    assert {name: len(group) for name, group in main.tensors.items()} == {"model": 2, "optimizer": 6, "random": 1}
+    main = state.capture(
+        model, optimizer, SimpleNamespace(is_main_process=True, num_processes=1), {"step": 1}
+    )
+    assert {name: len(group) for name, group in main.tensors.items()} == {
+        "model": 2,
+        "optimizer": 6,
+        "random": 1,
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped")
 def test_a_second_reader_neither_reads_nor_copies_the_tensors(tmp_path, monkeypatch):
-    """What the main process has verified is mapped by the others: the memory is that of the page cache, once."""
+    """What the main process has verified is mapped by the others: the memory is that of the page
+    cache, once."""
     tensors = {"model": {"w": torch.arange(1_000_000, dtype=torch.float32)}}
     path = checkpoint.save(tmp_path, Snapshot({"step": 1}, tensors), keep=1)
     monkeypatch.setattr(checkpoint, "sha256", lambda file: 1 / 0)
     loaded = checkpoint.load(path, verify=False)
     assert torch.equal(loaded.tensors["model"]["w"], tensors["model"]["w"])
     where = loaded.tensors["model"]["w"].data_ptr()
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
-    assert any(int(line.split("-")[0], 16) <= where < int(line.split("-")[1].split()[0], 16) for line in maps)
+    maps = [
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "model.safetensors" in line
+    ]
+    assert any(
+        int(line.split("-")[0], 16) <= where < int(line.split("-")[1].split()[0], 16)
+        for line in maps
+    )
     with pytest.raises(ZeroDivisionError):
         checkpoint.load(path)
 
@@ -134,7 +181,9 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = SimpleNamespace(device=torch.device("mps"), num_processes=1)
     monkeypatch.setattr("accelerate.Accelerator", lambda cpu: alone)
-    with pytest.raises(TrainError, match="device: 2 processes were started, but on mps they do not find each other"):
+    with pytest.raises(
+        TrainError, match="device: 2 processes were started, but on mps they do not find each other"
+    ):
         accelerator_for("mps")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert accelerator_for("mps") is alone

@@ -1,4 +1,5 @@
-"""The loop with a training of ten lines: what every training gets from it, without a model of language."""
+"""The loop with a training of ten lines: what every training gets from it, without a model of
+language."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Regression(ResumableConfig):
 
 
 class Fit(Training):
-    """A line through points that are drawn from the global random state, which a checkpoint must therefore hold."""
+    """A line through points that are drawn from the global random state, which a checkpoint must
+    therefore hold."""
 
     command = "fit"
     unit = "fits"
@@ -57,7 +59,9 @@ class Fit(Training):
         loss = ((self.run.model(x)[:, 0] - x.sum(1)) ** 2).mean() * factor
         loss.backward()
         value = float(loss.detach())
-        norm, done = apply_gradients(self.run.model, self.run.optimizer, self.rate(step), 1.0, value)
+        norm, done = apply_gradients(
+            self.run.model, self.run.optimizer, self.rate(step), 1.0, value
+        )
         self.seen += len(x)
         return {"loss": value, "grad_norm": norm, "skipped": not done, "seconds": 0.0}
 
@@ -76,7 +80,9 @@ class Fit(Training):
 @pytest.fixture
 def config(tmp_path):
     Fit.disturb = {}
-    yield Regression(out=str(tmp_path / "a"), steps=9, lr=0.1, warmup=0, weight_decay=0.0, save_every=4)
+    yield Regression(
+        out=str(tmp_path / "a"), steps=9, lr=0.1, warmup=0, weight_decay=0.0, save_every=4
+    )
     Fit.disturb = {}
 
 
@@ -91,7 +97,8 @@ def weights(config):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_and_resumed_is_uninterrupted_to_the_bit(config, tmp_path, number, request):
     """Weights, moments, random state and the training's own count; the log has every step once."""
-    # A run obeys no signal that is ignored, as SIGHUP is under nohup and SIGINT in a script's background.
+    # A run obeys no signal that is ignored, as SIGHUP is under nohup and SIGINT in a script's
+    # background.
     handler = signal.signal(number, signal.SIG_DFL)
     request.addfinalizer(lambda: signal.signal(number, handler))
     whole = fit(config)
@@ -125,7 +132,9 @@ def test_a_finished_run_is_not_done_again_and_another_config_is_refused(config, 
 
 def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(config):
     Fit.disturb = {step: lambda: float("nan") for step in (1, 3, 4, 6, 7, 8)}
-    with pytest.raises(TrainError, match=r"NaN or Inf in 3 fits in a row, up to step 9; lower --lr or --clip"):
+    with pytest.raises(
+        TrainError, match=r"NaN or Inf in 3 fits in a row, up to step 9; lower --lr or --clip"
+    ):
         fit(dataclasses.replace(config, max_bad_steps=3))
     rows = log.read(RunFolder(config.out).log)
     assert [row["step"] for row in rows[1:] if row["skipped"]] == [2, 4, 5, 7, 8, 9]
@@ -137,7 +146,9 @@ def test_running_out_of_memory_says_what_to_lower_and_lets_go_of_the_folder(conf
         raise torch.OutOfMemoryError("tried to allocate 7 GiB")
 
     Fit.disturb = {1: full}
-    with pytest.raises(TrainError, match="out of memory: tried to allocate 7 GiB; fit fewer points"):
+    with pytest.raises(
+        TrainError, match="out of memory: tried to allocate 7 GiB; fit fewer points"
+    ):
         fit(config)
     RunFolder(config.out).lock()
 
@@ -145,4 +156,10 @@ def test_running_out_of_memory_says_what_to_lower_and_lets_go_of_the_folder(conf
 def test_what_is_due_when():
     assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
     assert [step for step in range(1, 11) if due(step, 0, 10)] == [10]
-    assert [finite(value) for value in (1.5, float("inf"), float("nan"), 3, None)] == [1.5, None, None, 3, None]
+    assert [finite(value) for value in (1.5, float("inf"), float("nan"), 3, None)] == [
+        1.5,
+        None,
+        None,
+        3,
+        None,
+    ]

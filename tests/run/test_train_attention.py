@@ -1,4 +1,5 @@
-"""What the trainers change in a model on a CPU without BF16 instructions, and that nothing else is changed."""
+"""What the trainers change in a model on a CPU without BF16 instructions, and that nothing else is
+changed."""
 
 from __future__ import annotations
 
@@ -33,19 +34,24 @@ def model(implementation: str = "sdpa") -> PreTrainedModel:
         num_key_value_heads=1,
         max_position_embeddings=32,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation, dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_sums_in_float32_and_rounds_once(masked: bool) -> None:
-    """Equal to sdpa of float32 copies, rounded; also under autocast, which would round its inputs again."""
+    """Equal to sdpa of float32 copies, rounded; also under autocast, which would round its inputs
+    again."""
     module = model().model.layers[0].self_attn
     q = torch.randn(3, 2, 10, 16).bfloat16()
     k, v = torch.randn(2, 3, 1, 10, 16).bfloat16()
     hidden = torch.rand(3, 1, 10, 10) < 0.3
     mask = torch.zeros(3, 1, 10, 10).masked_fill(hidden, -torch.inf).bfloat16() if masked else None
     wide = [t.float() for t in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))]
-    want = F.scaled_dot_product_attention(*wide, None if mask is None else mask.float(), is_causal=not masked)
+    want = F.scaled_dot_product_attention(
+        *wide, None if mask is None else mask.float(), is_causal=not masked
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, _ = float32_attention(module, q, k, v, mask)
     assert got.dtype == torch.bfloat16
@@ -53,7 +59,8 @@ def test_attention_sums_in_float32_and_rounds_once(masked: bool) -> None:
 
 
 def test_a_model_is_changed_as_said() -> None:
-    """Converted layers stay, the output embedding becomes a ``DenseLinear``, attention ours; the loss is BF16's."""
+    """Converted layers stay, the output embedding becomes a ``DenseLinear``, attention ours; the
+    loss is BF16's."""
     torch.manual_seed(0)
     ids = torch.randint(40, (2, 12))
     plain, changed = model(), model()
@@ -65,7 +72,9 @@ def test_a_model_is_changed_as_said() -> None:
     assert type(changed.lm_head) is dense.DenseLinear
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = [m(input_ids=ids, labels=ids).loss for m in (plain, changed)]
-    assert abs(losses[0] - losses[1]) < 2**-6 * losses[0], "BF16 keeps 8 bits, and nothing but their order changed"
+    assert abs(losses[0] - losses[1]) < 2**-6 * losses[0], (
+        "BF16 keeps 8 bits, and nothing but their order changed"
+    )
     losses[1].backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in changed.parameters())
 

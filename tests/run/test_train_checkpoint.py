@@ -20,17 +20,25 @@ from nvfp4.run.errors import TrainError
 
 
 def snapshot(step: int, size: int = 100) -> Snapshot:
-    tensors = {"model": {"w": torch.arange(size, dtype=torch.float32) + step}, "random": {"cpu.0": torch.arange(9)}}
+    tensors = {
+        "model": {"w": torch.arange(size, dtype=torch.float32) + step},
+        "random": {"cpu.0": torch.arange(9)},
+    }
     return Snapshot({"step": step, "config": {"lr": 0.1}}, tensors)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     values = torch.tensor([0.1, -0.0, float("nan"), float("inf"), 1e-45])
-    saved = Snapshot({"step": 3, "list": [1, None, 0.1]}, {"a": {"x.y": values, "transposed": torch.eye(3)[:, :2].T}})
+    saved = Snapshot(
+        {"step": 3, "list": [1, None, 0.1]},
+        {"a": {"x.y": values, "transposed": torch.eye(3)[:, :2].T}},
+    )
     path = checkpoint.save(tmp_path, saved, keep=2)
     loaded = checkpoint.load(path)
     assert path.name == "step-00000003"
@@ -62,7 +70,9 @@ def test_what_a_killed_process_left_unfinished_is_cleared_away(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["state", "tensors", "manifest", "sync", "rename"])
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(tmp_path, monkeypatch, place):
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(
+    tmp_path, monkeypatch, place
+):
     first = checkpoint.save(tmp_path, snapshot(1), keep=5)
     before = contents(tmp_path)
 
@@ -83,14 +93,22 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(tmp_
         monkeypatch.setattr(Path, "rename", full)
     else:
         name = {"state": "state.json", "manifest": "manifest.json"}[place]
-        monkeypatch.setattr(checkpoint, "write_json", lambda p, v: full() if p.name == name else write_json(p, v))
+        monkeypatch.setattr(
+            checkpoint, "write_json", lambda p, v: full() if p.name == name else write_json(p, v)
+        )
     with pytest.raises(
-        TrainError, match=r"cannot write checkpoint .*step-00000002: .*No space left.*last good .*step-00000001"
+        TrainError,
+        match=(
+            r"cannot write checkpoint .*step-00000002: .*No space left.*last good "
+            r".*step-00000001"
+        ),
     ):
         checkpoint.save(tmp_path, snapshot(2), keep=5)
     assert contents(tmp_path) == before
     monkeypatch.undo()
-    assert torch.equal(checkpoint.load(first).tensors["model"]["w"], snapshot(1).tensors["model"]["w"])
+    assert torch.equal(
+        checkpoint.load(first).tensors["model"]["w"], snapshot(1).tensors["model"]["w"]
+    )
 
 
 def test_the_systems_own_size_limit_is_met_like_a_full_disk(tmp_path):
@@ -109,7 +127,11 @@ except checkpoint.TrainError as error:
     print(error)
 """
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=HANG
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
     )
     assert "cannot write checkpoint" in run.stdout, run.stdout + run.stderr
     assert "File too large" in run.stdout
@@ -119,8 +141,16 @@ except checkpoint.TrainError as error:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("model.safetensors", lambda b: b[:-1], "model.safetensors has [0-9]+ bytes, expected [0-9]+"),
-        ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "model.safetensors does not match its SHA-256"),
+        (
+            "model.safetensors",
+            lambda b: b[:-1],
+            "model.safetensors has [0-9]+ bytes, expected [0-9]+",
+        ),
+        (
+            "model.safetensors",
+            lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+            "model.safetensors does not match its SHA-256",
+        ),
         ("state.json", lambda b: b[:5], "state.json has 5 bytes"),
         ("state.json", None, "state.json is missing"),
         ("random.safetensors", None, "random.safetensors is missing"),
@@ -137,13 +167,16 @@ def test_damage_is_noticed_and_the_file_named(tmp_path, name, damage, message):
     else:
         (path / name).write_bytes(damage((path / name).read_bytes()))
     with pytest.raises(
-        DamagedCheckpoint, match=rf"step-00000002 is damaged: .*{message}.*--resume-from, e\.g\. .*-00000001"
+        DamagedCheckpoint,
+        match=rf"step-00000002 is damaged: .*{message}.*--resume-from, e\.g\. .*-00000001",
     ):
         checkpoint.load(path)
 
 
 def test_a_missing_folder_and_another_format_are_said(tmp_path):
-    with pytest.raises(TrainError, match=r"no checkpoint at .*nowhere; expected a folder like checkpoints/step-"):
+    with pytest.raises(
+        TrainError, match=r"no checkpoint at .*nowhere; expected a folder like checkpoints/step-"
+    ):
         checkpoint.load(tmp_path / "nowhere")
     path = checkpoint.save(tmp_path, snapshot(1), keep=5)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -160,7 +193,9 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(TrainError, match=r"cannot write .*result\.json: No space left on device; make room"):
+    with pytest.raises(
+        TrainError, match=r"cannot write .*result\.json: No space left on device; make room"
+    ):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

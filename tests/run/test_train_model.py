@@ -47,8 +47,16 @@ def test_sizes_are_those_of_the_config(architecture):
     model = small(architecture=architecture)
     settings = model.config
     assert type(model).__name__.lower().startswith(architecture)
-    assert (settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads) == (32, 4, 2)
-    assert (settings.intermediate_size, settings.num_hidden_layers, settings.vocab_size) == (48, 2, 257)
+    assert (settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads) == (
+        32,
+        4,
+        2,
+    )
+    assert (settings.intermediate_size, settings.num_hidden_layers, settings.vocab_size) == (
+        48,
+        2,
+        257,
+    )
     assert settings._attn_implementation == "sdpa"
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.training
@@ -62,7 +70,9 @@ def test_recomputation_changes_no_number(tmp_path, texts):
     losses = []
     for recompute in (False, True):
         out = tmp_path / str(recompute)
-        pretrain(tiny(out, texts, steps=5, recompute=recompute, recipe="quartet2", eval_every=0, depth=2))
+        pretrain(
+            tiny(out, texts, steps=5, recompute=recompute, recipe="quartet2", eval_every=0, depth=2)
+        )
         losses.append(steps_of(out))
     assert losses[0] == losses[1]
 
@@ -86,10 +96,13 @@ def test_a_sample_may_be_longer_than_the_context(recwarn):
 
 
 def test_the_export_loads_where_there_is_no_nvfp4(tmp_path, texts):
-    """In either dtype, in one process for both: it imports transformers anew, which takes seconds."""
+    """In either dtype, in one process for both: it imports transformers anew, which takes
+    seconds."""
     for dtype in ("bf16", "fp32"):
         out = tmp_path / dtype
-        pretrain(tiny(out, texts, recipe="quartet2", steps=3, export_dtype=dtype, tie_embeddings=True))
+        pretrain(
+            tiny(out, texts, recipe="quartet2", steps=3, export_dtype=dtype, tie_embeddings=True)
+        )
     code = """
 import json, sys, torch
 sys.modules["nvfp4"] = None
@@ -116,7 +129,9 @@ for folder in sys.argv[1:]:
         assert ids == [list(b"if x")]
         assert name == "LlamaForCausalLM"
         ours = AutoModelForCausalLM.from_pretrained(folder)
-        assert ours(torch.tensor(ids)).logits.float().flatten()[:8].tolist() == pytest.approx(logits, abs=1e-2)
+        assert ours(torch.tensor(ids)).logits.float().flatten()[:8].tolist() == pytest.approx(
+            logits, abs=1e-2
+        )
 
     # float32: the master weights, bit for bit
     saved = load_file(tmp_path / "fp32" / "checkpoints" / "step-00000003" / "model.safetensors")
@@ -126,7 +141,16 @@ for folder in sys.argv[1:]:
 def test_training_goes_on_from_an_export(tmp_path, texts):
     first = pretrain(tiny(tmp_path / "a", texts, steps=6))
     open_sizes = {"depth": 2, "width": None, "heads": None, "ffn": None}
-    second = pretrain(tiny(tmp_path / "b", texts, steps=3, model=str(tmp_path / "a" / "export"), **open_sizes, lr=None))
+    second = pretrain(
+        tiny(
+            tmp_path / "b",
+            texts,
+            steps=3,
+            model=str(tmp_path / "a" / "export"),
+            **open_sizes,
+            lr=None,
+        )
+    )
     assert second["config"]["lr"] == 2e-5
     assert second["parameters"] == first["parameters"]
     assert steps_of(tmp_path / "b")[0]["val_loss"] == pytest.approx(first["val_loss"], abs=0.3)
@@ -134,9 +158,12 @@ def test_training_goes_on_from_an_export(tmp_path, texts):
 
 
 def test_another_architecture_with_another_tokenizer_trains_and_resumes(tmp_path, texts):
-    """GPT-2 has dropout, biases, learned positions and Conv1D instead of Linear: nothing here may depend on Llama."""
+    """GPT-2 has dropout, biases, learned positions and Conv1D instead of Linear: nothing here may
+    depend on Llama."""
     folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     ByteTokenizer().save(folder)
     base = {
         "model": str(folder),
@@ -163,10 +190,14 @@ def test_another_architecture_with_another_tokenizer_trains_and_resumes(tmp_path
 
 def test_a_run_called_nvfp4_that_converts_nothing_is_refused(tmp_path, texts):
     folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     ByteTokenizer().save(folder)
     base = {"model": str(folder), "depth": 2, "width": None, "heads": None, "ffn": None}
-    with pytest.raises(TrainError, match="recipe quartet2: no layer was converted: the model has 1 linear layers"):
+    with pytest.raises(
+        TrainError, match="recipe quartet2: no layer was converted: the model has 1 linear layers"
+    ):
         pretrain(tiny(tmp_path / "run", texts, recipe="quartet2", **base))
     with pytest.raises(TrainError, match=r"recipe rtn: exclude 'layers.7' matches no linear layer"):
         pretrain(tiny(tmp_path / "run", texts, recipe="rtn", exclude=("layers.7",)))
@@ -175,14 +206,17 @@ def test_a_run_called_nvfp4_that_converts_nothing_is_refused(tmp_path, texts):
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path, texts):
     with pytest.raises(
-        TrainError, match="model: expected the folder of a local Hugging Face causal LM, got 'gpt2-far-away'"
+        TrainError,
+        match="model: expected the folder of a local Hugging Face causal LM, got 'gpt2-far-away'",
     ):
         build_model("gpt2-far-away", ByteTokenizer(), 0)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TrainError, match=f"model: {tmp_path} does not load"):
         build_model(str(tmp_path), ByteTokenizer(), 0)
     folder = tmp_path / "small"
-    GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=1)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=1)
+    ).save_pretrained(folder)
     with pytest.raises(TrainError, match="tokenizer: has 257 tokens, the model embeds only 100"):
         build_model(str(folder), ByteTokenizer(), 0)
     ByteTokenizer().save(folder)

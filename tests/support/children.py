@@ -1,17 +1,23 @@
 """Child processes that begin where everything is imported already.
 
-A fresh Python imports torch, transformers and accelerate for seven seconds of a core before it runs a line of ours, and
-each test of a run that is killed, stopped or spread over processes needs one or more. Here one process imports them
-once and forks for every child (``multiprocessing.forkserver`` of Python's own library):
+A fresh Python imports torch, transformers and accelerate for seven seconds of a core before it runs
+a line of ours, and each test of a run that is killed, stopped or spread over processes needs one or
+more. Here one process imports them once and forks for every child (``multiprocessing.forkserver``
+of Python's own library):
 
-    pytest, or one of its workers          the fork server, begun at the first child        the child
-    python(code, arguments) ---------> fork ------------------------------------------> environment, folder, sys.argv,
-                                                                                        output to files, then the code
+    pytest, or one of its workers          the fork server, begun at the first child        the
+    child python(code, arguments) ---------> fork ------------------------------------------>
+                                                                                        environment,
+                                                                                        folder,
+                                                                                        sys.argv,
+                                                                                        output to
+                                                                                        files, then
+                                                                                        the code
     exit code, or minus the signal that killed it; what the files hold <--------------- its end
 
-``processes`` starts several that find each other as those of torchrun do. What is different from ``python -c``: the
-modules are there, and standard input is empty. A test that is about the start of a process, about its pipes, or about
-packages that must not be imported starts a real one.
+``processes`` starts several that find each other as those of torchrun do. What is different from
+``python -c``: the modules are there, and standard input is empty. A test that is about the start of
+a process, about its pipes, or about packages that must not be imported starts a real one.
 """
 
 from __future__ import annotations
@@ -40,21 +46,29 @@ IMPORTED = (
     "torch.distributed.tensor.parallel",
     "pytest",
 )
-"""What children share: the command line, both trainers, the model that most train, what parallel ones are made of."""
+"""What children share: the command line, both trainers, the model that most train, what parallel
+ones are made of."""
 
 
 class Child:
-    """A process that runs ``code`` as ``python -c CODE ARGUMENTS`` would; polled as a ``subprocess.Popen`` is."""
+    """A process that runs ``code`` as ``python -c CODE ARGUMENTS`` would; polled as a
+    ``subprocess.Popen`` is."""
 
     def __init__(
-        self, code: str, arguments: list[str], environment: dict[str, str], folder: Path | None = None
+        self,
+        code: str,
+        arguments: list[str],
+        environment: dict[str, str],
+        folder: Path | None = None,
     ) -> None:
         self.arguments = arguments
         self.files = tempfile.TemporaryDirectory()
         self.said = [str(Path(self.files.name) / name) for name in ("out", "err")]
         given = (code, arguments, environment, str(folder or Path.cwd()), *self.said)
         # a daemon: what a failed test leaves behind ends with pytest and is not waited for
-        self.process: BaseProcess = _server(environment).Process(target=_run, args=given, daemon=True)
+        self.process: BaseProcess = _server(environment).Process(
+            target=_run, args=given, daemon=True
+        )
         self.process.start()
 
     def poll(self) -> int | None:
@@ -104,24 +118,33 @@ def python(
     return Child(code, arguments, environment, folder).finished()
 
 
-def script(path: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def script(
+    path: Path, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """``python PATH ARGUMENTS`` to its end."""
-    code = "import runpy, sys\nsys.argv[:] = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        "import runpy, sys\nsys.argv[:] = sys.argv[1:]\nrunpy.run_path(sys.argv[0], "
+        "run_name='__main__')"
+    )
     return python(code, [str(path), *arguments], environment)
 
 
 def processes(
     count: int, code: str, arguments: list[str], environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """So many at once, with what torchrun tells its processes, to their end: the first exit code that is not 0, and
-    what all of them said. When one fails the others, who wait for it, are killed, as torchrun does."""
+    """So many at once, with what torchrun tells its processes, to their end: the first exit code
+    that is not 0, and what all of them said. When one fails the others, who wait for it, are
+    killed, as torchrun does."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = [
-        Child(code, arguments, environment | torchrun_environment(rank, count, store.port)) for rank in range(count)
+        Child(code, arguments, environment | torchrun_environment(rank, count, store.port))
+        for rank in range(count)
     ]
     end, code_of_all = time.monotonic() + HANG, 0
     while any(child.process.is_alive() for child in children):
-        code_of_all = code_of_all or next((c.process.exitcode for c in children if c.process.exitcode), 0)
+        code_of_all = code_of_all or next(
+            (c.process.exitcode for c in children if c.process.exitcode), 0
+        )
         if code_of_all or time.monotonic() > end:
             for child in children:
                 child.process.kill()
@@ -134,7 +157,8 @@ def processes(
 
 
 def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What ``torchrun --standalone`` tells each process; the store on this port is ours in the place of its own."""
+    """What ``torchrun --standalone`` tells each process; the store on this port is ours in the
+    place of its own."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -156,7 +180,8 @@ def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _server(environment: dict[str, str]) -> multiprocessing.context.ForkServerContext:
-    """The fork server, which imports in this environment: torch looks there for the number of its threads."""
+    """The fork server, which imports in this environment: torch looks there for the number of its
+    threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     before = dict(os.environ)
@@ -169,13 +194,16 @@ def _server(environment: dict[str, str]) -> multiprocessing.context.ForkServerCo
     return context
 
 
-def _run(code: str, arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
+def _run(
+    code: str, arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str
+) -> None:
     """In the child: become what ``python -c`` would be, and run."""
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, stream.fileno())
         os.close(descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that put pytest in the background ignores both
+    # a shell that put pytest in the background ignores both
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
@@ -184,4 +212,5 @@ def _run(code: str, arguments: list[str], environment: dict[str, str], folder: s
     try:
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out: coverage writes there what it has seen
+        # multiprocessing leaves them out: coverage writes there what it has seen
+        atexit._run_exitfuncs()

@@ -1,6 +1,7 @@
 """What runs in each of several processes: ``main([FOLDER])``, all checks for their number.
 
-FOLDER/RANK.json tells of each check the error it ended with, or null. Run by ``test_distributed.py``.
+FOLDER/RANK.json tells of each check the error it ended with, or null. Run by
+``test_distributed.py``.
 """
 
 from __future__ import annotations
@@ -99,11 +100,16 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def play(
-    model: Net, optimizer: torch.optim.Optimizer, steps: range, world: int, dtype: torch.dtype | None = None
+    model: Net,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    world: int,
+    dtype: torch.dtype | None = None,
 ) -> list[list[float]]:
     """One process plays every rank in turn and averages the gradients; the losses of each rank.
 
-    dtype: of the copy of the weights that computes, as in mixed precision; gradients are averaged in float32.
+    dtype: of the copy of the weights that computes, as in mixed precision; gradients are averaged
+    in float32.
     """
     losses: list[list[float]] = [[] for _ in range(world)]
     for step in steps:
@@ -158,7 +164,8 @@ def shard(model: nn.Module, **options: object) -> nn.Module:
 
 
 def ddp() -> None:
-    """DDP's losses and weights are those of one process that plays both ranks, to the bit, in every recipe."""
+    """DDP's losses and weights are those of one process that plays both ranks, to the bit, in every
+    recipe."""
     for recipe in RECIPES:
         alone, expected = played(recipe, 3)
         model = nn.parallel.DistributedDataParallel(net(recipe))
@@ -167,7 +174,8 @@ def ddp() -> None:
 
 
 def fsdp2() -> None:
-    """So are FSDP2's, in float32 and in mixed precision, with activation checkpointing, from meta initialisation."""
+    """So are FSDP2's, in float32 and in mixed precision, with activation checkpointing, from meta
+    initialisation."""
     for recipe in RECIPES:
         for dtype in (None, torch.bfloat16):
             alone, expected = played(recipe, 3, dtype)
@@ -178,20 +186,29 @@ def fsdp2() -> None:
             with torch.no_grad():
                 for name, value in net(recipe).state_dict().items():
                     parameter = model.get_parameter(name)
-                    parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+                    parameter.copy_(
+                        distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                    )
             assert trained(model, 3, dtype or torch.float32) == expected, (recipe, dtype)
             assert_same(model.state_dict(), alone.state_dict())
 
 
 def fsdp2_keeps_no_weight() -> None:
-    """Between forward and backward no unsharded weight is in memory, also where backward will need one (rtn)."""
+    """Between forward and backward no unsharded weight is in memory, also where backward will need
+    one (rtn)."""
     for recipe in ("search_eden", "nvidia", "rtn"):
         model = shard(net(recipe), mp_policy=BF16)
         saved: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             loss = loss_of(model, batch(0, 0, torch.bfloat16))
         size = WIDTH * 2 * WIDTH * 2
-        weights = [t for t in saved if t.dtype == torch.bfloat16 and t.numel() * 2 == size and t.shape[0] != 48]
+        weights = [
+            t
+            for t in saved
+            if t.dtype == torch.bfloat16 and t.numel() * 2 == size and t.shape[0] != 48
+        ]
         assert all(t.untyped_storage().nbytes() == 0 for t in weights), recipe
         assert bool(weights) == (recipe == "rtn")
         loss.backward()
@@ -208,11 +225,14 @@ class CountingGather:
 
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
         self.sent += input_tensor.nbytes
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return dist.all_gather_into_tensor(
+            output_tensor, input_tensor, group=group, async_op=async_op
+        )
 
 
 def fp4_gather() -> None:
-    """Weights gathered as codes give the bits of weights gathered in BF16, with all recipes that can."""
+    """Weights gathered as codes give the bits of weights gathered in BF16, with all recipes that
+    can."""
     for recipe in ("search_eden", "quartet2", "nvidia", "four_over_six", "rl"):
         models = [shard(net(recipe, recompute=True), mp_policy=BF16) for _ in range(2)]
         assert fp4_all_gather(models[1]) == {}
@@ -222,7 +242,10 @@ def fp4_gather() -> None:
         for value in models[1].state_dict().values():
             assert type(value.to_local()) is torch.Tensor
             assert not hasattr(value.to_local(), "fsdp_pre_all_gather")
-        for reload in (lambda model: model.load_state_dict(model.state_dict(), assign=True), lambda model: None):
+        for reload in (
+            lambda model: model.load_state_dict(model.state_dict(), assign=True),
+            lambda model: None,
+        ):
             reload(models[1])
             fp4_all_gather(models[1])
             assert trained(models[0], 1, torch.bfloat16) == trained(models[1], 1, torch.bfloat16)
@@ -232,7 +255,8 @@ def fp4_gather() -> None:
 
 
 def fp4_gather_in_other_loops() -> None:
-    """Gradients too, without resharding, with frozen weights, accumulated over batches, around an evaluation."""
+    """Gradients too, without resharding, with frozen weights, accumulated over batches, around an
+    evaluation."""
     for reshard in (True, False):
         results = []
         for fp4 in (False, True):
@@ -247,7 +271,9 @@ def fp4_gather_in_other_loops() -> None:
                 with torch.no_grad():
                     loss_of(model, batch(0, 7, torch.bfloat16))
                 loss.backward()
-            results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            results.append(
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            )
         assert "blocks.0.up.weight" not in results[0]
         assert_same(*results)
 
@@ -260,7 +286,9 @@ def fp4_gather_of_bad_weights() -> None:
             model = shard(net("search_eden"))
             with torch.no_grad():
                 weight = model.blocks[0].up.weight.to_local()
-                weight.zero_() if value == 0 else weight[0, 0].fill_(value if dist.get_rank() else 1.0)
+                weight.zero_() if value == 0 else weight[0, 0].fill_(
+                    value if dist.get_rank() else 1.0
+                )
             if fp4:
                 fp4_all_gather(model)
             with torch.no_grad():
@@ -272,7 +300,9 @@ def fp4_gather_traffic() -> None:
     """The bytes that one process sends for the weights: at least 3.5 times fewer than in BF16."""
     sent = []
     for fp4 in (False, True):
-        layer = nvfp4.convert(nn.Linear(1024, 256, bias=False), "search_eden", seed=SEED, verbose=False)
+        layer = nvfp4.convert(
+            nn.Linear(1024, 256, bias=False), "search_eden", seed=SEED, verbose=False
+        )
         model = fully_shard(nn.Sequential(layer), mp_policy=BF16)
         gather = CountingGather()
         model.set_custom_all_gather(gather)
@@ -285,7 +315,8 @@ def fp4_gather_traffic() -> None:
 
 
 def fp4_gather_refusals() -> None:
-    """Each weight that cannot travel as codes travels in high precision, and the answer says why."""
+    """Each weight that cannot travel as codes travels in high precision, and the answer says
+    why."""
     reasons = fp4_all_gather(shard(net("rtn")))
     assert set(reasons.values()) == {"recipe rtn: dgrad needs w in high precision"}
     for recipe, rows, reason in (
@@ -299,7 +330,10 @@ def fp4_gather_refusals() -> None:
         fp4_all_gather(net("rtn"))
     model = shard(net("search_eden"))
     fp4_all_gather(model)
-    with nvfp4.disabled(model), pytest.raises(RuntimeError, match=r"call nvfp4\.fp4_all_gather\(model, F"):
+    with (
+        nvfp4.disabled(model),
+        pytest.raises(RuntimeError, match=r"call nvfp4\.fp4_all_gather\(model, F"),
+    ):
         model(batch(0, 0))
     model = shard(net("search_eden"))
     fp4_all_gather(model)
@@ -309,7 +343,8 @@ def fp4_gather_refusals() -> None:
 
 
 def fp4_gather_leaves_no_weight() -> None:
-    """After forward the codes are freed as FSDP2 frees weights: what is saved for backward points to no memory."""
+    """After forward the codes are freed as FSDP2 frees weights: what is saved for backward points
+    to no memory."""
     model = shard(net("search_eden"), mp_policy=BF16)
     fp4_all_gather(model)
     seen = []
@@ -330,18 +365,26 @@ def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def load_full_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     state = full_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder / "dcp", no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
     nvfp4.load_noise_state(model, state["noise"])
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Weights and momentum, whole."""
-    momentum = {f"momentum of {n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
-    return {name: whole(value) for name, value in (dict(model.named_parameters()) | momentum).items()}
+    momentum = {
+        f"momentum of {n}": optimizer.state[p]["momentum_buffer"]
+        for n, p in model.named_parameters()
+    }
+    return {
+        name: whole(value) for name, value in (dict(model.named_parameters()) | momentum).items()
+    }
 
 
 def saved_checkpoint() -> None:
-    """Save an FSDP2 model, its optimizer and its noise after two steps; other worlds go on from it."""
+    """Save an FSDP2 model, its optimizer and its noise after two steps; other worlds go on from
+    it."""
     model = shard(net("search_eden"))
     optimizer = sgd(model)
     trained(model, 2, optimizer=optimizer)
@@ -357,23 +400,31 @@ def _slices(q: nvfp4.QTensor, parts: int, rank: int) -> nvfp4.QTensor:
 
 
 def tensor_parallel_codes() -> None:
-    """rtn under tensor parallelism: y and dx are sums of products of the whole tensors' codes, dw is the whole's.
+    """rtn under tensor parallelism: y and dx are sums of products of the whole tensors' codes, dw
+    is the whole's.
 
     All to the bit; ``rl`` too, whose rows have scales of their own.
     """
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     for recipe in ("rtn", "rl"):
         torch.manual_seed(SEED)
-        alone = nvfp4.convert(nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 96)), recipe, seed=1, verbose=False)
+        alone = nvfp4.convert(
+            nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 96)), recipe, seed=1, verbose=False
+        )
         model = copy.deepcopy(alone)
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
         x, dy = torch.randn(5, 7, 64) * torch.rand(7, 1), torch.randn(5, 7, 96)
         hidden = alone[0](x)
         row = {"row_scaled": True} if recipe == "rl" else {}
         name = "four_over_six" if recipe == "rl" else "rtn"
-        q_h, q_w = nvfp4.quantize(hidden.view(-1, 128), name, **row), nvfp4.quantize(alone[1].weight, name)
+        q_h, q_w = (
+            nvfp4.quantize(hidden.view(-1, 128), name, **row),
+            nvfp4.quantize(alone[1].weight, name),
+        )
         bias = (alone[1].bias.detach(), None)
-        y = sum(nvfp4.matmul(_slices(q_h, 2, r), _slices(q_w, 2, r), bias=bias[r]) for r in range(2))
+        y = sum(
+            nvfp4.matmul(_slices(q_h, 2, r), _slices(q_w, 2, r), bias=bias[r]) for r in range(2)
+        )
         with torch.no_grad():
             assert torch.equal(model[0](x), hidden[..., 64 * rank : 64 * rank + 64]), recipe
             assert torch.equal(model(x), y.view(5, 7, 96)), recipe
@@ -395,9 +446,11 @@ def _error(grads: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 
 def tensor_parallel_recipes() -> None:
-    """Stochastic recipes, with and without sequence parallelism: gradients about as exact as one process has them.
+    """Stochastic recipes, with and without sequence parallelism: gradients about as exact as one
+    process has them.
 
-    The activations that colwise makes are those of one process to the bit, with 16x16 tiles (nvidia) too.
+    The activations that colwise makes are those of one process to the bit, with 16x16 tiles
+    (nvidia) too.
     """
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     for recipe in ("search_eden", "nvidia", "tetrajet2"):
@@ -408,7 +461,10 @@ def tensor_parallel_recipes() -> None:
             part = slice(32 * rank, 32 * rank + 32) if layout else slice(None)
             alone = nvfp4.convert(copy.deepcopy(plain), recipe, seed=1, verbose=False)
             model = copy.deepcopy(alone)
-            plan = {"0": ColwiseParallel(input_layouts=layout), "2": RowwiseParallel(output_layouts=layout)}
+            plan = {
+                "0": ColwiseParallel(input_layouts=layout),
+                "2": RowwiseParallel(output_layouts=layout),
+            }
             parallelize_module(model, mesh, plan)
             with torch.no_grad():
                 assert torch.equal(model[0](x[part]), alone[0](x)[:, 128 * rank : 128 * rank + 128])
@@ -416,18 +472,26 @@ def tensor_parallel_recipes() -> None:
             for net_, rows in ((plain, slice(None)), (alone, slice(None)), (model, part)):
                 leaf = x[rows].clone().requires_grad_()
                 net_(leaf).backward(dy[rows])
-                dx = whole(DTensor.from_local(leaf.grad, mesh, [layout])) if layout and net_ is model else leaf.grad
+                dx = (
+                    whole(DTensor.from_local(leaf.grad, mesh, [layout]))
+                    if layout and net_ is model
+                    else leaf.grad
+                )
                 results.append([dx, *(whole(p.grad) for p in net_.parameters())])
             exact, one, two = results
             assert _error(two, exact) < 1.3 * _error(one, exact), (recipe, layout)
 
 
 def tensor_parallel_replicas() -> None:
-    """A layer left whole between parallel ones: its gradient is equal on all processes once they share the noise."""
+    """A layer left whole between parallel ones: its gradient is equal on all processes once they
+    share the noise."""
     mesh = init_device_mesh("cpu", (2,))
     for shared in (False, True):
         model = nvfp4.convert(
-            nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)), "nvidia", seed=1, verbose=False
+            nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)),
+            "nvidia",
+            seed=1,
+            verbose=False,
         )
         parallelize_module(model, mesh, {"1": ColwiseParallel(output_layouts=Replicate())})
         if shared:
@@ -440,7 +504,9 @@ def tensor_parallel_replicas() -> None:
             theirs = [torch.empty_like(layer.weight.grad) for _ in range(2)]
             dist.all_gather(theirs, layer.weight.grad)
             assert torch.equal(*theirs) == shared
-    unlike = nvfp4.convert(nn.Sequential(nn.Linear(16, 16)), "rtn", seed=dist.get_rank(), verbose=False)
+    unlike = nvfp4.convert(
+        nn.Sequential(nn.Linear(16, 16)), "rtn", seed=dist.get_rank(), verbose=False
+    )
     with pytest.raises(ValueError, match="converted with different seeds"):
         share_noise(unlike, mesh)
     seeds = [None, None]
@@ -451,7 +517,8 @@ def tensor_parallel_replicas() -> None:
 
 
 def tensor_parallel_replicated_weights() -> None:
-    """DTensor weights that every process holds: equal gradients of equal tokens, summed gradients of different ones."""
+    """DTensor weights that every process holds: equal gradients of equal tokens, summed gradients
+    of different ones."""
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     torch.manual_seed(SEED)
     alone = nvfp4.convert(nn.Linear(64, 48), "search_eden", seed=1, verbose=False)
@@ -471,7 +538,9 @@ def tensor_parallel_replicated_weights() -> None:
         y.backward(grad)
         results.append({"y": y, "dx": leaf.grad} | {n: p.grad for n, p in layer.named_parameters()})
     assert results[1]["weight"].placements == (Replicate(),)
-    assert_same(*[{n: t.to_local() if isinstance(t, DTensor) else t for n, t in r.items()} for r in results])
+    assert_same(
+        *[{n: t.to_local() if isinstance(t, DTensor) else t for n, t in r.items()} for r in results]
+    )
 
     model.zero_grad()
     model.nvfp4.noise.calls = 0
@@ -491,7 +560,8 @@ def tensor_parallel_replicated_weights() -> None:
 
 
 def converting_last() -> None:
-    """``convert`` after ``parallelize_module`` or ``fully_shard`` gives what it gives before them."""
+    """``convert`` after ``parallelize_module`` or ``fully_shard`` gives what it gives before
+    them."""
     mesh, x = init_device_mesh("cpu", (2,)), batch(0, 0)
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
@@ -514,10 +584,13 @@ def converting_last() -> None:
 
 
 def observing() -> None:
-    """``observe`` sees the part that a process holds; of a weight gathered in FP4 it sees nothing."""
+    """``observe`` sees the part that a process holds; of a weight gathered in FP4 it sees
+    nothing."""
     model = net("search_eden")
     parallelize_module(
-        model.blocks[0], init_device_mesh("cpu", (2,)), {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        model.blocks[0],
+        init_device_mesh("cpu", (2,)),
+        {"up": ColwiseParallel(), "down": RowwiseParallel()},
     )
     with nvfp4.observe(model) as seen:
         model(batch(0, 0))
@@ -540,7 +613,11 @@ def tensor_parallel_refusals() -> None:
     for of_x, of_weight, message in (
         (None, Shard(0), "weight is a DTensor, x is not"),
         (Replicate(), None, "x is a DTensor, weight a plain tensor"),
-        (Shard(0), Shard(0), r"x is Shard\(dim=0\) and weight Shard\(dim=0\); supported are ColwiseParallel"),
+        (
+            Shard(0),
+            Shard(0),
+            r"x is Shard\(dim=0\) and weight Shard\(dim=0\); supported are ColwiseParallel",
+        ),
     ):
         one = copy.deepcopy(layer)
         if of_weight is not None:
@@ -551,24 +628,31 @@ def tensor_parallel_refusals() -> None:
 
 
 def tensor_parallel_uneven() -> None:
-    """Sizes that nothing divides work: 33 rows and 30 columns over 2 processes, within rounding of the codes."""
+    """Sizes that nothing divides work: 33 rows and 30 columns over 2 processes, within rounding of
+    the codes."""
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(SEED)
     plain = nn.Sequential(nn.Linear(30, 33), nn.Linear(33, 7))
     model = nvfp4.convert(copy.deepcopy(plain), "search_eden", verbose=False)
     replicated = {"input_layouts": Replicate(), "output_layouts": Replicate()}
-    parallelize_module(model, mesh, {"0": ColwiseParallel(**replicated), "1": RowwiseParallel(**replicated)})
+    parallelize_module(
+        model, mesh, {"0": ColwiseParallel(**replicated), "1": RowwiseParallel(**replicated)}
+    )
     x, dy = torch.randn(16, 30), torch.randn(16, 7)
     plain(x).backward(dy)
     model(x).backward(dy)
-    assert _error([whole(p.grad) for p in model.parameters()], [p.grad for p in plain.parameters()]) < 0.35
+    assert (
+        _error([whole(p.grad) for p in model.parameters()], [p.grad for p in plain.parameters()])
+        < 0.35
+    )
 
 
 # Four processes
 
 
 def loaded_checkpoint() -> None:
-    """Load the checkpoint of two processes; ``test_distributed.py`` compares what arrived, and training goes on."""
+    """Load the checkpoint of two processes; ``test_distributed.py`` compares what arrived, and
+    training goes on."""
     torch.manual_seed(0)
     model = shard(nvfp4.convert(Net(), "search_eden", seed=SEED, verbose=False))
     optimizer = sgd(model)
@@ -580,10 +664,11 @@ def loaded_checkpoint() -> None:
 
 
 def fsdp2_of_tensor_parallel() -> None:
-    """FSDP2 over tensor parallelism, 2 x 2: rtn's losses are those of plain FSDP2 up to the order of sums.
+    """FSDP2 over tensor parallelism, 2 x 2: rtn's losses are those of plain FSDP2 up to the order
+    of sums.
 
-    Rowwise sums two halves of 128 products in float32: a relative 2^-24 for each of log2(128) + 1 levels, on values
-    near 1; it could flip no code here, or the difference would be far larger.
+    Rowwise sums two halves of 128 products in float32: a relative 2^-24 for each of log2(128) + 1
+    levels, on values near 1; it could flip no code here, or the difference would be far larger.
     """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -599,15 +684,20 @@ def fsdp2_of_tensor_parallel() -> None:
         losses.append(float(loss.detach()))
         if tensor:
             share_noise(model, mesh["tp"])
-            assert {layer.nvfp4.noise.rank for layer in layers(model).values()} == {dist.get_rank() // 2 * 2}
+            assert {layer.nvfp4.noise.rank for layer in layers(model).values()} == {
+                dist.get_rank() // 2 * 2
+            }
             model(batch(0, 0))
             assert model.blocks[0].up.nvfp4.noise.rank is None
-            assert set(fp4_all_gather(model).values()) == {"recipe rtn: dgrad needs w in high precision"}
+            assert set(fp4_all_gather(model).values()) == {
+                "recipe rtn: dgrad needs w in high precision"
+            }
     assert losses[1] == pytest.approx(losses[0], rel=8 * 2**-24)
 
 
 def fp4_gather_in_hybrid_shards() -> None:
-    """Sharded over two, replicated over two processes: FP4 gathers within a shard group, bits as in BF16."""
+    """Sharded over two, replicated over two processes: FP4 gathers within a shard group, bits as in
+    BF16."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     models = [shard(net("search_eden"), mesh=mesh, mp_policy=BF16) for _ in range(2)]
     assert fp4_all_gather(models[1]) == {}
@@ -641,7 +731,8 @@ CHECKS: dict[int, tuple[Callable[[], None], ...]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """FOLDER [CHECKS]: run them up to the first that fails; what came of each is written to a file."""
+    """FOLDER [CHECKS]: run them up to the first that fails; what came of each is written to a
+    file."""
     global FOLDER
     FOLDER, only = Path(arguments[0]), arguments[1:]
     torch.set_num_threads(1)

@@ -1,13 +1,16 @@
-"""Tests of Triton kernels where there is no GPU: each of them runs in a process in which Triton interprets.
+"""Tests of Triton kernels where there is no GPU: each of them runs in a process in which Triton
+interprets.
 
-Triton decides when a kernel is defined whether it will be compiled or interpreted, and other tests need the compiler,
-so one process cannot do both. A test under ``interpreted`` is therefore an item like any other, which pytest-xdist
-gives to whichever worker is free; only its body runs elsewhere:
+Triton decides when a kernel is defined whether it will be compiled or interpreted, and other tests
+need the compiler, so one process cannot do both. A test under ``interpreted`` is therefore an item
+like any other, which pytest-xdist gives to whichever worker is free; only its body runs elsewhere:
 
-    pytest (or one of its workers)                    python -m pytest -p interpreting FILES, TRITON_INTERPRET=1
-    the body of an item would be called       ->      its name on standard input
-                                                      the item of that name is set up, called, torn down
-    passed, skipped or failed, with the text  <-      what came of all three, pickled, on standard output
+    pytest (or one of its workers)                    python -m pytest -p interpreting FILES,
+    TRITON_INTERPRET=1 the body of an item would be called       ->      its name on standard input
+                                                      the item of that name is set up, called, torn
+                                                      down
+    passed, skipped or failed, with the text  <-      what came of all three, pickled, on standard
+    output
 
 Each worker starts one such process, at its first test of the kind, and keeps it.
 """
@@ -31,9 +34,14 @@ interpreted = pytest.mark.interpreted
 
 
 def is_elsewhere(item: pytest.Item) -> bool:
-    """Whether the body of this test runs in another process: it needs kernels and finds neither GPU nor interpreter."""
+    """Whether the body of this test runs in another process: it needs kernels and finds neither GPU
+    nor interpreter."""
     needs_kernels = item.get_closest_marker("interpreted") is not None
-    return needs_kernels and os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available()
+    return (
+        needs_kernels
+        and os.environ.get("TRITON_INTERPRET") != "1"
+        and not torch.cuda.is_available()
+    )
 
 
 class Process:
@@ -46,14 +54,27 @@ class Process:
     def start(self) -> subprocess.Popen[bytes]:
         """A pytest that has collected FILES and waits for names."""
         command = [sys.executable, "-m", "pytest", "-p", "interpreting", *FILES]
-        command += ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-m", ""]
+        command += [
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-W",
+            "ignore",
+            "-m",
+            "",
+        ]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         paths = [str(ROOT), str(ROOT / "tests" / "support"), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         pipe = subprocess.PIPE
         self.said.truncate(0)
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, env=environment, cwd=ROOT)
+        return subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.said, env=environment, cwd=ROOT
+        )
 
     def run(self, name: str) -> None:
         """The test of this name, over there: returns, skips or fails as it did."""
@@ -70,8 +91,11 @@ class Process:
             self.child = None
             self.said.seek(0)
             said = self.said.read()[-5000:].decode(errors="replace")
-            pytest.fail(f"the interpreting process ended with {status} and said:\n{said}", pytrace=False)
-        except BaseException:  # a time-out or Ctrl-C: what it would answer later belongs to no question
+            pytest.fail(
+                f"the interpreting process ended with {status} and said:\n{said}", pytrace=False
+            )
+        # a time-out or Ctrl-C: what it would answer later belongs to no question
+        except BaseException:
             self.close()
             raise
         for report in reports:
@@ -98,14 +122,16 @@ def plain(report: pytest.TestReport) -> dict[str, str]:
     return {"outcome": report.outcome, "text": text.removeprefix("Skipped: ") + printed}
 
 
-# From here on: the plug-in of the process that interprets, which is loaded there alone, with -p interpreting.
+# From here on: the plug-in of the process that interprets, which is loaded there alone, with -p
+# interpreting.
 REQUESTS: Any = None
 ANSWERS: Any = None
 REPORTS: list[dict[str, str]] = []
 
 
 def pytest_load_initial_conftests() -> None:
-    """Where names come from and answers go, before anything is printed; -s keeps pytest from taking either."""
+    """Where names come from and answers go, before anything is printed; -s keeps pytest from taking
+    either."""
     global REQUESTS, ANSWERS
     REQUESTS, ANSWERS = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

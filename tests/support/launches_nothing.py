@@ -1,20 +1,21 @@
 """Triton's real JIT over a driver that launches nothing: what a GPU would compile, on any machine.
 
-Triton compiles a kernel anew for what a call looks like: an integer that is 1 becomes a constant, one
-that divides by 16 and a pointer aligned to 16 bytes promise so, any other is a number of its type. Its
-interpreter does none of this, and a list of kernels to compile ahead of time holds the cases somebody
-thought of. What a kernel makes of ``columns == 1``, or what one version of Triton thinks of an attribute,
-would otherwise show on a GPU, on the first day, and nowhere else.
+Triton compiles a kernel anew for what a call looks like: an integer that is 1 becomes a constant,
+one that divides by 16 and a pointer aligned to 16 bytes promise so, any other is a number of its
+type. Its interpreter does none of this, and a list of kernels to compile ahead of time holds the
+cases somebody thought of. What a kernel makes of ``columns == 1``, or what one version of Triton
+thinks of an attribute, would otherwise show on a GPU, on the first day, and nowhere else.
 
-Two uses. ``Driver`` alone stands in for the GPU in a test (test_triton_launch.py). As a plugin of pytest
-this module turns the tests that are written for a GPU into tests of the compiler:
+Two uses. ``Driver`` alone stands in for the GPU in a test (test_triton_launch.py). As a plugin of
+pytest this module turns the tests that are written for a GPU into tests of the compiler:
 
     NVFP4_TEST_CARD=90 python -m pytest -p launches_nothing tests/backends/test_triton.py ...
 
-They run on CPU tensors. Each launch goes through the JIT with the arguments that a GPU would get, and
-then nowhere: results hold what their memory held, and every comparison is told that they agree. What
-fails is what does not compile. NVFP4_TEST_STAGE "ir" stops at Triton's own IR, a tenth of a second a
-kernel, where all specialisation has been done; "cubin" goes on to machine code.
+They run on CPU tensors. Each launch goes through the JIT with the arguments that a GPU would get,
+and
+then nowhere: results hold what their memory held, and every comparison is told that they agree.
+What fails is what does not compile. NVFP4_TEST_STAGE "ir" stops at Triton's own IR, a tenth of a
+second a kernel, where all specialisation has been done; "cubin" goes on to machine code.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ CPU = torch.device("cpu")
 
 
 class Driver:
-    """Of one of several cards that are not there. launches: the arguments of each launch, as Triton hands
-    them over, unless they are only counted."""
+    """Of one of several cards that are not there. launches: the arguments of each launch, as Triton
+    hands them over, unless they are only counted."""
 
     def __init__(self, capability: int = 90, keep: bool = True) -> None:
         self.capability, self.keep = capability, keep
@@ -49,7 +50,12 @@ class Driver:
         self.utils, self.launcher_cls = self, self.launcher
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+        return {
+            "max_shared_mem": 232448,
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
 
     def load_binary(self, *args: Any) -> tuple[int, ...]:
         self.loaded += 1
@@ -90,8 +96,8 @@ class Lowered:
 
 
 class ToIR:
-    """In the place of ``triton.compile``: the front end alone. A marker of every source that went through
-    is kept under build/, so that what has not changed is not lowered again."""
+    """In the place of ``triton.compile``: the front end alone. A marker of every source that went
+    through is kept under build/, so that what has not changed is not lowered again."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -127,7 +133,8 @@ class Session:
         self.unmet: list[str] = []
 
     def install(self) -> None:
-        """The driver under Triton and the card under the backend, whose self-check only launches."""
+        """The driver under Triton and the card under the backend, whose self-check only
+        launches."""
         triton.runtime.driver.set_active(self.driver)
         if STAGE == "ir":
             triton.compiler.compile = self.lowering
@@ -178,8 +185,8 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 def is_for_gpus(item: pytest.Item) -> bool:
-    """Whether a test launches on a GPU what it launches here. The three that are about the interpreter do
-    not, nor does anything but the kernels' own tests."""
+    """Whether a test launches on a GPU what it launches here. The three that are about the
+    interpreter do not, nor does anything but the kernels' own tests."""
     name = item.name
     if name.startswith(("test_conversions_of", "test_rows_further", "test_the_interpreter_is")):
         return False
@@ -227,6 +234,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     assert SESSION is not None
     lowering, driver = SESSION.lowering, SESSION.driver
     terminalreporter.write_line(
-        f"Triton {triton.__version__}, sm_{CAPABILITY}: {lowering.fresh} kernels lowered, {lowering.kept} known, "
-        f"{driver.loaded} built, {driver.count} launches, {len(SESSION.unmet)} unmet: {SESSION.unmet}"
+        f"Triton {triton.__version__}, sm_{CAPABILITY}: {lowering.fresh} kernels lowered, "
+        f"{lowering.kept} known, "
+        f"{driver.loaded} built, {driver.count} launches, {len(SESSION.unmet)} unmet: "
+        f"{SESSION.unmet}"
     )

@@ -1,7 +1,8 @@
-"""What a linear layer has to compute under each recipe, put together by hand from quantise, decode and multiply.
+"""What a linear layer has to compute under each recipe, put together by hand from quantise, decode
+and multiply.
 
-``TABLE`` is section 7 of the definition typed out, ``operands`` builds the two operands of each GEMM from it with seeds
-folded by the oracle. Nothing here reads a Recipe or imports the layer.
+``TABLE`` is section 7 of the definition typed out, ``operands`` builds the two operands of each
+GEMM from it with seeds folded by the oracle. Nothing here reads a Recipe or imports the layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 
 
 class Op(NamedTuple):
-    """One operand: quantiser, its options, made from (x | codes | hat), rotated before (None | fixed | drawn).
+    """One operand: quantiser, its options, made from (x | codes | hat), rotated before (None |
+    fixed | drawn).
 
     quantizer None: not quantised; then "hat" is the decoded forward operand rounded to BF16.
     """
@@ -49,11 +51,27 @@ _DENSE, _DENSE_HAT = Op(None), Op(None, source="hat")
 TABLE: dict[str, dict[str, tuple[Op, Op]]] = {
     "bf16": {"fprop": (_DENSE, _DENSE), "dgrad": (_DENSE, _DENSE), "wgrad": (_DENSE, _DENSE)},
     "rtn": {"fprop": (_RTN, _RTN), "dgrad": (_RTN, _RTN), "wgrad": (_RTN, _RTN)},
-    "nvidia": {"fprop": (_RTN, _RTN_2D), "dgrad": (_SR_TE, _SAME_W_CODES), "wgrad": (_ROT16_SR_TE, _ROT16_RTN)},
-    "four_over_six": {"fprop": (_FOS, _FOS_2D), "dgrad": (_SR_TE, _SAME_W_CODES), "wgrad": (_ROT16_SR_TE, _ROT16_RTN)},
-    "tetrajet2": {"fprop": (_RTN, _RTN), "dgrad": (_ROT16_SR, _ROT16_SR_HAT), "wgrad": (_ROT16_SR, _ROT16_SR_HAT)},
+    "nvidia": {
+        "fprop": (_RTN, _RTN_2D),
+        "dgrad": (_SR_TE, _SAME_W_CODES),
+        "wgrad": (_ROT16_SR_TE, _ROT16_RTN),
+    },
+    "four_over_six": {
+        "fprop": (_FOS, _FOS_2D),
+        "dgrad": (_SR_TE, _SAME_W_CODES),
+        "wgrad": (_ROT16_SR_TE, _ROT16_RTN),
+    },
+    "tetrajet2": {
+        "fprop": (_RTN, _RTN),
+        "dgrad": (_ROT16_SR, _ROT16_SR_HAT),
+        "wgrad": (_ROT16_SR, _ROT16_SR_HAT),
+    },
     "quartet2": {"fprop": (_FOS, _FOS), "dgrad": (_EDEN, _EDEN_HAT), "wgrad": (_EDEN, _EDEN_HAT)},
-    "search_eden": {"fprop": (_SEARCH, _SEARCH), "dgrad": (_EDEN_2, _EDEN_2_HAT), "wgrad": (_EDEN_2, _EDEN_2_HAT)},
+    "search_eden": {
+        "fprop": (_SEARCH, _SEARCH),
+        "dgrad": (_EDEN_2, _EDEN_2_HAT),
+        "wgrad": (_EDEN_2, _EDEN_2_HAT),
+    },
     "rl": {"fprop": (_FOS_ROW, _FOS), "dgrad": (_DENSE, _DENSE_HAT), "wgrad": (_DENSE, _DENSE_HAT)},
 }
 QUANTISED = tuple(name for name in TABLE if name != "bf16")
@@ -77,8 +95,11 @@ class Noise(NamedTuple):
         return oracle.fold_in(self.sign_seed(gemm), 1 + operand, self.rank)
 
 
-def operands(recipe: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, noise: Noise) -> dict[str, Pair]:
-    """Both operands of the three GEMMs, each with its contraction axis last: left @ right^T is the result.
+def operands(
+    recipe: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, noise: Noise
+) -> dict[str, Pair]:
+    """Both operands of the three GEMMs, each with its contraction axis last: left @ right^T is the
+    result.
 
     x [M, K], w [N, K], dy [M, N]; any float dtype of up to 32 bits.
     """
@@ -100,8 +121,11 @@ def operands(recipe: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, no
     }
 
 
-def _operand(op: Op, x: torch.Tensor, forward: Side | None, gemm: str, side: int, noise: Noise) -> Side:
-    """x: the tensor, contraction axis last. forward: the operand of fprop that holds the same data, untransposed."""
+def _operand(
+    op: Op, x: torch.Tensor, forward: Side | None, gemm: str, side: int, noise: Noise
+) -> Side:
+    """x: the tensor, contraction axis last. forward: the operand of fprop that holds the same data,
+    untransposed."""
     if op.source == "codes":
         assert isinstance(forward, nvfp4.QTensor)
         return forward.transpose()
@@ -122,7 +146,8 @@ def _operand(op: Op, x: torch.Tensor, forward: Side | None, gemm: str, side: int
 
 
 def product(pair: Pair, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """left @ right^T by the same operations in the same order as the layer: to be compared bit for bit."""
+    """left @ right^T by the same operations in the same order as the layer: to be compared bit for
+    bit."""
     left, right = pair
     if isinstance(left, nvfp4.QTensor) and isinstance(right, nvfp4.QTensor):
         return nvfp4.matmul(left, right, dtype, bias=bias)
@@ -132,9 +157,11 @@ def product(pair: Pair, dtype: torch.dtype, bias: torch.Tensor | None = None) ->
 
 
 def exact_product(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left @ right^T, |left| @ |right|^T) of the decoded operands in float64, as stored: padded and still rotated."""
+    """(left @ right^T, |left| @ |right|^T) of the decoded operands in float64, as stored: padded
+    and still rotated."""
     left, right = (
-        (side.dequantize(rotated=True) if isinstance(side, nvfp4.QTensor) else side).double() for side in pair
+        (side.dequantize(rotated=True) if isinstance(side, nvfp4.QTensor) else side).double()
+        for side in pair
     )
     return left @ right.t(), left.abs() @ right.abs().t()
 
@@ -142,8 +169,9 @@ def exact_product(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
 def summation_bound(pair: Pair, magnitude: torch.Tensor) -> torch.Tensor:
     """How far a float32 GEMM of exact products may be from exact, elementwise.
 
-    n terms in any order: gamma_n |A| |B|^T with gamma_n = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability,
-    section 3.1); the decoded operands carry one rounding each, the two global scales and a bias one each: n + 5.
+    n terms in any order: gamma_n |A| |B|^T with gamma_n = n u / (1 - n u), u = 2^-24 (Higham,
+    Accuracy and Stability, section 3.1); the decoded operands carry one rounding each, the two
+    global scales and a bias one each: n + 5.
     """
     left = pair[0]
     n = 5 + (left.padded_contraction if isinstance(left, nvfp4.QTensor) else left.shape[1])

@@ -30,10 +30,12 @@ def instructions(binary: Path, objdump: str = "objdump") -> dict[str, Counter[st
 
 
 def scalar_faults(functions: dict[str, Counter[str]], isa: str) -> Iterator[str]:
-    """A line per kernel of ``isa`` that goes element by element: it compares floats one by one, or moves them.
+    """A line per kernel of ``isa`` that goes element by element: it compares floats one by one, or
+    moves them.
 
-    FEW are allowed: a tensor's two scales are compared, and a block's scale is decoded alone. A move is also how SSE2
-    begins to fill a vector with one number, hence a tenth; of code that a compiler took apart a quarter is moves.
+    FEW are allowed: a tensor's two scales are compared, and a block's scale is decoded alone. A
+    move is also how SSE2 begins to fill a vector with one number, hence a tenth; of code that a
+    compiler took apart a quarter is moves.
     """
     kernels = {name: counts for name, counts in functions.items() if f"nvfp4::{isa}::" in name}
     for name, counts in kernels.items():

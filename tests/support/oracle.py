@@ -1,20 +1,22 @@
-"""The judge of every backend: NVFP4 numerics written out block by block, in numpy float32, to be read beside
-docs/numerics.md.
+"""The judge of every backend: NVFP4 numerics written out block by block, in numpy float32, to be
+read beside docs/numerics.md.
 
-It imports nothing from nvfp4 and nothing from torch, and shares no line with them. One function is one sentence of the
-definition. Rules:
+It imports nothing from nvfp4 and nothing from torch, and shares no line with them. One function is
+one sentence of the definition. Rules:
 
-- every intermediate is a numpy float32, so each ``+ - * /`` is rounded once, to nearest even; nothing is contracted to
-  an FMA and nothing is flushed to zero;
-- a block is a flat float32 vector of 16 (1x16) or 256 (16x16, row-major) values. The code loops over blocks, and works
+- every intermediate is a numpy float32, so each ``+ - * /`` is rounded once, to nearest even;
+  nothing is contracted to an FMA and nothing is flushed to zero;
+- a block is a flat float32 vector of 16 (1x16) or 256 (16x16, row-major) values. The code loops
+  over blocks, and works
   elementwise inside one: it is slow on purpose;
-- grids are searched, never computed with: an E2M1 or E4M3 value is found by looking at its two neighbours in the list
-  of all values, so no rounding trick can be shared with the code under test.
+- grids are searched, never computed with: an E2M1 or E4M3 value is found by looking at its two
+  neighbours in the list of all values, so no rounding trick can be shared with the code under test.
 
-Order: grids and rounding, random bits, rotation, blocks and scales, quantisers, decode and GEMM, layout, worked cases.
+Order: grids and rounding, random bits, rotation, blocks and scales, quantisers, decode and GEMM,
+layout, worked cases.
 
-Shapes: x [M, K] float32; Kp is K padded to a multiple of 16 or of the rotation group; codes uint8 [M, Kp/2],
-block_scale uint8 [M, Kp/16] or [ceil(M/16), Kp/16], global_scale float32 [1] or [M].
+Shapes: x [M, K] float32; Kp is K padded to a multiple of 16 or of the rotation group; codes uint8
+[M, Kp/2], block_scale uint8 [M, Kp/16] or [ceil(M/16), Kp/16], global_scale float32 [1] or [M].
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ ZERO = F32(0)
 
 
 def _e4m3_value(byte: int) -> float:
-    """The value of E4M3 byte 0..126: 4 exponent bits of bias 7, 3 mantissa bits, subnormals at exponent 0."""
+    """The value of E4M3 byte 0..126: 4 exponent bits of bias 7, 3 mantissa bits, subnormals at
+    exponent 0."""
     exponent, mantissa = byte >> 3, byte & 7
     return mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 7 - 3)
 
@@ -64,14 +67,16 @@ NEGATIVE = np.uint8(8)  # bit 3 of an E2M1 code
 
 
 def _nearest(grid: Grid, magnitude: Floats) -> npt.NDArray[np.intp]:
-    """The nearest code. At a midpoint the two counts differ by one, and the even one of the two is taken."""
+    """The nearest code. At a midpoint the two counts differ by one, and the even one of the two is
+    taken."""
     below = grid.midpoints.searchsorted(magnitude, "left")  # midpoints < magnitude
     up_to = grid.midpoints.searchsorted(magnitude, "right")  # midpoints <= magnitude
     return np.where(below % 2 == 0, below, up_to)
 
 
 def _stochastic(grid: Grid, magnitude: Floats, u: Floats) -> npt.NDArray[np.intp]:
-    """The code of floor(fl(magnitude / step + u)) * step, at most the largest value; step: the gap above magnitude."""
+    """The code of floor(fl(magnitude / step + u)) * step, at most the largest value; step: the gap
+    above magnitude."""
     magnitude = np.minimum(magnitude, grid.values[-1])
     step = grid.steps[grid.values.searchsorted(magnitude, "right") - 1]
     value = np.floor(magnitude / step + u) * step
@@ -80,12 +85,16 @@ def _stochastic(grid: Grid, magnitude: Floats, u: Floats) -> npt.NDArray[np.intp
 
 def e2m1_nearest(x: Floats) -> Bytes:
     """Codes of x: nearest, ties to the even code, |x| > 6 -> 6, the sign kept (also of -0)."""
-    return _nearest(E2M1, np.abs(x)).astype(np.uint8) | np.where(np.signbit(x), NEGATIVE, np.uint8(0))
+    return _nearest(E2M1, np.abs(x)).astype(np.uint8) | np.where(
+        np.signbit(x), NEGATIVE, np.uint8(0)
+    )
 
 
 def e2m1_stochastic(x: Floats, u: Floats) -> Bytes:
     """Codes of x rounded with the noise u in (0, 1), the sign kept (also of -0)."""
-    return _stochastic(E2M1, np.abs(x), u).astype(np.uint8) | np.where(np.signbit(x), NEGATIVE, np.uint8(0))
+    return _stochastic(E2M1, np.abs(x), u).astype(np.uint8) | np.where(
+        np.signbit(x), NEGATIVE, np.uint8(0)
+    )
 
 
 def e2m1_value(codes: Bytes) -> Floats:
@@ -130,8 +139,11 @@ _LOW32 = 2**32 - 1
 
 
 @functools.lru_cache(maxsize=2**16)
-def philox4x32(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011)."""
+def philox4x32(
+    key: tuple[int, int], counter: tuple[int, int, int, int]
+) -> tuple[int, int, int, int]:
+    """Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+    (SC 2011)."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
         left, right = 0xD2511F53 * c0, 0xCD9E8D57 * c2
@@ -165,7 +177,8 @@ def uniform(seed: int, stream: int, n: int) -> np.float32:
 
 
 def signs(sign_seed: int, round_index: int, group: int) -> Floats:
-    """+1 or -1 for each of the first ``group`` of the 128 bits, word 0 bit 0 first; bit 1 is minus."""
+    """+1 or -1 for each of the first ``group`` of the 128 bits, word 0 bit 0 first; bit 1 is
+    minus."""
     words = philox(sign_seed, round_index, STREAM_SIGNS)
     return np.array([1.0 - 2.0 * (words[j // 32] >> j % 32 & 1) for j in range(group)], F32)
 
@@ -195,7 +208,8 @@ def _factor(round_index: int, rounds: int, group: int) -> np.float32:
 
 
 def rotate(x: Floats, sign_seed: int, *, rounds: int = 1, group: int = 128) -> Floats:
-    """y [M, Kp]: each group of each row through ``rounds`` rounds of signs, butterflies and one multiplication."""
+    """y [M, Kp]: each group of each row through ``rounds`` rounds of signs, butterflies and one
+    multiplication."""
     y = _pad(x, 1, group)
     with np.errstate(all="ignore"):
         for i in range(rounds):
@@ -376,7 +390,9 @@ def _poisoned(rows: int, kp: int, scale_rows: int, scales: int) -> Quantized:
     )
 
 
-def _ms_eden(x: Floats, rounds: int, search: bool, group: int, seed: int, sign_seed: int) -> Quantized:
+def _ms_eden(
+    x: Floats, rounds: int, search: bool, group: int, seed: int, sign_seed: int
+) -> Quantized:
     y = rotate(x, sign_seed, rounds=rounds, group=group)
     rows, kp = y.shape
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
@@ -392,13 +408,17 @@ def _ms_eden(x: Floats, rounds: int, search: bool, group: int, seed: int, sign_s
     return Quantized(pack(codes), block_scale, np.array([global_scale], F32))
 
 
-def _tiles(y: Floats, block: tuple[int, int], seed: int) -> Iterator[tuple[slice, slice, Callable[[], Floats]]]:
+def _tiles(
+    y: Floats, block: tuple[int, int], seed: int
+) -> Iterator[tuple[slice, slice, Callable[[], Floats]]]:
     """The rows, the columns and the noise of each block, row of blocks by row of blocks."""
     height, width = block
     kp = y.shape[1]
     for r in range(0, y.shape[0], height):
         for c in range(0, kp, width):
-            numbers = [row * kp + column for row in range(r, r + height) for column in range(c, c + width)]
+            numbers = [
+                row * kp + column for row in range(r, r + height) for column in range(c, c + width)
+            ]
             draw = functools.partial(_element_noise, seed, numbers)
             yield slice(r, r + height), slice(c, c + width), draw
 
@@ -408,7 +428,8 @@ def _element_noise(seed: int, numbers: list[int]) -> Floats:
 
 
 def _blocked(x: Floats, rule: Rule, cap: int, block: tuple[int, int], seed: int) -> Quantized:
-    """One tensor scale, then the rule on each block; rows added to fill a last tile are not stored."""
+    """One tensor scale, then the rule on each block; rows added to fill a last tile are not
+    stored."""
     rows = x.shape[0]
     y = _pad(x, block[0], 16)
     if not np.isfinite(y).all():
@@ -425,10 +446,15 @@ def _blocked(x: Floats, rule: Rule, cap: int, block: tuple[int, int], seed: int)
 
 
 def _row_scaled(x: Floats, rule: Rule, cap: int, seed: int) -> Quantized:
-    """Each row with a tensor scale of its own; the noise index still counts over the whole matrix."""
+    """Each row with a tensor scale of its own; the noise index still counts over the whole
+    matrix."""
     y = _pad(x, 1, 16)
     rows, kp = y.shape
-    out = Quantized(np.zeros((rows, kp // 2), np.uint8), np.zeros((rows, kp // 16), np.uint8), np.ones(rows, F32))
+    out = Quantized(
+        np.zeros((rows, kp // 2), np.uint8),
+        np.zeros((rows, kp // 16), np.uint8),
+        np.ones(rows, F32),
+    )
     for r in range(rows):
         if not np.isfinite(y[r]).all():
             out.global_scale[r] = np.nan
@@ -436,7 +462,9 @@ def _row_scaled(x: Floats, rule: Rule, cap: int, seed: int) -> Quantized:
         scale = encode_scale(amax(y[r]), cap)
         out.global_scale[r] = ONE / scale
         for c in range(0, kp, 16):
-            u = functools.partial(_element_noise, seed, [r * kp + column for column in range(c, c + 16)])
+            u = functools.partial(
+                _element_noise, seed, [r * kp + column for column in range(c, c + 16)]
+            )
             codes, byte = rule(Block(y[r, c : c + 16], u, scale, out.global_scale[r]))
             out.codes[r, c // 2 : c // 2 + 8] = pack(codes[None])[0]
             out.block_scale[r, c // 16] = byte
@@ -458,8 +486,9 @@ def quantize(
 ) -> Quantized:
     """codes, block_scale and global_scale of x [M, K] float32, contracted along its last axis.
 
-    ``name`` is rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden. ``metric`` belongs to four_over_six;
-    ``rounds``, ``search``, ``group`` and ``sign_seed`` to ms_eden, which takes neither ``block`` nor ``row_scaled``.
+    ``name`` is rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden. ``metric`` belongs
+    to four_over_six; ``rounds``, ``search``, ``group`` and ``sign_seed`` to ms_eden, which takes
+    neither ``block`` nor ``row_scaled``.
     """
     assert x.dtype == F32
     assert x.ndim == 2
@@ -505,7 +534,8 @@ def _without_global(codes: Bytes, block_scale: Bytes, block: tuple[int, int] = (
 
 
 def transpose_tiles(codes: Bytes, block_scale: Bytes, k: int) -> tuple[Bytes, Bytes]:
-    """The same weight codes for dgrad: 16x16 tiles [N, Kp] -> [K, ceil16(N)], columns beyond K cut, zeros added."""
+    """The same weight codes for dgrad: 16x16 tiles [N, Kp] -> [K, ceil16(N)], columns beyond K cut,
+    zeros added."""
     transposed = np.ascontiguousarray(unpack(codes)[:, :k].T)
     n = transposed.shape[1]
     padded = np.zeros((k, -(-n // 16) * 16), np.uint8)
@@ -514,16 +544,21 @@ def transpose_tiles(codes: Bytes, block_scale: Bytes, k: int) -> tuple[Bytes, By
 
 
 def matmul(
-    a: Quantized, b: Quantized, a_block: tuple[int, int] = (1, 16), b_block: tuple[int, int] = (1, 16)
+    a: Quantized,
+    b: Quantized,
+    a_block: tuple[int, int] = (1, 16),
+    b_block: tuple[int, int] = (1, 16),
 ) -> Floats:
     """a @ b^T: fl(fl(acc * global_a) * global_b), [M, N].
 
-    The order of the float32 sum is left open by the definition, so this one takes the exact sum and rounds it once; a
-    backend may be asked for the same bits only where its own sum is exact too.
+    The order of the float32 sum is left open by the definition, so this one takes the exact sum and
+    rounds it once; a backend may be asked for the same bits only where its own sum is exact too.
     """
     left = _without_global(a.codes, a.block_scale, a_block).tolist()
     right = _without_global(b.codes, b.block_scale, b_block).tolist()
-    products = ((p * q for p, q in zip(row, column, strict=True)) for row in left for column in right)
+    products = (
+        (p * q for p, q in zip(row, column, strict=True)) for row in left for column in right
+    )
     acc = np.array([math.fsum(terms) for terms in products], F32).reshape(len(left), len(right))
     with np.errstate(all="ignore"):
         return acc * a.global_scale[:, None] * b.global_scale[None, :]
@@ -566,14 +601,16 @@ WORKED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ms_eden_g32": ("ms_eden", {"group": 32}),
     "ms_eden_g16_2": ("ms_eden", {"group": 16, "rounds": 2}),
 }
-"""Rule name in the vector files -> quantiser and options. The files also hold rotate_1, _2, _3, nvidia_rotate,
-sr_transposed and requantised_transposed (four_over_six, decoded, transposed, ms_eden with two rounds)."""
+"""Rule name in the vector files -> quantiser and options. The files also hold rotate_1, _2, _3,
+nvidia_rotate, sr_transposed and requantised_transposed (four_over_six, decoded, transposed, ms_eden
+with two rounds)."""
 
 VECTOR_FILES = tuple(sorted(Path(__file__).parent.glob("vectors/*.npz")))
 
 
 class Vectors:
-    """One file of worked cases: ``case/x``, ``case/rule/{codes,block_scale,global_scale}`` or ``case/rule/y``."""
+    """One file of worked cases: ``case/x``, ``case/rule/{codes,block_scale,global_scale}`` or
+    ``case/rule/y``."""
 
     def __init__(self, path: Path) -> None:
         with np.load(path) as file:

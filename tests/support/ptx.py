@@ -1,5 +1,5 @@
-"""Just enough of PTX to run the inline assembly of the kernels in Triton's interpreter, which has none: by the words of
-the PTX ISA on ``cvt`` and ``mov``, with the E2M1 of the oracle."""
+"""Just enough of PTX to run the inline assembly of the kernels in Triton's interpreter, which has
+none: by the words of the PTX ISA on ``cvt`` and ``mov``, with the E2M1 of the oracle."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ Register = npt.NDArray[Any]
 
 
 def _to_e2m1x2(upper: Register, lower: Register) -> Register:
-    """cvt.rn.satfinite.e2m1x2.f32 d, a, b: a into the upper four bits; NaN becomes the largest number."""
-    high, low = (np.where(np.isnan(x), 7, oracle.e2m1_nearest(x.astype(np.float32))) for x in (upper, lower))
+    """cvt.rn.satfinite.e2m1x2.f32 d, a, b: a into the upper four bits; NaN becomes the largest
+    number."""
+    high, low = (
+        np.where(np.isnan(x), 7, oracle.e2m1_nearest(x.astype(np.float32))) for x in (upper, lower)
+    )
     return (high << 4 | low).astype(np.uint8)
 
 
 def _from_e2m1x2(codes: Register) -> Register:
     """cvt.rn.f16x2.e2m1x2 d, a: the upper four bits into the upper half."""
-    high, low = (oracle.e2m1_value((codes >> shift & 15).astype(np.uint8)).astype(np.float16) for shift in (4, 0))
+    high, low = (
+        oracle.e2m1_value((codes >> shift & 15).astype(np.uint8)).astype(np.float16)
+        for shift in (4, 0)
+    )
     return high.view(np.uint16).astype(np.uint32) << 16 | low.view(np.uint16)
 
 
@@ -35,21 +41,32 @@ CONVERSIONS = {
 
 
 def execute(assembly: str, registers: dict[str, Register]) -> None:
-    """Run a block of instructions; ``registers`` holds the inputs, and then everything. KeyError for an unknown one."""
-    for line in filter(None, (line.strip() for line in re.sub(r"^\{|\}$", "", assembly.strip()).split(";"))):
+    """Run a block of instructions; ``registers`` holds the inputs, and then everything. KeyError
+    for an unknown one."""
+    for line in filter(
+        None, (line.strip() for line in re.sub(r"^\{|\}$", "", assembly.strip()).split(";"))
+    ):
         if line.startswith(".reg"):
             continue
         name, operands = line.split(None, 1)
         first, rest = re.fullmatch(r"(\{.*?\}|[^,]+),(.*)", operands, re.DOTALL).groups()  # type: ignore[union-attr]
         if name != "mov.b32":
-            registers[first.strip()] = CONVERSIONS[name](*(registers[word.strip()] for word in rest.split(",")))
+            registers[first.strip()] = CONVERSIONS[name](
+                *(registers[word.strip()] for word in rest.split(","))
+            )
         elif first.startswith("{"):
             for place, part in enumerate(first.strip("{}").split(",")):
-                registers[part.strip()] = (registers[rest.strip()] >> 16 * place & 0xFFFF).astype(np.uint16)
+                registers[part.strip()] = (registers[rest.strip()] >> 16 * place & 0xFFFF).astype(
+                    np.uint16
+                )
         else:
-            parts = [registers[part.strip()].astype(np.uint32) for part in rest.strip(" {}").split(",")]
+            parts = [
+                registers[part.strip()].astype(np.uint32) for part in rest.strip(" {}").split(",")
+            ]
             width = 32 // len(parts)
-            registers[first.strip()] = sum((p << width * i for i, p in enumerate(parts)), np.uint32(0))
+            registers[first.strip()] = sum(
+                (p << width * i for i, p in enumerate(parts)), np.uint32(0)
+            )
 
 
 def inline_asm_elementwise(
@@ -63,6 +80,10 @@ def inline_asm_elementwise(
     registers = {f"${pack + i}": column for i, column in enumerate(columns)}
     execute(asm, registers)
     kind = {tl.float32: np.float32, tl.int32: np.int32}[dtype]
-    made = np.stack([registers[f"${j}"] for j in range(pack)], axis=1).astype(kind if kind is np.float32 else np.uint32)
+    made = np.stack([registers[f"${j}"] for j in range(pack)], axis=1).astype(
+        kind if kind is np.float32 else np.uint32
+    )
     shape = args[0].handle.data.shape
-    return tl.tensor(TensorHandle(made.view(kind).reshape(shape), dtype), tl.block_type(dtype, list(shape)))
+    return tl.tensor(
+        TensorHandle(made.view(kind).reshape(shape), dtype), tl.block_type(dtype, list(shape))
+    )

@@ -1,4 +1,5 @@
-"""The losses of reinforcement learning, one number at a time, from their papers. Imports nothing from nvfp4."""
+"""The losses of reinforcement learning, one number at a time, from their papers. Imports nothing
+from nvfp4."""
 
 from __future__ import annotations
 
@@ -14,16 +15,22 @@ def advantages(rewards: Sequence[float], groups: Sequence[int], *, kind: str) ->
     found = []
     for i, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
         members = [r for r, g in zip(rewards, groups, strict=True) if g == group]
-        others = [r for j, (r, g) in enumerate(zip(rewards, groups, strict=True)) if g == group and j != i]
+        others = [
+            r for j, (r, g) in enumerate(zip(rewards, groups, strict=True)) if g == group and j != i
+        ]
         if kind == "leave_one_out":
             found.append(reward - statistics.fmean(others))
             continue
         centred = reward - statistics.fmean(members)
-        found.append(centred / (statistics.stdev(members) + 1e-4) if kind == "group_std" else centred)
+        found.append(
+            centred / (statistics.stdev(members) + 1e-4) if kind == "group_std" else centred
+        )
     return found
 
 
-def token_loss(new: float, old: float, advantage: float, low: float, high: float, dual: float | None = None) -> float:
+def token_loss(
+    new: float, old: float, advantage: float, low: float, high: float, dual: float | None = None
+) -> float:
     """PPO's clipped loss of one token."""
     ratio = math.exp(new - old)
     clipped = min(max(ratio, 1 - low), 1 + high)
@@ -36,7 +43,11 @@ def token_loss(new: float, old: float, advantage: float, low: float, high: float
 def kl(new: float, ref: float, kind: str) -> float:
     """Schulman's three estimators."""
     ratio = math.exp(ref - new)
-    return {"k1": -math.log(ratio), "k2": 0.5 * math.log(ratio) ** 2, "k3": ratio - math.log(ratio) - 1}[kind]
+    return {
+        "k1": -math.log(ratio),
+        "k2": 0.5 * math.log(ratio) ** 2,
+        "k3": ratio - math.log(ratio) - 1,
+    }[kind]
 
 
 def aggregate(values: Table, lengths: Sequence[int], rule: str, max_new_tokens: int) -> float:
@@ -55,7 +66,8 @@ def squared_distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def delta_weights(vectors: Table, advantage: Sequence[float], rounds: int) -> list[float]:
-    """DelTA's token weights, of mean 1; margins to new means are divided by the spread of those to the means before."""
+    """DelTA's token weights, of mean 1; margins to new means are divided by the spread of those to
+    the means before."""
     positive = [i for i, a in enumerate(advantage) if a > 0]
     negative = [i for i, a in enumerate(advantage) if a < 0]
     score = [1.0] * len(advantage)
@@ -63,7 +75,8 @@ def delta_weights(vectors: Table, advantage: Sequence[float], rounds: int) -> li
     def mean(members: list[int]) -> list[float]:
         total = sum(abs(advantage[i]) * score[i] for i in members)
         return [
-            sum(abs(advantage[i]) * score[i] * vectors[i][d] for i in members) / total for d in range(len(vectors[0]))
+            sum(abs(advantage[i]) * score[i] * vectors[i][d] for i in members) / total
+            for d in range(len(vectors[0]))
         ]
 
     spread: list[float] = []
@@ -74,10 +87,14 @@ def delta_weights(vectors: Table, advantage: Sequence[float], rounds: int) -> li
         for own, other, members in ((0, 1, positive), (1, 0, negative)):
             for i in members:
                 near, far = (
-                    sum((v - c) ** 2 for v, c in zip(vectors[i], centres[k], strict=True)) for k in (own, other)
+                    sum((v - c) ** 2 for v, c in zip(vectors[i], centres[k], strict=True))
+                    for k in (own, other)
                 )
                 margins[i] = far - near
-        present = [max(statistics.pvariance([margins[i] for i in side]), 1e-8) ** 0.5 for side in (positive, negative)]
+        present = [
+            max(statistics.pvariance([margins[i] for i in side]), 1e-8) ** 0.5
+            for side in (positive, negative)
+        ]
         spread, before = present, spread or present
         for members, gamma in zip((positive, negative), before, strict=True):
             for i in members:

@@ -1,7 +1,9 @@
-"""A policy as a table of logits, in float64, and the smallest loop over an objective: exact where a network is not.
+"""A policy as a table of logits, in float64, and the smallest loop over an objective: exact where a
+network is not.
 
-Prompts are integers, tokens too; token 0 ends a completion. The next-token distribution depends on the prompt, the
-position and the previous token. Hidden states are rows of a fixed random table, so that DelTA has something to read.
+Prompts are integers, tokens too; token 0 ends a completion. The next-token distribution depends on
+the prompt, the position and the previous token. Hidden states are rows of a fixed random table, so
+that DelTA has something to read.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class TablePolicy:
     temperature: float = 1.0
 
     @classmethod
-    def random(cls, prompts: int, length: int, symbols: int, generator: torch.Generator, scale: float = 1.0):
+    def random(
+        cls, prompts: int, length: int, symbols: int, generator: torch.Generator, scale: float = 1.0
+    ):
         shape = (prompts, length, symbols)
         logits = scale * torch.randn(*shape, symbols, generator=generator, dtype=torch.float64)
         return cls(logits, torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64))
@@ -64,7 +68,9 @@ class TablePolicy:
         ids, alive = [prompts], torch.ones_like(prompts, dtype=torch.bool)
         mask, previous = [], torch.zeros_like(prompts)
         for position in range(length):
-            probabilities = (self.logits[prompts, position, previous] / self.temperature).softmax(dim=-1)
+            probabilities = (self.logits[prompts, position, previous] / self.temperature).softmax(
+                dim=-1
+            )
             previous = torch.multinomial(probabilities, 1, generator=generator).squeeze(1) * alive
             ids.append(previous)
             mask.append(alive)
@@ -76,7 +82,9 @@ class TablePolicy:
         """Given completions, as if this policy had drawn them; rewards are not known yet."""
         rewards = torch.full((len(ids),), torch.nan)
         attention = torch.cat((torch.ones_like(mask[:, :1]), mask), dim=1)
-        empty = Samples(ids, attention, mask, ids[:, 0], rewards, truncated, torch.zeros(mask.shape))
+        empty = Samples(
+            ids, attention, mask, ids[:, 0], rewards, truncated, torch.zeros(mask.shape)
+        )
         return replace(empty, sampler_logprobs=self.score(empty).logprobs)
 
 
@@ -85,8 +93,14 @@ def totals_of(samples: Samples) -> Totals:
     return Totals(float(samples.mask.sum()), float(len(samples)), samples.limit)
 
 
-def prepared(objective: Objective, policy: TablePolicy, samples: Samples, reference: TablePolicy | None = None):
-    """Samples as the loop hands them to ``loss``; dynamic sampling drops groups instead of replacing them."""
+def prepared(
+    objective: Objective,
+    policy: TablePolicy,
+    samples: Samples,
+    reference: TablePolicy | None = None,
+):
+    """Samples as the loop hands them to ``loss``; dynamic sampling drops groups instead of
+    replacing them."""
     with torch.no_grad():
         samples = samples.select(objective.keep(samples))
         if not len(samples):
@@ -98,14 +112,17 @@ def prepared(objective: Objective, policy: TablePolicy, samples: Samples, refere
             base = (reference or policy).score(samples)
             samples = replace(samples, ref_logprobs=base.logprobs)
             extra = {**extra, **objective.remember(samples, base, "reference")}
-        # Only what was remembered may be needed: logits and hidden states of a whole rollout are not kept.
+        # Only what was remembered may be needed: logits and hidden states of a whole rollout are
+        # not kept.
         return objective.prepare(
-            replace(samples, extra={**samples.extra, **extra}), Scores(scores.logprobs, scores.entropy)
+            replace(samples, extra={**samples.extra, **extra}),
+            Scores(scores.logprobs, scores.entropy),
         )
 
 
 def beside(objective: Objective, samples: Samples, reference: TablePolicy) -> Samples:
-    """A micro-batch as the loop hands it to ``loss``: with the reference's logits, if they are asked for."""
+    """A micro-batch as the loop hands it to ``loss``: with the reference's logits, if they are
+    asked for."""
     if not objective.needs_reference_logits:
         return samples
     scores = reference.score(samples)
@@ -120,7 +137,8 @@ def gradient(
     parts: int = 1,
     reference: TablePolicy | None = None,
 ):
-    """(loss, gradient with respect to the logits, metrics) of prepared samples, in so many micro-batches."""
+    """(loss, gradient with respect to the logits, metrics) of prepared samples, in so many
+    micro-batches."""
     logits = policy.logits.clone().requires_grad_()
     totals, loss, metrics = totals_of(samples), 0.0, {}
     for index in torch.arange(len(samples)).chunk(parts):
@@ -133,22 +151,35 @@ def gradient(
     return loss, logits.grad, metrics
 
 
-def train(objective: Objective, policy: TablePolicy, reward: Reward, steps: int, generator: torch.Generator):
-    """The smallest loop: 8 completions for each prompt, two updates a rollout, two micro-batches each."""
+def train(
+    objective: Objective,
+    policy: TablePolicy,
+    reward: Reward,
+    steps: int,
+    generator: torch.Generator,
+):
+    """The smallest loop: 8 completions for each prompt, two updates a rollout, two micro-batches
+    each."""
     logits = policy.logits.clone().requires_grad_()
     adam = torch.optim.Adam([logits], lr=0.1)
     prompts = torch.arange(len(logits)).repeat_interleave(8)
     reference = policy.logits.clone()
     for _ in range(steps):
         present = policy.at(logits.detach().clone())
-        samples = replace(present, temperature=objective.temperature(1.0)).sample(prompts, generator)
+        samples = replace(present, temperature=objective.temperature(1.0)).sample(
+            prompts, generator
+        )
         samples = replace(samples, rewards=reward(prompts, samples.ids[:, 1:]).float())
         samples = prepared(objective, present, samples, policy.at(reference))
         if not len(samples):
             continue
         for _ in range(2):
             _, grad, metrics = gradient(
-                objective, policy.at(logits.detach()), samples, parts=2, reference=policy.at(reference)
+                objective,
+                policy.at(logits.detach()),
+                samples,
+                parts=2,
+                reference=policy.at(reference),
             )
             adam.zero_grad()
             logits.grad = grad

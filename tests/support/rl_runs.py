@@ -1,4 +1,5 @@
-"""What the tests of reinforcement learning share: tiny configs, a tiny model, a task of their own."""
+"""What the tests of reinforcement learning share: tiny configs, a tiny model, a task of their
+own."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ CLOCK = ("step_time", "rollout_time", "tokens_per_s", "memory_gib")
 
 @dataclass
 class Sevens(Task):
-    """The share of sevens in the completion: a model without any warm start finds some, and can learn more."""
+    """The share of sevens in the completion: a model without any warm start finds some, and can
+    learn more."""
 
     name: ClassVar[str] = "sevens"
     vocabulary: ClassVar[str] = "symbols"
@@ -39,7 +41,8 @@ SEVENS = f"{Path(__file__)}:Sevens"
 
 
 def tiny(out: Path, **changes: Any) -> RLConfig:
-    """A run of a few thousand parameters and a few seconds, with random rewards, so that there is always a gradient."""
+    """A run of a few thousand parameters and a few seconds, with random rewards, so that there is
+    always a gradient."""
     fields: dict[str, Any] = {
         "out": str(out),
         "reward": "random",
@@ -65,7 +68,9 @@ def tiny(out: Path, **changes: Any) -> RLConfig:
 def model_of(recipe: str | Recipe = "rl", attention: str = "float64", spread: float = 0.15) -> Any:
     """A Llama of two layers with random weights, converted; its distributions are far from even."""
     config = resolve(tiny(Path("unused")))
-    model: Any = build_model(model_source(config), Text(load_vocabulary("symbols")), config.seed).eval()
+    model: Any = build_model(
+        model_source(config), Text(load_vocabulary("symbols")), config.seed
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
@@ -79,7 +84,10 @@ def model_of(recipe: str | Recipe = "rl", attention: str = "float64", spread: fl
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """What log.jsonl says that must not depend on the clock or the machine."""
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in log.read(out / "log.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in CLOCK}
+        for row in log.read(out / "log.jsonl")
+    ]
 
 
 class Failing(Sevens):

@@ -1,7 +1,9 @@
-"""What a sandbox must not reach, and an account from which to try: for the tests of the sandbox and its fuzzer.
+"""What a sandbox must not reach, and an account from which to try: for the tests of the sandbox and
+its fuzzer.
 
-``Account`` runs calls in a process of root's or of user 65534's. ``Outside`` makes a file, a process, a terminal, a
-socket and System V objects, all of the same account, and tells what has become of them.
+``Account`` runs calls in a process of root's or of user 65534's. ``Outside`` makes a file, a
+process, a terminal, a socket and System V objects, all of the same account, and tells what has
+become of them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ with Sandbox(Limits(seconds=60.0, memory_mib=256), workers=1, **without) as box:
 
 
 class Account:
-    """A process of this account that runs reward functions; ``root`` takes root. without: walls to leave out."""
+    """A process of this account that runs reward functions; ``root`` takes root. without: walls to
+    leave out."""
 
     def __init__(self, root: bool, without: tuple[str, ...] = ()) -> None:
         command = [sys.executable, "-c", DRIVER, *without]
@@ -55,7 +58,11 @@ class Account:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"PYTHONPATH": os.pathsep.join(filter(None, path)), "PATH": os.defpath, "SECRET_TOKEN": "hf_secret"},
+            env={
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                "PATH": os.defpath,
+                "SECRET_TOKEN": "hf_secret",
+            },
         )
         self.walls = self._read()[1]
 
@@ -118,7 +125,14 @@ class Outside:
         """All that a sandbox could have changed."""
         stat = self.file.stat()
         return {
-            "file": (self.file.read_bytes(), stat.st_mode, stat.st_uid, stat.st_gid, stat.st_mtime_ns, stat.st_nlink),
+            "file": (
+                self.file.read_bytes(),
+                stat.st_mode,
+                stat.st_uid,
+                stat.st_gid,
+                stat.st_mtime_ns,
+                stat.st_nlink,
+            ),
             "attributes": {name: os.getxattr(self.file, name) for name in os.listxattr(self.file)},
             "flags": self._flags(),
             "names": sorted(path.name for path in self.folder.iterdir()),
@@ -158,7 +172,11 @@ class Outside:
         pid = self.victim.pid
         if self.victim.poll() is not None:
             return ("dead",)
-        return sorted(os.sched_getaffinity(pid)), os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)
+        return (
+            sorted(os.sched_getaffinity(pid)),
+            os.sched_getscheduler(pid),
+            os.getpriority(os.PRIO_PROCESS, pid),
+        )
 
     def _locked(self) -> bool:
         with open(self.lock) as file:
@@ -191,12 +209,14 @@ class Outside:
             content = ctypes.string_at(address, 8)
             LIBC.shmdt(ctypes.c_void_p(address))
         status = ctypes.create_string_buffer(256)
-        LIBC.msgctl(self.queue, 2, status)  # IPC_STAT; msg_qnum lies at 80 (asm-generic/msgbuf.h, 64 bits)
+        # IPC_STAT; msg_qnum lies at 80 (asm-generic/msgbuf.h, 64 bits)
+        LIBC.msgctl(self.queue, 2, status)
         return content, LIBC.semctl(self.semaphore, 0, 12), struct.unpack_from("Q", status, 80)[0]
 
 
 def become_user() -> None:
-    """User 65534 for good, with the interpreter where it was even if it lies in a folder of root's only."""
+    """User 65534 for good, with the interpreter where it was even if it lies in a folder of root's
+    only."""
     interpreter = os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))
     parents = [str(parent) for parent in reversed(Path(interpreter).parents)]
     closed = [parent for parent in parents if not os.stat(parent).st_mode & 0o001]
@@ -206,7 +226,9 @@ def become_user() -> None:
         fd = os.open(interpreter, os.O_PATH)
         LIBC.mount(b"tmpfs", closed[0].encode(), b"tmpfs", ctypes.c_ulong(0), b"mode=755")
         os.makedirs(interpreter)
-        LIBC.mount(f"/proc/self/fd/{fd}".encode(), interpreter.encode(), None, ctypes.c_ulong(BIND), None)
+        LIBC.mount(
+            f"/proc/self/fd/{fd}".encode(), interpreter.encode(), None, ctypes.c_ulong(BIND), None
+        )
         os.close(fd)
     os.setgroups([])
     os.setresgid(USER, USER, USER)

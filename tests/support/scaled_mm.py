@@ -1,7 +1,9 @@
-"""Stand-ins for torch.nn.functional.scaled_mm and scaled_grouped_mm: their rules, checked strictly, on any device.
+"""Stand-ins for torch.nn.functional.scaled_mm and scaled_grouped_mm: their rules, checked strictly,
+on any device.
 
-Rules as torch 2.13 states them: ``_check_scaled_mm_sizes_v2`` (torch/_meta_registrations.py) and ScaledBlas.cpp,
-GroupedBlas.cpp. What is multiplied is worked out from the bytes by the oracle, whose swizzle is the formula of the
+Rules as torch 2.13 states them: ``_check_scaled_mm_sizes_v2`` (torch/_meta_registrations.py) and
+ScaledBlas.cpp, GroupedBlas.cpp. What is multiplied is worked out from the bytes by the oracle,
+whose swizzle is the formula of the
 definition. Where a library would be silently wrong, these can be told to be: see ``Mistake``.
 """
 
@@ -77,11 +79,16 @@ class ScaledMm:
             assert scales[0].numel() == up(rows, 128) * up(k // 8, 4)
             assert levels == 1 or (scales[1].dtype == torch.float32 and scales[1].numel() == 1)
         if bias is not None:
-            assert output_dtype != torch.float32, "Bias is not supported when out_dtype is set to Float32"
+            assert output_dtype != torch.float32, (
+                "Bias is not supported when out_dtype is set to Float32"
+            )
             assert bias.dtype == output_dtype
             assert bias.shape == (n,)
-        if self.mistake == "nibbles of a exchanged":  # of both operands they would only reorder the sum
-            mat_a = (mat_a.view(torch.uint8) >> 4 | mat_a.view(torch.uint8) << 4).view(torch.float4_e2m1fn_x2)
+        # of both operands they would only reorder the sum
+        if self.mistake == "nibbles of a exchanged":
+            mat_a = (mat_a.view(torch.uint8) >> 4 | mat_a.view(torch.uint8) << 4).view(
+                torch.float4_e2m1fn_x2
+            )
         y = self._decoded(mat_a, scale_a[0]) @ self._decoded(mat_b.t(), scale_b[0]).T
         y = torch.from_numpy(y).to(torch.float32)
         if levels == 2 and self.mistake != "no global scale":
@@ -96,7 +103,10 @@ class ScaledMm:
 
     def _decoded(self, codes: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
         """Element by element from the bytes, float64 [rows, K]."""
-        packed, swizzled = codes.view(torch.uint8).numpy(), scale.reshape(-1).view(torch.uint8).numpy()
+        packed, swizzled = (
+            codes.view(torch.uint8).numpy(),
+            scale.reshape(-1).view(torch.uint8).numpy(),
+        )
         rows, blocks = packed.shape[0], packed.shape[1] // 8
         at = [[self._place(r, c, rows, blocks) for c in range(blocks)] for r in range(rows)]
         scales = oracle.E4M3.values[swizzled[np.array(at)]].astype(np.float64)
@@ -134,7 +144,9 @@ class ScaledGroupedMm:
     ) -> torch.Tensor:
         self.calls += 1
         assert bias is None, "Bias not supported yet"
-        assert output_dtype == torch.bfloat16, "Only bf16 high precision output types are supported for grouped gemm"
+        assert output_dtype == torch.bfloat16, (
+            "Only bf16 high precision output types are supported for grouped gemm"
+        )
         assert offs is not None
         assert offs.dtype == torch.int32
         groups, k, n = mat_b.shape
@@ -154,6 +166,10 @@ class ScaledGroupedMm:
                 scale = together[: up(rows, 128) * up(k // 8, 4)]
             first, second = [scale, scale_a[1][e : e + 1]], [scale_b[0][e], scale_b[1][e : e + 1]]
             recipes, swizzles = (scale_recipe_a, scale_recipe_b), (swizzle_a, swizzle_b)
-            made.append(self.one(mat_a[start:end], mat_b[e], first, recipes[0], second, recipes[1], *swizzles))
+            made.append(
+                self.one(
+                    mat_a[start:end], mat_b[e], first, recipes[0], second, recipes[1], *swizzles
+                )
+            )
             start, row = end, row + up(rows, 128)
         return torch.cat(made)

@@ -1,8 +1,11 @@
-"""What a fresh installation must do, with the core dependencies alone: run by ``make package`` in a clean venv.
+"""What a fresh installation must do, with the core dependencies alone: run by ``make package`` in a
+clean venv.
 
-    VENV/bin/python tests/support/smoke.py        from outside of the checkout, so that what is installed is imported
+    VENV/bin/python tests/support/smoke.py        from outside of the checkout, so that what is
+    installed is imported
 
-Prints what was found and how long the import took; exit code 1 and the reason if something is missing.
+Prints what was found and how long the import took; exit code 1 and the reason if something is
+missing.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ def main() -> None:
     assert "site-packages" in folder.parts, f"this is not what was installed: {folder}"
     assert (folder / "py.typed").exists(), "py.typed is missing: type checkers ignore the package"
     present = [name for name in EXTRAS if importlib.util.find_spec(name) is not None]
-    print(f"nvfp4 {nvfp4.__version__} from {folder}, imported in {SECONDS:.2f} s beyond torch {torch.__version__}")
+    print(
+        f"nvfp4 {nvfp4.__version__} from {folder}, imported in {SECONDS:.2f} s beyond torch "
+        f"{torch.__version__}"
+    )
     print(f"extras present: {', '.join(present) or 'none'}")
 
     # quantise, decode, multiply: native kernels if they were built, and the reference's bits
@@ -40,7 +46,9 @@ def main() -> None:
     print("quantised by:", nvfp4.explain("quantize", "cpu", "ms_eden").replace("\n", "; "))
 
     # train and go back
-    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 64))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 64)
+    )
     nvfp4.convert(model, seed=0)
     model(x).square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -54,7 +62,9 @@ def main() -> None:
         for command, extra in (("pretrain", "train"), ("compare", "train"), ("rl", "rl")):
             refused = subprocess.run([nvfp4_command, command], capture_output=True, text=True)
             assert (refused.returncode, refused.stdout) == (1, ""), refused
-            assert refused.stderr.endswith(f"which is not installed: pip install 'nvfp4[{extra}]'\n"), refused.stderr
+            assert refused.stderr.endswith(
+                f"which is not installed: pip install 'nvfp4[{extra}]'\n"
+            ), refused.stderr
             print(refused.stderr.strip())
     print("all well")
 

@@ -1,4 +1,5 @@
-"""A small language model to convert, and what to ask of it; nothing here trusts ``nvfp4.report``, but ``reasons``."""
+"""A small language model to convert, and what to ask of it; nothing here trusts ``nvfp4.report``,
+but ``reasons``."""
 
 from __future__ import annotations
 

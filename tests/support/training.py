@@ -1,4 +1,5 @@
-"""What the training tests share: a small text corpus, a tiny config, and the command line in a process of its own."""
+"""What the training tests share: a small text corpus, a tiny config, and the command line in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ WORDS = [
 
 
 def write_texts(folder: Path, files: int = 12, words: int = 500) -> Path:
-    """Text files with the same content on every machine: words drawn by a linear congruential generator."""
+    """Text files with the same content on every machine: words drawn by a linear congruential
+    generator."""
     state = 1
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(files):
@@ -77,14 +79,18 @@ def steps_of(out: Path) -> dict[int, dict[str, Any]]:
     clock = ("seconds", "tokens_per_s", "memory_gib")
     rows = log.read(out / "log.jsonl")
     assert len({row["step"] for row in rows}) == len(rows), "a step is logged twice"
-    return {row["step"]: {key: value for key, value in row.items() if key not in clock} for row in rows}
+    return {
+        row["step"]: {key: value for key, value in row.items() if key not in clock} for row in rows
+    }
 
 
 CLI = "import sys\nfrom nvfp4.cli import main\nsys.exit(main(sys.argv[1:]))"
 """``python -m nvfp4.cli`` as a text, for a process that has imported it."""
 
 
-def run_cli(*arguments: str, before: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *arguments: str, before: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """``nvfp4 ARGUMENTS`` in a process of its own, where the Python code ``before`` runs first."""
     return children.python(f"{before}\n{CLI}", list(arguments), environment(), cwd)
 

@@ -1,7 +1,8 @@
-"""A process of its own in which Triton interprets: TRITON_INTERPRET must be set before a kernel is defined, and tests
-of compiled kernels must not feel it.
+"""A process of its own in which Triton interprets: TRITON_INTERPRET must be set before a kernel is
+defined, and tests of compiled kernels must not feel it.
 
-Answers pickled requests (function, arguments) on standard input with pickled (result, traceback) on standard output.
+Answers pickled requests (function, arguments) on standard input with pickled (result, traceback) on
+standard output.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ MAPPINGS: list[Any] = []
 
 
 class Interpreter:
-    """The other side of the process; used from the tests. Calls take and return what can be pickled."""
+    """The other side of the process; used from the tests. Calls take and return what can be
+    pickled."""
 
     def __init__(self) -> None:
         paths = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)}
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": ":".join(paths),
+        }
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
         )
 
     def __call__(self, function: str, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +48,9 @@ class Interpreter:
         try:
             result, failure = pickle.load(self.process.stdout)
         except EOFError:
-            raise RuntimeError(f"the interpreting process died of {self.process.wait()}: -11 is a wild read") from None
+            raise RuntimeError(
+                f"the interpreting process died of {self.process.wait()}: -11 is a wild read"
+            ) from None
         if failure:
             raise RuntimeError(failure)
         return result
@@ -57,11 +69,14 @@ def gemm(a: tuple, b: tuple, dtype: Any, tile: tuple, native: bool, **extras: An
 
     left, right = (QTensor(*map(guarded, tensors), *record) for tensors, record in (a, b))
     extras = {name: guarded(tensor) for name, tensor in extras.items()}
-    return module.gemm(left, right, dtype, tile=module.GemmTile(*tile, 4, 2), native=native, **extras)
+    return module.gemm(
+        left, right, dtype, tile=module.GemmTile(*tile, 4, 2), native=native, **extras
+    )
 
 
 def guarded(tensor: Any) -> Any:
-    """A copy that ends where a page begins which nobody may read: one element too far and the process dies."""
+    """A copy that ends where a page begins which nobody may read: one element too far and the
+    process dies."""
     import ctypes
     import mmap
 
@@ -75,14 +90,18 @@ def guarded(tensor: Any) -> Any:
     MAPPINGS.append(memory)
     end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
-    place = torch.frombuffer(memory, dtype=tensor.dtype, offset=pages * mmap.PAGESIZE - size, count=tensor.numel())
+    place = torch.frombuffer(
+        memory, dtype=tensor.dtype, offset=pages * mmap.PAGESIZE - size, count=tensor.numel()
+    )
     return place.view(tensor.shape).copy_(tensor)
 
 
 def correct_the_interpreter() -> None:
-    """Triton 3.9 compiles these two rightly (test_triton_aot.py reads the PTX) and interprets them wrongly.
+    """Triton 3.9 compiles these two rightly (test_triton_aot.py reads the PTX) and interprets them
+    wrongly.
 
-    Every scale of ``dot_scaled`` is read as E8M0, FP8 ones too; float32 is cut to BF16 instead of rounded.
+    Every scale of ``dot_scaled`` is read as E8M0, FP8 ones too; float32 is cut to BF16 instead of
+    rounded.
     """
     import numpy as np
     import oracle
@@ -97,15 +116,23 @@ def correct_the_interpreter() -> None:
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(data, source, target, mode)
-        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return (
+            torch.from_numpy(np.ascontiguousarray(data))
+            .bfloat16()
+            .view(torch.int16)
+            .numpy()
+            .view(np.uint16)
+        )
 
     interpreter._convert_float = rounded
 
 
 def last_tile(rows: int, columns: int, k: int, tail: int, seed: int) -> tuple[Any, Any, Any]:
-    """(a, b, out) of the last ``tail`` rows of a matrix whose codes and output have 2^31 elements and more.
+    """(a, b, out) of the last ``tail`` rows of a matrix whose codes and output have 2^31 elements
+    and more.
 
-    Memory that is not touched costs nothing; only the program of the last tile runs. a, b: (tensors, record).
+    Memory that is not touched costs nothing; only the program of the last tile runs. a, b:
+    (tensors, record).
     """
     import numpy as np
     import torch
@@ -118,14 +145,18 @@ def last_tile(rows: int, columns: int, k: int, tail: int, seed: int) -> tuple[An
     generator = torch.Generator().manual_seed(seed)
     a, b = QTensor.empty((rows, k)), QTensor.empty((columns, k))
     for q, start in ((a, rows - tail), (b, 0)):
-        q.codes[start:] = torch.randint(256, q.codes[start:].shape, generator=generator, dtype=torch.uint8)
+        q.codes[start:] = torch.randint(
+            256, q.codes[start:].shape, generator=generator, dtype=torch.uint8
+        )
         q.block_scale[start:] = 0x38  # 1
         q.global_scale.fill_(1)
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     tiles = -(-rows // 16) * -(-columns // 16)
     builder = interpreter.interpreter_builder
     ask = builder.create_get_program_id
-    builder.create_get_program_id = lambda axis: interpreter.TensorHandle(np.array([tiles - 1], np.int32), tl.int32)
+    builder.create_get_program_id = lambda axis: interpreter.TensorHandle(
+        np.array([tiles - 1], np.int32), tl.int32
+    )
     try:
         gemm_kernel[(1,)](*a.tensors, *b.tensors, None, out, rows, columns, k // 16,
                           1, 1, False, False, False, 16, 16, 32, 1)  # fmt: skip

@@ -59,13 +59,17 @@ def test_it_writes_one_table_one_picture_and_one_json(compared):
     report = json.loads((out / "compare.json").read_text())
     assert [run["recipe"] for run in report["runs"]] == list(RECIPES)
     for run in report["runs"]:
-        row = next(text for text in said.splitlines() if f" {run['recipe']} " in text and "│" in text)
+        row = next(
+            text for text in said.splitlines() if f" {run['recipe']} " in text and "│" in text
+        )
         assert f"{run['val_bpb']:.4f}" in row
         assert f"{run['train_loss']:.4f}" in row
 
 
 def test_gaps_are_to_bf16_in_nats_and_percent(compared):
-    runs = {run["recipe"]: run for run in json.loads((compared[0] / "compare.json").read_text())["runs"]}
+    runs = {
+        run["recipe"]: run for run in json.loads((compared[0] / "compare.json").read_text())["runs"]
+    }
     assert (runs["bf16"]["gap_nats"], runs["bf16"]["gap_percent"]) == (0, 0)
     for recipe in ("rtn", "quartet2"):
         run = runs[recipe]
@@ -73,7 +77,9 @@ def test_gaps_are_to_bf16_in_nats_and_percent(compared):
         assert run["gap_percent"] == pytest.approx(
             100 * (run["val_bpb"] - runs["bf16"]["val_bpb"]) / runs["bf16"]["val_bpb"]
         )
-        assert run["gap_nats"] == pytest.approx(run["gap_percent"] / 100 * runs["bf16"]["val_bpb"] * math.log(2))
+        assert run["gap_nats"] == pytest.approx(
+            run["gap_percent"] / 100 * runs["bf16"]["val_bpb"] * math.log(2)
+        )
         assert run["curve"]["step"] == list(range(1, 13))
         assert run["held_out"]["step"] == [0, 5, 10, 12]
 
@@ -81,8 +87,11 @@ def test_gaps_are_to_bf16_in_nats_and_percent(compared):
 def test_all_recipes_start_alike_and_see_the_same_batches(compared, texts):
     out, _ = compared
     starts = [steps_of(out / recipe)[1]["loss"] for recipe in RECIPES]
-    assert max(starts) - min(starts) < 0.02  # the same weights and batch; only the quantisation of the forward differs
-    configs = [json.loads((out / recipe / "result.json").read_text())["config"] for recipe in RECIPES]
+    # the same weights and batch; only the quantisation of the forward differs
+    assert max(starts) - min(starts) < 0.02
+    configs = [
+        json.loads((out / recipe / "result.json").read_text())["config"] for recipe in RECIPES
+    ]
     differing = {key for config in configs for key in config if config[key] != configs[0][key]}
     assert differing == {"out", "recipe"}
 
@@ -99,7 +108,9 @@ def test_finished_runs_are_not_done_again_and_a_missing_one_is(compared, texts, 
 
 def test_runs_of_another_config_are_named_before_any_run_starts(compared, texts, monkeypatch):
     monkeypatch.setattr(arms, "start", None)
-    with pytest.raises(TrainError, match=r"bf16 holds a run of another config: lr: 0.01, now 0.5; give --overwrite"):
+    with pytest.raises(
+        TrainError, match=r"bf16 holds a run of another config: lr: 0.01, now 0.5; give --overwrite"
+    ):
         compare(config_of(compared[0], texts, lr=0.5))
 
 
@@ -107,12 +118,16 @@ def test_a_run_that_fails_is_reported_with_its_recipe(tmp_path, texts, monkeypat
     monkeypatch.setattr(arms, "start", forked)
     absent = (str(tmp_path / "absent"),)
     config = config_of(tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout)
-    with pytest.raises(TrainError, match="the run of bf16 ended with exit code 1; its message is above"):
+    with pytest.raises(
+        TrainError, match="the run of bf16 ended with exit code 1; its message is above"
+    ):
         compare(config)
 
 
 def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(tmp_path, texts):
-    config = config_of(tmp_path / "out", texts, recipes=("quartet2",), steps=4000, save_every=0, eval_every=0)
+    config = config_of(
+        tmp_path / "out", texts, recipes=("quartet2",), steps=4000, save_every=0, eval_every=0
+    )
     path = tmp_path / "given.yaml"
     path.write_text(to_yaml(config))
     run = start_cli("compare", "--config", str(path))
@@ -156,14 +171,22 @@ def report_of(count: int, recipes: tuple[str, ...] = RECIPES) -> dict:
             "peak_memory_gib": 0.1,
         }
         runs.append(
-            {"recipe": recipe, "curve": {"step": steps, "loss": losses}, "held_out": held_out, **numbers, **costs}
+            {
+                "recipe": recipe,
+                "curve": {"step": steps, "loss": losses},
+                "held_out": held_out,
+                **numbers,
+                **costs,
+            }
         )
     return {"baseline": recipes[0], "runs": runs}
 
 
 @pytest.mark.parametrize("count", [5, 13, 400])
 @pytest.mark.parametrize("recipes", [("quartet2",), RECIPES, tuple(f"r{i}" for i in range(9))])
-def test_the_picture_is_drawn_for_short_and_long_runs_skipped_steps_and_many_recipes(tmp_path, count, recipes):
+def test_the_picture_is_drawn_for_short_and_long_runs_skipped_steps_and_many_recipes(
+    tmp_path, count, recipes
+):
     draw_comparison(report_of(count, recipes), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
     assert table(report_of(count, recipes)).row_count == len(recipes)
@@ -188,21 +211,25 @@ def test_labels_are_moved_apart_in_order():
 
 def test_a_comparison_without_bf16_is_to_its_first_recipe(tmp_path, texts):
     config = config_of(tmp_path, texts, recipes=("rtn", "nvidia"))
-    results = [{"recipe": r, "val_loss": 2.0 + i, "val_bpb": 3.0 + i} for i, r in enumerate(config.recipes)]
+    results = [
+        {"recipe": r, "val_loss": 2.0 + i, "val_bpb": 3.0 + i} for i, r in enumerate(config.recipes)
+    ]
     report = comparison(config, plan(config), results)
     assert report["baseline"] == "rtn"
     assert [run["gap_nats"] for run in report["runs"]] == [0.0, 1.0]
 
 
 def test_seeds_are_compared_in_pairs(tmp_path, texts):
-    """Each gap is to bf16 of the same seed; their mean is given with its standard error, by hand here."""
+    """Each gap is to bf16 of the same seed; their mean is given with its standard error, by hand
+    here."""
     config = resolve(config_of(tmp_path, texts, recipes=("bf16", "rtn"), seeds=(3, 5, 8)))
     grid = plan(config)
     assert [arm.name for arm in grid[2:5]] == ["bf16-seed8", "rtn-seed3", "rtn-seed5"]
     assert [(arm.config.recipe, arm.config.seed) for arm in grid[2:4]] == [("bf16", 8), ("rtn", 3)]
     losses = [2.0, 2.5, 3.0, 2.25, 2.625, 3.5]
     results = [
-        {"recipe": arm.config.recipe, "val_loss": loss, "val_bpb": loss} for arm, loss in zip(grid, losses, strict=True)
+        {"recipe": arm.config.recipe, "val_loss": loss, "val_bpb": loss}
+        for arm, loss in zip(grid, losses, strict=True)
     ]
     report = comparison(config, grid, results)
     assert [run["gap_nats"] for run in report["runs"]] == [0, 0, 0, 0.25, 0.125, 0.5]
@@ -214,14 +241,17 @@ def test_seeds_are_compared_in_pairs(tmp_path, texts):
 
 
 def test_one_seed_alone_says_nothing_about_its_error_and_one_without_a_partner_does_not_count():
-    found = arms.paired({("bf16", 0): 1.0, ("rtn", 0): 1.5, ("rtn", 1): 9.0, ("sr", 1): 2.0}, "bf16")
+    found = arms.paired(
+        {("bf16", 0): 1.0, ("rtn", 0): 1.5, ("rtn", 1): 9.0, ("sr", 1): 2.0}, "bf16"
+    )
     assert found.keys() == {"rtn"}
     assert (found["rtn"]["mean"], found["rtn"]["seeds"]) == (0.5, 1)
     assert math.isnan(found["rtn"]["standard_error"])
 
 
 def test_the_picture_over_seeds_is_of_means_and_each_gap_is_to_its_own_seed(tmp_path, monkeypatch):
-    """Two seeds of each recipe: figures and curves are averaged place by place, a step that one skipped has none."""
+    """Two seeds of each recipe: figures and curves are averaged place by place, a step that one
+    skipped has none."""
     report = report_of(13)
     other = json.loads(json.dumps(report["runs"]))
     for run in other:
@@ -236,7 +266,10 @@ def test_the_picture_over_seeds_is_of_means_and_each_gap_is_to_its_own_seed(tmp_
     for mean, one in zip(means, report["runs"], strict=True):
         assert mean["val_bpb"] == pytest.approx(one["val_bpb"] + 0.5)
         losses = zip(one["curve"]["loss"], mean["curve"]["loss"], one["curve"]["step"], strict=True)
-        assert all(m is None if step in (3, 5) else m == pytest.approx((a + 4) / 2) for a, m, step in losses)
+        assert all(
+            m is None if step in (3, 5) else m == pytest.approx((a + 4) / 2)
+            for a, m, step in losses
+        )
     monkeypatch.undo()
     draw_over_seeds(both, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000

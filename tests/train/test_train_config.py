@@ -1,4 +1,5 @@
-"""The config: what is refused and how it is said, files, the size dial, what may change on resume."""
+"""The config: what is refused and how it is said, files, the size dial, what may change on
+resume."""
 
 from __future__ import annotations
 
@@ -42,8 +43,14 @@ from nvfp4.train.config import CompareConfig, PretrainConfig, resolve
         ({"width": 100, "heads": 3}, "heads: width / heads must be an even integer, got 100 / 3"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads: must divide heads = 4, got 3"),
         ({"model": "somewhere", "width": 64}, "width: somewhere brings its own sizes"),
-        ({"recipe": "quartet"}, "recipe: expected one of bf16, rtn, nvidia.*got 'quartet'; did you mean quartet2"),
-        ({"resume": True, "overwrite": True}, "overwrite: deletes the run that --resume would go on with"),
+        (
+            {"recipe": "quartet"},
+            "recipe: expected one of bf16, rtn, nvidia.*got 'quartet'; did you mean quartet2",
+        ),
+        (
+            {"resume": True, "overwrite": True},
+            "overwrite: deletes the run that --resume would go on with",
+        ),
         ({"resume": True, "resume_from": "x"}, "resume_from: names one checkpoint"),
         ({"allow_changes": ["lr", "stepz"]}, "allow_changes: no such field: stepz"),
     ],
@@ -80,10 +87,13 @@ def test_compare_needs_different_known_recipes(recipes):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("c.yaml", "steps: 30\nlr: 1e-3\ndata: [a.txt]\ncompile: true\n"),  # YAML 1.1 reads 1e-3 as text
+        # YAML 1.1 reads 1e-3 as text
+        ("c.yaml", "steps: 30\nlr: 1e-3\ndata: [a.txt]\ncompile: true\n"),
         ("c.yml", "steps: 30\nlr: 0.001\ndata:\n- a.txt\ncompile: yes\n"),
         ("c.json", '{"steps": 30, "lr": 1e-3, "data": ["a.txt"], "compile": true}'),
-        pytest.param("c.toml", 'steps = 30\nlr = 1e-3\ndata = ["a.txt"]\ncompile = true\n', id="toml"),
+        pytest.param(
+            "c.toml", 'steps = 30\nlr = 1e-3\ndata = ["a.txt"]\ncompile = true\n', id="toml"
+        ),
     ],
 )
 def test_files_of_every_kind_give_the_same_config(tmp_path, name, text):
@@ -136,12 +146,26 @@ def test_a_resolved_config_survives_the_file_and_resolving_again(tmp_path):
 )
 def test_depth_sets_every_size_that_is_left_open(depth, width, heads, ffn, lr):
     config = resolve(PretrainConfig(depth=depth))
-    assert (config.width, config.heads, config.kv_heads, config.ffn, config.lr) == (width, heads, heads, ffn, lr)
+    assert (config.width, config.heads, config.kv_heads, config.ffn, config.lr) == (
+        width,
+        heads,
+        heads,
+        ffn,
+        lr,
+    )
 
 
 def test_sizes_that_are_given_stay():
-    config = resolve(PretrainConfig(depth=4, width=96, heads=6, kv_heads=2, ffn=100, lr=1.0, warmup=0))
-    assert (config.width, config.heads, config.kv_heads, config.ffn, config.lr) == (96, 6, 2, 100, 1.0)
+    config = resolve(
+        PretrainConfig(depth=4, width=96, heads=6, kv_heads=2, ffn=100, lr=1.0, warmup=0)
+    )
+    assert (config.width, config.heads, config.kv_heads, config.ffn, config.lr) == (
+        96,
+        6,
+        2,
+        100,
+        1.0,
+    )
     assert config.warmup == 0
 
 
@@ -149,7 +173,9 @@ def test_differences_name_what_changes_a_loss_and_nothing_else():
     config = resolve(PretrainConfig())
     saved = to_fields(saved_config(config))
     assert differences(saved, config) == []
-    free = dataclasses.replace(config, out="elsewhere", resume=True, keep=7, log_every=3, eval_every=1, prompt="x")
+    free = dataclasses.replace(
+        config, out="elsewhere", resume=True, keep=7, log_every=3, eval_every=1, prompt="x"
+    )
     assert differences(saved, free) == []
     changed = dataclasses.replace(config, steps=700, recipe="rtn")
     assert differences(saved, changed) == ["steps: 1500, now 700", "recipe: 'quartet2', now 'rtn'"]
@@ -160,9 +186,25 @@ def test_differences_name_what_changes_a_loss_and_nothing_else():
 
 def test_what_may_change_on_resume_is_what_cannot_change_a_loss():
     """Word for word: a field that is marked by mistake would let two runs be mixed."""
-    shared = {"out", "overwrite", "resume", "resume_from", "allow_changes", "device", "max_bad_steps", "keep"}
+    shared = {
+        "out",
+        "overwrite",
+        "resume",
+        "resume_from",
+        "allow_changes",
+        "device",
+        "max_bad_steps",
+        "keep",
+    }
     shared |= {"log_every", "eval_every", "save_every", "export_dtype"}
     text = {"eval_bytes", "eval_batch", "final_eval_bytes", "sample_tokens", "prompt"}
     assert free_on_resume(PretrainConfig) == shared | text
-    rollouts = {"strict", "check_every", "log_completions", "eval_problems", "eval_samples", "workers"}
+    rollouts = {
+        "strict",
+        "check_every",
+        "log_completions",
+        "eval_problems",
+        "eval_samples",
+        "workers",
+    }
     assert free_on_resume(RLConfig) == shared | rollouts | {"unsafe_rewards"}

@@ -1,4 +1,5 @@
-"""Text to batches: what is refused, what is held out, and the order as a pure function of (seed, step)."""
+"""Text to batches: what is refused, what is held out, and the order as a pure function of (seed,
+step)."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_an_unreadable_file_is_named(texts, monkeypatch, reason):
     def fail(self):
         raise OSError(5, reason)
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", fail)  # root may read every file, so no mode bits here
+    # root may read every file, so no mode bits here
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
     with pytest.raises(TrainError, match=rf"data: cannot read .*text00\.txt: {reason}"):
         corpus_of(texts)
 
@@ -79,7 +81,10 @@ def test_empty_files_are_passed_over_and_only_empty_files_refused(tmp_path, text
     ("line", "message"),
     [
         ('{"text": "cut', r"line 3 is not JSON \(Unterminated string starting at at column 10\)"),
-        ('{"body": "x"}', r"line 3 has no text in field 'text', but the fields 'body'; set --text-field"),
+        (
+            '{"body": "x"}',
+            r"line 3 has no text in field 'text', but the fields 'body'; set --text-field",
+        ),
         ('{"text": 7}', r"line 3 has no text in field 'text', but the fields 'text'"),
         ('["x"]', "line 3 has no text in field 'text', but a list"),
         (b'{"text": "\xff"}', r"line 3 is not UTF-8 text \(byte 0xFF at offset 10\)"),
@@ -96,9 +101,13 @@ def test_a_corrupt_jsonl_line_is_named_by_file_and_number(tmp_path, line, messag
 def test_parquet_errors_name_file_and_column(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"body": ["a", "b"], "n": [1, 2]}), path)
-    with pytest.raises(TrainError, match=r"rows\.parquet has no column 'text', but body, n; set --text-field"):
+    with pytest.raises(
+        TrainError, match=r"rows\.parquet has no column 'text', but body, n; set --text-field"
+    ):
         corpus_of(path)
-    with pytest.raises(TrainError, match=r"column 'n' of .*rows\.parquet must hold strings, it holds int64"):
+    with pytest.raises(
+        TrainError, match=r"column 'n' of .*rows\.parquet must hold strings, it holds int64"
+    ):
         corpus_of(path, text_field="n")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(TrainError, match=r"rows\.parquet is not a readable Parquet file"):
@@ -107,7 +116,8 @@ def test_parquet_errors_name_file_and_column(tmp_path):
 
 def test_too_little_text_for_one_sequence_is_said(tmp_path):
     with pytest.raises(
-        TrainError, match="seq_len: training needs at least 64 tokens for sequences of 32, the text has 9"
+        TrainError,
+        match="seq_len: training needs at least 64 tokens for sequences of 32, the text has 9",
     ):
         TrainWindows(np.zeros(9, np.uint16), seq_len=32, batch=1, seed=0)
 
@@ -134,7 +144,8 @@ def test_names_are_relative_however_a_file_is_reached(tmp_path):
     assert [name for name, _ in find_files((folder,), "data")] == ["b/x.txt"]
     assert [name for name, _ in find_files((f"{folder}/**/*.txt",), "data")] == ["b/x.txt"]
     assert [name for name, _ in find_files((f"{folder}/b/x.txt",), "data")] == ["x.txt"]
-    assert len(find_files((folder, f"{folder}/b/x.txt", f"{folder}/b"), "data")) == 1  # each file once
+    # each file once
+    assert len(find_files((folder, f"{folder}/b/x.txt", f"{folder}/b"), "data")) == 1
 
 
 def test_the_default_corpus_is_the_standard_library_in_a_fixed_order():
@@ -142,7 +153,9 @@ def test_the_default_corpus_is_the_standard_library_in_a_fixed_order():
     names = [name for name, _ in files]
     assert names == sorted(names)
     assert {"abc.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
-    assert not [name for name in names if LEFT_OUT & set(name.split("/")) or not name.endswith(".py")]
+    assert not [
+        name for name in names if LEFT_OUT & set(name.split("/")) or not name.endswith(".py")
+    ]
 
 
 # What is held out
@@ -165,7 +178,8 @@ def test_the_split_depends_on_the_name_alone(tmp_path, texts):
     texts.rename(moved)
     (moved / "another.txt").write_text("more text")
     assert {d.name for d in corpus_of(moved, holdout=0.3).held_out} - {"another.txt"} == before
-    # printf text00.txt | sha256sum begins with d6c8c69f, so the draw does too; written down so that no split ever moves
+    # printf text00.txt | sha256sum begins with d6c8c69f, so the draw does too; written down so that
+    # no split ever moves
     assert f"{int(Document('text00.txt', '').draw * 2**32):08x}" == "d6c8c69f"
 
 
@@ -190,7 +204,10 @@ def test_a_single_document_gives_its_end_and_few_documents_give_one(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("é" * 90 + "z" * 10)
     corpus = corpus_of(path, holdout=0.1)
-    assert ([d.text for d in corpus.train], [d.text for d in corpus.held_out]) == (["é" * 90], ["z" * 10])
+    assert ([d.text for d in corpus.train], [d.text for d in corpus.held_out]) == (
+        ["é" * 90],
+        ["z" * 10],
+    )
     (tmp_path / "two.txt").write_text("second")
     few = corpus_of(tmp_path, holdout=0.001)
     assert len(few.train) == len(few.held_out) == 1
@@ -202,7 +219,9 @@ def test_given_held_out_files_are_used_and_may_not_be_trained_on(tmp_path, texts
     corpus = corpus_of(texts, held_out_data=(str(tmp_path / "test.txt"),))
     assert [d.text for d in corpus.held_out] == ["held out"]
     assert len(corpus.train) == 12
-    with pytest.raises(TrainError, match=r"held_out_data: 1 documents are also in data \(first: text03\.txt\)"):
+    with pytest.raises(
+        TrainError, match=r"held_out_data: 1 documents are also in data \(first: text03\.txt\)"
+    ):
         corpus_of(texts, held_out_data=(str(texts / "text03.txt"),))
 
 
@@ -223,7 +242,11 @@ def test_the_permutation_is_the_one_it_always_was():
     """Written down once: a change here would silently change every run and break every resume."""
     assert shuffled(0, 0, 10).tolist() == [8, 9, 2, 7, 1, 0, 3, 5, 6, 4]
     assert sorted(shuffled(7, 3, 1000).tolist()) == list(range(1000))
-    assert shuffled(7, 3, 1000).tolist() != shuffled(7, 4, 1000).tolist() != shuffled(8, 4, 1000).tolist()
+    assert (
+        shuffled(7, 3, 1000).tolist()
+        != shuffled(7, 4, 1000).tolist()
+        != shuffled(8, 4, 1000).tolist()
+    )
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():
@@ -248,7 +271,8 @@ def test_an_epoch_shows_every_window_once_with_its_next_tokens():
         assert sorted(starts // 9) == list(range(21))
         rows = windows.batch_at(7 * epoch)
         assert rows.shape == (3, 10)
-        assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)  # consecutive tokens, each input with its target
+        # consecutive tokens, each input with its target
+        assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)
     offsets = {int(windows.starts(7 * epoch)[0] % 9) for epoch in range(20)}
     assert len(offsets) > 3  # window borders move from epoch to epoch
 
@@ -275,13 +299,20 @@ def test_the_saved_byte_tokenizer_gives_the_same_ids(tmp_path):
     ByteTokenizer().save(tmp_path)
     loaded = HuggingFaceTokenizer(str(tmp_path))
     assert (loaded.vocab_size, loaded.separator) == (257, SEPARATOR)
-    assert loaded.encode([text])[0].tolist() == ByteTokenizer().encode([text])[0].tolist() == list(text.encode())
+    assert (
+        loaded.encode([text])[0].tolist()
+        == ByteTokenizer().encode([text])[0].tolist()
+        == list(text.encode())
+    )
     assert loaded.decode(list(text.encode())) == ByteTokenizer().decode(list(text.encode())) == text
     assert ByteTokenizer().decode([0xC3, SEPARATOR, 65]) == "\N{REPLACEMENT CHARACTER}A"
 
 
 def test_tokenizers_that_do_not_load_are_named(tmp_path):
-    with pytest.raises(TrainError, match="tokenizer: expected the folder of a local Hugging Face tokenizer or 'bytes'"):
+    with pytest.raises(
+        TrainError,
+        match="tokenizer: expected the folder of a local Hugging Face tokenizer or 'bytes'",
+    ):
         load_tokenizer("gpt2-not-here", None)
     with pytest.raises(TrainError, match=f"tokenizer: {tmp_path} does not load"):
         load_tokenizer(str(tmp_path), None)
@@ -305,11 +336,17 @@ def test_every_held_out_token_is_scored_once_after_the_one_before_it(seq_len):
     assert bytes(targets[scored].tolist()) == text
     assert held_out.size == held_out.tokens == len(text)
     assert inputs[: len(stream) - 1].tolist() == stream[:-1].tolist()
-    assert held_out.inputs.shape == held_out.targets.shape == (-(-(len(stream) - 1) // seq_len), seq_len)
+    assert (
+        held_out.inputs.shape
+        == held_out.targets.shape
+        == (-(-(len(stream) - 1) // seq_len), seq_len)
+    )
 
 
 def test_a_separator_spelt_out_in_the_text_is_text():
-    held_out = held_out_windows([Document("a", SEPARATOR_TEXT)], HuggingFaceTokenizerOfBytes(), 8, limit=0)
+    held_out = held_out_windows(
+        [Document("a", SEPARATOR_TEXT)], HuggingFaceTokenizerOfBytes(), 8, limit=0
+    )
     assert held_out.tokens == held_out.size == len(SEPARATOR_TEXT)
 
 
@@ -318,7 +355,8 @@ def test_a_limit_takes_a_fair_share_of_each_document_at_character_borders():
     held_out = held_out_windows(documents, ByteTokenizer(), 64, limit=1600)
     assert held_out.size == held_out.tokens == 1600  # 16 documents, 100 bytes each
     odd = held_out_windows(documents, ByteTokenizer(), 64, limit=16 * 101)
-    assert odd.size == 16 * 100 + 16  # 101 bytes cut a character, which is dropped; a 17th document fills up
+    # 101 bytes cut a character, which is dropped; a 17th document fills up
+    assert odd.size == 16 * 100 + 16
     single = held_out_windows(documents[:1], ByteTokenizer(), 64, limit=300)
     assert single.size == 300
 

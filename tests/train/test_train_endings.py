@@ -1,4 +1,5 @@
-"""How runs end when the machine ends them: full disks, kill -9, closed terminals, two runs in one folder."""
+"""How runs end when the machine ends them: full disks, kill -9, closed terminals, two runs in one
+folder."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def bare_exception(*args, **kwargs):
 
 
 def own_error(*args, **kwargs):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,10 +86,15 @@ def own_error(*args, **kwargs):
         ("transformers.PreTrainedModel.save_pretrained", full),
     ],
 )
-def test_a_disk_that_fills_in_the_export_is_one_sentence_and_the_run_goes_on(again, monkeypatch, place, raises):
+def test_a_disk_that_fills_in_the_export_is_one_sentence_and_the_run_goes_on(
+    again, monkeypatch, place, raises
+):
     monkeypatch.setattr(place, raises)
     shutil.rmtree(Path(again.out) / "export")
-    with pytest.raises(TrainError, match=r"cannot export to .*export: .*No space left on device.*; make room and run"):
+    with pytest.raises(
+        TrainError,
+        match=r"cannot export to .*export: .*No space left on device.*; make room and run",
+    ):
         pretrain(again)
     assert not [path.name for path in Path(again.out).iterdir() if "export" in path.name]
     monkeypatch.undo()
@@ -112,7 +120,9 @@ def test_a_disk_that_fills_in_a_picture_leaves_the_old_one(tmp_path, monkeypatch
         full()
 
     monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(TrainError, match=r"cannot draw .*x\.png: No space left on device; make room"):
+    with pytest.raises(
+        TrainError, match=r"cannot draw .*x\.png: No space left on device; make room"
+    ):
         write_picture(Figure(), path)
     assert (path.read_bytes(), [p.name for p in tmp_path.iterdir()]) == (before, ["x.png"])
 
@@ -125,16 +135,24 @@ def test_a_log_that_cannot_be_opened_or_flushed_is_one_sentence(tmp_path, monkey
         log.Log(tmp_path / "log.jsonl") if writer is None else writer.flush()
 
 
-def test_every_size_of_a_small_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(tmp_path, texts):
-    """A real file system of many sizes, from too small for the config to large enough for all: whatever write comes too
-    late, and nothing else than the sizes of files decides which, there is no traceback and no half file."""
+def test_every_size_of_a_small_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(
+    tmp_path, texts
+):
+    """A real file system of many sizes, from too small for the config to large enough for all:
+    whatever write comes too late, and nothing else than the sizes of files decides which, there is
+    no traceback and no half file."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", disk]).returncode:
+    if (
+        sys.platform != "linux"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", disk]).returncode
+    ):
         pytest.skip("a small file system takes the right to mount one")
     said = set()
     try:
-        config = tiny(disk / "run", texts, steps=2, warmup=0, save_every=0, sample_tokens=4, prompt="if")
+        config = tiny(
+            disk / "run", texts, steps=2, warmup=0, save_every=0, sample_tokens=4, prompt="if"
+        )
         for size in [4, 16, 40, 100, 200, 300, *range(330, 450, 12), 4000]:
             subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
             try:
@@ -164,19 +182,25 @@ def test_a_disk_that_fails_where_nobody_expects_it_is_one_sentence(monkeypatch, 
             cli.main(["info"])
     else:
         assert cli.main(["info"]) == 1
-        message = f"nvfp4: error: {os.strerror(number)}: /tmp/somewhere; put that right and go on with --resume\n"
+        message = (
+            f"nvfp4: error: {os.strerror(number)}: /tmp/somewhere; put that right and go on with "
+            "--resume\n"
+        )
         assert capsys.readouterr().err == message
 
 
 # A model that is lost
 
 
-@pytest.mark.parametrize("changes", [{"lr": 1e30}, {"lr": 1e300}, {"eps": 1e-300}, {"weight_decay": 1e38}])
+@pytest.mark.parametrize(
+    "changes", [{"lr": 1e30}, {"lr": 1e300}, {"eps": 1e-300}, {"weight_decay": 1e38}]
+)
 def test_a_model_whose_loss_is_no_number_ends_in_a_sentence_not_in_json(tmp_path, texts, changes):
     """The loss and gradient of the only update are fine, the weights after it are not."""
     config = tiny(tmp_path / "run", texts, steps=1, warmup=0, **changes)
     with pytest.raises(
-        TrainError, match=r"the held-out loss is (nan|inf) after the last update.*the model is lost; lower"
+        TrainError,
+        match=r"the held-out loss is (nan|inf) after the last update.*the model is lost; lower",
     ):
         pretrain(config)
     rows = steps_of(tmp_path / "run")
@@ -198,7 +222,9 @@ def test_a_comparison_draws_evaluations_that_were_no_number(tmp_path):
         ({"out": ""}, "out: expected the name of a folder, got ''"),
     ],
 )
-def test_texts_that_no_file_can_hold_and_empty_names_are_refused_at_once(tmp_path, texts, changes, message):
+def test_texts_that_no_file_can_hold_and_empty_names_are_refused_at_once(
+    tmp_path, texts, changes, message
+):
     with pytest.raises(TrainError, match=message):
         pretrain(dataclasses.replace(tiny(tmp_path / "run", texts), **changes))
 
@@ -211,7 +237,11 @@ def test_texts_that_no_file_can_hold_and_empty_names_are_refused_at_once(tmp_pat
     [
         ("manifest.json", "[]", "manifest.json is not what was written"),
         ("manifest.json", '{"format": 1}', "manifest.json does not list files"),
-        ("manifest.json", '{"format": 1, "files": {"state.json": 3}}', "manifest.json does not list files"),
+        (
+            "manifest.json",
+            '{"format": 1, "files": {"state.json": 3}}',
+            "manifest.json does not list files",
+        ),
         ("manifest.json", "[" * 100_000, "manifest.json is cut off or not readable"),
     ],
 )
@@ -245,25 +275,35 @@ def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(again, monkey
         return original(path)
 
     monkeypatch.setattr(os, "listdir", closed)
-    with pytest.raises(TrainError, match=r"cannot look for checkpoints in .*checkpoints: Permission denied"):
+    with pytest.raises(
+        TrainError, match=r"cannot look for checkpoints in .*checkpoints: Permission denied"
+    ):
         pretrain(again)
     assert len(log.read(Path(again.out) / "log.jsonl")) == 5
 
 
 @pytest.mark.parametrize("rest", ["", '{"st', "7\n", "{}\n"])
 def test_the_last_row_of_a_log_that_another_process_writes(tmp_path, rest):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + '{"step": 2, "text": "' + "x" * 70_000 + '"}\n' + rest)
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1}\n' + '{"step": 2, "text": "' + "x" * 70_000 + '"}\n' + rest
+    )
     assert log.last_row(tmp_path / "absent.jsonl") is None
     found = log.last_row(tmp_path / "log.jsonl")
     assert found is None or found == {}  # a row longer than any of ours is not read
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + rest)
-    assert log.last_row(tmp_path / "log.jsonl") == (None if rest == "7\n" else {} if rest == "{}\n" else {"step": 2})
+    assert log.last_row(tmp_path / "log.jsonl") == (
+        None if rest == "7\n" else {} if rest == "{}\n" else {"step": 2}
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "is missing or empty"), ('{"step": 1}\n', "ends at step 1")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is missing or empty"), ('{"step": 1}\n', "ends at step 1")]
+)
 def test_a_log_that_lost_its_rows_is_noticed_before_training_not_after(again, text, message):
     (Path(again.out) / "log.jsonl").write_text(text)
-    with pytest.raises(TrainError, match=rf"log\.jsonl {message}, the checkpoint is of step 4: the log is damaged"):
+    with pytest.raises(
+        TrainError, match=rf"log\.jsonl {message}, the checkpoint is of step 4: the log is damaged"
+    ):
         pretrain(again)
 
 
@@ -287,18 +327,25 @@ def test_overwrite_deletes_all_or_refuses(again, monkeypatch):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(TrainError, match=r"overwrite: cannot delete .*checkpoints: Permission denied"):
+    with pytest.raises(
+        TrainError, match=r"overwrite: cannot delete .*checkpoints: Permission denied"
+    ):
         pretrain(dataclasses.replace(again, resume=False, overwrite=True))
 
 
 # Processes
 
 
-def test_a_folder_in_use_names_the_process_and_a_failed_run_lets_go_of_it(tmp_path, texts, monkeypatch):
+def test_a_folder_in_use_names_the_process_and_a_failed_run_lets_go_of_it(
+    tmp_path, texts, monkeypatch
+):
     config = tiny(tmp_path / "run", texts, steps=2, warmup=0)
     other = RunFolder(config.out)
     other.lock()
-    with pytest.raises(TrainError, match=rf"another process \(process {os.getpid()} on .*\) is training in .*; wait"):
+    with pytest.raises(
+        TrainError,
+        match=rf"another process \(process {os.getpid()} on .*\) is training in .*; wait",
+    ):
         pretrain(config)
     with pytest.raises(TrainError, match=rf"another process \(process {os.getpid()} on"):
         pretrain(config)  # the first refusal has not emptied the file
@@ -316,13 +363,23 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return not Path(f"/proc/{pid}/stat").exists() or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return (
+        not Path(f"/proc/{pid}/stat").exists()
+        or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
-def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_goes_on(tmp_path, texts):
-    """The child used to train on for hours, and the same command then only said that somebody trains there."""
-    config = config_of(tmp_path / "out", texts, recipes=("bf16",), steps=3000, save_every=0, eval_every=0)
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a child of its parent's death"
+)
+def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_goes_on(
+    tmp_path, texts
+):
+    """The child used to train on for hours, and the same command then only said that somebody
+    trains there."""
+    config = config_of(
+        tmp_path / "out", texts, recipes=("bf16",), steps=3000, save_every=0, eval_every=0
+    )
     (tmp_path / "given.yaml").write_text(to_yaml(config))
     command = ["compare", "--config", str(tmp_path / "given.yaml")]
     folder = RunFolder(str(tmp_path / "out" / "bf16"))
@@ -364,23 +421,32 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path, texts):
 def test_a_terminal_that_closes_saves_and_nohup_is_obeyed(tmp_path, texts):
     """SIGHUP used to end the process at once. Under nohup it is ignored, as before."""
     stop = "import os, signal\nfrom nvfp4.train import loop as place\noriginal = place.update\n"
-    stop += "def update(run, step, lr):\n    os.kill(os.getpid(), signal.SIGHUP) if step == 2 else None\n"
+    stop += (
+        "def update(run, step, lr):\n    os.kill(os.getpid(), signal.SIGHUP) if step == 2 else "
+        "None\n"
+    )
     stop += "    return original(run, step, lr)\nplace.update = update\n"
     for name, before, code, step in (
         ("closed", "", 129, 3),
         ("nohup", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n", 0, 12),
     ):
         (tmp_path / f"{name}.yaml").write_text(to_yaml(tiny(tmp_path / name, texts, save_every=0)))
-        child = run_cli("pretrain", "--config", str(tmp_path / f"{name}.yaml"), before=stop + before)
+        child = run_cli(
+            "pretrain", "--config", str(tmp_path / f"{name}.yaml"), before=stop + before
+        )
         assert child.returncode == code, child.stdout + child.stderr
-        assert checkpoint.newest_first(tmp_path / name / "checkpoints")[0].name == f"step-{step:08d}"
+        assert (
+            checkpoint.newest_first(tmp_path / name / "checkpoints")[0].name == f"step-{step:08d}"
+        )
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path, texts):
     """nvfp4 pretrain | head -1: rich would end the process without a checkpoint."""
     (tmp_path / "given.yaml").write_text(to_yaml(tiny(tmp_path / "run", texts, log_every=1)))
     command = [*CLI, "pretrain", "--config", str(tmp_path / "given.yaml")]
-    child = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     child.stdout.readline()
     child.stdout.close()
     said = child.stderr.read()

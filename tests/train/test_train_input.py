@@ -1,4 +1,5 @@
-"""Files as people have them: unreadable, looping, half a character, too deep. One sentence names each."""
+"""Files as people have them: unreadable, looping, half a character, too deep. One sentence names
+each."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def corpus_of(*data, **changes):
 
 @contextlib.contextmanager
 def no_root() -> Iterator[None]:
-    """The rights of an ordinary user: root may read every file, so permissions would not be tested."""
+    """The rights of an ordinary user: root may read every file, so permissions would not be
+    tested."""
     if os.geteuid() != 0:
         yield
         return
@@ -50,7 +52,8 @@ def no_root() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder():
-    """A folder that everybody may enter, unlike pytest's; what is closed in it is opened again for its end."""
+    """A folder that everybody may enter, unlike pytest's; what is closed in it is opened again for
+    its end."""
     folder = Path(tempfile.mkdtemp(prefix="nvfp4-test-"))
     folder.chmod(0o755)
     yield folder
@@ -65,7 +68,10 @@ def open_folder():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (r'{"text": "half \ud800 of it"}', r"has half a character, the lone surrogate \\ud800; repair or remove it"),
+        (
+            r'{"text": "half \ud800 of it"}',
+            r"has half a character, the lone surrogate \\ud800; repair or remove it",
+        ),
         (r'{"text": "half \uDFFF of it"}', r"has half a character, the lone surrogate \\udfff"),
         (LONG, r"has an integer of too many digits; repair or remove it"),
         (DEEP, r"is nested too deeply; repair or remove it"),
@@ -73,7 +79,8 @@ def open_folder():
     ids=["high-surrogate", "low-surrogate", "5000-digits", "100000-deep"],
 )
 def test_a_line_that_json_or_unicode_cannot_hold_is_named(tmp_path, line, message):
-    """These came as UnicodeEncodeError, ValueError and RecursionError; both trainers read lines by one function."""
+    """These came as UnicodeEncodeError, ValueError and RecursionError; both trainers read lines by
+    one function."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n' + line + "\n")
     with pytest.raises(TrainError, match=rf"data: .*rows\.jsonl, line 2 {message}"):
         corpus_of(tmp_path / "rows.jsonl")
@@ -83,13 +90,19 @@ def test_a_line_that_json_or_unicode_cannot_hold_is_named(tmp_path, line, messag
 
 
 def test_surrogates_that_make_a_character_are_text(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(r'{"text": "\ud83d\ude00 and \\ud800 spelt out"}' + '\n{"text": "two"}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        r'{"text": "\ud83d\ude00 and \\ud800 spelt out"}' + '\n{"text": "two"}\n'
+    )
     corpus = corpus_of(tmp_path / "rows.jsonl")
-    assert "\N{GRINNING FACE} and \\ud800 spelt out" in {d.text for d in [*corpus.train, *corpus.held_out]}
+    assert "\N{GRINNING FACE} and \\ud800 spelt out" in {
+        d.text for d in [*corpus.train, *corpus.held_out]
+    }
 
 
 def test_a_line_with_a_thousand_other_fields_gives_a_short_message(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({f"field{i}" * 50: i for i in range(1000)}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({f"field{i}" * 50: i for i in range(1000)}) + "\n"
+    )
     with pytest.raises(
         TrainError, match=r"has no text in field 'text', but the fields 'field0.*, \.\.\.; set"
     ) as caught:
@@ -109,24 +122,37 @@ def test_a_parquet_column_that_is_not_utf8_is_named(tmp_path):
 # Folders
 
 
-@pytest.mark.parametrize("pattern", ["", "*/*.txt", "**/*.txt"], ids=["folder", "glob", "recursive-glob"])
+@pytest.mark.parametrize(
+    "pattern", ["", "*/*.txt", "**/*.txt"], ids=["folder", "glob", "recursive-glob"]
+)
 def test_a_folder_that_may_not_be_read_is_not_left_out(open_folder, pattern):
     write_texts(open_folder / "texts")
     write_texts(open_folder / "texts" / "closed", files=2)
     (open_folder / "texts" / "closed").chmod(0)
     root = open_folder / ("texts" if pattern != "*/*.txt" else "")
-    with no_root(), pytest.raises(TrainError, match=r"data: cannot look through .*texts.*: Permission denied"):
+    with (
+        no_root(),
+        pytest.raises(TrainError, match=r"data: cannot look through .*texts.*: Permission denied"),
+    ):
         corpus_of(root / pattern if pattern != "*/*.txt" else open_folder / "texts" / pattern)
 
 
 def test_a_file_in_a_folder_that_may_not_be_entered_is_named(open_folder):
     write_texts(open_folder / "closed", files=2)
     (open_folder / "closed").chmod(0)
-    with no_root(), pytest.raises(TrainError, match=r"data: cannot look through .*text00\.txt: Permission denied"):
+    with (
+        no_root(),
+        pytest.raises(
+            TrainError, match=r"data: cannot look through .*text00\.txt: Permission denied"
+        ),
+    ):
         corpus_of(open_folder / "closed" / "text00.txt")
     (open_folder / "closed").chmod(0o755)
     (open_folder / "closed" / "text00.txt").chmod(0)
-    with no_root(), pytest.raises(TrainError, match=r"data: cannot read .*text00\.txt: Permission denied"):
+    with (
+        no_root(),
+        pytest.raises(TrainError, match=r"data: cannot read .*text00\.txt: Permission denied"),
+    ):
         corpus_of(open_folder / "closed")
 
 
@@ -148,12 +174,19 @@ def test_links_may_loop_and_may_not_lead_nowhere(tmp_path):
     (texts / "up").symlink_to(tmp_path)
     (texts / "again").symlink_to(texts / "again2")
     (texts / "again2").symlink_to(texts / "again")
-    with pytest.raises(TrainError, match=r"data: .*(again2? is a link that leads to no file|loop|levels of symbolic)"):
+    with pytest.raises(
+        TrainError,
+        match=r"data: .*(again2? is a link that leads to no file|loop|levels of symbolic)",
+    ):
         corpus_of(texts)
-    with pytest.raises(TrainError, match=r"data: .*(again is a link that leads to no file|loop|levels of symbolic)"):
+    with pytest.raises(
+        TrainError, match=r"data: .*(again is a link that leads to no file|loop|levels of symbolic)"
+    ):
         corpus_of(texts / "again")
     (texts / "again").unlink()
-    with pytest.raises(TrainError, match=r"data: .*again2 is a link that leads to no file; repair or remove it"):
+    with pytest.raises(
+        TrainError, match=r"data: .*again2 is a link that leads to no file; repair or remove it"
+    ):
         corpus_of(texts)
     (texts / "again2").unlink()
     assert corpus_of(texts).sha256 == expected

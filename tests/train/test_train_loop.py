@@ -58,7 +58,9 @@ def test_cosine_follows_its_formula_down_to_the_minimum():
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-@pytest.mark.parametrize(("steps", "warmup", "decay"), [(1, 0, 0.0), (1, 0, 1.0), (3, 2, 1.0), (7, 0, 0.5)])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay"), [(1, 0, 0.0), (1, 0, 1.0), (3, 2, 1.0), (7, 0, 0.5)]
+)
 def test_short_runs_have_positive_rates_too(schedule, steps, warmup, decay):
     part = {"decay": decay} if schedule == "wsd" else {}  # of which cosine has none
     config = resolve(PretrainConfig(steps=steps, warmup=warmup, schedule=schedule, lr=1.0, **part))
@@ -73,7 +75,11 @@ def test_norms_biases_and_embeddings_are_not_decayed(tmp_path, texts):
         names = {id(p): name for name, p in model.named_parameters()}
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
         free = {names[id(p)] for p in plain["params"]}
-        assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_norm.weight"} <= free
+        assert {
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+            "model.layers.0.self_attn.q_norm.weight",
+        } <= free
         held = {names[id(p)] for p in decayed["params"]}
         assert held == {n for n in names.values() if "_proj" in n and "up_proj" not in n} | (
             set() if tied else {"lm_head.weight"}
@@ -86,7 +92,8 @@ def test_norms_biases_and_embeddings_are_not_decayed(tmp_path, texts):
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, texts):
-    """In FP32 both sum the same 64 token gradients, in another order: at most 64 roundings of 2^-24."""
+    """In FP32 both sum the same 64 token gradients, in another order: at most 64 roundings of
+    2^-24."""
     norms, weights = [], []
     for micro in (None, 2, 1):
         run = run_of(tmp_path, texts, dtype="fp32", micro_batch=micro)
@@ -99,20 +106,25 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, texts):
 
 
 def test_accumulation_over_equal_halves_is_exact(tmp_path, texts):
-    """Twice the same rows: the halves' gradients are equal, a + a and division by 2 round nothing."""
+    """Twice the same rows: the halves' gradients are equal, a + a and division by 2 round
+    nothing."""
     run = run_of(tmp_path, texts, dtype="fp32", batch=2, micro_batch=1)
     rows = run.windows.batch_at(0)[:1]
     run.windows.batch_at = lambda step: rows.expand(2, -1)
     whole = copy.deepcopy(run.model)
     step.update(run, 0, lr=1e-3)
     optimizer = adamw(whole, run.config)
-    loss = nn.functional.cross_entropy(whole(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+    loss = nn.functional.cross_entropy(
+        whole(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten()
+    )
     loss.backward()
     nn.utils.clip_grad_norm_(whole.parameters(), run.config.clip)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run.model.parameters(), whole.parameters(), strict=True)
+    )
 
 
 def test_clipping_bounds_the_update_but_the_norm_is_logged_as_it_was(tmp_path, texts):
@@ -153,9 +165,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, texts, monke
 def test_a_skipped_step_changes_neither_weights_nor_moments(tmp_path, texts, monkeypatch):
     run = run_of(tmp_path, texts)
     step.update(run, 0, lr=1e-3)
-    before = copy.deepcopy(list(run.model.parameters()) + [s["exp_avg"] for s in run.optimizer.state.values()])
+    before = copy.deepcopy(
+        list(run.model.parameters()) + [s["exp_avg"] for s in run.optimizer.state.values()]
+    )
     monkeypatch.setattr(
-        step, "next_token_loss", lambda run, rows: sum(p.sum() for p in run.model.parameters()) * float("inf")
+        step,
+        "next_token_loss",
+        lambda run, rows: sum(p.sum() for p in run.model.parameters()) * float("inf"),
     )
     assert step.update(run, 1, lr=1e-3)["skipped"]
     after = list(run.model.parameters()) + [s["exp_avg"] for s in run.optimizer.state.values()]
@@ -164,9 +180,13 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(tmp_path, texts, mon
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_advice(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(
-        step, "next_token_loss", lambda run, rows: sum(p.sum() for p in run.model.parameters()) * float("nan")
+        step,
+        "next_token_loss",
+        lambda run, rows: sum(p.sum() for p in run.model.parameters()) * float("nan"),
     )
-    with pytest.raises(TrainError, match=r"NaN or Inf in 3 updates in a row, up to step 3; lower --lr or --clip"):
+    with pytest.raises(
+        TrainError, match=r"NaN or Inf in 3 updates in a row, up to step 3; lower --lr or --clip"
+    ):
         pretrain(tiny(tmp_path / "run", texts, max_bad_steps=3))
     assert sorted(steps_of(tmp_path / "run")) == [0, 1, 2, 3]
 
@@ -176,7 +196,9 @@ def test_running_out_of_memory_names_the_knobs(tmp_path, texts, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 7 GiB")
 
     monkeypatch.setattr(loop, "update", full)
-    with pytest.raises(TrainError, match="out of memory: tried to allocate 7 GiB; lower --micro-batch or --seq-len"):
+    with pytest.raises(
+        TrainError, match="out of memory: tried to allocate 7 GiB; lower --micro-batch or --seq-len"
+    ):
         pretrain(tiny(tmp_path / "run", texts))
 
 
@@ -189,7 +211,8 @@ def test_a_compiler_that_fails_names_the_off_switch(tmp_path, texts, monkeypatch
     monkeypatch.setattr(loop, "update", fail)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     with pytest.raises(
-        TrainError, match=r"compile: torch.compile failed here \(no C\+\+ compiler\); run with --no-compile"
+        TrainError,
+        match=r"compile: torch.compile failed here \(no C\+\+ compiler\); run with --no-compile",
     ):
         pretrain(tiny(tmp_path / "run", texts, compile=True))
 
@@ -198,7 +221,8 @@ def test_a_compiler_that_fails_names_the_off_switch(tmp_path, texts, monkeypatch
 
 
 class Bigram(nn.Module):
-    """logits of the next byte: 3 if it is the byte plus one, else 0; the separator predicts nothing in particular."""
+    """logits of the next byte: 3 if it is the byte plus one, else 0; the separator predicts nothing
+    in particular."""
 
     def forward(self, input_ids):
         logits = torch.zeros(*input_ids.shape, 257)
@@ -207,8 +231,11 @@ class Bigram(nn.Module):
 
 
 def test_bits_per_byte_by_hand():
-    """abc, x: a and x follow the separator (byte 0 is what it expects), b and c are expected. Z = e^3 + 256."""
-    held_out = held_out_windows([Document("1", "abc"), Document("2", "x")], ByteTokenizer(), 4, limit=0)
+    """abc, x: a and x follow the separator (byte 0 is what it expects), b and c are expected. Z =
+    e^3 + 256."""
+    held_out = held_out_windows(
+        [Document("1", "abc"), Document("2", "x")], ByteTokenizer(), 4, limit=0
+    )
     cpu = Accelerator(cpu=True)
     score = evaluate(Bigram(), held_out, 2, lambda: torch.autocast("cpu", enabled=False), cpu)
     z = math.exp(3) + 256
@@ -257,23 +284,43 @@ def finished(tmp_path_factory, texts):
 def test_the_run_folder_holds_everything(finished):
     out, result = finished
     names = {p.name for p in out.iterdir()}
-    assert names == {"config.yaml", "log.jsonl", "checkpoints", "export", "sample.txt", "result.json", ".lock"}
+    assert names == {
+        "config.yaml",
+        "log.jsonl",
+        "checkpoints",
+        "export",
+        "sample.txt",
+        "result.json",
+        ".lock",
+    }
     assert json.loads((out / "result.json").read_text()) == result
     assert (out / "sample.txt").read_text().startswith("if x")
     assert result["val_bytes"] == 512
-    assert result["val_bpb"] == pytest.approx(result["val_loss"] / math.log(2))  # bytes are tokens here
+    # bytes are tokens here
+    assert result["val_bpb"] == pytest.approx(result["val_loss"] / math.log(2))
     assert result["val_bpb_bf16"] != result["val_bpb"]
     rows = log.read(out / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(13))
     assert [row["step"] for row in rows if "val_bpb" in row] == [0, 5, 10, 12]
     assert result["train_loss"] == pytest.approx(sum(row["loss"] for row in rows[1:]) / 12)
-    keys = {"step", "loss", "lr", "grad_norm", "skipped", "tokens", "seconds", "tokens_per_s", "memory_gib"}
+    keys = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "skipped",
+        "tokens",
+        "seconds",
+        "tokens_per_s",
+        "memory_gib",
+    }
     assert set(rows[1]) == keys
     assert rows[12]["tokens"] == 12 * 4 * 16
 
 
 def test_it_learns(finished):
-    """From about 8 bits (257 equal chances) at the start; the words of the corpus need less than 4."""
+    """From about 8 bits (257 equal chances) at the start; the words of the corpus need less than
+    4."""
     rows = steps_of(finished[0])
     assert rows[0]["val_bpb"] > 7.5
     assert rows[12]["val_bpb"] < 5.5
@@ -288,7 +335,8 @@ def test_every_recipe_trains(tmp_path, texts):
         assert result["val_bpb"] < 7
         first[recipe] = steps_of(tmp_path / recipe)[1]["loss"]
     assert len(set(first.values())) > 4  # the recipes do compute differently
-    assert max(first.values()) - min(first.values()) < 0.02  # from the same weights on the same batch
+    # from the same weights on the same batch
+    assert max(first.values()) - min(first.values()) < 0.02
 
 
 def test_half_a_line_is_passed_over_and_rows_after_the_checkpoint_are_cut(tmp_path):
@@ -303,30 +351,61 @@ def test_half_a_line_is_passed_over_and_rows_after_the_checkpoint_are_cut(tmp_pa
 def test_a_full_disk_under_the_log_is_said(tmp_path, monkeypatch):
     writer = log.Log(tmp_path / "log.jsonl")
     monkeypatch.setattr("os.write", lambda descriptor, data: len(data) // 2)
-    with pytest.raises(TrainError, match=r"cannot write .*log\.jsonl: no space left for a whole line; make room"):
+    with pytest.raises(
+        TrainError, match=r"cannot write .*log\.jsonl: no space left for a whole line; make room"
+    ):
         writer.write({"step": 1})
 
 
 def test_the_step_line_is_plain_where_there_is_no_terminal(capsys):
     report = TextReporter("x", steps=200, every=10)
     report.start(0)
-    row = {"lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 12345.0, "memory_gib": 0.6, "seconds": 0.5, "skipped": False}
+    row = {
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_s": 12345.0,
+        "memory_gib": 0.6,
+        "seconds": 0.5,
+        "skipped": False,
+    }
     for number in range(1, 22):
         report.step({"step": number, "loss": 2.5, **row})
     report.step({"step": 22, "loss": None, **row, "skipped": True})
     report.step({"step": 23, "loss": 2.5, **row, "val_bpb": 3.25})
     report.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step   1/200  loss 2.5000  lr 1.00e-03  norm 0.500  12.3k tok/s  0.60 GiB  eta 1:40"
-    assert [text.split("/")[0] for text in lines] == ["step   1", "step  10", "step  20", "step  22", "step  23"]
+    assert (
+        lines[0]
+        == "step   1/200  loss 2.5000  lr 1.00e-03  norm 0.500  12.3k tok/s  0.60 GiB  eta 1:40"
+    )
+    assert [text.split("/")[0] for text in lines] == [
+        "step   1",
+        "step  10",
+        "step  20",
+        "step  22",
+        "step  23",
+    ]
     assert "SKIPPED" in lines[3]
     assert "held-out 3.2500 bpb" in lines[4]
 
 
 def test_numbers_for_people():
     assert [rate(v) for v in (12.3, 999.0, 1000.0, 45678.0)] == ["12", "999", "1.0k", "45.7k"]
-    assert [duration(v) for v in (0, 59.6, 3599, 3600, 100000)] == ["0:00", "1:00", "59:59", "1:00:00", "27:46:40"]
-    skipped = {"step": 1, "loss": None, "lr": 1, "grad_norm": None, "tokens_per_s": 1, "memory_gib": 1}
+    assert [duration(v) for v in (0, 59.6, 3599, 3600, 100000)] == [
+        "0:00",
+        "1:00",
+        "59:59",
+        "1:00:00",
+        "27:46:40",
+    ]
+    skipped = {
+        "step": 1,
+        "loss": None,
+        "lr": 1,
+        "grad_norm": None,
+        "tokens_per_s": 1,
+        "memory_gib": 1,
+    }
     assert TextReporter("x", 10, 1).figures(skipped)[1] == "loss nan"
 
 
@@ -357,5 +436,6 @@ def test_two_processes_under_torchrun_train_the_same_run(tmp_path, texts):
     one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
     assert sorted(two) == list(range(7))
     for i in range(1, 5):
-        # BF16 compute: a relative rounding of 2^-9 in each logit, of which the mean of 64 losses averages most away
+        # BF16 compute: a relative rounding of 2^-9 in each logit, of which the mean of 64 losses
+        # averages most away
         assert two[i]["loss"] == pytest.approx(one[i]["loss"], rel=2**-9)

@@ -1,4 +1,5 @@
-"""A run that was killed, stopped or moved goes on to the last bit; what does not fit is refused by name."""
+"""A run that was killed, stopped or moved goes on to the last bit; what does not fit is refused by
+name."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def last(*args, **kwargs):
     return result
 place.{name} = last
 """
-AFTER_LOGGING_STEP_6 = KILL.format(module="run.log", name="Log.write", when="args[1]['step'] == 6", signal="SIGKILL")
+AFTER_LOGGING_STEP_6 = KILL.format(
+    module="run.log", name="Log.write", when="args[1]['step'] == 6", signal="SIGKILL"
+)
 INSIDE_CHECKPOINT_8 = KILL.format(
     module="run.checkpoint", name="save_file", when="'00000008' in str(args[1])", signal="SIGKILL"
 )
@@ -58,7 +61,11 @@ def started_from_file(config, tmp_path, before):
 
 @pytest.mark.parametrize(
     ("recipe", "place"),
-    [("bf16", AFTER_LOGGING_STEP_6), ("quartet2", AFTER_LOGGING_STEP_6), ("quartet2", INSIDE_CHECKPOINT_8)],
+    [
+        ("bf16", AFTER_LOGGING_STEP_6),
+        ("quartet2", AFTER_LOGGING_STEP_6),
+        ("quartet2", INSIDE_CHECKPOINT_8),
+    ],
     ids=["bf16-between-steps", "quartet2-between-steps", "quartet2-inside-a-checkpoint"],
 )
 def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, texts, recipe, place):
@@ -80,7 +87,10 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, texts
         json.loads((last[0] / "state.json").read_text())["noise"]
         == json.loads((last[1] / "state.json").read_text())["noise"]
     )
-    assert (result["val_loss"], result["val_bpb_bf16"]) == (expected["val_loss"], expected["val_bpb_bf16"])
+    assert (result["val_loss"], result["val_bpb_bf16"]) == (
+        expected["val_loss"],
+        expected["val_bpb_bf16"],
+    )
 
 
 def test_the_layers_call_counters_are_what_makes_it_exact(tmp_path, texts, monkeypatch):
@@ -107,7 +117,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, texts,
     stop += "\ncalls = []\ndef step_is_7():\n    calls.append(1)\n    return len(calls) == 7\n"
     child = started_from_file(config, tmp_path, stop)
     assert child.returncode == code, child.stdout + child.stderr
-    assert "stopped at step 7, checkpoint saved; go on with: nvfp4 pretrain --config" in child.stderr
+    assert (
+        "stopped at step 7, checkpoint saved; go on with: nvfp4 pretrain --config" in child.stderr
+    )
     assert "Traceback" not in child.stderr
     command = child.stderr.split("go on with: nvfp4 ")[1].split()
     assert main(command) == 0
@@ -162,7 +174,9 @@ def test_resume_with_no_good_checkpoint_left_is_an_error(tmp_path, finished):
     (tmp_path / "run" / "result.json").unlink()
     for path in checkpoint.newest_first(tmp_path / "run" / "checkpoints"):
         (path / "state.json").unlink()
-    with pytest.raises(TrainError, match="All 3 checkpoints are damaged; start again with --overwrite"):
+    with pytest.raises(
+        TrainError, match="All 3 checkpoints are damaged; start again with --overwrite"
+    ):
         pretrain(dataclasses.replace(finished, resume=True))
 
 
@@ -176,7 +190,8 @@ def test_a_finished_run_is_not_done_again(tmp_path, finished, capsys):
 
 def test_an_earlier_run_is_neither_overwritten_nor_mixed_by_accident(tmp_path, finished):
     with pytest.raises(
-        TrainError, match=r"out: .*run holds an earlier run \(config.yaml, log.jsonl, checkpoints, result"
+        TrainError,
+        match=r"out: .*run holds an earlier run \(config.yaml, log.jsonl, checkpoints, result",
     ):
         pretrain(finished)
     (tmp_path / "run" / "mine.txt").write_text("keep me")
@@ -195,7 +210,10 @@ def test_an_earlier_run_is_neither_overwritten_nor_mixed_by_accident(tmp_path, f
             {"width": 64, "allow_changes": ("width",)},
             r"of another model: .*weight: \[\d+, 32\] torch.float32 in the check",
         ),
-        ({"depth": 2, "allow_changes": ("depth",)}, "of another model: .*layers.1.*: missing from the checkpoint"),
+        (
+            {"depth": 2, "allow_changes": ("depth",)},
+            "of another model: .*layers.1.*: missing from the checkpoint",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_config_or_model_names_the_fields(finished, changes, message):
@@ -206,21 +224,29 @@ def test_a_checkpoint_of_another_config_or_model_names_the_fields(finished, chan
 def test_changed_text_is_noticed(tmp_path, finished):
     moved = write_texts(tmp_path / "changed")
     (moved / "text00.txt").write_text("something else")
-    changed = dataclasses.replace(finished, resume=True, data=(str(moved),), allow_changes=("seed",))
+    changed = dataclasses.replace(
+        finished, resume=True, data=(str(moved),), allow_changes=("seed",)
+    )
     with pytest.raises(TrainError, match="data: "):
         pretrain(changed)
     saved = dataclasses.replace(finished, out=str(tmp_path / "b"), data=(str(moved),))
     pretrain(saved)
     (tmp_path / "b" / "result.json").unlink()
     (moved / "text00.txt").write_text("changed once more")
-    with pytest.raises(TrainError, match="the files have changed since the checkpoint: corpus sha256"):
+    with pytest.raises(
+        TrainError, match="the files have changed since the checkpoint: corpus sha256"
+    ):
         pretrain(dataclasses.replace(saved, resume=True))
 
 
 def test_a_run_can_branch_from_a_checkpoint_with_changes(tmp_path, finished):
     source = tmp_path / "run" / "checkpoints" / "step-00000004"
     branch = dataclasses.replace(
-        finished, out=str(tmp_path / "branch"), resume_from=str(source), steps=8, allow_changes=("steps",)
+        finished,
+        out=str(tmp_path / "branch"),
+        resume_from=str(source),
+        steps=8,
+        allow_changes=("steps",),
     )
     pretrain(branch)
     ours, theirs = steps_of(tmp_path / "branch"), steps_of(tmp_path / "run")

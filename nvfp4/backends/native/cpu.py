@@ -10,7 +10,14 @@ from __future__ import annotations
 import torch
 
 from nvfp4.backends.base import Backend, Operation
-from nvfp4.backends.native.extension import ELEMENTS, RULES, code_matrix, contiguous, load, rule_numbers
+from nvfp4.backends.native.extension import (
+    ELEMENTS,
+    RULES,
+    code_matrix,
+    contiguous,
+    load,
+    rule_numbers,
+)
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
@@ -69,7 +76,9 @@ def emulated_dtypes() -> frozenset[torch.dtype]:
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if found.get("architecture") != "x86_64":
         return frozenset()
-    return frozenset(d for d, names in INSTRUCTIONS.items() if not any(found.get(name, False) for name in names))
+    return frozenset(
+        d for d, names in INSTRUCTIONS.items() if not any(found.get(name, False) for name in names)
+    )
 
 
 EMULATED = emulated_dtypes()
@@ -80,9 +89,13 @@ def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
     """Which dense product of ``dtype`` runs on this CPU, and why, in words."""
     names = ", ".join(INSTRUCTIONS[dtype])
     if dtype not in EMULATED:
-        return f"torch's: the processor has one of {names}, or torch does not say, or it is no x86-64"
+        return (
+            f"torch's: the processor has one of {names}, or torch does not say, or it is no x86-64"
+        )
     kernel = next((name for name in products() if name != PAIRS), None)
-    ours = "torch's of float32 copies" if kernel is None else f"the native float32 kernel for {kernel}"
+    ours = (
+        "torch's of float32 copies" if kernel is None else f"the native float32 kernel for {kernel}"
+    )
     return f"{ours}: the processor has none of {names}, and torch would emulate them"
 
 
@@ -102,7 +115,10 @@ class CpuBackend(Backend):
         return _MISSING
 
     def refuses(
-        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+        self,
+        operation: Operation,
+        quantizer: Quantizer | None = None,
+        options: Options | None = None,
     ) -> str | None:
         if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
             return f"it has no kernel for {quantizer.name}"
@@ -146,7 +162,9 @@ class CpuBackend(Backend):
         assert native is not None
         q = contiguous(q)
         source = native.Source(code_matrix(native, q), q.contraction)
-        args, transposed, _scratch = self._prepare(source, (q.contraction, q.rows), quantizer, options)
+        args, transposed, _scratch = self._prepare(
+            source, (q.contraction, q.rows), quantizer, options
+        )
         native.quantize(args, self.isa)
         return transposed
 
@@ -162,7 +180,11 @@ class CpuBackend(Backend):
         must outlive the call."""
         assert native is not None
         q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
-        scratch = torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu") if quantizer.rotates else None
+        scratch = (
+            torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu")
+            if quantizer.rotates
+            else None
+        )
         args = native.QuantizeArgs(
             source,
             _options(quantizer, options),
@@ -180,17 +202,25 @@ class CpuBackend(Backend):
         if not x.is_contiguous() or x.numel() == 0:
             return None
         assert native is not None
-        return native.fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads(), self.isa)
+        return native.fingerprint(
+            x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads(), self.isa
+        )
 
-    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+    def decode(
+        self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
+    ) -> torch.Tensor:
         assert native is not None
         q = contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device="cpu")
         matrix = code_matrix(native, q, with_global)
-        native.decode(matrix, columns, ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa)
+        native.decode(
+            matrix, columns, ELEMENTS[dtype], out.data_ptr(), torch.get_num_threads(), self.isa
+        )
         return out
 
-    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         assert native is not None
         kernel = next((name for name in products() if self.isa in ("", name)), None)
         if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
@@ -263,7 +293,8 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     alive."""
     if 1 in x.stride():
         return x
-    return x.reshape(-1).as_strided((1, 1), (1, 1)) if x.numel() == 1 else x.contiguous()  # one element always is
+    # one element always is
+    return x.reshape(-1).as_strided((1, 1), (1, 1)) if x.numel() == 1 else x.contiguous()
 
 
 def _source(x: torch.Tensor) -> object:

@@ -16,7 +16,14 @@ from types import ModuleType
 import torch
 
 from nvfp4.backends.base import Backend, Operation, reads_swizzled
-from nvfp4.backends.native.extension import ELEMENTS, RULES, code_matrix, contiguous, load, rule_numbers
+from nvfp4.backends.native.extension import (
+    ELEMENTS,
+    RULES,
+    code_matrix,
+    contiguous,
+    load,
+    rule_numbers,
+)
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
 from nvfp4.numerics.layout import swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
@@ -52,10 +59,16 @@ class CudaBackend(Backend):
         """What the extension was built for, or why there is none; needs no GPU."""
         if self.native is None:
             return str(_MISSING)
-        return f"it was built for {', '.join(f'sm_{number // 10}' for number in self.native.architectures())}"
+        return (
+            "it was built for "
+            f"{', '.join(f'sm_{number // 10}' for number in self.native.architectures())}"
+        )
 
     def refuses(
-        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+        self,
+        operation: Operation,
+        quantizer: Quantizer | None = None,
+        options: Options | None = None,
     ) -> str | None:
         if operation not in self.operations:
             return "it quantises and decodes alone"
@@ -79,7 +92,9 @@ class CudaBackend(Backend):
         """``quantize`` scaled by ``amax``, float32 [1] on the device of x, or [M] when row-scaled,
         instead of by its own; no magnitude of x may exceed it. x may not be empty; not for ms_eden.
         """
-        return self._quantize(x, _Target(self._module, tuple(x.shape), quantizer, options, x.device, amax=amax))
+        return self._quantize(
+            x, _Target(self._module, tuple(x.shape), quantizer, options, x.device, amax=amax)
+        )
 
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
@@ -104,8 +119,12 @@ class CudaBackend(Backend):
             self._module.quantize(matrix, target.operand, True, *place)
         return target.q
 
-    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-        raise NotImplementedError("the CUDA backend has no GEMM: registry.select never chooses it for one")
+    def matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError(
+            "the CUDA backend has no GEMM: registry.select never chooses it for one"
+        )
 
     @property
     def _module(self) -> ModuleType:
@@ -123,14 +142,24 @@ class CudaBackend(Backend):
         has to live on."""
         transposed = x.stride(0) == 1 and x.shape[0] > 1 and x.stride(1) != 1
         y = x.t() if transposed else x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-        return self._module.Matrix(y.data_ptr(), ELEMENTS[y.dtype], *y.shape, y.stride(0)), transposed, y
+        return (
+            self._module.Matrix(y.data_ptr(), ELEMENTS[y.dtype], *y.shape, y.stride(0)),
+            transposed,
+            y,
+        )
 
-    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+    def decode(
+        self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
+    ) -> torch.Tensor:
         q = contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
         with _on(q.device) as place:
             self._module.decode(
-                code_matrix(self._module, q, with_global), columns, ELEMENTS[dtype], out.data_ptr(), *place
+                code_matrix(self._module, q, with_global),
+                columns,
+                ELEMENTS[dtype],
+                out.data_ptr(),
+                *place,
             )
         return out
 
@@ -155,10 +184,14 @@ class _Target:
             self.peak = torch.empty(self.q.global_scale.shape, dtype=torch.float32, device=device)
         else:
             self.peak = amax.contiguous()
-        self.lengths = torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
+        self.lengths = (
+            torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
+        )
         if reads_swizzled(device):
             size = swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size)
-            self.q = replace(self.q, swizzled_scale=torch.empty(size, dtype=torch.uint8, device=device))
+            self.q = replace(
+                self.q, swizzled_scale=torch.empty(size, dtype=torch.uint8, device=device)
+            )
         self.operand = native.Operand(
             _options(native, quantizer, options),
             self.q.rows,
@@ -185,7 +218,11 @@ def _options(native: ModuleType, quantizer: Quantizer, options: Options) -> obje
 
 def _native_seed(native: ModuleType, seed: Seed | None) -> object:
     """A seed as the kernels take it: a number, or where on the device it lies."""
-    return native.Seed(0, seed.bits.data_ptr()) if isinstance(seed, DeviceSeed) else native.Seed(seed or 0, 0)
+    return (
+        native.Seed(0, seed.bits.data_ptr())
+        if isinstance(seed, DeviceSeed)
+        else native.Seed(seed or 0, 0)
+    )
 
 
 Place = tuple[int, int]

@@ -100,11 +100,17 @@ def choose(asked: str | None, present: Iterable[str], known: Iterable[str]) -> C
                 f"kernels are written for {_names(TARGETS)} (Triton's run from sm_80 on)"
             )
     else:
-        wanted, note = TARGETS, "there is no GPU to build for alone; NVFP4_CUDA_TARGETS chooses fewer"
+        wanted, note = (
+            TARGETS,
+            "there is no GPU to build for alone; NVFP4_CUDA_TARGETS chooses fewer",
+        )
     unknown = [target for target in wanted if target not in known]
     left = tuple(target for target in wanted if target in known)
     if not left:
-        raise ValueError(f"nvcc does not know {_names(unknown)}, only {_names(known) or 'older ones'}: update CUDA")
+        raise ValueError(
+            f"nvcc does not know {_names(unknown)}, only {_names(known) or 'older ones'}: update "
+            "CUDA"
+        )
     if unknown:
         note += f"; without {_names(unknown)}, which this nvcc does not know"
     return Choice(left, note)
@@ -114,7 +120,10 @@ def _target(word: str) -> str:
     """A name of a target as the user may write it: 90a, 90, sm_90a, 9.0."""
     target = word.strip().lower().removeprefix("sm_").replace(".", "").removesuffix("a") + "a"
     if target not in TARGETS:
-        raise ValueError(f"NVFP4_CUDA_TARGETS names {word.strip()!r}; the kernels are written for {', '.join(TARGETS)}")
+        raise ValueError(
+            f"NVFP4_CUDA_TARGETS names {word.strip()!r}; the kernels are written for "
+            f"{', '.join(TARGETS)}"
+        )
     return target
 
 
@@ -125,6 +134,8 @@ def _names(targets: Iterable[str]) -> str:
 def _said(*command: str) -> str:
     """What a program prints, or nothing if there is none or it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

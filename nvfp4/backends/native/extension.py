@@ -1,4 +1,5 @@
-"""What the compiled extensions have in common: the numbers of their enums, and why one is missing."""
+"""What the compiled extensions have in common: the numbers of their enums, and why one is
+missing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-RULES = {"rtn": 0, "rtn_2d": 0, "sr": 1, "sr_te": 2, "four_over_six": 3, "scale_search": 4, "ms_eden": 5}
+RULES = {
+    "rtn": 0,
+    "rtn_2d": 0,
+    "sr": 1,
+    "sr_te": 2,
+    "four_over_six": 3,
+    "scale_search": 4,
+    "ms_eden": 5,
+}
 """Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/cpu/kernels.h."""
 
 
@@ -32,12 +41,19 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
+        reason = (
+            "it was not built"
+            if isinstance(error, ModuleNotFoundError)
+            else f"it does not load: {error}"
+        )
         why = why_not_built(name.rpartition("_")[2], Path(__file__).parents[2])
         return None, f"the {kind} extension is missing, {reason}; reinstall with {needs}{why}"
     if getattr(module, "interface", None) != INTERFACE:
         reason = f"was built from older or newer sources than {__name__}"
-        return None, f"the {kind} extension ({module.__file__}) {reason}; build it again, with {needs}"
+        return (
+            None,
+            f"the {kind} extension ({module.__file__}) {reason}; build it again, with {needs}",
+        )
     return module, None
 
 
@@ -48,7 +64,9 @@ def why_not_built(kind: str, folder: Path) -> str:
     kind: "cpu" or "cuda".
     """
     try:
-        return f" (when it was installed, {(folder / MISSING_FILE.format(kind)).read_text().strip()})"
+        return (
+            f" (when it was installed, {(folder / MISSING_FILE.format(kind)).read_text().strip()})"
+        )
     except OSError:
         return ""
 
@@ -57,7 +75,13 @@ def rule_numbers(quantizer: Quantizer, options: Options) -> tuple[int, int, bool
     """What the kernels of both extensions are told of a method first: rule, metric, tiles, rows,
     search."""
     tiles = options.block == TILE_BLOCK
-    return RULES[quantizer.name], METRICS.index(options.metric), tiles, options.row_scaled, options.search
+    return (
+        RULES[quantizer.name],
+        METRICS.index(options.metric),
+        tiles,
+        options.row_scaled,
+        options.search,
+    )
 
 
 def contiguous(q: QTensor) -> QTensor:

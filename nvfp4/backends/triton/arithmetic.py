@@ -1,11 +1,13 @@
-"""The arithmetic of the kernels on tensors of any shape: twin of ``rng``, ``rounding``, ``codec`` and ``scaling``.
+"""The arithmetic of the kernels on tensors of any shape: twin of ``rng``, ``rounding``, ``codec``
+and ``scaling``.
 
-Integers wherever a float could surprise: FP8 types do not compile below sm_89, maxima of NaN depend on the compiler.
-Divisions are ``div_rn`` (``/`` is approximate on GPUs), sums are explicit trees (the order of ``tl.sum`` is open except
-between two elements).
+Integers wherever a float could surprise: FP8 types do not compile below sm_89, maxima of NaN depend
+on the compiler. Divisions are ``div_rn`` (``/`` is approximate on GPUs), sums are explicit trees
+(the order of ``tl.sum`` is open except between two elements).
 
-Integers wrap around on purpose: Philox is products and sums modulo 2^32. Under TRITON_DEBUG=1 Triton would trap each of
-them, so ``launch`` tells it not to look for overflow (``sanitize_overflow``).
+Integers wrap around on purpose: Philox is products and sums modulo 2^32. Under TRITON_DEBUG=1
+Triton would trap each of them, so ``launch`` tells it not to look for overflow
+(``sanitize_overflow``).
 """
 
 import triton
@@ -21,7 +23,8 @@ from nvfp4.numerics.rng import ROUNDS as _ROUNDS
 from nvfp4.numerics.scaling import SIXTH as _SIXTH
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether the kernels of this process are interpreted, on CPU tensors; decided when they are defined."""
+"""Whether the kernels of this process are interpreted, on CPU tensors; decided when they are
+defined."""
 
 
 def _constants(fmt: ElementFormat) -> tuple[int, int, float]:
@@ -42,15 +45,18 @@ _PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
 FOLD_STREAM = tl.constexpr(_FOLD_STREAM)
 
 
-_FUSES = tl.constexpr(not INTERPRETED and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7))
+_FUSES = tl.constexpr(
+    not INTERPRETED and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
+)
 
 
 @triton.jit
 def product(a, b):
     """fl(a * b), to be added to something.
 
-    For Blackwell, Triton 3.6 makes two products one mul.rn.f32x2, and its ptxas (12.9) makes one FFMA2 of that and
-    add.rn.f32x2, even under --fmad=false; a product spelt out stays alone. (3.7.1, 3.8.0 and 3.9.0 fuse nothing.)
+    For Blackwell, Triton 3.6 makes two products one mul.rn.f32x2, and its ptxas (12.9) makes one
+    FFMA2 of that and add.rn.f32x2, even under --fmad=false; a product spelt out stays alone.
+    (3.7.1, 3.8.0 and 3.9.0 fuse nothing.)
     """
     if _FUSES:
         return tl.inline_asm_elementwise(
@@ -80,13 +86,15 @@ def from_bits(x):
 
 @triton.jit
 def magnitude_bits(x):
-    """Bits of |x|: as integers they order like the magnitudes, with Inf and then NaN above everything."""
+    """Bits of |x|: as integers they order like the magnitudes, with Inf and then NaN above
+    everything."""
     return bits(x) & MAGNITUDE
 
 
 @triton.jit
 def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
-    """Four uint32 words of Philox4x32-10 at counter ``index`` (int64) of a stream; the seed as two int32."""
+    """Four uint32 words of Philox4x32-10 at counter ``index`` (int64) of a stream; the seed as two
+    int32."""
     k0, k1 = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
     c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     c2, c3 = tl.full(index.shape, STREAM, tl.uint32), tl.full(index.shape, 0, tl.uint32)
@@ -100,7 +108,8 @@ def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
 
 @triton.jit
 def seed_halves(low, high):
-    """The two int32 of a seed: the arguments themselves or, where ``high`` is None, of the int64 at pointer ``low``."""
+    """The two int32 of a seed: the arguments themselves or, where ``high`` is None, of the int64 at
+    pointer ``low``."""
     if high is None:
         seed = tl.load(low)
         return seed.to(tl.int32), (seed >> 32).to(tl.int32)
@@ -110,7 +119,8 @@ def seed_halves(low, high):
 
 @triton.jit
 def fold_in(low, high, datum):
-    """Halves of the seed that comes of a seed's halves and ``datum`` (int64): twin of ``rng.fold_in``."""
+    """Halves of the seed that comes of a seed's halves and ``datum`` (int64): twin of
+    ``rng.fold_in``."""
     w0, w1, _, _ = philox(low, high, datum, FOLD_STREAM)
     return w0.to(tl.int32, bitcast=True), w1.to(tl.int32, bitcast=True)
 
@@ -142,7 +152,8 @@ def uniform(seed_low, seed_high, index, STREAM: tl.constexpr):
 
 @triton.jit
 def _binade(a, F: tl.constexpr):
-    """Exponent field of max(a, smallest normal), in place: in that binade the lattice step is 2^(E - m)."""
+    """Exponent field of max(a, smallest normal), in place: in that binade the lattice step is 2^(E
+    - m)."""
     SMALLEST: tl.constexpr = (127 + F[1]) << 23
     return tl.maximum(bits(a), SMALLEST) & INFINITY_BITS
 
@@ -151,7 +162,8 @@ def _binade(a, F: tl.constexpr):
 def nearest(a, F: tl.constexpr):
     """(code, value) of the grid value nearest to 0 <= a <= max, ties to the even code.
 
-    What is added is a power of two whose last place is the lattice step, plus as many steps as the codes below the
+    What is added is a power of two whose last place is the lattice step, plus as many steps as the
+    codes below the
     binade (an even number, so ties stay right): the last bits of the sum are the code.
     """
     START: tl.constexpr = ((23 - F[0]) << 23) - ((127 + F[1]) << F[0])
@@ -163,7 +175,8 @@ def nearest(a, F: tl.constexpr):
 
 @triton.jit
 def converted_value(a):
-    """Grid value nearest to 0 <= a, at most 6, by the hardware of sm_100 and later; see ``tiles.converted_words``."""
+    """Grid value nearest to 0 <= a, at most 6, by the hardware of sm_100 and later; see
+    ``tiles.converted_words``."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b8 codes;
@@ -213,7 +226,8 @@ def stochastic(a, u, F: tl.constexpr):
 
 @triton.jit
 def decode(code, F: tl.constexpr):
-    """Float32 value of a code without sign: the format's exponent and mantissa read as float32, subnormals included."""
+    """Float32 value of a code without sign: the format's exponent and mantissa read as float32,
+    subnormals included."""
     SCALE: tl.constexpr = 2.0 ** (126 + F[1])
     return from_bits(code << (23 - F[0])) * SCALE
 
@@ -222,7 +236,9 @@ def decode(code, F: tl.constexpr):
 def decode_scale(byte):
     """Float32 value of an E4M3 byte 0..127; 127 is NaN."""
     code = byte.to(tl.int32)
-    return tl.where(code == 127, from_bits(tl.full(code.shape, NAN_BITS, tl.int32)), decode(code, E4M3))
+    return tl.where(
+        code == 127, from_bits(tl.full(code.shape, NAN_BITS, tl.int32)), decode(code, E4M3)
+    )
 
 
 @triton.jit
@@ -261,7 +277,8 @@ def guarded_reciprocal(x):
 
 @triton.jit
 def tree_sum(x):
-    """Sum of each block of x [m, rows, k, 16] in the fixed order x[i] + x[i + n/2], row-major: [m, k].
+    """Sum of each block of x [m, rows, k, 16] in the fixed order x[i] + x[i + n/2], row-major: [m,
+    k].
 
     Each ``tl.sum`` adds two elements, so its order cannot matter.
     """

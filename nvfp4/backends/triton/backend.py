@@ -3,8 +3,8 @@ last bit.
 
     quantize, requantize, both orientations   quantize/     one or two launches after the amax
     an activation straight into codes         activation/   RMSNorm or SwiGLU is never written
-    products                                  gemm/         FP4 tensor cores, or 16-bit ones on decoded operands
-    seeds of a layer's call, transposes       one launch each
+    products                                  gemm/         FP4 tensor cores, or 16-bit ones on
+    decoded operands seeds of a layer's call, transposes       one launch each
 
 This file says which case goes where: empty matrices, rotated codes and other ranks go to the
 reference's definition, everything else is launched. Nothing here waits for the device, so all of it
@@ -54,7 +54,11 @@ class TritonBackend(Backend):
         if _MISSING is not None:
             return _MISSING
         if device.type == "cpu":
-            return None if INTERPRETED else "it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
+            return (
+                None
+                if INTERPRETED
+                else "it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
+            )
         if device.type != "cuda":
             return f"it runs on cuda, not on {device.type}"
         if torch.version.cuda is None or not torch.cuda.is_available():
@@ -65,7 +69,10 @@ class TritonBackend(Backend):
         return not INTERPRETED
 
     def refuses(
-        self, operation: Operation, quantizer: Quantizer | None = None, options: Options | None = None
+        self,
+        operation: Operation,
+        quantizer: Quantizer | None = None,
+        options: Options | None = None,
     ) -> str | None:
         if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
             return f"it has no kernel for {quantizer.name}"
@@ -108,7 +115,9 @@ class TritonBackend(Backend):
             activations.fill(activation, across, down)
             return across.finish(), None if down is None else down.finish()
 
-    def activation_gradients(self, activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def activation_gradients(
+        self, activation: Activation, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if dy.numel() == 0:
             return super().activation_gradients(activation, dy)
         with on(dy.device):
@@ -121,7 +130,12 @@ class TritonBackend(Backend):
         return quantizing.quantize(Source.transposed_codes(q), Coded.of(q), target)
 
     def transpose(self, q: QTensor) -> QTensor:
-        if q.block != TILE_BLOCK or q.rotation is not None or len(q.shape) != 2 or q.codes.numel() == 0:
+        if (
+            q.block != TILE_BLOCK
+            or q.rotation is not None
+            or len(q.shape) != 2
+            or q.codes.numel() == 0
+        ):
             return super().transpose(q)
         with on(q.device):
             return transpose(q)
@@ -129,13 +143,23 @@ class TritonBackend(Backend):
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
         seeds = torch.empty(gemms, 3, dtype=torch.int64, device=words.device)
         with on(words.device):
-            launch(kernels.seeds_kernel, 1, (words, seeds, rank), (gemms, next_power_of_2(gemms)), warps=1)
+            launch(
+                kernels.seeds_kernel,
+                1,
+                (words, seeds, rank),
+                (gemms, next_power_of_2(gemms)),
+                warps=1,
+            )
         return seeds
 
-    def decode(self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
+    def decode(
+        self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
+    ) -> torch.Tensor:
         return quantizing.decode(q, columns, dtype, with_global)
 
-    def matmul(self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def matmul(
+        self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
         if pays(a.rows, b.rows, a.padded_contraction, tensor_cores(a.device)):
@@ -151,4 +175,6 @@ class TritonBackend(Backend):
         registers, as often as a tile of the product needs an element.
         """
         with on(a.device):
-            return scaled(contract(self.decode_blocks(a), self.decode_blocks(b)), a, b, out_dtype, bias)
+            return scaled(
+                contract(self.decode_blocks(a), self.decode_blocks(b)), a, b, out_dtype, bias
+            )

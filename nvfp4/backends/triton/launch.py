@@ -52,7 +52,13 @@ _SPECIALISED: dict[Any, tuple[bool, ...]] = {}
 
 
 def launch(
-    kernel: Any, programs: int, arguments: Sequence[Any], constants: Sequence[Any], *, warps: int, stages: int = 3
+    kernel: Any,
+    programs: int,
+    arguments: Sequence[Any],
+    constants: Sequence[Any],
+    *,
+    warps: int,
+    stages: int = 3,
 ) -> None:
     """``kernel[(programs,)](*arguments, *constants)`` on the current device and stream.
 
@@ -90,7 +96,10 @@ def _announce(kernel: Any) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return
     purpose = FAMILIES.get(module, module)
-    _LOG.warning("nvfp4 compiles its Triton kernels for %s: seconds each at first use, then kept on disk", purpose)
+    _LOG.warning(
+        "nvfp4 compiles its Triton kernels for %s: seconds each at first use, then kept on disk",
+        purpose,
+    )
 
 
 def key_of(kernel: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> tuple[Any, ...]:
@@ -98,7 +107,9 @@ def key_of(kernel: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> t
     Triton would compile the same for both."""
     specialised = _SPECIALISED.get(kernel.fn)
     if specialised is None:
-        specialised = _SPECIALISED[kernel.fn] = tuple(not parameter.do_not_specialize for parameter in kernel.params)
+        specialised = _SPECIALISED[kernel.fn] = tuple(
+            not parameter.do_not_specialize for parameter in kernel.params
+        )
     return (kernel.fn, tuple(constants), *map(_kind, arguments, specialised))
 
 

@@ -1,7 +1,8 @@
 """What kernels are told of tensors: where an operand is read from, and what a result is written to.
 
-    x [M, K], or codes whose transpose is wanted   -> Source, the first arguments of every kernel that reads
-    quantiser, options, shape                      -> Target: a QTensor to fill, and what is needed beside it
+    x [M, K], or codes whose transpose is wanted   -> Source, the first arguments of every kernel
+    that reads quantiser, options, shape                      -> Target: a QTensor to fill, and what
+    is needed beside it
 
 A Target lives through two or three launches: one finds the amax (as bits, in ``peak``), one makes
 codes and scales, and for rules that scale by what came out (``ms_eden``) ``finish`` makes the block
@@ -137,7 +138,10 @@ def two_targets(
     """What x and x^T are quantised into; the peaks of both come out of one allocation, aligned
     alike."""
     shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
-    across, down = (shape[0] if how[1].row_scaled else 1 for shape, how in zip(shapes, (rows, columns), strict=True))
+    across, down = (
+        shape[0] if how[1].row_scaled else 1
+        for shape, how in zip(shapes, (rows, columns), strict=True)
+    )
     start = -(-across // PEAK_UNIT) * PEAK_UNIT
     peaks = torch.zeros(start + down, dtype=torch.int32, device=x.device)
     return (

@@ -1,4 +1,5 @@
-"""Codes in 16x16 blocks with rows and columns exchanged, in one kernel: squares of 2 x 2 codes are turned as bytes."""
+"""Codes in 16x16 blocks with rows and columns exchanged, in one kernel: squares of 2 x 2 codes are
+turned as bytes."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ TILE = (128, 128, 4)
 
 @triton.jit
 def transpose_kernel(
-    codes, block_scale, codes_out, block_scale_out, rows, columns, row_bytes, R: tl.constexpr, C: tl.constexpr
+    codes, block_scale, codes_out, block_scale_out, rows, columns, row_bytes, R: tl.constexpr,
+    C: tl.constexpr
 ) -> None:  # fmt: skip
-    """codes [rows, row_bytes] with scales [ceil(rows/16), row_bytes/8] to codes_out [columns, 8 ceil(rows/16)] with
-    scales [row_bytes/8, ceil(rows/16)]; the codes that fill up rows are 0."""
+    """codes [rows, row_bytes] with scales [ceil(rows/16), row_bytes/8] to codes_out [columns, 8
+    ceil(rows/16)] with scales [row_bytes/8, ceil(rows/16)]; the codes that fill up rows are 0."""
     column_tiles = (row_bytes * 2 + C - 1) // C
     row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     scale_rows, row_blocks = (rows + 15) // 16, row_bytes // 8
@@ -64,4 +66,6 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     height, width, warps = TILE
     types = dict.fromkeys(("codes", "block_scale", "codes_out", "block_scale_out"), "*u8")
     types |= dict.fromkeys(("rows", "columns", "row_bytes"), "i32")
-    return [KernelVariant("transpose_kernel", transpose_kernel, types, {"R": height, "C": width}, warps)]
+    return [
+        KernelVariant("transpose_kernel", transpose_kernel, types, {"R": height, "C": width}, warps)
+    ]

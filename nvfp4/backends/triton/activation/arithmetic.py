@@ -1,6 +1,8 @@
-"""RMSNorm and SwiGLU on tiles of float32 that hold other dtypes' numbers: twin of ``activations.py``.
+"""RMSNorm and SwiGLU on tiles of float32 that hold other dtypes' numbers: twin of
+``activations.py``.
 
-What is added to is a ``product``, never a bare a * b: for Blackwell, Triton 3.6 would round both at once.
+What is added to is a ``product``, never a bare a * b: for Blackwell, Triton 3.6 would round both at
+once.
 """
 
 from typing import NamedTuple
@@ -8,7 +10,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from nvfp4.backends.triton.arithmetic import bits, from_bits, log2, product, reciprocal, round_to_bf16
+from nvfp4.backends.triton.arithmetic import (
+    bits,
+    from_bits,
+    log2,
+    product,
+    reciprocal,
+    round_to_bf16,
+)
 from nvfp4.backends.triton.quantize.tiles import load_dense, positions
 from nvfp4.numerics.activations import EXP_FLOOR as _EXP_FLOOR
 from nvfp4.numerics.activations import EXP_TERMS as _EXP_TERMS
@@ -32,13 +41,16 @@ SIGN = tl.constexpr(-(1 << 31))
 
 
 class Formula(NamedTuple):
-    """What is computed of (first, second). gated: SwiGLU of gate and up, otherwise RMSNorm of x and weight.
+    """What is computed of (first, second). gated: SwiGLU of gate and up, otherwise RMSNorm of x and
+    weight.
 
-    inner: the dtype of ``first``, to which the normalised x and silu(gate) are rounded; outer: of the result.
+    inner: the dtype of ``first``, to which the normalised x and silu(gate) are rounded; outer: of
+    the result.
 
-    In Triton 3.6 an attribute of a constant tuple is a bare Python value, which no other function under ``triton.jit``
-    takes: kernels hand on ``INNER: tl.constexpr = F.inner``, and write ``tl.full((T.rows, LANES), 0.0, tl.float32)``,
-    because ``tl.zeros`` is such a function. (3.9 takes both.)
+    In Triton 3.6 an attribute of a constant tuple is a bare Python value, which no other function
+    under ``triton.jit``
+    takes: kernels hand on ``INNER: tl.constexpr = F.inner``, and write ``tl.full((T.rows, LANES),
+    0.0, tl.float32)``, because ``tl.zeros`` is such a function. (3.9 takes both.)
     """
 
     gated: bool
@@ -107,7 +119,8 @@ def load_vector(values, index, count):
 
 @triton.jit
 def lane_sum(lanes):
-    """Sum of each row of [n, LANES] by halves: [n]. Each ``tl.sum`` adds two elements, so its order cannot matter."""
+    """Sum of each row of [n, LANES] by halves: [n]. Each ``tl.sum`` adds two elements, so its order
+    cannot matter."""
     N: tl.constexpr = lanes.shape[0]
     for s in tl.static_range(log2(LANES)):
         lanes = tl.sum(tl.reshape(lanes, (N, 2, LANES >> (s + 1))), axis=1)
@@ -126,7 +139,8 @@ def row_tree(x):
 
 @triton.jit
 def over(x, count):
-    """x / count. A count of 1 is a Python integer by the time it gets here, which has no ``.to``."""
+    """x / count. A count of 1 is a Python integer by the time it gets here, which has no
+    ``.to``."""
     return tl.math.div_rn(x, tl.zeros(x.shape, tl.float32) + tl.cast(count, tl.float32))
 
 
@@ -138,12 +152,16 @@ def inverse_rms(squares, columns, eps):
 
 @triton.jit
 def load_activation(
-    first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row, T: tl.constexpr, F: tl.constexpr
+    first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row,
+    T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the activation [rows, columns], whose inputs have contiguous rows; zero outside."""
+    """Tile [R, C] of the activation [rows, columns], whose inputs have contiguous rows; zero
+    outside."""
     tile = load_dense(first, row_tile, column_tile, rows, columns, first_row, 1, T)
     if F.gated:
-        return swiglu(tile, load_dense(second, row_tile, column_tile, rows, columns, second_row, 1, T), F)
+        return swiglu(
+            tile, load_dense(second, row_tile, column_tile, rows, columns, second_row, 1, T), F
+        )
     else:
         scale = load_vector(rstd, positions(row_tile, T.rows), rows)
         weight = load_vector(second, positions(column_tile, T.columns), columns)
@@ -152,14 +170,19 @@ def load_activation(
 
 @triton.jit
 def load_activation_transposed(
-    first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row, T: tl.constexpr, F: tl.constexpr
+    first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row,
+    T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the transpose [rows, columns] of that activation: columns are the rows of its inputs."""
+    """Tile [R, C] of the transpose [rows, columns] of that activation: columns are the rows of its
+    inputs."""
     tile = load_dense(first, row_tile, column_tile, rows, columns, 1, first_row, T)
     if F.gated:
-        return swiglu(tile, load_dense(second, row_tile, column_tile, rows, columns, 1, second_row, T), F)
+        return swiglu(
+            tile, load_dense(second, row_tile, column_tile, rows, columns, 1, second_row, T), F
+        )
     else:
         column = positions(column_tile, T.columns)
         weight = load_vector(second, positions(row_tile, T.rows), rows)
         values = normalized(tile, load_vector(rstd, column, columns)[None, :], weight[:, None], F)
-        return tl.where(column[None, :] < columns, values, 0.0)  # a negative weight would make it -0
+        # a negative weight would make it -0
+        return tl.where(column[None, :] < columns, values, 0.0)

@@ -1,8 +1,9 @@
-"""The kernels that make an activation in registers: quantised at once, in one or both orientations; and its gradients.
+"""The kernels that make an activation in registers: quantised at once, in one or both orientations;
+and its gradients.
 
-The activation is never written: RMSNorm reads x once for the root mean squares and the amax (the second time within a
-row comes out of the cache) and once to quantise it; SwiGLU reads gate and up once for each. Like all the others they
-must be launched with ``enable_fp_fusion=False``.
+The activation is never written: RMSNorm reads x once for the root mean squares and the amax (the
+second time within a row comes out of the cache) and once to quantise it; SwiGLU reads gate and up
+once for each. Like all the others they must be launched with ``enable_fp_fusion=False``.
 """
 
 import triton
@@ -24,7 +25,13 @@ from nvfp4.backends.triton.activation.arithmetic import (
     silu,
 )
 from nvfp4.backends.triton.arithmetic import magnitude_bits, product, seed_halves
-from nvfp4.backends.triton.quantize.kernels import BOTH_SEEDS, find_peak, quantize_tile, raise_peak, tile_of
+from nvfp4.backends.triton.quantize.kernels import (
+    BOTH_SEEDS,
+    find_peak,
+    quantize_tile,
+    raise_peak,
+    tile_of,
+)
 from nvfp4.backends.triton.quantize.tiles import load_dense, positions, rotate
 
 
@@ -42,9 +49,11 @@ def row_inverse_rms(x, row_tile, rows, columns, x_row, eps, T: tl.constexpr):
 def rms_kernel(
     x, weight, rstd, rows, columns, x_row, eps, peak_rows, sign_low_rows, sign_high_rows,
     peak_columns, sign_low_columns, sign_high_columns,
-    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr, F: tl.constexpr
+    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr,
+    F: tl.constexpr
 ):  # fmt: skip
-    """1 / rms of each row, and ``amax_both_kernel`` of what RMSNorm makes of them; without a policy, without amax."""
+    """1 / rms of each row, and ``amax_both_kernel`` of what RMSNorm makes of them; without a
+    policy, without amax."""
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     row_tile = tl.program_id(0)
@@ -60,12 +69,25 @@ def rms_kernel(
             gain = load_vector(weight, column, columns)
             if P_ROWS is not None:
                 tile = load_dense(x, row_tile, column_tile, rows, columns, x_row, 1, T_ROWS)
-                tile = rotate(normalized(tile, scale[:, None], gain[None, :], F), sign_low_rows, sign_high_rows, P_ROWS)
+                tile = rotate(
+                    normalized(tile, scale[:, None], gain[None, :], F),
+                    sign_low_rows,
+                    sign_high_rows,
+                    P_ROWS,
+                )
                 largest = tl.maximum(largest, tl.max(magnitude_bits(tile), axis=1))
             if P_COLUMNS is not None:
                 tile = load_dense(x, column_tile, row_tile, columns, rows, 1, x_row, T_COLUMNS)
                 tile = normalized(tile, scale[None, :], gain[:, None], F)
-                find_peak(tile, column, columns, peak_columns, sign_low_columns, sign_high_columns, P_COLUMNS)
+                find_peak(
+                    tile,
+                    column,
+                    columns,
+                    peak_columns,
+                    sign_low_columns,
+                    sign_high_columns,
+                    P_COLUMNS,
+                )
         if P_ROWS is not None:
             if P_ROWS.row_scaled:
                 tl.store(peak_rows + row, largest, mask=row < rows)
@@ -77,7 +99,8 @@ def rms_kernel(
 def activation_amax_kernel(
     first, second, rows, columns, first_row, second_row, peak_rows, sign_low_rows, sign_high_rows,
     peak_columns, sign_low_columns, sign_high_columns,
-    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr, F: tl.constexpr
+    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr,
+    F: tl.constexpr
 ):  # fmt: skip
     """``amax_both_kernel`` of SwiGLU, in the orientations that have a policy."""
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
@@ -85,15 +108,26 @@ def activation_amax_kernel(
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
     if P_ROWS is not None:
         tile = load_activation(
-            first, second, None, row_tile, column_tile, rows, columns, first_row, second_row, T_ROWS, F
-        )  # fmt: skip
-        find_peak(tile, positions(row_tile, T_ROWS.rows), rows, peak_rows, sign_low_rows, sign_high_rows, P_ROWS)
-    if P_COLUMNS is not None:
-        tile = load_activation_transposed(
-            first, second, None, column_tile, row_tile, columns, rows, first_row, second_row, T_COLUMNS, F
+            first, second, None, row_tile, column_tile, rows, columns, first_row, second_row,
+            T_ROWS, F
         )  # fmt: skip
         find_peak(
-            tile, positions(column_tile, T_ROWS.columns), columns, peak_columns, sign_low_columns, sign_high_columns,
+            tile,
+            positions(row_tile, T_ROWS.rows),
+            rows,
+            peak_rows,
+            sign_low_rows,
+            sign_high_rows,
+            P_ROWS,
+        )
+    if P_COLUMNS is not None:
+        tile = load_activation_transposed(
+            first, second, None, column_tile, row_tile, columns, rows, first_row, second_row,
+            T_COLUMNS, F
+        )  # fmt: skip
+        find_peak(
+            tile, positions(column_tile, T_ROWS.columns), columns, peak_columns, sign_low_columns,
+            sign_high_columns,
             P_COLUMNS
         )  # fmt: skip
 
@@ -105,9 +139,11 @@ def activation_quantize_kernel(
     seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows,
     peak_columns, codes_columns, block_scale_columns, global_scale_columns, padded_columns,
     seed_low_columns, seed_high_columns, sign_low_columns, sign_high_columns,
-    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr, F: tl.constexpr
+    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr,
+    F: tl.constexpr
 ):  # fmt: skip
-    """``quantize_both_kernel`` of an activation; P_COLUMNS None: along its rows alone. rstd: for RMSNorm."""
+    """``quantize_both_kernel`` of an activation; P_COLUMNS None: along its rows alone. rstd: for
+    RMSNorm."""
     seed_low_rows, seed_high_rows = seed_halves(seed_low_rows, seed_high_rows)
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     if P_COLUMNS is not None:
@@ -118,16 +154,19 @@ def activation_quantize_kernel(
         first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row, T_ROWS, F
     )  # fmt: skip
     quantize_tile(
-        tile, row_tile, column_tile, rows, peak_rows, codes_rows, block_scale_rows, global_scale_rows, None,
+        tile, row_tile, column_tile, rows, peak_rows, codes_rows, block_scale_rows,
+        global_scale_rows, None,
         padded_rows, seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows, P_ROWS
     )  # fmt: skip
     if P_COLUMNS is not None:
         tile = load_activation_transposed(
-            first, second, rstd, column_tile, row_tile, columns, rows, first_row, second_row, T_COLUMNS, F
+            first, second, rstd, column_tile, row_tile, columns, rows, first_row, second_row,
+            T_COLUMNS, F
         )  # fmt: skip
         quantize_tile(
             tile, column_tile, row_tile, columns, peak_columns, codes_columns, block_scale_columns,
-            global_scale_columns, None, padded_columns, seed_low_columns, seed_high_columns, sign_low_columns,
+            global_scale_columns, None, padded_columns, seed_low_columns, seed_high_columns,
+            sign_low_columns,
             sign_high_columns, P_COLUMNS
         )  # fmt: skip
 
@@ -144,7 +183,8 @@ def store_tile(out, values, row, column, rows, columns, DTYPE: tl.constexpr):
 def rms_gradient_kernel(
     x, weight, dy, dx, slabs, rows, columns, x_row, eps, T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """dx of a slab of rows, and its part of dweight: slabs [programs, columns]. dy is contiguous."""
+    """dx of a slab of rows, and its part of dweight: slabs [programs, columns]. dy is
+    contiguous."""
     INNER: tl.constexpr = F.inner
     row_tile = tl.program_id(0)
     row = positions(row_tile, T.rows)
@@ -180,14 +220,17 @@ def slab_sum_kernel(slabs, out, count, columns, C: tl.constexpr, DTYPE: tl.const
     for start in tl.range(0, tl.cdiv(count, LANES)):
         slab = positions(tl.full((), start, tl.int32), LANES)
         inside = (column[:, None] < columns) & (slab[None, :] < count)
-        lanes = lanes + tl.load(slabs + slab[None, :] * columns + column[:, None], mask=inside, other=0.0)
+        lanes = lanes + tl.load(
+            slabs + slab[None, :] * columns + column[:, None], mask=inside, other=0.0
+        )
     total = rounded(lane_sum(lanes), DTYPE).to(out.dtype.element_ty)
     tl.store(out + column, total, mask=column < columns)
 
 
 @triton.jit
 def swiglu_gradient_kernel(
-    gate, up, dy, dgate, dup, rows, columns, gate_row, up_row, T: tl.constexpr, F: tl.constexpr, UP: tl.constexpr
+    gate, up, dy, dgate, dup, rows, columns, gate_row, up_row, T: tl.constexpr, F: tl.constexpr,
+    UP: tl.constexpr
 ):  # fmt: skip
     """dgate and dup of dy, which is contiguous like them; UP: the dtype of up."""
     INNER: tl.constexpr = F.inner

@@ -2,7 +2,8 @@
 
     RMSNorm   rms_kernel: 1 / rms of each row and, where a rule needs it, the amax of the result
     SwiGLU    activation_amax_kernel, where a rule needs the amax
-    both      activation_quantize_kernel: the result is computed again in registers, rotated, rounded, stored
+    both      activation_quantize_kernel: the result is computed again in registers, rotated,
+    rounded, stored
 
 The activation is computed twice and never written; only codes are stored. When
 two orientations look for the same amax, they look once. Gradients are kernels of their own, with
@@ -39,7 +40,8 @@ def formula(activation: Activation) -> Formula:
 
 
 def norm_tiles(columns: Policy | None) -> tuple[Tile, Tile | None]:
-    """The rows of a program of ``rms_kernel``: whole rotation groups, if they run down the columns."""
+    """The rows of a program of ``rms_kernel``: whole rotation groups, if they run down the
+    columns."""
     if columns is None:
         return NORM, None
     height = columns.group
@@ -47,7 +49,9 @@ def norm_tiles(columns: Policy | None) -> tuple[Tile, Tile | None]:
     return NORM._replace(rows=height, warps=warps), Tile(LANES, height, True, 4, 1, warps)
 
 
-def tiles_of_activation(rows: Policy, columns: Policy | None, gated: bool) -> tuple[Tile, Tile | None]:
+def tiles_of_activation(
+    rows: Policy, columns: Policy | None, gated: bool
+) -> tuple[Tile, Tile | None]:
     """``tile_along`` or ``tiles_of_both`` where the elements are computed first; gated: SwiGLU.
 
     Computing them takes registers, so that both orientations go on four times the warps (SwiGLU: 16
@@ -88,16 +92,22 @@ def fill(activation: Activation, across: Target, down: Target | None) -> None:
     launch(kernels.activation_quantize_kernel, count, arguments, constants, warps=tiles[0].warps)
 
 
-def _peaks(across: Target, down: Target | None) -> tuple[list[Any], tuple[Policy | None, Policy | None]]:
+def _peaks(
+    across: Target, down: Target | None
+) -> tuple[list[Any], tuple[Policy | None, Policy | None]]:
     """Arguments and policies of the kernels that look for an amax; one look serves both if neither
     is rotated."""
     policies = [None if t is None or not t.scaled_by_amax else t.policy for t in (across, down)]
-    if down is not None and all(p is not None and not p.round_scales and not p.row_scaled for p in policies):
+    if down is not None and all(
+        p is not None and not p.round_scales and not p.row_scaled for p in policies
+    ):
         down.peak = across.peak
         policies[1] = None
     arguments: list[Any] = []
     for target, policy in zip((across, down), policies, strict=True):
-        arguments += [None, 0, 0] if target is None or policy is None else [target.peak, *target.signs]
+        arguments += (
+            [None, 0, 0] if target is None or policy is None else [target.peak, *target.signs]
+        )
     return arguments, (policies[0], policies[1])
 
 
@@ -112,13 +122,25 @@ def gradients(activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, t
     first, second = (_rows_contiguous(t) for t in _inputs(activation))
     rows, columns = first.shape
     dy, made = dy.contiguous(), formula(activation)
-    d_first, d_second = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (first, second))
+    d_first, d_second = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (first, second)
+    )
     if isinstance(activation, SwiGLU):
         tile = GATED_GRADIENT
         launch(
             kernels.swiglu_gradient_kernel,
             programs((rows, columns), tile),
-            (first, second, dy, d_first, d_second, rows, columns, first.stride(0), second.stride(0)),
+            (
+                first,
+                second,
+                dy,
+                d_first,
+                d_second,
+                rows,
+                columns,
+                first.stride(0),
+                second.stride(0),
+            ),
             (tile, made, _name(second.dtype)),
             warps=tile.warps,
         )

@@ -1,4 +1,5 @@
-"""The GEMM of large operands on GPUs without FP4: both are decoded once to BF16, exactly, for the vendor's GEMM."""
+"""The GEMM of large operands on GPUs without FP4: both are decoded once to BF16, exactly, for the
+vendor's GEMM."""
 
 from __future__ import annotations
 
@@ -16,19 +17,21 @@ from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.qtensor import QTensor
 
 BALANCE = {"wgmma": 250, "mma": 150}
-"""BF16 operations that cuBLAS makes in the time of a byte of memory: 700 TFLOP/s and 2.8 TB/s on an H100, 250 TFLOP/s
-and 1.7 TB/s on an A100; estimates, as nothing here was timed on a GPU."""
+"""BF16 operations that cuBLAS makes in the time of a byte of memory: 700 TFLOP/s and 2.8 TB/s on an
+H100, 250 TFLOP/s and 1.7 TB/s on an A100; estimates, as nothing here was timed on a GPU."""
 LOSS = 0.5
-"""What decoding in registers is taken to cost beside a BF16 GEMM of that shape: a quarter of the warps fit."""
+"""What decoding in registers is taken to cost beside a BF16 GEMM of that shape: a quarter of the
+warps fit."""
 TILE = (32, 128, 4)
 """Rows, columns and warps of a program of ``scale_kernel``."""
 
 
 def pays(rows: int, columns: int, contraction: int, kind: str) -> bool:
-    """Whether decoding first takes less than decoding in registers loses, on this kind of tensor cores.
+    """Whether decoding first takes less than decoding in registers loses, on this kind of tensor
+    cores.
 
-    It reads and writes 0.56 and 2 bytes an element of both operands, and moves 8 more an element of the product, whose
-    scales are applied apart. On an H100 it pays for cubes from 3,300 up.
+    It reads and writes 0.56 and 2 bytes an element of both operands, and moves 8 more an element of
+    the product, whose scales are applied apart. On an H100 it pays for cubes from 3,300 up.
     """
     if kind not in BALANCE:
         return False
@@ -40,7 +43,8 @@ def contract(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right^T of BF16 in float32: products are exact, sums are float32's.
 
     A float32 result leaves cuBLAS nothing coarser to reduce partial sums in, whatever
-    ``allow_bf16_reduced_precision_reduction`` says: that mode is about results coarser than the accumulator.
+    ``allow_bf16_reduced_precision_reduction`` says: that mode is about results coarser than the
+    accumulator.
     """
     if left.device.type == "cuda":
         return torch.mm(left, right.t(), out_dtype=torch.float32)
@@ -65,12 +69,20 @@ def scale_kernel(
     tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
 
 
-def scaled(y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
-    """What follows the contraction y, float32 [a.rows, b.rows]: global scales in their order, bias, one cast."""
+def scaled(
+    y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What follows the contraction y, float32 [a.rows, b.rows]: global scales in their order, bias,
+    one cast."""
     height, width, warps = TILE
     # the interpreter's casts to BF16 truncate
     out = torch.empty(y.shape, dtype=torch.float32 if INTERPRETED else out_dtype, device=y.device)
-    tensors = (y, a.global_scale.contiguous(), b.global_scale.contiguous(), None if bias is None else bias.contiguous())
+    tensors = (
+        y,
+        a.global_scale.contiguous(),
+        b.global_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
     constants = (a.row_scaled, b.row_scaled, height, width)
     programs = -(-a.rows // height) * -(-b.rows // width)
     launch(scale_kernel, programs, (*tensors, out, *y.shape), constants, warps=warps)
@@ -82,13 +94,18 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     height, width, warps = TILE
     made = []
     for name, biased, by_row in product(TYPES.values(), (False, True), (False, True)):
-        types = dict.fromkeys(("y", "a_global", "b_global"), "*fp32") | {"rows": "i32", "columns": "i32"}
+        types = dict.fromkeys(("y", "a_global", "b_global"), "*fp32") | {
+            "rows": "i32",
+            "columns": "i32",
+        }
         types["out"] = f"*{name}"
         constants: dict[str, object] = {"A_ROWS": by_row, "B_ROWS": by_row, "R": height, "C": width}
         if biased:
             types["bias"] = f"*{name}"
         else:
             constants["bias"] = None
-        traits = " ".join(word for word, has in ((name, True), ("bias", biased), ("rows", by_row)) if has)
+        traits = " ".join(
+            word for word, has in ((name, True), ("bias", biased), ("rows", by_row)) if has
+        )
         made.append(KernelVariant(f"scale_kernel: {traits}", scale_kernel, types, constants, warps))
     return made[-1:] if few else made

@@ -1,11 +1,13 @@
-"""The NVFP4 GEMM as one Triton kernel: native FP4 tensor cores where the target has them, FP16 ones elsewhere.
+"""The NVFP4 GEMM as one Triton kernel: native FP4 tensor cores where the target has them, FP16 ones
+elsewhere.
 
-FP16 holds e2m1 * e4m3 as exactly as BF16 does, its tensor cores are as fast, and unlike BF16's its packed product
-exists on every card from sm_80 on.
+FP16 holds e2m1 * e4m3 as exactly as BF16 does, its tensor cores are as fast, and unlike BF16's its
+packed product exists on every card from sm_80 on.
 
-A contraction may be summed in any order, so the eight codes of a 32-bit word need not be brought back into theirs:
-nibbles 0 and 4 of every word of one operand meet those of the other, then 1 and 5, and so on. A mask and a shift decode
-both at once, which takes a third of the instructions out of the main loop, beside decoding byte by byte.
+A contraction may be summed in any order, so the eight codes of a 32-bit word need not be brought
+back into theirs: nibbles 0 and 4 of every word of one operand meet those of the other, then 1 and
+5, and so on. A mask and a shift decode both at once, which takes a third of the instructions out of
+the main loop, beside decoding byte by byte.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ UNSCALE = tl.constexpr(2.0**14)
 
 @triton.jit
 def _decode(words, scales, NIBBLE: tl.constexpr):
-    """One nibble of each half of code words [R, C], E4M3 bytes [R, C / 2]: FP16 [R, 2 C], 2^-7 of the values.
+    """One nibble of each half of code words [R, C], E4M3 bytes [R, C / 2]: FP16 [R, 2 C], 2^-7 of
+    the values.
 
-    The bits of E2M1 in the place of FP16's mean 2^-14 of the value, those of E4M3 2^-8 of it, subnormals included.
-    e4m3 * 2^7 is the largest power that stays finite (57344); times e2m1 * 2^-14 this is a multiple of 2^-17 with 6
-    significant bits: exact, with one multiplication an element and no subnormal result lost (FP16 is never flushed).
+    The bits of E2M1 in the place of FP16's mean 2^-14 of the value, those of E4M3 2^-8 of it,
+    subnormals included. e4m3 * 2^7 is the largest power that stays finite (57344); times e2m1 *
+    2^-14 this is a multiple of 2^-17 with 6
+    significant bits: exact, with one multiplication an element and no subnormal result lost (FP16
+    is never flushed).
     """
     scale = ((scales & 0x7F).to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 32768.0
     rows: tl.constexpr = words.shape[0]
@@ -44,7 +49,8 @@ def _decode(words, scales, NIBBLE: tl.constexpr):
 
 @triton.jit
 def _load(codes, scales, lines, count, at, blocks, TALL: tl.constexpr, BK: tl.constexpr):
-    """Codes (as bytes or words) and scale bytes [R, BK / 16] of these lines from block ``at`` on, 0 outside."""
+    """Codes (as bytes or words) and scale bytes [R, BK / 16] of these lines from block ``at`` on, 0
+    outside."""
     WIDTH: tl.constexpr = HALF // (codes.dtype.element_ty.primitive_bitwidth // 8)
     inside = (lines < count)[:, None]
     across = at * WIDTH + tl.arange(0, BK // BLOCK * WIDTH)[None, :]
@@ -57,7 +63,8 @@ def _load(codes, scales, lines, count, at, blocks, TALL: tl.constexpr, BK: tl.co
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """The tile's row and column of tiles: GROUP rows of tiles at a time, so that what L2 holds is used again."""
+    """The tile's row and column of tiles: GROUP rows of tiles at a time, so that what L2 holds is
+    used again."""
     wide = GROUP * tiles_n
     first = tile // wide * GROUP
     height = min(tiles_m - first, GROUP)
@@ -69,8 +76,14 @@ def _write(acc, out, a_global, b_global, bias, rows, columns, M, N,
            A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     """fl(fl(acc * a_global) * b_global), plus bias, each rounded to float32; then the one cast."""
     row_inside, column_inside = rows < M, columns < N
-    a_scale = tl.load(a_global + rows, row_inside, other=0.0)[:, None] if A_ROWS else tl.load(a_global)
-    b_scale = tl.load(b_global + columns, column_inside, other=0.0)[None, :] if B_ROWS else tl.load(b_global)
+    a_scale = (
+        tl.load(a_global + rows, row_inside, other=0.0)[:, None] if A_ROWS else tl.load(a_global)
+    )
+    b_scale = (
+        tl.load(b_global + columns, column_inside, other=0.0)[None, :]
+        if B_ROWS
+        else tl.load(b_global)
+    )
     y = product(acc * a_scale, b_scale)
     if bias is not None:
         y += tl.load(bias + columns, column_inside, other=0.0).to(tl.float32)[None, :]
@@ -81,17 +94,20 @@ def _write(acc, out, a_global, b_global, bias, rows, columns, M, N,
 
 @triton.jit
 def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, out, M, N, blocks,
-                A_TALL: tl.constexpr, B_TALL: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
+                A_TALL: tl.constexpr, B_TALL: tl.constexpr, A_ROWS: tl.constexpr,
+                B_ROWS: tl.constexpr,
                 NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                 GROUP: tl.constexpr) -> None:  # fmt: skip
     """out [M, N] = decode(a) [M, Kp] @ decode(b) [N, Kp]^T: one tile [BM, BN] a program.
 
-    a_codes [M, Kp / 2], b_codes [N, Kp / 2]; blocks: Kp / 16, rather than bytes, so that the compiler knows rows to be
-    multiples of 8 bytes. A_TALL, B_TALL: rows that share a block scale, 1 or 16. A_ROWS, B_ROWS: whether the global
-    scale is one per row. bias [N] may be None. Compile without FMA contraction.
+    a_codes [M, Kp / 2], b_codes [N, Kp / 2]; blocks: Kp / 16, rather than bytes, so that the
+    compiler knows rows to be
+    multiples of 8 bytes. A_TALL, B_TALL: rows that share a block scale, 1 or 16. A_ROWS, B_ROWS:
+    whether the global scale is one per row. bias [N] may be None. Compile without FMA contraction.
 
-    Not persistent: a loop over tiles around the other one, flattened so that loads run ahead from tile to tile, moves
-    the divisions of ``_place`` into the main loop (1400 instructions instead of 856 on sm_120, 2048 of 1416 on sm_100).
+    Not persistent: a loop over tiles around the other one, flattened so that loads run ahead from
+    tile to tile, moves the divisions of ``_place`` into the main loop (1400 instructions instead of
+    856 on sm_120, 2048 of 1416 on sm_100).
     """
     tile_m, tile_n = _place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     rows = tile_m * BM + tl.arange(0, BM)

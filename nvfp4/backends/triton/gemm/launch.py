@@ -1,4 +1,5 @@
-"""decode(a) @ decode(b)^T of two QTensors on a GPU through Triton: which tile, the launch, what to compile ahead."""
+"""decode(a) @ decode(b)^T of two QTensors on a GPU through Triton: which tile, the launch, what to
+compile ahead."""
 
 from __future__ import annotations
 
@@ -16,23 +17,26 @@ from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.qtensor import QTensor
 
 BALANCE = {"tcgen05": 128, "tcgen05_decoded": 32, "mma_fp4": 16, "wgmma": 16, "mma": 8}
-"""Products a multiprocessor makes in the time that half a byte, one code, takes from L2 at 64 bytes a clock: 16 k
-(B200: 9 PFLOP/s / 2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in FP16: the same), 1 k.
-FP16 is a quarter of FP4 on a B200."""
+"""Products a multiprocessor makes in the time that half a byte, one code, takes from L2 at 64 bytes
+a clock: 16 k
+(B200: 9 PFLOP/s / 2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in
+FP16: the same), 1 k. FP16 is a quarter of FP4 on a B200."""
 
 GROUP = 8
-"""Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk reads 65."""
+"""Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk
+reads 65."""
 
 WIDEST_WITH_BIAS = 128
-"""Columns of a tile that adds a bias and writes float32: with 256 it spills 32 bytes per thread on sm_100, as ptxas of
-Triton 3.9 compiles it. 16-bit output with a bias does not spill."""
+"""Columns of a tile that adds a bias and writes float32: with 256 it spills 32 bytes per thread on
+sm_100, as ptxas of Triton 3.9 compiles it. 16-bit output with a bias does not spill."""
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class GemmTile:
-    """What one program computes, [m, n] with steps of k along the contraction, and with how much."""
+    """What one program computes, [m, n] with steps of k along the contraction, and with how
+    much."""
 
     m: int
     n: int
@@ -43,20 +47,32 @@ class GemmTile:
 
 TILES: dict[str, tuple[GemmTile, ...]] = {
     # 128 rows always: with 64, Triton 3.9 leaves FP4 and multiplies in FP16
-    "tcgen05": (GemmTile(128, 256, 256, 8, 3), GemmTile(128, 128, 256, 8, 4), GemmTile(128, 64, 256, 4, 4)),
-    # one tile: with 128 rows, Triton 3.6 wants more tensor memory than there is, and compiles the kernel to a trap
+    "tcgen05": (
+        GemmTile(128, 256, 256, 8, 3),
+        GemmTile(128, 128, 256, 8, 4),
+        GemmTile(128, 64, 256, 4, 4),
+    ),
+    # one tile: with 128 rows, Triton 3.6 wants more tensor memory than there is, and compiles the
+    # kernel to a trap
     "tcgen05_decoded": (GemmTile(64, 64, 64, 4, 4),),
-    "mma_fp4": (GemmTile(128, 128, 128, 8, 4), GemmTile(64, 128, 128, 4, 4), GemmTile(16, 128, 256, 4, 4)),
+    "mma_fp4": (
+        GemmTile(128, 128, 128, 8, 4),
+        GemmTile(64, 128, 128, 4, 4),
+        GemmTile(16, 128, 256, 4, 4),
+    ),
     # 128 registers, so that two programs fit: one decodes while the other multiplies
     "wgmma": (GemmTile(128, 128, 64, 8, 3), GemmTile(64, 64, 64, 4, 4)),
-    # 4 warps: with 8, each decodes more of what its neighbours decode too (2376 instead of 1386 issues a step)
+    # 4 warps: with 8, each decodes more of what its neighbours decode too (2376 instead of 1386
+    # issues a step)
     "mma": (GemmTile(128, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(16, 64, 128, 4, 4)),
 }
-"""The largest tiles that ptxas compiles without spilling (benchmarks/results/aot.json), smaller ones for fewer rows.
+"""The largest tiles that ptxas compiles without spilling (benchmarks/results/aot.json), smaller
+ones for fewer rows.
 Chosen by what they compile to: none has been timed on a GPU."""
 
 INSTRUCTIONS = {
-    "tcgen05": r"tcgen05\.mma\S*kind::mxf4nvf4\S*(block16|scale_vec::4X)",  # two names of the same, up to 3.7 and after
+    # two names of the same, up to 3.7 and after
+    "tcgen05": r"tcgen05\.mma\S*kind::mxf4nvf4\S*(block16|scale_vec::4X)",
     "mma_fp4": r"mma\.sync\S*kind::mxf4nvf4\S*scale_vec::4X\S*ue4m3",
     "wgmma": r"wgmma\.mma_async\S*f32\.f16\.f16",
     "tcgen05_decoded": r"tcgen05\.mma\S*kind::f16",
@@ -66,10 +82,12 @@ INSTRUCTIONS = {
 
 
 def family(capability: int, native: bool = True) -> str:
-    """The kind of tensor core that a card of this compute capability (90, 120, ...) is programmed for, of ``TILES``.
+    """The kind of tensor core that a card of this compute capability (90, 120, ...) is programmed
+    for, of ``TILES``.
 
-    Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false. On 121 Triton 3.6
-    cannot compile it (its passes fail; 3.9.0's do not), so there codes are decoded until 3.9.
+    Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false.
+    On 121 Triton 3.6 cannot compile it (its passes fail; 3.9.0's do not), so there codes are
+    decoded until 3.9.
     """
     if capability in (100, 103):
         return "tcgen05" if native else "tcgen05_decoded"
@@ -79,10 +97,14 @@ def family(capability: int, native: bool = True) -> str:
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(rows: int, columns: int, kind: str, multiprocessors: int, widest: int = 256) -> GemmTile:
-    """The tile whose waves over the card cost least: full waves of one tile a multiprocessor, each as long as its tile.
+def choose_tile(
+    rows: int, columns: int, kind: str, multiprocessors: int, widest: int = 256
+) -> GemmTile:
+    """The tile whose waves over the card cost least: full waves of one tile a multiprocessor, each
+    as long as its tile.
 
-    A tile takes as long as its products, m * n, and reading its operands from L2, ``BALANCE`` * (m + n); the sum, for
+    A tile takes as long as its products, m * n, and reading its operands from L2, ``BALANCE`` * (m
+    + n); the sum, for
     they overlap in part. widest: columns that a tile may have at most.
     """
 
@@ -117,16 +139,20 @@ def gemm(
     tile: GemmTile | None = None,
     native: bool | None = None,
 ) -> torch.Tensor:
-    """decode(a) @ decode(b)^T [a.rows, b.rows]: fl(fl(acc * a.global_scale) * b.global_scale), acc in float32.
+    """decode(a) @ decode(b)^T [a.rows, b.rows]: fl(fl(acc * a.global_scale) * b.global_scale), acc
+    in float32.
 
-    bias [b.rows] (any float dtype) is added in float32, then there is one cast to ``out_dtype`` (float32, float16,
+    bias [b.rows] (any float dtype) is added in float32, then there is one cast to ``out_dtype``
+    (float32, float16,
     bfloat16). tile, native: override what the device suggests. A NaN global scale
     makes its output NaN. Raises ValueError for other dtypes or shapes that do not fit.
     """
     _check(a, b, out_dtype, bias)
     kind, multiprocessors = _device(a.device, native is not False)
     # the interpreter's casts to BF16 truncate
-    out = torch.empty(a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device)
+    out = torch.empty(
+        a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device
+    )
     if out.numel() == 0:
         return out.to(out_dtype)
     if tile is None:
@@ -145,7 +171,8 @@ def gemm(
 
 
 def _readable(t: torch.Tensor) -> torch.Tensor:
-    """t contiguous and at an address of whole words, as the kernel reads codes; a view of a file may begin anywhere."""
+    """t contiguous and at an address of whole words, as the kernel reads codes; a view of a file
+    may begin anywhere."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
@@ -154,19 +181,25 @@ def _check(a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | 
     if out_dtype not in TYPES:
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
     if a.padded_contraction != b.padded_contraction:
-        raise ValueError(f"a contracts {a.padded_contraction} columns and b {b.padded_contraction}; they must be equal")
+        raise ValueError(
+            f"a contracts {a.padded_contraction} columns and b {b.padded_contraction}; they must "
+            "be equal"
+        )
     if bias is not None and tuple(bias.shape) != (b.rows,):
         raise ValueError(f"bias must have shape ({b.rows},), got {tuple(bias.shape)}")
 
 
 def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
-    """What to compile for a card: every tile as training uses it, and the largest with every other option.
+    """What to compile for a card: every tile as training uses it, and the largest with every other
+    option.
 
     few: the largest tile and one with all options only.
     """
     kind = family(capability)
     plain = [_variant(kind, tile) for tile in TILES[kind]]
-    rich = _variant(kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, biased=True)
+    rich = _variant(
+        kind, TILES[kind][-1], torch.float32, tall=NVFP4.block_size, by_row=True, biased=True
+    )
     if few:
         return [plain[0], rich]
     narrower = choose_tile(8192, 8192, kind, 1, WIDEST_WITH_BIAS)
@@ -188,7 +221,8 @@ def _variant(
     by_row: bool = False,
     biased: bool = False,
 ) -> KernelVariant:
-    """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; biased: with a bias."""
+    """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; biased:
+    with a bias."""
     types = dict.fromkeys(("a_codes", "a_scale", "b_codes", "b_scale"), "*u8")
     types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{TYPES[out]}"}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32")
@@ -208,5 +242,12 @@ def _variant(
     else:
         constants |= {"bias": None}
     traits = {TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "bias": biased}
-    name = " ".join([f"gemm {kind} {tile.m}x{tile.n}x{tile.k}", *(trait for trait, has in traits.items() if has)])
-    return KernelVariant(name, gemm_kernel, types, constants, tile.warps, tile.stages, INSTRUCTIONS[kind])
+    name = " ".join(
+        [
+            f"gemm {kind} {tile.m}x{tile.n}x{tile.k}",
+            *(trait for trait, has in traits.items() if has),
+        ]
+    )
+    return KernelVariant(
+        name, gemm_kernel, types, constants, tile.warps, tile.stages, INSTRUCTIONS[kind]
+    )

@@ -1,9 +1,12 @@
-"""The kernels: amax, quantise (one source or both orientations of one read), the end of ms_eden, decode.
+"""The kernels: amax, quantise (one source or both orientations of one read), the end of ms_eden,
+decode.
 
-One family: what differs between quantisers is the ``Policy`` a kernel is compiled for, what differs between sources is
-how a tile is loaded. Nothing waits for the device: the amax stays there, and each program makes the scales from it.
-Seeds come as halves of 32 bits that no kernel is specialised on, or as pointers, for CUDA graphs. All of them must be
-launched with ``enable_fp_fusion=False``: a * b + c is rounded twice.
+One family: what differs between quantisers is the ``Policy`` a kernel is compiled for, what differs
+between sources is
+how a tile is loaded. Nothing waits for the device: the amax stays there, and each program makes the
+scales from it. Seeds come as halves of 32 bits that no kernel is specialised on, or as pointers,
+for CUDA graphs. All of them must be launched with ``enable_fp_fusion=False``: a * b + c is rounded
+twice.
 """
 
 import triton
@@ -43,7 +46,8 @@ from nvfp4.numerics.rng import BLOCK_SCALE_STREAM as _BLOCK_SCALE_STREAM
 BLOCK_SCALE_STREAM = tl.constexpr(_BLOCK_SCALE_STREAM)
 SEEDS = ("seed_low", "seed_high", "sign_low", "sign_high")
 BOTH_SEEDS = tuple(f"{seed}_{side}" for side in ("rows", "columns") for seed in SEEDS)
-"""Triton ignores names that a kernel does not have, and compiles anew for a seed that happens to divide by 16."""
+"""Triton ignores names that a kernel does not have, and compiles anew for a seed that happens to
+divide by 16."""
 
 
 @triton.jit
@@ -55,32 +59,40 @@ def tile_of(columns, C: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column, CODED: tl.constexpr,
+    x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column,
+    CODED: tl.constexpr,
     T: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the operand as float32: of a strided matrix, or of the transpose of what codes stand for.
+    """Tile [R, C] of the operand as float32: of a strided matrix, or of the transpose of what codes
+    stand for.
 
     CODED: None, or ``Coded``; then stride_column is the length of a row of codes in bytes.
     """
     if CODED is not None:
-        return decode_columns(x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_column, CODED, T)
+        return decode_columns(
+            x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_column, CODED, T
+        )
     else:
         return load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T)
 
 
 @triton.jit
 def raise_peak(peak, largest):
-    """Raise the number at ``peak`` to ``largest``; what is read first may be old, but then it is smaller.
+    """Raise the number at ``peak`` to ``largest``; what is read first may be old, but then it is
+    smaller.
 
-    Thousands of programs would queue at one address; after the first few, hardly any of them has something to add. The
-    read goes to L2 (volatile), where the peak is raised: a line in L1 would stay as it was when it first came in.
+    Thousands of programs would queue at one address; after the first few, hardly any of them has
+    something to add. The
+    read goes to L2 (volatile), where the peak is raised: a line in L1 would stay as it was when it
+    first came in.
     """
     tl.atomic_max(peak, largest, mask=largest > tl.load(peak, volatile=True), sem="relaxed")
 
 
 @triton.jit
 def find_peak(x, row, rows, peak, sign_low, sign_high, P: tl.constexpr):
-    """Raise ``peak`` (bits of float32, one number or one a row) to the largest magnitude of tile x [R, C]."""
+    """Raise ``peak`` (bits of float32, one number or one a row) to the largest magnitude of tile x
+    [R, C]."""
     largest = tl.max(magnitude_bits(rotate(x, sign_low, sign_high, P)), axis=1)
     if P.row_scaled:
         tl.atomic_max(peak + row, largest, mask=row < rows, sem="relaxed")
@@ -92,7 +104,8 @@ def find_peak(x, row, rows, peak, sign_low, sign_high, P: tl.constexpr):
 def global_scales(peak, row, rows, P: tl.constexpr):
     """(whether all is finite, encode scale, global scale) from the amax, [R, 1] or [1, 1].
 
-    A caller's own amax may have its sign set; a NaN that has would pass for a number below all others.
+    A caller's own amax may have its sign set; a NaN that has would pass for a number below all
+    others.
     """
     if P.row_scaled:
         largest = tl.load(peak + row, mask=row < rows, other=0)[:, None] & MAGNITUDE
@@ -105,7 +118,8 @@ def global_scales(peak, row, rows, P: tl.constexpr):
 
 @triton.jit
 def store_global(global_scale, value, finite, row, row_tile, column_tile, rows, P: tl.constexpr):
-    """Global scale(s), NaN where not all is finite; the first program of a row of tiles, or of all, stores."""
+    """Global scale(s), NaN where not all is finite; the first program of a row of tiles, or of all,
+    stores."""
     value = tl.where(finite, value, from_bits(tl.full(value.shape, NAN_BITS, tl.int32)))
     if P.row_scaled:
         inside = (row < rows) & (tl.arange(0, 1) == column_tile)
@@ -131,7 +145,8 @@ def quantize_tile(
 ):  # fmt: skip
     """Rotate, scale, round and store tile x [R, C].
 
-    ms_eden: ``block_scale`` is float32 scratch for r, ``peak`` becomes its largest, ``finish_kernel`` does the rest.
+    ms_eden: ``block_scale`` is float32 scratch for r, ``peak`` becomes its largest,
+    ``finish_kernel`` does the rest.
     """
     R: tl.constexpr = x.shape[0]
     K: tl.constexpr = x.shape[1] // 16
@@ -166,18 +181,21 @@ def amax_kernel(
     x, x_scale, x_global, rows, columns, stride_row, stride_column, peak, sign_low, sign_high,
     P: tl.constexpr, CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
-    """Largest magnitude of the (rotated) operand [rows, columns], or of each row, as bits; ``peak`` starts at 0."""
+    """Largest magnitude of the (rotated) operand [rows, columns], or of each row, as bits; ``peak``
+    starts at 0."""
     sign_low, sign_high = seed_halves(sign_low, sign_high)
     row_tile, column_tile = tile_of(columns, T.columns)
     tile = load_tile(
-        x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column, CODED, T
+        x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column,
+        CODED, T
     )  # fmt: skip
     find_peak(tile, positions(row_tile, T.rows), rows, peak, sign_low, sign_high, P)
 
 
 @triton.jit(do_not_specialize=SEEDS)
 def quantize_kernel(
-    x, x_scale, x_global, rows, columns, stride_row, stride_column, peak, codes, block_scale, global_scale, swizzled,
+    x, x_scale, x_global, rows, columns, stride_row, stride_column, peak, codes, block_scale,
+    global_scale, swizzled,
     padded, seed_low, seed_high, sign_low, sign_high,
     P: tl.constexpr, CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
@@ -186,7 +204,8 @@ def quantize_kernel(
     sign_low, sign_high = seed_halves(sign_low, sign_high)
     row_tile, column_tile = tile_of(columns, T.columns)
     tile = load_tile(
-        x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column, CODED, T
+        x, x_scale, x_global, row_tile, column_tile, rows, columns, stride_row, stride_column,
+        CODED, T
     )  # fmt: skip
     quantize_tile(
         tile, row_tile, column_tile, rows, peak, codes, block_scale, global_scale, swizzled, padded,
@@ -206,12 +225,25 @@ def amax_both_kernel(
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     if scaled_by_amax(P_ROWS.rule):
-        tile = load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS)
-        find_peak(tile, positions(row_tile, T_ROWS.rows), rows, peak_rows, sign_low_rows, sign_high_rows, P_ROWS)
-    if scaled_by_amax(P_COLUMNS.rule):
-        tile = load_dense(x, column_tile, row_tile, columns, rows, stride_column, stride_row, T_COLUMNS)
+        tile = load_dense(
+            x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS
+        )
         find_peak(
-            tile, positions(column_tile, T_ROWS.columns), columns, peak_columns, sign_low_columns, sign_high_columns,
+            tile,
+            positions(row_tile, T_ROWS.rows),
+            rows,
+            peak_rows,
+            sign_low_rows,
+            sign_high_rows,
+            P_ROWS,
+        )
+    if scaled_by_amax(P_COLUMNS.rule):
+        tile = load_dense(
+            x, column_tile, row_tile, columns, rows, stride_column, stride_row, T_COLUMNS
+        )
+        find_peak(
+            tile, positions(column_tile, T_ROWS.columns), columns, peak_columns, sign_low_columns,
+            sign_high_columns,
             P_COLUMNS
         )  # fmt: skip
 
@@ -228,8 +260,8 @@ def quantize_both_kernel(
 ):  # fmt: skip
     """``quantize_kernel`` of x and of x^T.
 
-    Each orientation loads the tile in the order that suits it, which costs less than moving it between threads: the
-    memory is read once, the second load comes out of the cache.
+    Each orientation loads the tile in the order that suits it, which costs less than moving it
+    between threads: the memory is read once, the second load comes out of the cache.
     """
     seed_low_rows, seed_high_rows = seed_halves(seed_low_rows, seed_high_rows)
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
@@ -238,20 +270,23 @@ def quantize_both_kernel(
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
     tile = load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS)
     quantize_tile(
-        tile, row_tile, column_tile, rows, peak_rows, codes_rows, block_scale_rows, global_scale_rows, None,
+        tile, row_tile, column_tile, rows, peak_rows, codes_rows, block_scale_rows,
+        global_scale_rows, None,
         padded_rows, seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows, P_ROWS
     )  # fmt: skip
     tile = load_dense(x, column_tile, row_tile, columns, rows, stride_column, stride_row, T_COLUMNS)
     quantize_tile(
         tile, column_tile, row_tile, columns, peak_columns, codes_columns, block_scale_columns,
-        global_scale_columns, None, padded_columns, seed_low_columns, seed_high_columns, sign_low_columns,
+        global_scale_columns, None, padded_columns, seed_low_columns, seed_high_columns,
+        sign_low_columns,
         sign_high_columns, P_COLUMNS
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SEEDS)
 def finish_kernel(
-    lengths, peak, codes, block_scale, global_scale, swizzled, rows, row_blocks, seed_low, seed_high,
+    lengths, peak, codes, block_scale, global_scale, swizzled, rows, row_blocks, seed_low,
+    seed_high,
     R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """The scales of ms_eden once the largest r is known: lengths [rows, row_blocks] hold r.
@@ -275,15 +310,20 @@ def finish_kernel(
     if swizzled is not None:
         store_swizzled(swizzled, byte, row, block, rows, row_blocks, 1)
     first = tl.arange(0, 1) == row_tile + column_tile
-    global_value = tl.where(finite, global_value, from_bits(tl.full(longest.shape, NAN_BITS, tl.int32)))
+    global_value = tl.where(
+        finite, global_value, from_bits(tl.full(longest.shape, NAN_BITS, tl.int32))
+    )
     tl.store(global_scale + tl.arange(0, 1), tl.reshape(global_value, (1,)), mask=first)
     for half in tl.static_range(2):
-        tl.store(codes + index * 2 + half, tl.full(index.shape, 0, tl.int32), mask=inside & (finite == 0))
+        tl.store(
+            codes + index * 2 + half, tl.full(index.shape, 0, tl.int32), mask=inside & (finite == 0)
+        )
 
 
 @triton.jit(do_not_specialize=("rank",))
 def seeds_kernel(words, seeds, rank, GEMMS: tl.constexpr, COUNT: tl.constexpr):
-    """Seeds [GEMMS, 3] of one call from ``Noise.state``; see ``Backend.draw_seeds``. COUNT: GEMMS to a power of two."""
+    """Seeds [GEMMS, 3] of one call from ``Noise.state``; see ``Backend.draw_seeds``. COUNT: GEMMS
+    to a power of two."""
     gemm, side = tl.arange(0, COUNT), tl.arange(0, 2)
     low, high = seed_halves(words, None)
     low, high = fold_in(low, high, tl.load(words + 1))
@@ -299,7 +339,11 @@ def seeds_kernel(words, seeds, rank, GEMMS: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def store_seeds(pointers, low, high, inside):
     """Seeds from their halves."""
-    tl.store(pointers, (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64), mask=inside)
+    tl.store(
+        pointers,
+        (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -307,7 +351,8 @@ def decode_kernel(
     codes, block_scale, global_scale, out, rows, columns, row_bytes,
     CODED: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """What codes stand for, [rows, columns] of the type of ``out``; without a global scale if that is None."""
+    """What codes stand for, [rows, columns] of the type of ``out``; without a global scale if that
+    is None."""
     row_tile, column_tile = tile_of(columns, C)
     row, column = positions(row_tile, R), positions(column_tile, C)
     values = decode_tile(codes, block_scale, row, column_tile, rows, row_bytes, CODED.tile, C)
@@ -316,4 +361,6 @@ def decode_kernel(
         if out.dtype.element_ty == tl.bfloat16:
             values = round_to_bf16(values)  # the interpreter's own cast truncates
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tl.store(out + row[:, None] * columns + column[None, :], values.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row[:, None] * columns + column[None, :], values.to(out.dtype.element_ty), mask=inside
+    )

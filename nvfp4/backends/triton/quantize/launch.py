@@ -1,8 +1,8 @@
 """Which tiles the quantising kernels work in, and their launches.
 
-    one orientation      amax_kernel (unless the rule, or the caller, knows better) -> quantize_kernel -> finish
-    both orientations    amax_both_kernel -> quantize_both_kernel -> finish, finish: x is read twice, not four times
-    decoding             decode_kernel
+    one orientation      amax_kernel (unless the rule, or the caller, knows better) ->
+    quantize_kernel -> finish both orientations    amax_both_kernel -> quantize_both_kernel ->
+    finish, finish: x is read twice, not four times decoding             decode_kernel
 
 Tiles are chosen by what they compile to: registers and spills for eight cards, as ``tools/aot.py``
 reports them. A larger tile reads memory in longer runs, until it spills.
@@ -98,15 +98,24 @@ def quantize_both(x: torch.Tensor, across: Target, down: Target) -> tuple[QTenso
     with on(x.device):
         if across.scaled_by_amax or down.scaled_by_amax:
             peaks = (across.peak, *across.signs, down.peak, *down.signs)
-            launch(kernels.amax_both_kernel, count, (*matrix, *peaks), constants, warps=tiles[0].warps)
+            launch(
+                kernels.amax_both_kernel, count, (*matrix, *peaks), constants, warps=tiles[0].warps
+            )
 
         operands = [v for t in (across, down) for v in (*t.stored, t.padded, *t.seed, *t.signs)]
-        launch(kernels.quantize_both_kernel, count, (*matrix, *operands), constants, warps=tiles[0].warps)
+        launch(
+            kernels.quantize_both_kernel,
+            count,
+            (*matrix, *operands),
+            constants,
+            warps=tiles[0].warps,
+        )
         return across.finish(), down.finish()
 
 
 def decode(q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
-    """e2m1 * block_scale, and times the global scale if asked for: [q.rows, columns] of ``dtype``."""
+    """e2m1 * block_scale, and times the global scale if asked for: [q.rows, columns] of
+    ``dtype``."""
     codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
     out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
 

@@ -1,4 +1,5 @@
-"""The quantisers as rules on blocks: twin of ``quantizers/*.py``, where the formulas and their sources stand.
+"""The quantisers as rules on blocks: twin of ``quantizers/*.py``, where the formulas and their
+sources stand.
 
 A rule sees blocks [m, rows, k, 16] (rows is 1, or 16 for tiles) and one amax a block [m, k].
 """
@@ -35,7 +36,11 @@ from nvfp4.quantizers.ms_eden import SEARCH_FACTORS, element_scale
 from nvfp4.quantizers.ms_eden import SMALLEST_AMAX as _SMALLEST_AMAX
 from nvfp4.quantizers.scale_search import BYTE_STEPS as _BYTE_STEPS
 
-RULES = {"rtn": "rtn", "rtn_2d": "rtn", **{n: n for n in ("sr", "sr_te", "four_over_six", "scale_search", "ms_eden")}}
+RULES = {
+    "rtn": "rtn",
+    "rtn_2d": "rtn",
+    **{n: n for n in ("sr", "sr_te", "four_over_six", "scale_search", "ms_eden")},
+}
 """The rule of each quantiser that has one here."""
 SMALLEST_AMAX = tl.constexpr(_SMALLEST_AMAX)
 BYTE_STEPS = tl.constexpr(_BYTE_STEPS)
@@ -61,9 +66,10 @@ def scaled_by_amax(rule: str) -> bool:
 class Policy(NamedTuple):
     """What a kernel is compiled for.
 
-    tile: rows of a block. round_scales: the scale of each round of the rotation (none: no rotation). fixed: NVIDIA's
-    rotation. converts: whether the card rounds to E2M1 by itself (sm_100 and later), to the same bits. The rest as in
-    ``Options``.
+    tile: rows of a block. round_scales: the scale of each round of the rotation (none: no
+    rotation). fixed: NVIDIA's
+    rotation. converts: whether the card rounds to E2M1 by itself (sm_100 and later), to the same
+    bits. The rest as in ``Options``.
     """
 
     rule: str
@@ -98,7 +104,8 @@ class Policy(NamedTuple):
 class Tile(NamedTuple):
     """What one program computes, [rows, columns], and how it reads them.
 
-    down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that stay together; pieces:
+    down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that
+    stay together; pieces:
     how many such runs, one after the other along a row, a thread holds (1: as the compiler likes).
     """
 
@@ -142,7 +149,8 @@ def clamped(x):
 
 @triton.jit
 def nearest_codes(x, P: tl.constexpr):
-    """Signed codes of x rounded to nearest; x itself where ``store_codes`` will have the hardware round it."""
+    """Signed codes of x rounded to nearest; x itself where ``store_codes`` will have the hardware
+    round it."""
     if P.converts:
         return x
     else:
@@ -191,7 +199,8 @@ def candidate_error(scaled, scale, P: tl.constexpr):
 
 @triton.jit
 def searched(x, amax, encode, P: tl.constexpr):
-    """four_over_six, scale_search: (codes, scale bytes) on the scale of smallest error, the first of equals."""
+    """four_over_six, scale_search: (codes, scale bytes) on the scale of smallest error, the first
+    of equals."""
     scaled = x * over_elements(encode)
     size = from_bits(magnitude_bits(scaled))
     base = base_scale(amax, encode)

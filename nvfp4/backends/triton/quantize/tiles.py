@@ -1,4 +1,5 @@
-"""How tiles come in and go out: dense or coded sources, the rotation, codes and scales. A tile is [R, C] of an operand.
+"""How tiles come in and go out: dense or coded sources, the rotation, codes and scales. A tile is
+[R, C] of an operand.
 
 Offsets are int64 throughout: a tensor may hold more than 2^31 elements.
 """
@@ -36,8 +37,9 @@ def positions(tile, COUNT: tl.constexpr):
 def load_rows(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr):
     """Tile [R, C] of a matrix whose rows are contiguous in memory, zero outside of it.
 
-    Read in the order [pieces, R, C / (pieces run), run]: threads are dealt from the last axis to the first, so that the
-    pieces of what a thread reads at once stay in it, and sums over them need no shuffle.
+    Read in the order [pieces, R, C / (pieces run), run]: threads are dealt from the last axis to
+    the first, so that the pieces of what a thread reads at once stay in it, and sums over them need
+    no shuffle.
     """
     OUTER: tl.constexpr = T.columns // (T.pieces * T.run)
     row = positions(row_tile, T.rows)[None, :, None, None]
@@ -56,13 +58,15 @@ def runs(tile, COUNT: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def block_starts(column_tile, COUNT: tl.constexpr):
-    """First column of each block of tile number ``column_tile`` of COUNT columns, [COUNT/16, 1, 1]."""
+    """First column of each block of tile number ``column_tile`` of COUNT columns, [COUNT/16, 1,
+    1]."""
     return (positions(column_tile, COUNT // 16) * 16)[:, None, None]
 
 
 @triton.jit
 def load_column(lines, inside, column, columns, stride, TILE: tl.constexpr):
-    """What ``lines`` point to, moved on to a column, zero outside of ``columns``; TILE columns lie on each other."""
+    """What ``lines`` point to, moved on to a column, zero outside of ``columns``; TILE columns lie
+    on each other."""
     return tl.load(lines + column // TILE * stride, mask=inside & (column < columns), other=0)
 
 
@@ -89,10 +93,12 @@ def load_eight(lines, inside, column, columns, stride, TILE: tl.constexpr):
 
 @triton.jit
 def load_blocks(lines, inside, column, columns, stride, TILE: tl.constexpr):
-    """Blocks of 16 columns [C/16, n, 16] from the columns where they start [C/16, 1, 1] and lines [1, n/run, run].
+    """Blocks of 16 columns [C/16, n, 16] from the columns where they start [C/16, 1, 1] and lines
+    [1, n/run, run].
 
-    Where memory runs down the columns, a thread reads ``run`` neighbours at once. Sixteen loads, joined, leave the
-    whole block in the thread, whatever order of axes the compiler would have dealt one load in.
+    Where memory runs down the columns, a thread reads ``run`` neighbours at once. Sixteen loads,
+    joined, leave the whole block in the thread, whatever order of axes the compiler would have
+    dealt one load in.
     """
     even = load_eight(lines, inside, column, columns, stride, TILE)
     blocks = tl.join(even, load_eight(lines, inside, column + 1, columns, stride, TILE))
@@ -100,11 +106,15 @@ def load_blocks(lines, inside, column, columns, stride, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_columns(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr):
+def load_columns(
+    x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr
+):
     """``load_rows`` for a matrix whose columns are contiguous in memory."""
     row = runs(row_tile, T.rows, T.run)
     start = block_starts(column_tile, T.columns)
-    blocks = load_blocks(x + row * stride_row, row < rows, start, columns, stride_column, 1).to(tl.float32)
+    blocks = load_blocks(x + row * stride_row, row < rows, start, columns, stride_column, 1).to(
+        tl.float32
+    )
     return tl.reshape(tl.permute(blocks, (1, 0, 2)), (T.rows, T.columns))
 
 
@@ -126,18 +136,23 @@ def unpack(packed):
 
 @triton.jit
 def load_scales(block_scale, row, block, rows, row_blocks, TILE: tl.constexpr):
-    """Values of the block scales of rows of codes and blocks of columns (indices that broadcast), 0 outside."""
+    """Values of the block scales of rows of codes and blocks of columns (indices that broadcast), 0
+    outside."""
     pointers = block_scale + (row // TILE) * row_blocks + block
     return decode_scale(tl.load(pointers, mask=(row < rows) & (block < row_blocks), other=0))
 
 
 @triton.jit
-def decode_tile(codes, block_scale, row, column_tile, rows, row_bytes, TILE: tl.constexpr, C: tl.constexpr):
+def decode_tile(
+    codes, block_scale, row, column_tile, rows, row_bytes, TILE: tl.constexpr, C: tl.constexpr
+):
     """e2m1 * block_scale of a tile [R, C] of a coded matrix, zero outside; exact."""
     R: tl.constexpr = row.shape[0]
     byte, block = positions(column_tile, C // 2)[None, :], positions(column_tile, C // 16)[None, :]
     row = row[:, None]
-    packed = tl.load(codes + row * row_bytes + byte, mask=(row < rows) & (byte < row_bytes), other=0)
+    packed = tl.load(
+        codes + row * row_bytes + byte, mask=(row < rows) & (byte < row_bytes), other=0
+    )
     scales = load_scales(block_scale, row, block, rows, row_bytes // 8, TILE)
     return tl.reshape(tl.reshape(unpack(packed), (R, C // 16, 16)) * scales[:, :, None], (R, C))
 
@@ -147,11 +162,14 @@ def decode_columns(
     codes, block_scale, global_scale, row_tile, column_tile, rows, columns, row_bytes,
     CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the transpose of what codes [columns, row_bytes] stand for, zero outside of [rows, columns]."""
+    """Tile [R, C] of the transpose of what codes [columns, row_bytes] stand for, zero outside of
+    [rows, columns]."""
     byte, start = runs(row_tile, T.rows // 2, T.run // 2), block_starts(column_tile, T.columns)
     inside = byte < row_bytes
     packed = load_blocks(codes + byte, inside, start, columns, row_bytes, 1)
-    scales = load_blocks(block_scale + byte // 8, inside, start, columns, row_bytes // 8, CODED.tile)
+    scales = load_blocks(
+        block_scale + byte // 8, inside, start, columns, row_bytes // 8, CODED.tile
+    )
     values = unpack(packed) * decode_scale(scales)[:, :, :, None]
     if CODED.row_scaled:
         column = start + tl.arange(0, 16)[None, None, :]
@@ -176,8 +194,9 @@ def load_global(global_scale, row, rows, ROW_SCALED: tl.constexpr):
 def partners(pairs):
     """The other element of each pair, pairs float32 [n, m, 2, s] along axis 2.
 
-    A sum of the bits, less one's own bits, modulo 2^32: one shuffle where the pair lies in two threads, and nothing at
-    all where it lies in one. (Through int64 because the interpreter sums there; compiled, that is free.)
+    A sum of the bits, less one's own bits, modulo 2^32: one shuffle where the pair lies in two
+    threads, and nothing at all where it lies in one. (Through int64 because the interpreter sums
+    there; compiled, that is free.)
     """
     own = bits(pairs)
     return from_bits((tl.sum(own, axis=2, keep_dims=True) - own).to(tl.int64).to(tl.int32))
@@ -185,9 +204,11 @@ def partners(pairs):
 
 @triton.jit
 def butterflies(y, GROUP: tl.constexpr):
-    """Unnormalised Walsh-Hadamard transform of the last axis of y [n, GROUP], strides 1, 2, ..., GROUP/2."""
+    """Unnormalised Walsh-Hadamard transform of the last axis of y [n, GROUP], strides 1, 2, ...,
+    GROUP/2."""
     N: tl.constexpr = y.shape[0]
-    minus = (tl.arange(0, 2) << 31)[None, None, :, None]  # the sign bit of the second: `-x` is 0 - x in triton 3.6
+    # the sign bit of the second: `-x` is 0 - x in triton 3.6
+    minus = (tl.arange(0, 2) << 31)[None, None, :, None]
     for s in tl.static_range(log2(GROUP)):
         pairs = tl.reshape(y, (N, GROUP >> (s + 1), 2, 1 << s))
         y = tl.reshape(partners(pairs) + from_bits(bits(pairs) ^ minus), (N, GROUP))
@@ -224,16 +245,22 @@ def rotate(x, sign_low, sign_high, P: tl.constexpr):
 
 @triton.jit
 def element_noise(row, block, padded, seed_low, seed_high, TR: tl.constexpr):
-    """Uniforms of stream 1 of blocks [R/TR, TR, C/16, 16], by the indices of rows [R] and of blocks [C/16]."""
+    """Uniforms of stream 1 of blocks [R/TR, TR, C/16, 16], by the indices of rows [R] and of blocks
+    [C/16]."""
     R: tl.constexpr = row.shape[0]
     K: tl.constexpr = block.shape[0]
-    counter = (row * (padded // 8))[:, None, None] + (block * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    counter = (
+        (row * (padded // 8))[:, None, None]
+        + (block * 2)[None, :, None]
+        + tl.arange(0, 2)[None, None, :]
+    )
     return tl.reshape(uniforms(seed_low, seed_high, counter, ELEMENT_STREAM), (R // TR, TR, K, 16))
 
 
 @triton.jit
 def pack_words(codes):
-    """Codes 0..15 (int32) [..., 8 n] of a tile [R, C] as words [R, C/8], the first in the lowest nibble."""
+    """Codes 0..15 (int32) [..., 8 n] of a tile [R, C] as words [R, C/8], the first in the lowest
+    nibble."""
     R: tl.constexpr = codes.shape[0]
     C: tl.constexpr = codes.shape[1]
     low, high = tl.split(tl.reshape(codes, (R, C // 2, 2)))
@@ -244,11 +271,12 @@ def pack_words(codes):
 
 @triton.jit
 def converted_words(x):
-    """``pack_words`` of the codes nearest to x, float32 [R, C], by the hardware of sm_100 and later.
+    """``pack_words`` of the codes nearest to x, float32 [R, C], by the hardware of sm_100 and
+    later.
 
-    PTX ISA, cvt to .e2m1x2 (from 8.6 on): .rn rounds to nearest, ties to even; .satfinite takes all beyond 6 to 6; the
-    sign stays, also that of zero, as E2M1 has a -0; NaN becomes +6, but no rule keeps codes of NaN. The first operand
-    becomes the upper half of the byte.
+    PTX ISA, cvt to .e2m1x2 (from 8.6 on): .rn rounds to nearest, ties to even; .satfinite takes all
+    beyond 6 to 6; the sign stays, also that of zero, as E2M1 has a -0; NaN becomes +6, but no rule
+    keeps codes of NaN. The first operand becomes the upper half of the byte.
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
@@ -278,7 +306,8 @@ def converted_words(x):
 
 @triton.jit
 def store_codes(codes, values, row, column_tile, rows, padded):
-    """Pack codes [R, C] and store what lies inside [rows, padded]; ``codes`` points to int32, eight codes each.
+    """Pack codes [R, C] and store what lies inside [rows, padded]; ``codes`` points to int32, eight
+    codes each.
 
     values: the codes, or float32 for the hardware to round to them.
     """
