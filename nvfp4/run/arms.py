@@ -1,13 +1,17 @@
 """A grid of runs, each a child process: every recipe with every seed, and controls.
 
     plan -> Arm, Arm, ...   what is finished is not done again
-    run_all                 so many at a time; the first failure, or a signal, stops them all
+    run_all                 ``workers`` at a time; the first failure, or a signal, stops them all
     paired                  what a recipe costs, in pairs of runs that share seed and data
     publish                 compare.json, compare.png, tables
 
 A run in a process of its own has its own peak memory and its own crash. A signal to the parent
 stops all of them, each with a checkpoint, and the same command goes on; so does the parent's death
 (``children.py``).
+
+Runs of one seed have the same initial weights and the same batches. What these do to a loss is
+common to both runs of a pair and cancels in their difference; ``paired`` therefore takes the
+standard error of the differences.
 """
 
 from __future__ import annotations
@@ -40,8 +44,10 @@ POLL = 0.05
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of a grid: its name, the command of ``nvfp4`` that does it, its config, and where it
-    runs."""
+    """One run of a grid: its name, its config, and where it runs.
+
+    command: of ``nvfp4``, which does it (pretrain or rl).
+    """
 
     name: str
     command: str
@@ -79,16 +85,17 @@ class Display(nullcontext):
 
 
 def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, Any]]:
-    """Do what is not finished, ``workers`` at a time, and return the results; the first failure
-    stops them all.
+    """Do what is not finished, ``workers`` at a time; returns the results in the arms' order.
 
-    ``TrainError`` with the last words of a run that fails, ``Interrupted`` after a signal, which
-    all have obeyed.
+    The first failure stops them all: ``TrainError`` with the last words of that run.
+    ``Interrupted`` after a signal, which all have obeyed.
     """
     waiting = [arm for arm in arms if arm.result() is None]
     for arm in arms:
         if arm not in waiting:
             print(f"{arm.name}: finished before, in {arm.folder.root}", flush=True)
+
+    # From here on children may live, and the callback ends them however this block is left.
     running: dict[Arm, subprocess.Popen[bytes]] = {}
     with ExitStack() as stack:
         wish, _ = stack.enter_context(StopWish()), stack.enter_context(display)
@@ -99,6 +106,8 @@ def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, A
                 display.started(arm)
                 running[arm] = _start(arm, display)
             time.sleep(POLL)
+
+            # A child that ends well has left a result; exit code 0 without one is a failure too.
             for arm, child in list(running.items()):
                 display.look(arm)
                 if child.poll() is not None:
@@ -112,12 +121,11 @@ def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, A
 
 
 def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dict[str, float]]:
-    """What each recipe has more than ``baseline`` in the run of the same seed: same initial
-    weights, same data order.
+    """What each recipe has more than ``baseline``, in pairs of runs of the same seed.
 
-    values: of (recipe, seed). Each recipe but the baseline with its mean difference, the standard
-    error of that mean over seeds (the sample's deviation / sqrt n; NaN for one seed) and n. Seeds
-    that only one of the two has count not.
+    values: of (recipe, seed). Returns for each recipe but the baseline its mean difference, the
+    standard error of that mean over seeds (the sample's deviation / sqrt n; NaN for one seed) and
+    n. A seed that only one of the two has is not counted.
     """
     gaps_of: dict[str, dict[str, float]] = {}
     for recipe in dict.fromkeys(name for name, _ in values if name != baseline):
@@ -127,6 +135,7 @@ def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dic
             if name == recipe and (baseline, seed) in values
         ]
         if gaps:
+            # of the differences, not of the two means: what the pair shares has cancelled
             error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
             gaps_of[recipe] = {
                 "mean": statistics.fmean(gaps),
@@ -156,6 +165,8 @@ def publish(
 def _start(arm: Arm, display: Display) -> subprocess.Popen[bytes]:
     given = arm.folder.root / "given.yaml"
     write_text(given, to_yaml(arm.config))
+
+    # Workers side by side would start a thread per core each and wait for one another.
     threads = {} if arm.config.device == "cuda" else {"OMP_NUM_THREADS": "1"}
     arguments = [arm.command, "--config", str(given), "--resume"]
     if display.own_lines:

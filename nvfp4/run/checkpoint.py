@@ -1,9 +1,16 @@
 """Checkpoints: folders that appear whole or not at all, and that notice when a byte has changed.
 
-checkpoints/step-00000300/
-    manifest.json       format version; size and SHA-256 of every other file
-    state.json          plain values: step, config, corpus, counters
-    <name>.safetensors  one file for each group of tensors
+    checkpoints/step-00000300/
+        manifest.json       format version; size and SHA-256 of every other file
+        state.json          plain values: step, config, corpus, counters
+        <name>.safetensors  one file per group of tensors
+
+Saving: write under a hidden name, flush every file, rename, flush the folder, delete the old ones.
+A run that is killed in between leaves a hidden folder that the next save removes. Loading: compare
+every size and every hash with the manifest, then map the tensors. What is damaged is named, and
+``folder.py`` goes back to the checkpoint before it.
+
+This file knows folders and bytes. What must be remembered is the matter of ``state.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +36,11 @@ _TEMPORARY = ".unfinished-"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """state: plain values for JSON, with ``step``; tensors: groups of named tensors, each name at
-    most once."""
+    """What a checkpoint holds.
+
+    state: plain values for JSON, with ``step``. tensors: groups of named tensors, each name at most
+    once.
+    """
 
     state: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]]
@@ -53,12 +63,15 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         temporary.mkdir()
         _write(temporary, snapshot)
 
+        # A folder cannot be renamed over another one, so the old one steps aside first.
         if path.exists():  # the same step again, after going back to an earlier checkpoint
             path.rename(folder / f"{_TEMPORARY}replaced")
         temporary.rename(path)
         sync(folder)
     except (OSError, SafetensorError, TrainError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+
+        # The message says what the user still has.
         left = newest_first(folder)
         intact = (
             f"the last good checkpoint is {left[0]}" if left else "no earlier checkpoint exists"
@@ -68,17 +81,17 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         ) from error
 
     for old in [*folder.glob(f"{_TEMPORARY}*"), *newest_first(folder)[keep:]]:
-        # what stays is tried again after the next checkpoint
+        # a folder that cannot be deleted now is tried again after the next checkpoint
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def load(path: Path, verify: bool = True) -> Snapshot:
-    """Read a checkpoint and check every size and hash; ``TrainError`` names a file that is missing
-    or changed.
+    """Read a checkpoint; check every size and hash.
 
-    The tensors are views of the mapped files: they cost memory of the page cache, which processes
-    share. verify: False for one of several processes, where another has read every byte.
+    ``TrainError`` names a file that is missing or changed. The tensors are views of the mapped
+    files: they cost memory of the page cache, which processes share. verify: False for all but one
+    of several processes, since that one has read every byte.
     """
     manifest = _read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -87,6 +100,8 @@ def load(path: Path, verify: bool = True) -> Snapshot:
             f"{FORMAT}; "
             f"use the version of nvfp4 that wrote it"
         )
+
+    # Sizes and hashes first: a tensor file that is cut off could still be mapped.
     try:
         for name, expected in manifest["files"].items():
             _check_file(path, name, expected, verify)
@@ -98,6 +113,8 @@ def load(path: Path, verify: bool = True) -> Snapshot:
         raise _damaged(
             path, f"it cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from error
+
+    # A manifest that is JSON and of another shape fails in one of these ways.
     except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(
             path, f"{MANIFEST} does not list files with their sizes and hashes"
@@ -132,6 +149,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
             folder / f"{group}.safetensors",
         )
         sync(folder / f"{group}.safetensors")
+
+    # Last, since it lists all the others.
     files = {
         p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())
     }
@@ -139,8 +158,10 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _check_file(path: Path, name: str, expected: dict[str, Any], verify: bool) -> None:
-    """``DamagedCheckpoint`` if a file is not there as it was written; its hash is looked at under
-    ``verify``."""
+    """``DamagedCheckpoint`` if a file is not there as it was written.
+
+    Its size is always compared, its hash only under ``verify``.
+    """
     file = path / name
     if not file.is_file():
         raise _damaged(path, f"{name} is missing")
@@ -164,6 +185,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
             "is missing" if isinstance(error, FileNotFoundError) else "is cut off or not readable"
         )
         raise _damaged(path, f"{name} {reason}") from error
+
+    # Valid JSON of another shape is as damaged as none.
     if not isinstance(value, dict):
         raise _damaged(path, f"{name} is not what was written")
     return value
@@ -180,5 +203,4 @@ def _damaged(path: Path, reason: str) -> TrainError:
 
 
 class DamagedCheckpoint(TrainError):
-    """A checkpoint whose files are not what was written; ``--resume`` then goes back to the one
-    before."""
+    """Files of a checkpoint are not what was written; ``--resume`` then takes the one before it."""

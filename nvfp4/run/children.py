@@ -1,9 +1,9 @@
 """Runs as child processes of a comparison: they get signals once, and do not outlive their parent.
 
 A comparison that is stopped passes the signal on and waits. One that is killed (kill -9, out of
-memory) can pass nothing on; on Linux the kernel then sends its children SIGTERM, which a run obeys
-as ever: it finishes the step, saves and ends. Elsewhere the child trains on, and its lock names it
-to whoever starts the same comparison again.
+memory) can pass nothing on; on Linux the kernel then sends its children SIGTERM (PR_SET_PDEATHSIG),
+and a run obeys that as ever: it finishes the step, saves and ends. Elsewhere the child trains on,
+and its lock names it to whoever starts the same comparison again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 def start(
     arguments: list[str], environment: dict[str, str] | None = None, output: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """``nvfp4 ARGUMENTS`` as a child in a session of its own, so that Ctrl-C on the terminal
-    reaches the parent alone.
+    """``nvfp4 ARGUMENTS`` as a child process in a session of its own.
 
-    environment: variables besides those of this process and ``PATIENT``. output: where its lines
-    go, else where ours do. ``TrainError`` if no process can be started.
+    The session makes Ctrl-C on the terminal reach the parent alone. environment: variables besides
+    those of this process and ``PATIENT``. output: where its lines go; None: where ours go.
+    ``TrainError`` if no process can be started.
     """
     try:
         return subprocess.Popen(

@@ -1,13 +1,17 @@
-"""Text as documents: where they come from, in which order, which are held out, and the hash that
-identifies them all.
+"""Text as documents: where they come from, in which order, which are held out, and one hash of all.
 
-A document is a text file, a line of a JSONL file or a row of a Parquet file. Whether it is held out
-depends on its relative name alone, so adding files never moves another document, and two machines
-with the same files agree.
+    files, folders, globs -> (relative name, path), sorted
+      -> documents   a text file; a line of JSONL; a row of Parquet
+      -> held out    where the first 8 bytes of SHA-256(name), / 2^64, are below holdout
+      -> sha256      of all names and texts; checkpoints of another are refused
 
-Nothing is left out in silence: a folder that cannot be listed, a link that leads nowhere and a line
-that is no text stop the run with their name, since a corpus with a hole would train another model
-without anybody knowing.
+Whether a document is held out depends on its relative name alone, so adding files never moves
+another document, and two machines with the same files agree.
+
+Nothing is left out in silence. A folder that cannot be listed, a link that leads nowhere and a line
+that is no text stop the run with their name: a corpus with a hole would train another model without
+anybody knowing. ``glob``, ``rglob`` and ``os.walk`` all pass over folders without permission, so
+this file walks with care.
 """
 
 from __future__ import annotations
@@ -38,16 +42,18 @@ PARQUET = (".parquet",)
 
 @dataclass(frozen=True)
 class Document:
-    """name: relative path, with ``:line`` or ``:row`` for JSONL and Parquet; text: as read, never
-    empty."""
+    """A piece of text that is trained on, or held out, as a whole.
+
+    name: relative path, with ``:line`` or ``:row`` for JSONL and Parquet. text: as read, never
+    empty.
+    """
 
     name: str
     text: str
 
     @property
     def draw(self) -> float:
-        """A number in [0, 1) from the SHA-256 of the name: below the holdout share, the document is
-        held out."""
+        """A number in [0, 1) from the SHA-256 of the name: held out if below the holdout share."""
         return int.from_bytes(hashlib.sha256(_raw(self.name)).digest()[:8], "big") / 2**64
 
     @property
@@ -58,8 +64,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """train in sorted order of files; held_out in order of their draw, so that any first few are a
-    fair sample."""
+    """train: in sorted order of files. held_out: in order of their draw, so any first few are fair.
+
+    sha256: of names and texts, those of ``held_out_data`` included.
+    """
 
     train: list[Document]
     held_out: list[Document]
@@ -75,18 +83,17 @@ class Corpus:
 
 
 def load_corpus(config: DataOptions) -> Corpus:
-    """Read, split and hash the documents of ``data`` and ``held_out_data``; ``TrainError`` names
-    what cannot be used.
+    """Read, split and hash the documents of ``data`` and ``held_out_data``, all held in memory.
 
-    All text is held in memory. Empty documents are passed over. Of a corpus that is one single
-    document, the last ``holdout`` share of its characters is held out; if the hash holds out no
-    document at all, the one with the smallest draw is.
+    ``TrainError`` names what cannot be used. Empty documents are passed over. Of a corpus that is
+    one single document, the last ``holdout`` share of its characters is held out. If the hash holds
+    out no document at all, the one with the smallest draw is.
     """
     files = find_files(config.data, "data") if config.data else standard_library_files()
     documents = _read_all(files, config.text_field)
     digest = _digest(documents)
 
-    # Held out: files of their own,
+    # Held out are files of their own, if given. The same text in both would score as learnt.
     if config.held_out_data:
         held_out = _read_all(find_files(config.held_out_data, "held_out_data"), config.text_field)
         shared = {d.text for d in documents} & {d.text for d in held_out}
@@ -100,11 +107,11 @@ def load_corpus(config: DataOptions) -> Corpus:
             documents, sorted(held_out, key=lambda d: d.draw), _digest([*documents, *held_out])
         )
 
-    # the end of a single document,
+    # Else the end of a document that is alone, since a name cannot split it.
     if len(documents) == 1:
         return Corpus(*_cut(documents[0], config.holdout), digest)
 
-    # or the documents whose names draw less than the share.
+    # Else the documents whose names draw less than the share.
     by_draw = sorted(documents, key=lambda d: d.draw)
     held_out = [d for d in by_draw if d.draw < config.holdout] or by_draw[:1]
     names = {d.name for d in held_out}
@@ -118,11 +125,10 @@ def load_corpus(config: DataOptions) -> Corpus:
 
 
 def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
-    """(relative name, path) of every file that the files, folders and globs name, each file once,
-    sorted by name.
+    """(relative name, path) of each file that files, folders and globs name, once, sorted by name.
 
     The name is relative to the folder, to the fixed part of the glob, or to the file's own folder.
-    ``field`` names the config field in the ``TrainError`` for a pattern that matches nothing.
+    field: the option that a ``TrainError`` names when a pattern matches nothing or cannot be read.
     """
     names: dict[Path, str] = {}
     for pattern in patterns:
@@ -133,6 +139,8 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
                     f"{field}: no file matches {pattern}; give files, folders or globs (quoted "
                     "for the shell)"
                 )
+
+            # By its real path, so that a file under two patterns or links is read once.
             for file in files:
                 names.setdefault(file.resolve(), file.relative_to(root).as_posix())
         # a loop of links; a name with a zero byte; no such home
@@ -147,12 +155,15 @@ def find_files(patterns: tuple[str, ...], field: str) -> list[tuple[str, Path]]:
 
 
 def standard_library_files() -> list[tuple[str, Path]]:
-    """(relative name, path) of the .py files of the running Python's standard library, sorted by
-    name."""
+    """(relative name, path) of the .py files of this Python's standard library, sorted by name.
+
+    The corpus of last resort: every machine has it, and nothing is downloaded.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
     try:
         for folder, below, files in os.walk(root, onerror=_refuse):
+            # in place: os.walk goes into what is left in the list
             below[:] = [name for name in below if name not in LEFT_OUT]
             paths = [Path(folder, name) for name in files if name.endswith(".py")]
             modules += [(path.relative_to(root).as_posix(), path) for path in paths]
@@ -184,6 +195,8 @@ def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
             path.lstat()
         except FileNotFoundError:
             raise TrainError(f"{field}: no such file: {pattern}") from None
+
+    # A broken link is refused; folders and sockets among the matches are no documents.
     files = []
     for each in paths:
         if each.is_file():
@@ -196,8 +209,10 @@ def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
 
 
 def _below(root: Path) -> list[Path]:
-    """Everything under a folder but what is hidden, sorted; links to folders are not followed, so
-    none can loop."""
+    """Everything under a folder but what is hidden, sorted.
+
+    Links to folders are not followed, so none can loop.
+    """
     paths = []
     for folder, below, names in os.walk(root, onerror=_refuse):
         below[:] = [name for name in below if not name.startswith(".")]
@@ -211,8 +226,10 @@ def _refuse(error: OSError) -> None:
 
 
 def _refuse_unreadable_folders(path: Path, root: Path) -> None:
-    """``OSError`` for a folder that ``path``, a glob, would look into and may not: ``glob`` passes
-    over those."""
+    """``OSError`` for a folder that ``path``, a glob, would look into and may not.
+
+    ``glob`` passes over those without a word.
+    """
     for end in range(len(root.parts), len(path.parts)):
         for folder in glob.iglob(str(Path(*path.parts[:end])), recursive=True):
             if os.path.isdir(folder):
@@ -220,6 +237,7 @@ def _refuse_unreadable_folders(path: Path, root: Path) -> None:
 
 
 def _until_magic(parts: tuple[str, ...]) -> list[str]:
+    """The parts of a path before the first with a wildcard."""
     fixed = []
     for part in parts:
         if glob.has_magic(part):
@@ -276,6 +294,8 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
                 row = read_json(line)
             except ValueError as error:
                 raise TrainError(f"data: {where} {error}; repair or remove it") from None
+
+            # The message lists what is there: most often the field has another name.
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
                 has = (
                     f"the fields {_some(row)}"
@@ -290,8 +310,7 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
 
 
 def read_json(line: str) -> Any:
-    """The value of a line of JSON; ``ValueError`` says what it is instead, whatever is wrong with
-    it.
+    r"""The value of a line of JSON; ``ValueError`` says what it is instead, whatever is wrong.
 
     A lone surrogate (``"\\ud800"``) is refused although JSON can spell it: no encoding and no
     tokenizer can.
@@ -339,6 +358,8 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
                 raise TrainError(
                     f"data: column {text_field!r} of {path} must hold strings, it holds {kind}"
                 )
+
+            # Batch by batch, and a null as an empty text, which is passed over like any other.
             row = 0
             for batch in file.iter_batches(columns=[text_field]):
                 for text in batch.column(0).to_pylist():
@@ -351,6 +372,7 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _cut(document: Document, holdout: float) -> tuple[list[Document], list[Document]]:
+    """A single document as two: its text but for the last ``holdout`` share, and that share."""
     at = round(len(document.text) * (1 - holdout))
     if not 0 < at < len(document.text):
         raise TrainError(
@@ -362,6 +384,7 @@ def _cut(document: Document, holdout: float) -> tuple[list[Document], list[Docum
 
 
 def _digest(documents: list[Document]) -> str:
+    """SHA-256 of names and texts, each after its length, so that no two corpora run together."""
     if not documents:
         raise TrainError("data: all files are empty; give files with text")
     digest = hashlib.sha256()

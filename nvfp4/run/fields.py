@@ -4,9 +4,11 @@
       -> from_fields            types and ranges
       -> a trainer's resolve    rules between fields, derived values
       -> saved_fields, to_yaml  result.json, checkpoints, config.yaml
-      -> differences            what of a checkpoint's config is not as it was
+      -> differences            which fields of a checkpoint's config are no longer the same
 
-Every message names the field, what was expected and what came.
+The work is cut so that each message can name its field: pydantic judges one field at a time,
+``check_together`` and ``refuse_idle`` judge several. Every message names the field, what was
+expected and what came.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ Resumable = TypeVar("Resumable", bound=ResumableConfig)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The fields of a .yaml, .yml, .toml or .json file; ``TrainError`` if it is missing or
-    malformed."""
+    """The fields of a .yaml, .yml, .toml or .json file.
+
+    ``TrainError`` if the file is missing, malformed, or holds something else than fields.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -50,6 +54,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise TrainError(
             f"config: {path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}"
         ) from error
+
+    # YAML gives None for an empty file: a config that changes nothing
     if fields is None:
         return {}
     if not isinstance(fields, dict):
@@ -60,8 +66,11 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Config:
-    """A config of class ``kind`` from names and values; ``TrainError`` beginning with ``origin`` if
-    wrong."""
+    """A config of class ``kind`` from names and values.
+
+    ``TrainError``, beginning with ``origin`` (the command line, a file), for each field that is
+    wrong.
+    """
     try:
         return _validated(kind, fields)
     except TrainError as error:
@@ -69,8 +78,10 @@ def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Conf
 
 
 def validated(config: Config) -> Config:
-    """The same config, its types and ranges checked as those of a file are, since Python does
-    not."""
+    """The same config with its types and ranges checked, as those of a file are.
+
+    Python itself checks nothing when somebody writes ``PretrainConfig(steps="many")``.
+    """
     return _validated(type(config), dataclasses.asdict(config))
 
 
@@ -83,7 +94,7 @@ def to_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def saved_config(config: Resumable) -> Resumable:
-    """The config without what concerns one start of the run only, as it is saved beside the run."""
+    """The config as it is saved beside the run: without the fields that concern one start alone."""
     return dataclasses.replace(
         config, resume=False, resume_from=None, overwrite=False, allow_changes=()
     )
@@ -110,13 +121,15 @@ def free_on_resume(kind: type[RunConfig]) -> frozenset[str]:
 def differences(
     saved: dict[str, Any], config: ResumableConfig, bound: frozenset[str] = frozenset()
 ) -> list[str]:
-    """``field: saved value, now value`` of fields that can change a loss, differ and are not in
-    ``allow_changes``.
+    """``field: saved value, now value`` for each field that can change a loss and has changed.
 
-    bound: fields that are free as a rule and not in this run.
+    Fields in ``allow_changes`` are passed over. bound: fields that are free as a rule and not in
+    this run.
     """
     present = to_fields(config)
     ignored = (free_on_resume(type(config)) - bound) | set(config.allow_changes)
+
+    # The union of both: a field that a later version adds or drops counts as a difference.
     names = [name for name in {**saved, **present} if name not in ignored]
     return [
         f"{name}: {saved.get(name)!r}, now {present.get(name)!r}"
@@ -133,12 +146,11 @@ def fill(config: Config, values: dict[str, Any]) -> Config:
 
 
 def refuse_idle(config: RunConfig, rules: tuple[tuple[str, bool, str], ...]) -> None:
-    """``TrainError`` for an option that was given and cannot act: whoever gave it expects something
-    of it.
+    """``TrainError`` for an option that was given and has no effect.
 
-    rules: names of fields, whether they are without effect in this config, and why. A field that
-    has its default was not given. To them come the rules of the learning rate, which are every
-    trainer's.
+    Whoever gives an option expects something of it. rules: names of fields, whether they are
+    without effect in this config, and why. A field that has its default was not given. The rules of
+    the learning rate, which every trainer has, are added here.
     """
     wsd = config.schedule == "wsd"
     shared = (
@@ -159,12 +171,16 @@ def check_together(config: RunConfig) -> None:
         raise TrainError(f"warmup: must be below steps = {config.steps}, got {config.warmup}")
     if not isinstance(config, ResumableConfig):
         return
+
+    # Three ways to begin: anew, from the newest checkpoint, from a named one. Give at most one.
     if config.resume_from is not None and (config.resume or config.overwrite):
         raise TrainError("resume_from: names one checkpoint, so leave out --resume and --overwrite")
     if config.resume and config.overwrite:
         raise TrainError(
             "overwrite: deletes the run that --resume would go on with; give one of the two"
         )
+
+    # Else a misspelt name would allow nothing, and the refusal on resume would be a riddle.
     unknown = set(config.allow_changes) - {field.name for field in dataclasses.fields(config)}
     if unknown:
         raise TrainError(
@@ -180,8 +196,8 @@ def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
             "; ".join(_explain(kind, item) for item in error.errors(include_url=False))
         ) from None
 
-    # What pydantic takes for a text and no file can hold.
-    # the working folder, if nobody looks: a variable of the shell that was not set
+    # Texts that pydantic accepts and that no file system or tokenizer can hold. An empty --out
+    # is a shell variable that was not set; it would make the working folder the run folder.
     if config.out == "":
         raise TrainError("out: expected the name of a folder, got ''")
     for name, value in vars(config).items():
@@ -191,6 +207,8 @@ def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
             if isinstance(text, str)
         ):
             raise TrainError(f"{name}: expected a text without null bytes, got {value!r}")
+
+    # A terminal in another encoding gives lone surrogates, which no tokenizer takes.
     prompt = getattr(config, "prompt", None)
     try:
         (prompt or "").encode()

@@ -7,8 +7,10 @@
     result.json   written last: its presence says that the run is finished
     .lock         held by the process that trains here
 
-``open`` is the one way in: it refuses what would mix two runs, finds the checkpoint, and cuts the
-logs back to it.
+``open`` is the one way in. First it refuses what would mix two runs: another process, another run's
+files, a checkpoint of another config, other data, a log that has lost rows. Then the folder is this
+run's: config.yaml is written, an old result removed, the logs are cut back to the checkpoint's
+step.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class RunFolder:
 
     logs: JSON lines with a step each, cut back to the checkpoint when a run resumes; the first has
     a row per step. renamed: fields of earlier versions that a run cannot go on with, and what to
-    give instead. data_field: the one that names the text or the problems.
+    give instead. data_field: the option that names the text or the problems.
     """
 
     data_field: ClassVar[str] = "data"
@@ -74,6 +76,8 @@ class RunFolder:
         ``TrainError`` if something stays: a checkpoint of the earlier run would be taken for the
         newest of this one.
         """
+
+        # A link goes and its target stays: --out may point to a larger disk.
         try:
             for path in (self.result, self.config, self.sample, *self.pictures, *self.logs):
                 path.unlink(missing_ok=True)
@@ -89,10 +93,9 @@ class RunFolder:
             ) from error
 
     def lock(self) -> None:
-        """Make the folder and keep it to this process until it ends; ``TrainError`` if another one
-        trains in it.
+        """Make the folder and keep it to this process; ``TrainError`` if another one trains in it.
 
-        The lock is the kernel's and ends with the process, however that ends; what the file says is
+        The lock is the kernel's and ends with the process, even by kill -9; what the file says is
         for people. A second call does nothing.
         """
         if "_lock" in vars(self):
@@ -111,6 +114,8 @@ class RunFolder:
                     f"{self.root}; wait for it, "
                     f"stop it, or choose another --out"
                 ) from None
+
+            # Closing the file would give the lock up, so it is kept open with the folder.
             self._lock = lock
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -138,13 +143,13 @@ class RunFolder:
     def open(
         self, config: ResumableConfig, data_sha256: str, bound: frozenset[str] = frozenset()
     ) -> tuple[Found, list[str]]:
-        """Make the folder ready; returns the checkpoint to go on from (None: from the start) and
-        notes for the user.
+        """Make the folder ready; returns the checkpoint to go on from and notes for the user.
 
-        data_sha256: of the text or the problems. bound: fields that are free on resume as a rule
-        and not in this run, which learns from what they say. ``TrainError`` if another run's files
-        are in the way, or if the checkpoint is damaged, of another config or of other data.
-        Afterwards the logs end at the snapshot's step and config.yaml holds ``config``.
+        The checkpoint is None where the run begins at the start. data_sha256: of the text or the
+        problems. bound: fields that are free on resume as a rule and not in this run, because it
+        learns from what they say. ``TrainError`` if another run's files are in the way, or if the
+        checkpoint is damaged, of another config or of other data. Afterwards the logs end at the
+        snapshot's step and config.yaml holds ``config``.
         """
         self.lock()
 
@@ -153,6 +158,8 @@ class RunFolder:
             self.clear()
         self.refuse_earlier(config)
         self._refuse_renamed(config)
+
+        # -1 cuts row 0 too: a run from the start writes it anew.
         start, notes = self._find(config)
         step = -1 if start is None else start[1].state["step"]
         if start is not None:
@@ -182,8 +189,7 @@ class RunFolder:
             )
 
     def _refuse_renamed(self, config: ResumableConfig) -> None:
-        """``TrainError`` for a run of an earlier version that is to go on: what it did has another
-        name now."""
+        """``TrainError`` for resuming a run of an earlier version by an option that is gone."""
         if not (self.renamed and (config.resume or config.resume_from) and self.config.exists()):
             return
         for name in self.renamed.keys() & read_config_file(self.config).keys():
@@ -197,7 +203,10 @@ class RunFolder:
     def _check_fits(
         self, snapshot: Snapshot, config: ResumableConfig, data_sha256: str, bound: frozenset[str]
     ) -> None:
-        """``TrainError`` for a checkpoint of another config or of other data."""
+        """``TrainError`` for a checkpoint of another config or of other data.
+
+        Either would go on without a word and end as a run that nobody can repeat.
+        """
         differing = differences(snapshot.state["config"], config, bound)
         if differing:
             raise TrainError(
@@ -205,6 +214,8 @@ class RunFolder:
                 "values, choose another "
                 f"--out, or name the fields in --allow-changes"
             )
+
+        # --allow-changes data says: the text may have changed.
         saved, field = snapshot.state["corpus_sha256"], self.data_field
         if saved != data_sha256 and field not in config.allow_changes:
             raise TrainError(
@@ -214,8 +225,10 @@ class RunFolder:
             )
 
     def _check_log(self, step: int) -> None:
-        """``TrainError`` if the log has no row of the checkpoint's step, which it had when that was
-        saved."""
+        """``TrainError`` if the log lacks the row of the checkpoint's step.
+
+        The log had it when the checkpoint was saved, so somebody has cut or replaced the file.
+        """
         rows = log.read(self.log)
         if not any(row["step"] == step for row in rows):
             last = f"ends at step {rows[-1]['step']}" if rows else "is missing or empty"
@@ -248,8 +261,10 @@ class RunFolder:
         return None, ["no checkpoint yet: starting from the beginning"] if config.resume else []
 
     def _take_over(self, path: Path, config: ResumableConfig) -> None:
-        """Go on from a named checkpoint: of this run, or of another, whose log is then copied to a
-        new folder."""
+        """Go on from a named checkpoint, of this run or of another one.
+
+        Another run's log is copied, so that the new folder tells the whole story.
+        """
         source = path.resolve().parent.parent
         if source != self.root.resolve():
             if self.checkpoints.exists() or self.log.exists():
@@ -261,6 +276,7 @@ class RunFolder:
         elif config.allow_changes and any(
             p.name > path.name for p in checkpoint.newest_first(self.checkpoints)
         ):
+            # a later --resume would find those first, and they are of the config before
             raise TrainError(
                 f"allow_changes: {self.root} has checkpoints after {path.name} that would not "
                 "fit; choose a new --out"

@@ -2,9 +2,13 @@
 
     {"step": 120, "loss": 2.4132, "lr": 0.0039, ..., "skipped": false}
 
-A row is one ``write`` of one line to a file opened for appending, so a process that is killed
-leaves no half line; a full disk may, and a reader passes over it. NaN and Inf are null, since JSON
-has neither. Every checkpoint is preceded by an ``fsync``: the log may be ahead of it, never behind.
+Each row is one ``write`` of one line to a file opened for appending, so a process that is killed
+leaves no half line. A full disk may leave one; a reader stops before it. NaN and Inf are null,
+since JSON has neither.
+
+Order against checkpoints: rows -> fsync of the log -> checkpoint. The log may be ahead of the
+newest checkpoint, never behind it. On resume ``cut`` drops the rows that are ahead, and the run
+writes the same rows again.
 """
 
 from __future__ import annotations
@@ -25,8 +29,7 @@ LAST = 20
 
 
 class Log:
-    """Appends rows; each is one ``write`` of a whole line, so a killed process leaves no half
-    line."""
+    """Appends rows to a file that stays open while the run lives."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,6 +42,7 @@ class Log:
         """Append a row; NaN and Inf must be given as None. ``TrainError`` if the disk is full."""
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
+            # A short write is how a disk that fills up within the line shows itself.
             written = os.write(self._descriptor, line)
             if written != len(line):
                 raise OSError(None, "no space left for a whole line")
@@ -46,8 +50,7 @@ class Log:
             raise self._failed(error) from error
 
     def flush(self) -> None:
-        """Bring all rows to the disk; done before every checkpoint, so that no checkpoint is ahead
-        of the log."""
+        """Bring all rows to the disk, before every checkpoint, so that none is ahead of the log."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:  # some file systems find out here that the disk is full
@@ -64,14 +67,19 @@ class Log:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a log, none if there is no file; an unfinished last line (full disk, power cut)
-    is passed over."""
+    """All rows of a log; none if there is no file.
+
+    Reading stops before an unfinished last line (full disk, power cut). ``TrainError`` for a line
+    of JSON that is no row: the file is somebody else's.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise TrainError(f"cannot read {path}: {error.strerror or error}") from error
+
+    # Each row stands alone, so the rows before a broken one are good.
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -85,10 +93,10 @@ def read(path: Path) -> list[Row]:
 
 
 def costs(rows: list[Row], seconds: str) -> Row:
-    """What the steps of a run have cost, also those before a resume; seconds: the figure that says
-    how long one took.
+    """What the steps of a run have cost, also those before a resume.
 
-    tokens_per_s is the median, memory the peak in GiB.
+    seconds: the figure of a row that says how long its step took. tokens_per_s is the median over
+    steps, memory the peak in GiB.
     """
     return {
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
@@ -99,11 +107,14 @@ def costs(rows: list[Row], seconds: str) -> Row:
 
 
 def last_row(path: Path) -> Row | None:
-    """The last whole row of a log that another process writes, from its last 64 KiB; None if there
-    is none."""
+    """The last whole row of a log that another process is writing; None if there is none yet.
+
+    Reads the last 64 KiB only: a bar on a terminal asks several times a second.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            # what follows the last newline is a row in the making
             lines = file.read().split(b"\n")[:-1]
         return dict(json.loads(lines[-1])) if lines else None
     except (OSError, ValueError, TypeError):

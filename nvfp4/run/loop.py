@@ -7,8 +7,11 @@
 
 A ``Training`` says what a step is. A step is a function of (weights, optimiser, random states, the
 training's own state, number of the step), and a checkpoint holds all of these: a run that was
-stopped, killed or moved repeats the uninterrupted one to the last bit. Pretraining (``train/``),
-reinforcement learning and its supervised warm start (``rl/``) are trainings.
+stopped, killed or moved repeats the uninterrupted one to the last bit. Hence no step may ask the
+clock or a global counter for anything but a figure in the log.
+
+Pretraining (``train/``), reinforcement learning and its supervised warm start (``rl/``) are
+trainings; a new one is a subclass with ``step`` and ``finish``.
 """
 
 from __future__ import annotations
@@ -48,11 +51,11 @@ Config = TypeVar("Config", bound=ResumableConfig)
 
 @dataclass
 class RunParts:
-    """The objects that every run is made of, in one process. Model, optimiser and logs change while
-    it trains.
+    """The objects that every run is made of, in one process.
 
-    forward: the model, wrapped to average gradients over processes. logs: open ones of
-    ``folder.logs`` while the loop runs, none in other processes than the main one.
+    Model, optimiser and logs change while it trains. forward: the model, wrapped to average
+    gradients over processes. logs: open ones of ``folder.logs`` while the loop runs, none in other
+    processes than the main one.
     """
 
     config: ResumableConfig
@@ -72,8 +75,7 @@ class RunParts:
 
 
 class Training(ABC):
-    """What is trained: a step, and what it must remember beside weights, optimiser and random
-    states.
+    """What is trained: a step, and what it remembers beside weights, optimiser and random states.
 
     command: of ``nvfp4``, for advice. unit: what messages call several steps. data_sha256: of the
     text or the problems; a checkpoint of others is refused. bound: fields of the config that are
@@ -90,13 +92,17 @@ class Training(ABC):
 
     @abstractmethod
     def step(self, step: int) -> Row:
-        """Train; step: 0 for the first. The row needs ``skipped``: a loss or a gradient was not
-        finite."""
+        """Train; step: 0 for the first. Returns the figures of the step, a row of log.jsonl.
+
+        ``skipped`` is required: whether a loss or a gradient was not finite.
+        """
 
     @abstractmethod
     def finish(self) -> dict[str, Any]:
-        """What is done after the last step; the content of result.json, {} in other processes than
-        the main one."""
+        """What is done after the last step: score, export, result.json.
+
+        Returns the content of result.json; {} in other processes than the main one.
+        """
 
     def first_row(self) -> Row:
         """Figures before the first step."""
@@ -141,18 +147,19 @@ def train(
     summary: Callable[[dict[str, Any]], str],
     out_of_memory: str,
 ) -> dict[str, Any]:
-    """Train as the resolved config says and return what result.json holds; under torchrun, one
-    process of several.
+    """Train as the resolved config says and return what result.json holds.
 
-    begin: builds the training and what it needs; touches no file of an earlier run. summary: one
-    line of a result. out_of_memory: what to lower then. With ``resume`` a finished run of the same
-    config is returned as it is. Raises ``TrainError`` for what the user can put right, and
-    ``Interrupted`` after a SIGINT, SIGTERM or SIGHUP was obeyed.
+    Under torchrun, one process of several. begin: builds the training and what it needs; touches no
+    file of an earlier run. summary: one line of a result. out_of_memory: what to lower then. With
+    ``resume`` a finished run of the same config is returned as it is. Raises ``TrainError`` for
+    what the user can put right, and ``Interrupted`` after a SIGINT, SIGTERM or SIGHUP was obeyed.
     """
     done = RunFolder(config.out).read_result() if config.resume else None
     if done is not None and done["config"] == saved_fields(config):
         print(f"{config.out} is finished: {summary(done)}")
         return done
+
+    # ``begin`` refuses what it can before any file is touched; ``Loop`` then opens the folder.
     with deterministic(config.deterministic), process_group():
         training = None
         try:
@@ -185,8 +192,10 @@ class Loop:
             self.parts.logs = [Log(path) for path in self.parts.folder.logs]
 
     def run(self) -> int:
-        """Do the steps that are left. Returns a signal that came in the last one, else 0;
-        ``Interrupted`` before it."""
+        """Do the steps that are left; ``Interrupted`` after a signal before the last one.
+
+        Returns the number of a signal that came during the last step, else 0.
+        """
         run, config = self.parts, self.config
         run.report.start(self.step)
         try:
@@ -195,6 +204,8 @@ class Loop:
                     self._write({"step": 0, **self.training.first_row()})
                 while self.step < config.steps:
                     self.one_step()
+
+                    # A signal may reach one process alone, but saving needs all of them.
                     signal_number = agreed(run.accelerator, wish.received)
                     if signal_number or due(self.step, config.save_every, config.steps):
                         self._save()
@@ -208,12 +219,13 @@ class Loop:
         return wish.received
 
     def one_step(self) -> None:
-        """Train, log and show a step; ``TrainError`` after too many in a row that were not
-        finite."""
+        """Train, log and show a step; ``TrainError`` after too many in a row that were skipped."""
         row: Row = {"step": self.step + 1, **self.training.step(self.step)}
         self.step += 1
         self._write(row)
         self.parts.report.step(row)
+
+        # One bad step was skipped and does no harm; many in a row mean that the weights are lost.
         self.bad_in_a_row = self.bad_in_a_row + 1 if row["skipped"] else 0
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise TrainError(
@@ -223,8 +235,10 @@ class Loop:
             )
 
     def _open_folder(self) -> Snapshot | None:
-        """Make the run folder ready (main process) and give every process the snapshot to go on
-        from, or None."""
+        """Make the run folder ready and give every process the snapshot to go on from, or None.
+
+        The main process decides and reads; the others get the path of the checkpoint from it.
+        """
         run = self.parts
         path: list[Any] = [None]
         snapshot = None
@@ -277,8 +291,7 @@ class Loop:
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Whether what is done every so many steps (0: never) and at the end is to be done after this
-    many."""
+    """Whether a thing is due after ``step``: every so many steps (0: never), and at the end."""
     return step == steps or (every > 0 and step % every == 0)
 
 

@@ -1,10 +1,13 @@
 """The model of a run: built or loaded, its linears converted, sampled from, exported.
 
-    Sizes -> a new Llama or Qwen3     folder -> any local causal LM, looked at for causality
-    float32 weights on the CPU -> ``quantize_model`` -> (the trainer moves and wraps it)
+    Sizes  -> a new Llama or Qwen3          (``build_model``)
+    folder -> any local causal LM, tested for causality
+    float32 weights on the CPU -> ``quantize_model`` converts -> (the trainer moves and wraps it)
     ``export``: the same architecture with plain linears, which transformers loads without nvfp4
 
 The weights are a function of (sizes, seed): every process and every recipe begins with the same.
+That is why a model is built on the CPU, whose random numbers do not depend on the device, and why
+the global random state is set within and put back.
 """
 
 from __future__ import annotations
@@ -48,8 +51,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(
     source: str | Sizes, tokenizer: Tokenizer, seed: int, longest: int = 2, recompute: bool = False
 ) -> PreTrainedModel:
-    """A causal LM with float32 weights on the CPU, ready to train; the same weights for the same
-    (sizes, seed).
+    """A causal LM with float32 weights on the CPU, ready to train; a function of (source, seed).
 
     source: the folder of a local one, or the sizes of a new one. longest: tokens of the longest
     sequence it will see. recompute: activations in the backward pass. ``TrainError`` if it does not
@@ -64,7 +66,8 @@ def build_model(
             model = load_model(source)
             check_causal(model, source)
 
-    # A model of others may not suit the tokenizer and the sequences.
+    # A model from a folder may not suit the tokenizer and the sequences. An id or a place beyond
+    # its tables would end in an index error, on a GPU in an assertion without a name.
     text = model.config.get_text_config()
     if text.vocab_size < tokenizer.vocab_size:
         raise TrainError(
@@ -120,8 +123,7 @@ def quantize_model(
 def sample(
     model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int
 ) -> str:
-    """``tokens`` tokens that follow ``prompt``, drawn at temperature 0.8; ends early at the
-    separator.
+    """``tokens`` tokens that follow ``prompt``, drawn at temperature 0.8; the separator ends them.
 
     A text longer than the model's context goes on from its last half context. Leaves the global
     random state and the training mode as they were.
@@ -130,12 +132,16 @@ def sample(
     ids = torch.tensor(
         [[tokenizer.separator, *tokenizer.encode([prompt])[0].tolist()]], device=model.device
     )
+
+    # A model keeps its mode, and a run its random numbers: a sample must not change what is learnt.
     start, end = ids.shape[1], ids.shape[1] + tokens
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)
         model.eval()
+
+        # One pass, unless the text outgrows the context: it then goes on from the last half.
         while ids.shape[1] < end and (ids.shape[1] == start or ids[0, -1] != tokenizer.separator):
             context = ids if ids.shape[1] < longest else ids[:, -(longest // 2) :]
             count = min(end - ids.shape[1], longest - context.shape[1])
@@ -145,10 +151,10 @@ def sample(
 
 
 def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
-    """Write an ordinary Hugging Face folder (model and tokenizer, weights in ``dtype``) that needs
-    no nvfp4 to load.
+    """Write an ordinary Hugging Face folder (model and tokenizer), which needs no nvfp4 to load.
 
-    The folder appears complete or not at all; an older one is replaced.
+    dtype: of the weights, a key of ``DTYPES``. The folder appears complete or not at all; an older
+    one is replaced. ``TrainError`` if it cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -157,12 +163,16 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         settings.use_cache = True
         with torch.device("meta"):  # the same architecture with plain linears, without memory
             plain: Any = type(model)(settings)
+
+        # Converted layers keep the keys of plain ones, so the weights need no translation.
         weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}
         with _no_bars():
             plain.to(DTYPES[dtype]).save_pretrained(temporary, state_dict=weights)
         tokenizer.save(temporary)
         for file in temporary.iterdir():
             sync(file)
+
+        # Complete and on the disk: only now does it take the place of the older one.
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         sync(folder.parent)

@@ -21,10 +21,10 @@ from nvfp4.run.options import OptimOptions
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices with ``weight_decay``; norms, biases and embeddings (tied ones
-    too) with none.
+    """Two parameter groups: matrices with ``weight_decay``; norms, biases and embeddings without.
 
-    Frozen parameters are in neither. Order follows ``named_parameters``.
+    Tied embeddings count as embeddings. Frozen parameters are in neither group. The order within a
+    group is that of ``named_parameters``.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -39,8 +39,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(model: nn.Module, config: OptimOptions) -> torch.optim.AdamW:
-    """AdamW over ``decay_groups`` with the resolved config's settings; one fused kernel where the
-    device has one."""
+    """AdamW over ``decay_groups`` with the resolved config's settings.
+
+    One fused kernel where the device has one (CPU and CUDA).
+    """
     assert config.lr is not None
     assert config.weight_decay is not None
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
@@ -75,5 +77,6 @@ def learning_rates(config: OptimOptions) -> Callable[[int], float]:
             min_lr_rate=config.min_lr,
         )
 
+    # One on: their step 0 has rate 0, ours has the first rate above it.
     factor = schedule.lr_lambdas[0]
     return lambda step: peak * factor(step + 1)

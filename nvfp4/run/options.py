@@ -1,21 +1,21 @@
-"""The options that every trainer has, as frozen dataclasses in groups; a config is these and its
-own.
+"""The options that every trainer has, as frozen dataclasses in groups.
 
     FolderOptions   out, overwrite                  QuantOptions   keep_first ... backend
     ModelOptions    model, architecture, sizes      OptimOptions   steps, lr ... max_bad_steps
     ComputeOptions  seed, device, dtype, ...        CadenceOptions log_every ... export_dtype
-    ResumeOptions   resume, resume_from, allow_changes             (of what may go on)
-    DataOptions     data, held_out_data, text_field, holdout       (of what reads text)
+    ResumeOptions   resume, resume_from, allow_changes             (for runs that may go on)
+    DataOptions     data, held_out_data, text_field, holdout       (for runs that read text)
 
-A trainer's config inherits ``RunConfig`` (the first three lines) or ``ResumableConfig`` (and the
-fourth), states a field again where its default or its sentence is another, and adds what only it
-knows. The sentences here are pretraining's. The fields are data: the command line, the config file,
-config.yaml in the run folder and the comparison with a checkpoint's config all come from them
-(``fields.py``).
+A trainer's config inherits ``RunConfig`` (the first three lines) or ``ResumableConfig`` (the fourth
+as well), states a field again where its default or its sentence differs, and adds what only it
+knows. The sentence below a field is its text in ``--help``; here they are pretraining's.
 
-A range stands in the type of a field (``Count``, ``Share``). ``Free`` marks one that cannot change
-what is learnt, so that a run may be resumed with another value. Floats are not strict, since
-YAML 1.1 reads 1e-3 as text, and finite, so that no schedule turns into NaN.
+The fields are data: the command line, the config file, config.yaml in the run folder and the
+comparison with a checkpoint's config all come from them (``fields.py``).
+
+A range stands in the type of a field (``Count``, ``Share``). ``Free`` marks a field that cannot
+change what is learnt, so that a run may be resumed with another value. Floats are not strict, since
+YAML 1.1 reads 1e-3 as text, and they are finite, so that no schedule turns into NaN.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FREE = object()
 
 Free = Annotated[T, FREE]
 
+# The vocabulary of ranges. strict: True and 1.0 are no counts, and 1 is no flag.
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -43,10 +44,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+# Names and seeds may come as one text with commas (a shell, a TOML file) or as a list (YAML).
 Names = tuple[str, ...]
 
 
 def _split_at_commas(value: Any) -> Any:
+    """ "a,b" or ["a,b", "c"] as a flat list; anything else is left for pydantic to refuse."""
     names = [value] if isinstance(value, str) else value
     return (
         [part for name in names for part in name.split(",")]
@@ -97,10 +101,11 @@ class ModelOptions:
 
 @dataclass
 class Sizes:
-    """What a new model is built from; kv_heads and ffn follow from the others where they are None.
+    """What a new model is built from. kv_heads and ffn follow from the others where they are None.
 
-    context: longest sequence, in tokens. ffn: 8/3 * width, rounded up to a multiple of 128.
-    ``TrainError`` if heads do not fit.
+    context: longest sequence, in tokens. ffn: 8/3 * width, rounded up to a multiple of 128: the
+    three matrices of a gated MLP then have as many parameters as the two of a plain one with 4 *
+    width. ``TrainError`` if heads do not fit.
     """
 
     architecture: Literal["llama", "qwen3"]
@@ -115,6 +120,7 @@ class Sizes:
     def __post_init__(self) -> None:
         self.kv_heads = self.kv_heads or self.heads
         self.ffn = self.ffn or round_up(-(-8 * self.width // 3), 128)
+        # even: rotary embeddings turn the columns of a head in pairs
         if self.width % self.heads or self.width // self.heads % 2:
             raise TrainError(
                 f"heads: width / heads must be an even integer, got {self.width} / {self.heads}"

@@ -1,5 +1,8 @@
 """The picture of a comparison: losses above, the gap to the baseline below.
 
+    top      loss [steps] of each run: smoothed line, dots for held-out scores; grey: each batch
+    bottom   smooth(loss - loss of the baseline) [steps]
+
 All runs see the same batches in the same order, so the noise of a batch cancels in the difference:
 the lower panel shows gaps that the upper one hides.
 """
@@ -40,20 +43,27 @@ def draw_comparison(report: dict[str, Any], path: Path) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Gaussian average of a curve, float64 [n]; NaN (a skipped step) has no weight, the ends use
-    what is there."""
+    """Gaussian average of a curve, float64 [n] -> [n].
+
+    NaN (a skipped step) has no weight; at the ends the average is over what is there.
+    """
     width = max(1.0, SMOOTHING * len(values))
     reach = np.arange(-int(3 * width), int(3 * width) + 1)
     kernel = np.exp(-0.5 * (reach / width) ** 2)
     finite = np.isfinite(values)
     pad = len(reach) // 2
+
+    # Weighted sum over weights: leaving a value out then means leaving both out.
     total = np.convolve(np.where(finite, values, 0.0), kernel)[pad : pad + len(values)]
     return total / np.convolve(finite.astype(float), kernel)[pad : pad + len(values)]
 
 
 def spread(places: list[float], gap: float) -> list[float]:
-    """The places moved apart as little as needed so that neighbours are at least ``gap`` apart;
-    order is kept."""
+    """The places moved apart until neighbours are at least ``gap`` apart; order is kept.
+
+    Each pair that is too close gives way by half each, over and over, so the labels of a cluster
+    spread around its middle.
+    """
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for _ in range(100):

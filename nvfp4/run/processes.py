@@ -1,5 +1,10 @@
-"""One process or several, and what surrounds a run in each: kernels that repeat themselves, a group
-that ends.
+"""One process or several, and what surrounds a run in each.
+
+    accelerator_for   join the processes that torchrun started, or be the only one
+    deterministic     kernels that repeat themselves
+    process_group     leave the group before Python ends
+    agreed            one answer for all: a signal that any process got stops all of them
+    machine           what the last bits of a sum depend on, for a note on resume
 
 ``torchrun`` starts processes and says so in the environment; ``Accelerator`` joins them. Every
 trainer begins here, so that none can start two runs where one was meant.
@@ -22,8 +27,11 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """One process on the CPU that trains while the others of a run, if there are any, wait for
-    it."""
+    """One process on the CPU that trains by itself: the few methods of ``Accelerator`` it needs.
+
+    The warm start of reinforcement learning runs so; other processes, if there are any, wait for
+    it.
+    """
 
     device = torch.device("cpu")
     num_processes, process_index, is_main_process = 1, 0, True
@@ -48,6 +56,7 @@ def accelerator_for(device: str) -> Accelerator:
     """
     from accelerate import Accelerator
 
+    # MPS cannot join processes, so auto must not choose it under a launcher.
     launched = _launched()
     on_cpu = device == "cpu" or (
         device == "auto" and launched > 1 and not torch.cuda.is_available()
@@ -76,15 +85,19 @@ def agreed(accelerator: Processes, received: int) -> int:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS, which
-    has no float64."""
+    """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS.
+
+    MPS has no float64.
+    """
     return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Deterministic kernels within; a kernel that has no such form warns. The settings before come
-    back afterwards."""
+    """Deterministic kernels within; a kernel that has no such form warns.
+
+    The settings before come back afterwards.
+    """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -104,8 +117,10 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Leave a process group that the run made itself, once all are done: its threads must end
-    before Python does."""
+    """Leave a process group that the run made itself, once all processes are done.
+
+    Its threads must end before Python does: they aborted the exit of a finished run.
+    """
     ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     yield
     if ours and torch.distributed.is_available() and torch.distributed.is_initialized():

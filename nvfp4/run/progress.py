@@ -1,7 +1,10 @@
 """What a person sees of a run: a line now and then, and on a terminal a bar below them.
 
-Lines go to the output as plain text where that is no terminal. A reader who leaves (``| head``, a
-terminal that closes) ends the lines, not the run.
+    step 120/300  loss 2.4132  lr 3.9e-03  norm 0.82  12.3k tok/s  0.61 GiB  eta 0:42
+
+Each trainer says in ``Reporter.figures`` what stands in its line. Lines go to the output as plain
+text where that is no terminal. A reader who leaves (``| head``, a terminal that closes) ends the
+lines, not the run: log.jsonl has every step anyway.
 """
 
 from __future__ import annotations
@@ -54,11 +57,11 @@ def bar(console: Console, last: str, **options: Any) -> Progress:
 
 
 class Reporter:
-    """Prints lines; quiet (no bar, no colour) where the output is no terminal, silent where
-    ``enabled`` is False.
+    """Prints lines: without bar and colour where the output is no terminal.
 
-    every: steps between lines. A trainer says in ``figures`` what it shows of a row, in ``seconds``
-    which figure is the time of a step, and in ``evaluated`` which one makes a row worth a line.
+    every: steps between lines. enabled: False for the other processes of a run, which print
+    nothing. A trainer says in ``figures`` what it shows of a row, in ``seconds`` which figure is
+    the time of a step, and in ``evaluated`` which one makes a row worth a line.
     """
 
     seconds: ClassVar[str] = "seconds"
@@ -86,11 +89,14 @@ class Reporter:
         self.console.print(text)
 
     def step(self, row: Row) -> None:
-        """Take note of a step; prints every ``every``-th, the first, the last and those skipped or
-        evaluated."""
+        """Take note of a step; print it if first, last, ``every``-th, skipped or evaluated."""
         step = row["step"]
+
+        # The last 50 steps tell how long the rest takes; the first ones, which warm up, drop out.
         self._recent = [*self._recent[-49:], row[self.seconds]]
         eta = duration(sum(self._recent) / len(self._recent) * (self.steps - step))
+
+        # The bar moves at every step, lines are rarer.
         if self._bar is not None:
             self._bar.update(self._task, completed=step, eta=eta)
         if (
@@ -136,8 +142,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: what PyTorch allocated on a CUDA device, else the resident memory of this
-    process."""
+    """Peak memory in GiB: allocated by PyTorch on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # ru_maxrss is in bytes on macOS, in KiB elsewhere

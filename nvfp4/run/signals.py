@@ -1,7 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP as a wish that a loop obeys between two steps.
 
-A handler that raised would leave a step half done. This one takes a note; the loop finishes its
-step, saves and ends. Whoever cannot wait sends the signal again, which then acts as ever.
+A handler that raised would leave a step half done: weights moved, moments not. This one only takes
+a note. The loop looks at it after each step, saves and ends with ``Interrupted``. Whoever cannot
+wait sends the signal again, which then acts as ever.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopWish:
-    """Context manager: within it ``received`` is the number of the first signal that came, 0
-    before.
+    """Context manager: ``received`` is the number of the first signal that came, 0 before.
 
     A second signal acts as it would without us (SIGINT raises KeyboardInterrupt, SIGTERM ends the
-    process). One that is ignored stays so, as SIGHUP under nohup. Outside the main thread, where
-    Python allows no handlers, it does nothing.
+    process). A signal that was ignored stays ignored, as SIGHUP does under nohup. Outside the main
+    thread, where Python allows no handlers, it does nothing.
     """
 
     received = 0

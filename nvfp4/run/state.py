@@ -1,12 +1,14 @@
 """What a run must remember to go on to the last bit, taken from its live objects and put back.
 
-    model       parameters and persistent buffers, each once though two names may reach it
-    optimizer   moments, by kind and name of the parameter
-    random      torch's generators, of every process and device
-    noise       how many backward passes each converted layer has finished: the seed of its next
-    noise
+    model       parameters and persistent buffers, each once even if two names reach it
+    optimizer   AdamW's moments and step counts, as ``exp_avg.<parameter>`` and so on
+    random      torch's generators, as ``cpu.<rank>`` and ``cuda.<rank>``
+    noise       per converted layer, the number of backward passes it has finished, which is the
+                seed of its next noise
 
-The first three are groups of tensors, the last is plain, beside what the trainer says of itself.
+The first three are groups of tensors. The last is plain and stands in state.json, beside what the
+trainer says of itself. Moments are kept by the parameter's name and not by its place in the
+optimiser, so a checkpoint does not depend on the order of ``named_parameters``.
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ def capture(
     accelerator: Processes,
     state: dict[str, Any],
 ) -> Snapshot:
-    """Model, optimiser, random states of all processes and the layers' call counters, beside the
-    plain ``state``.
+    """A snapshot of model, optimiser, random states of all processes and the layers' call counters.
 
-    A collective call: every process must make it, the snapshot of the main process is the one to
-    save. The others' has no weights and no moments: a copy in every process would take the memory
-    of as many models on one machine.
+    state: plain values to store beside them. A collective call: every process must make it, and the
+    snapshot of the main process is the one to save. The others return no weights and no moments,
+    since a copy per process would take the memory of as many models on one machine.
     """
     own = [_random()]
     everybody = own if accelerator.num_processes == 1 else gather_object(own)
@@ -45,6 +46,8 @@ def capture(
         for rank, states in enumerate(everybody)
         for device, value in states.items()
     }
+
+    # Weights and moments are the same in every process, so the main one's suffice.
     state = {**state, "noise": noise_state(model)}
     if not accelerator.is_main_process:
         return Snapshot(state, {})
@@ -63,7 +66,7 @@ def restore(
     """Put a snapshot back; ``TrainError`` naming the tensors if it is of another model."""
     _restore_weights(snapshot, model, optimizer)
 
-    # What a warm start of an earlier version has not saved, it has not drawn from.
+    # A warm start of an earlier version saved neither noise nor random states; it used none.
     load_noise_state(model, snapshot.state.get("noise", {}))
     own = {
         k.partition(".")[0]: v
@@ -84,6 +87,8 @@ def _restore_weights(
     with torch.no_grad():
         for name, tensor in _weights(model).items():
             tensor.copy_(snapshot.tensors["model"][name])
+
+    # Back from "kind.name" to the optimiser's own form: numbered states in the order of its groups.
     moments: dict[str, Tensors] = {}
     for key, value in snapshot.tensors["optimizer"].items():
         kind, _, name = key.partition(".")
@@ -110,8 +115,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _weights(model: nn.Module) -> Tensors:
-    """Parameters and persistent buffers, each once though two names may reach it (tied
-    embeddings)."""
+    """Parameters and persistent buffers, each once even if two names reach it (tied embeddings)."""
     saved = model.state_dict().keys()
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if name in saved}

@@ -2,8 +2,10 @@
 
     documents ab, c -> sep a b sep c sep      one stream, in the smallest dtype that holds the ids
 
-Bytes need no training and no download: 256 ids and a separator. They are saved as an ordinary
-Hugging Face tokenizer (byte-level BPE without merges), so an export loads without this package.
+Every document stands between separators, so a model sees where a text begins and, in sampling,
+where to stop. Bytes need no training and no download: 256 ids and a separator, uint16 for the
+stream. They are saved as an ordinary Hugging Face tokenizer (byte-level BPE without merges), so an
+export loads without this package.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ _BATCH = 256  # documents given to a Hugging Face tokenizer at a time
 
 
 class Tokenizer(Protocol):
-    """vocab_size: number of ids; separator: the id that stands before every document."""
+    """What a trainer needs of a tokenizer.
+
+    vocab_size: number of ids. separator: the id that stands before every document.
+    """
 
     vocab_size: int
     separator: int
@@ -50,8 +55,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255 and a document separator, 256. Saved as an ordinary Hugging Face
-    tokenizer."""
+    """UTF-8 bytes as ids 0 to 255, and a document separator, 256."""
 
     vocab_size = SEPARATOR + 1
     separator = SEPARATOR
@@ -67,8 +71,10 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A local Hugging Face tokenizer; its end-of-text token (else begin, else separator) separates
-    documents."""
+    """A local Hugging Face tokenizer, whose end-of-text token separates documents.
+
+    Where it has none, the begin token or the separator does; ``TrainError`` without any.
+    """
 
     def __init__(self, path: str) -> None:
         self.inner = _load(path)
@@ -98,10 +104,9 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(path: str | None, model: str | None) -> Tokenizer:
-    """The tokenizer of a folder, of ``bytes``, else that of the model's folder; without either,
-    bytes.
+    """The tokenizer of a folder, of ``bytes``, else of the model's folder; without either, bytes.
 
-    ``TrainError`` if a folder is missing or holds no tokenizer.
+    path: --tokenizer. model: --model. ``TrainError`` if a folder is missing or holds no tokenizer.
     """
     if model is not None:
         check_model_folder(model)
@@ -127,11 +132,15 @@ def check_model_folder(path: str) -> None:
 
 
 def pack(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """separator, document, separator, document, ..., separator: the ids [tokens], and the places of
-    the separators."""
+    """The ids [tokens] of separator, document, separator, ..., and the places of the separators.
+
+    dtype: the smallest unsigned that holds the vocabulary, since a corpus is held in memory.
+    """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = np.array([tokenizer.separator], dtype)
     pieces, places = [separator], [0]
+
+    # Many texts per call, since fast tokenizers work on them in parallel.
     for start in range(0, len(documents), _BATCH):
         for ids in tokenizer.encode([d.text for d in documents[start : start + _BATCH]]):
             pieces += [ids.astype(dtype), separator]
@@ -140,11 +149,11 @@ def pack(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, n
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """The same ids as ``ByteTokenizer`` as a Hugging Face tokenizer: byte-level BPE without
-    merges."""
+    """The ids of ``ByteTokenizer`` as a Hugging Face tokenizer: byte-level BPE without merges."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    # Byte-level BPE spells a byte as a printable character; its id here is the byte itself.
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

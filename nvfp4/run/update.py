@@ -1,9 +1,12 @@
 """The end of every update: gradients that micro-batches and processes have summed are applied.
 
-    total norm (L2, all gradients) -> times clip / norm where that is below 1 -> AdamW
+    norm = L2 of all gradients
+    gradients *= clip / norm      where that is below 1 and clip is not 0
+    AdamW at the update's lr      if loss and norm are finite
 
-With a NaN or an Inf in loss or norm the weights and the moments stay as they are: the step is
-skipped and counted, and the loop stops the run after ``max_bad_steps`` in a row.
+With a NaN or an Inf in loss or norm, weights and moments stay as they are: the step is skipped and
+counted, and the loop stops the run after ``max_bad_steps`` in a row. One bad batch then costs one
+update and not the run. Every process sees the same norm and loss, so all skip together.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ def apply_gradients(
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, total_norm)
 
+    # Reading the norm waits for the device: whether to step has to be known before the step.
     norm = float(total_norm)
     good = math.isfinite(loss) and math.isfinite(norm)
     if good:
