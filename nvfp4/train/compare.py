@@ -1,8 +1,9 @@
 """The same run once per recipe and seed, and what the recipes cost.
 
     plan      a run per recipe, or per recipe and seed where several are asked for
-    gaps      held-out loss minus that of bf16 in the run of the same seed: same weights, same
-    batches paired    their mean over seeds, and its standard error
+    gap       held-out loss minus that of bf16 in the run of the same seed: same initial weights,
+              same batches
+    paired    the mean gap over seeds, and its standard error
 
 ``run/arms.py`` does the runs; what came out is compare.json, compare.png and a table.
 """
@@ -29,8 +30,7 @@ BASELINE = "bf16"
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Train every recipe that is not finished, write compare.json and compare.png, print the table;
-    returns the JSON.
+    """Train each recipe that is not finished, write compare.json and compare.png; returns the JSON.
 
     Gaps, in nats per token and in percent of bits per byte, are to bf16, or to the first recipe if
     bf16 is not among them. Raises ``TrainError`` when a run cannot start or fails, ``Interrupted``
@@ -49,8 +49,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def plan(config: CompareConfig) -> list[Arm]:
-    """A run per recipe of a resolved config; with seeds, per recipe and seed, the seeds of a recipe
-    in a row."""
+    """A run per recipe of a resolved config; with seeds, per recipe and seed."""
     if not config.seeds:
         return [_arm(config, recipe, recipe, config.seed) for recipe in config.recipes]
     return [
@@ -63,8 +62,7 @@ def plan(config: CompareConfig) -> list[Arm]:
 def comparison(
     config: CompareConfig, arms: list[Arm], results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of compare.json: each result with its gaps and its curves, as read from the runs'
-    logs."""
+    """The content of compare.json: each result with its gaps, and its curves from the run's log."""
     baseline = BASELINE if BASELINE in config.recipes else config.recipes[0]
     base = {
         arm.config.seed: r for arm, r in zip(arms, results, strict=True) if r["recipe"] == baseline
@@ -96,7 +94,7 @@ def comparison(
         )
     report = {"baseline": baseline, "config": to_fields(config), "runs": runs}
 
-    # What is certain about the gaps.
+    # With two seeds or more the spread of the pairs says how sure a gap is.
     if len(config.seeds) > 1:
         losses = {(run["recipe"], run["seed"]): run["val_loss"] for run in runs}
         report["paired"] = paired(losses, baseline)
@@ -104,8 +102,7 @@ def comparison(
 
 
 def draw_over_seeds(report: dict[str, Any], path: Path) -> None:
-    """The picture of a report, in which a recipe's figures and curves are the means over its
-    seeds."""
+    """The picture of a report; a recipe's figures and curves are the means over its seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
         groups.setdefault(run["recipe"], []).append(run)
@@ -132,6 +129,8 @@ def table(report: dict[str, Any]) -> Table:
             ]
         ),
     )
+
+    # Figures to the right, so that digits stand below each other.
     shown.add_column("recipe")
     for name in (
         "training loss",
@@ -144,6 +143,8 @@ def table(report: dict[str, Any]) -> Table:
         "time",
     ):
         shown.add_column(name, justify="right")
+
+    # A row per run; the baseline has no gap to itself.
     for run in report["runs"]:
         base = run["recipe"] == report["baseline"]
         gaps = ("", "") if base else (f"{run['gap_nats']:+.4f}", f"{run['gap_percent']:+.2f}")
@@ -174,6 +175,8 @@ def _arm(config: CompareConfig, name: str, recipe: str, seed: int) -> Arm:
     """A run with all fields of the comparison, in a folder of its own below ``out``."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     own = {"overwrite": False, "out": str(Path(config.out) / name), "recipe": recipe, "seed": seed}
+
+    # Resolved now, so that a recipe that cannot run is refused before the first one trains.
     plan = resolve(PretrainConfig(**{**shared, **own}))
     return Arm(name, "pretrain", plan, RunFolder(plan.out))
 

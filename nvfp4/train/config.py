@@ -3,6 +3,10 @@
     depth -> width -> heads, ffn, lr      the size dial: whatever is left open follows from depth
     seq_len -> eval_batch                 steps -> warmup
 
+``resolve`` does it in this order: types and ranges, options that contradict each other, options
+that cannot act, then the open ones. A resolved config has no open field that the run would still
+have to decide, so what config.yaml says is all there is to say.
+
 ``TrainConfig`` is what one pretraining and a comparison of several share.
 """
 
@@ -36,8 +40,7 @@ from nvfp4.run.options import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataOptions, RunConfig):
-    """What a pretraining and a comparison of several need. Construct it freely; ``resolve`` checks
-    and fills it in."""
+    """What a pretraining and a comparison share. Construct it freely; ``resolve`` fills it in."""
 
     # Shared options that are pretraining's own
     out: Free[str] = "runs/pretrain"
@@ -116,14 +119,17 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def resolve(config: Config) -> Config:
-    """The same config with every derived value filled in; ``TrainError`` naming each field that is
-    wrong.
+    """The same config with every derived value filled in.
 
     width, heads, kv_heads, ffn and lr follow from depth. With ``model`` given its own config
-    decides the sizes, so they must be left open.
+    decides the sizes, so they must be left open. ``TrainError`` naming each field that is wrong.
     """
     config = validated(config)
     _check(config)
+
+    # 2048 tokens per forward of an evaluation: a fixed number, since the loss of most recipes
+    # depends on which rows share a forward (evaluate.py). A sixth of the updates to warm up, at
+    # most 1000.
     config = fill(
         config,
         {"eval_batch": max(1, 2048 // config.seq_len), "warmup": min(1000, config.steps // 6)},
@@ -151,8 +157,7 @@ def sizes_of(config: TrainConfig) -> Sizes:
 
 
 def _check(config: TrainConfig) -> None:
-    """``TrainError`` for options that contradict each other, have no effect, or name what is not
-    there."""
+    """``TrainError`` for options that contradict each other, cannot act, or name nothing."""
     if config.micro_batch is not None and config.batch % config.micro_batch:
         raise TrainError(
             f"micro_batch: must divide batch = {config.batch}, got {config.micro_batch}"

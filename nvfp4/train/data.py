@@ -1,8 +1,14 @@
 """Batches as a pure function of (seed, step), and the held-out windows.
 
-    tokens [n] -> windows of seq_len + 1 at every seq_len, from the epoch's own offset
+    tokens [n] -> count = (n - seq_len) div seq_len windows of seq_len + 1, one each seq_len tokens,
+                  from the epoch's own offset in [0, seq_len)
     epoch e    -> a permutation of the windows, by sorting Philox words of (seed, e)
     step s     -> windows s * batch ... (s + 1) * batch - 1 of that order
+               -> int64 [batch, seq_len + 1]
+
+Each window has one token more than it trains on: columns 0 to seq_len - 1 are inputs, columns
+1 to seq_len their targets. The offset moves the cuts, so no token is the first of its window in
+every epoch, where it would have no context.
 
 There is no state: resuming needs the number of the step alone, and any number of processes deals
 the same windows out. Held-out text is cut into windows once; every token of it is a target once.
@@ -28,18 +34,20 @@ MAX_DOCUMENT_SHARE = 16
 
 @lru_cache(maxsize=2)
 def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of range(count), int64, by sorting Philox words: the same on every machine and
-    library version."""
+    """A permutation of range(count), int64, by sorting Philox words.
+
+    The same on every machine and with every version of a library, as no library's shuffle promises.
+    """
+    # 63 bits per window as the key to sort by; ties, if there are any, keep their order
     high, low, _, _ = philox(fold_in(seed, epoch), torch.arange(count), ORDER_STREAM)
     return torch.argsort((high >> 1) << 32 | low, stable=True).numpy()
 
 
 class TrainWindows:
-    """Windows of ``seq_len + 1`` tokens in shuffled order; every epoch has its own order and its
-    own offset.
+    """Windows of ``seq_len + 1`` tokens in shuffled order; each epoch has its own order and offset.
 
     tokens: int [n]. Sequence s of the run (s = step * batch + row) is window ``s mod count`` of
-    epoch ``s div count``. Raises ``TrainError`` if the text is too short for one window.
+    epoch ``s div count``. ``TrainError`` if the text is too short for one window.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch: int, seed: int) -> None:
@@ -53,10 +61,14 @@ class TrainWindows:
             )
 
     def starts(self, step: int) -> np.ndarray:
-        """Where in the tokens each sequence of a step begins, int64 [batch]; a pure function of
-        (seed, step)."""
+        """Where in the tokens each sequence of a step begins, int64 [batch].
+
+        A pure function of (seed, step).
+        """
         sequences = np.arange(step * self.batch, (step + 1) * self.batch)
         starts = np.empty(self.batch, np.int64)
+
+        # A batch may straddle the end of an epoch, so each part of it is looked up in its own.
         for epoch in np.unique(sequences // self.count):
             here = sequences // self.count == epoch
             offset = fold_in(self.seed, int(epoch), self.count) % self.seq_len
@@ -75,12 +87,11 @@ class TrainWindows:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out text ready to be scored: inputs and targets int64 [windows, seq_len]; bytes of the
-    text in UTF-8.
+    """Held-out text ready to be scored: inputs and targets int64 [windows, seq_len].
 
     Every token of the text is a target exactly once. The separators between documents are inputs
     but no targets (``IGNORED``), as is padding: only text is scored, and only text is counted in
-    ``size``.
+    ``size``, its bytes in UTF-8.
     """
 
     inputs: torch.Tensor
@@ -104,13 +115,14 @@ def held_out_windows(
     scored = documents if limit == 0 else _excerpts(documents, limit)
     size = sum(document.size for document in scored)
 
-    # Each token is to be predicted from those before it, but for the separators.
+    # Each token is predicted from those before it: the token at place p of the stream is target
+    # p - 1. Separators are not scored; the first one is no target anyway.
     tokens, separators = pack(scored, tokenizer)
     stream = torch.from_numpy(tokens.astype(np.int64))
     inputs, targets = stream[:-1], stream[1:].clone()
     targets[separators[1:] - 1] = IGNORED
 
-    # The last window is filled up.
+    # Padding of the last window is ignored too.
     short = -len(inputs) % seq_len
     inputs = torch.nn.functional.pad(inputs, (0, short), value=tokenizer.separator)
     targets = torch.nn.functional.pad(targets, (0, short), value=IGNORED)
@@ -119,6 +131,8 @@ def held_out_windows(
 
 def _excerpts(documents: list[Document], limit: int) -> list[Document]:
     share = -(-limit // min(len(documents), MAX_DOCUMENT_SHARE))
+
+    # Rounded up, so that all shares together reach the limit.
     excerpts, left = [], limit
     for document in documents:
         # drops a split character

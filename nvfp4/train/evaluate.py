@@ -1,5 +1,8 @@
-"""Held-out loss and bits per byte, a function of the weights, the text and the rows of a forward
-alone.
+"""Held-out loss and bits per byte: a function of weights, text and rows per forward alone.
+
+    nats            sum over tokens of -log p(token | those before it in its window)
+    loss            nats / tokens
+    bits per byte   nats / ln 2 / bytes of the text in UTF-8; comparable between tokenizers
 
 A recipe with one scale per activation tensor (all but ``rl`` and ``bf16``) quantises the rows of a
 forward together, so its loss depends on which rows those are: in a small model 8.3516, 8.3505 and
@@ -24,8 +27,7 @@ from nvfp4.train.data import IGNORED, HeldOut
 
 @dataclass(frozen=True)
 class Score:
-    """nats: negative log-likelihood of the text, summed; tokens and size: how many tokens and UTF-8
-    bytes it has."""
+    """nats: negative log-likelihood of the text, summed. tokens; size: its UTF-8 bytes."""
 
     nats: float
     tokens: int
@@ -49,16 +51,17 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     accelerator: Accelerator,
 ) -> Score:
-    """Score every token of the held-out text once, ``rows`` windows at a time, shared among the
-    processes.
+    """Score every token of the held-out text once, ``rows`` windows at a time.
 
-    model(input_ids=int64 [rows, seq_len]).logits must be [rows, seq_len, vocab]. The result is the
-    same to the bit for any number of processes. Changes neither the training mode, nor a random
-    state, nor the layers' call counters.
+    model(input_ids=int64 [rows, seq_len]).logits must be [rows, seq_len, vocab]. Processes share
+    the batches; the result is the same to the bit for any number of them. Changes neither the
+    training mode, nor a random state, nor the layers' call counters.
     """
     training = model.training
     model.eval()
     batches = list(zip(held_out.inputs.split(rows), held_out.targets.split(rows), strict=True))
+
+    # A place per batch, not one sum: the order of addition then does not depend on the processes.
     exact = float64_device(accelerator.device)
     nats = torch.zeros(len(batches), dtype=torch.float64, device=exact)
     with torch.no_grad():
@@ -80,8 +83,7 @@ def _nats(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each target, float32 [rows * seq_len], 0 where it is
-    ``IGNORED``."""
+    """Negative log-likelihood per target, float32 [rows * seq_len]; 0 where it is ``IGNORED``."""
     with autocast():
         logits = model(input_ids=inputs.to(device)).logits
     return F.cross_entropy(

@@ -1,8 +1,9 @@
 """The end of a pretraining: exact held-out score, text sample, export, result.json.
 
-The held-out text is scored twice: as trained, and with the layers in BF16. The second says what the
-weights know, the first what a deployment in NVFP4 would see; their difference is the forward's
-noise.
+The held-out text is scored twice: as trained, and with the layers in BF16 (``disabled``). The
+second says what the weights know, the first what a deployment in NVFP4 would see; their difference
+is the noise of the forward. A score that is not a number stops here, before the export: nobody is
+to find a lost model under the name of a finished run.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from nvfp4.train.setup import PretrainRun
 
 
 def finish(run: PretrainRun) -> dict[str, Any]:
-    """Score the held-out text as trained and again with the layers in BF16, write sample and
-    export, return the result.
+    """Score the held-out text, write sample and export, return the result.
 
-    Loss is in nats per token, bpb in bits per UTF-8 byte, memory in GiB; seconds are those of all
-    updates, also those before a resume.
+    Scored as trained and with the layers in BF16. Loss is in nats per token, bpb in bits per UTF-8
+    byte, memory in GiB; seconds are those of all updates, also those before a resume. {} in other
+    processes than the main one.
     """
     config = run.config
 
@@ -82,6 +83,9 @@ def summary(result: dict[str, Any]) -> str:
 
 def _result(run: PretrainRun, trained: Score, plain: Score) -> dict[str, Any]:
     rows = [row for row in log.read(run.folder.log) if "seconds" in row]
+
+    # The batch of one step is noise; the mean of the last few is what people call the training
+    # loss.
     losses = [row["loss"] for row in rows[-log.LAST :] if row["loss"] is not None]
     return {
         "recipe": run.config.recipe,
@@ -105,6 +109,8 @@ def _sample(run: PretrainRun) -> None:
         prompt = run.corpus.held_out[0].text.lstrip().split("\n")[0][:80] + "\n"
     with run.autocast():
         text = sample(run.model, run.tokenizer, prompt, config.sample_tokens, config.seed)
+
+    # The file has the text as it is; a terminal gets no control characters of the model's.
     write_text(run.folder.sample, prompt + text)
     printable = "".join(
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}"

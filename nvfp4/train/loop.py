@@ -1,7 +1,10 @@
 """Pretraining as a training: a step is one update, and an evaluation where one is due.
 
+    step s:  lr(s) -> update on windows of s (step.py) -> row -> held-out score, if due
+
 All that it remembers is in weights, optimiser, random states and the number of the step: windows
-and learning rate are functions of that number.
+and learning rate are functions of that number. So ``state`` and ``load`` of ``Training`` are not
+needed here.
 """
 
 from __future__ import annotations
@@ -28,17 +31,17 @@ OUT_OF_MEMORY = (
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Train as the config says and return what result.json holds; under torchrun, one process of
-    several.
+    """Train as the config says and return what result.json holds.
 
-    With ``resume`` a finished run of the same config is returned as it is. Raises ``TrainError``
-    for what the user can put right, and ``Interrupted`` after a SIGINT, SIGTERM or SIGHUP was
-    obeyed.
+    Under torchrun, one process of several. With ``resume`` a finished run of the same config is
+    returned as it is. Raises ``TrainError`` for what the user can put right, and ``Interrupted``
+    after a SIGINT, SIGTERM or SIGHUP was obeyed.
     """
     config = resolve(config)
     try:
         return train(config, lambda config: Pretraining(prepare(config)), summary, OUT_OF_MEMORY)
     except Exception as error:
+        # Compilers fail in many ways, at the first step. The user can go on without one.
         if config.compile and type(error).__module__.startswith(
             ("torch._dynamo", "torch._inductor")
         ):
@@ -50,8 +53,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 class Pretraining(Training):
-    """Next tokens of a corpus. All state is in weights, optimiser, random states and the number of
-    the step."""
+    """Next tokens of a corpus; without a state of its own."""
 
     command = "pretrain"
     run: PretrainRun
@@ -72,8 +74,10 @@ class Pretraining(Training):
         return {"val_loss": score.loss, "val_bpb": score.bits_per_byte}
 
     def step(self, step: int) -> Row:
-        """One update; tokens are counted from the start of the run, seconds are those of the update
-        alone."""
+        """One update, and an evaluation if one is due.
+
+        tokens: since the start of the run. seconds: of the update alone.
+        """
         run, config = self.run, self.run.config
         began = time.perf_counter()
         row = update(run, step, self.learning_rate(step))

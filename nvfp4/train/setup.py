@@ -2,7 +2,9 @@
 
     processes -> tokenizer -> corpus -> windows of tokens -> model -> its recipe -> wrapped -> AdamW
 
-What can be refused is refused here, before the first step.
+Whatever can be refused is refused here, before the first step: a batch that the processes cannot
+share, a text that is too short, a model that is not causal. The model is built and converted on the
+CPU and then moved, so its weights do not depend on the device.
 """
 
 from __future__ import annotations
@@ -57,8 +59,10 @@ class PretrainRun(RunParts):
 
 
 class TextReporter(Reporter):
-    """``step 120/300  loss 2.4132  lr 3.9e-03  norm 0.82  12.3k tok/s  0.61 GiB  eta 0:42``, with
-    bpb if evaluated."""
+    """``step 120/300  loss 2.4132  lr 3.9e-03  norm 0.82  12.3k tok/s  0.61 GiB  eta 0:42``.
+
+    A row that was evaluated also says the held-out bits per byte.
+    """
 
     def figures(self, row: Row) -> list[str]:
         """What is shown of a row, before the time that is left."""
@@ -75,10 +79,9 @@ class TextReporter(Reporter):
 
 
 def prepare(config: PretrainConfig) -> PretrainRun:
-    """Build a run from a resolved config: data, model converted to the recipe, optimiser. Touches
-    no file of the run.
+    """Build a run from a resolved config: data, model converted to the recipe, optimiser.
 
-    ``TrainError`` for anything in the config that cannot work here.
+    Touches no file of the run. ``TrainError`` for anything in the config that cannot work here.
     """
     accelerator = _accelerator(config)
     main = accelerator.is_main_process
@@ -101,6 +104,7 @@ def prepare(config: PretrainConfig) -> PretrainRun:
     if config.compile:
         forward = torch.compile(forward)
 
+    # Dropout, if a model from a folder has any: its own in each process, and the same in every run.
     torch.manual_seed(fold_in(config.seed, MODEL_BRANCH, accelerator.process_index))
     parts = (
         config,

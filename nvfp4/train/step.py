@@ -3,7 +3,11 @@
     windows [batch, seq_len + 1] -> this process's rows -> parts of micro_batch rows
     part: logits of rows[:, :-1] in the compute dtype -> cross-entropy with rows[:, 1:], float32
 
-The loss is the mean over all tokens of the update, whatever the parts and processes are.
+    loss = 1/N sum over tokens of -log softmax(logits)[target],   N = batch * seq_len
+
+The loss is the mean over all N tokens of the update, whatever the parts and processes are. All
+parts have the same number of tokens, so the mean of their means is that mean: each part's loss is
+divided by the number of parts before its backward, and processes average their gradients.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ def update(run: PretrainRun, step: int, lr: float) -> Row:
         with nullcontext() if i == parts - 1 else accelerator.no_sync(run.forward):
             loss = next_token_loss(run, rows) / parts
             loss.backward()
+        # in float64: the figure in the log then hardly depends on the number of parts
         total += loss.detach().to(exact).double()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, reduction="mean")
@@ -50,8 +55,11 @@ def update(run: PretrainRun, step: int, lr: float) -> Row:
 
 
 def next_token_loss(run: PretrainRun, rows: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next tokens in nats, a float32 scalar; rows: int64 [sequences,
-    seq_len + 1]."""
+    """Mean cross-entropy of the next tokens in nats, a float32 scalar.
+
+    rows: int64 [sequences, seq_len + 1].
+    """
     with run.autocast():
         logits = run.forward(input_ids=rows[:, :-1]).logits
+    # under autocast the logits are BF16; their log-sum over the vocabulary is taken in float32
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
