@@ -1,5 +1,18 @@
-"""The command line: parse, call, exit code. ``nvfp4 COMMAND --help`` lists every option with its
-default."""
+"""The command line: parse, call, exit code.
+
+    nvfp4 pretrain | compare | rl | gvendi | prismatic | info | bench   [--option value ...]
+
+A command is a dataclass: its fields are the options, their types the ranges, the sentences below
+them the text of ``--help``. Three sources, the later ones win: defaults of the class, the file of
+``--config`` (and a preset), the command line. So the file is read first and becomes the defaults
+that tyro shows and changes.
+
+Exit codes: 0; 1 for what the user can put right (one sentence); 2 for a wrong option, by tyro;
+128 + n after signal n. A defect of ours keeps its traceback.
+
+Libraries of models are imported inside the runners: with them at the top, importing this file took
+9 s of CPU time beyond torch on two slow cores, and 2.6 s without.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +78,7 @@ class Compare(CompareConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RL(RLConfig):
-    """Train a language model by reinforcement with verifiable rewards, the sampler being the very
-    policy in NVFP4."""
+    """Train a language model by reinforcement with verifiable rewards; it samples as it trains."""
 
     preset: Literal["sort"] | None = None
     """A set of options, which the others then change; sort: full precision against NVFP4 over three
@@ -78,14 +90,12 @@ class RL(RLConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GVendi(GVendiConfig):
-    """Measure how diverse the problems of tasks are, as a model sees them (G-Vendi, arXiv
-    2505.20161)."""
+    """Measure how diverse problems are, as a model sees them (G-Vendi, arXiv 2505.20161)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prismatic(PrismaticConfig):
-    """Grow a set of problems where it is sparse, as a model sees it (Prismatic Synthesis, arXiv
-    2505.20161)."""
+    """Grow a set of problems where a model sees few (Prismatic Synthesis, arXiv 2505.20161)."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure everything on this machine (all), or predict what layers cost on machines that need
-    not be here (roofline)."""
+    """Measure everything on this machine (all), or predict what layers cost on any (roofline)."""
 
     benchmark: tyro.conf.Positional[Literal["roofline", "all"]] = "roofline"
     """roofline: bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach.
@@ -133,8 +142,10 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 after an error, 2 for a wrong option, 130 or 143
-    after a signal."""
+    """Run a command and return its exit code: 0, 1 after an error, 130 or 143 after a signal.
+
+    A wrong option ends the process with 2, as argparse does.
+    """
     try:
         command = parse(sys.argv[1:] if arguments is None else list(arguments))
         _hold(getattr(command, "isa", "") or os.environ.get("NVFP4_ISA", ""))
@@ -146,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"nvfp4: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
+
+    # An error of the machine may come up anywhere; any other OSError is a defect and shows itself.
     except OSError as error:
         if error.errno not in MACHINE:
             raise
@@ -175,8 +188,10 @@ def _hold(isa: str) -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command as an object of its class; a wrong option ends the process (2), a wrong file is a
-    TrainError."""
+    """The command as an object of its class.
+
+    A wrong option ends the process (2), a wrong config file is a ``TrainError``.
+    """
     defaults = _defaults(arguments)
     commands: list[Any] = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **_default(kind, defaults))]
@@ -194,14 +209,15 @@ def _default(kind: type, defaults: dict[type, Any]) -> dict[str, Any]:
 
 
 def _defaults(arguments: list[str]) -> dict[type, Any]:
-    """The command's config file, if ``--config`` names one, as the defaults that the other options
-    then change."""
+    """The file that ``--config`` names, as the defaults that the other options then change."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     look.add_argument("command", nargs="?")
     look.add_argument("--config")
     look.add_argument("--preset")
     look.add_argument("--model")
     look.add_argument("--objective")
+
+    # The few options that decide about the others' defaults; tyro will read them all again.
     known, _ = look.parse_known_args(arguments)
     kind = next((kind for kind in RUNNERS if kind.__name__.lower() == known.command), None)
     if kind is None or not issubclass(kind, RunConfig):
@@ -210,6 +226,8 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
         _refuse_renamed(
             argument.partition("=")[0] for argument in arguments if argument.startswith("--")
         )
+
+    # A file wins over a preset, and the command line over both.
     fields: dict[str, Any] = {}
     if issubclass(kind, RLConfig) and known.preset in PRESETS:
         fields |= {**_preset(known.preset, known.model, known.objective), "preset": known.preset}
@@ -223,9 +241,9 @@ def _defaults(arguments: list[str]) -> dict[type, Any]:
 def _preset(name: str, model: str | None, objective: str | None) -> dict[str, Any]:
     """The options of a preset beside a model and an objective of the user's.
 
-    What it says of the model that it makes goes where one is given, and what it says of its own
-    objective where
-    another is chosen: it would have no effect there, and nobody has asked for it.
+    What a preset says of the model that it makes goes where a model is given, and what it says of
+    its own objective goes where another is chosen: it would have no effect there, and nobody asked
+    for it.
     """
     fields = dict(PRESETS[name])
     if model is not None:
@@ -323,6 +341,7 @@ def _roofline(command: Bench) -> None:
 
 
 def _without_file(kind: type, command: Any) -> Any:
+    """The command as the config that it extends, without the file, which has been read."""
     return kind(**{field.name: getattr(command, field.name) for field in dataclasses.fields(kind)})
 
 

@@ -1,7 +1,11 @@
 """Lightning Fabric: a precision plugin that converts what ``fabric.setup`` is given.
 
-fabric = Fabric(plugins=NVFP4Precision("search_eden", device="cuda", exclude=["layers.0"]))
-model, optimizer = fabric.setup(model, optimizer)
+    fabric = Fabric(plugins=NVFP4Precision("search_eden", device="cuda", exclude=["layers.0"]))
+    model, optimizer = fabric.setup(model, optimizer)
+
+Fabric asks its precision plugin for the model before it moves and wraps it, which is the right
+moment to convert: parameters stay the same objects, so an optimizer that was made before still
+holds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,15 @@
-"""Hugging Face ``Trainer``, and TRL's: a callback for exact resumption; all else works as it is."""
+"""Hugging Face ``Trainer``, and TRL's: a callback for exact resumption; all else works as it is.
+
+    nvfp4.convert(model, "quartet2", seed=0)
+    trainer = Trainer(model=model, ..., callbacks=[NoiseCallback()])
+    trainer.train(resume_from_checkpoint=True)
+
+A converted layer's noise is a function of its seed and of the number of backward passes that it has
+finished. Weights, optimiser and torch's random states are in a ``Trainer``'s checkpoint, these
+counters are not: without them a resumed run would use the noise of the first steps once more. The
+callback keeps them in trainer_state.json, where transformers puts whatever an ``ExportableState``
+says.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Hugging Face transformers: a config that makes ``from_pretrained`` return a converted model.
 
+    from_pretrained(folder, quantization_config=NVFP4TrainingConfig("quartet2"))
+      -> empty model -> converted here -> checkpoint loaded as ever -> quantisation marks removed
+
 The model that comes back is an ordinary one whose linear layers compute in NVFP4. To transformers
 it is not quantised: its parameters are the checkpoint's, ``Trainer`` trains them without adapters,
 and ``save_pretrained`` writes plain weights and no ``quantization_config``, so that whoever loads

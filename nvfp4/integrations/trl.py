@@ -2,10 +2,15 @@
 
     trainer = NVFP4GRPOTrainer(model=nvfp4.convert(model, "rl"), ...)   arguments as TRL's own
 
-Given a converted model, TRL loads the reference from its path, plain: the KL term starts above 0
-and pulls towards a model that nobody asked for. Without vLLM it never compares what the sampler
-computed with what the trainer computes, which differ for every recipe whose scales depend on the
-other tokens of a batch. And what it saves loads plain.
+Given a converted model, TRL alone does three things wrong, and this file mends each:
+
+* it loads the reference from its path, plain. The KL term then starts above 0 and pulls towards a
+  model that nobody asked for. ``convert_like`` gives the reference the policy's recipes.
+* without vLLM it never compares what the sampler computed with what the trainer computes, and these
+  differ for every recipe whose scales depend on the other tokens of a batch. The meter scores each
+  generation once more, d = log p(trainer) - log p(sampler) per token, and logs |d| and exp d.
+* what it saves loads plain. ``save_recipes`` writes a file beside the weights, ``load_recipes``
+  reads it.
 """
 
 from __future__ import annotations
@@ -145,6 +150,8 @@ def _apply(model: nn.Module, recipes: dict[str, Recipe], backend: str) -> nn.Mod
         name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)
     }
     _complain(recipes.keys() - linears, "are not there")
+
+    # Each layer by its full name, with a recipe of its own; a name that is left over is an error.
     convert(
         model,
         recipes,
@@ -196,6 +203,8 @@ def _log(trainer: Any, difference: torch.Tensor) -> None:
     size, ratio = difference.abs(), difference.exp()
     if not difference.numel():
         size, ratio = difference.new_zeros(1), difference.new_ones(1)
+
+    # TRL's own names, so that its plots and callbacks show them.
     metrics["sampling/sampling_logp_difference/mean"].append(gather(size.mean()).mean().item())
     metrics["sampling/sampling_logp_difference/max"].append(gather(size.max()).max().item())
     metrics["sampling/importance_sampling_ratio/min"].append(gather(ratio.min()).min().item())
