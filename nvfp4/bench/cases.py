@@ -94,6 +94,7 @@ def matrix(
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     if kind == "wide":
         x *= torch.exp2(torch.arange(rows).remainder(41).sub(20).float())[:, None]
+    # in the last element, which a kernel that forgets a ragged tail would not see
     if kind == "nan":
         x[-1, -1] = float("nan")
     return x.to(dtype)
@@ -140,6 +141,8 @@ def layer_for(
     layer = nn.utils.skip_init(
         nn.Linear, shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device
     )
+
+    # Variance 1 / in_features: outputs are of the size of inputs, as in a trained model.
     with torch.no_grad():
         w = matrix(shape.out_features, shape.in_features) * shape.in_features**-0.5
         layer.weight.copy_(w)

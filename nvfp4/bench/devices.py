@@ -4,7 +4,11 @@
     this_cpu()     the processor at hand: its peaks are measured now
     gpu_at_hand()  the row of ``DEVICES`` for the GPU of this machine, if it has one
 
-Every number carries its source, which the reports print beside what they predict from it.
+    rate of a kernel = peak * share, for FP4 products, for BF16 products, and for memory
+
+A share stands apart from its peak, because their sources differ: a peak is a vendor's promise, a
+share somebody's measurement or our assumption. Every number carries its source, which the reports
+print beside what they predict from it.
 """
 
 from __future__ import annotations
@@ -137,10 +141,12 @@ def this_cpu(seconds: float = 0.2, clock: Callable[[], float] = time.perf_counte
     a, b = (torch.ones(n, n, dtype=torch.bfloat16) for _ in range(2))
     flops = 2 * n**3 / _best(lambda: times(a, b), seconds, clock)
 
+    # 64 MiB: larger than the caches of most processors, so memory is what answers.
     source = torch.ones(2**26, dtype=torch.uint8)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / _best(lambda: target.copy_(source), seconds, clock)
 
+    # Where the system does not say how large the L2 cache is, nothing is taken to be cached.
     names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
     l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
     why = "peaks are measured; rounding is taken to be free, so times are lower bounds"

@@ -99,6 +99,7 @@ def _of_backend(
     if "matmul" in backend.operations:
         yield Gate(backend.name, "matmul of real operands", _product_fault(backend, device))
 
+    # Every quantiser that the backend does not refuse, on every kind of matrix and shape.
     for name in QUANTISERS:
         case = quantiser(name)
         if "quantize" not in backend.operations or backend.refuses("quantize", *case):
@@ -114,6 +115,7 @@ def _of_backend(
 
 def _of_layers(device: torch.device) -> Iterator[Gate]:
     x = matrix(LAYER.tokens, LAYER.in_features, seed=1).to(device)
+    # a layer in BF16 is no reference bit for bit, so here "near" has to do
     exact = layer_for(LAYER, "bf16", device=device)
     for recipe in ("nvidia", "quartet2", "search_eden"):
         near = near_bf16(layer_for(LAYER, recipe, device=device), exact, x)
@@ -149,15 +151,18 @@ def comparisons(
     across = quantizer.quantize(x, options)
     down = quantizer.quantize(x.t(), options)
 
+    # Functions, so that a caller may run each road by itself and report it by its name.
     def both() -> bool:
         rows, columns = backend.quantize_both(there, case, case)
         return same(rows, across) and same(columns, down)
 
+    # NaN payloads are nobody's concern: any NaN equals any other.
     def decoded() -> bool:
         got = backend.dequantize(across.to(there.device), torch.bfloat16).cpu()
         want = across.dequantize(torch.bfloat16)
         return torch.equal(torch.nan_to_num(got), torch.nan_to_num(want))
 
+    # What the backward does with kept codes: decode, turn, quantise again.
     def from_codes(name: str) -> Comparison:
         def compare() -> bool:
             first = get_quantizer(name)
@@ -202,8 +207,10 @@ def exact_operand(
     width = -(-columns // NVFP4.block_size)
     padded_bytes = width * NVFP4.block_size // 2
     codes = torch.randint(256, (rows, padded_bytes), generator=generator).to(torch.uint8)
+    # what lies beyond the contraction is padding: code 0
     codes[:, columns // 2 :] = 0
 
+    # E4M3 holds 1/2, 1 and 2 exactly, so no scale is rounded either.
     exponents = torch.randint(-1, 2, (-(-rows // block[0]), width), generator=generator)
     block_scale = e4m3_encode(torch.exp2(exponents.float()))
     global_scale = torch.full((rows if row_scaled else 1,), 0.5)
@@ -221,6 +228,7 @@ def _product_fault(backend: Backend, device: torch.device) -> str | None:
     )
     y = backend.matmul(a.to(device), b.to(device), torch.float32).cpu().double()
 
+    # The exact product in float64, and per element the most that K + 3 roundings may be off.
     scale = a.global_scale.double() * b.global_scale.double()
     left, right = a.decode_blocks().double(), b.decode_blocks().double()
     bound = (a.padded_contraction + 3) * 2**-24 * scale * (left.abs() @ right.abs().t())

@@ -57,6 +57,8 @@ class LayerCase:
         It holds its weight, and an NVFP4 layer the weight's codes.
         """
         self.layer(self.x)
+
+        # Weight and codes are told by their addresses; autograd then shows each tensor it keeps.
         held = {self.layer.weight.data_ptr()}
         if isinstance(self.layer, Linear) and self.layer.nvfp4.cache.entry is not None:
             codes = self.layer.nvfp4.cache.entry.codes
@@ -104,6 +106,8 @@ def workload(
         sizes = square(256, 512)
         budget = 0.02 if seconds is None else seconds
         return Workload(device, 512, sizes, sizes, budget, least=3, expected=expected)
+
+    # Larger shapes on a GPU, where small ones would time launches.
     on_gpu = device.type == "cuda"
     sizes = square(2048, 4096, 8192) if on_gpu else square(512, 1024, 2048)
     largest = 8192 if on_gpu else 4096
@@ -120,6 +124,8 @@ def quantising(work: Workload) -> Iterator[Row]:
         for backend in at_hand(work.device):
             if "quantize" not in backend.operations or backend.refuses("quantize", *case):
                 continue
+
+            # A copy of as many bytes takes turns with them: the bound of what moves memory.
             ms = work.time(
                 {
                     "copy": copier(moved, work.device),
@@ -128,6 +134,8 @@ def quantising(work: Workload) -> Iterator[Row]:
                     "both": partial(backend.quantize_both, x, case, case),
                 }
             )
+
+            # "of a copy" is a share: 1 would be as fast as copying.
             row: Row = {"quantiser": name, "backend": backend.name, "ms": ms["rows"]}
             row |= {"GB/s": moved / ms["rows"] / 1e6, "of a copy": ms["copy"] / ms["rows"]}
             row |= {"transposed ms": ms["columns"], "both ms": ms["both"]}
@@ -143,6 +151,8 @@ def multiplying(work: Workload) -> Iterator[Row]:
     for name, shape in work.gemms.items():
         x = matrix(shape.tokens, shape.in_features, seed=1).to(work.device)
         w = matrix(shape.out_features, shape.in_features, seed=2).to(work.device)
+
+        # A backend that multiplies need not quantise, so the codes come from the first that does.
         makers = [*at_hand(work.device), BACKENDS["reference"]]
         maker = next(backend for backend in makers if "quantize" in backend.operations)
         a, b = maker.quantize(x, rtn, rtn.check()), maker.quantize(w, rtn, rtn.check())
@@ -166,6 +176,7 @@ def multiplying(work: Workload) -> Iterator[Row]:
 def layers(work: Workload) -> Iterator[Row]:
     """Forward and backward of a linear layer, and the bytes it keeps in between."""
     for name, shape in work.layers.items():
+        # Same x, dy and weight for every recipe.
         x = matrix(shape.tokens, shape.in_features, seed=1).to(work.device).requires_grad_()
         dy = matrix(shape.tokens, shape.out_features, seed=2).to(work.device)
         cases = {
@@ -193,6 +204,7 @@ def optimizer_steps(work: Workload) -> Iterator[Row]:
     small = shape._replace(tokens=max(shape.tokens // 8, 1))
     x = matrix(small.tokens, small.in_features).to(work.device)
 
+    # Twice the same layer; the second is told of its optimiser.
     candidates: dict[str, Run] = {}
     for when in ("in the forward", "after_step"):
         layer = layer_for(shape, recipe, device=work.device)

@@ -61,6 +61,8 @@ class Findings:
         if self.expected is not None:
             about = f"{PREDICTED}, for {self.expected.name} ({self.expected.source})"
             lines += ["", f"Columns named predicted: {about}."]
+
+        # A page that is not whole says so before its tables.
         if not self.complete:
             lines += ["", "**Interrupted: what follows is what was measured until then.**"]
         for title, rows in self.sections.items():
@@ -124,13 +126,13 @@ def bench_all(
     that is not here or a time that is not positive, OSError for a path that cannot be written, all
     before anything is run.
     """
-    # mistakes of the caller
+    # Mistakes of the caller, before an hour of work.
     place = _device(device)
     paths = None if report is None else _writable(Path(report))
     if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds must be positive, got {seconds}")
 
-    # the machine, and whether it computes right
+    # The machine, and whether it computes right.
     console = Console()
     expected = gpu_at_hand() if place.type == "cuda" else this_cpu(0.05 if quick else 0.5)
     findings = Findings(machine(place), expected)
@@ -139,7 +141,7 @@ def bench_all(
     findings.gates = check_all(place, quick)
     console.print(f"{len(findings.gates)} gates passed")
 
-    # how fast it does
+    # How fast it does. Rows are shown as they come, so that an interruption is a known loss.
     work = workload(place, quick, seconds, expected)
     try:
         for title, section in SECTIONS.items():

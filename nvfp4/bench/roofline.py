@@ -1,9 +1,16 @@
 """What a layer step should cost: bytes and FLOPs of each kernel of a recipe, and their time.
 
+    time of a kernel = max(FLOPs / GEMM rate, bytes / memory rate) + launch
+    time of a step   = sum over its kernels: they follow each other in one stream
+
     layer_kernels   the kernels of a forward and backward, of each GEMM first those of its operands
-    Kernel.seconds  the longer of FLOPs and bytes, at the rates of ``devices.py``, and a launch
-    step_seconds    the same by GEMM, and for quantising
+    Kernel.seconds  the formula above, at the rates of ``devices.py``
+    step_seconds    the sums per GEMM, and for quantising
     speedup         over BF16; ``overtakes``: from how many tokens there is any
+
+Counting bits per element shows where quantising spends its time. BF16 x to NVFP4 takes a reading
+for the amax and one to round, and writes codes and scales: 16 + 16 + 4.5 = 36.5 bits. x^T from the
+same readings adds 4.5, not another 36.5.
 
 Nothing here is measured: every time is a prediction, and knows neither the host nor waves of tiles.
 The shares of the peaks that GEMMs and kernels reach come in part from Quartet II's own timings, so
@@ -128,6 +135,8 @@ def layer_kernels(
     tensors = {"x": m * k, "w": n * k, "dy": m * n}
     sides = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
     outputs = {"fprop": m * n, "dgrad": m * k, "wgrad": n * k}
+
+    # Per GEMM: its operands first, then the product, which reads both and writes BF16.
     kernels: list[Kernel] = []
     for gemm in GEMMS:
         spec = getattr(recipe, gemm)
@@ -160,6 +169,7 @@ def _operand_kernels(
         scale = elements / 8
         return Kernel(f"{what} {tensor}", gemm, 0.0, (read + written) * scale, again=again * scale)
 
+    # By where the operand comes from and what rounds it; reads and writes in bits per element.
     source = CODE_BITS + SCALE_BITS if operand.source == "decoded" else BF16_BITS
     if operand.source == "codes":
         yield kernel("transpose codes of", CODE_BITS, CODE_BITS)
@@ -209,6 +219,8 @@ def overtakes(
         low, high = high, 2 * high
         if high > MOST_TOKENS:
             return None
+
+    # Between the last power of two that loses and the first that gains.
     while high - low > 1:
         middle = (low + high) // 2
         if speedup(recipe, layers, middle, device, traffic) <= 1:

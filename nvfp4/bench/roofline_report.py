@@ -122,6 +122,8 @@ def report(
     unknown = [model for model in models if model not in MODELS]
     if unknown:
         raise ValueError(f"unknown models {unknown}; known: {', '.join(MODELS)}")
+
+    # What can be measured here stands beside what is predicted for it.
     here = gpu_at_hand()
     places = {here.name: torch.device("cuda")} if here else {}
     if measure_cpu:
@@ -135,6 +137,8 @@ def report(
 
     console = Console()
     console.print(terminal("Dense peaks, and the share assumed to be reached", _peaks(devices)))
+
+    # The largest layer alone by kernel: all of them would be a page of rows.
     layer = max(MODELS[models[-1]], key=lambda layer: layer.inputs * layer.outputs)
     about = f"{recipe.name}, {models[-1]}: {layer.inputs} -> {layer.outputs}, {tokens} tokens"
     kernels = _kernels(recipe, layer, tokens, devices)

@@ -1,5 +1,10 @@
 """Rows as tables, for a terminal and for a page: the one place that decides how a number looks.
 
+    [{"layer": "up", "ms": 1.2345}, {"layer": "down", "ms": 120.4, "peak MB": 3}]
+      -> layer  ms    peak MB
+         up     1.23
+         down   120   3
+
 A row is a dict from columns to values. Rows of one table may lack columns; a table has those of all
 its rows, in the order in which they first occur.
 """

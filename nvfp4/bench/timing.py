@@ -43,12 +43,15 @@ def timer(device: torch.device) -> Callable[[Run], float]:
     if device.type != "cuda":
         return on_cpu
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    # twice the L2 cache, so that nothing of the run before is left in it
     flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timed(run: Run) -> float:
         with torch.cuda.device(device):
             flush.zero_()
+
+            # Filling the cache is queued before the first event, so it is not timed.
             start.record()
             run()
             stop.record()
@@ -68,6 +71,7 @@ def interleaved(
 
     seconds: per candidate. least: rounds that are run however long they take.
     """
+    # the first run of each compiles, allocates and warms caches; it does not count
     for run in candidates.values():
         run()
 
@@ -101,6 +105,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         facts["compute capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
         facts["cuda"] = torch.version.cuda
 
+    # What a figure may change with: versions, and the commit of what was measured.
     for package in ("nvfp4", "torch", "triton"):
         if (version := _version(package)) is not None:
             facts[package] = version
@@ -108,6 +113,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     if (measured := commit()) is not None:
         facts["commit"] = measured
 
+    # How much else ran: on a shared machine the first thing to ask of a strange figure.
     if (load := _load()) is not None:
         facts["load"] = load
     facts["date"] = time.strftime("%Y-%m-%d")
