@@ -1,4 +1,12 @@
-"""The fused RMSNorm and SwiGLU kernels in the forms in which recipes launch them, for ``aot``."""
+"""The fused RMSNorm and SwiGLU kernels in the forms in which recipes launch them, for ``aot``.
+
+    PAIRS x FORMULAS -> amax (or RMSNorm's rstd and amax), then quantise x and x^T
+    and once each: the gradients of both, and the sum of partial gradients
+
+A kernel's form is its ``constexpr`` arguments: the policies of rows and columns, the tiles, the
+formula. A type that is listed wrongly would compile a kernel that nobody launches, so the names are
+looked up in the kernel's own signature.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +78,8 @@ def _quantising(
     else:
         kernel, tiles = fused_kernels.rms_kernel, norm_tiles(looks)
     yield _variant(name, kernel, tiles[0], constants | _sides(looks, tiles))
+
+    # The second pass computes the activation once more and writes codes.
     tiles = tiles_of_activation(rows, columns, formula.gated)
     kernel = fused_kernels.activation_quantize_kernel
     yield _variant(name, kernel, tiles[0], constants | _sides(columns, tiles))
@@ -99,6 +109,8 @@ def _variant(name: str, kernel: Any, tile: Tile, constants: dict[str, Any]) -> K
             key for key in names if key.endswith("_columns") and _TYPES.get(key, "")[:1] == "*"
         ]
         known |= dict.fromkeys(sides)
+
+    # The rest are pointers by name, else 32-bit numbers.
     types = {key: _TYPES.get(key, "i32") for key in names if key not in known}
     return KernelVariant(
         f"{kernel.__name__}: {name}", kernel, types, known, tile.warps, divides=True

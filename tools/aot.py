@@ -5,6 +5,9 @@
         instruction that the PTX must have, registers, spills, shared memory, occupancy
         a fault where the arithmetic is not the reference's, or a kernel does not fit
 
+Why: a kernel that spills, that fuses a product and a sum, or that a card has no room for is found
+here, without a GPU. What cannot be found is speed.
+
 ``--json PATH`` keeps the table; ``make aot`` does so with two Tritons: the newest, and 3.6, which
 torch 2.10 and 2.11 bring along. Half an hour of one core each, shared among processes; Triton keeps
 what it has compiled, so a run that was interrupted goes on where it was.
@@ -126,9 +129,13 @@ def inspect(variant: KernelVariant, capability: int, compiled: Any) -> TritonKer
     faults += memory_faults(sass, spilled)
     if shared > card.shared_block:
         faults.append(f"{shared} bytes of shared memory, {card.shared_block} allowed")
+
+    # Only cards with tcgen05 have tensor memory; elsewhere it is 0 columns.
     columns = compiled.metadata.tmem_size
     if columns > TENSOR_COLUMNS:
         faults.append(f"{columns} columns of tensor memory, {TENSOR_COLUMNS} allowed")
+
+    # What Triton cannot compile for a card becomes a trap, without a word of warning.
     if re.search(r"^\s*trap;", ptx, re.MULTILINE):
         faults.append("compiled to a trap")
     if variant.exact:
@@ -159,6 +166,8 @@ def occupancy(
     by_shared = card.shared_total // (shared + 1024)
     by_tensor_memory = TENSOR_COLUMNS // tensor_columns if tensor_columns else card.blocks
     by_warps = card.warps // warps
+
+    # The scarcest of the five decides.
     blocks = min(by_registers, by_shared, by_tensor_memory, by_warps, card.blocks)
     return blocks * warps / card.warps
 
@@ -229,6 +238,8 @@ def reports(listed: Iterable[Place], jobs: int = 1) -> Iterator[TritonKernel]:
     if jobs == 1:
         yield from map(Place.report, listed)
         return
+
+    # Spawned, not forked: a fork would copy Triton's and torch's threads in an unknown state.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(Place.report, listed)
 

@@ -1,5 +1,4 @@
-"""Lines and branches of nvfp4 that the tests reach, child processes included, kept as data: ``make
-coverage``.
+"""Lines and branches of nvfp4 that the tests reach, child processes included: ``make coverage``.
 
     python tools/covered.py --json FILE [--name NAME] [--data FOLDER] [pytest's options]
 
@@ -9,7 +8,7 @@ earlier calls left in FOLDER counts too.
 
 Needs ``coverage`` 7.10 or later, which sets up every Python process that a test starts (``patch =
 subprocess``): the workers of pytest-xdist, the command line, torchrun's processes, the interpreter
-of Triton's kernels. What is compiled is not figures: csrc, and kernels on a GPU.
+of Triton's kernels. What is compiled is not in the figures: csrc, and kernels on a GPU.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def compile_source(source: str, target: str, folder: Path) -> list[CudaKernel]:
     if done.returncode != 0:
         raise RuntimeError(f"{source}.cu for {target}: {done.stderr}")
 
+    # nvcc keeps its PTX beside the cubin: what was asked for, and what ptxas made of it.
     ptx = "\n".join(path.read_text() for path in parts.glob("*.ptx"))
     return list(kernels_of(done.stderr, _functions(ptx), _machine_code(cubin), target))
 
@@ -85,6 +86,8 @@ def kernels_of(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
+
+    # ptxas speaks of one entry after the other, each over several lines.
     entries = re.findall(pattern, log, re.DOTALL)
     names = _demangled([entry[0] for entry in entries])
     for (mangled, stack, stored, loaded, registers), name in zip(entries, names, strict=True):
@@ -140,6 +143,8 @@ def _demangled(names: list[str]) -> list[str]:
     text = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout
     for noise in ("nvfp4::", "cuda::", "scalar::", "(anonymous namespace)::", "void "):
         text = text.replace(noise, "")
+
+    # The long argument lists say nothing that the template arguments do not.
     lines = text.splitlines()
     return [
         re.sub(r"\((Matrix|Operand|CodeMatrix).*", "", line).replace("> >", ">>") for line in lines

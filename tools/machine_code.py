@@ -29,8 +29,8 @@ def tritons_cuobjdump() -> str | None:
     """NVIDIA's disassembler in a wheel of Triton, the newest of those on the path.
 
     Where an older Triton comes first on the path, as in ``make aot``, it compiles, and the newer
-    one
-    behind it reads: the disassembler of Triton 3.6 cannot decode sm_103a, for which 3.6 compiles.
+    one behind it reads: the disassembler of Triton 3.6 cannot decode sm_103a, for which 3.6
+    compiles.
     """
 
     def release(wheel: Distribution) -> list[int]:

@@ -1,5 +1,4 @@
-"""Faults put into a copy of the package one at a time, each of which a test has to find: ``make
-mutants``.
+"""One fault at a time in a copy of the package, each of which a test has to find: ``make mutants``.
 
     python tools/mutants.py [--only PATTERN] [--json FILE]
 
@@ -290,13 +289,18 @@ MUTANTS = [
 
 
 def build(copy: Path) -> None:
-    """nvfp4._cpu of this copy for the portable instruction set, with what setup.py compiles objects
-    with."""
+    """nvfp4._cpu of this copy, for the portable instruction set.
+
+    Compiled by what setup.py compiles objects with, so that only changed ones are.
+    """
     import pybind11
 
     for name in ("csrc/bind.cpp", "csrc/cpu/kernels.h"):
         text = (copy / name).read_text()
         (copy / name).write_text(text.replace("defined(__x86_64__)", "0"))
+
+    # Without vectors, as on a processor that has none; optimised little, since compiling is the
+    # cost.
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", *include]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -312,11 +316,16 @@ def build(copy: Path) -> None:
 
 
 def run(copy: Path, tests: tuple[str, ...], log: Path, interpreted: bool) -> int:
-    """pytest's exit code for these tests on the copy, in a fork of this process. interpreted:
-    Triton's kernels."""
+    """pytest's exit code for these tests on the copy, in a fork of this process.
+
+    interpreted: Triton's kernels, by its interpreter.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    # The child: its words in a file, its CPU time limited, the copy before everything else on the
+    # path.
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -340,19 +349,18 @@ def run(copy: Path, tests: tuple[str, ...], log: Path, interpreted: bool) -> int
 
 
 def native(mutant: Mutant) -> bool:
+    """Whether a mutant is in C++, and has to be compiled."""
     return mutant.file.startswith("csrc/")
 
 
 def selections(mutant: Mutant, known: dict[str, str]) -> list[tuple[str, ...]]:
-    """What to run until something fails: the test that found this mutant the last time, then all of
-    its tests."""
+    """What to run until something fails: first the test that found this mutant the last time."""
     before = known.get(f"{mutant.file}: {mutant.before} -> {mutant.after}")
     return [(before,), mutant.tests] if before and before.startswith("tests/") else [mutant.tests]
 
 
 def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]:
-    """What became of one: the fault is put in, tests run until one fails, the fault is taken
-    out."""
+    """What became of one mutant: put in, tests run until one fails, taken out."""
     file, log = copy / mutant.file, copy / "log.txt"
     text = file.read_text()
     times = text.count(mutant.before)
@@ -375,11 +383,12 @@ def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]
 
 
 def pass_without_mutants(rows: list[dict[str, Any]], chosen: list[Mutant], copy: Path) -> None:
-    """RuntimeError if one of the tests that found a mutant fails without any, and so has found
-    nothing."""
+    """RuntimeError if a test that found a mutant fails without any, and so has found nothing."""
     log = copy / "log.txt"
     if any(map(native, chosen)):
         build(copy)
+
+    # Each test once, however many mutants it found.
     for interpreted in (False, True):
         killers = {
             r["by"]: None
@@ -422,6 +431,8 @@ def main() -> int:
 
     # of a file that changes within a second, or is back, bytecode would be stale
     sys.dont_write_bytecode = True
+
+    # One after the other: each changes the same copy.
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "nvfp4"

@@ -1,8 +1,11 @@
 """The quantising kernels in every form in which recipes launch them, for ``aot`` to compile.
 
-kernel_variants  the rules of the named recipes on BF16, its transpose, tile codes, and both
-                 orientations in one read
-all_variants     every rule on every source and dtype, which the tests launch over no driver
+    kernel_variants  the rules of the named recipes on BF16, its transpose, tile codes, and both
+                     orientations in one read
+    all_variants     every rule on every source and dtype, which the tests launch over no driver
+
+A form is what Triton specialises a kernel on: the rule with its options, the kind of source, the
+tile, which pointers are absent.
 """
 
 from __future__ import annotations
@@ -62,6 +65,8 @@ def policies(capability: int) -> dict[str, Policy]:
     options += [("ms_eden", {"rounds": rounds}) for rounds in (1, 2, 3)]
     options += [("ms_eden", {"group": group}) for group in (16, 32, 64)]
     options.append(("ms_eden", {"rounds": 2, "search": True}))
+
+    # Options are checked as a recipe's are, so that no policy is listed that none can have.
     table = {}
     for name, chosen in options:
         label = "_".join([name, *(f"{key}={_label(value)}" for key, value in chosen.items())])
@@ -106,6 +111,8 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
                 for v in _single(label, table[label], source)
                 if v.kernel is kernels.quantize_kernel
             )
+
+    # Blackwell alone: there scales are also written in the order of its tensor cores.
     if not few and capability // 10 in SWIZZLED_MAJORS:
         for label in (label for label in COMPILED if scaled_by_amax(table[label].rule)):
             swizzled = _single(label, table[label], "bfloat16", swizzled=True)
@@ -161,6 +168,8 @@ def _single(
     constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile} | (
         {} if swizzled else {"swizzled": None}
     )
+
+    # A contiguous axis has stride 1, which Triton specialises on.
     constants |= {"stride_row" if down else "stride_column": 1}
     if coded is None:
         constants |= {"x_scale": None, "x_global": None}
@@ -205,6 +214,8 @@ def _both(table: dict[str, Policy]) -> Iterator[KernelVariant]:
             }
             if not scaled_by_amax(policy.rule):
                 pointers[f"block_scale_{side}"] = "*fp32"
+
+        # No amax where both rules find their scales themselves.
         for kernel in (kernels.amax_both_kernel, kernels.quantize_both_kernel):
             if (
                 kernel is kernels.quantize_both_kernel
