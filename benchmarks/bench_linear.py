@@ -1,10 +1,14 @@
 """A linear layer, forward and backward, against high-precision ones: time, and bytes kept between.
 
-For each shape the candidates take turns: float32 ``nn.Linear``; BF16 in high precision as the
-layers of this package compute it (torch's own where the processor has BF16 instructions, else
-float32 sums of BF16 operands); the recipes. ``--isa avx2`` measures as on a processor without
-AVX-512, in a process of its own: torch, MKL and oneDNN are told by environment variables, which
-they read when they start, our kernels by name.
+For each shape the candidates take turns, each with its weight quantised anew:
+
+    float32   ``nn.Linear``
+    bf16      high precision as the layers of this package compute it: torch's own where the
+              processor has BF16 instructions, else float32 sums of BF16 operands
+    recipes   converted layers, gated first: y, dx and dw near BF16's
+
+``--isa avx2`` measures as on a processor without AVX-512, in a process of its own: torch, MKL and
+oneDNN are told by environment variables, which they read when they start, our kernels by name.
 
     python -m benchmarks.bench_linear --isa avx2 --sizes 2048 --recipes nvidia --keep linear
 
@@ -55,6 +59,7 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true", help="print the rows as JSON, no table")
     args = parser.parse_args()
 
+    # An instruction set that this process is not held to is measured by a child that is.
     rows: list[Row] = []
     for isa in args.isa.split(","):
         held = HELD_BY.get(isa, {})
@@ -94,6 +99,8 @@ def _of_shape(args: argparse.Namespace, name: str, shape: Shape) -> list[Row]:
         layer = layer_for(shape, recipe, args.backend)
         dtype = layer.weight.dtype
         cases[recipe] = LayerCase(layer, x.to(dtype, copy=True).requires_grad_(), dy.to(dtype))
+
+    # Nothing is timed that is wrong; the first two are what the others are held to.
     for recipe in recipes[2:]:
         near = near_bf16(cases[recipe].layer, cases["bf16"].layer, x)
         gate(near, f"{recipe} at {name} is far from BF16")

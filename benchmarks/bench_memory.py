@@ -1,8 +1,10 @@
 """Peak memory that one more linear layer costs in training, against BF16 nn.Linear.
 
-One layer is applied again and again, so that weights and gradients stay the same and only what is
-kept for the backward grows; each depth runs in a process of its own, whose peak resident memory is
-read at the end. ``python -m benchmarks.bench_memory --help`` lists the options.
+    (peak of 12 applications - peak of 4) / 8
+
+One layer is applied again and again, so weights and gradients stay the same and only what is kept
+for the backward grows. Each depth runs in a process of its own, whose peak resident memory is read
+at the end. ``python -m benchmarks.bench_memory --help`` lists the options.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def main() -> None:
         print(json.dumps(train(recipe, int(size), int(depth))))
         return
 
+    # The difference of two depths: what a process needs anyway drops out.
     rows: list[Row] = []
     for recipe in ["bf16", *args.recipes.split(",")]:
         shallow, deep = (peak(recipe, args.size, depth) for depth in (SHALLOW, DEEP))

@@ -1,8 +1,13 @@
 """Time of every quantiser against a copy of the bytes it must move, on each instruction set.
 
+    row-wise      codes of x                    both         codes of x and x^T from one read
+    transposed    codes of x^T                  from codes   codes of x^T from codes of x
+
 The copy, the quantiser on every instruction set and its peers take turns, so that a drifting
 machine moves them alike; each is first held equal to the reference, bit for bit
-(``nvfp4/bench/gates.py``). Figures are milliseconds, and multiples of the copy.
+(``nvfp4/bench/gates.py``). Figures are milliseconds, and multiples of the copy. Compare multiples:
+with AVX2, rtn took 2.4, 2.1, 1.4 and 3.1 copies in four windows of a shared machine, and the copy
+itself 2.3 to 14 ms.
 
     python -m benchmarks.bench_quantize --only rtn sr --isa avx512 avx2 --keep quantize
 
@@ -86,6 +91,7 @@ def rows_of(
     if name == "rtn":
         runs |= peer(x)
 
+    # All in one call: two calls minutes apart are two machines.
     ms = interleaved(runs, seconds)
     return [
         {

@@ -1,11 +1,13 @@
 """Reinforcement learning as data, each figure from runs of ``nvfp4 rl`` itself.
 
-compare     full precision against NVFP4 over three seeds, and a control (``nvfp4 rl --preset
-            sort``); no figure is printed or kept unless every gate of the comparison holds
-objectives  every objective from one warm start over three seeds, with its authors' settings and
-            at least two updates per rollout: one is not enough to tell most of them apart
-foreign     samplers that are not the trainer, with and without a correction; one seed
-tasks       every task as it comes; one seed
+    compare     full precision against NVFP4 over three seeds, and a control (``nvfp4 rl --preset
+                sort``); no figure is printed or kept unless every gate of the comparison holds
+    objectives  every objective from one warm start over three seeds, with its authors' settings and
+                at least two updates per rollout: one is not enough to tell most of them apart
+    foreign     samplers that are not the trainer, with and without a correction; one seed
+    tasks       every task as it comes; one seed
+
+Runs that are finished are not done again, so a study may be stopped at any time.
 """
 
 from __future__ import annotations
@@ -140,6 +142,8 @@ def settings(name: str) -> dict[str, Any]:
     group = GROUPS.get(name, defaults.group)
     prompts = COMPLETIONS // group
     updates = min(max(defaults.updates, LEAST_UPDATES), prompts)
+
+    # At one update per rollout every ratio is 1, and most objectives are the same one.
     options = {
         "objective": name,
         "group": group,
@@ -219,6 +223,8 @@ def main() -> None:
             folder = str(out / name.replace(", ", "-").replace(" ", "_"))
             rows.append(short(name, rl(dataclasses.replace(config, out=folder, resume=True))))
             print(name, json.dumps(rows[-1]), flush=True)
+
+    # Many seeds in one table say more than a row per run.
     if args.what == "objectives":
         work = f"{STEPS} steps of {COMPLETIONS} completions"
         title = f"nvfp4 rl, objectives, recipe rl, {work}, objectives {code()}"

@@ -70,6 +70,7 @@ def keep(path: Path, title: str, rows: Sequence[Row], facts: Row, labels: int = 
             label = (machine.get("processor", ""), *list(row.values())[:labels])
             kept[label] = {**row, "machine": machine}
 
+    # Replaced in one step, so that a call that is ended leaves the old file.
     path.parent.mkdir(exist_ok=True)
     text = json.dumps({"title": title, "rows": list(kept.values())}, indent=1)
     part = path.with_suffix(".part")

@@ -1,5 +1,4 @@
-"""A GPU that is lent for fifteen minutes, used in two calls: is it right, how fast is it, are goals
-met.
+"""A GPU lent for fifteen minutes, in two calls: is it right, how fast is it, are the goals met.
 
     python -m benchmarks.on_gpu --call 1 --out FOLDER
         5 minutes: build, smoke, rates, layers, graphs, 2^31 elements

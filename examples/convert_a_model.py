@@ -1,5 +1,11 @@
-"""Convert a transformers model, look at what happened, train a few steps, and go back. Runs in
-seconds on a CPU."""
+"""Convert a transformers model, look at what happened, train a few steps, and go back.
+
+    python examples/convert_a_model.py        seconds on a CPU
+
+What it shows: ``convert`` works in place and keeps parameters, so the optimizer is the usual one;
+``report`` says which layer runs in which recipe and why one was kept; ``disabled`` runs the same
+weights in high precision; ``revert`` gives plain layers back.
+"""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,6 +29,8 @@ def main() -> None:
         nvfp4.convert(model, recipe, keep_last=1, seed=0)
         if recipe != "bf16":
             print(nvfp4.report(model))
+
+        # Nothing else changes: the usual optimizer, the usual autocast, the usual loop.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for step in range(20):
             with torch.autocast("cpu", torch.bfloat16):
@@ -32,6 +40,8 @@ def main() -> None:
             optimizer.zero_grad()
             if step % 19 == 0:
                 print(f"{recipe:12} step {step:2}  loss {loss.item():.4f}")
+
+    # What the weights know apart from the noise of 4-bit forwards.
     with nvfp4.disabled(model), torch.no_grad():
         print(
             "the same weights in high precision: loss "

@@ -1,11 +1,10 @@
-"""Train a tiny language model in NVFP4 and in BF16 on Python's own standard library, and measure
-the gap. Any CPU.
+"""Train a tiny language model in NVFP4 and in BF16 on Python's own standard library.
 
-    python examples/pretrain_tiny.py [FOLDER]
+    python examples/pretrain_tiny.py [FOLDER]     any CPU
 
 What it shows: ``pretrain`` is a function of a config; two configs that differ in the recipe alone
-start from the same weights and see the same batches; the export is an ordinary Hugging Face model.
-``nvfp4 compare`` does it at length.
+start from the same weights and see the same batches, so their difference is the recipe's; the
+export is an ordinary Hugging Face model. ``nvfp4 compare`` does it at length.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ def main(folder: Path) -> dict[str, float]:
         sample_tokens=40,
         device="cpu",
     )
+
+    # The same run twice, but for the recipe.
     results = {}
     for recipe in ("bf16", "quartet2"):
         config = dataclasses.replace(base, recipe=recipe, out=str(folder / recipe))
@@ -49,6 +50,7 @@ def main(folder: Path) -> dict[str, float]:
         f"{gap:+.2f} %"
     )
 
+    # The export needs no nvfp4.
     model = AutoModelForCausalLM.from_pretrained(folder / "quartet2" / "export")
     tokenizer = AutoTokenizer.from_pretrained(folder / "quartet2" / "export")
     prompt = tokenizer("import ", return_tensors="pt")

@@ -1,7 +1,6 @@
-"""Reinforcement learning on a task of one's own: one class with problems and a verifier. Any CPU,
-half a minute.
+"""Reinforcement learning on a task of one's own: one class with problems and a verifier.
 
-    python examples/rl_own_task.py [FOLDER]
+    python examples/rl_own_task.py [FOLDER]     any CPU, half a minute
 
 What it shows: the class is all that is needed; the model is warmed up on demonstrations of which
 half are wrong, then samples in NVFP4, is rewarded by the class, and learns in NVFP4. On the command

@@ -1,5 +1,4 @@
-"""Is it right: each backend by its name against the reference, bit for bit, on what kernels get
-wrong.
+"""Is it right: each backend by its name against the reference, bit for bit, on hard cases.
 
     a unit      one (backend, quantiser, shape, dtype), or one shape or tile of a product
     its row     comparisons made, how many were wrong, and which the first of these was

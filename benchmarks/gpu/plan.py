@@ -149,6 +149,8 @@ def table(call: int) -> list[dict[str, Any]]:
     """
     figures = json.loads(KEPT.read_text())
     plan, rows = stages(call), []
+
+    # Compiling is shared among threads, waiting is not.
     for stage in plan:
         times = figures["stages"].get(stage.name, {})
         seconds = [_cpu_seconds(unit, stage.name, figures) for unit in stage.units]
@@ -203,6 +205,8 @@ def show() -> int:
     about = ", ".join(f"{key} {figures[key]}" for key in ("triton", "processor", "date", "unit"))
     print(f"Measured: {about}.")
     print(f"Expected: compiling / {SPEED}, {CONTEXT} s per process, and what units wait for.\n")
+
+    # A table per call, and how much of its budget is expected to be left.
     for call, minutes in BUDGET_MINUTES.items():
         rows = table(call)
         heads = list(rows[0])

@@ -1,6 +1,4 @@
-"""Runs units, each in a process of its own.
-
-A fault of one kernel poisons a CUDA context for good; here it costs one row.
+"""Runs units, each in a process of its own: a fault of a kernel poisons a CUDA context for good.
 
     Runner.run_stage(stage):
         the next unit of the queue starts whenever fewer than ``stage.workers`` run
@@ -8,6 +6,9 @@ A fault of one kernel poisons a CUDA context for good; here it costs one row.
         what it sends (rows, its end) is written to the file of rows as it comes
         it has died without an end: one ``failed`` record that names the signal, and the next starts
         it is beyond its seconds, or the stage beyond its own: its whole process group is killed
+
+So a fault, a death or a hang costs one row. Units of a stage that is over are all killed before any
+is waited for: one after the other held a stage of 16 for 55 s beyond its limit.
 
 Background units (the builds) go on while stages run, one after the other; units that need the first
 wait for its end.
@@ -198,6 +199,8 @@ class Runner:
         for live in list(self.live):
             if self._read(live):
                 self._bury(live)
+
+        # Time in which the runner itself stood still is nobody's.
         passed = min(time.monotonic() - before, LONGEST_TICK)
         for live in list(self.live):
             live.spent += passed
@@ -279,6 +282,7 @@ def _work(unit: Unit, settings: Any, pipe: Connection, log: str) -> None:
     for stream in (1, 2):
         os.dup2(target, stream)
 
+    # Whatever happens inside, one ending is sent.
     before = os.times()
     try:
         settings.enter(unit)

@@ -1,5 +1,4 @@
-"""Both calls on a CPU, through every branch, with faults injected: python -m
-benchmarks.gpu.rehearsal
+"""Both calls on a CPU, through every branch, with faults: python -m benchmarks.gpu.rehearsal
 
     1  stand-ins of compute-sanitizer and ncu are written to a folder that comes first on PATH
     2  call 1 and call 2 run at a tenth of the sizes, each fault of ``FAULTS`` in its unit
@@ -8,8 +7,9 @@ benchmarks.gpu.rehearsal
     4  call 1 runs once more with seconds as its budget: what it did not reach must be named
 
 Code 0 if all of that holds. Limits by the clock are ``PATIENCE`` times those of a GPU: whoever
-rehearses may have other things to do, and no neighbour makes a right script wrong. ``--short``
-takes one unit of each kind and a hundredth of the sizes: a test runs that.
+rehearses may have other things to do, and no neighbour makes a right script wrong. A limit by the
+clock alone says nothing: the first call took 100 s at rest and ran out of its 300 beside 18 other
+processes. ``--short`` takes one unit of each kind and a hundredth of the sizes: a test runs that.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
     A fault that is not one row, something else that is wrong, a unit that is lost.
     """
     bad = []
+
+    # Everything that the report blames, with the unit that it blames.
     counts = dict.fromkeys(FAULTS[call], 0)
     for name, stage in record.stages.items():
         blamed = [(unit, end["reason"]) for unit, end in stage.with_state("failed").items()]
@@ -213,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out.resolve()
     prepare(out)
     bad = []
+
+    # Steps 2 and 3.
     for call in (1, 2):
         folder = out / f"call{call}"
         folder.mkdir(exist_ok=True)
@@ -233,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         bad += [f"call {call} ended with code {code}, not 1"] if code != 1 else []
         bad += [f"over its budget: {line}"] if spent > budget else []
 
+    # Step 4: a budget that cannot suffice.
     folder = out / "hurried"
     folder.mkdir(exist_ok=True)
     settings = settings_of(1, folder, scale, args.short)

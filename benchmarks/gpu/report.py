@@ -34,7 +34,11 @@ def write(folder: Path, call: int) -> str:
     judged = judge(calls)
     head = [f"# On a GPU, call {call}", "", *_about(mine), "", *markdown(judged), ""]
     head += [*_wrong(mine), "", *_skipped(mine), "", *_missed(mine)]
+
+    # The page's head is also what the terminal shows at the end.
     tables = [line for name, stage in mine.stages.items() for line in _tables(name, stage)]
+
+    # The same as data, with what was not reached by name.
     data = {
         "call": mine.call,
         "facts": facts(mine),
@@ -162,6 +166,7 @@ def _goals(calls: dict[int, CallRecord]) -> list[Goal]:
             return None
         return max(values) if highest else min(values)
 
+    # None where nothing was compared: no fault found is no proof then.
     compared = sum(call.compared for call in calls.values())
     wrong = float(sum(call.wrong for call in calls.values()))
     goals: list[Goal] = [("wrong or failed", wrong if compared or wrong else None, "<=", 0.0)]

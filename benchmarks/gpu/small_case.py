@@ -36,6 +36,8 @@ def small(chip: Backend, place: Any) -> None:
     few = chip.name == "triton"
     shapes = SHAPES[:1] if few else SHAPES
     dtypes = [torch.bfloat16] if few else list(DTYPES.values())
+
+    # Triton compiles each case for seconds, under the sanitizer for longer.
     for name in FEW if few else QUANTISERS:
         case = case_of(name)
         if chip.refuses("quantize", *case) is not None:

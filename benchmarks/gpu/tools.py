@@ -77,6 +77,8 @@ def tests(job: Job) -> None:
         "benchmarks.gpu.collect",
     ]
     command += ["--continue-on-collection-errors", *(job.settings.tests or files_with_gpu_tests())]
+
+    # Each helps, and none is needed.
     if find_spec("pytest_timeout"):
         command += ["--timeout", "90"]
     if find_spec("xdist") and job.settings.kind == "gpu":
@@ -86,6 +88,8 @@ def tests(job: Job) -> None:
         "ON_GPU_EVERYTHING": "1" if job.settings.tests else "",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }
+
+    # Its failures are rows already, so that it failed is no news.
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if code not in (0, 1, 5):  # all well; tests failed, which their rows say; none was chosen
         raise RuntimeError(f"pytest ended with code {code}; see the log")
