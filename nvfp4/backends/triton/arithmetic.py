@@ -1,13 +1,24 @@
-"""The arithmetic of the kernels on tensors of any shape: twin of ``rng``, ``rounding``, ``codec``
-and ``scaling``.
+"""The arithmetic of the kernels: twin of ``rng``, ``rounding``, ``codec`` and ``scaling``.
 
-Integers wherever a float could surprise: FP8 types do not compile below sm_89, maxima of NaN depend
-on the compiler. Divisions are ``div_rn`` (``/`` is approximate on GPUs), sums are explicit trees
-(the order of ``tl.sum`` is open except between two elements).
+    philox, uniforms            counter int64 [...]  -> u = (k + 1/2) / 2^16, float32
+    nearest, up, stochastic     0 <= a <= max        -> code, int32, without its sign
+    decode, decode_element      code, int32          -> float32, exact
+    encode_scale, reciprocal    amax                 -> float32
+    tree_sum                    [m, rows, k, 16]     -> [m, k], in the one order of additions
 
-Integers wrap around on purpose: Philox is products and sums modulo 2^32. Under TRITON_DEBUG=1
-Triton would trap each of them, so ``launch`` tells it not to look for overflow
-(``sanitize_overflow``).
+A format is three constants (mantissa bits m, exponent of the smallest normal, maximum), and all
+three roundings come from one sentence: in a binade of exponent e the grid is a lattice of step
+2^(e - m). ``_binade`` finds e in the bits of float32. The code of a value is the number of grid
+values below it: value / step, plus 2^m per binade from the smallest normal's up to its own.
+
+What keeps the bits those of the reference:
+- Integers wherever a float could surprise. FP8 types do not compile below sm_89, and whether a
+  maximum of floats keeps a NaN depends on the compiler; as integers, magnitudes order alike.
+- Divisions are ``div_rn``, since ``/`` is approximate on GPUs.
+- Sums are explicit trees: ``tl.sum`` leaves its order open, except between two elements.
+- A product that is added to something is ``product``, which no compiler fuses with the sum.
+- Integers wrap around on purpose, as Philox is sums and products modulo 2^32. Under TRITON_DEBUG=1
+  Triton would trap each of them; ``launch`` tells it not to look (``sanitize_overflow``).
 """
 
 import triton
@@ -23,8 +34,7 @@ from nvfp4.numerics.rng import ROUNDS as _ROUNDS
 from nvfp4.numerics.scaling import SIXTH as _SIXTH
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether the kernels of this process are interpreted, on CPU tensors; decided when they are
-defined."""
+"""Whether this process interprets its kernels, on CPU tensors; decided when they are defined."""
 
 
 def _constants(fmt: ElementFormat) -> tuple[int, int, float]:
@@ -38,16 +48,17 @@ FLOAT32_MAX = tl.constexpr(_FLOAT32_MAX)
 SIXTH = tl.constexpr(_SIXTH)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 NAN_BITS = tl.constexpr(0x7FC00000)
-MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all bits but the sign
+
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(w) for w in WEYL)
 _PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
 FOLD_STREAM = tl.constexpr(_FOLD_STREAM)
 
-
 _FUSES = tl.constexpr(
     not INTERPRETED and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
 )
+"""Whether this Triton needs ``product`` spelt out; 3.7.1, 3.8.0 and 3.9.0 fuse nothing."""
 
 
 @triton.jit
@@ -55,8 +66,8 @@ def product(a, b):
     """fl(a * b), to be added to something.
 
     For Blackwell, Triton 3.6 makes two products one mul.rn.f32x2, and its ptxas (12.9) makes one
-    FFMA2 of that and add.rn.f32x2, even under --fmad=false; a product spelt out stays alone.
-    (3.7.1, 3.8.0 and 3.9.0 fuse nothing.)
+    FFMA2 of that and add.rn.f32x2, even under --fmad=false: one rounding where there should be two.
+    A product spelt out in assembly stays alone.
     """
     if _FUSES:
         return tl.inline_asm_elementwise(
@@ -86,18 +97,20 @@ def from_bits(x):
 
 @triton.jit
 def magnitude_bits(x):
-    """Bits of |x|: as integers they order like the magnitudes, with Inf and then NaN above
-    everything."""
+    """Bits of |x|, which order like the magnitudes; Inf and then NaN lie above all numbers."""
     return bits(x) & MAGNITUDE
 
 
 @triton.jit
 def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
-    """Four uint32 words of Philox4x32-10 at counter ``index`` (int64) of a stream; the seed as two
-    int32."""
+    """Four uint32 words of Philox4x32-10 at counter ``index`` (int64) of a stream.
+
+    The seed comes as its two halves, int32, and is the key; the counter is (index, stream, 0).
+    """
     k0, k1 = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
     c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     c2, c3 = tl.full(index.shape, STREAM, tl.uint32), tl.full(index.shape, 0, tl.uint32)
+
     for _ in tl.static_range(_PHILOX_ROUNDS):
         high0, low0 = tl.umulhi(c0, _M0), c0 * _M0
         high1, low1 = tl.umulhi(c2, _M1), c2 * _M1
@@ -108,8 +121,11 @@ def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
 
 @triton.jit
 def seed_halves(low, high):
-    """The two int32 of a seed: the arguments themselves or, where ``high`` is None, of the int64 at
-    pointer ``low``."""
+    """The two int32 of a seed.
+
+    They are the arguments themselves, or those of the int64 that ``low`` points to where ``high``
+    is None: a captured CUDA graph reads its seeds from memory.
+    """
     if high is None:
         seed = tl.load(low)
         return seed.to(tl.int32), (seed >> 32).to(tl.int32)
@@ -119,8 +135,7 @@ def seed_halves(low, high):
 
 @triton.jit
 def fold_in(low, high, datum):
-    """Halves of the seed that comes of a seed's halves and ``datum`` (int64): twin of
-    ``rng.fold_in``."""
+    """Halves of a new seed, from a seed's halves and ``datum`` (int64): twin of ``rng.fold_in``."""
     w0, w1, _, _ = philox(low, high, datum, FOLD_STREAM)
     return w0.to(tl.int32, bitcast=True), w1.to(tl.int32, bitcast=True)
 
@@ -134,7 +149,7 @@ def centred_uniform(draw):
 
 @triton.jit
 def uniforms(seed_low, seed_high, counter, STREAM: tl.constexpr):
-    """The eight centred uniforms of each counter [...], [..., 8]: word 0 first, low half first."""
+    """The eight centred uniforms of each counter [...], [..., 2, 2, 2]: word 0, low half first."""
     w0, w1, w2, w3 = philox(seed_low, seed_high, counter, STREAM)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2, 2], row-major 0, 1, 2, 3
     draws = tl.join(words & 0xFFFF, words >> 16)
@@ -143,7 +158,7 @@ def uniforms(seed_low, seed_high, counter, STREAM: tl.constexpr):
 
 @triton.jit
 def uniform(seed_low, seed_high, index, STREAM: tl.constexpr):
-    """The centred uniform of draw number ``index`` (int64)."""
+    """The centred uniform of draw number ``index`` (int64): counter index / 8, half index % 8."""
     w0, w1, w2, w3 = philox(seed_low, seed_high, index >> 3, STREAM)
     which = (index >> 1) & 3
     word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
@@ -152,8 +167,10 @@ def uniform(seed_low, seed_high, index, STREAM: tl.constexpr):
 
 @triton.jit
 def _binade(a, F: tl.constexpr):
-    """Exponent field of max(a, smallest normal), in place: in that binade the lattice step is 2^(E
-    - m)."""
+    """Exponent field of max(a, smallest normal), in its place: the step there is 2^(e - m).
+
+    Below the smallest normal the step no longer shrinks, which makes the subnormals.
+    """
     SMALLEST: tl.constexpr = (127 + F[1]) << 23
     return tl.maximum(bits(a), SMALLEST) & INFINITY_BITS
 
@@ -162,21 +179,27 @@ def _binade(a, F: tl.constexpr):
 def nearest(a, F: tl.constexpr):
     """(code, value) of the grid value nearest to 0 <= a <= max, ties to the even code.
 
-    What is added is a power of two whose last place is the lattice step, plus as many steps as the
-    codes below the
-    binade (an even number, so ties stay right): the last bits of the sum are the code.
+    The sum a + magic does all of it. magic is a power of two whose last place is the lattice step,
+    so that the hardware's own rounding is the one wanted; and it holds 2^m steps per binade below,
+    so that the last bits of the sum are the code. That is an even number of steps, so ties stay
+    right.
     """
     START: tl.constexpr = ((23 - F[0]) << 23) - ((127 + F[1]) << F[0])
     binade = _binade(a, F)
     magic = from_bits(binade + (binade >> (23 - F[0])) + START)
+
+    # E4M3 has 7 bits without its sign, E2M1 fewer; the difference is exact
     total = a + magic
     return bits(total) & 0x7F, total - magic
 
 
 @triton.jit
 def converted_value(a):
-    """Grid value nearest to 0 <= a, at most 6, by the hardware of sm_100 and later; see
-    ``tiles.converted_words``."""
+    """Grid value nearest to a >= 0, at most 6, by the hardware of sm_100 and later.
+
+    Two floats become one byte of codes and two float32 again; ``tiles.converted_words`` says what
+    the instruction promises.
+    """
     return tl.inline_asm_elementwise(
         """{
         .reg .b8 codes;
@@ -198,13 +221,13 @@ def converted_value(a):
 
 @triton.jit
 def _on_lattice(n, binade, F: tl.constexpr):
-    """The code of n steps in a binade."""
+    """The code of n steps in a binade; one step beyond it is the next binade's first value."""
     return n + (binade >> (23 - F[0])) - ((127 + F[1]) << F[0])
 
 
 @triton.jit
 def _in_steps(a, binade, F: tl.constexpr):
-    """a / step, exact: the step is a power of two; the two terms keep the integers below 2^31."""
+    """a / step, exact since the step is a power of two; two terms keep the integers below 2^31."""
     return product(a, from_bits(((127 << 23) - binade) + ((127 + F[0]) << 23)))
 
 
@@ -219,22 +242,25 @@ def up(a, F: tl.constexpr):
 
 @triton.jit
 def stochastic(a, u, F: tl.constexpr):
-    """Code of one of the neighbours of 0 <= a <= max, by u in (0, 1)."""
+    """Code of floor(a / step + u), one of the two neighbours of 0 <= a <= max; u in (0, 1)."""
     binade = _binade(a, F)
     return _on_lattice((_in_steps(a, binade, F) + u).to(tl.int32), binade, F)
 
 
 @triton.jit
 def decode(code, F: tl.constexpr):
-    """Float32 value of a code without sign: the format's exponent and mantissa read as float32,
-    subnormals included."""
+    """Float32 value of a code without sign, subnormals included.
+
+    Exponent and mantissa of the format are put where float32 has its own; the product then corrects
+    the bias. Exact, also where the float32 before it is a subnormal.
+    """
     SCALE: tl.constexpr = 2.0 ** (126 + F[1])
     return from_bits(code << (23 - F[0])) * SCALE
 
 
 @triton.jit
 def decode_scale(byte):
-    """Float32 value of an E4M3 byte 0..127; 127 is NaN."""
+    """Float32 value of an E4M3 byte 0..127; 127 is the NaN."""
     code = byte.to(tl.int32)
     return tl.where(
         code == 127, from_bits(tl.full(code.shape, NAN_BITS, tl.int32)), decode(code, E4M3)
@@ -249,9 +275,12 @@ def decode_element(code):
 
 @triton.jit
 def round_to_bf16(x):
-    """x rounded to the nearest BF16 (ties to even), as float32; NaN stays NaN."""
+    """x rounded to the nearest BF16 (ties to even), as float32; NaN stays NaN.
+
+    By hand, since the cast of Triton's interpreter truncates.
+    """
     b = bits(x)
-    rounded = (b + 0x7FFF + ((b >> 16) & 1)) & -65536
+    rounded = (b + 0x7FFF + ((b >> 16) & 1)) & -65536  # half of the last place, ties by its parity
     return from_bits(tl.where((b & MAGNITUDE) > INFINITY_BITS, NAN_BITS, rounded))
 
 
@@ -277,14 +306,15 @@ def guarded_reciprocal(x):
 
 @triton.jit
 def tree_sum(x):
-    """Sum of each block of x [m, rows, k, 16] in the fixed order x[i] + x[i + n/2], row-major: [m,
-    k].
+    """Sum of each block of x [m, rows, k, 16], by halves: x[i] + x[i + n/2], row-major; [m, k].
 
     Each ``tl.sum`` adds two elements, so its order cannot matter.
     """
     M: tl.constexpr = x.shape[0]
     ROWS: tl.constexpr = x.shape[1]
     K: tl.constexpr = x.shape[2]
+
+    # the first halvings of a row-major block are those of its rows, the last four of its columns
     for s in tl.static_range(log2(ROWS)):
         x = tl.sum(tl.reshape(x, (M, 2, ROWS >> (s + 1), K, 16)), axis=1)
     x = tl.reshape(x, (M, K, 16))
@@ -295,5 +325,5 @@ def tree_sum(x):
 
 @triton.jit
 def over_elements(scale):
-    """One number a block [m, k] beside its elements [m, rows, k, 16]."""
+    """One number per block [m, k], to meet its elements [m, rows, k, 16]: [m, 1, k, 1]."""
     return tl.expand_dims(tl.expand_dims(scale, 1), 3)

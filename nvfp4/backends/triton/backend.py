@@ -1,15 +1,19 @@
-"""The Triton backend: one family of kernels for every NVIDIA GPU, equal to the reference to the
-last bit.
+"""The Triton backend: one family of kernels for every NVIDIA GPU, with the reference's bits.
 
-    quantize, requantize, both orientations   quantize/     one or two launches after the amax
-    an activation straight into codes         activation/   RMSNorm or SwiGLU is never written
-    products                                  gemm/         FP4 tensor cores, or 16-bit ones on
-    decoded operands seeds of a layer's call, transposes       one launch each
+    quantize, requantize, both orientations   quantize/      one or two launches after the amax
+    an activation straight into codes         activation/    RMSNorm or SwiGLU is never written
+    products                                  gemm/          FP4 tensor cores, or 16-bit ones on
+                                                             operands decoded in registers or before
+    transposes of 16x16 codes                 transpose.py   one launch
+    seeds of a layer's call                   quantize/      one launch
 
 This file says which case goes where: empty matrices, rotated codes and other ranks go to the
 reference's definition, everything else is launched. Nothing here waits for the device, so all of it
-can be captured in a CUDA graph; launches go to the current stream. Under TRITON_INTERPRET=1 the
-same kernels run on CPU tensors, to be tested and debugged, and only when the backend is named.
+can be captured in a CUDA graph; launches go to the current stream.
+
+Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, to be tested and debugged, and only
+when the backend is named. No kernel here has run on a GPU yet: the interpreter gives the
+reference's bits, and compilers say that all of them build for eight cards without a spill.
 """
 
 from __future__ import annotations
@@ -44,8 +48,7 @@ except ImportError as error:
 
 
 class TritonBackend(Backend):
-    """Quantises and decodes without FP8 or FP4 hardware, multiplies in FP4 where there is some, on
-    NVIDIA GPUs."""
+    """Quantises and decodes without FP8 or FP4 hardware; multiplies in FP4 where there is some."""
 
     name = "triton"
     decodes = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +96,7 @@ class TritonBackend(Backend):
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
-        # a search is bound by arithmetic, not by reading x: two launches with tiles of their own
+        # a search is bound by arithmetic, not by reading x: launches with tiles of their own
         if x.numel() == 0 or rows[1].search or columns[1].search:
             return super().quantize_both(x, rows, columns)
         return quantizing.quantize_both(x, *two_targets(x, rows, columns))
@@ -171,8 +174,8 @@ class TritonBackend(Backend):
     ) -> torch.Tensor:
         """``matmul`` of operands decoded in memory.
 
-        Takes 2 bytes per element of them and 4 of the product for its duration; ``gemm`` decodes in
-        registers, as often as a tile of the product needs an element.
+        Takes 2 bytes per element of them and 4 per element of the product for its duration;
+        ``gemm`` decodes in registers, as often as a tile of the product needs an element.
         """
         with on(a.device):
             return scaled(

@@ -1,12 +1,16 @@
 """What kernels are told of tensors: where an operand is read from, and what a result is written to.
 
-    x [M, K], or codes whose transpose is wanted   -> Source, the first arguments of every kernel
-    that reads quantiser, options, shape                      -> Target: a QTensor to fill, and what
-    is needed beside it
+    Source    x [M, K] of any strides, or codes whose transpose is wanted:
+              the first arguments of every kernel that reads
+    Target    from quantiser, options and shape: an empty QTensor to fill, the seeds, and scratch
 
 A Target lives through two or three launches: one finds the amax (as bits, in ``peak``), one makes
 codes and scales, and for rules that scale by what came out (``ms_eden``) ``finish`` makes the block
-scales last. Nothing here waits for the device.
+scales last. Two Targets of one x share an allocation for their peaks.
+
+Nothing here waits for the device, so all of it goes into a CUDA graph. All of it runs at every
+quantisation of every layer, so what does not change is remembered: the policy of a quantiser under
+its options, and what the card can do.
 """
 
 from __future__ import annotations
@@ -32,18 +36,18 @@ SCALES = (16, 64, 4)
 """Rows, columns and warps of kernels on block scales."""
 
 PEAK_UNIT = 4
-"""Peaks in 16 bytes: what Triton asks of an aligned pointer."""
+"""Peaks in 16 bytes: what Triton asks of an aligned pointer, without which it compiles anew."""
 
 SeedArguments = tuple[int, int] | tuple[torch.Tensor, None]
 """The halves of a seed, or where on the device it lies."""
 
-# called on the host, a function of the kernels takes 10 us
+# called on the host, a function of the kernels takes 10 us; remembered, nearly nothing
 _scaled_by_amax = lru_cache(maxsize=None)(scaled_by_amax)
 _POLICIES: dict[tuple[Any, ...], Policy] = {}
 
 
 class Source(NamedTuple):
-    """Arguments of ``load_tile``: an operand [rows, columns] in memory, dense or as codes."""
+    """The operand [rows, columns] in memory, dense or as codes: arguments of ``load_tile``."""
 
     x: torch.Tensor
     scale: torch.Tensor | None
@@ -60,16 +64,16 @@ class Source(NamedTuple):
 
     @classmethod
     def transposed_codes(cls, q: QTensor) -> Source:
-        """What matrix q [M, K] stands for, read as [K, M]."""
+        """What matrix q [M, K] stands for, read as its transpose [K, M]."""
         codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
         return cls(codes, block_scale, global_scale, q.contraction, q.rows, 1, codes.shape[1])
 
 
 class Target:
-    """The result a kernel fills, and what it needs beside it.
+    """The result [M, K] that kernels fill, and what they need beside it.
 
-    peak: int32 zeros like the global scale, if there are some already. amax: float32 like the
-    global scale, if it is known. single: whether this orientation is made alone.
+    peak: int32 zeros, [1] or row-scaled [M], if there are some already. amax: float32 of that
+    shape, if it is known. single: whether this orientation is made alone.
     """
 
     def __init__(
@@ -86,13 +90,13 @@ class Target:
         self.policy = _policy(quantizer, options, card_converts(device))
         self.scaled_by_amax = _scaled_by_amax(self.policy.rule)
 
-        # what it fills; codes are stored eight at a time
+        # what it fills; codes are stored eight at a time, as int32 [M, Kp/8]
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
         self.codes = self.q.codes.view(torch.int32)
         self.padded = self.q.padded_contraction
 
         # the largest magnitude, as bits: integers order like magnitudes, so that programs agree by
-        # atomic maximum
+        # an atomic maximum; a known amax is read as it is, without a copy
         self.amax_known = amax is not None
         if amax is not None:
             peak = amax.contiguous().view(torch.int32)
@@ -100,12 +104,13 @@ class Target:
             peak = torch.zeros(self.q.global_scale.shape, dtype=torch.int32, device=device)
         self.peak = peak
 
-        # scratch of rules that know a block's scale only when all blocks are done
+        # rules that know a block's scale only when all blocks are done keep its length meanwhile
         self.scale = self.q.block_scale
         if not self.scaled_by_amax:
             self.scale = torch.empty(self.scale.shape, dtype=torch.float32, device=device)
 
-        # kernels of both orientations write no swizzled scales; ``finish`` does
+        # kernels of both orientations write no swizzled scales; ``finish`` does. Zeros, as the
+        # layout is filled up to 128 rows and 4 blocks
         if reads_swizzled(device) and (single or not self.scaled_by_amax):
             size = swizzled_bytes(self.q.rows, self.padded // NVFP4.block_size)
             swizzled = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -135,8 +140,10 @@ class Target:
 def two_targets(
     x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
 ) -> tuple[Target, Target]:
-    """What x and x^T are quantised into; the peaks of both come out of one allocation, aligned
-    alike."""
+    """What x and x^T are quantised into.
+
+    The peaks of both are one allocation, cleared at once; each begins at 16 bytes.
+    """
     shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
     across, down = (
         shape[0] if how[1].row_scaled else 1
@@ -151,7 +158,7 @@ def two_targets(
 
 
 def programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
-    """How many a matrix in tiles of [tile[0], tile[1]] takes.
+    """How many programs a matrix takes, one per tile of [tile[0], tile[1]].
 
     All lie on the first axis of the grid, which alone takes 2^31 of them.
     """
@@ -164,8 +171,7 @@ def seed_arguments(seed: Seed | None) -> SeedArguments:
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """The low and the high 32 bits of a seed, each as a signed number, so that every seed has the
-    same type."""
+    """The low and the high 32 bits of a seed, each as a signed number: int32 whatever the seed."""
     low, high = seed & 0xFFFFFFFF, seed >> 32
     return (low ^ 1 << 31) - (1 << 31), (high ^ 1 << 31) - (1 << 31)
 
@@ -185,7 +191,7 @@ def card_converts(device: torch.device) -> bool:
 
 
 def _policy(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
-    """``Policy.of``, remembered by all that it depends on, which no seed is part of."""
+    """``Policy.of``, remembered by all that it depends on; no seed is part of that."""
     rotation = options.rotation
     rotated = None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
     what = (quantizer.name, options.block, options.row_scaled, options.metric, options.search)

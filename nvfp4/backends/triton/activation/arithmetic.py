@@ -1,5 +1,13 @@
-"""RMSNorm and SwiGLU on tiles of float32 that hold other dtypes' numbers: twin of
-``activations.py``.
+"""RMSNorm and SwiGLU on tiles of float32: twin of ``numerics/activations.py``.
+
+    RMSNorm   rstd = 1 / sqrt(mean + eps) per row, y = round_out(round_x(x rstd) w)
+    SwiGLU    y = round_out(round_gate(silu(gate)) up), silu by ``exp_negative``
+    sums      LANES columns side by side, then ``lane_sum`` by halves: the reference's order
+
+A tile [R, C] holds float32 that were loaded from other dtypes, and ``rounded`` gives it the numbers
+of one again; so the roundings stand where the reference has them, whatever the inputs are.
+``load_activation`` and its transposed twin take the place of ``load_dense``: to a quantising kernel
+an activation is an operand that is computed instead of read.
 
 What is added to is a ``product``, never a bare a * b: for Blackwell, Triton 3.6 would round both at
 once.
@@ -41,16 +49,15 @@ SIGN = tl.constexpr(-(1 << 31))
 
 
 class Formula(NamedTuple):
-    """What is computed of (first, second). gated: SwiGLU of gate and up, otherwise RMSNorm of x and
-    weight.
+    """What is computed of (first, second), as a constant that kernels are compiled for.
 
-    inner: the dtype of ``first``, to which the normalised x and silu(gate) are rounded; outer: of
-    the result.
+    gated: SwiGLU of gate and up, otherwise RMSNorm of x and weight. inner: the dtype of ``first``,
+    to which the normalised x and silu(gate) are rounded. outer: the dtype of the result.
 
     In Triton 3.6 an attribute of a constant tuple is a bare Python value, which no other function
-    under ``triton.jit``
-    takes: kernels hand on ``INNER: tl.constexpr = F.inner``, and write ``tl.full((T.rows, LANES),
-    0.0, tl.float32)``, because ``tl.zeros`` is such a function. (3.9 takes both.)
+    under ``triton.jit`` takes (30 of 93 kernels did not compile): kernels hand on
+    ``INNER: tl.constexpr = F.inner``, and write ``tl.full((T.rows, LANES), 0.0, tl.float32)``,
+    because ``tl.zeros`` is such a function. 3.9 takes both.
     """
 
     gated: bool
@@ -71,13 +78,18 @@ def rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def exp_negative(x):
-    """e^-|x|."""
+    """e^-|x| = 2^n e^r, within two units in the last place."""
+    # n: the nearest integer to t / ln 2; r: what is left, at most ln(2) / 2
     t = tl.maximum(from_bits(bits(x) | SIGN), EXP_FLOOR)
     n = (product(t, LOG2_E) + ROUNDER) - ROUNDER
     r = (t - product(n, LN2_HIGH)) - product(n, LN2_LOW)
+
+    # the series of e^r, from its last term
     total = tl.full(r.shape, EXP_TERMS[TERM_COUNT - 1], tl.float32)
     for k in tl.static_range(TERM_COUNT - 1):
         total = product(total, r) + EXP_TERMS[TERM_COUNT - 2 - k]
+
+    # 2^n in two factors, since 2^-150 is below every float32
     exponent = n.to(tl.int32)
     half = exponent >> 1
     return total * from_bits((half + 127) << 23) * from_bits((exponent - half + 127) << 23)
@@ -119,8 +131,10 @@ def load_vector(values, index, count):
 
 @triton.jit
 def lane_sum(lanes):
-    """Sum of each row of [n, LANES] by halves: [n]. Each ``tl.sum`` adds two elements, so its order
-    cannot matter."""
+    """Sum of each row of [n, LANES] by halves: [n].
+
+    Each ``tl.sum`` adds two elements, so its order cannot matter.
+    """
     N: tl.constexpr = lanes.shape[0]
     for s in tl.static_range(log2(LANES)):
         lanes = tl.sum(tl.reshape(lanes, (N, 2, LANES >> (s + 1))), axis=1)
@@ -139,8 +153,7 @@ def row_tree(x):
 
 @triton.jit
 def over(x, count):
-    """x / count. A count of 1 is a Python integer by the time it gets here, which has no
-    ``.to``."""
+    """x / count; by the time it gets here a count of 1 is a Python integer, without ``.to``."""
     return tl.math.div_rn(x, tl.zeros(x.shape, tl.float32) + tl.cast(count, tl.float32))
 
 
@@ -155,8 +168,11 @@ def load_activation(
     first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row,
     T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the activation [rows, columns], whose inputs have contiguous rows; zero
-    outside."""
+    """Tile [R, C] of the activation [rows, columns], zero outside.
+
+    Its inputs have contiguous rows, ``first_row`` and ``second_row`` elements apart; of RMSNorm
+    rstd [rows] is known and ``second`` is the weight [columns].
+    """
     tile = load_dense(first, row_tile, column_tile, rows, columns, first_row, 1, T)
     if F.gated:
         return swiglu(
@@ -173,8 +189,10 @@ def load_activation_transposed(
     first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row,
     T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the transpose [rows, columns] of that activation: columns are the rows of its
-    inputs."""
+    """Tile [R, C] of the transpose [rows, columns] of that activation, zero outside.
+
+    Columns are the rows of its inputs.
+    """
     tile = load_dense(first, row_tile, column_tile, rows, columns, 1, first_row, T)
     if F.gated:
         return swiglu(

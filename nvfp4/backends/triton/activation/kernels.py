@@ -1,9 +1,20 @@
-"""The kernels that make an activation in registers: quantised at once, in one or both orientations;
-and its gradients.
+"""The kernels that make an activation in registers and quantise it at once; and its gradients.
+
+    rms_kernel                  x [M, K]          -> rstd [M], and the amax of the result
+    activation_amax_kernel      gate, up [M, K]   -> the amax of the result
+    activation_quantize_kernel  both kinds        -> codes and scales of it, or of it and of its
+                                                     transpose
+    rms_gradient_kernel         x, dy             -> dx, and dweight's part of each slab of rows
+    slab_sum_kernel             the parts [n, K]  -> dweight [K]
+    swiglu_gradient_kernel      gate, up, dy      -> dgate, dup
 
 The activation is never written: RMSNorm reads x once for the root mean squares and the amax (the
 second time within a row comes out of the cache) and once to quantise it; SwiGLU reads gate and up
-once for each. Like all the others they must be launched with ``enable_fp_fusion=False``.
+once for each.
+
+Sums run in the reference's order: along a row ``LANES`` columns side by side, then these by halves;
+of a weight's gradient first the ``SLAB`` rows of a program, then the slabs. Like all kernels these
+must be launched with ``enable_fp_fusion=False``.
 """
 
 import triton
@@ -52,14 +63,20 @@ def rms_kernel(
     P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr,
     F: tl.constexpr
 ):  # fmt: skip
-    """1 / rms of each row, and ``amax_both_kernel`` of what RMSNorm makes of them; without a
-    policy, without amax."""
+    """1 / rms of each row, and ``amax_both_kernel`` of what RMSNorm makes of them.
+
+    A program takes T_ROWS.rows whole rows, in stretches of LANES columns. Without a policy for an
+    orientation there is no amax of it.
+    """
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
+
     row_tile = tl.program_id(0)
     row = positions(row_tile, T_ROWS.rows)
     scale = row_inverse_rms(x, row_tile, rows, columns, x_row, eps, T_ROWS)
     tl.store(rstd + row, scale, mask=row < rows)
+
+    # the same rows once more, now that their scale is known; they are still in the cache
     if (P_ROWS is not None) or (P_COLUMNS is not None):
         scale = tl.where(row < rows, scale, 0.0)  # a row of padding is zero, even where eps is
         largest = tl.full((T_ROWS.rows,), 0, tl.int32)
@@ -67,6 +84,7 @@ def rms_kernel(
             column_tile = tl.full((), c, tl.int32)
             column = positions(column_tile, LANES)
             gain = load_vector(weight, column, columns)
+
             if P_ROWS is not None:
                 tile = load_dense(x, row_tile, column_tile, rows, columns, x_row, 1, T_ROWS)
                 tile = rotate(
@@ -76,6 +94,7 @@ def rms_kernel(
                     P_ROWS,
                 )
                 largest = tl.maximum(largest, tl.max(magnitude_bits(tile), axis=1))
+
             if P_COLUMNS is not None:
                 tile = load_dense(x, column_tile, row_tile, columns, rows, 1, x_row, T_COLUMNS)
                 tile = normalized(tile, scale[None, :], gain[:, None], F)
@@ -88,6 +107,8 @@ def rms_kernel(
                     sign_high_columns,
                     P_COLUMNS,
                 )
+
+        # whole rows are in this program, so that a peak per row needs no atomic
         if P_ROWS is not None:
             if P_ROWS.row_scaled:
                 tl.store(peak_rows + row, largest, mask=row < rows)
@@ -106,6 +127,7 @@ def activation_amax_kernel(
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
+
     if P_ROWS is not None:
         tile = load_activation(
             first, second, None, row_tile, column_tile, rows, columns, first_row, second_row,
@@ -120,6 +142,7 @@ def activation_amax_kernel(
             sign_high_rows,
             P_ROWS,
         )
+
     if P_COLUMNS is not None:
         tile = load_activation_transposed(
             first, second, None, column_tile, row_tile, columns, rows, first_row, second_row,
@@ -142,14 +165,18 @@ def activation_quantize_kernel(
     P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr,
     F: tl.constexpr
 ):  # fmt: skip
-    """``quantize_both_kernel`` of an activation; P_COLUMNS None: along its rows alone. rstd: for
-    RMSNorm."""
+    """``quantize_both_kernel`` of an activation; P_COLUMNS None: along its rows alone.
+
+    rstd: of RMSNorm, from ``rms_kernel``.
+    """
     seed_low_rows, seed_high_rows = seed_halves(seed_low_rows, seed_high_rows)
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     if P_COLUMNS is not None:
         seed_low_columns, seed_high_columns = seed_halves(seed_low_columns, seed_high_columns)
         sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
+
+    # no swizzled scales, as in ``quantize_both_kernel``
     tile = load_activation(
         first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row, T_ROWS, F
     )  # fmt: skip
@@ -158,6 +185,7 @@ def activation_quantize_kernel(
         global_scale_rows, None,
         padded_rows, seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows, P_ROWS
     )  # fmt: skip
+
     if P_COLUMNS is not None:
         tile = load_activation_transposed(
             first, second, rstd, column_tile, row_tile, columns, rows, first_row, second_row,
@@ -173,7 +201,7 @@ def activation_quantize_kernel(
 
 @triton.jit
 def store_tile(out, values, row, column, rows, columns, DTYPE: tl.constexpr):
-    """Tile [R, C] of a contiguous matrix [rows, columns], rounded to its dtype."""
+    """Store tile [R, C] of a contiguous matrix [rows, columns], rounded to its dtype."""
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     values = rounded(values, DTYPE).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * columns + column[None, :], values, mask=inside)
@@ -183,11 +211,16 @@ def store_tile(out, values, row, column, rows, columns, DTYPE: tl.constexpr):
 def rms_gradient_kernel(
     x, weight, dy, dx, slabs, rows, columns, x_row, eps, T: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """dx of a slab of rows, and its part of dweight: slabs [programs, columns]. dy is
-    contiguous."""
+    """dx of a slab of rows, and its part of dweight: slabs [programs, columns].
+
+    dx = rstd (g - x (row_sum(g x) / K) rstd^2), g = dy w; dweight = sum(dy round_x(x rstd)). dy is
+    contiguous.
+    """
     INNER: tl.constexpr = F.inner
     row_tile = tl.program_id(0)
     row = positions(row_tile, T.rows)
+
+    # row_sum(x^2) and row_sum(g x), in one pass over the rows
     squares = tl.full((T.rows, LANES), 0.0, tl.float32)
     products = tl.full((T.rows, LANES), 0.0, tl.float32)
     for c in tl.range(0, tl.cdiv(columns, LANES)):
@@ -197,9 +230,13 @@ def rms_gradient_kernel(
         gradient = load_dense(dy, row_tile, column_tile, rows, columns, columns, 1, T)
         squares = squares + product(tile, tile)
         products = products + product(gradient * gain, tile)
+
+    # where eps is 0 the rstd of a row of padding would be Inf, and its part of dweight NaN
     rstd = tl.where(row < rows, inverse_rms(lane_sum(squares), columns, eps), 0.0)
     slope = over(lane_sum(products), columns) * (rstd * rstd)
     rstd, slope = rstd[:, None], slope[:, None]
+
+    # the second pass, out of the cache
     for c in tl.range(0, tl.cdiv(columns, LANES)):
         column_tile = tl.full((), c, tl.int32)
         column = positions(column_tile, LANES)
@@ -214,7 +251,7 @@ def rms_gradient_kernel(
 
 @triton.jit
 def slab_sum_kernel(slabs, out, count, columns, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Sum of each column of slabs [count, columns], C of them a program."""
+    """Sum of each column of slabs [count, columns], C columns per program."""
     column = positions(tl.program_id(0), C)
     lanes = tl.zeros((C, LANES), tl.float32)
     for start in tl.range(0, tl.cdiv(count, LANES)):
@@ -232,14 +269,20 @@ def swiglu_gradient_kernel(
     gate, up, dy, dgate, dup, rows, columns, gate_row, up_row, T: tl.constexpr, F: tl.constexpr,
     UP: tl.constexpr
 ):  # fmt: skip
-    """dgate and dup of dy, which is contiguous like them; UP: the dtype of up."""
+    """dgate and dup of dy, which is contiguous like them; UP: the dtype of up.
+
+    dup = dy round_gate(silu(gate)), dgate = (dy up) (s (1 + gate (1 - s))), s = sigmoid(gate).
+    """
     INNER: tl.constexpr = F.inner
     row_tile, column_tile = tile_of(columns, T.columns)
     row, column = positions(row_tile, T.rows), positions(column_tile, T.columns)
+
     gates = load_dense(gate, row_tile, column_tile, rows, columns, gate_row, 1, T)
     gradient = load_dense(dy, row_tile, column_tile, rows, columns, columns, 1, T)
     e = exp_negative(gates)
     store_tile(dup, gradient * silu(gates, e, F), row, column, rows, columns, UP)
+
+    # one exponential serves both
     s = sigmoid(gates, e)
     slope = s * (1.0 + product(gates, 1.0 - s))
     ups = load_dense(up, row_tile, column_tile, rows, columns, up_row, 1, T)

@@ -1,5 +1,13 @@
-"""The GEMM of large operands on GPUs without FP4: both are decoded once to BF16, exactly, for the
-vendor's GEMM."""
+"""The GEMM of large operands on GPUs without FP4: decoded once to BF16, for the vendor's GEMM.
+
+    codes a, b  ->  BF16 [M, Kp], [N, Kp], exact  ->  cuBLAS, sums in float32  ->  y [M, N] float32
+    y           ->  fl(fl(y a_global) b_global) + bias, one cast  ->  out [M, N]
+
+``gemm`` decodes an element as often as a tile of the product needs it. Beyond some size decoding
+once and moving 2 bytes per element is cheaper; ``pays`` says from when, by an estimate (about
+3,300^3 on an H100). The price is memory for the duration: 2 bytes per element of the operands, 4
+per element of the product.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +25,28 @@ from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.qtensor import QTensor
 
 BALANCE = {"wgmma": 250, "mma": 150}
-"""BF16 operations that cuBLAS makes in the time of a byte of memory: 700 TFLOP/s and 2.8 TB/s on an
-H100, 250 TFLOP/s and 1.7 TB/s on an A100; estimates, as nothing here was timed on a GPU."""
+"""BF16 operations that cuBLAS makes in the time of a byte of memory.
+
+700 TFLOP/s and 2.8 TB/s on an H100, 250 TFLOP/s and 1.7 TB/s on an A100; estimates, as nothing here
+was timed on a GPU.
+"""
+
 LOSS = 0.5
-"""What decoding in registers is taken to cost beside a BF16 GEMM of that shape: a quarter of the
-warps fit."""
+"""What decoding in registers is taken to cost, as a share of a BF16 GEMM of that shape.
+
+An estimate, like ``BALANCE``: a quarter of the warps fit.
+"""
+
 TILE = (32, 128, 4)
 """Rows, columns and warps of a program of ``scale_kernel``."""
 
 
 def pays(rows: int, columns: int, contraction: int, kind: str) -> bool:
-    """Whether decoding first takes less than decoding in registers loses, on this kind of tensor
-    cores.
+    """Whether decoding first takes less time than decoding in registers loses.
 
-    It reads and writes 0.56 and 2 bytes an element of both operands, and moves 8 more an element of
-    the product, whose scales are applied apart. On an H100 it pays for cubes from 3,300 up.
+    kind: of tensor cores; False for kinds that ``BALANCE`` does not list, such as FP4's. Decoding
+    reads 0.56 bytes and writes 2 per element of both operands, and moves 8 more per element of the
+    product, whose scales are applied apart. On an H100 it pays for cubes from 3,300 up.
     """
     if kind not in BALANCE:
         return False
@@ -56,12 +71,18 @@ def scale_kernel(
     y, a_global, b_global, bias, out, rows, columns,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ) -> None:  # fmt: skip
-    """out = fl(fl(y a_global) b_global) + bias of y [rows, columns], with one cast."""
+    """out = fl(fl(y a_global) b_global) + bias of y [rows, columns], with one cast.
+
+    a_global [1] or, with A_ROWS, [rows]; b_global likewise of columns; bias [columns] or None. One
+    program per tile [R, C].
+    """
     column_tiles = (columns + C - 1) // C
     row = positions(tl.program_id(0) // column_tiles, R)
     column = positions(tl.program_id(0) % column_tiles, C)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row[:, None] * columns + column[None, :]
+
+    # in the order of the definition, each rounded to float32
     values = tl.load(y + at, mask=inside, other=0.0) * load_global(a_global, row, rows, A_ROWS)
     values = values * tl.trans(load_global(b_global, column, columns, B_ROWS))
     if bias is not None:
@@ -72,10 +93,13 @@ def scale_kernel(
 def scaled(
     y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """What follows the contraction y, float32 [a.rows, b.rows]: global scales in their order, bias,
-    one cast."""
+    """What follows the contraction y, float32 [a.rows, b.rows]: global scales, bias, one cast.
+
+    a, b: the operands, for their global scales.
+    """
     height, width, warps = TILE
-    # the interpreter's casts to BF16 truncate
+
+    # the interpreter's casts to BF16 truncate: under it the kernel writes float32, torch casts
     out = torch.empty(y.shape, dtype=torch.float32 if INTERPRETED else out_dtype, device=y.device)
     tensors = (
         y,
@@ -90,7 +114,7 @@ def scaled(
 
 
 def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
-    """What to compile for a card: every output with and without bias and row scales; or one."""
+    """What to compile for a card: every output with and without bias and row scales; few: one."""
     height, width, warps = TILE
     made = []
     for name, biased, by_row in product(TYPES.values(), (False, True), (False, True)):

@@ -1,5 +1,14 @@
-"""The NVFP4 GEMM as one Triton kernel: native FP4 tensor cores where the target has them, FP16 ones
-elsewhere.
+"""The NVFP4 GEMM as one Triton kernel: FP4 tensor cores where there are some, FP16 ones elsewhere.
+
+    a [M, Kp], b [N, Kp] as codes and block scales  ->  out [M, N] = a b^T
+
+A program makes one tile [BM, BN] of the output: in steps of BK along the contraction it loads codes
+and scales of both operands and adds their product to float32 sums; at the end it applies the global
+scales, adds the bias and casts once.
+
+    native      tl.dot_scaled: the tensor cores decode, multiply and sum
+    decoded     codes become FP16 in registers, tl.dot multiplies: the same products, each exact,
+                summed in another order
 
 FP16 holds e2m1 * e4m3 as exactly as BF16 does, its tensor cores are as fast, and unlike BF16's its
 packed product exists on every card from sm_80 on.
@@ -29,29 +38,36 @@ UNSCALE = tl.constexpr(2.0**14)
 
 @triton.jit
 def _decode(words, scales, NIBBLE: tl.constexpr):
-    """One nibble of each half of code words [R, C], E4M3 bytes [R, C / 2]: FP16 [R, 2 C], 2^-7 of
-    the values.
+    """Decode one nibble of each half of code words [R, C]: FP16 [R, 2 C], 2^-7 of the values.
 
-    The bits of E2M1 in the place of FP16's mean 2^-14 of the value, those of E4M3 2^-8 of it,
-    subnormals included. e4m3 * 2^7 is the largest power that stays finite (57344); times e2m1 *
-    2^-14 this is a multiple of 2^-17 with 6
-    significant bits: exact, with one multiplication an element and no subnormal result lost (FP16
+    scales: E4M3 bytes [R, C / 2], as a block is two words. The bits of E2M1 in the place of FP16's
+    mean 2^-14 of the value, those of E4M3 2^-8 of it, subnormals included. e4m3 * 2^7 is the
+    largest power that stays finite (57344); times e2m1 * 2^-14 this is a multiple of 2^-17 with 6
+    significant bits: exact, with one multiplication per element and no subnormal result lost (FP16
     is never flushed).
     """
+    # exponent and mantissa of E4M3 to those of FP16: 2^-8 of the value, times 2^15
     scale = ((scales & 0x7F).to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 32768.0
+
+    # in both halves of a word at once: the sign from bit 3 to 15, the magnitude from 0..2 to 9..11
     rows: tl.constexpr = words.shape[0]
     columns: tl.constexpr = words.shape[1]
     nibbles = words >> (4 * NIBBLE)
     pair = ((nibbles & 0x00080008) << 12) | ((nibbles & 0x00070007) << 9)
+
+    # two words give four elements of a block at a time, to meet its scale
     halves = tl.join(pair.to(tl.uint16), (pair >> 16).to(tl.uint16)).to(tl.float16, bitcast=True)
     return (halves.reshape(rows, columns // 2, 4) * scale[:, :, None]).reshape(rows, 2 * columns)
 
 
 @triton.jit
 def _load(codes, scales, lines, count, at, blocks, TALL: tl.constexpr, BK: tl.constexpr):
-    """Codes (as bytes or words) and scale bytes [R, BK / 16] of these lines from block ``at`` on, 0
-    outside."""
-    WIDTH: tl.constexpr = HALF // (codes.dtype.element_ty.primitive_bitwidth // 8)
+    """Codes and scale bytes [R, BK / 16] of rows ``lines`` from block ``at`` on, 0 outside.
+
+    Codes come as bytes [R, BK / 2] or, to be decoded, as words [R, BK / 8]. TALL lines share a
+    scale.
+    """
+    WIDTH: tl.constexpr = HALF // (codes.dtype.element_ty.primitive_bitwidth // 8)  # per block
     inside = (lines < count)[:, None]
     across = at * WIDTH + tl.arange(0, BK // BLOCK * WIDTH)[None, :]
     places = codes + lines.to(tl.int64)[:, None] * (blocks * WIDTH) + across
@@ -63,8 +79,10 @@ def _load(codes, scales, lines, count, at, blocks, TALL: tl.constexpr, BK: tl.co
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """The tile's row and column of tiles: GROUP rows of tiles at a time, so that what L2 holds is
-    used again."""
+    """The row and column of tile number ``tile``: GROUP rows of tiles are walked together.
+
+    Within a group the walk goes down the columns, so that what L2 holds is used again.
+    """
     wide = GROUP * tiles_n
     first = tile // wide * GROUP
     height = min(tiles_m - first, GROUP)
@@ -76,6 +94,8 @@ def _write(acc, out, a_global, b_global, bias, rows, columns, M, N,
            A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     """fl(fl(acc * a_global) * b_global), plus bias, each rounded to float32; then the one cast."""
     row_inside, column_inside = rows < M, columns < N
+
+    # one global scale, or one per row of the operand: per row of the tile, per column of it
     a_scale = (
         tl.load(a_global + rows, row_inside, other=0.0)[:, None] if A_ROWS else tl.load(a_global)
     )
@@ -87,6 +107,7 @@ def _write(acc, out, a_global, b_global, bias, rows, columns, M, N,
     y = product(acc * a_scale, b_scale)
     if bias is not None:
         y += tl.load(bias + columns, column_inside, other=0.0).to(tl.float32)[None, :]
+
     inside = row_inside[:, None] & column_inside[None, :]
     places = rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(out + places, y.to(out.dtype.element_ty), inside)
@@ -98,23 +119,27 @@ def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, ou
                 B_ROWS: tl.constexpr,
                 NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                 GROUP: tl.constexpr) -> None:  # fmt: skip
-    """out [M, N] = decode(a) [M, Kp] @ decode(b) [N, Kp]^T: one tile [BM, BN] a program.
+    """out [M, N] = decode(a) [M, Kp] @ decode(b) [N, Kp]^T: one tile [BM, BN] per program.
 
     a_codes [M, Kp / 2], b_codes [N, Kp / 2]; blocks: Kp / 16, rather than bytes, so that the
-    compiler knows rows to be
-    multiples of 8 bytes. A_TALL, B_TALL: rows that share a block scale, 1 or 16. A_ROWS, B_ROWS:
-    whether the global scale is one per row. bias [N] may be None. Compile without FMA contraction.
+    compiler knows rows to be multiples of 8 bytes. A_TALL, B_TALL: rows that share a block scale, 1
+    or 16. A_ROWS, B_ROWS: whether the global scale is one per row. bias [N] may be None. Compile
+    without FMA contraction.
 
     Not persistent: a loop over tiles around the other one, flattened so that loads run ahead from
     tile to tile, moves the divisions of ``_place`` into the main loop (1400 instructions instead of
-    856 on sm_120, 2048 of 1416 on sm_100).
+    856 on sm_120, 2048 instead of 1416 on sm_100).
     """
     tile_m, tile_n = _place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
+
+    # eight codes at a time where they are decoded here
     if not NATIVE:
         a_codes = a_codes.to(tl.pointer_type(tl.uint32))
         b_codes = b_codes.to(tl.pointer_type(tl.uint32))
+
+    # the contraction, without the global scales; scales beyond its end are 0 and add nothing
     acc = tl.zeros((BM, BN), tl.float32)
     for at in tl.range(0, blocks, BK // BLOCK):
         a, a_bytes = _load(a_codes, a_scale, rows, M, at, blocks, A_TALL, BK)
@@ -126,6 +151,7 @@ def gemm_kernel(a_codes, a_scale, a_global, b_codes, b_scale, b_global, bias, ou
         else:
             for nibble in tl.static_range(4):
                 acc = tl.dot(_decode(a, a_bytes, nibble), _decode(b, b_bytes, nibble).T, acc)
+
     if not NATIVE:
-        acc *= UNSCALE
+        acc *= UNSCALE  # a power of two: exact
     _write(acc, out, a_global, b_global, bias, rows, columns, M, N, A_ROWS, B_ROWS)

@@ -1,5 +1,15 @@
-"""decode(a) @ decode(b)^T of two QTensors on a GPU through Triton: which tile, the launch, what to
-compile ahead."""
+"""decode(a) @ decode(b)^T on a GPU through Triton: which tile, the launch, what to compile ahead.
+
+    a [M, Kp], b [N, Kp]  ->  the card's kind of tensor core  ->  a tile [m, n, k]  ->  out [M, N]
+
+``family`` says what a card is programmed for, ``TILES`` what compiles for that without a spill,
+``choose_tile`` which of these finishes first: the card works in waves of one tile per
+multiprocessor, and a wave that is half empty takes as long as a full one. So small outputs get
+smaller tiles.
+
+All figures here are of data sheets or of compilers (``tools/aot.py``, benchmarks/results/aot.json);
+none was timed on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +27,33 @@ from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.qtensor import QTensor
 
 BALANCE = {"tcgen05": 128, "tcgen05_decoded": 32, "mma_fp4": 16, "wgmma": 16, "mma": 8}
-"""Products a multiprocessor makes in the time that half a byte, one code, takes from L2 at 64 bytes
-a clock: 16 k
-(B200: 9 PFLOP/s / 2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in
-FP16: the same), 1 k. FP16 is a quarter of FP4 on a B200."""
+"""Products that a multiprocessor makes in the time that one code takes from L2.
+
+A code is half a byte, and L2 gives 64 bytes per clock. Products per clock: 16 k (B200: 9 PFLOP/s /
+2 / 148 / 1.9 GHz), 2 k (RTX 5090: 1.68 PFLOP/s / 2 / 170 / 2.4 GHz; H100 in FP16: the same), 1 k.
+FP16 is a quarter of FP4 on a B200.
+"""
 
 GROUP = 8
 """Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk
 reads 65."""
 
 WIDEST_WITH_BIAS = 128
-"""Columns of a tile that adds a bias and writes float32: with 256 it spills 32 bytes per thread on
-sm_100, as ptxas of Triton 3.9 compiles it. 16-bit output with a bias does not spill."""
+"""Columns of a tile that adds a bias and writes float32.
+
+With 256 it spills 32 bytes per thread on sm_100, as ptxas of Triton 3.9 compiles it. 16-bit output
+with a bias does not spill.
+"""
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class GemmTile:
-    """What one program computes, [m, n] with steps of k along the contraction, and with how
-    much."""
+    """What one program computes, [m, n] in steps of k along the contraction, and with how much.
+
+    warps: of 32 threads. stages: steps of the contraction in flight at once, loads ahead of sums.
+    """
 
     m: int
     n: int
@@ -66,9 +83,10 @@ TILES: dict[str, tuple[GemmTile, ...]] = {
     # issues a step)
     "mma": (GemmTile(128, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(16, 64, 128, 4, 4)),
 }
-"""The largest tiles that ptxas compiles without spilling (benchmarks/results/aot.json), smaller
-ones for fewer rows.
-Chosen by what they compile to: none has been timed on a GPU."""
+"""The largest tiles that ptxas compiles without spilling, and smaller ones for fewer rows.
+
+Chosen by what they compile to (benchmarks/results/aot.json): none has been timed on a GPU.
+"""
 
 INSTRUCTIONS = {
     # two names of the same, up to 3.7 and after
@@ -82,10 +100,10 @@ INSTRUCTIONS = {
 
 
 def family(capability: int, native: bool = True) -> str:
-    """The kind of tensor core that a card of this compute capability (90, 120, ...) is programmed
-    for, of ``TILES``.
+    """The kind of tensor core, of ``TILES``, that a card of this capability is programmed for.
 
-    Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync), unless ``native`` is false.
+    capability: 90, 120, ... Native FP4 on 100 and 103 (tcgen05) and on 120 and 121 (mma.sync),
+    unless ``native`` is false.
     On 121 Triton 3.6 cannot compile it (its passes fail; 3.9.0's do not), so there codes are
     decoded until 3.9.
     """
@@ -100,12 +118,11 @@ def family(capability: int, native: bool = True) -> str:
 def choose_tile(
     rows: int, columns: int, kind: str, multiprocessors: int, widest: int = 256
 ) -> GemmTile:
-    """The tile whose waves over the card cost least: full waves of one tile a multiprocessor, each
-    as long as its tile.
+    """The tile whose waves over the card cost least.
 
-    A tile takes as long as its products, m * n, and reading its operands from L2, ``BALANCE`` * (m
-    + n); the sum, for
-    they overlap in part. widest: columns that a tile may have at most.
+    A wave is one tile per multiprocessor and takes as long as its tile, full or not. A tile takes
+    as long as its products, m * n, and reading its operands from L2, ``BALANCE`` * (m + n); the
+    sum, for they overlap in part. widest: columns that a tile may have at most.
     """
 
     def cost(tile: GemmTile) -> int:
@@ -139,27 +156,30 @@ def gemm(
     tile: GemmTile | None = None,
     native: bool | None = None,
 ) -> torch.Tensor:
-    """decode(a) @ decode(b)^T [a.rows, b.rows]: fl(fl(acc * a.global_scale) * b.global_scale), acc
-    in float32.
+    """decode(a) @ decode(b)^T, [a.rows, b.rows] of ``out_dtype``.
 
-    bias [b.rows] (any float dtype) is added in float32, then there is one cast to ``out_dtype``
-    (float32, float16,
-    bfloat16). tile, native: override what the device suggests. A NaN global scale
-    makes its output NaN. Raises ValueError for other dtypes or shapes that do not fit.
+    fl(fl(acc * a.global_scale) * b.global_scale), acc in float32. bias [b.rows] (any float dtype)
+    is added in float32, then there is one cast to ``out_dtype`` (float32, float16, bfloat16). tile,
+    native: override what the device suggests. A NaN global scale makes its output NaN. Raises
+    ValueError for other dtypes or shapes that do not fit.
     """
     _check(a, b, out_dtype, bias)
     kind, multiprocessors = _device(a.device, native is not False)
-    # the interpreter's casts to BF16 truncate
+
+    # the interpreter's casts to BF16 truncate: under it the kernel writes float32, torch casts
     out = torch.empty(
         a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device
     )
     if out.numel() == 0:
         return out.to(out_dtype)
+
+    # the tile, unless the caller names one
     if tile is None:
         widest = 256 if bias is None or out_dtype != torch.float32 else WIDEST_WITH_BIAS
         tile = choose_tile(a.rows, b.rows, kind, multiprocessors, widest)
     if native is None:
         native = kind in ("tcgen05", "mma_fp4")
+
     tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias)]
     arguments = (*tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size)
     scaling = (a.block[0], b.block[0], a.row_scaled, b.row_scaled)
@@ -171,8 +191,10 @@ def gemm(
 
 
 def _readable(t: torch.Tensor) -> torch.Tensor:
-    """t contiguous and at an address of whole words, as the kernel reads codes; a view of a file
-    may begin anywhere."""
+    """t contiguous and aligned to 16 bytes, as the kernel reads words of codes.
+
+    A view of a file may begin anywhere.
+    """
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
@@ -190,10 +212,9 @@ def _check(a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | 
 
 
 def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
-    """What to compile for a card: every tile as training uses it, and the largest with every other
-    option.
+    """What to compile for a card: every tile as training uses it, the largest with other options.
 
-    few: the largest tile and one with all options only.
+    few: only the largest tile, and one with all options.
     """
     kind = family(capability)
     plain = [_variant(kind, tile) for tile in TILES[kind]]
@@ -221,8 +242,10 @@ def _variant(
     by_row: bool = False,
     biased: bool = False,
 ) -> KernelVariant:
-    """The GEMM with this tile and output; tall: block rows of b; by_row: row scales of a; biased:
-    with a bias."""
+    """The GEMM with this tile and output.
+
+    tall: rows of a block of b. by_row: a has a global scale per row. biased: there is a bias.
+    """
     types = dict.fromkeys(("a_codes", "a_scale", "b_codes", "b_scale"), "*u8")
     types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{TYPES[out]}"}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32")

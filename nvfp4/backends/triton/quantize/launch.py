@@ -1,11 +1,15 @@
 """Which tiles the quantising kernels work in, and their launches.
 
-    one orientation      amax_kernel (unless the rule, or the caller, knows better) ->
-    quantize_kernel -> finish both orientations    amax_both_kernel -> quantize_both_kernel ->
-    finish, finish: x is read twice, not four times decoding             decode_kernel
+    one orientation      amax_kernel -> quantize_kernel -> finish
+    both orientations    amax_both_kernel -> quantize_both_kernel -> finish, finish
+    decoding             decode_kernel
 
-Tiles are chosen by what they compile to: registers and spills for eight cards, as ``tools/aot.py``
-reports them. A larger tile reads memory in longer runs, until it spills.
+The first launch is left out where the rule needs no amax (ms_eden) or the caller has it; finish is
+a launch for ms_eden alone. Both orientations together read x twice, not four times.
+
+Every launch is one program per tile [R, C] of the operand. Tiles are chosen by what they compile
+to: registers and spills for eight cards, as ``tools/aot.py`` reports them. A larger tile reads
+memory in longer runs, until it spills. No tile was timed on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ NOISY = ("sr", "sr_te")
 
 
 def tile_along(policy: Policy) -> Tile:
-    """For operands whose rows are contiguous.
+    """The tile of operands whose rows are contiguous.
 
     A thread reads 16 bytes of BF16 at once and holds whole blocks, a quarter of a rotation group of
     128, or one block alone where candidates are compared.
@@ -38,8 +42,10 @@ def tile_along(policy: Policy) -> Tile:
 
 
 def tile_down(policy: Policy, coded: bool = False) -> Tile:
-    """For operands whose columns are contiguous: whole blocks per thread, whole rotation groups per
-    warp."""
+    """The tile of operands whose columns are contiguous, or that are codes.
+
+    A thread holds whole blocks, a warp whole rotation groups.
+    """
     if policy.search or policy.rule in SEARCHES:
         return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
     if policy.round_scales:
@@ -67,10 +73,12 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
 
 
 def quantize(source: Source, coded: Coded | None, target: Target) -> QTensor:
-    """One orientation of an operand; coded: what kind of codes it is read from, or None for x
-    itself."""
-    # a source is read along whatever is contiguous; of codes, that is what they were contracted
-    # along
+    """One orientation of an operand. coded: the kind of codes it is read from, None for a matrix.
+
+    Launches on the current stream and waits for nothing.
+    """
+    # a source is read along what is contiguous in memory: of codes, the axis they were contracted
+    # along, which is the rows of their transpose
     down = coded is not None or source.stride_row == 1 != source.stride_column
     tile = tile_down(target.policy, coded is not None) if down else tile_along(target.policy)
     count = programs((source.rows, source.columns), tile)
@@ -114,8 +122,7 @@ def quantize_both(x: torch.Tensor, across: Target, down: Target) -> tuple[QTenso
 
 
 def decode(q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> torch.Tensor:
-    """e2m1 * block_scale, and times the global scale if asked for: [q.rows, columns] of
-    ``dtype``."""
+    """e2m1 * block_scale, times the global scale if asked for: [q.rows, columns] of ``dtype``."""
     codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
     out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
 

@@ -1,7 +1,20 @@
-"""The quantisers as rules on blocks: twin of ``quantizers/*.py``, where the formulas and their
-sources stand.
+"""The quantisers as rules on blocks: twin of ``quantizers/*.py``, where the formulas stand.
 
-A rule sees blocks [m, rows, k, 16] (rows is 1, or 16 for tiles) and one amax a block [m, k].
+    plain       rtn, sr, sr_te                 one candidate scale per block
+    searched    four_over_six, scale_search    the candidate whose block decodes closest wins
+    ms_eden     ms_eden                        the scale that repairs the block's length; with a
+                                               search the best of six
+
+Each takes float32 blocks x [m, rows, k, 16] (rows is 1, or 16 for 16x16 blocks) and their amax
+[m, k], and gives back the codes of x, shaped like it, and the scales [m, k]: E4M3 bytes as int32,
+or the lengths r as float32 for ms_eden.
+
+What differs between quantisers, options and cards is decided while a kernel is compiled: ``Policy``
+(P) is a constant tuple, so a kernel holds the instructions of its own rule alone. ``Tile`` and
+``Coded`` are the other two constants of every kernel here.
+
+On cards that convert to E2M1 themselves (``P.converts``) a rule hands on values instead of codes,
+and ``store_codes`` has the hardware round and pack them at once. Both roads give the same bits.
 """
 
 from typing import NamedTuple
@@ -42,13 +55,17 @@ RULES = {
     **{n: n for n in ("sr", "sr_te", "four_over_six", "scale_search", "ms_eden")},
 }
 """The rule of each quantiser that has one here."""
+
 SMALLEST_AMAX = tl.constexpr(_SMALLEST_AMAX)
 BYTE_STEPS = tl.constexpr(_BYTE_STEPS)
 STEP_COUNT = tl.constexpr(len(_BYTE_STEPS))
 FACTOR_COUNT = tl.constexpr(len(SEARCH_FACTORS))
+
 SEARCHES = ("four_over_six", "scale_search")
 """The rules that compare scales; their cap leaves room to enlarge one."""
+
 ELEMENT_SCALES = tl.constexpr(tuple(element_scale(factor) for factor in SEARCH_FACTORS))
+"""(c, fl(1 / c)) of each factor of ms_eden, the first without a search."""
 
 
 @triton.constexpr_function
@@ -64,12 +81,11 @@ def scaled_by_amax(rule: str) -> bool:
 
 
 class Policy(NamedTuple):
-    """What a kernel is compiled for.
+    """What a kernel is compiled for: one orientation of one quantiser under its options.
 
     tile: rows of a block. round_scales: the scale of each round of the rotation (none: no
-    rotation). fixed: NVIDIA's
-    rotation. converts: whether the card rounds to E2M1 by itself (sm_100 and later), to the same
-    bits. The rest as in ``Options``.
+    rotation). fixed: NVIDIA's rotation. converts: whether the card rounds to E2M1 by itself (sm_100
+    and later), to the same bits. The rest as in ``Options``. No seed is part of it.
     """
 
     rule: str
@@ -105,8 +121,8 @@ class Tile(NamedTuple):
     """What one program computes, [rows, columns], and how it reads them.
 
     down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that
-    stay together; pieces:
-    how many such runs, one after the other along a row, a thread holds (1: as the compiler likes).
+    stay together. pieces: how many such runs, one after the other along a row, a thread holds (1:
+    as the compiler likes). warps: of 32 threads that share the tile.
     """
 
     rows: int
@@ -149,8 +165,7 @@ def clamped(x):
 
 @triton.jit
 def nearest_codes(x, P: tl.constexpr):
-    """Signed codes of x rounded to nearest; x itself where ``store_codes`` will have the hardware
-    round it."""
+    """Signed codes of x rounded to nearest; x itself where ``store_codes`` lets hardware round."""
     if P.converts:
         return x
     else:
@@ -170,12 +185,16 @@ def nearest_value(a, P: tl.constexpr):
 
 @triton.jit
 def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
-    """rtn, sr, sr_te: (codes, scale bytes)."""
+    """rtn, sr, sr_te: (codes, scale bytes). noise: uniforms like x; rtn reads none."""
     base = tl.minimum(base_scale(amax, encode), E4M3[2])
+
+    # sr rounds its scale up, so that no element exceeds 6 and none is clipped: that is unbiased
     if P.rule == "sr":
         byte = up(base, E4M3)
     else:
         byte, _ = nearest(base, E4M3)
+
+    # a scale of 0 makes this Inf, hence the limit: such a block stores +-6 and decodes to 0
     multiplier = tl.minimum(reciprocal(decode(byte, E4M3) * global_scale), FLOAT32_MAX)
     scaled = x * over_elements(multiplier)
     if P.rule == "rtn":
@@ -186,9 +205,9 @@ def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
 
 @triton.jit
 def candidate_error(scaled, scale, P: tl.constexpr):
-    """Error [m, k] of blocks |x| S on a candidate scale."""
+    """Error [m, k] of blocks |x| S on a candidate scale [m, k]; signs change no error."""
     value = nearest_value(scaled * over_elements(guarded_reciprocal(scale)), P)
-    error = scaled - product(value, over_elements(scale))
+    error = scaled - product(value, over_elements(scale))  # the product is exact
     if P.metric == "mse":
         return tree_sum(product(error, error))
     elif P.metric == "mae":
@@ -199,30 +218,37 @@ def candidate_error(scaled, scale, P: tl.constexpr):
 
 @triton.jit
 def searched(x, amax, encode, P: tl.constexpr):
-    """four_over_six, scale_search: (codes, scale bytes) on the scale of smallest error, the first
-    of equals."""
+    """four_over_six, scale_search: (codes, scale bytes) on the scale of the smallest error.
+
+    The first of equals wins. Only errors are compared in the loop; the codes are made once, from
+    the winner.
+    """
     scaled = x * over_elements(encode)
     size = from_bits(magnitude_bits(scaled))
     base = base_scale(amax, encode)
     first, value = nearest(tl.minimum(base, E4M3[2]), E4M3)
     best, best_error = first, candidate_error(size, value, P)
+
     if P.rule == "four_over_six":
+        # the maximum at 4 instead of 6
         byte, value = nearest(tl.minimum(1.5 * base, E4M3[2]), E4M3)
         error = candidate_error(size, value, P)
         best = tl.where(error < best_error, byte, best)
     else:
+        # neighbouring bytes, from 1 to 126; a zero scale stays zero
         for step in tl.static_range(STEP_COUNT):
             moved = tl.minimum(tl.maximum(first + BYTE_STEPS[step], 1), 126)
             byte = tl.where(first == 0, 0, moved)
             error = candidate_error(size, decode(byte, E4M3), P)
             best = tl.where(error < best_error, byte, best)
             best_error = tl.where(error < best_error, error, best_error)
+
     return nearest_codes(scaled * over_elements(guarded_reciprocal(decode(best, E4M3))), P), best
 
 
 @triton.jit
 def element_scale_of(k):
-    """(c, fl(1 / c)) of factor number k, which only a loop that is not unrolled knows."""
+    """(c, fl(1 / c)) of factor k, known only at run time: a constant tuple takes no such index."""
     c, inverse = ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1]
     for j in tl.static_range(1, FACTOR_COUNT):
         c = tl.where(k == j, ELEMENT_SCALES[j][0], c)
@@ -232,7 +258,10 @@ def element_scale_of(k):
 
 @triton.jit
 def candidate_length(size, c, inverse, P: tl.constexpr):
-    """t = fl(fl(<v, v> / <v, q>) fl(1 / c)) of blocks |z| that c scales to the elements."""
+    """t = fl(fl(<v, v> / <v, q>) fl(1 / c)), [m, k], of blocks |z| that c scales to v.
+
+    With q = e2m1(v), the vector q t has the projection on z that z itself has.
+    """
     v = size * c
     q = nearest_value(v, P)
     numerator, denominator = tree_sum(product(v, v)), tree_sum(product(v, q))
@@ -242,7 +271,7 @@ def candidate_length(size, c, inverse, P: tl.constexpr):
 
 @triton.jit
 def length_error(size, length, c, P: tl.constexpr):
-    """Sum of (|z| - q t)^2 of blocks |z| that c scales to the elements."""
+    """Sum of (|z| - q t)^2, [m, k], of blocks |z| that c scales to the elements."""
     q = nearest_value(size * c, P)
     error = size - product(q, over_elements(length))
     return tree_sum(product(error, error))
@@ -250,15 +279,19 @@ def length_error(size, length, c, P: tl.constexpr):
 
 @triton.jit
 def ms_eden(y, amax, P: tl.constexpr):
-    """(codes, block scales r as float32) of rotated blocks."""
+    """(codes, block scales r as float32) of rotated blocks y."""
+    # z = y / amax; blocks below 2^-120 count as zeros
     amax = tl.where(amax < SMALLEST_AMAX, 0.0, amax)
     unit = y * over_elements(guarded_reciprocal(amax))
     size = from_bits(magnitude_bits(unit))
+
     best_length = candidate_length(size, ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1], P)
     best_scale = tl.full(amax.shape, ELEMENT_SCALES[0][0], tl.float32)
     if P.search:
         best_error = length_error(size, best_length, ELEMENT_SCALES[0][0], P)
-        for k in tl.range(1, FACTOR_COUNT):  # unrolled, it needs more registers than there are
+
+        # a real loop: unrolled, it needs more registers than there are
+        for k in tl.range(1, FACTOR_COUNT):
             c, inverse = element_scale_of(k)
             length = candidate_length(size, c, inverse, P)
             error = length_error(size, length, c, P)
@@ -266,4 +299,6 @@ def ms_eden(y, amax, P: tl.constexpr):
             best_scale = tl.where(better, c, best_scale)
             best_length = tl.where(better, length, best_length)
             best_error = tl.where(better, error, best_error)
+
+    # r = amax t; ``finish_kernel`` rounds it to E4M3 once the largest r of all is known
     return nearest_codes(unit * over_elements(best_scale), P), amax * best_length

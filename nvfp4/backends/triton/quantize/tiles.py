@@ -1,5 +1,17 @@
-"""How tiles come in and go out: dense or coded sources, the rotation, codes and scales. A tile is
-[R, C] of an operand.
+"""How a tile [R, C] of an operand comes in, is rotated, and goes out as codes and scales.
+
+    load_rows       memory runs along the rows (the axis that is contracted)  -> float32 [R, C]
+    load_columns    memory runs down the columns: x^T without a transpose     -> float32 [R, C]
+    decode_columns  codes, read as the transpose of what they stand for       -> float32 [R, C]
+    rotate          signs, butterflies, one factor per round                  -> float32 [R, C]
+    store_codes     values or codes, eight per int32 word                     <- [R, C]
+    store_swizzled  scale bytes where tensor cores look for them              <- [R/tile, C/16]
+
+What these functions are about is which thread holds what. A quantiser looks at blocks of 16 along a
+row, so a thread should hold whole blocks: then maxima and sums stay in its registers. Triton deals
+elements to threads by the order of axes in which they are loaded, hence the shapes with four axes
+and the loads that are joined instead of made at once. Everything outside of the matrix is loaded as
+zero, which is what the definition pads it with.
 
 Offsets are int64 throughout: a tensor may hold more than 2^31 elements.
 """
@@ -43,8 +55,11 @@ def load_rows(x, row_tile, column_tile, rows, columns, stride_row, stride_column
     """
     OUTER: tl.constexpr = T.columns // (T.pieces * T.run)
     row = positions(row_tile, T.rows)[None, :, None, None]
+
+    # [pieces, OUTER]: a thread's pieces lie one after the other in memory
     piece = positions(column_tile, OUTER)[None, :] * T.pieces + tl.arange(0, T.pieces)[:, None]
     column = (piece * T.run)[:, None, :, None] + tl.arange(0, T.run)[None, None, None, :]
+
     pointers = x + row * stride_row + column * stride_column
     values = tl.load(pointers, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
     return tl.reshape(tl.permute(values, (1, 2, 0, 3)), (T.rows, T.columns))
@@ -58,15 +73,16 @@ def runs(tile, COUNT: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def block_starts(column_tile, COUNT: tl.constexpr):
-    """First column of each block of tile number ``column_tile`` of COUNT columns, [COUNT/16, 1,
-    1]."""
+    """First column of each block of tile ``column_tile`` of COUNT columns, [COUNT/16, 1, 1]."""
     return (positions(column_tile, COUNT // 16) * 16)[:, None, None]
 
 
 @triton.jit
 def load_column(lines, inside, column, columns, stride, TILE: tl.constexpr):
-    """What ``lines`` point to, moved on to a column, zero outside of ``columns``; TILE columns lie
-    on each other."""
+    """What ``lines`` point to, moved on to a column; zero outside of ``columns``.
+
+    TILE columns share one place in memory: 1, or 16 for the scales of 16x16 blocks.
+    """
     return tl.load(lines + column // TILE * stride, mask=inside & (column < columns), other=0)
 
 
@@ -93,13 +109,13 @@ def load_eight(lines, inside, column, columns, stride, TILE: tl.constexpr):
 
 @triton.jit
 def load_blocks(lines, inside, column, columns, stride, TILE: tl.constexpr):
-    """Blocks of 16 columns [C/16, n, 16] from the columns where they start [C/16, 1, 1] and lines
-    [1, n/run, run].
+    """Blocks of 16 columns, [C/16, n, 16], from their first columns [C/16, 1, 1].
 
-    Where memory runs down the columns, a thread reads ``run`` neighbours at once. Sixteen loads,
-    joined, leave the whole block in the thread, whatever order of axes the compiler would have
-    dealt one load in.
+    lines: pointers into the first column of memory, [1, n/run, run]. Memory runs down the columns,
+    and a thread reads ``run`` neighbours at once. Sixteen loads, joined, leave the whole block in
+    the thread, whatever order of axes the compiler would have dealt one load in.
     """
+    # a join makes the last axis, so the lowest bit of the column comes last: 8, 4, 2, then 1
     even = load_eight(lines, inside, column, columns, stride, TILE)
     blocks = tl.join(even, load_eight(lines, inside, column + 1, columns, stride, TILE))
     return tl.reshape(blocks, (column.shape[0], lines.shape[1] * lines.shape[2], 16))
@@ -109,7 +125,7 @@ def load_blocks(lines, inside, column, columns, stride, TILE: tl.constexpr):
 def load_columns(
     x, row_tile, column_tile, rows, columns, stride_row, stride_column, T: tl.constexpr
 ):
-    """``load_rows`` for a matrix whose columns are contiguous in memory."""
+    """Tile [R, C] of a matrix whose columns are contiguous in memory, zero outside of it."""
     row = runs(row_tile, T.rows, T.run)
     start = block_starts(column_tile, T.columns)
     blocks = load_blocks(x + row * stride_row, row < rows, start, columns, stride_column, 1).to(
@@ -129,15 +145,17 @@ def load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_colum
 
 @triton.jit
 def unpack(packed):
-    """Values of the codes in bytes [..., n], [..., n, 2]."""
+    """Values of the codes in bytes [..., n], as [..., n, 2]: the low nibble is the even column."""
     packed = packed.to(tl.int32)
     return tl.join(decode_element(packed & 15), decode_element(packed >> 4))
 
 
 @triton.jit
 def load_scales(block_scale, row, block, rows, row_blocks, TILE: tl.constexpr):
-    """Values of the block scales of rows of codes and blocks of columns (indices that broadcast), 0
-    outside."""
+    """Values of the block scales at rows of codes and blocks of columns, 0 outside.
+
+    row and block are indices that broadcast; TILE rows share a scale.
+    """
     pointers = block_scale + (row // TILE) * row_blocks + block
     return decode_scale(tl.load(pointers, mask=(row < rows) & (block < row_blocks), other=0))
 
@@ -153,6 +171,8 @@ def decode_tile(
     packed = tl.load(
         codes + row * row_bytes + byte, mask=(row < rows) & (byte < row_bytes), other=0
     )
+
+    # a block of 16 codes is 8 bytes, so a row has row_bytes / 8 scales
     scales = load_scales(block_scale, row, block, rows, row_bytes // 8, TILE)
     return tl.reshape(tl.reshape(unpack(packed), (R, C // 16, 16)) * scales[:, :, None], (R, C))
 
@@ -162,20 +182,28 @@ def decode_columns(
     codes, block_scale, global_scale, row_tile, column_tile, rows, columns, row_bytes,
     CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
-    """Tile [R, C] of the transpose of what codes [columns, row_bytes] stand for, zero outside of
-    [rows, columns]."""
+    """Tile [R, C] of the transpose of what codes [columns, row_bytes] stand for.
+
+    Zero outside of [rows, columns]. Each value is fl(fl(e2m1 * block_scale) * global_scale) in
+    float32, as re-quantisation wants it: never rounded to BF16.
+    """
+    # rows of the result lie along the codes, two to a byte; its columns are rows of codes
     byte, start = runs(row_tile, T.rows // 2, T.run // 2), block_starts(column_tile, T.columns)
     inside = byte < row_bytes
     packed = load_blocks(codes + byte, inside, start, columns, row_bytes, 1)
     scales = load_blocks(
         block_scale + byte // 8, inside, start, columns, row_bytes // 8, CODED.tile
     )
-    values = unpack(packed) * decode_scale(scales)[:, :, :, None]
+    values = unpack(packed) * decode_scale(scales)[:, :, :, None]  # [C/16, R/2, 16, 2]
+
+    # a global scale per row of codes is one per column here
     if CODED.row_scaled:
         column = start + tl.arange(0, 16)[None, None, :]
         factor = tl.load(global_scale + column, mask=column < columns, other=0.0)
     else:
         factor = tl.load(global_scale + tl.arange(0, 1))[:, None, None]
+
+    # what the codes were padded with is no part of the matrix, whatever it decodes to
     values = tl.permute(values * factor[:, :, :, None], (1, 3, 0, 2))
     row = positions(row_tile, T.rows)[:, None]
     return tl.where(row < rows, tl.reshape(values, (T.rows, T.columns)), 0.0)
@@ -192,11 +220,11 @@ def load_global(global_scale, row, rows, ROW_SCALED: tl.constexpr):
 
 @triton.jit
 def partners(pairs):
-    """The other element of each pair, pairs float32 [n, m, 2, s] along axis 2.
+    """The other element of each pair of float32 [n, m, 2, s] along axis 2.
 
-    A sum of the bits, less one's own bits, modulo 2^32: one shuffle where the pair lies in two
-    threads, and nothing at all where it lies in one. (Through int64 because the interpreter sums
-    there; compiled, that is free.)
+    A sum of the bits of both, less one's own bits, modulo 2^32: one shuffle where the pair lies in
+    two threads, and nothing at all where it lies in one. (Through int64 because the interpreter
+    sums there; compiled, that is free.)
     """
     own = bits(pairs)
     return from_bits((tl.sum(own, axis=2, keep_dims=True) - own).to(tl.int64).to(tl.int32))
@@ -204,10 +232,15 @@ def partners(pairs):
 
 @triton.jit
 def butterflies(y, GROUP: tl.constexpr):
-    """Unnormalised Walsh-Hadamard transform of the last axis of y [n, GROUP], strides 1, 2, ...,
-    GROUP/2."""
+    """Unnormalised Walsh-Hadamard transform of the last axis of y [n, GROUP].
+
+    Strides 1, 2, ..., GROUP/2, each (a, b) -> (a + b, a - b). On tensor cores it was not worth it:
+    instructions of ms_eden(1) on sm_90 are 2072 with butterflies, 3976 as a product with H128, 2272
+    as one with H16 and three butterflies.
+    """
     N: tl.constexpr = y.shape[0]
-    # the sign bit of the second: `-x` is 0 - x in triton 3.6
+
+    # the sign bit of the second of a pair, flipped by xor: `-x` is 0 - x in Triton 3.6
     minus = (tl.arange(0, 2) << 31)[None, None, :, None]
     for s in tl.static_range(log2(GROUP)):
         pairs = tl.reshape(y, (N, GROUP >> (s + 1), 2, 1 << s))
@@ -217,11 +250,12 @@ def butterflies(y, GROUP: tl.constexpr):
 
 @triton.jit
 def sign_bits(sign_low, sign_high, ROUND: tl.constexpr, P: tl.constexpr):
-    """Signs of one round as 0 or 1, int32 [GROUP]."""
+    """Signs of one round, int32 [GROUP]: 1 means minus."""
     j = tl.arange(0, P.group)
     if P.fixed:
         return (FIXED_SIGNS >> j) & 1
     else:
+        # bit j of the 128 that one counter gives; groups below 128 use the first
         w0, w1, w2, w3 = philox(sign_low, sign_high, tl.full((1,), ROUND, tl.int64), SIGN_STREAM)
         word = tl.where(j < 64, tl.where(j < 32, w0, w1), tl.where(j < 96, w2, w3))
         return ((word >> (j & 31).to(tl.uint32)) & 1).to(tl.int32)
@@ -229,10 +263,15 @@ def sign_bits(sign_low, sign_high, ROUND: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def rotate(x, sign_low, sign_high, P: tl.constexpr):
-    """Tile [R, C] rotated along its columns as the policy says; C is a multiple of the group."""
+    """Tile [R, C] with each row rotated in groups, as the policy says; without rounds, x itself.
+
+    C is a multiple of the group.
+    """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     y = tl.reshape(x, (R * C // P.group, P.group))
+
+    # NVIDIA's rotation rounds what goes in and what comes out to BF16
     if P.fixed:
         y = round_to_bf16(y)
     for i in tl.static_range(len(P.round_scales)):
@@ -245,8 +284,11 @@ def rotate(x, sign_low, sign_high, P: tl.constexpr):
 
 @triton.jit
 def element_noise(row, block, padded, seed_low, seed_high, TR: tl.constexpr):
-    """Uniforms of stream 1 of blocks [R/TR, TR, C/16, 16], by the indices of rows [R] and of blocks
-    [C/16]."""
+    """Uniforms of the element stream for blocks [R/TR, TR, C/16, 16].
+
+    row [R], block [C/16]: indices in the whole matrix, so the noise of an element does not depend
+    on the tile. Draw n = row * padded + column; a counter holds eight, so a block takes two.
+    """
     R: tl.constexpr = row.shape[0]
     K: tl.constexpr = block.shape[0]
     counter = (
@@ -259,10 +301,11 @@ def element_noise(row, block, padded, seed_low, seed_high, TR: tl.constexpr):
 
 @triton.jit
 def pack_words(codes):
-    """Codes 0..15 (int32) [..., 8 n] of a tile [R, C] as words [R, C/8], the first in the lowest
-    nibble."""
+    """Codes 0..15 (int32) of a tile [R, C] as words [R, C/8], the first in the lowest nibble."""
     R: tl.constexpr = codes.shape[0]
     C: tl.constexpr = codes.shape[1]
+
+    # pairs of nibbles to bytes, of bytes to halves, of halves to words
     low, high = tl.split(tl.reshape(codes, (R, C // 2, 2)))
     low, high = tl.split(tl.reshape(low | (high << 4), (R, C // 4, 2)))
     low, high = tl.split(tl.reshape(low | (high << 8), (R, C // 8, 2)))
@@ -271,15 +314,21 @@ def pack_words(codes):
 
 @triton.jit
 def converted_words(x):
-    """``pack_words`` of the codes nearest to x, float32 [R, C], by the hardware of sm_100 and
-    later.
+    """``pack_words`` of the codes nearest to float32 x [R, C], by the hardware of sm_100 and later.
 
     PTX ISA, cvt to .e2m1x2 (from 8.6 on): .rn rounds to nearest, ties to even; .satfinite takes all
     beyond 6 to 6; the sign stays, also that of zero, as E2M1 has a -0; NaN becomes +6, but no rule
     keeps codes of NaN. The first operand becomes the upper half of the byte.
+
+    Instructions of a whole kernel on sm_100, by integers and by this: rtn 800 and 544,
+    four_over_six 944 and 624, scale_search 2368 and 1472 (registers 204 and 72), ms_eden(1) 1960
+    and 1576. ``cvt.rs``, which rounds stochastically, is left out: no public text says which random
+    bits serve which element.
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
+
+    # the eight elements of a word, each a tensor [R, C/8] of its own
     even, odd = tl.split(tl.reshape(x, (R, C // 8, 2, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -306,10 +355,10 @@ def converted_words(x):
 
 @triton.jit
 def store_codes(codes, values, row, column_tile, rows, padded):
-    """Pack codes [R, C] and store what lies inside [rows, padded]; ``codes`` points to int32, eight
-    codes each.
+    """Pack codes [R, C] and store what lies inside of [rows, padded].
 
-    values: the codes, or float32 for the hardware to round to them.
+    codes: pointer to int32, eight codes each. values: the codes, or float32 for the hardware to
+    round to them. The words of a row end with ``padded``, a multiple of 16.
     """
     word = positions(column_tile, values.shape[1] // 8)
     inside = (row[:, None] < rows) & (word[None, :] < padded // 8)
@@ -319,8 +368,8 @@ def store_codes(codes, values, row, column_tile, rows, padded):
 
 @triton.jit
 def swizzled_offset(row, block, row_blocks):
-    """Where the tensor cores look for the scale of (row, block); see ``layout.py``."""
-    tile = (row // 128)[:, None] * ((row_blocks + 3) // 4) + (block // 4)[None, :]
+    """Byte [R, K] where tensor cores look for the scale of (row, block); see ``layout.py``."""
+    tile = (row // 128)[:, None] * ((row_blocks + 3) // 4) + (block // 4)[None, :]  # 512 bytes each
     return tile * 512 + ((row % 32) * 16 + (row % 128) // 32 * 4)[:, None] + (block % 4)[None, :]
 
 
