@@ -1,5 +1,12 @@
-"""Grid values to codes and back, and the packing of two E2M1 codes into a byte (even column in the
-low nibble)."""
+"""Grid values to codes and back, and the packing of two E2M1 codes into a byte.
+
+    E2M1   0 .5 1 1.5 2 3 4 6 and signs  <->  codes 0..15, bit 3 the sign
+           codes [..., K]                <->  bytes [..., K/2], the even column in the low nibble
+    E4M3   0 .. 448, unsigned            <->  bytes 0..126; 127 is NaN
+
+Encoding expects values that are on the grid already (``rounding`` puts them there) and then loses
+nothing. Decoding looks values up in a table of the format, so that it is exact by construction.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +15,16 @@ import torch
 from nvfp4.numerics.formats import E2M1, E4M3
 from nvfp4.numerics.torch_state import constant
 
+# values by code
 _E2M1_VALUES = (*E2M1.grid, *(-value for value in E2M1.grid))
 _E4M3_VALUES = (*E4M3.grid, float("nan"))
-"""By code."""
 
 
 def e2m1_encode(values: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15 of float32 values on the E2M1 grid, uint8 of the same shape; bit 3 is the sign,
-    -0 is code 8.
+    """Codes 0..15 of float32 values on the E2M1 grid, uint8 of the same shape.
 
-    The magnitude code is min(2a, a + 2, a/2 + 4): one line per binade, and the grid is concave in
-    its index. Values off the grid are undefined; round first.
+    Bit 3 is the sign, -0 is code 8. The magnitude code is min(2a, a + 2, a/2 + 4): one line per
+    binade, and the code is concave in the value. Values off the grid are undefined; round first.
     """
     a = values.abs()
     code = torch.minimum(torch.minimum(a * 2, a + 2), a * 0.5 + 4)
@@ -31,8 +37,10 @@ def e2m1_decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 [..., K] with K even to bytes uint8 [..., K/2]: column 2j in the low nibble of
-    byte j, 2j + 1 high."""
+    """Codes uint8 [..., K], K even, to bytes uint8 [..., K/2].
+
+    Byte j holds column 2j in its low nibble and column 2j + 1 in its high one.
+    """
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
@@ -55,6 +63,8 @@ def e4m3_encode(values: torch.Tensor) -> torch.Tensor:
 
 
 def e4m3_decode(codes: torch.Tensor) -> torch.Tensor:
-    """Float32 values of E4M3 bytes 0..126 (uint8 of any shape); 127 is NaN. The sign bit is not
-    used by NVFP4."""
+    """Float32 values of E4M3 bytes 0..126 (uint8 of any shape); 127 is NaN.
+
+    NVFP4 does not use the sign bit.
+    """
     return constant(_E4M3_VALUES, codes.device)[codes.to(torch.int32)]

@@ -1,8 +1,18 @@
-"""Random Hadamard rotation along the contraction axis, by butterflies in a fixed order so that
-every backend agrees.
+"""Random Hadamard rotation along the contraction axis, by butterflies in one fixed order.
 
-Both operands of a GEMM take the same signs and rounds along the axis they contract: (A R)(B R)^T =
-A B^T, so nothing is rotated back.
+    x [..., K]  ->  groups of g = 16, 32, 64 or 128  ->  per round i: y = FWHT(d_i * y) * scale_i
+
+d_i are g random signs; FWHT is log2(g) passes of butterflies (a, b) -> (a + b, a - b). The rotation
+spreads an outlier over its group, so that no element takes the scale of its block for itself alone.
+It is orthonormal, and both operands of a GEMM take the same signs and rounds along the axis that
+they contract: (A R)(B R)^T = A B^T, so nothing is rotated back.
+
+One round is a fixed matrix times random signs: it leaves MS-EDEN biased on groups with few active
+entries (|bias|^2 / |x|^2 up to 1e-2 with two); two rounds leave 3e-6 on average.
+
+Scales are powers of two and therefore exact; only a last round with even index has one that is not,
+g^-1/2. Butterflies in float32, in the order of strides 1, 2, ..., g/2, are part of the definition:
+tensor cores would sum in another order and give other last bits.
 """
 
 from __future__ import annotations
@@ -25,12 +35,12 @@ NVIDIA_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 @dataclass(frozen=True)
 class Rotation:
-    """What was done to the contraction axis of an operand; two operands may meet in a GEMM only if
-    theirs are equal.
+    """What was done to the contraction axis of an operand.
 
-    group: elements rotated together, 16, 32, 64 or 128. rounds: 1 to 3, each with its own signs.
-    sign_seed: where the signs come from. fixed: NVIDIA's rotation instead (group 16, one round,
-    fixed signs, input and result rounded to BF16), which needs no seed.
+    Two operands may meet in a GEMM only if their rotations are equal. group: elements rotated
+    together, 16, 32, 64 or 128. rounds: 1 to 3, each with its own signs. sign_seed: where the signs
+    come from. fixed: NVIDIA's rotation instead (group 16, one round, fixed signs, input and result
+    rounded to BF16), which needs no seed. Raises ValueError for anything else.
     """
 
     group: int = 128
@@ -55,8 +65,10 @@ class Rotation:
         return rotate(x, self._seed(), rounds=self.rounds, group=self.group)
 
     def invert(self, y: torch.Tensor) -> torch.Tensor:
-        """The inverse rotation of float32 y [..., K]: exact but for float32 rounding (and BF16
-        rounding when fixed)."""
+        """The inverse rotation of float32 y [..., K].
+
+        Exact but for float32 rounding, and for what BF16 rounding took when fixed.
+        """
         groups = _split(y, self.group)
         if self.fixed:
             signs = constant(NVIDIA_SIGNS, y.device)
@@ -78,8 +90,10 @@ class Rotation:
 def rotation_signs(
     sign_seed: Seed, round_index: int, group: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Signs of one round: float32 [group] of +-1. Bit j of the 128 Philox bits set means -1 at
-    position j."""
+    """Signs of one round: float32 [group] of +-1.
+
+    Counter ``round_index`` gives 128 bits; bit j set means -1 at position j.
+    """
     words = philox(sign_seed, round_index, SIGN_STREAM)
     if isinstance(sign_seed, DeviceSeed):
         position = torch.arange(group, device=device)
@@ -90,9 +104,12 @@ def rotation_signs(
 
 
 def fwht(x: torch.Tensor) -> torch.Tensor:
-    """Unnormalised Walsh-Hadamard transform of the last axis (a power of two), strides 1, 2, ...,
-    n/2, float32."""
+    """Unnormalised Walsh-Hadamard transform of the last axis (a power of two n), float32.
+
+    Strides 1, 2, ..., n/2.
+    """
     n = x.shape[-1]
+
     # the rotated axis leads, so each butterfly runs over contiguous memory
     lead = x.reshape(-1, n).t().contiguous()
     stride = 1
@@ -106,8 +123,7 @@ def fwht(x: torch.Tensor) -> torch.Tensor:
 def rotate(
     x: torch.Tensor, sign_seed: Seed, *, rounds: int = 1, group: int = 128, axis: int = -1
 ) -> torch.Tensor:
-    """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled Walsh-Hadamard
-    transform.
+    """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled transform.
 
     x: float32, float16 or bfloat16, any rank; the axis is zero-padded to a multiple of ``group``
     (16, 32, 64 or 128). Returns float32 with that axis padded. The transform is orthonormal: scales
@@ -116,7 +132,8 @@ def rotate(
     float32 become Inf. Raises ValueError for another group, rounds outside 1..3, or a sign_seed
     outside [0, 2^64).
     """
-    Rotation(group, rounds, check_seed(sign_seed, "sign_seed"))
+    Rotation(group, rounds, check_seed(sign_seed, "sign_seed"))  # refuses what is out of range
+
     moved = x.movedim(axis, -1).to(torch.float32)
     moved = F.pad(moved, (0, -moved.shape[-1] % group))
     groups = _split(moved, group)
@@ -127,10 +144,10 @@ def rotate(
 
 
 def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
-    """NVIDIA's rotation of the last axis: groups of 16, fixed signs, times 1/4, input and result
-    rounded to BF16.
+    """NVIDIA's rotation of the last axis: groups of 16, fixed signs, times 1/4.
 
-    x: [..., K], K a multiple of 16. Returns float32 that holds BF16 values.
+    Input and result are rounded to BF16. x: [..., K], K a multiple of 16. Returns float32 that
+    holds BF16 values.
     """
     signs = constant(NVIDIA_SIGNS, x.device)
     groups = _split(x.to(torch.bfloat16).to(torch.float32), 16) * signs
@@ -138,8 +155,10 @@ def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_scale(i: int, rounds: int, group: int) -> float:
-    """Scale of round i: powers of two that pair up to 1/group over two rounds, fl(group^-1/2) for a
-    last even round."""
+    """Scale of round i: a power of two, but fl(group^-1/2) for a last round with even i.
+
+    An even round and the odd one after it multiply by 1/group together.
+    """
     log2 = group.bit_length() - 1
     if i == rounds - 1 and i % 2 == 0:
         return torch.tensor(math.sqrt(2.0**-log2), dtype=torch.float32).item()

@@ -1,5 +1,12 @@
-"""Block scales in the order the tensor cores read them: tiles of 128 rows by 4 scale columns, 512
-bytes each.
+"""Block scales in the order in which the tensor cores read them.
+
+    scales [R, C], one byte each  ->  tiles of 128 rows x 4 columns, 512 bytes per tile, row-major
+    in a tile                     ->  32 lines of 16 bytes: line r mod 32 holds rows r, r + 32,
+                                      r + 64 and r + 96, each with its 4 columns
+
+Rows are filled up to 128 and columns to 4, with zeros. cuBLASLt (``scaled_mm``) and tcgen05 read
+this order. Kernels that quantise write it on the way where a GEMM will read it; ``swizzle`` makes
+it from scales that lie row by row.
 
 Source: cuBLAS documentation, "1D block scaling factors layout", and the PTX ISA, tcgen05
 scale-factor layout.
@@ -27,9 +34,13 @@ def swizzled_bytes(rows: int, columns: int) -> int:
 
 
 def swizzle(block_scale: torch.Tensor) -> torch.Tensor:
-    """Row-major scale bytes [R, C] to swizzled bytes [512 * ceil(R/128) * ceil(C/4)]; padding bytes
-    are 0."""
+    """Row-major scale bytes [R, C] to swizzled bytes [512 * ceil(R/128) * ceil(C/4)].
+
+    Padding bytes are 0.
+    """
     rows, columns = block_scale.shape
     padded = F.pad(block_scale, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
+
+    # row = (tile, 4 quarters, 32 lines), column = (tile, 4): lines first, then quarters
     tiles = padded.view(-(-rows // TILE_ROWS), 4, 32, -(-columns // TILE_COLUMNS), TILE_COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1)

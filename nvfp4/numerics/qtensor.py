@@ -1,4 +1,17 @@
-"""QTensor: a matrix in NVFP4, as codes and decode scales. A record, not a tensor subclass."""
+"""QTensor: a tensor in NVFP4, as codes and decode scales. A record, not a tensor subclass.
+
+    x [..., K, ...]   axis K moved last, the rest flattened to M rows, K padded to Kp
+    codes             uint8 [M, Kp/2]        two E2M1 codes per byte
+    block_scale       uint8 [M, Kp/16]       E4M3; [ceil(M/16), Kp/16] for 16x16 blocks
+    global_scale      float32 [1] or [M]
+    value           = fl(fl(e2m1 * block_scale) * global_scale), the first product exact
+
+It is a record because nothing may happen to it unnoticed: no arithmetic, no autograd, no views.
+Who wants numbers calls ``dequantize``; a GEMM takes two of them whose ``axis`` is contracted.
+
+A rotated operand keeps its rotation, since it may only meet one that was rotated alike. Swizzled
+scales are the block scales once more, in the tensor cores' order, for GEMMs that read them.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +29,18 @@ from nvfp4.numerics.scaling import spread
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """NVFP4 codes and scales of a tensor whose ``axis`` (the one a GEMM contracts) has been moved
-    last and flattened.
+    """NVFP4 codes and scales of a tensor whose ``axis``, which a GEMM contracts, comes last.
 
-    codes: uint8 [M, Kp/2], two E2M1 codes a byte, even column low; M is the product of the other
+    codes: uint8 [M, Kp/2], two E2M1 codes per byte, even column low; M is the product of the other
     axes, Kp the padded contraction length. block_scale: uint8 E4M3 [M, Kp/16], or [ceil(M/16),
     Kp/16] for 16x16 blocks. global_scale: float32 [1], or [M] when row-scaled; NaN marks non-finite
-    input (for that row, or all of it). block: (1, 16) or (16, 16). shape: of the original tensor.
-    axis: the contraction axis in it, negative. rotation: what the contraction axis went through, or
-    None. value = e2m1 * block_scale * global_scale. swizzled_scale: the block scales once more, one
-    per row and block, in the order in which tensor cores read them (``layout.swizzle``); uint8,
-    from backends that made them on the way, else None. ``tensors`` leaves it out, so what is saved
-    between forward and backward carries none.
+    input (for that row, or all of it). value = e2m1 * block_scale * global_scale.
+
+    block: (1, 16) or (16, 16). shape: of the original tensor. axis: the contraction axis in it,
+    negative. rotation: what the contraction axis went through, or None. swizzled_scale: the block
+    scales once more, one per row and block, in the order in which tensor cores read them
+    (``layout.swizzle``); uint8, from backends that made them on the way, else None. ``tensors``
+    leaves it out, so what is saved between forward and backward carries none.
     """
 
     codes: torch.Tensor
@@ -85,12 +98,12 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales together: about 4.5 bits an element, 4.03 with 16x16 blocks."""
+        """Bytes of codes and scales: about 4.5 bits per element, 4.03 with 16x16 blocks."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(codes, block_scale, global_scale), e.g. for ``save_for_backward``."""
+        """(codes, block_scale, global_scale), for ``save_for_backward`` and the like."""
         return self.codes, self.block_scale, self.global_scale
 
     @property
@@ -104,10 +117,10 @@ class QTensor:
         return self.block, self.shape, self.axis, self.rotation
 
     def overwrite(self, source: QTensor) -> None:
-        """Put codes and scales of ``source``, of the same record, where this one's lie.
+        """Write codes and scales of ``source``, of the same record, over this one's memory.
 
-        For what has taken pointers from it, such as a CUDA graph. Swizzled scales are written anew
-        if there are any.
+        For whoever has taken pointers from it, such as a CUDA graph. Swizzled scales are written
+        anew if there are any.
         """
         for target, tensor in zip(self.tensors, source.tensors, strict=True):
             target.copy_(tensor)
@@ -123,8 +136,10 @@ class QTensor:
         return QTensor(codes, block_scale, global_scale, *self.record)
 
     def decode_blocks(self) -> torch.Tensor:
-        """e2m1 * block_scale without the global scale, float32 [M, Kp]: exact, and exact in BF16
-        and FP16 too."""
+        """e2m1 * block_scale without the global scale, float32 [M, Kp].
+
+        Exact, and exact in BF16 and FP16 too.
+        """
         scales = e4m3_decode(spread(self.block_scale, self.block, self.rows))
         values = e2m1_decode(unpack(self.codes)).view(*scales.shape, NVFP4.block_size)
         return (values * scales[..., None]).view(self.rows, self.padded_contraction)
@@ -132,18 +147,20 @@ class QTensor:
     def dequantize(
         self, dtype: torch.dtype = torch.float32, *, rotated: bool = False
     ) -> torch.Tensor:
-        """The tensor it stands for, of the original ``shape``: fl(fl(e2m1 * block_scale) *
-        global_scale).
+        """The tensor it stands for, of the original ``shape``.
 
-        A rotated operand is rotated back in float32 (an approximation of its input);
-        ``rotated=True`` returns the stored coordinates [M, Kp] instead, padding included. A NaN
-        global scale makes its row, or all of it, NaN.
+        fl(fl(e2m1 * block_scale) * global_scale), then one cast to ``dtype``. A rotated operand is
+        rotated back in float32 (an approximation of its input); ``rotated=True`` returns the stored
+        coordinates [M, Kp] instead, padding included. A NaN global scale makes its row, or all of
+        it, NaN.
         """
         values = self.decode_blocks() * self.global_scale.view(-1, 1)
         if rotated:
             return values.to(dtype)
         if self.rotation is not None:
             values = self.rotation.invert(values)
+
+        # cut the padding, unflatten, and put the contraction axis back in its place
         lead = [size for i, size in enumerate(self.shape) if i != self.axis % len(self.shape)]
         return (
             values[:, : self.contraction]
@@ -156,7 +173,7 @@ class QTensor:
         """The same codes and tile scales with rows and contraction exchanged; no value changes.
 
         Needs 16x16 blocks, no rotation and a matrix (ValueError otherwise): only there do both
-        directions share scales.
+        directions share scales. Columns beyond K are cut, rows are filled up to 16 with zero codes.
         """
         if self.block != TILE_BLOCK or self.rotation is not None or len(self.shape) != 2:
             raise ValueError(
@@ -166,12 +183,16 @@ class QTensor:
                 "instead"
             )
         rows = F.pad(self.codes, (0, 0, 0, -self.rows % NVFP4.block_size))
-        upper, lower = rows[0::2], rows[1::2]  # of each 2x2 square of codes, two bytes
+
+        # squares of 2x2 codes are two bytes here and two bytes there, so no code is unpacked:
+        # 0.80 -> 0.34 ms at 1024^2 on a CPU
+        upper, lower = rows[0::2], rows[1::2]
         codes = torch.empty(
             self.padded_contraction, rows.shape[0] // 2, dtype=torch.uint8, device=self.device
         )
         codes[0::2] = ((upper & 15) | (lower << 4)).t()
         codes[1::2] = ((upper >> 4) | (lower & 240)).t()
+
         return replace(
             self,
             codes=codes[: self.contraction],

@@ -1,8 +1,19 @@
-"""Counter-based random bits: a pure function of (seed, stream, index), equal on every backend,
-device and shape.
+"""Counter-based random bits: a pure function of (seed, stream, index), equal on every backend.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-key = (seed mod 2^32, seed div 2^32) and counter = (i mod 2^32, i div 2^32, stream, 0).
+    philox(seed, i, stream)      -> four 32-bit words, which are eight 16-bit draws
+    draw n of a stream            = word (n mod 8) div 2, half n mod 2, of counter i = n div 8
+    uniform                       = (k + 1/2) / 2^16 of a draw k, in (0, 1), of mean exactly 1/2
+    fold_in(seed, d, ...)         = a new seed: words 0 and 1 at counter d of stream 3
+
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011) with key = (seed mod 2^32, seed div 2^32) and counter = (i mod 2^32, i div 2^32, stream, 0).
+
+There is no state to advance. The noise of an element is a function of its seed and its index in the
+padded matrix, so it does not depend on the kernel, the launch shape, the number of threads or the
+device, and a recomputed forward draws the same. What changes from call to call is the seed, which
+is folded from (user seed, layer, call, gemm); see ``layer/noise.py``.
+
+This file is also the one table of all streams and branches: two uses of a seed never share one.
 """
 
 from __future__ import annotations
@@ -12,9 +23,8 @@ from typing import Any, TypeVar
 
 import torch
 
-# Streams of Philox, the third word of the counter: two uses of one seed never share one. The first
-# four are part of the definition of the numerics and stand in csrc/philox.h and in the Triton
-# kernels too.
+# Streams of Philox, the third word of the counter. The first four are part of the definition of the
+# numerics and stand in csrc/philox.h and in the Triton kernels too.
 SIGN_STREAM = 0  # of a rotation
 ELEMENT_STREAM = 1  # stochastic rounding of elements, and of a policy's choices among tokens
 BLOCK_SCALE_STREAM = 2  # stochastic rounding of block scales
@@ -32,14 +42,14 @@ PROBLEM_BRANCH = 11  # problems of a step
 DRAW_BRANCH = 12  # tokens of completions
 COIN_BRANCH = 13  # rewards by chance, a control
 NORM_NOISE_BRANCH = 14  # noise on the sampler's norms
-# of the seed 0, as the next two: all runs are measured on the same problems and draws
-EVALUATION_BRANCH = 21
-ABLATION_BRANCH = 22
+# the next three branch from the seed 0: all runs are measured on the same problems and draws
+EVALUATION_BRANCH = 21  # problems of the evaluation, and their completions
+ABLATION_BRANCH = 22  # problems of the ablation of recipes, and their completions
 LENGTH_BRANCH = 23  # problems that are only measured for their length
-CANDIDATE_BRANCH = 31  # candidates of a round of Prismatic Synthesis
+CANDIDATE_BRANCH = 31  # of the run's seed again: candidates of a round of Prismatic Synthesis
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # M0, M1 of Philox4x32 (SC 2011, table 2)
-# golden ratio and sqrt(3) - 1, the key increments (SC 2011, section 3.3)
+# the key increments: golden ratio and sqrt(3) - 1 (SC 2011, section 3.3)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 _MASK = 0xFFFFFFFF
@@ -51,8 +61,7 @@ Word = TypeVar("Word", int, torch.Tensor)
 
 @dataclass(frozen=True, eq=False)
 class DeviceSeed:
-    """A seed that lies in the memory of a device, where every replay of a CUDA graph may find
-    another.
+    """A seed in the memory of a device, where every replay of a CUDA graph may find another.
 
     bits: int64 [], the unsigned seed's bits. Equal to itself alone, since comparing two would wait
     for the device.
@@ -73,8 +82,10 @@ except ImportError:
 
 
 def check_seed(seed: SeedKind, name: str = "seed") -> SeedKind:
-    """Return ``seed`` if it is an integer in [0, 2^64), or lies on a device; otherwise raise
-    ``ValueError`` naming the argument."""
+    """Return ``seed`` if it is an integer in [0, 2^64), or lies on a device.
+
+    Otherwise raise ``ValueError``, which names the argument.
+    """
     if isinstance(seed, DeviceSeed):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:
@@ -92,6 +103,7 @@ def philox(seed: Seed, index: Word, stream: int) -> tuple[Word, Word, Word, Word
     key: Any = seed.bits if isinstance(seed, DeviceSeed) else seed
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     c0, c1, c2, c3 = index & _MASK, (index >> 32) & _MASK, (index & 0) + stream, index & 0
+
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -110,8 +122,7 @@ def signed(seed: int) -> int:
 
 
 def fold_in(seed: int, *data: int) -> int:
-    """A new 64-bit seed from ``seed`` and each integer of ``data`` in turn, left to right (stream
-    3, words 0 and 1)."""
+    """A new 64-bit seed from ``seed`` and each integer of ``data`` in turn, left to right."""
     check_seed(seed)
     if _native_fold_in is not None:
         return _native_fold_in(seed, data)
@@ -122,8 +133,7 @@ def fold_in(seed: int, *data: int) -> int:
 
 
 def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
-    """``fold_in`` where the seed's bits lie, int64 of any shape; data: int64, of a shape that
-    broadcasts."""
+    """``fold_in`` on the device of the seed's bits, int64 of any shape; data: int64, broadcast."""
     for datum in data:
         low, high, _, _ = philox(DeviceSeed(seed), datum, FOLD_STREAM)
         seed = low | high << 32
@@ -131,8 +141,7 @@ def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
 
 
 def number(seed: Seed | None) -> int:
-    """The seed as a number, 0 for none; of one on a device, whose memory the host must be able to
-    read, it waits."""
+    """The seed as a number, 0 for None; waits for the device if the seed lies on one."""
     return int(seed.bits) % _SEED_LIMIT if isinstance(seed, DeviceSeed) else seed or 0
 
 
@@ -143,20 +152,21 @@ def draw16(seed: Seed, stream: int, count: int, device: torch.device | str = "cp
     """
     counters = -(-count // 8)
     out = torch.empty(counters, 4, 2, dtype=torch.int64, device=device)
+
     for start in range(0, counters, _CHUNK):
         stop = min(start + _CHUNK, counters)
         words = philox(seed, torch.arange(start, stop, device=device), stream)
         for j, word in enumerate(words):
             out[start:stop, j, 0] = word & 0xFFFF
             out[start:stop, j, 1] = word >> 16
+
     return out.view(-1)[:count]
 
 
 def uniform(
     seed: Seed, stream: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, draws in row-major
-    order.
+    """Centred uniforms u = (k + 1/2) / 2^16 in (0, 1), float32 of ``shape``, drawn row-major.
 
     Never 0 or 1, so stochastic rounding leaves representable values alone; the mean of u is exactly
     1/2.
@@ -164,5 +174,6 @@ def uniform(
     count = 1
     for size in shape:
         count *= size
+
     draws = draw16(check_seed(seed), stream, count, device)
     return draws.to(torch.float32).add_(0.5).mul_(2.0**-16).view(shape)

@@ -1,9 +1,16 @@
-"""Real numbers to grid values: nearest (ties to even code), up, and stochastic from supplied bits.
+"""Real numbers to grid values: nearest (ties to even code), up, and stochastic from given bits.
 
-One rule for every format: a value with exponent e is rounded on a lattice of step 2^(max(e,
-min_exponent) - mantissa_bits). Because the step doubles exactly where the grid coarsens, rounding
-to an even multiple of the step is rounding to an even code. Magnitudes saturate at ``fmt.max``,
-signs survive (also of -0), NaN stays NaN.
+One rule for every format: a value with exponent e is rounded on a lattice of
+step = 2^(max(e, min_exponent) - mantissa_bits),
+
+    nearest       round(a / step) * step             ties to even
+    up            ceil(a / step) * step
+    stochastic    floor(a / step + u) * step         u uniform in (0, 1)
+
+For E2M1 the step is .5 below 2, 1 below 4 and 2 up to 6. It doubles exactly where the grid
+coarsens, so that rounding to an even multiple of the step is rounding to an even code. a / step and
+the product are exact, as the step is a power of two; a result that reaches the next binade is on
+its grid too. Magnitudes saturate at ``fmt.max``, signs survive (also of -0), NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ def nearest(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
     """The grid value nearest to each float32 of x, ties to the even code; same shape, float32.
 
     E2M1 ties: .25 -> 0, .75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5 -> 2, 3.5 -> 4, 5 -> 4. |x| > max gives
-    max.
+    max with the sign of x.
     """
     magnitude = x.abs().clamp_(max=fmt.max)
     step = _step(magnitude, fmt)
@@ -28,19 +35,18 @@ def nearest(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
 
 
 def up(x: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
-    """The smallest grid value not below each float32 of x >= 0, at most max; same shape,
-    float32."""
+    """The smallest grid value not below each float32 of x >= 0, at most max; same shape."""
     magnitude = x.clamp(max=fmt.max)
     step = _step(magnitude, fmt)
     return magnitude.div_(step).ceil_().mul_(step).clamp_(max=fmt.max)
 
 
 def stochastic(x: torch.Tensor, fmt: ElementFormat, u: torch.Tensor) -> torch.Tensor:
-    """One of the two grid neighbours of each float32 of x, the farther one more rarely: E[result] =
-    clamp(x).
+    """One of the two grid neighbours of each float32 of x, so that E[result] = clamp(x).
 
-    u: float32 of x's shape, uniform in (0, 1) (``rng.uniform``); an exactly representable value is
-    never moved, and with 16-bit u anything else is unbiased to 2^-17 of a step.
+    u: float32 of x's shape, uniform in (0, 1) (``rng.uniform``). The farther neighbour comes more
+    rarely. An exactly representable value is never moved, and with 16-bit u anything else is
+    unbiased to 2^-17 of a step.
     """
     magnitude = x.abs().clamp_(max=fmt.max)
     step = _step(magnitude, fmt)
@@ -48,7 +54,7 @@ def stochastic(x: torch.Tensor, fmt: ElementFormat, u: torch.Tensor) -> torch.Te
 
 
 def _step(magnitude: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
-    """Lattice step at each magnitude, a power of two made from its exponent field."""
+    """Lattice step at each magnitude >= 0, a power of two made from its exponent field."""
     exponent = magnitude.view(torch.int32) >> _MANTISSA_BITS
     exponent.clamp_(min=fmt.min_exponent + _BIAS).sub_(fmt.mantissa_bits)
     return exponent.bitwise_left_shift_(_MANTISSA_BITS).view(torch.float32)

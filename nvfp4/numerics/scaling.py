@@ -1,5 +1,16 @@
-"""Blocks, their maxima, and the scales made from them. Decode scales are the only ones that leave
-this floor."""
+"""Blocks, their maxima, and the scales made from them.
+
+    x [M, Kp]  -> to_blocks    -> [ceil(M/rows), Kp/16, rows * 16], rows 1 or 16
+    amax       -> encode_scale -> S = 6 cap / amax: brings the largest block scale to ``cap``
+    block amax -> base_scale   -> amax S / 6: the block scale before it is rounded to E4M3
+
+S multiplies while a tensor is quantised and is local to that. What is stored are decode scales:
+block scales on the E4M3 grid, and 1 / S as the global scale. So an element is x S / block_scale,
+which is at most 6 where the block scale is not rounded down.
+
+Sums over blocks are ``tree_sum``: one order of additions, which every backend follows, since the
+last bit of an error decides between candidate scales.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +20,15 @@ import torch.nn.functional as F
 from nvfp4.numerics.formats import E2M1, FLOAT32_MAX
 
 SIXTH = torch.tensor(1 / E2M1.max, dtype=torch.float32).item()
-"""fl(1/6): TransformerEngine multiplies by it where one would divide by 6, and the last bit of a
-scale depends on it."""
+"""fl(1/6).
+
+TransformerEngine multiplies by it where one would divide by 6, and the last bit of a scale depends
+on that.
+"""
 
 
 def to_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Matrix [M, Kp] to its blocks [ceil(M/rows), Kp/columns, rows * columns], each block
-    row-major.
+    """Matrix [M, Kp] to its blocks [ceil(M/rows), Kp/columns, rows * columns], each row-major.
 
     block: (rows, columns). M is filled up with zero rows; Kp must be a multiple of columns.
     """
@@ -34,14 +47,15 @@ def from_blocks(blocks: torch.Tensor, block: tuple[int, int], rows: int) -> torc
 
 
 def spread(block_scale: torch.Tensor, block: tuple[int, int], rows: int) -> torch.Tensor:
-    """One scale per block [ceil(rows/block rows), Kp/16] to one scale per row and 16 columns [rows,
-    Kp/16]."""
+    """One scale per block to one per row and 16 columns: [ceil(M/tile), Kp/16] to [M, Kp/16].
+
+    rows: M. With blocks of one row nothing changes.
+    """
     return block_scale.repeat_interleave(block[0], dim=0)[:rows] if block[0] > 1 else block_scale
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the last axis (a power of two) in the fixed order x[i] + x[i + n/2] until one is
-    left."""
+    """Sum over the last axis (a power of two), by halves: x[i] + x[i + n/2] until one is left."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -54,15 +68,16 @@ def tensor_amax(block_amax: torch.Tensor, row_scaled: bool) -> torch.Tensor:
 
 
 def encode_scale(amax: torch.Tensor, cap: float) -> torch.Tensor:
-    """S = min(fl(6 cap / amax), FLT_MAX), 1 where amax is 0: what brings the largest block scale to
-    ``cap``."""
+    """S = min(fl(6 cap / amax), FLT_MAX), 1 where amax is 0.
+
+    It brings the block scale of the largest element to ``cap``.
+    """
     scale = torch.div(E2M1.max * cap, amax).clamp_(max=FLOAT32_MAX)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
 def base_scale(block_amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fl(block_amax * fl(S * fl(1/6))), at most FLT_MAX: the block scale before it is rounded to
-    E4M3.
+    """fl(block_amax * fl(S * fl(1/6))), at most FLT_MAX: the block scale before E4M3 rounding.
 
     block_amax: [m, k]; scale: the encode scale S, [1, 1] or [m, 1].
     """

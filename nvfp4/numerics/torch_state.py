@@ -1,17 +1,16 @@
-"""What torch is doing around a call, asked in one place: tracing, recording, capturing, spreading,
-casting.
+"""What torch is doing around a call, asked in one place.
 
-    somebody traces      ``torch.compile``, a fake tensor, or a dispatch mode such as selective
-    checkpointing. To them
-                         our kernels are invisible: they write through raw pointers, so what they
-                         fill would be taken for uninitialised memory. A layer must then be one
-                         registered operator (``is_traced``), and whoever calls kernels directly
-                         does so out of their sight (``without_dispatch_modes``).
-    a CUDA graph         what is computed now is recorded and computed later, again and again.
-    Whatever is read on the is captured          host, kept, or measured now would be wrong at the
-    second replay (``is_capturing``). a DTensor            is spread over processes; its memory here
-    is a part (``is_dtensor``). autocast             would round the float32 GEMM of an emulated
-    product to BF16 (``without_autocast``).
+    tracing      ``torch.compile``, a fake tensor, or a dispatch mode such as selective
+                 checkpointing. Our kernels are invisible to them: they write through raw pointers,
+                 so what they fill would be taken for uninitialised memory. A layer must then be one
+                 registered operator (``is_traced``), and whoever calls kernels directly does so out
+                 of their sight (``without_dispatch_modes``).
+    capturing    a CUDA graph records what is computed now and computes it again and again later.
+                 What the host reads, keeps or measures now would be wrong at the second replay
+                 (``is_capturing``).
+    spreading    a DTensor is spread over processes; its memory here is a part (``is_dtensor``).
+    casting      autocast would round the float32 GEMM of an emulated product to BF16
+                 (``without_autocast``).
 
 All of these are asked in every call of every layer, so none of them imports or allocates anything.
 """
@@ -28,8 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether somebody watches the operators that run on ``x``: a compiler, a dispatch mode, or x
-    itself, a fake."""
+    """Whether a compiler, a dispatch mode, or x itself, a fake, watches the operators on ``x``."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -38,26 +36,23 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def without_dispatch_modes() -> AbstractContextManager[object]:
-    """No dispatch mode within, for kernels over raw pointers and for self-checks that nobody should
-    count or replay.
+    """No dispatch mode within: for kernels over raw pointers, and for self-checks.
 
-    A mode that records sees the results as constants; operators registered with torch.library it
-    sees.
+    Nobody should count or replay those. To a mode that records, the results are constants.
     """
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
 
 
 def is_capturing(device: torch.device | None = None) -> bool:
-    """Whether what is computed now, on ``device`` if one is given, goes into a CUDA graph instead
-    of being computed."""
+    """Whether operations on ``device`` (any, if None) are recorded into a CUDA graph now."""
     if device is not None and device.type != "cuda":
         return False
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether x is a DTensor; where none was made their module is not loaded, which would take half
-    a second."""
+    """Whether x is a DTensor."""
+    # where none was made their module is not loaded, and loading it would take half a second
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
@@ -71,8 +66,10 @@ def is_plain_parameter(x: object) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast gives to matrix products on ``device``, or None where it is off or
-    unknown to it."""
+    """The dtype that autocast gives to matrix products on ``device``, or None where it is off.
+
+    None, too, for devices that autocast does not know.
+    """
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
         device.type
     ):
@@ -92,9 +89,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """float32 [n], the same tensor at every call: not to be written to.
 
-    Copying it to a GPU waits for that and cannot go into a CUDA graph, so that this happens once,
-    in the warm-up. Where a compiler or a dispatch mode watches, it is made anew, for their tensors
-    are not to be kept.
+    Copying it to a GPU waits for the GPU and cannot go into a CUDA graph, so it happens once, in
+    the warm-up. Where a compiler or a dispatch mode watches, the tensor is made anew, for what they
+    see is not to be kept.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return torch.tensor(values, dtype=torch.float32, device=device)

@@ -35,8 +35,10 @@ FP16 is a quarter of FP4 on a B200.
 """
 
 GROUP = 8
-"""Rows of tiles walked together: 8 x 8 tiles of 128 share 16 operand panels, where a row-major walk
-reads 65."""
+"""Rows of tiles that are walked together.
+
+8 x 8 tiles of 128 share 16 operand panels, where a row-major walk reads 65.
+"""
 
 WIDEST_WITH_BIAS = 128
 """Columns of a tile that adds a bias and writes float32.
