@@ -1,8 +1,15 @@
-"""What a quantiser is: a rule on blocks, the options it takes, and the claims that the property
-tests hold it to.
+"""What a quantiser is: a rule on blocks, the options it takes, and the claims it is held to.
 
-The rule is the whole of a method; padding, rotation, blocking, non-finite input and encoding are
-the same for all of them and live here.
+    x [M, K]         -> float32, K padded to Kp with zeros, rotated if asked for
+    amax             -> not finite: the whole tensor (or its row) counts as zeros from here on
+    Blocks           -> float32 [m, k, 16], or [m, k, 256] for 16x16
+    rule(Blocks)     -> grid values like the blocks, block scales [m, k], global scale
+    QTensor          <- codes, scale bytes, and a NaN global scale where x was not finite
+
+The rule is the whole of a method, in reference mathematics: it fits on a screen, and it is what
+every kernel must equal to the last bit. Everything around it is the same for all methods and lives
+here. ``Claims`` are promises in numbers (unbiased, idempotent, the error on N(0, 1)), which the
+property tests check for every quantiser in the registry.
 """
 
 from __future__ import annotations
@@ -46,8 +53,13 @@ class Claims:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a rule may read. A quantiser names the ones it accepts; the others must keep their
-    defaults."""
+    """Everything a rule may read; a quantiser names those it takes, the others keep their defaults.
+
+    block: (1, 16) or (16, 16). row_scaled: a global scale per row. metric: of METRICS. rounds,
+    group: of a rotation that the rule asks for. search: more candidate scales. rotation: of an
+    operand whose rule does not rotate by itself. seed: of rounding. sign_seed: of that rotation,
+    the seed if None.
+    """
 
     block: tuple[int, int] = ROW_BLOCK
     row_scaled: bool = False
@@ -62,8 +74,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Finite float32 blocks [m, k, size] with the noise that belongs to their elements and
-    scales."""
+    """Finite float32 blocks [m, k, size] with the noise that belongs to their elements and scales.
+
+    values: size is 16 or 256, k is Kp / 16. rows: M, without the rows that fill up 16x16 blocks.
+    """
 
     values: torch.Tensor
     rows: int
@@ -74,15 +88,13 @@ class Blocks:
         return self.values.abs().amax(dim=-1)
 
     def element_noise(self) -> torch.Tensor:
-        """Uniforms of stream 1 for each element, blocked like the values; draw n = row * Kp +
-        column."""
+        """Uniforms of the element stream, blocked like the values; draw n = row * Kp + column."""
         columns = self.values.shape[1] * NVFP4.block_size
         u = uniform(self._seed(), ELEMENT_STREAM, (self.rows, columns), self.values.device)
         return to_blocks(u, self.options.block)
 
     def scale_noise(self) -> torch.Tensor:
-        """Uniforms of stream 2 for each block scale, [m, k]; draw n = row * (Kp/16) + block
-        column."""
+        """Uniforms of the scale stream, [m, k]; draw n = row * (Kp/16) + block column."""
         return uniform(
             self._seed(), BLOCK_SCALE_STREAM, tuple(self.values.shape[:2]), self.values.device
         )
@@ -95,8 +107,10 @@ class Blocks:
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Grid values [m, k, size], block scales on the E4M3 grid [m, k], global scale [1, 1] or [m, 1];
-all float32."""
+"""Grid values [m, k, size], block scales on the E4M3 grid [m, k], global scale [1, 1] or [m, 1].
+
+All float32.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +131,12 @@ class Quantizer:
     rotates: bool = False
 
     def check(self, **options: object) -> Options:
-        """``Options`` from keyword arguments; ValueError or TypeError names what is not accepted
-        and what is."""
+        """``Options`` from keyword arguments.
+
+        Raises TypeError for an unknown name, ValueError for an option that this quantiser does not
+        take, a value out of range, or a stochastic rule without a seed; each says what would do.
+        """
+        # names, and options of other quantisers
         accepted = {"rotation", "seed", "sign_seed", *self.options}
         defaults = {f.name: f.default for f in fields(Options)} | {"block": self.block}
         for name, value in options.items():
@@ -130,6 +148,8 @@ class Quantizer:
                 raise ValueError(
                     f"{self.name} does not take {name}={value!r}; it takes {sorted(accepted)}"
                 )
+
+        # values
         checked = Options(**(defaults | options))  # type: ignore[arg-type]
         if checked.block not in (ROW_BLOCK, TILE_BLOCK):
             raise ValueError(f"block must be {ROW_BLOCK} or {TILE_BLOCK}, got {checked.block!r}")
@@ -140,6 +160,7 @@ class Quantizer:
             )
         if checked.metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {checked.metric!r}")
+
         return self._check_seeds(checked)
 
     def _check_seeds(self, options: Options) -> Options:
@@ -148,6 +169,8 @@ class Quantizer:
                 check_seed(getattr(options, name), name)
         if options.seed is None and not self.claims(options).deterministic:
             raise ValueError(f"{self.name} is stochastic: pass seed=, an integer in [0, 2**64)")
+
+        # a rule that rotates makes its rotation from group, rounds and sign_seed
         if not self.rotates:
             return options
         if options.rotation is not None:
@@ -166,6 +189,7 @@ class Quantizer:
         gives a NaN global scale with all codes and block scales 0, for the tensor or, when
         row-scaled, for that row.
         """
+        # whole blocks, or whole groups of the rotation
         rows = x.shape[0]
         rotation = options.rotation
         columns = rotation.group if rotation is not None else NVFP4.block_size
@@ -174,6 +198,9 @@ class Quantizer:
             return _empty(padded, tuple(x.shape), options)
         if rotation is not None:
             padded = rotation.apply(padded)
+
+        # a rotation may overflow where x is finite, so this is asked of what it made; the rule then
+        # sees zeros, and no rule has to think of NaN
         amax = (
             padded.abs().amax(dim=1, keepdim=True)
             if options.row_scaled
@@ -182,6 +209,8 @@ class Quantizer:
         finite = amax.isfinite()
         blocks = Blocks(to_blocks(torch.where(finite, padded, 0.0), options.block), rows, options)
         values, block_scale, global_scale = self.rule(blocks)
+
+        # codes and scales 0, the global scale NaN: all of it decodes to NaN, and the loss shows it
         poisoned = torch.where(finite, global_scale, float("nan"))
         codes = pack(from_blocks(e2m1_encode(values), options.block, rows)) * finite
         scale_codes = e4m3_encode(block_scale) * finite

@@ -1,5 +1,9 @@
-"""The quantisers: one line each. A new one works at once on every device, and is picked up by tests
-and benchmarks."""
+"""The quantisers by name: one line each.
+
+A new one is a file beside this and a line here. It then works on every device (kernels that do not
+know it leave it to the reference), in recipes and in ``convert``, and tests and benchmarks take it
+up: the property tests hold it to its claims.
+"""
 
 from __future__ import annotations
 

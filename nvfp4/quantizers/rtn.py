@@ -1,7 +1,13 @@
 """rtn: round to nearest, TransformerEngine's rule; rtn_2d is the same on 16x16 tiles.
 
-    s = e4m3(base), m = min(1 / (s * global_scale), FLT_MAX), codes = e2m1(x * m), scales capped at
-    448
+    base  = amax_block * S / 6         S brings the largest block scale to 448, the maximum of E4M3
+    s     = e4m3(base)                 nearest
+    m     = min(1 / (s * global_scale), FLT_MAX)
+    codes = e2m1(x * m)                nearest
+
+A block's maximum lands at 6, or beside it by the rounding of s (up to 1/17): where s was rounded
+down, what exceeds 6 is clipped. Deterministic, biased, cheap; relative MSE on N(0, 1) 9.05e-3, with
+tiles 12.39e-3. Tiles make a matrix and its transpose share codes, which is why weights use them.
 
 Source: TransformerEngine, ``common/cast/nvfp4/core_nvfp4.cuh``; NVIDIA, "Pretraining LLMs with
 NVFP4", arXiv 2509.25149.
@@ -20,8 +26,7 @@ from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 def scaled_elements(
     blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor
 ) -> torch.Tensor:
-    """x * m with m = min(1 / (s * global_scale), FLT_MAX): what the elements are before they are
-    rounded to E2M1.
+    """x * m, the elements before they are rounded; m = min(1 / (s * global_scale), FLT_MAX).
 
     A non-zero block whose scale underflowed to 0 keeps m = FLT_MAX and so codes of +-6; it decodes
     to 0.
@@ -48,8 +53,10 @@ def rule(blocks: Blocks) -> Quantized:
 
 
 def claims(options: Options) -> Claims:
-    """Half the widest gap of E2M1 (1 of 6), plus what a scale rounded down by 1/17 clips: 1/6
-    bounds both."""
+    """Half the widest gap of E2M1 is 1 of 6, which a scale rounded up widens by less than 17/16.
+
+    A scale rounded down clips the maximum by up to 1/17, which is less.
+    """
     tiles = options.block == TILE_BLOCK
     return Claims(
         deterministic=True,

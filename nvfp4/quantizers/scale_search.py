@@ -1,12 +1,15 @@
-"""scale_search (ours): of ten neighbouring E4M3 scales, the one whose block decodes closest to the
-input.
+"""scale_search (ours): the neighbouring E4M3 scale whose block decodes closest to the input.
 
-    s0 = e4m3(base), then the bytes byte(s0) + k for k = -2, -1, 1, ..., 6, clamped to [1, 126]; err
-    as in four_over_six, strictly smaller wins, in that order, s0 first; a zero scale stays zero
+    s0 = e4m3(base)                                 the maximum at 6, as in rtn; cap 256
+    s  = byte(s0) + k, k = -2, -1, 1, 2, ..., 6     as bytes, clamped to [1, 126]
+    err as in four_over_six; strictly smaller wins, in that order, s0 first
 
-A byte is at most 1/8 of a scale, so -2 ... 6 covers maxima mapped to about 7.5 down to 3.5 of the
-E2M1 grid: Four Over Six and everything between. On N(0, 1) it takes 27 % off rtn's squared error,
-Four Over Six 16 %.
+A zero scale stays zero. A byte is at most 1/8 of a scale, so -2 ... 6 covers maxima mapped to about
+7.5 down to 3.5 of the E2M1 grid: Four Over Six and everything between. On N(0, 1) it takes 27 % off
+rtn's squared error, Four Over Six 16 %.
+
+As a quantiser of trained weights the idea is known: ScaleSearch (arXiv 2605.12464), ScaleSweep
+(2606.07618), SOAR (2605.12245).
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 from nvfp4.quantizers.four_over_six import best_candidate, search_scales
 
 BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)
-"""Steps from byte(s0), in the order in which they are tried (measured: wider adds less than 0.1 %
-of MSE)."""
+"""Steps from byte(s0), in the order of trial (measured: wider adds less than 0.1 % of MSE)."""
 _LARGEST_BYTE = len(E4M3.grid) - 1
 
 
 def _candidates(first: torch.Tensor) -> Iterator[torch.Tensor]:
+    """s0 [m, k] and its neighbours on the E4M3 grid; a zero scale stays zero."""
     yield first
     start = e4m3_encode(first).to(torch.int32)
     for step in BYTE_STEPS:

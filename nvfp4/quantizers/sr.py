@@ -1,12 +1,15 @@
-"""sr: stochastic rounding that never clips, hence unbiased; sr_te: NVIDIA's, on a nearest scale,
-slightly biased.
+"""sr: stochastic rounding that never clips, hence unbiased; sr_te: NVIDIA's, slightly biased.
 
-    sr:     s = e4m3_up(base), codes = e2m1_stochastic(x * m): rounding the scale up keeps every |x
-    * m| <= 6
-    sr_te:  s = e4m3(base),    codes = e2m1_stochastic(x * m): a scale rounded down clips the block
-    maximum by up to 1/17
+    sr       s = e4m3_up(base)    codes = e2m1_stochastic(x * m)
+    sr_te    s = e4m3(base)       codes = e2m1_stochastic(x * m)
 
-m as in rtn. Sources: sr is ours; sr_te is TransformerEngine's gradient quantiser (arXiv 2509.25149,
+base and m as in rtn. Stochastic rounding is right on average as long as nothing is clipped. A scale
+rounded up keeps every |x * m| <= 6, so sr is unbiased, to 2^-17 of a step, for every block whose
+scale does not underflow. A scale rounded down to nearest clips the maximum of its block by up to
+1/17, which makes sr_te slightly biased. The price of sr is a wider step: relative MSE on N(0, 1)
+22.22e-3, sr_te 18.87e-3 (rtn 9.05e-3).
+
+Sources: sr is ours; sr_te is TransformerEngine's gradient quantiser (arXiv 2509.25149,
 section 4).
 """
 
@@ -36,8 +39,10 @@ def rule_te(blocks: Blocks) -> Quantized:
 
 
 def claims(options: Options) -> Claims:
-    """A whole gap of at most 2 of 6; the scale rounded up widens it by at most 9/8. MSE on N(0, 1)
-    as measured."""
+    """A whole gap of at most 2 of 6; the scale rounded up widens it by at most 9/8.
+
+    The MSE on N(0, 1) is as measured.
+    """
     return Claims(
         False,
         True,
