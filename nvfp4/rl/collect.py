@@ -32,7 +32,7 @@ from nvfp4.rl.norm_noise import noisy_norms, sigma_at
 from nvfp4.rl.objectives.advantages import has_spread
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.samples import RAW_REWARD, Samples, join
-from nvfp4.rl.setup import Run
+from nvfp4.rl.setup import RLRun
 from nvfp4.rl.spurious import coins, formatted, popular
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
@@ -64,7 +64,7 @@ class Collected:
     failures: Counter[str]
 
 
-def collect(run: Run, step: int) -> Collected:
+def collect(run: RLRun, step: int) -> Collected:
     """Draw completions with the weights as they are, for step ``step`` (0 for the first).
 
     ``TrainError`` if ``max_batches`` rounds do not yield enough groups that the objective keeps, if
@@ -127,7 +127,7 @@ def collect(run: Run, step: int) -> Collected:
 
 
 def _of_all_processes(
-    run: Run,
+    run: RLRun,
     equal: int,
     drawn: int,
     failures: Counter[str],
@@ -156,7 +156,7 @@ def all_failed(failed: Counter[str], count: int) -> str:
     )
 
 
-def _round(run: Run, step: int, number: int, sigma: float, sampling: Sampling) -> Collected:
+def _round(run: RLRun, step: int, number: int, sigma: float, sampling: Sampling) -> Collected:
     """One round: this process's share of ``prompts`` groups, with raw rewards."""
     config = run.config
     assert config.group is not None
@@ -208,7 +208,7 @@ def _round(run: Run, step: int, number: int, sigma: float, sampling: Sampling) -
 
 
 def _maximised(
-    run: Run,
+    run: RLRun,
     problems: list[Problem],
     texts: list[str],
     samples: Samples,
@@ -234,14 +234,14 @@ def _maximised(
     return task
 
 
-def completions(run: Run, samples: Samples) -> list[str]:
+def completions(run: RLRun, samples: Samples) -> list[str]:
     """The texts of completions, without what ended them."""
     rows, lengths = samples.completions.tolist(), samples.lengths.tolist()
     return [run.text.completion(row[:n]) for row, n in zip(rows, lengths, strict=True)]
 
 
 def rewards(
-    run: Run,
+    run: RLRun,
     problems: list[Problem],
     texts: list[str],
     device: torch.device,

@@ -24,7 +24,7 @@ from nvfp4.model.weights import fixed_weights
 from nvfp4.numerics.rng import EVALUATION_BRANCH, fold_in
 from nvfp4.rl.collect import all_failed, completions, gathered, rewards
 from nvfp4.rl.rollout import Sampling, rollout
-from nvfp4.rl.setup import Run
+from nvfp4.rl.setup import RLRun
 from nvfp4.rl.statistics import average, distinct_correct, pass_rates
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
@@ -45,7 +45,7 @@ class _Drawn:
     failed: Counter[str]
 
 
-def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def evaluate(run: RLRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Figures under "eval/", and a few completions.
 
     Figures: pass@k with the ends of its 95 % interval over problems, greedy, reward, distinct
@@ -97,7 +97,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
     return row, shown
 
 
-def _sampling(run: Run) -> Sampling:
+def _sampling(run: RLRun) -> Sampling:
     """How the completions of an evaluation are drawn."""
     config = run.config
     assert config.temperature is not None
@@ -110,7 +110,7 @@ def _sampling(run: Run) -> Sampling:
     return Sampling(length, config.temperature, config.top_k, config.top_p)
 
 
-def _draw(run: Run, problems: list[Problem], size: int, sampling: Sampling) -> _Drawn:
+def _draw(run: RLRun, problems: list[Problem], size: int, sampling: Sampling) -> _Drawn:
     """``size`` completions of each problem, of all processes.
 
     Prompts of like length are drawn together, ``rollout_rows`` completions (or 512) at a time.
@@ -141,7 +141,7 @@ def _draw(run: Run, problems: list[Problem], size: int, sampling: Sampling) -> _
 
 
 def _draw_block(
-    run: Run,
+    run: RLRun,
     problems: list[Problem],
     prompts: list[list[int]],
     numbers: list[int],

@@ -10,14 +10,14 @@ from typing import Any
 
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.plots import draw_run
-from nvfp4.rl.setup import Run
+from nvfp4.rl.setup import RLRun
 from nvfp4.run import log
 from nvfp4.run.fields import saved_fields
 from nvfp4.run.model import export
 from nvfp4.run.progress import duration, rate
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: RLRun) -> dict[str, Any]:
     """Evaluate as trained, draw the plot, export the model, write the result and return it ({} in
     other processes)."""
     after, shown = evaluate(run)
@@ -58,7 +58,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _result(
-    run: Run, rows: list[log.Row], before: dict[str, float], after: dict[str, float]
+    run: RLRun, rows: list[log.Row], before: dict[str, float], after: dict[str, float]
 ) -> dict[str, Any]:
     checked = [row["mismatch/same_shape"] for row in rows if row["mismatch/same_shape"] is not None]
     return {

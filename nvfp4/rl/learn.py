@@ -30,7 +30,7 @@ from nvfp4.model.weights import fixed_weights
 from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS, Metrics, ScoredBy
 from nvfp4.rl.samples import Samples, Scores, Totals, in_float64
 from nvfp4.rl.score import score
-from nvfp4.rl.setup import Run
+from nvfp4.rl.setup import RLRun
 from nvfp4.run.errors import TrainError
 from nvfp4.run.update import apply_gradients
 
@@ -57,7 +57,7 @@ class Learned:
     shape_gap: float | None = None
 
 
-def learn(run: Run, samples: Samples, sampled_at: float, lr: float, check: bool) -> Learned:
+def learn(run: RLRun, samples: Samples, sampled_at: float, lr: float, check: bool) -> Learned:
     """Do the updates that the config asks for on this process's ``samples``.
 
     sampled_at: temperature of sampling. lr: learning rate of these updates. check: also compare
@@ -115,7 +115,7 @@ def learn(run: Run, samples: Samples, sampled_at: float, lr: float, check: bool)
 
 
 def scored(
-    run: Run,
+    run: RLRun,
     model: torch.nn.Module,
     samples: Samples,
     temperature: float,
@@ -149,7 +149,7 @@ def _detached(scores: Scores) -> Scores:
     return Scores(**{name: value.detach() for name, value in present.items()})
 
 
-def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -> float:
+def shape_gap(run: RLRun, samples: Samples, temperature: float, trained: Scores) -> float:
     """Largest |difference| of log-probabilities of the trainer's forward and the sampler's model.
 
     Both at equal shapes, of all products and of the output embedding's too, so it is 0 or a defect:
@@ -168,13 +168,13 @@ def shape_gap(run: Run, samples: Samples, temperature: float, trained: Scores) -
     return gap
 
 
-def _checked_gap(run: Run, samples: Samples, temperature: float, live: Scores | None) -> float:
+def _checked_gap(run: RLRun, samples: Samples, temperature: float, live: Scores | None) -> float:
     """``shape_gap`` of the trainer's forward; a function of its own, so nothing keeps its graph."""
     trained = live if live is not None else run.score(run.forward, samples, temperature)
     return shape_gap(run, samples, temperature, trained)
 
 
-def _minibatches(run: Run, samples: Samples) -> Iterator[Samples]:
+def _minibatches(run: RLRun, samples: Samples) -> Iterator[Samples]:
     """The samples of each update: as many groups in each, whatever the number of processes."""
     assert run.config.minibatches is not None
     size = len(samples) // run.config.minibatches
@@ -183,7 +183,7 @@ def _minibatches(run: Run, samples: Samples) -> Iterator[Samples]:
             yield samples.select(slice(start, start + size))
 
 
-def _beside_reference(run: Run, part: Samples, temperature: float) -> Samples:
+def _beside_reference(run: RLRun, part: Samples, temperature: float) -> Samples:
     """A micro-batch with the reference's distributions, if the objective reads whole ones."""
     if not run.objective.needs_reference_logits:
         return part
@@ -196,7 +196,7 @@ def _beside_reference(run: Run, part: Samples, temperature: float) -> Samples:
 
 
 def _update(
-    run: Run,
+    run: RLRun,
     samples: Samples,
     live: list[Scores | None],
     rows: int,
@@ -240,7 +240,7 @@ def _update(
 
 
 def _backward(
-    run: Run,
+    run: RLRun,
     part: Samples,
     live: list[Scores | None],
     temperature: float,

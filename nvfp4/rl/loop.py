@@ -24,7 +24,7 @@ from nvfp4.rl.finish import finish, summary
 from nvfp4.rl.learn import learn
 from nvfp4.rl.metrics import codes_changed, step_row, weight_codes
 from nvfp4.rl.objectives.base import RESET_REFERENCE
-from nvfp4.rl.setup import Run, prepare
+from nvfp4.rl.setup import RLRun, prepare
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
 from nvfp4.run.log import Row
@@ -58,9 +58,9 @@ class Reinforcement(Training):
 
     command = "rl"
     unit = "steps"
-    run: Run
+    run: RLRun
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RLRun) -> None:
         super().__init__(run)
         self.data_sha256 = getattr(run.task, "sha256", "")
         self.bound = frozenset(EVALUATION if run.objective.reads_evaluations else ())

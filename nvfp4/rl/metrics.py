@@ -29,7 +29,7 @@ from nvfp4.numerics.qtensor import QTensor
 from nvfp4.rl.collect import TASK_REWARD, Collected, gathered
 from nvfp4.rl.learn import Learned
 from nvfp4.rl.samples import RAW_REWARD, Samples
-from nvfp4.rl.setup import Run
+from nvfp4.rl.setup import RLRun
 from nvfp4.run.log import Row
 
 NOTICEABLE = 0.05
@@ -90,7 +90,7 @@ def codes_changed(before: Mapping[str, QTensor], after: Mapping[str, QTensor]) -
     return changed / total if total else None
 
 
-def step_row(run: Run, collected: Collected, learned: Learned) -> Row:
+def step_row(run: RLRun, collected: Collected, learned: Learned) -> Row:
     """All figures of a step over all processes, but for time, learning rate and codes."""
     pieces = gathered(run.accelerator, [_vectors(collected.samples, learned)])
     data = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -152,7 +152,7 @@ def _vectors(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in vectors.items()}
 
 
-def _rewards_by_function(run: Run, data: dict[str, torch.Tensor]) -> Row:
+def _rewards_by_function(run: RLRun, data: dict[str, torch.Tensor]) -> Row:
     """Mean and standard deviation of the task's rewards, and of a control's if it is maximised."""
     functions = {run.task.name: data[TASK_REWARD]}
     if run.config.reward != "task":
@@ -164,7 +164,7 @@ def _rewards_by_function(run: Run, data: dict[str, torch.Tensor]) -> Row:
     return row
 
 
-def _failures(run: Run, mine: Counter[str]) -> Row:
+def _failures(run: RLRun, mine: Counter[str]) -> Row:
     """How many rewards failed in the step, and the most frequent reasons if any did."""
     every: Counter[str] = sum(gathered(run.accelerator, [mine]), Counter())
     row: Row = {"rewards/failed": every.total()}
@@ -182,7 +182,7 @@ def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return (squares / (counts - 1).clamp(min=1)).sqrt()
 
 
-def _largest(run: Run, mine: float | None) -> float | None:
+def _largest(run: RLRun, mine: float | None) -> float | None:
     """The largest over all processes, of those that looked."""
     every = gathered(run.accelerator, [mine])
     return max((each for each in every if each is not None), default=None)

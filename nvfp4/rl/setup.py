@@ -37,7 +37,7 @@ from nvfp4.run.processes import accelerator_for
 
 
 @dataclass
-class Run(RunParts):
+class RLRun(RunParts):
     """The objects of one run in one process. Only models, optimiser, objective and the logs change
     while it trains.
 
@@ -80,7 +80,7 @@ class Run(RunParts):
             return score(forward, samples, temperature, **wishes)
 
 
-def prepare(config: RLConfig) -> Run:
+def prepare(config: RLConfig) -> RLRun:
     """Build a run from a resolved config: task, objective, warm start, converted model, optimiser.
 
     ``TrainError`` for anything in the config that cannot work here.
@@ -114,7 +114,7 @@ def _prepare(
     folder: RLFolder,
     task: Task,
     objective: Objective,
-) -> Run:
+) -> RLRun:
     """The rest of ``prepare``, in a folder that is this process's."""
     assert config.tokenizer is not None
     assert config.max_new_tokens is not None
@@ -161,7 +161,7 @@ def _prepare(
         accelerator.prepare(model),
         adamw(model, config),
     )
-    return Run(*parts, task, objective, text, text.stops(model), sampler, reference)
+    return RLRun(*parts, task, objective, text, text.stops(model), sampler, reference)
 
 
 def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:
