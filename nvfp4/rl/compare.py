@@ -1,6 +1,6 @@
 """Full precision against NVFP4 from one warm start, over seeds, with a control: side by side.
 
-    warm start   once, for all
+    warm start   once, for all: the runs differ in recipe, seed or reward alone
     ablation     what keeps sampler and trainer equal, one thing left out at a time
     runs         every recipe with every seed, and a control with random rewards
     gates        what the comparison has to show, as numbers with a bound each
@@ -30,8 +30,7 @@ CURVES = ("reward", "entropy", "completions/mean_length", "mismatch/max", "fp4/c
 
 
 def compare(config: RLConfig) -> dict[str, Any]:
-    """Do every run that is not finished, write compare.json and compare.png, print tables; returns
-    the JSON.
+    """Do every run that is not finished, write compare.json and compare.png; returns the JSON.
 
     Raises ``TrainError`` when a run cannot start or fails, ``Interrupted`` after a signal; finished
     runs stay.
@@ -42,9 +41,13 @@ def compare(config: RLConfig) -> dict[str, Any]:
         if config.model is None and config.warm_steps:
             warm_start(config, folder.base)
             config = from_base(config, folder.base)
+
+        # From here on the warm start's model is simply the model that all runs are given.
         arms = plan(config)
         for arm in arms if config.overwrite else ():
             arm.folder.clear()
+
+        # The ablation takes seconds and comes first: if it fails, no training is lost.
         ablation = ablate(config)
         results = run_all(arms, config.workers or os.cpu_count() or 1, Bars())
         report = comparison(config, arms, results, ablation)
@@ -53,8 +56,7 @@ def compare(config: RLConfig) -> dict[str, Any]:
 
 
 def plan(config: RLConfig) -> list[Arm]:
-    """The runs: every recipe with every seed, and the control in the last recipe with the first
-    seed."""
+    """The runs: every recipe with every seed, and the control in the last recipe, first seed."""
     recipes, seeds = config.recipes or (config.recipe,), config.seeds or (config.seed,)
     grid = [(recipe, seed, config.reward) for recipe in recipes for seed in seeds]
     if config.control:
@@ -66,8 +68,7 @@ def plan(config: RLConfig) -> list[Arm]:
 def comparison(
     config: RLConfig, arms: list[Arm], results: list[dict[str, Any]], ablation: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of compare.json: results, curves as read from the logs, the ablation, the
-    gates."""
+    """The content of compare.json: results, curves from the logs, the ablation, the gates."""
     runs = []
     for arm, result in zip(arms, results, strict=True):
         rows = [row for row in log.read(arm.folder.log) if "reward" in row]
@@ -89,6 +90,8 @@ def _arm(config: RLConfig, recipe: str, seed: int, reward: str) -> Arm:
         "reward": reward,
         "out": str(Path(config.out) / name),
     }
+
+    # What belongs to the comparison as a whole; an arm is an ordinary run.
     shared: dict[str, Any] = {
         "seeds": (),
         "recipes": (),

@@ -4,6 +4,9 @@
     objective -> group, temperature, minibatches     what its authors use
     model, or width, heads, depth -> ``model_source``
 
+``resolve`` goes through them in that order, since each asks the one before: a context can only be
+chosen once task, tokenizer and the objective's longest completion are known.
+
 An option that cannot act beside the others is refused by name: whoever gave it expects something of
 it. ``PRESETS`` are sets of options which the others then change.
 """
@@ -69,8 +72,7 @@ Options = Annotated[Names, BeforeValidator(_pairs)]
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(ResumableConfig):
-    """Config of ``nvfp4 rl``. Construct it freely; ``resolve`` checks it and fills in what was left
-    open."""
+    """Config of ``nvfp4 rl``. Construct it freely; ``resolve`` checks it and fills in the rest."""
 
     # Defaults and sentences of the shared options that are reinforcement learning's own
     out: Free[str] = "runs/rl"
@@ -273,8 +275,7 @@ EVALUATION = ("eval_every", "eval_problems", "eval_samples")
 
 
 def resolve(config: RLConfig) -> RLConfig:
-    """The same config with every derived value filled in; ``TrainError`` naming each field that is
-    wrong."""
+    """The same config with every derived value filled in; ``TrainError`` names a wrong field."""
     # What names something is looked up, what cannot be together or cannot act is refused.
     config = validated(config)
     _check_objective(config.objective)
@@ -303,6 +304,9 @@ def _as_its_authors(config: RLConfig) -> RLConfig:
     minibatches = max(
         d for d in range(1, config.prompts + 1) if config.prompts % d == 0 and d <= defaults.updates
     )
+
+    # Their updates, reduced to what divides the prompts; their learning rate only for models of a
+    # size like theirs.
     values = {
         **{name: value for name, value in vars(defaults).items() if name != "updates"},
         "minibatches": minibatches,
@@ -318,8 +322,10 @@ def plan(config: RLConfig) -> StepPlan:
 
 
 def remarks(config: RLConfig) -> list[str]:
-    """What a user should know about a resolved config that may be meant: fewer updates than the
-    authors do."""
+    """What a user should know about a resolved config that may be meant so.
+
+    So far one thing: fewer updates per rollout than the objective's authors do.
+    """
     usual, updates = OBJECTIVES[config.objective].defaults.updates, plan(config).updates
     if updates > 1 or usual == 1:
         return []
@@ -354,6 +360,8 @@ def make_objective(config: RLConfig) -> Objective:
     values = _values(config.objective_options, "objective_options")
     known = {f.name: f.default for f in dataclasses.fields(kind)}
     listed = ", ".join(f"{name}={default}" for name, default in known.items())
+
+    # An option that was renamed is told by its new name, any other unknown one by what there is.
     for name in sorted(values.keys() & kind.renamed.keys()):
         raise TrainError(
             f"objective_options: {name} is no longer an option: give {kind.renamed[name]}"
@@ -387,8 +395,10 @@ def _values(given: tuple[str, ...], field: str) -> dict[str, Any]:
 
 
 def model_source(config: RLConfig) -> str | Sizes:
-    """What ``build_model`` builds the model of a resolved config from; ``TrainError`` if its sizes
-    do not fit."""
+    """What ``build_model`` builds the model of a resolved config from.
+
+    ``TrainError`` if the sizes of a new one do not fit each other.
+    """
     if config.model is not None:
         return config.model
     assert config.context is not None
@@ -405,8 +415,7 @@ def _check_objective(name: str) -> None:
 
 
 def _check_objective_acts(config: RLConfig) -> None:
-    """Refuse an option that is set and can do nothing, and an objective that would be another
-    one."""
+    """Refuse an option that is set and cannot act, and an objective that would be another one."""
     objective, present = make_objective(config), plan(config)
     other = objective.acts_like(present)
     if other is not None:
@@ -414,6 +423,8 @@ def _check_objective_acts(config: RLConfig) -> None:
             f"minibatches: with {present.updates} update per rollout {config.objective} is "
             f"{other}; give --minibatches 2 or more, or --epochs 2, or another --objective"
         )
+
+    # Only options that were given are refused: a default that cannot act disturbs nobody.
     reasons = objective.idle(present)
     idle = [
         name for name in _values(config.objective_options, "objective_options") if name in reasons
@@ -433,6 +444,8 @@ def _check_together(config: RLConfig) -> None:
     if config.aqn_stages == 1:
         raise TrainError("aqn_stages: the first has no noise, so at least 2 are needed; 0 for none")
     check_together(config)
+
+    # A model from a folder has sizes; controls belong to rewards that can be true.
     if config.model is not None and (config.width or config.heads):
         raise TrainError(f"width, heads: {config.model} brings its own sizes; leave them out")
     if config.reward != "random" and config.random_share != 0.5:

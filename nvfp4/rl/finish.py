@@ -1,7 +1,8 @@
 """The end of a run: held-out score, picture, export, result.json.
 
 "before" is the evaluation in row 0 of the log, so a resumed run has it too; "after" is made here,
-in the same way, on the same problems with the same draws.
+in the same way, on the same problems with the same draws. Their difference is then what training
+changed, and not which problems were drawn.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from nvfp4.run.progress import duration, rate
 
 
 def finish(run: RLRun) -> dict[str, Any]:
-    """Evaluate as trained, draw the plot, export the model, write the result and return it ({} in
-    other processes)."""
+    """Evaluate, draw the plot, export the model, write the result and return it.
+
+    {} in other processes than the main one, which only take part in the evaluation.
+    """
     after, shown = evaluate(run)
     if not run.accelerator.is_main_process:
         return {}
+
+    # Row 0 is the evaluation before the first step; the others are steps.
     rows = log.read(run.folder.log)
     before = {key: value for key, value in rows[0].items() if key.startswith("eval/")}
     result = _result(run, rows[1:], before, after)
@@ -44,6 +49,8 @@ def summary(result: dict[str, Any]) -> str:
         (key for key in after if key.count("/") == 1 and "@" in key),
         key=lambda key: int(key.split("@")[1]),
     )
+
+    # The largest k that was estimated: it tells whether a run only sharpens what was known.
     name = last.removeprefix("eval/")
     return (
         f"{result['recipe']}: held-out pass@1 {before['eval/pass@1']:.3f} -> "

@@ -4,7 +4,8 @@
     run.png             the run in six pictures
     base/               the model after the warm start; base.unfinished/ while that goes on
 
-``clear`` leaves base/: an equal warm start is used again, one of another config makes another.
+``clear`` leaves base/, which took minutes: an equal warm start is used again, one of another config
+makes another.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from nvfp4.run.folder import RunFolder
 
 
 class RLFolder(RunFolder):
-    """Paths below ``out``. base: the model after the warm start; beside it, while it is made,
-    base.unfinished."""
+    """Paths below ``out``. base: the model after the warm start, base.unfinished until then."""
 
     data_field = "task"
     renamed = RENAMED
@@ -30,10 +30,9 @@ class RLFolder(RunFolder):
         self.pictures = (self.plot,)
 
     def claim(self, config: RLConfig) -> None:
-        """Before a warm start, which takes minutes and replaces base/: ``TrainError`` if the run
-        could not begin then.
+        """Keep the folder to this process; ``TrainError`` if the run could not begin in it.
 
-        The folder is this process's from now on.
+        Done before a warm start, which takes minutes and replaces base/.
         """
         self.lock()
         self.refuse_earlier(config)

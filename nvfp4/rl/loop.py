@@ -40,12 +40,11 @@ OUT_OF_MEMORY = (
 
 
 def rl(config: RLConfig) -> dict[str, Any]:
-    """Train as the config says and return what result.json holds; under torchrun, one process of
-    several.
+    """Train as the config says and return what result.json holds.
 
-    With ``resume`` a finished run of the same config is returned as it is. Raises ``TrainError``
-    for what the user can put right, and ``Interrupted`` after a SIGINT, SIGTERM or SIGHUP was
-    obeyed.
+    Under torchrun, one process of several. With ``resume`` a finished run of the same config is
+    returned as it is. Raises ``TrainError`` for what the user can put right, and ``Interrupted``
+    after a SIGINT, SIGTERM or SIGHUP was obeyed.
     """
     return train(
         resolve(config), lambda config: Reinforcement(prepare(config)), summary, OUT_OF_MEMORY
@@ -53,8 +52,7 @@ def rl(config: RLConfig) -> dict[str, Any]:
 
 
 class Reinforcement(Training):
-    """Rewards of a task. Its own state: tokens drawn so far, the objective's, the reference
-    model."""
+    """Rewards of a task. Its own state: tokens drawn, the objective's, the reference model."""
 
     command = "rl"
     unit = "steps"
@@ -77,8 +75,10 @@ class Reinforcement(Training):
         return self._evaluation(0)
 
     def step(self, step: int) -> Row:
-        """A rollout and the updates on it; step_time is that of both, with the figures, without an
-        evaluation."""
+        """A rollout and the updates on it.
+
+        step_time is that of both, with the figures, without an evaluation.
+        """
         run, config = self.run, self.run.config
         if self.codes is None:
             self.codes = weight_codes(run.model)
@@ -166,12 +166,13 @@ class Reinforcement(Training):
         return dict(row)
 
     def _keep_texts(self, collected: Collected, step: int) -> None:
-        """The first completions of the step, and the first for each reason why a reward failed, for
-        people."""
+        """Completions of the step for people: the first ones, and the first of each failure."""
         samples, reasons = collected.samples, collected.reasons
         first = {
             reason: i for i, reason in reversed(list(enumerate(reasons))) if reason is not None
         }
+
+        # A reason is worth a text even if its completion is not among the first.
         count = min(self.run.config.log_completions, len(samples))
         kept = sorted({*range(count), *(first.values() if count else ())})
         self._write_texts(

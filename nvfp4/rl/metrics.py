@@ -54,6 +54,8 @@ def mismatch(
     d = (trainer.detach() - sampler)[mask].double()
     if d.numel() == 0:
         d = d.new_zeros(1)
+
+    # The 99.9 % quantile by rank: a gap that only a few tokens have shows in ``max`` alone.
     size = d.abs()
     rank = min(len(size) - 1, int(0.999 * len(size)))
     return {
@@ -147,6 +149,8 @@ def _vectors(samples: Samples, learned: Learned) -> dict[str, torch.Tensor]:
         "trainer": learned.old[mask],
         "sampler": samples.sampler_logprobs[mask],
     }
+
+    # Processes have prompts of other lengths, so vectors over tokens are gathered, not tables.
     if learned.to_reference is not None:
         vectors["to_reference"] = learned.to_reference[mask]
     return {name: value.detach().cpu() for name, value in vectors.items()}

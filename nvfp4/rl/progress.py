@@ -1,4 +1,12 @@
-"""What a person sees of a run: a line now and then, and on a terminal a bar below them."""
+"""What a person sees of a run: a line now and then, and on a terminal a bar below them.
+
+    one run           step 10/80  reward 0.711±0.31  entropy 0.381  length 5.5  mismatch 0 ...
+    a comparison      a bar per run, which reads the last row of that run's log
+
+The line has what tells a run that goes wrong early: reward and its spread, entropy (falls to 0 when
+the policy collapses), length (grows into the limit), mismatch (0, or the sampler is another model),
+and the share of FP4 codes that the step moved (0: the linears of the next rollout are the same).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +18,10 @@ from nvfp4.run.progress import LastingConsole, Reporter, bar, duration, rate
 
 
 class Progress(Reporter):
-    """``step 10/80  reward 0.711±0.31  entropy 0.381  length 5.5  mismatch 0  codes 0.05 %  6.2k
-    tok/s eta 0:21``."""
+    """``step 10/80  reward 0.711±0.31  entropy 0.381  length 5.5  mismatch 0  codes 0.05 %``.
+
+    Then tokens/s, and where there is any the KL, held-out pass@1 and rewards that failed.
+    """
 
     seconds = "step_time"
     evaluated = "eval/pass@1"

@@ -233,6 +233,9 @@ def ablation_table(rows: list[dict[str, Any]]) -> Table:
         title="Sampled over a KV cache against teacher forcing, one model",
         caption=f"{unit}; mult error: mean exp |difference|, 1 is none",
     )
+
+    # Trained weights and random ones: what is left out may matter little on one and much on the
+    # other.
     table.add_column("weights")
     table.add_column("forward")
     for name in ("largest", "above 1e-5", "above .05", "mult error", "equal shapes"):

@@ -169,6 +169,8 @@ def _widened(part: Samples, prompt: int, completion: int, pad: int) -> Samples:
     # prompts grow on their left, completions on their right
     left = prompt - part.prompt_length
     right = completion - part.mask.shape[1]
+
+    # Padding is no token anywhere: not attended to, not in the mask, log-probability 0.
     changed: dict[str, Any] = {
         "ids": F.pad(part.ids, (left, right), value=pad),
         "attention": F.pad(part.attention, (left, right)),

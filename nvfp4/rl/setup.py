@@ -38,12 +38,11 @@ from nvfp4.run.processes import accelerator_for
 
 @dataclass
 class RLRun(RunParts):
-    """The objects of one run in one process. Only models, optimiser, objective and the logs change
-    while it trains.
+    """The objects of one run in one process.
 
-    model: the policy, which is scored. sampler: the same one, or another model on the same weights,
-    in a recipe of its own. reference: a frozen copy from the beginning, or from the last reset, if
-    it is needed.
+    Only models, optimiser, objective and the logs change while it trains. model: the policy, which
+    is scored. sampler: the same one, or another model on the same weights, in a recipe of its own.
+    reference: a frozen copy from the beginning, or from the last reset, if it is needed.
     """
 
     config: RLConfig
@@ -149,6 +148,7 @@ def _prepare(
     for each in (model,) if sampler is model else (model, sampler):
         without_emulation(each, accelerator.device, config.dtype)
 
+    # A copy of the policy as it is now; it takes as much memory again, so only if somebody asks.
     reference = None
     if objective.needs_reference or config.track_kl:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -165,15 +165,16 @@ def _prepare(
 
 
 def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of the same class whose parameters are those of ``model``, not copies of
-    them."""
+    """A second model of the same class on the parameters of ``model``, which are not copied."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, shared)  # what the memo already holds is not copied
 
 
 def _check_problems(task: Task) -> None:
-    """``TrainError`` now, not after a warm start, if training or evaluation would have no
-    problems."""
+    """``TrainError`` if training or evaluation would have no problems.
+
+    Now, and not after a warm start of minutes.
+    """
     try:
         for held_out in (False, True):
             task.problems(1, 0, held_out=held_out)
@@ -195,6 +196,8 @@ def _accelerator(config: RLConfig) -> Accelerator:
     accelerator = accelerator_for(config.device)
     count = accelerator.num_processes
     assert config.minibatches is not None
+
+    # Every update has as many whole groups in every process, so that gradients can be averaged.
     if config.prompts % (config.minibatches * count):
         fitting = (
             math.gcd(config.minibatches, config.prompts // count)

@@ -1,10 +1,11 @@
-"""The warm start: supervised learning from a teacher that is often wrong, so that there is
-something left to learn.
+"""The warm start: supervised learning from a teacher that is often wrong.
 
-Clean demonstrations would saturate a small task, and without any a new model never finds a reward.
+    problems of the task -> answers, a share of them corrupted
+      -> loss = -mean over the answers' tokens of log p(token | those before it) -> AdamW
 
-    problems of the task -> answers, a share of them corrupted -> cross-entropy of the answers ->
-    AdamW
+Without demonstrations a new model never finds a reward; with clean ones a small task is saturated,
+and nothing is left to learn. So a share --warm-noise of the answers is corrupted: the model
+learns their form, and their content only in part.
 
 It is a training of the same loop as the run that follows, in full precision, on the CPU, in the
 main process alone. base.unfinished/ holds its newest checkpoint until base/ is complete, and the
@@ -49,6 +50,7 @@ from nvfp4.run.update import apply_gradients
 MARK = "warm_start.json"
 CLIP = 1.0  # largest norm of the gradient
 
+# Fields that the result depends on: a base/ of the same ones is used again.
 RELEVANT = (
     *("task", "task_options", "tokenizer", "architecture", "depth", "width", "heads", "context"),
     *("warm_steps", "warm_batch", "warm_lr", "warm_noise", "seed"),
@@ -56,12 +58,11 @@ RELEVANT = (
 
 
 def warm_start(config: RLConfig, folder: Path) -> Path:
-    """Train a new model on demonstrations, in full precision on the CPU, and export it to
-    ``folder``; returns that.
+    """Train a new model on demonstrations and export it to ``folder``; returns that.
 
-    A folder that an equal config has filled before is used again. The end of a text is learnt with
-    the answer. Raises ``Interrupted`` after a signal; ``save_every`` updates lie between two
-    checkpoints.
+    In full precision on the CPU. A folder that an equal config has filled before is used again. The
+    end of a text is learnt with the answer. Raises ``Interrupted`` after a signal; ``save_every``
+    updates lie between two checkpoints.
     """
     fields = {name: getattr(config, name) for name in RELEVANT}
     fields = {
@@ -84,6 +85,8 @@ def warm_start(config: RLConfig, folder: Path) -> Path:
         training.finish()
         write_json(mark, fields)  # last: it says that the folder is complete
     shutil.rmtree(training.run.folder.checkpoints, ignore_errors=True)
+
+    # A signal during the last update or the export: the work is kept, the run does not begin.
     if received or wish.received:
         kept = "stopped after the warm start, which is kept; the same command goes on from it"
         raise Interrupted(received or wish.received, kept)
@@ -91,8 +94,7 @@ def warm_start(config: RLConfig, folder: Path) -> Path:
 
 
 class WarmStart(Training):
-    """The answers of demonstrations. Each update is a function of (weights, moments, seed, number
-    of the update)."""
+    """The answers of demonstrations; an update is a function of weights, moments, seed, number."""
 
     def __init__(self, config: RLConfig, folder: Path, fields: dict[str, Any]) -> None:
         assert config.tokenizer is not None
@@ -112,6 +114,8 @@ class WarmStart(Training):
         seed = fold_in(config.seed, WARM_START_BRANCH, step)
         batch = demonstrated(self.task, self.text, config.warm_batch, config.warm_noise, seed)
         check_fits(run.model, batch.ids.shape[1])
+
+        # The same road as in reinforcement learning: ``score``, backward, clip, AdamW.
         loss = supervised_loss(run.model, batch)
         loss.backward()
         value = float(loss.detach())
@@ -171,8 +175,10 @@ class WarmFolder(RunFolder):
 
 
 def demonstrated(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:
-    """``count`` problems with an answer each, of which a share ``noise`` on average is
-    corrupted."""
+    """``count`` problems with an answer each, of which a share ``noise`` is corrupted.
+
+    Each is corrupted or not by a draw of its own, so the share holds on average.
+    """
     rng = np.random.default_rng(fold_in(seed, 1))
     problems = task.problems(count, fold_in(seed, 0), held_out=False)
     shown = [

@@ -8,9 +8,14 @@ With r the reward of a sample, mean and std those of its group of G:
     leave_one_out_advantages    r - mean of the other G - 1          RLOO
     normalise_over_batch        (A - mean) / std over all tokens     REINFORCE++
 
+A baseline changes the variance of the gradient and not its mean, as long as it does not depend on
+the completion itself. The group's mean holds its own reward, which shrinks the mean gradient to
+(G - 1) / G of it; leaving the sample out does not. Dividing by std is no baseline: it weighs
+prompts.
+
 Groups may come in any order. Sums are made in float64 over a table [groups, largest group], in an
-order that depends on nothing but the samples. A group of equal rewards gives exact zeros: its mean
-may round.
+order that depends on nothing but the samples. A group of equal rewards gives exact zeros, although
+its mean may round.
 """
 
 from __future__ import annotations
@@ -37,6 +42,8 @@ class _Groups:
     def __init__(self, values: torch.Tensor, groups: torch.Tensor) -> None:
         # a row for each group, in it a place for each sample
         _, row, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+
+        # Scattered into a table by (row, place); empty places are not ``filled``.
         shape = (len(counts), int(counts.max()))
         exact = in_float64(values)
         self.device = values.device

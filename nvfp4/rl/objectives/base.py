@@ -1,7 +1,7 @@
 """What an objective is: what it asks of the loop, and what the loop calls when.
 
 **A new objective is one file in this folder and one line in registry.py**: a dataclass with a
-``name`` and the formula with its source as docstring. Most are a ``PolicyGradient`` with other
+``name``, and the formula with its source in words. Most are a ``PolicyGradient`` with other
 defaults (see grpo.py, dapo.py: twenty lines), those with rewards but another loss a
 ``RewardedObjective`` (rover.py), those that imitate completions an ``Imitation`` (ssd.py). The
 command line, configuration files and the tests of all objectives find it by the registry; its
@@ -108,8 +108,10 @@ class Objective(ABC):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether ``Scores.logits`` are read; those of the old policy and the reference in
-        ``remember``, which can shrink them."""
+        """Whether ``Scores.logits`` are read.
+
+        Those of the old policy and of the reference in ``remember`` alone, which can shrink them.
+        """
         return False
 
     @property
@@ -124,8 +126,10 @@ class Objective(ABC):
 
     @property
     def needs_reference_logits(self) -> bool:
-        """Whether ``loss`` reads ``REFERENCE_LOGITS`` of its micro-batch: the loop makes them anew
-        each time, as those of a whole rollout would not fit."""
+        """Whether ``loss`` reads ``REFERENCE_LOGITS`` of its micro-batch.
+
+        The loop makes them anew each time, as those of a whole rollout would not fit.
+        """
         return False
 
     @property
@@ -238,7 +242,7 @@ class Objective(ABC):
         """This micro-batch's share of the loss, to be minimised, and metrics; shares add up."""
 
     def observe(self, metrics: Mapping[str, float]) -> frozenset[str]:
-        """Take note of a step's metrics (TRL's names); returns wishes among {"reset_reference"}."""
+        """Take note of a step's metrics (TRL's names); returns wishes, e.g. ``RESET_REFERENCE``."""
         return frozenset()
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class EntropyClip:
         """entropy: mean over tokens, in nats; NaN (a skipped step) changes nothing."""
         if not math.isfinite(entropy):
             return
+        # smoothing begins at the first entropy, not at 0
         past = entropy if self.smoothed is None else self.smoothed
         self.smoothed = self.smoothing * past + (1 - self.smoothing) * entropy
         wanted = self.value + (self.step if self.smoothed < self.target else -self.step)

@@ -1,4 +1,12 @@
-"""DAPO: four repairs of GRPO for long chains of thought."""
+"""DAPO: four repairs of GRPO for long chains of thought.
+
+    clip-higher         clip(rho, 0.8, 1.28)                  clip_high: rare tokens may rise
+    dynamic sampling    groups of equal rewards are replaced  dynamic_sampling: each A counts
+    token-level loss    mean over all tokens of the batch     aggregation: long ones weigh more
+    overlong shaping    a penalty that rises near the limit   overlong_share, lengths.py
+
+Each is an option of ``PolicyGradient`` or of ``RewardedObjective``; this file switches them on.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,11 @@
     weight = 0.8 + 0.4 sigmoid(margin / gamma), 0.8 where A = 0;  scaled to a mean of 1
 
 and once more (``refinements``) with means weighted by |A| sigmoid(margin / gamma).
+
+v is the gradient of the token's log-probability by its own row of the output embedding, so the two
+means are what the good and the bad completions would teach; a token that is nearer to its own
+side's mean than to the other's weighs more. ``prepare`` multiplies the advantages by these weights,
+over the tokens of all processes; the loss is DAPO's.
 """
 
 from __future__ import annotations
@@ -135,6 +140,8 @@ class DelTA(DAPO):
         assert samples.old_logprobs is not None, "prepare puts them there"
         assert samples.advantages is not None, "prepare puts them there"
 
+        # The N tokens of this process, and their v; hidden states are needed here for the last
+        # time.
         at = samples.mask
         surprise = 1 - samples.old_logprobs[at].exp()
         vectors = surprise[:, None] * kept[HIDDEN][at]

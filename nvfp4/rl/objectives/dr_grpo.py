@@ -1,4 +1,12 @@
-"""Dr. GRPO: GRPO without its two biases."""
+"""Dr. GRPO: GRPO without its two biases.
+
+    A_i    = r_i - mean                                        advantage = "group_mean"
+    loss   = 1 / (S max_new_tokens) sum_i sum_t L_it           aggregation = "dr_grpo"
+
+What was wrong with GRPO's 1/T_i: the longer a wrong completion, the less each of its tokens is
+punished, so wrong answers grow. And with 1/std: questions that nearly all or hardly any completions
+solve have a small std, and weigh most.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +22,9 @@ from nvfp4.rl.objectives.token_loss import Aggregation
 class DrGRPO(PolicyGradient):
     """GRPO done right (arXiv 2503.20783).
 
-        A    = r - mean of the group
-        loss = sum over tokens of -min(rho A, clip(rho, 0.8, 1.2) A)
-               / (completions x max_new_tokens)
-
-    No standard deviation, which overweights questions that are nearly solved or hopeless; and a
-    token weighs the same in a short and in a long completion. The authors' scripts do 8 updates per
-    rollout (128 of 1,024 completions each).
+    The formula is at the head of the file, L as in grpo.py: a token weighs the same in a short and
+    in a long completion. The authors' scripts do 8 updates per rollout (128 of 1,024 completions
+    each).
     """
 
     name: ClassVar[str] = "dr_grpo"

@@ -46,6 +46,7 @@ def ends_in_loop(completions: torch.Tensor, lengths: torch.Tensor, window: int) 
 
     completions: int64 [S, T]. A completion shorter than twice the window does not loop.
     """
+    # clamped so that short completions index something; the last line drops them
     offsets = torch.arange(window, device=completions.device)
     last = (lengths[:, None] - window + offsets).clamp(min=0)
     before = (last - window).clamp(min=0)

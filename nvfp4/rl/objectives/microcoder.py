@@ -4,6 +4,10 @@ To punish every completion that was cut teaches a small model to think less; to 
 makes training collapse. So some are excused: those that were not wrong and not going round in
 circles, with a probability. And the sampling temperature rises when the completions of a group
 become alike.
+
+    advantages    GRPO's, and 0 for the excused              lengths.excused, ends_in_loop
+    loss          GRPO's with clip-higher; diversity among the metrics
+    observe       diversity -> TemperatureStages -> temperature of the next rollouts
 """
 
 from __future__ import annotations

@@ -4,7 +4,14 @@
     prorl_v2     NeMo RL's recipe: REINFORCE++, "stop properly", k2, IcePop weights
     prorl_v2.1   the same for mixtures of experts: forced on-policy, whole completions dropped
 
-What changes with training is kept by the rules of controllers.py, and goes into checkpoints.
+A long run stops learning in two ways: the entropy collapses, or the KL to a reference that is far
+behind holds the policy back. Against the first stand clip-higher and a high temperature, against
+the second resets.
+
+    each step   observe(entropy, KL, loss, score) -> EntropyClip, ResetCriterion   controllers.py
+    next step   upper_clip, max_new_tokens        <- what these have made of it
+
+What changes with training is kept by these rules, and goes into checkpoints.
 """
 
 from __future__ import annotations
@@ -153,8 +160,11 @@ class ProRL(PolicyGradient):
         return rewards + self.length_penalty * cosine_penalty(samples.lengths, samples.limit)
 
     def observe(self, metrics: Mapping[str, float]) -> frozenset[str]:
-        """Steers the clip by "entropy"; weighs "kl_loss" against "policy_loss/magnitude"; reads the
-        score that ``validation_metric`` names."""
+        """Steer the clip by the entropy, and say whether the reference is due for a reset.
+
+        Reads "entropy"; "kl_loss" against "policy_loss/magnitude"; the score of
+        ``validation_metric``.
+        """
         self._steps += 1
         if self.entropy_target is not None:
             self._clip.update(metrics["entropy"])

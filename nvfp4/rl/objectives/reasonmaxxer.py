@@ -8,6 +8,10 @@ Three decisions come before the loss, each over the whole batch of all processes
 
 Decision tokens get a policy gradient; everything else, the prompt included, is held where the base
 model has it by KL(base || policy).
+
+    remember   the base model's entropy [S, T], in the scoring by the reference
+    prepare    the three decisions and A, over whole groups
+    loss       per completion: mean over decisions of -A log policy + kl_coef mean KL of the others
 """
 
 from __future__ import annotations

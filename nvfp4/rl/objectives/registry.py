@@ -1,6 +1,7 @@
 """The objectives by name: one line each, and command line, config files and tests know it.
 
-The name is the class's ``name``; base.py says how to write one.
+The name is the class's ``name``; base.py says how to write one. ``nvfp4 rl --objective NAME`` takes
+it, and an unknown name lists them all.
 """
 
 from __future__ import annotations

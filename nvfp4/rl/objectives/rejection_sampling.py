@@ -1,4 +1,12 @@
-"""Rejection sampling: imitate the completions that earned enough."""
+"""Rejection sampling: imitate the completions that earned enough.
+
+    accepted   r >= accept                        the others lose their mask, and count as no token
+    loss       mean over the tokens that are left of -log policy        imitation.py
+
+The gradient is that of a policy gradient with A = 1 for right and 0 for wrong completions. It
+raises what is right and pushes nothing down, so it cannot diverge as a signed one can; it also
+learns nothing from a wrong answer.
+"""
 
 from __future__ import annotations
 

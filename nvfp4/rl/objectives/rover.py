@@ -3,6 +3,10 @@
 In a tree of tokens whose leaves have rewards, the value of the uniform policy already says which
 branch leads to right answers; sampling by it keeps more ways than improving a policy does. Q-values
 are read off the model's own log-probabilities, so no second network is needed.
+
+    remember   the old policy's mean log-probability over the vocabulary, [S, T] of [S, T, V]
+    prepare    r - mean of the group, on every token
+    loss       Q of the drawn tokens against reward + value of the next token, squared
 """
 
 from __future__ import annotations

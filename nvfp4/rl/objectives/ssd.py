@@ -1,4 +1,11 @@
-"""SSD: sample hot and truncated, then imitate all of it."""
+"""SSD: sample hot and truncated, then imitate all of it.
+
+    sampling   temperature 1.6, top-k 20, top-p 0.8: the tail is cut off, what is left is flattened
+    loss       mean over tokens of -log policy, at temperature 1 and with all tokens
+
+The policy learns the distribution that the sampling rule has made of it. Nobody judges: what such
+samples get wrong is learnt as well as what they get right.
+"""
 
 from __future__ import annotations
 
