@@ -42,6 +42,8 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     dtype = _emulated(x, weight, bias)
     if dtype is None:
         return F.linear(x, weight, bias)
+
+    # under autocast dtype is autocast's, otherwise that of all three
     x, weight = x.to(dtype), weight.to(dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = product(rows, weight, None if bias is None else bias.to(dtype))
@@ -62,6 +64,9 @@ def product(
     gradients have the dtypes of what they are gradients of.
     """
     dtype = a.dtype if out_dtype is None else out_dtype
+
+    # the operator only where somebody has to see it: at width 128 the dispatcher takes as long as
+    # the product
     if is_traced(a):
         return _operator(a, b, bias, dtype)
     if torch.is_grad_enabled() and (
@@ -99,6 +104,8 @@ def _emulated(
     """The dtype of a linear layer's product if it is computed here; None: torch computes it."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or is_dtensor(x) or is_dtensor(weight):
         return None
+
+    # the dtype that F.linear would multiply in; where it would raise, it shall
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         if torch.float64 in (x.dtype, weight.dtype):
@@ -127,10 +134,7 @@ def _gradients(
 
 
 class _Product(torch.autograd.Function):
-    """``product`` in eager mode.
-
-    Without the dispatcher, which at width 128 takes as long as the product.
-    """
+    """``product`` in eager mode, without the dispatcher."""
 
     @staticmethod
     def forward(
@@ -166,6 +170,7 @@ def _(a, b, bias, dtype):
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """What ``_gradients`` reads: both operands, and three dtypes."""
     a, b, bias, _ = inputs
     ctx.save_for_backward(a, b)
     ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)

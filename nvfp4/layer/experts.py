@@ -85,8 +85,11 @@ def grouped_linear(
             f"x {tuple(x.shape)} and sizes {list(sizes)} do not fit weights {tuple(weight.shape)}"
         )
     dtype = output_dtype(x, weight)
+
+    # nothing to multiply, but a graph to hang on
     if x.shape[0] == 0:
-        return F.linear(x, weight[0]).to(dtype)  # nothing to multiply, but a graph to hang on
+        return F.linear(x, weight[0]).to(dtype)
+
     if torch.is_grad_enabled():
         return _GroupedFunction.apply(x, weight, tuple(sizes), state, dtype)
     return _forward(state, x, weight, sizes, dtype, NO_GRADIENTS)[0]
@@ -124,6 +127,7 @@ def _forward(
             dense.append(dense_fprop(call, rows, w, None, dtype))
         else:
             pairs.append((operands.x, operands.w))
+
     return [torch.cat(dense or _grouped(call, pairs, dtype)), *saved]
 
 
@@ -142,12 +146,14 @@ def _backward(
     dtypes: Dtypes,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dx [S, K], dw [E, N, K]); saved: of every expert with rows. shape: of the weight."""
+    # every expert's operands, quantised by themselves
     groups = _groups(dy, sizes)
     operands = [
         backward_operands(expert_call(call, e), rows, own, needs)
         for (e, rows), own in zip(groups, saved, strict=True)
     ]
 
+    # dgrad: the rows of all experts, in their order
     dx = dw = None
     if needs.dx:
         pairs = [each.dgrad for each in operands]
@@ -156,6 +162,8 @@ def _backward(
                 call, [rows for _, rows in groups], pairs, [own.for_dx for own in saved], dtypes.dx
             )
         )
+
+    # wgrad: an expert without rows keeps its zeros
     if needs.dw:
         pairs = [each.wgrad for each in operands]
         parts = _products(
@@ -196,7 +204,8 @@ class _GroupedFunction(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:2])
         y, *codes = _forward(state, x, weight, sizes, dtype, needs)
         ctx.save_for_backward(*codes, *inputs_to_save(state.specs, needs, weight, x))
-        # noise: see ``linear.py``
+
+        # noise is no saved tensor: see ``linear.py``
         ctx.noise, ctx.key, ctx.backend = state.noise.state, state.key, state.backend
         ctx.sizes, ctx.needs, ctx.shape = sizes, needs, weight.shape
         ctx.dtypes = Dtypes(x.dtype, weight.dtype)
@@ -227,8 +236,12 @@ def _unpack(
     _, n, k = shape
     specs = saved_specs(call.recipe)
     rest = iter(tensors)
+
+    # the codes of each expert that got rows; others saved nothing
     active = [(e, size) for e, size in enumerate(sizes) if size]
     saved = [unpack(rest, call.recipe, needs, (size, k, n), on_device=False) for _, size in active]
+
+    # what was saved whole is cut up
     if needs.dx and specs.for_dx is None:
         weight = next(rest)
         saved = [own._replace(for_dx=weight[e]) for own, (e, _) in zip(saved, active, strict=True)]
@@ -268,6 +281,7 @@ class Experts(nn.Module):
     def _routed(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        """``forward`` in NVFP4, where a compiler does not look."""
         if any(is_dtensor(getattr(self, name)) for name in STACKS) or getattr(
             self, "_is_expert_parallel", False
         ):
@@ -277,7 +291,8 @@ class Experts(nn.Module):
                 "or convert without experts=True)"
             )
 
-        # one row per token and expert it goes to, ordered by expert
+        # one row per token and expert it goes to, ordered by expert: x [T k, H]; ``tolist`` is the
+        # one time that the host waits for the device
         tokens, per_token = hidden_states.shape[0], top_k_index.shape[-1]
         experts = top_k_index.reshape(-1)
         order = experts.argsort(stable=True)

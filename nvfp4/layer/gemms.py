@@ -69,8 +69,11 @@ class LayerCall(NamedTuple):
         """
         pair = getattr(self.recipe, gemm)
         spec = pair.right if side == RIGHT else pair.left
+
+        # nearest rounding without a rotation reads no seed
         if spec.options_without_noise is not None:
             return spec.rule, spec.options_without_noise
+
         sign_seed, seeds = self.noise.seeds(gemm)
         if partner is not None and partner.sign_seed is not None:
             sign_seed = partner.sign_seed
@@ -83,8 +86,11 @@ class LayerCall(NamedTuple):
         quantised again. partner: as in ``quantizer``.
         """
         quantizer, options = self.quantizer(gemm, side, partner)
+
+        # one part of a matrix that is spread over processes asks the others for its scale
         if self.shards is not None and self.shards.needs_amax(gemm, side, options):
             return self.shards.quantize(x, quantizer, options, self.backend)
+
         if isinstance(x, QTensor):
             return requantize_with(x, quantizer, options, backend=self.backend)
         return quantize_with(x, quantizer, options, backend=self.backend)
@@ -117,6 +123,8 @@ def forward(
     it is known.
     """
     operands, saved = forward_operands(call, x, weight, needs, w_amax, w_codes)
+
+    # weights alone in FP4, or nothing: the product is dense
     if operands.x is None or operands.w is None:
         y = dense_fprop(call, x, weight if operands.w is None else operands.w, bias, dtype)
     else:
@@ -174,7 +182,11 @@ def forward_operands(
     w_amax: torch.Tensor | None = None,
     w_codes: QTensor | None = None,
 ) -> tuple[ForwardOperands, Saved]:
-    """What fprop multiplies, and what the backward needs; w_amax, w_codes: as in ``forward``."""
+    """What fprop multiplies, and what the backward needs; w_amax, w_codes: as in ``forward``.
+
+    x is read once where fprop and wgrad both quantise it, and so is dy in the backward (on a CPU
+    rtn 5.2 -> 4.5 ms, sr 8.5 -> 7.6; nothing for ms_eden, which is bound by arithmetic).
+    """
     recipe = call.recipe
     specs = saved_specs(recipe)
 
@@ -204,9 +216,12 @@ def forward_operands(
 
 def _x_operands(call: LayerCall, x: torch.Tensor, both: bool) -> tuple[QTensor, QTensor | None]:
     """fprop's operand of x and, if ``both`` and in one read, wgrad's operand x^T."""
+    # never written, x is computed in the kernel that quantises it
     if isinstance(x, LazyActivation):
         columns = call.quantizer("wgrad", RIGHT) if both else None
         return x.operands(call.quantizer("fprop", LEFT), columns, call.backend)
+
+    # parts of a whole are quantised one orientation at a time; the caller does the other
     if not both or call.shards is not None:
         return call.operand(x, "fprop", LEFT), None
     rows, columns = call.quantizer("fprop", LEFT), call.quantizer("wgrad", RIGHT)
@@ -240,6 +255,7 @@ def backward_operands(
     w = _w_operand(call, saved.for_dx) if needs.dx and recipe.dgrad.quantized else None
     x = _x_transposed(call, saved.for_dw) if needs.dw and recipe.wgrad.quantized else None
 
+    # dy along N for dgrad and along the tokens for wgrad, from one read
     if w is not None and x is not None and call.shards is None:
         rows, columns = (
             call.quantizer("dgrad", LEFT),
@@ -256,6 +272,7 @@ def backward_operands(
 
 def _w_operand(call: LayerCall, saved: Matrix | None) -> QTensor:
     """dgrad's operand w^T [K, N], contracted along N."""
+    # 16x16 blocks: fprop's own codes, rows and columns exchanged
     if call.recipe.dgrad.right.source == "codes":
         return transpose(cast(QTensor, saved), backend=call.backend)
     return call.operand(

@@ -11,6 +11,11 @@ graph, and one NaN for memory. Its views that keep the last axis share one ``Act
 which holds the inputs, the codes made so far (layers that ask for equal operands, such as q, k and
 v, or gate and up, share them) and the values, once written. The backward recomputes what it needs
 from the inputs (``numerics/activations.py`` has the formulas and their gradients).
+
+Three pieces of autograd hold it together. ``_Apply`` puts the activation into the graph: it returns
+the one NaN, expanded to [..., K], and its backward gives the gradients of the inputs. A converted
+layer uses the lazy tensor as its x, so that dx arrives there as for any other input. ``_Write``
+leads from the same place to the values, if they are asked for.
 """
 
 from __future__ import annotations
@@ -37,10 +42,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """``activations.RMSNorm`` of x [..., K] with weight [K], lazily.
 
-    Dtypes: float32, bfloat16 or float16, any mixture.
-
-    backend: for the backward. Raises TypeError for another dtype, ValueError if the shapes do not
-    fit.
+    x, weight: float32, bfloat16 or float16, any mixture. backend: for the backward. Raises
+    TypeError for another dtype, ValueError if the shapes do not fit.
     """
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -60,7 +63,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: str = AUTO) -> torc
 class ActivationFormula:
     """What a ``LazyActivation`` and its views stand for.
 
-    codes: the operands made of it. values: itself, once written.
+    activation: inputs as matrices [M, K]. codes: the operands made of it so far, by what was asked
+    for. values: the activation itself, once written.
     """
 
     def __init__(self, activation: Activation) -> None:
@@ -79,6 +83,7 @@ class ActivationFormula:
 
 
 def _versions(activation: Activation) -> list[int | None]:
+    """What changes when an input is written to in place; inference tensors do not tell."""
     return [None if t.is_inference() else t._version for t in (activation[0], activation[1])]
 
 
@@ -95,6 +100,8 @@ class LazyActivation(torch.Tensor):
         if func in _DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+
+        # another shape, but not another dtype (``view`` takes either)
         if func in _RESHAPING and not any(
             isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())
         ):
@@ -124,6 +131,7 @@ class LazyActivation(torch.Tensor):
         """The activation as an ordinary tensor, with this one's gradient; computed once."""
         formula = self.formula
         with torch._C.DisableTorchFunctionSubclass():
+            # once, but again where a graph is wanted and they were written without one
             wants_graph = torch.is_grad_enabled() and self.requires_grad
             if formula.values is None or (wants_graph and not formula.values.requires_grad):
                 formula.check()
@@ -131,6 +139,7 @@ class LazyActivation(torch.Tensor):
                     formula.values = _Write.apply(
                         self.as_subclass(torch.Tensor), formula.activation
                     )
+
             # not a view of it where it fits: hooks and retain_grad must reach what layers use
             return (
                 formula.values
@@ -143,7 +152,7 @@ class LazyActivation(torch.Tensor):
     ) -> tuple[QTensor, QTensor | None]:
         """The matrix [M, K] along K and, with ``columns``, its transpose along M.
 
-        Made once for equal specs.
+        Made once for equal specs and backend, however many layers ask.
         """
         formula = self.formula
         key = tuple(None if spec is None else (spec[0].name, spec[1]) for spec in (rows, columns))
@@ -168,6 +177,7 @@ _DESCRIBING = _functions(
     "is_floating_point", "is_complex", "is_inference", "__len__", "__hash__",
 )  # fmt: skip
 """What can be said of it without its values."""
+
 _RESHAPING = frozenset((torch.Tensor.reshape, torch.Tensor.view, torch.reshape))
 
 
@@ -179,6 +189,7 @@ def _lazy(
     backend: str,
 ) -> torch.Tensor:
     """kind(first, second, *rest), not computed; the inputs are checked."""
+    # a formula's inputs are tensors in memory
     first, second = (t.written() if isinstance(t, LazyActivation) else t for t in (first, second))
     if first.dtype not in INPUT_DTYPES or second.dtype not in INPUT_DTYPES:
         raise TypeError(
@@ -186,6 +197,7 @@ def _lazy(
         )
     if first.device != second.device:
         raise ValueError(f"inputs are on different devices: {first.device} and {second.device}")
+
     graph = _Apply.apply(first, second, kind, rest, backend)
     return _with_formula(
         graph, ActivationFormula(_matrix(kind, first.detach(), second.detach(), rest))
@@ -220,7 +232,7 @@ def _with_formula(graph: torch.Tensor, formula: ActivationFormula) -> LazyActiva
 
 
 class _Apply(torch.autograd.Function):
-    """Its place in the graph; the backward recomputes what it needs."""
+    """The place of a lazy activation in the graph; the backward recomputes what it needs."""
 
     @staticmethod
     def forward(
@@ -233,6 +245,8 @@ class _Apply(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(first, second)
         ctx.kind, ctx.rest, ctx.backend = kind, rest, backend
+
+        # all the memory it has: one NaN, so that whoever reads past ``written`` sees it
         dtype = torch.promote_types(first.dtype, second.dtype)
         return torch.full((1,), float("nan"), dtype=dtype, device=first.device).expand(first.shape)
 

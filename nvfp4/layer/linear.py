@@ -44,7 +44,10 @@ def _forward(
     dtype: torch.dtype,
     needs: Needs,
 ) -> list[torch.Tensor]:
-    """y [M, N] in ``dtype`` of x [M, K], then the tensors of codes that the backward needs."""
+    """y [M, N] in ``dtype`` of x [M, K], then the tensors of codes that the backward needs.
+
+    RuntimeError if the noise of a capturable layer is on another device than x.
+    """
     noise = state.noise
     if noise.capturable and noise.state.device != x.device:
         raise RuntimeError(
@@ -104,6 +107,8 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         saved, needs, dtypes = ctx.saved_tensors, ctx.needs, ctx.dtypes
+
+        # as in the forward: the operator where somebody watches, else the function itself
         if is_traced(dy):
             _check_whole(ctx.shards)
             how = (ctx.noise, ctx.key, ctx.backend, list(needs), ctx.features)
@@ -111,6 +116,8 @@ class _LinearFunction(torch.autograd.Function):
         else:
             call = LayerCall.of(ctx.key, ctx.backend, ctx.noise, ctx.capturable, ctx.shards)
             gradients = gemms.backward(call, dy, saved, needs, ctx.features, dtypes)
+
+        # here, and not in the forward: a recomputed forward has to meet the same noise
         ctx.noise[CALLS].add_(1)
 
         in_order = iter(gradients)
@@ -144,6 +151,8 @@ class Linear(nn.Linear):
         Raises ValueError if x has another last dimension, TypeError if the dtypes do not fit.
         """
         x, state = input, self.nvfp4
+
+        # it would record kernels as constants
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace cannot record an nvfp4 layer: use torch.export or torch.compile"
@@ -159,6 +168,8 @@ class Linear(nn.Linear):
         # costs an import that a model of plain parameters need not pay
         from nvfp4.layer.tensor_parallel import layout
 
+        # parts are plain tensors, so that from here on a part is a layer; ``shards`` tells operands
+        # which of them need the amax of the whole
         where = layout(x, self.weight)
         self.nvfp4.noise.rank = where.noise_rank
         state = replace(self.nvfp4, shards=where.shards)
@@ -184,10 +195,12 @@ def _linear(
         raise ValueError(f"x must be [..., in_features={weight.shape[1]}], got {tuple(x.shape)}")
     dtype = output_dtype(x, weight)
 
+    # [M, K]; values are written only where the recipe cannot quantise the formula
     rows = x.reshape(-1, weight.shape[1])
     if isinstance(rows, LazyActivation) and not state.can_quantize_lazily(rows):
         rows = rows.written()
 
+    # without a graph there is nothing to save
     if torch.is_grad_enabled():
         y = _LinearFunction.apply(rows, weight, bias, state, dtype)
     else:

@@ -1,4 +1,4 @@
-"""Where a layer's random bits come from: a function of these numbers and of nothing else.
+"""Where a layer's random bits come from: four numbers, and nothing else.
 
     sign seed of a GEMM        fold_in(seed, layer, call, GEMM): both operands rotate alike,
                                wherever they are made
@@ -79,6 +79,7 @@ class Noise:
         with torch.inference_mode(False):  # a model converted for a rollout may train later
             self.state = state.to(device, copy=True)
         self.capturable = capturable
+
         # a compiled backward advances it, which CUDA graphs allow at fixed addresses only
         if capturable:
             from torch._dynamo import mark_static_address  # takes seconds to import
@@ -144,6 +145,7 @@ class DeviceNoise:
     def seeds(self, gemm: str) -> GemmSeeds:
         """The seeds of one GEMM, the same objects each time: both operands must see equal signs."""
         if gemm not in self._seeds:
+            # one launch makes the seeds of all three GEMMs, [3, 3]
             if self._table is None:
                 self._table = draw_seeds(self._state, _process(), len(GEMMS), backend=self._backend)
             sign_seed, left, right = map(DeviceSeed, self._table[GEMMS.index(gemm)].unbind())
@@ -166,6 +168,7 @@ def gemm_seeds(state: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[
 
 
 def _process() -> int:
+    """The rank of this process, 0 where there is one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -173,5 +176,6 @@ def _process() -> int:
 def _gemm_seeds(
     seed: int, layer: int, call: int, gemm: int, rank: int
 ) -> tuple[int, tuple[int, int]]:
+    """The formulas at the head of the file; gemm: its place in GEMMS."""
     sign_seed = fold_in(seed % 2**64, layer, call, gemm)
     return sign_seed, (fold_in(sign_seed, 1 + LEFT, rank), fold_in(sign_seed, 1 + RIGHT, rank))

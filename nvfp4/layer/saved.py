@@ -92,6 +92,7 @@ def saved_specs(recipe: Recipe) -> SavedSpecs:
 
 @lru_cache(maxsize=256)
 def _saved_specs(key: str) -> SavedSpecs:
+    """The table at the head of the file, for the recipe with this key."""
     recipe = Recipe.from_key(key)
     w, x = recipe.dgrad.right, recipe.wgrad.right
     for_dx = None if w.source == "tensor" else recipe.fprop.right
@@ -130,6 +131,7 @@ def unpack(
 
     sizes: (M, K, N). on_device: whether the seeds of signs lie on a device, or are read here.
     """
+    # in the order of ``pack``: w, then x
     specs = saved_specs(recipe)
     w_shape, x_shape = specs.shapes(*sizes)
     for_dx = for_dw = None
@@ -157,10 +159,13 @@ def empty(
     for need, spec, shape in zip(needs, specs[:2], specs.shapes(*sizes), strict=False):
         if not need or spec is None:
             continue
+
         options = spec.static_options
         tensors += QTensor.empty(
             shape, options.block, options.row_scaled, options.rotation, device
         ).tensors
+
+        # the seed of the signs, which travels with the codes
         if _draws_signs(spec):
             tensors.append(
                 torch.empty((), dtype=torch.int64, device=device if capturable else "cpu")
@@ -169,6 +174,7 @@ def empty(
 
 
 def _draws_signs(spec: Operand) -> bool:
+    """Whether the operand is rotated by signs that each call draws."""
     rotation = spec.static_options.rotation
     return rotation is not None and not rotation.fixed
 
@@ -195,6 +201,8 @@ def _unpack_codes(
     options = spec.static_options
     codes, block_scale, global_scale = next(tensors), next(tensors), next(tensors)
     rotation = options.rotation
+
+    # the signs of the call that made the codes, whichever it was
     if rotation is not None and not rotation.fixed:
         bits = next(tensors)
         sign_seed = DeviceSeed(bits) if on_device else int(bits) % 2**64

@@ -1,9 +1,19 @@
 """Matrices of which every process holds a part, quantised as if each process held them whole.
 
+    part x [M, K]  -> its magnitude, float32 [1]   no copy of x
+                   -> all-reduce, maximum          one number (row-scaled: M)
+                   -> codes of x under that amax   the codes that x has in the whole, bit for bit
+
 The one thing that codes of a part need to know of the whole is its largest magnitude, from which
 the global scale is made; blocks need nothing, as long as no block is cut (1x16 blocks: cut the
-contraction axis at multiples of 16; 16x16 tiles: the rows too). So an all-reduce of one number
-gives every part the codes that it has in the whole, bit for bit.
+contraction axis at multiples of 16; 16x16 tiles: the rows too).
+
+That holds for deterministic, unrotated operands. A rotated one is scaled by what the rotation makes
+of it, and the noise of a stochastic one depends on places in the whole; both scale by their own
+part, which is as unbiased.
+
+``GatheredWeight`` is the other thing here: a weight that FSDP gathered as FP4 codes instead of
+values (``nvfp4.fp4_all_gather``), so the layer finds its operand ready made.
 """
 
 from __future__ import annotations
@@ -133,6 +143,7 @@ class GatheredWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What FSDP does to a parameter; RuntimeError for anything that needs the values."""
+        # another view of the same codes, or a gradient to start from
         weight = args[0]
         if func is torch.ops.aten.detach.default:
             return cls(weight.codes, weight.dtype)

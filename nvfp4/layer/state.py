@@ -45,7 +45,9 @@ class LinearState:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "recipe":  # worked out once, since every call asks
+
+        # worked out once per recipe, since every call asks
+        if name == "recipe":
             self.key = value.key
             self.specs = saved_specs(value)
 
@@ -77,8 +79,12 @@ class LinearState:
         operand.
         """
         spec = self.recipe.fprop.right
+
+        # FSDP gathered codes instead of values
         if isinstance(weight, GatheredWeight) and spec.quantized:
             return (weight.codes,)
+
+        # a stochastic operand is another one at every call; None, too, for fprop in high precision
         if spec.options_without_noise is None:
             return None
         return self.cache.get(weight, self.key, self.backend, self.quantized, call)

@@ -73,6 +73,8 @@ class Layout:
         parts = _part(x, self.x_grad), _part(weight, self.weight_grad)
         if bias is None:
             return *parts, None
+
+        # partial sums are added up over the mesh, so one process alone may add the bias
         part = _part(bias, self.bias_grad)
         if self.y.is_partial():
             part = _OnFirst.apply(part, self.mesh.get_local_rank() == 0)
@@ -83,6 +85,8 @@ class Layout:
         # tokens: their number is known part by part only
         if isinstance(self.y, Shard) and self.y.dim != y.dim() - 1:
             return DTensor.from_local(y, self.mesh, [self.y], run_check=False)
+
+        # elsewhere the shape is known; without it DTensor takes every part to be as large as this
         shape = torch.Size((*y.shape[:-1], size))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
@@ -112,6 +116,7 @@ def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
             f"{which}: call the module that fully_shard wrapped, or parallelize this layer by "
             f"ColwiseParallel or RowwiseParallel"
         )
+
     mesh = weight.device_mesh
     if mesh.ndim != 1 or x.device_mesh != mesh:
         raise TypeError(
@@ -137,5 +142,6 @@ def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
 
 
 def _part(x: torch.Tensor, grad: Placement) -> torch.Tensor:
+    """This process's part of x; grad: how the gradient of the part is to be taken."""
     assert isinstance(x, DTensor)
     return x.to_local(grad_placements=[grad])

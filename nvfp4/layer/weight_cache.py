@@ -11,10 +11,12 @@ after which they are in memory.
     FIXED        version counter, storage, strides stay      ``nvfp4.fixed_weights``
     AFTER_STEP   as FIXED; new codes go where the old lay    ``nvfp4.after_step``
 
-BYTES sees every change. FIXED misses what leaves no trace: a fused optimiser, writes through
-``.data``, custom kernels; whoever does that calls ``forget``. The key also holds dtype, shape,
-device, recipe and backend and, if layers share an amax (``AmaxGroup``), what the others' weights
-are.
+BYTES sees every change, and costs 0.7 ms for 4096 x 4096 in BF16, a seventh of quantising it. The
+version counter alone will not do as a default: ``torch.optim.AdamW(fused=True)`` does not advance
+it, nor do writes through ``.data``, and a model that relied on it trained on its first weights
+(loss .933 instead of .063 after 100 steps of a toy). FIXED is therefore for a scope, and whoever
+writes without a trace within it calls ``forget``. The key also holds dtype, shape, device, recipe
+and backend and, if layers share an amax (``AmaxGroup``), what the others' weights are.
 
 Nothing is kept of a stochastic operand, in a traced graph, or under torch.distributed, where FSDP
 refills a weight's memory unseen. A CUDA graph may read only codes that stay where they are
@@ -54,7 +56,10 @@ class Mode(Enum):
 
 
 class Done:
-    """A point of the current CUDA stream of ``device``; nothing on devices without streams."""
+    """A point of the current CUDA stream of ``device``; nothing on devices without streams.
+
+    Codes that were made on one stream may be read on another, which has to wait for them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -84,10 +89,10 @@ class CachedCodes(NamedTuple):
 
 
 class WeightCache:
-    """The codes of one weight. group: the layers that share its amax, if any.
+    """The codes of one weight, and by what they are known to be still its own.
 
-    Copies and pickles keep the group and nothing else: they lie outside of the scope that chose the
-    mode.
+    group: the layers that share its amax, if any. Copies and pickles keep the group and nothing
+    else: they lie outside of the scope that chose the mode.
     """
 
     def __init__(self, group: AmaxGroup | None = None) -> None:
@@ -102,9 +107,12 @@ class WeightCache:
         """What changes when ``weight`` does, as the mode has it."""
         if is_traced(weight):
             return None
+
+        # an inference tensor has no version
         if self.mode is Mode.BYTES or weight.is_inference():
             number = fingerprint(weight, backend=backend)
             return None if number is None else (number,)
+
         # a weak reference, since a freed weight's address may be given to the next one, as in
         # .bfloat16().float()
         storage = StorageWeakRef(weight.untyped_storage())
@@ -119,10 +127,8 @@ class WeightCache:
     ) -> Codes | None:
         """The codes of ``weight``, by ``make(weight, call, amax)`` if they are not here.
 
-        None if they are not to be kept.
-
-        recipe: its ``Recipe.key``. RuntimeError where layers share an amax and their weights are
-        not here together.
+        None if they are not to be kept. recipe: its ``Recipe.key``. RuntimeError where layers share
+        an amax and their weights are not here together.
         """
         # what the codes depend on, or None if there is no telling
         if dist.is_available() and dist.is_initialized():
@@ -135,6 +141,8 @@ class WeightCache:
 
         # read once: another thread may end the scope
         entry = self.entry
+
+        # a graph may read codes that stay where they are, and no others
         if is_capturing():
             return (
                 entry.codes
@@ -166,6 +174,7 @@ class WeightCache:
         with torch.inference_mode(False), torch.no_grad():
             for target, source in zip(old.codes, new.codes, strict=True):
                 target.overwrite(source)
+
         self.entry = CachedCodes(new.key, old.codes, Done(old.codes[0].device))
 
     def forget(self) -> None:
@@ -216,21 +225,25 @@ class AmaxGroup:
         return tuple(contents)
 
     def amax(self, contents: tuple[Content, ...]) -> torch.Tensor:
-        """Float32 [1]. contents: from ``contents``.
+        """The largest magnitude of all, float32 [1]; contents: from ``contents``.
 
         In a CUDA graph every magnitude is worked out anew, since a replay may find other weights.
         """
         magnitudes = []
         for position, (layer, content) in enumerate(zip(self.layers, contents, strict=True)):
+            # no telling whether it is the same, or a graph that will ask again
             if content is None or is_capturing():
                 magnitudes.append(magnitude(layer.weight.detach()))
                 continue
+
+            # its magnitude from an earlier call, or from now on
             known = self._magnitudes.get(position)
             if known is None or known[0] != content:
                 fresh = magnitude(layer.weight.detach())
                 known = self._magnitudes[position] = (content, fresh, Done(fresh.device))
             known[2].before_reading((known[1],))
             magnitudes.append(known[1])
+
         return torch.cat(magnitudes).amax(dim=0, keepdim=True)
 
     def forget(self) -> None:
