@@ -83,6 +83,7 @@ def convert(
     plan = selection.plan(model)
     plan.complain(strict)
 
+    # indices go on after those of layers that are converted already
     separated = _separate_noise(model)
     _carry_out(plan, seed, _next_index(model), backend)
 
@@ -100,6 +101,7 @@ def convert(
 
 def _carry_out(plan: ConversionPlan, seed: int, index: int, backend: str) -> None:
     """Change the modules of a plan; ``index``: of the first one's noise."""
+    # linears: the class and one attribute, or the reason to keep them
     for decision in plan.decisions:
         module = decision.module
         if decision.recipe is not None:
@@ -112,6 +114,7 @@ def _carry_out(plan: ConversionPlan, seed: int, index: int, backend: str) -> Non
         elif decision.reason != ALREADY:
             module.nvfp4_kept = decision.reason  # type: ignore[assignment]
 
+    # stacks of experts: a state per stack, by the name of its parameter
     for of_experts in plan.experts:
         if of_experts.recipe is not None:
             stacks = {}
@@ -137,8 +140,9 @@ def revert(model: nn.Module) -> nn.Module:
             "shard the blocks that hold the layers; nvfp4.disabled(model) computes in high "
             "precision either way"
         )
-    fuse(model, False)
 
+    # so does this: it raises before it changes anything
+    fuse(model, False)
     for module in model.modules():
         vars(module).pop("nvfp4_kept", None)
     for module in converted:
@@ -148,13 +152,11 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _separate_noise(model: nn.Module) -> Sequence[str]:
-    """Give converted layers that share seed and index their own index; returns their names.
+    """Give copies of converted layers within one model noise of their own; returns their names.
 
-    Only copies share both.
-
-    Two layers of one model with the same noise make errors that add up instead of averaging out. A
-    copy that stands alone, as a moving average or a reference does, is not met here and keeps its
-    noise.
+    Only copies share seed and index. Two layers of one model with the same noise make errors that
+    add up instead of averaging out. A copy that stands alone, as a moving average or a reference
+    does, is not met here and keeps its noise.
     """
     seen: set[tuple[int, int]] = set()
     renamed = []
@@ -172,6 +174,7 @@ def _separate_noise(model: nn.Module) -> Sequence[str]:
 
 
 def _next_index(model: nn.Module) -> int:
+    """The index that no layer of the model has yet, in conversion order."""
     return 1 + max((state.noise.layer for state in states(model).values()), default=-1)
 
 

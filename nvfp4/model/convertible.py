@@ -37,6 +37,7 @@ def has_stacks(module: nn.Module) -> bool:
 
 
 def _rank(tensor: object) -> int | None:
+    """Its number of axes, None for what is no tensor."""
     return tensor.dim() if isinstance(tensor, torch.Tensor) else None
 
 
@@ -77,7 +78,7 @@ def why_not_experts(module: nn.Module) -> str | None:
     if isinstance(module, Experts):
         return ALREADY
 
-    # the layout
+    # the layout: up [E, 2 I, H] and down [E, H, I], with act(gate) * up between them
     up, down = stacks
     if not (
         isinstance(up, nn.Parameter)
@@ -129,6 +130,7 @@ def bypassed(model: nn.Module) -> dict[int, str]:
 
 
 def _may_take_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether its forward, in eval mode, may be the one fused kernel."""
     is_torchs = type(layer).forward is nn.TransformerEncoderLayer.forward
     return is_torchs and layer.self_attn.batch_first and torch.backends.mha.get_fastpath_enabled()
 
@@ -138,10 +140,13 @@ def not_linear(model: nn.Module, converted: Collection[int] = ()) -> tuple[str, 
 
     converted: modules, by id, that are about to be; experts that are already do not count either.
     """
+    # GPT-2's Conv1D is a linear layer with a transposed weight
     conv1d = sum(
         type(m).__name__ == "Conv1D" and _rank(getattr(m, "weight", None)) == 2
         for m in model.modules()
     )
+
+    # a parameter of three axes in something that calls itself experts
     experts = 0
     for name, module in model.named_modules():
         done = isinstance(module, Experts) or id(module) in converted

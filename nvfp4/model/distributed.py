@@ -9,6 +9,14 @@
 Weights under FSDP2 are DTensors outside of forward and plain tensors inside, so a converted layer
 notices nothing. Quantised weights are not kept between calls while torch.distributed runs: gathered
 memory comes and goes.
+
+With ``fp4_all_gather`` the way of a weight is
+
+    shard [N/P, K]  -> amax, all-reduced: one number  -> codes and scales of the shard
+                    -> FSDP2 gathers their bytes      -> ``GatheredWeight``, which fprop takes as it
+                                                         is, and dgrad transposes or decodes
+
+Blocks are whole in every shard, so the codes are those of the whole weight, bit for bit.
 """
 
 from __future__ import annotations
@@ -76,6 +84,7 @@ def fp4_all_gather(model: nn.Module, enabled: bool = True) -> dict[str, str]:
     enabled: False goes back to gathering in high precision, e.g. for ``nvfp4.disabled(model)``.
     Returns the layers that are still gathered in high precision by name, each with the reason.
     """
+    # of every sharded parameter: is it a weight of ours, and may it travel as codes?
     names = {id(layer): name for name, layer in layers(model).items()}
     reasons: dict[str, str | None] = dict.fromkeys(names.values(), "not sharded")
     for parameter in _sharded_parameters(model):
@@ -96,9 +105,9 @@ def _pre_all_gather(
     module: nn.Module,
     mp_policy: MixedPrecisionPolicy,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-    """What FSDP2 sends of a weight: its shard's codes, block scales and global scale.
+    """What FSDP2 sends of a weight: codes, block scales and global scale of its shard.
 
-    And what it hands on: (block, shape of the whole).
+    And what it hands on to ``_post_all_gather``: (block, shape of the whole).
     """
     part = shard()
     assert part is not None
@@ -110,6 +119,7 @@ def _pre_all_gather(
     options = spec.options_given_amax
     assert options is not None
 
+    # in the dtype of the forward, as it would have been gathered
     part = part if mp_policy.param_dtype is None else part.to(mp_policy.param_dtype)
     amax = amax_of_parts(part, mesh.get_group())
     q = quantize_with_amax(part, spec.rule, options, amax, backend=module.nvfp4.backend)
@@ -130,12 +140,14 @@ def _post_all_gather(
     if out is not None:
         return None
     codes, block_scale, global_scale = gathered
+
     # every process sends the same global scale
     q = QTensor(codes, block_scale, global_scale[:1], *record)
     return GatheredWeight(q, dtype), ()
 
 
 def _sharded_parameters(model: nn.Module) -> list[Any]:
+    """FSDP2's records of all parameters that it shards; ValueError if there are none."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not modules:
         raise ValueError(

@@ -5,8 +5,11 @@
     silu(gate) * up -> down   the MLP hands ``swiglu(gate, up)`` to down_proj
 
 A module keeps its identity, as under ``convert``: its class becomes a subclass of what it was
-(``reclass.py``), and nothing else changes. What a module computes is found out by trying it on
-random numbers, not by its name; one that computes something else stays as it is, with the reason.
+(``reclass.py``), and nothing else changes.
+
+A name proves nothing (Gemma's RMSNorm multiplies by 1 + w), so what a module computes is found out
+by a trial: its own forward on random BF16 numbers, with a stand-in for its weight or its layers,
+against the definition. One that computes something else stays as it is, with the reason.
 
 Where operators must be seen as they are (a compiler, a dispatch mode, a DTensor) and under
 ``disabled``, a fused module computes as it did before.
@@ -36,7 +39,7 @@ PROBE_ROWS = 16
 AGREEMENT = 0.99
 """Share of BF16 results of a trial that must be equal.
 
-The order of a sum changes 1 result in 10^5, one more rounding every fourth.
+Another order of a sum changes 1 result in 10^5, one more rounding every fourth.
 """
 
 
@@ -47,8 +50,8 @@ def rms_norm_linear(
 
     The normalised x is quantised once for all converted layers whose recipes ask for equal
     operands, never written, and its codes are kept once for the backward. Layers that are not
-    converted find it as an ordinary tensor.
-    Raises as ``lazy_activation.rms_norm`` and the layers do.
+    converted find it as an ordinary tensor. Raises as ``lazy_activation.rms_norm`` and the layers
+    do.
     """
     normal = rms_norm(x, norm_weight, eps, backend=_backend(*layers))
     return tuple(layer(normal) for layer in layers)
@@ -101,6 +104,7 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
 
 
 def _unfuse(model: nn.Module) -> dict[str, str]:
+    """``fuse(model, False)``: all is checked before anything is changed."""
     fused = {
         name: module for name, module in model.named_modules() if isinstance(module, FusedModule)
     }
@@ -161,10 +165,12 @@ class FusedMLP(FusedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """down(silu(gate(x)) * up(x)) of x [..., K]."""
+        # a hook on the activation wants a result that is never made here
         act_fn = self.act_fn
         hooked = act_fn._forward_hooks or act_fn._forward_pre_hooks or act_fn._backward_hooks
         if not self.nvfp4_fused or kwargs or len(args) != 1 or hooked:
             return super().forward(*args, **kwargs)
+
         gate = self.gate_proj(args[0])
         up = self.up_proj(args[0])
         return self.down_proj(act_fn(gate) * up if _needs_tensors(gate, up) else swiglu(gate, up))
@@ -178,6 +184,7 @@ def _needs_tensors(*tensors: torch.Tensor) -> bool:
 
 
 def _eps(module: nn.Module) -> Any:
+    """The norm's epsilon, a float, or None where there is none by these names."""
     return next(
         (vars(module)[name] for name in EPS_NAMES if isinstance(vars(module).get(name), float)),
         None,
@@ -185,11 +192,13 @@ def _eps(module: nn.Module) -> Any:
 
 
 def _backend(*layers: nn.Linear) -> str:
+    """The backend of the first converted layer among them."""
     return next((layer.nvfp4.backend for layer in layers if isinstance(layer, Linear)), "auto")
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[int] | None]]:
     """Modules that look right, by name: norms with the widths around them, MLPs with None."""
+    # a list, since what is yielded may change its class
     seen: set[int] = set()
     for prefix, parent in list(model.named_modules()):
         if all(isinstance(getattr(parent, part, None), nn.Module) for part in MLP_PARTS):
@@ -239,6 +248,8 @@ def _why_not_mlp(module: nn.Module, trials: dict[Any, bool]) -> str | None:
         return "forward_replaced"
     if not isinstance(getattr(down, "base_layer", down), Linear):
         return "not_converted"
+
+    # what it computes depends on these alone, if it has no other parts
     key = (type(module), type(module.get_submodule("act_fn")))
     if key not in trials:
         same_parts = set(dict(module.named_children())) == set(MLP_PARTS)
@@ -282,6 +293,7 @@ def _try_mlp(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _random(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Normal BF16 numbers [rows, columns], without touching torch's own generator."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32).to(
         torch.bfloat16

@@ -1,8 +1,12 @@
 """What convert did to a model, or would do: a row per linear layer, as a table.
 
-report(model)   what runs in which recipe on which backend, and why the rest was kept
-check(model)    the same before anything is changed, with the bytes and the padding it costs;
-                of names and shapes alone, too
+    report(model)    what runs in which recipe on which backend, and why the rest was kept
+    check(model)     the same before anything is changed, with the bytes and the padding it costs;
+                     of names and shapes alone, too
+
+Both read and change nothing. ``report`` reads what ``convert`` left on each layer: its ``nvfp4``
+state, or ``nvfp4_kept``, the reason. ``check`` makes the plan that ``convert`` would carry out
+(``selection.py``) and works out what it costs.
 """
 
 from __future__ import annotations
@@ -28,9 +32,9 @@ from nvfp4.recipes import GEMMS, Operand, Recipe
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer. recipe and backend are None where it was kept, and ``reason`` says why.
+    """One linear layer; recipe and backend are None where it was kept, and ``reason`` says why.
 
-    gemms: the operands of fprop, dgrad and wgrad. precisions: "nvfp4" or "bf16" for each.
+    gemms: the operands of fprop, dgrad and wgrad in words. precisions: "nvfp4" or "bf16" for each.
     """
 
     name: str
@@ -209,6 +213,7 @@ def check(
     )
     plan = selection.plan(model)
     plan.complain(strict)
+
     rows = [_checked(decision, backend) for decision in plan.decisions]
     rows += [row for decision in plan.experts for row in _checked_experts(decision, backend)]
     return Check(tuple(rows), plan.not_linear)
@@ -231,6 +236,7 @@ def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[La
 
 def _checked(decision: Decision[nn.Linear], backend: str) -> LayerCheck:
     """The row of one layer: as it is if converted already, as it would be, or why not."""
+    # a layer that is converted keeps what it has, whatever the arguments say
     module, recipe = decision.module, decision.recipe
     if isinstance(module, Linear):
         recipe, backend = module.nvfp4.recipe, module.nvfp4.backend

@@ -59,9 +59,9 @@ class ConvertWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Decision(Generic[Decided]):
-    """What happens to one module; names: all its paths.
+    """What happens to one module: either a recipe, or the reason to keep it; the other is None.
 
-    Either ``recipe`` or ``reason``, to keep it, is None.
+    names: all its paths.
     """
 
     module: Decided
@@ -97,14 +97,16 @@ class ConversionPlan:
         return f"converted {recipes.total()}{by_recipe}, {_kept(self.decisions)}{extra}{blocks}"
 
     def complain(self, strict: bool, stacklevel: int = 3) -> None:
-        """Warn of what is wrong, or raise ValueError if strict.
+        """Warn of what is wrong with the arguments, or raise ValueError if strict.
 
-        Of what no argument can change it only warns.
+        What no argument can change is a warning either way.
         """
         for message in self.complaints:
             if strict:
                 raise ValueError(message)
             warnings.warn(message, ConvertWarning, stacklevel=stacklevel)
+
+        # experts that stay in high precision hold most weights of such a model
         experts = next((kind for kind in self.not_linear if "expert" in kind), None)
         if experts is not None:
             why = ", ".join(
@@ -121,7 +123,12 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What has to be known of the whole model before one of its layers can be judged."""
+    """What has to be known of the whole model before one of its layers can be judged.
+
+    kept_blocks: dotted names, with the reason. output: the output embedding's modules, by id;
+    knows_output: whether the model says which that is. embeddings: weights of embeddings, by id.
+    bypassed: linears that their owner never calls, by id, with the reason.
+    """
 
     kept_blocks: dict[str, str]
     output: frozenset[int]
@@ -157,6 +164,7 @@ class Selection:
         experts: bool = False,
     ) -> Selection:
         """Check the arguments of ``convert`` and ``check``; an error names the wrong one."""
+        # recipes by pattern, or one for all
         if isinstance(recipe, Mapping):
             wrong = next((pattern for pattern in recipe if not isinstance(pattern, str)), None)
             if wrong is not None:
@@ -168,6 +176,7 @@ class Selection:
             )
         else:
             recipes = ((None, as_recipe(recipe)),)
+
         if filter_fn is not None and not callable(filter_fn):
             raise TypeError(
                 f"filter_fn must be callable as filter_fn(module, name), got {filter_fn!r}"
@@ -214,7 +223,7 @@ class Selection:
         )
 
     def _decide(self, facts: _Facts, module: nn.Linear, paths: list[str]) -> Decision[nn.Linear]:
-        """Of a layer: converted only if every one of its names is.
+        """A layer is converted only if nothing speaks against any of its names.
 
         The first pattern that fits any of them gives the recipe.
         """
@@ -224,7 +233,7 @@ class Selection:
     def _decide_experts(
         self, facts: _Facts, module: nn.Module, paths: list[str]
     ) -> Decision[nn.Module]:
-        """Of stacked experts, by the name of the module.
+        """Stacked experts are judged by the name of the module that holds them.
 
         ``filter_fn`` is not asked, since it expects linears.
         """
@@ -244,6 +253,7 @@ class Selection:
         return None, "no_recipe"
 
     def _why_keep(self, facts: _Facts, module: nn.Linear, name: str) -> str | None:
+        """The first reason that holds, in the order at the head of the file, or None."""
         # asked about every name, whatever else holds
         accepted = self.filter_fn is None or self.filter_fn(module, name)
         why_not = (
@@ -259,6 +269,8 @@ class Selection:
             return "tied_to_embedding"
         if any(part.startswith("lora_") for part in name.split(".")):
             return "adapter"
+
+        # by identity if the model says which layer it is, otherwise by name
         is_output = (
             id(module) in facts.output
             if facts.knows_output
@@ -270,6 +282,8 @@ class Selection:
         """Why the arguments leave a name out, or None."""
         if any(matches(pattern, name) for pattern in self.exclude):
             return "excluded"
+
+        # whoever names what to include means the output embedding too, if it is among that
         if self.include:
             if not any(matches(pattern, name) for pattern in self.include):
                 return "not_included"
@@ -315,6 +329,7 @@ def _with_names(
 
 
 def _nothing_converted(decisions: Sequence[Decision[Any]], unfit: tuple[str, ...]) -> Iterator[str]:
+    """A complaint if no layer is converted, was before, or is left in BF16 on purpose."""
     fine = {None, ALREADY, ON_PURPOSE}
     if not any(decision.reason in fine for decision in decisions):
         extra = f"; not_linear: {', '.join(unfit)}" if unfit else ""
@@ -323,6 +338,7 @@ def _nothing_converted(decisions: Sequence[Decision[Any]], unfit: tuple[str, ...
 
 
 def _kept(decisions: Sequence[Decision[Any]]) -> str:
+    """How many are kept, by reason: "kept 3 (excluded: 2, dtype: 1)"."""
     kept = Counter(decision.reason for decision in decisions if decision.reason is not None)
     detail = ", ".join(f"{reason}: {count}" for reason, count in kept.most_common())
     return f"kept {kept.total()}" + (f" ({detail})" if detail else "")
@@ -366,6 +382,7 @@ def _kept_blocks(
 
 
 def _check_share(name: str, value: int | float) -> None:
+    """ValueError if an argument is neither a number of blocks nor a share of them."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value < (1 if isinstance(value, float) else math.inf):
         wanted = "a number of blocks (int >= 0) or a share (0 <= float < 1)"

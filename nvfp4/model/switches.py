@@ -1,12 +1,15 @@
 """Switches of a model: what it computes changes, what it holds does not.
 
-with disabled(model): ...         every layer as the ``nn.Linear`` it was, norms and MLPs unfused
-forward_precision(model, "bf16")  forward GEMMs in high precision, backward still in NVFP4;
-                                  "nvfp4" switches back
-share_amax(model)                 one scale for q, k and v, one for gate and up, as servers that
-                                  fuse them want
-capturable(model)                 noise on the device, before a CUDA graph is captured
-dense_linears(model)              plain linears at float32's speed where torch emulates BF16
+    with disabled(model): ...           every layer as the ``nn.Linear`` it was, norms and MLPs
+                                        unfused
+    forward_precision(model, "bf16")    forward GEMMs in high precision, backward still in NVFP4;
+                                        "nvfp4" switches back
+    share_amax(model)                   one scale for q, k and v, one for gate and up, as servers
+                                        that fuse them want
+    capturable(model)                   noise on the device, before a CUDA graph is captured
+
+Each sets a field of the layers' ``LinearState`` and touches no parameter, so optimisers, hooks and
+``state_dict`` notice nothing. (``dense_linears``, for what is not converted, is in ``plain.py``.)
 """
 
 from __future__ import annotations
@@ -34,11 +37,10 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the converted layers of ``model`` compute as plain ``nn.Linear``s, e.g.
-    to evaluate.
+    """Within this context the converted layers of ``model`` compute as plain ``nn.Linear``s.
 
     What ``fuse`` changed computes as before, too: to the bit the model that it was, with
-    derivatives of every order.
+    derivatives of every order. For evaluation in high precision, for example.
     """
     before = [(state, state.enabled) for state in states(model).values()]
     for state, _ in before:
@@ -77,9 +79,9 @@ class _Switched(AbstractContextManager[nn.Module]):
 def forward_precision(model: nn.Module, precision: str) -> AbstractContextManager[nn.Module]:
     """Switch every forward GEMM to high precision ("bf16") or back ("nvfp4"), from now on.
 
-    For the end of a training: most of the gap to BF16 comes from the forward pass; in arXiv
-    2509.25149 a BF16 forward with an NVFP4 backward over the last part brought it from 1.5 % to 0.5
-    %. "bf16" stands for the dtype that ``F.linear`` would use; the backward quantises x and w
+    For the end of a training: most of the gap to BF16 comes from the forward pass. In arXiv
+    2509.25149 a BF16 forward with an NVFP4 backward over the last part brought it from 1.5 % to
+    0.5 %. "bf16" stands for the dtype that ``F.linear`` would use; the backward quantises x and w
     themselves, with the recipe's quantisers and noise, where it used the codes of the forward. A
     recipe whose backward is not quantised (rl) then computes as a plain layer.
 
@@ -96,6 +98,7 @@ def forward_precision(model: nn.Module, precision: str) -> AbstractContextManage
             "forward_precision: the model has no converted layer", ConvertWarning, stacklevel=2
         )
 
+    # a layer that is switched already keeps the recipe that it came from
     before = [(state, state.recipe, state.full_recipe) for state in here]
     for state, recipe, full_recipe in before:
         if precision == "bf16" and full_recipe is None:
@@ -113,17 +116,19 @@ def capturable(model: nn.Module, enabled: bool = True) -> nn.Module:
     Call it before a CUDA graph is captured, and before its warm-up: kernels then draw their seeds
     from the device's memory and the backward advances it there, so every replay makes new noise,
     the very noise that eager calls would make. Changes no result; costs one small kernel per
-    forward or backward that has noise. Under ``torch.compile(mode= "reduce-overhead")`` too. Copies
+    forward or backward that has noise. Under ``torch.compile(mode="reduce-overhead")`` too. Copies
     stay capturable, unpickled models do not; call it again when the model has moved. Reading
     ``noise_state`` then waits for the device. Returns ``model``; RuntimeError for weights on the
     meta device.
     """
+    # all is checked before anything is changed
     converted = layers(model)
     for name, layer in converted.items():
         if enabled and layer.weight.device.type == "meta":
             raise RuntimeError(
                 f"{name or 'the layer'} has no memory yet: materialise the model before capturable"
             )
+
     for layer in converted.values():
         noise = layer.nvfp4.noise
         noise.place(noise.state, layer.weight.device if enabled else "cpu", enabled)
@@ -155,6 +160,7 @@ def share_amax(model: nn.Module, groups: Sequence[Sequence[str]] = FUSED) -> lis
                 members[names] = list(linears.values())
     _check_groups(members)
 
+    # the groups of an earlier call end
     for layer in layers(model).values():
         layer.nvfp4.cache.group = None
     for linears_of_group in members.values():
@@ -177,6 +183,7 @@ def _check_groups(groups: dict[tuple[str, ...], list[Linear]]) -> None:
 
 
 def _check_group(names: tuple[str, ...], members: list[Linear]) -> None:
+    """ValueError if one scale cannot serve these layers; under ``forward_precision`` too."""
     group = ", ".join(names)
     states_of_group = [layer.nvfp4 for layer in members]
     specs = [(state.full_recipe or state.recipe).fprop.right for state in states_of_group]

