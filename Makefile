@@ -11,7 +11,9 @@ NATIVE := $(VENV)/.native
 PACKAGES := pyproject.toml constraints.txt
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.py csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 JOBS ?= 2
-# no bytecode of all that torch and transformers hold: Python makes it for what is imported
+# no bytecode of all that torch and transformers hold: Python makes it for what is imported, once, also where the
+# environment forbids it: hundreds of processes would else compile torch and transformers anew, 4 to 12 s of a core each
+unexport PYTHONDONTWRITEBYTECODE
 ANY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary
 PIP := $(ANY) -c constraints.txt
 OR_SAY := || { echo "The set-up stopped; the first lines above say whether network, index or room on the disk was missing."; \
