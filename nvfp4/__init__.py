@@ -1,11 +1,16 @@
 """NVFP4 training: drop-in linear layers, one definition of the numerics, exact on every machine.
 
-import nvfp4
+    import nvfp4
 
-nvfp4.convert(model)                # nn.Linear -> NVFP4, in place, same parameters, same state_dict
-print(nvfp4.report(model))          # what runs in which recipe on which backend, and why the rest
-was kept q = nvfp4.quantize(x, "ms_eden", seed=1)
-q.codes, q.block_scale, q.global_scale, q.dequantize()
+    nvfp4.convert(model)          # nn.Linear -> NVFP4, in place, same parameters and state_dict
+    print(nvfp4.report(model))    # what runs in which recipe, on which backend; what not, and why
+
+    q = nvfp4.quantize(x, "ms_eden", seed=1)
+    q.codes, q.block_scale, q.global_scale, q.dequantize()
+
+This file is the face of the package and defines nothing: the names below come from the rooms of
+``docs/architecture.md``. What takes long to import (transformers, torch's tensors over processes)
+is imported when its name is first used.
 """
 
 from importlib import import_module

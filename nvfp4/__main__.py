@@ -1,5 +1,4 @@
-"""``nvfp4 COMMAND`` and ``python -m nvfp4 COMMAND``: the command line, or one line on the extra
-that it lacks.
+"""``nvfp4 COMMAND`` and ``python -m nvfp4 COMMAND``: the command line, or the extra it lacks.
 
 The options of a command are made from its config, so even ``--help`` needs the packages of the
 extra ``train``. Without them ``nvfp4 info`` still answers, and every other command says what to

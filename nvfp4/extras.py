@@ -1,5 +1,4 @@
-"""What is installed: the version, and which extra brings a package that is missing, said in one
-line.
+"""What is installed: the version, and which extra brings a package that is missing.
 
 ``pip install nvfp4`` brings what the library imports: torch, triton, numpy, rich. Everything else
 belongs to an extra and is imported where it is used, so ``import nvfp4.train.loop`` without
@@ -38,8 +37,10 @@ RL_COMMANDS = frozenset({"rl", "gvendi", "prismatic"})
 
 
 def what_to_install(error: ModuleNotFoundError, user: str) -> str | None:
-    """The line that says what ``user`` (such as "nvfp4 pretrain") needs, or None if no extra brings
-    what is missing."""
+    """The line that says what ``user`` (such as "nvfp4 pretrain") needs.
+
+    None if no extra brings what is missing.
+    """
     missing = (error.name or "").partition(".")[0]
     extra = next((extra for extra, modules in EXTRAS.items() if missing in modules), None)
     if extra is None:
@@ -50,8 +51,10 @@ def what_to_install(error: ModuleNotFoundError, user: str) -> str | None:
 
 
 def installed_version() -> str:
-    """The version in the installed metadata, which pyproject.toml alone decides; "0+unknown" for a
-    checkout that is imported from its folder and was never installed."""
+    """The version in the installed metadata, which pyproject.toml alone decides.
+
+    "0+unknown" for a checkout that is imported from its folder and was never installed.
+    """
     try:
         return importlib.metadata.version("nvfp4")
     except importlib.metadata.PackageNotFoundError:

@@ -1,14 +1,14 @@
-"""quantize, dequantize, matmul: the only door to the backends. ``explain`` says which one runs and
-why.
+"""quantize, dequantize, matmul: the only door to the backends.
 
-    x [..., K] --quantize--> QTensor: codes [M, Kp/2], block scales [M, Kp/16], global scale [1] or
-    [M] QTensor, QTensor --matmul--> a b^T [..., N]
-    QTensor --dequantize--> x again, up to rounding
+    x [..., K]          --quantize-->    QTensor: codes [M, Kp/2], block scales [M, Kp/16],
+                                         global scale [1] or [M]
+    QTensor, QTensor    --matmul-->      a b^T [..., N]
+    QTensor             --dequantize-->  x again, up to rounding
 
 What happens in each call: arguments are checked here, so that no backend need do it;
 ``backends.registry`` picks the first backend that can (or the named one); it runs with dispatch
 modes and autocast off, which must not see or change what kernels do; and the result gets back the
-shape it is known by.
+shape it is known by. ``explain`` says which backend runs and why.
 
 The same operations are torch operators, registered when this file is imported:
 ``torch.ops.nvfp4.quantize``, ``requantize``, ``dequantize`` and ``matmul``, with shapes for fake
@@ -51,16 +51,16 @@ def quantize(
     """Quantise a tensor to NVFP4 along ``axis``, the one a GEMM will contract.
 
     x: float32, bfloat16 or float16 of rank 1 or more, any strides; BF16 and FP16 are converted
-    exactly.
-    quantizer: rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden
-    (``quantizers/registry.py``).
-    seed: for stochastic ones, in [0, 2^64): same seed, same codes, on every backend. sign_seed: for
-    ms_eden, the seed of its rotation, equal for both operands of a GEMM; defaults to ``seed``.
-    options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae", "abs_max"), rounds, search,
-    group, rotation. Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the
-    rotation group). NaN or Inf anywhere makes the global scale NaN (of that row when row-scaled);
-    empty input gives empty codes. Raises TypeError for another dtype, ValueError for a bad axis,
-    name, option or missing seed.
+    exactly. quantizer: rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden
+    (``quantizers/registry.py``). seed: for stochastic ones, in [0, 2^64): same seed, same codes, on
+    every backend. sign_seed: for ms_eden, the seed of its rotation, equal for both operands of a
+    GEMM; defaults to ``seed``. options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae",
+    "abs_max"), rounds, search, group, rotation.
+
+    Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the rotation group). NaN
+    or Inf anywhere makes the global scale NaN (of that row when row-scaled); empty input gives
+    empty codes. Raises TypeError for another dtype, ValueError for a bad axis, name, option or
+    missing seed.
     """
     chosen = get_quantizer(quantizer)
     checked = chosen.check(**options, seed=seed, sign_seed=sign_seed)
@@ -87,11 +87,14 @@ def quantize_with(
             f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got "
             f"{axis}"
         )
+
+    # the matrix [M, K] that a backend sees: the contraction last, the other axes flattened
     axis = axis % x.dim() - x.dim()
     moved = x if axis == -1 else x.movedim(axis, -1)
     matrix = (
         moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
     )
+
     with without_dispatch_modes():
         chosen = select(backend, "quantize", x.device, quantizer, options)
         if amax is None:
@@ -108,14 +111,16 @@ def quantize_both(
     *,
     backend: str = AUTO,
 ) -> tuple[QTensor, QTensor]:
-    """(x [M, K] along K, x^T [K, M] along M), each by its quantiser and options; a backend may read
-    x only once.
+    """(x [M, K] along K, x^T [K, M] along M), each by its own quantiser and options.
 
-    Equal to two calls of ``quantize_with``. x: a matrix, float32, bfloat16 or float16, any strides.
+    Equal to two calls of ``quantize_with``; a backend may read x only once. x: a matrix, float32,
+    bfloat16 or float16, any strides.
     """
     x = _checked_input(x)
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
+
+    # one read takes one backend that has both quantisers
     chosen = select(backend, "quantize", x.device, *rows)
     if chosen is not select(backend, "quantize", x.device, *columns):
         return quantize_with(x, *rows, backend=backend), quantize_with(
@@ -138,6 +143,8 @@ def quantize_activation(
     """
     device = activation[0].device
     chosen = select(backend, "activation", device)
+
+    # a quantiser that this backend lacks: write the values, and let another quantise them
     if not all(
         can_run(chosen, "quantize", device, *how) for how in (rows, columns) if how is not None
     ):
@@ -152,8 +159,7 @@ def quantize_activation(
 def activation_gradients(
     activation: Activation, dy: torch.Tensor, *, backend: str = AUTO
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the activation's two inputs, each in its dtype, from that of its result, dy
-    [M, K]."""
+    """The gradients of the activation's two inputs, each in its dtype, from dy [M, K]."""
     with without_dispatch_modes(), without_autocast(dy.device):
         return select(backend, "activation", dy.device).activation_gradients(activation, dy)
 
@@ -177,8 +183,7 @@ def requantize_with(
 
 
 def transpose(q: QTensor, *, backend: str = AUTO) -> QTensor:
-    """The same codes and tile scales with rows and contraction exchanged; see
-    ``QTensor.transpose``."""
+    """The same codes and tile scales, rows and contraction exchanged; see ``QTensor.transpose``."""
     with without_dispatch_modes():
         return select(backend, "transpose", q.device).transpose(q)
 
@@ -186,8 +191,7 @@ def transpose(q: QTensor, *, backend: str = AUTO) -> QTensor:
 def dequantize(
     q: QTensor, dtype: torch.dtype = torch.float32, *, backend: str = AUTO
 ) -> torch.Tensor:
-    """The tensor that q stands for, of its original shape, in ``dtype``; see
-    ``QTensor.dequantize``."""
+    """The tensor that q stands for, of its original shape; see ``QTensor.dequantize``."""
     with without_dispatch_modes():
         return select(backend, "dequantize", q.device).dequantize(q, dtype)
 
@@ -200,8 +204,7 @@ def matmul(
     bias: torch.Tensor | None = None,
     backend: str = AUTO,
 ) -> torch.Tensor:
-    """a @ b^T of two quantised tensors that contract the same axis: [..., K] and [N, K] give [...,
-    N].
+    """a @ b^T of two quantised tensors: [..., K] and [N, K] give [..., N].
 
     Accumulates in float32 without the global scales, applies each once, adds ``bias`` (a.rows by
     [N], any float dtype) in float32 and casts once to ``out_dtype``. A NaN global scale makes its
@@ -216,8 +219,9 @@ def matmul(
         )
     with without_dispatch_modes(), without_autocast(a.device):
         y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
-    shape = (*_lead(a), *_lead(b))
+
     # a view out of an autograd function could not be changed in place
+    shape = (*_lead(a), *_lead(b))
     return y if y.shape == shape else y.view(shape)
 
 
@@ -228,14 +232,14 @@ def grouped_matmul(
     *,
     backend: str = AUTO,
 ) -> list[torch.Tensor]:
-    """a[e] @ b[e]^T of every group e, each as ``matmul`` defines it; where the hardware can, in one
-    launch.
+    """a[e] @ b[e]^T of every group e, each as ``matmul`` defines it.
 
-    a, b: matrices, each with scales of its own, such as the tokens and the weight of every expert
-    (fprop, dgrad: a differs in rows from group to group) or dy^T and x^T of its tokens (wgrad: both
-    differ in their contraction). A group may be empty. Errors are those of ``matmul``; ValueError
-    if the numbers of groups differ.
+    Where the hardware can, in one launch. a, b: matrices, each with scales of its own, such as the
+    tokens and the weight of every expert (fprop, dgrad: a differs in rows from group to group) or
+    dy^T and x^T of its tokens (wgrad: both differ in their contraction). A group may be empty.
+    Errors are those of ``matmul``; ValueError if the numbers of groups differ.
     """
+    # every pair, before the first is multiplied
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} groups and b {len(b)}")
     for left, right in zip(a, b, strict=True):
@@ -250,6 +254,7 @@ def grouped_matmul(
 
 
 def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
+    """ValueError or TypeError if a product of these operands has no meaning."""
     if (a.contraction, a.padded_contraction) != (b.contraction, b.padded_contraction):
         raise ValueError(
             f"operands contract different lengths: {a.contraction} (padded "
@@ -269,8 +274,7 @@ def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
 
 
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or what a collective that has not ended yet will make of it; TypeError for a
-    DTensor."""
+    """x itself, or the result of a collective that is still under way; TypeError for a DTensor."""
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and isinstance(x, collectives.AsyncCollectiveTensor):
         return x.wait()
@@ -282,8 +286,7 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(x: torch.Tensor, *, backend: str = AUTO) -> int | None:
-    """A 64-bit number that changes whenever the bytes of x do, read at memory speed; None where x's
-    backend has none."""
+    """A 64-bit number that changes whenever the bytes of x do; None where a backend has none."""
     return select(backend, "quantize", x.device).fingerprint(x)
 
 
@@ -299,10 +302,13 @@ def explain(
     quantizer: str | None = None,
     **options: Any,
 ) -> str:
-    """Which backend would run an operation on a device, and why each one before it would not; one
-    line a backend."""
+    """Which backend would run an operation on a device, and why the others would not.
+
+    One line per backend, in order of preference. quantizer, options: as in ``quantize``.
+    """
     chosen = None if quantizer is None else get_quantizer(quantizer)
     checked = None if chosen is None else chosen.check(**({"seed": 0} | options))
+
     lines, picked = [], False
     for backend, reason in candidates(operation, torch.device(device), chosen, checked):
         verdict = reason or ("available" if picked else "chosen")
@@ -316,6 +322,7 @@ def explain(
 
 
 def _checked_input(x: torch.Tensor) -> torch.Tensor:
+    """x, detached and in memory; TypeError for what cannot be quantised."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in INPUT_DTYPES:
@@ -325,6 +332,7 @@ def _checked_input(x: torch.Tensor) -> torch.Tensor:
 
 
 def _lead(q: QTensor) -> list[int]:
+    """The shape of q's tensor without the contraction axis."""
     return [size for i, size in enumerate(q.shape) if i != q.axis % len(q.shape)]
 
 
@@ -379,8 +387,7 @@ def _from_schema(
 def _matrix(
     codes: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, columns: int
 ) -> QTensor:
-    """The unrotated matrix [M, columns] of these tensors; there are tiles where scales have fewer
-    rows than codes."""
+    """The unrotated matrix [M, columns]; scales of 16x16 blocks have fewer rows than codes."""
     rows = codes.shape[0]
     block_rows = NVFP4.block_size if block_scale.shape[0] != rows else 1
     return QTensor(
@@ -392,8 +399,7 @@ def _matrix(
     "nvfp4::quantize", mutates_args=(), schema=f"(Tensor x, {_HOW}) -> (Tensor, Tensor, Tensor)"
 )
 def _quantize(x: torch.Tensor, quantizer: str, backend: str = AUTO, *how: Any) -> _Codes:
-    """Codes, block scale and global scale of matrix x [M, K] along its last axis; see
-    ``quantize``."""
+    """Codes, block scale and global scale of matrix x [M, K] along K; see ``quantize``."""
     chosen, options = _from_schema(quantizer, *how)
     return quantize_with(x, chosen, options, backend=backend).tensors
 
@@ -423,8 +429,7 @@ def _requantize(
     backend: str = AUTO,
     *how: Any,
 ) -> _Codes:
-    """The transpose [columns, M] of what unrotated codes stand for, quantised along M; see
-    ``requantize_with``."""
+    """The transpose [columns, M] of unrotated codes, quantised along M; see ``requantize_with``."""
     q = _matrix(codes, block_scale, global_scale, columns)
     return requantize_with(q, *_from_schema(quantizer, *how), backend=backend).tensors
 
@@ -467,8 +472,7 @@ def _matmul(
     bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """a b^T [M, N] of operands with equal contraction and rotation, which the caller vouches
-    for."""
+    """a b^T [M, N] of operands of equal contraction and rotation, for which the caller vouches."""
     columns = a_codes.shape[1] * 2
     a = _matrix(a_codes, a_block_scale, a_global_scale, columns)
     b = _matrix(b_codes, b_block_scale, b_global_scale, columns)

@@ -5,6 +5,18 @@ With x [M, K] activations, w [N, K] weights, dy [M, N] the gradient of the outpu
     fprop  y  = x    w^T    left x,    right w,    contracts K
     dgrad  dx = dy   w      left dy,   right w^T,  contracts N
     wgrad  dw = dy^T x      left dy^T, right x^T,  contracts M (the tokens)
+
+A ``Recipe`` is three ``Gemm``s, a ``Gemm`` two ``Operand``s, an ``Operand`` a quantiser's name with
+its options, or None for high precision. dgrad and wgrad contract another axis than fprop, so w and
+x are needed in a second orientation, and ``source`` says where that comes from:
+
+    tensor     w or x itself, quantised along the other axis
+    codes      fprop's codes of w, transposed: needs 16x16 blocks, and costs no second rounding
+    decoded    what fprop's codes stand for, quantised again: the backward then differentiates what
+               the forward computed, and only 4-bit codes are kept between the two
+
+Rules between the fields are checked when a recipe is made, so that a layer may rely on them. A
+recipe knows no seed: signs and rounding are drawn anew in every call (``layer/noise.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +45,8 @@ class Operand:
     options. source: "tensor", the high-precision tensor itself; "codes", the codes and tile scales
     that fprop used, transposed (w only, 16x16 blocks); "decoded", what fprop's codes stand for
     (x-hat, w-hat), which is quantised again, or used in BF16 when ``quantizer`` is None. rotation:
-    applied before quantising; its sign_seed is filled in at run time.
+    applied before quantising; its sign_seed is filled in at run time. Raises ValueError or
+    TypeError for what the quantiser does not take.
     """
 
     quantizer: str | None = None
@@ -44,8 +57,11 @@ class Operand:
     def __post_init__(self) -> None:
         if self.source not in get_args(Source):
             raise ValueError(f"source must be one of {get_args(Source)}, got {self.source!r}")
+
         # so that == ignores their order
         object.__setattr__(self, "options", tuple(sorted(self.options)))
+
+        # what an operand has depends on whether it is quantised by itself
         if self.rotation is not None and self.rotation.sign_seed is not None:
             raise ValueError(
                 f"sign_seed is drawn anew per call; a recipe's rotation has none: {self.rotation}"
@@ -85,6 +101,7 @@ class Operand:
         rotation = self.static_options.rotation
         if rotation is not None and not rotation.fixed:
             rotation = Rotation(rotation.group, rotation.rounds, sign_seed)
+
         # ``replace`` goes through every field, 7 us where this takes 1
         options = object.__new__(Options)
         vars(options).update(
@@ -162,11 +179,10 @@ class Gemm:
 class Recipe:
     """Three GEMMs by name; immutable, compared by value.
 
-    Round-trips through ``to_dict`` and ``from_dict``.
-
-    Raises ValueError naming the GEMM when a rule between fields is broken: both operands quantised
-    or neither (fprop may quantise w alone); equal rotations; "codes" only where fprop has 16x16
-    blocks; "decoded" only of what fprop quantised; gradients come as tensors.
+    Round-trips through ``to_dict`` and ``from_dict``. Raises ValueError naming the GEMM when a rule
+    between fields is broken: both operands quantised or neither (fprop may quantise w alone); equal
+    rotations; "codes" only where fprop has 16x16 blocks; "decoded" only of what fprop quantised;
+    gradients come as tensors.
     """
 
     name: str
@@ -199,6 +215,7 @@ class Recipe:
                 )
 
     def _check_gemm(self, name: str, gemm: Gemm) -> None:
+        """ValueError if the two operands of a GEMM do not go together."""
         weights_only = name == "fprop" and gemm.right.quantized
         if gemm.left.quantized != gemm.right.quantized and not weights_only:
             raise ValueError(
@@ -280,6 +297,7 @@ def _of_tensor(spec: Operand, forward: Operand) -> Operand:
 
 
 def _operand(plain: Mapping[str, Any]) -> Operand:
+    """An operand from ``to_dict``'s plain values: lists are tuples again."""
     options = plain.get("options", {})
     options = {
         key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
@@ -327,6 +345,7 @@ def _requantised(quantizer: str, rotation: Rotation | None = None, **options: An
 
 
 def _both(quantizer: str) -> Gemm:
+    """The same quantiser on both sides, each from its tensor."""
     return Gemm(operand(quantizer), operand(quantizer))
 
 
@@ -357,8 +376,10 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
-"""Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527;
-quartet2, 2601.22813; search_eden and rl are ours.
+"""The recipes by name.
+
+Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527; quartet2,
+2601.22813; search_eden and rl are ours.
 """
 
 W4A16 = Recipe("w4a16", Gemm(operand(None), operand("four_over_six")), _DEQUANTISED, Gemm())

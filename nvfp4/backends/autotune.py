@@ -21,21 +21,24 @@ Clock = Callable[[Callable[[], object], torch.device], float]
 
 SHAPE = (2048, 4096)
 TURNS = 5
+
 SECONDS = 0.1
 """After so long measuring ends at the end of a turn."""
+
 MARGIN = 0.95
-"""A later backend wins only below this share of the earlier one's time, so that noise does not
-decide."""
+"""A later backend wins only below this share of the earlier one's time: noise must not decide."""
+
 _BUSY_BYTES = 64 << 20
+"""Memory that is cleared eight times before a run: the device is busy while the host launches."""
 
 
 def autotune(
     backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock
 ) -> dict[str, float]:
-    """Seconds each backend takes for a BF16 matrix and then for both orientations of it: the least
-    of its turns.
+    """Seconds that each backend takes for one BF16 matrix and then for both orientations of it.
 
-    Each runs once before, which compiles. Waits for the device; draws no random number.
+    By the backend's name; the least of its turns. Each runs once before, which compiles. Waits for
+    the device; draws no random number.
     """
     options = quantizer.check(seed=1)
     with without_dispatch_modes(), torch.no_grad():
@@ -82,8 +85,10 @@ def fastest_first(backends: Sequence[Backend], seconds: dict[str, float]) -> lis
 
 
 def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:
-    """By events around a run. The device is kept busy before, so that what the host takes to launch
-    does not count."""
+    """Seconds between two events around a run.
+
+    The device is kept busy before, so that what the host takes to launch does not count.
+    """
     busy = torch.empty(_BUSY_BYTES, dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

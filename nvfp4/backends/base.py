@@ -1,10 +1,11 @@
 """What a backend is: operations on matrices, and an honest answer to whether it can do them.
 
-    quantize(x [M, K])          -> QTensor along K        the one operation every backend must have
-    an answer to quantize_both(x)            -> x along K, x^T along M
-    requantize(q [M, K])        -> what q stands for, transposed, along M
-    quantize_activation(a)      -> RMSNorm or SwiGLU, quantised
-    dequantize(q), matmul(a, b) -> matrices
+    quantize(x [M, K])             -> QTensor along K
+    quantize_both(x)               -> x along K, x^T along M
+    requantize(q [M, K])           -> what q stands for, transposed, along M
+    quantize_activation(a)         -> RMSNorm or SwiGLU, quantised
+    dequantize(q), matmul(a, b)    -> matrices
+    unavailable, refuses           -> why not, in words that a person reads (``nvfp4.explain``)
 
 Whatever a backend leaves out it inherits from here, in terms of ``quantize`` and ``decode``:
 correct and slower. A backend sees matrices, quantisers and options; it knows no layer and no
@@ -35,37 +36,37 @@ Operation = Literal[
 
 
 SWIZZLED_MAJORS = (10, 12)
-"""Major compute capabilities with NVFP4 units that cuBLASLt programs: its GEMM reads swizzled block
-scales."""
+"""Major compute capabilities with NVFP4 units that cuBLASLt programs.
+
+Its GEMM reads swizzled block scales.
+"""
 
 
 @lru_cache(maxsize=64)
 def reads_swizzled(device: torch.device) -> bool:
-    """Whether GEMMs on this device read swizzled scales, so that a quantiser had better write them
-    on the way."""
+    """Whether GEMMs on this device read swizzled scales, which a quantiser then writes as well."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in SWIZZLED_MAJORS
 
 
 class Backend(ABC):
-    """Computes the numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, codes and
-    scales bit for bit."""
+    """The numerics of ``quantizers/`` and of the NVFP4 GEMM on some devices, with equal bits."""
 
     name: str
     operations: tuple[Operation, ...] = get_args(Operation)
     """What it implements; the rest is left to "auto" where this backend is named."""
 
     decodes: tuple[torch.dtype, ...] = ()
-    """What its ``decode`` can write; for other dtypes, and for rotated codes, ``dequantize`` is the
-    reference's."""
+    """What its ``decode`` can write.
+
+    For other dtypes, and for rotated codes, ``dequantize`` is the reference's.
+    """
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
-        """None if this backend can run on ``device`` on this machine, otherwise the reason in
-        words."""
+        """None if this backend can run on ``device`` on this machine, or why not, in words."""
 
     def automatic(self, device: torch.device) -> bool:
-        """Whether "auto" may choose it on ``device``; otherwise it runs there only when it is
-        named."""
+        """Whether "auto" may choose it on ``device``; otherwise it has to be named to run there."""
         return True
 
     def refuses(
@@ -74,26 +75,24 @@ class Backend(ABC):
         quantizer: Quantizer | None = None,
         options: Options | None = None,
     ) -> str | None:
-        """None if it implements the operation (for this quantiser and these options), otherwise the
-        reason."""
+        """None if it implements the operation for this quantiser and these options, or why not."""
         return None
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
-        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along its last
-        axis."""
+        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along K."""
 
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
     ) -> QTensor:
-        """``quantize`` scaled by ``amax`` instead of by x's own: float32 on the device of x, [1]
-        or, row-scaled, [M].
+        """``quantize`` scaled by ``amax`` instead of by x's own magnitude.
 
-        For deterministic rules without rotation, whose scale is a function of it; x may not be
-        empty, and no magnitude of it may exceed ``amax``, which is not finite if x is not.
+        amax: float32 on the device of x, [1] or, row-scaled, [M]. For deterministic rules without
+        rotation, whose scale is a function of it; x may not be empty, and no magnitude of it may
+        exceed ``amax``, which is not finite if x is not.
         """
         # a block beyond x's own holds amax while x is quantised, and is then dropped; it costs a
-        # copy of x
+        # copy of x, so backends with kernels have a way of their own
         rows, columns = x.shape
         if options.row_scaled:
             larger = F.pad(x, (0, -columns % NVFP4.block_size + NVFP4.block_size))
@@ -101,6 +100,8 @@ class Backend(ABC):
         else:
             larger = F.pad(x, (0, 0, 0, -rows % options.block[0] + 1))
             larger[-1, 0] = amax[0]
+
+        # the codes of x itself; swizzled scales would still hold the block beyond
         q = self.quantize(larger, quantizer, options)
         blocks = -(-columns // NVFP4.block_size)
         return replace(
@@ -123,8 +124,10 @@ class Backend(ABC):
         rows: tuple[Quantizer, Options],
         columns: tuple[Quantizer, Options] | None = None,
     ) -> tuple[QTensor, QTensor | None]:
-        """``quantize_both`` of ``activation.values()`` (without ``columns``: ``quantize`` and
-        None); a backend need not write these to memory."""
+        """``quantize_both`` of ``activation.values()``; without ``columns``, ``quantize`` and None.
+
+        A backend need not write these values to memory.
+        """
         x = activation.values()
         return (
             (self.quantize(x, *rows), None)
@@ -139,21 +142,19 @@ class Backend(ABC):
         return activation.gradients(dy)
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
-        """Quantise, along the rows of matrix q, what it stands for: the transpose of the decoded
-        matrix, in float32."""
+        """Quantise the transpose of what matrix q [M, K] stands for, in float32, along M."""
         return self.quantize(self.dequantize(q, torch.float32).t(), quantizer, options)
 
     def transpose(self, q: QTensor) -> QTensor:
-        """``q.transpose()``: the codes themselves with rows and columns exchanged, for 16x16
-        blocks."""
+        """``q.transpose()``: codes of 16x16 blocks with rows and columns exchanged."""
         return q.transpose()
 
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
-        """The seeds of one call of a layer, int64 [gemms, 3] of their bits: for signs, the left and
-        the right operand.
+        """The seeds of one call of a layer, made on its device: int64 [gemms, 3] of their bits.
 
-        words: ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing
-        waits for; rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``.
+        Of each GEMM those for signs, for the left and for the right operand. words:
+        ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for;
+        rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``.
         """
         signs = fold_in_there(
             words[0], words[1], words[2], torch.arange(gemms, device=words.device)
@@ -163,8 +164,10 @@ class Backend(ABC):
         return torch.cat((signs[:, None], rounding), dim=1)
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
-        """A number that changes whenever the bytes of x do, or None where telling would cost a
-        synchronisation."""
+        """A number that changes whenever the bytes of x do.
+
+        None where telling would cost a synchronisation.
+        """
         return None
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -176,24 +179,27 @@ class Backend(ABC):
         return out.view(*lead, q.contraction).movedim(-1, q.axis)
 
     def decode_blocks(self, q: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32
-        alike."""
+        """e2m1 * block_scale without the global scale, [M, Kp]: exact in BF16, FP16 and float32."""
         return self.decode(q, q.padded_contraction, dtype, with_global=False)
 
     def decode(
         self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
     ) -> torch.Tensor:
-        """The first ``columns`` of the matrix of q [M, columns] in a dtype of ``decodes``, if there
-        are any."""
+        """The first ``columns`` of the matrix of q, [M, columns], in a dtype of ``decodes``.
+
+        NotImplementedError from a backend that decodes nothing.
+        """
         raise NotImplementedError(f"the {self.name} backend decodes to {self.decodes or 'nothing'}")
 
     @abstractmethod
     def matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """decode(a) @ decode(b)^T [a.rows, b.rows]: contraction in float32 without the global
-        scales, then fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast
-        to ``out_dtype``."""
+        """decode(a) @ decode(b)^T, [a.rows, b.rows] of ``out_dtype``.
+
+        The contraction in float32 without the global scales, then
+        fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast.
+        """
 
     def grouped_matmul(
         self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype

@@ -1,5 +1,7 @@
-"""What this machine can do: versions, devices, and each backend with the reason why not. ``nvfp4
-info``."""
+"""What this machine can do: versions, devices, and each backend with the reason why not.
+
+``nvfp4 info`` prints it, and a report of a bug should begin with it.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from nvfp4.backends.registry import BACKENDS
 
 
 def info() -> str:
-    """One fact a line: versions, processor, devices, and for each backend "yes" or why it cannot
-    run there."""
+    """One fact per line: versions, processor, devices, and each backend with "yes" or why not."""
+    # versions
     devices = [torch.device("cpu")]
     facts = {name: _version(name) for name in ("nvfp4", "torch", "triton", "transformers")}
     facts["python"] = platform.python_version()
+
+    # the processor, and what multiplies on it
     facts["cpu"] = (
         f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads"
@@ -29,6 +33,8 @@ def info() -> str:
         iter(products()), "torch's float32 one, of decoded operands"
     )
     facts["bf16 product on cpu"] = dense_product_name(torch.bfloat16)
+
+    # GPUs, and what kernels there are for them
     facts["cuda"] = str(torch.version.cuda or "this torch was built without it")
     kernels = BACKENDS["cuda"]
     if isinstance(kernels, CudaBackend):
@@ -41,9 +47,12 @@ def info() -> str:
                 f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
             )
             devices.append(torch.device("cuda", i))
+
+    # who can run where
     for device in devices:
         for name, backend in BACKENDS.items():
             facts[f"backend {name} on {device}"] = backend.unavailable(device) or "yes"
+
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
 

@@ -1,5 +1,14 @@
-"""The reference backend: the mathematics of ``quantizers/`` in PyTorch, and the GEMM emulated
-exactly, on any device."""
+"""The reference backend: the mathematics of ``quantizers/`` in PyTorch, on any device.
+
+    quantize    ``Quantizer.quantize``, the definition itself
+    matmul      both operands decoded without their global scales, float32 [rows, Kp]; a float32
+                GEMM; then fl(fl(acc * global_a) * global_b), bias, one cast
+
+The GEMM is an exact emulation of FP4 tensor cores: e2m1 * e4m3 needs 6 significant bits, so the
+product of two decoded elements is exact in float32 (by TF32 or BF16 tensor cores, too), and results
+differ from the FP4 GEMM's in the order of summation alone. The price is memory and speed: 4 bytes
+per element of both operands while it runs.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +20,7 @@ from nvfp4.quantizers.base import Options, Quantizer
 
 
 class ReferenceBackend(Backend):
-    """Defines the right answer. e2m1 * e4m3 needs 6 significant bits, so a float32 GEMM of the
-    decoded operands (TF32 or BF16 tensor cores included) has exact products and differs from the
-    FP4 GEMM in summation order alone."""
+    """Defines the right answer; refuses nothing, and is chosen last."""
 
     name = "reference"
 
@@ -37,15 +44,17 @@ def reference_matmul(
     out_dtype: torch.dtype,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The GEMM of operands already decoded without their global scales, float32 [rows, Kp] each."""
+    """The GEMM of operands that are decoded without their global scales, float32 [rows, Kp] each.
+
+    a, b: the operands themselves, for those scales.
+    """
     return apply_globals(a_blocks @ b_blocks.t(), a, b, out_dtype, bias)
 
 
 def apply_globals(
     y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """What follows the contraction y (float32, overwritten): global scales in their order, bias,
-    one cast."""
+    """What follows the contraction y (float32, overwritten): global scales, bias, one cast."""
     y = y.mul_(a.global_scale.view(-1, 1)).mul_(b.global_scale)
     if bias is not None:
         y = y.add_(bias)

@@ -1,5 +1,11 @@
-"""The cuBLASLt backend: NVFP4 GEMMs through ``torch.nn.functional.scaled_mm``, on Blackwell. It
-only multiplies.
+"""The cuBLASLt backend: NVFP4 GEMMs through ``torch.nn.functional.scaled_mm``, on Blackwell.
+
+    codes a [M, Kp/2], b [N, Kp/2]   filled up to 32 codes and (b) 16 rows with zeros
+    block scales                     swizzled: those that the quantiser wrote, or made here and kept
+    global scales                    inside (16-bit output, one each) or afterwards, by a kernel
+    -> y [M, N]
+
+It only multiplies; quantising is left to the others.
 
 What is exact and what is not. float32 output, and every product with row scales, is the contraction
 alone, multiplied by the global scales afterwards in their order: the bits of the definition, up to
@@ -68,8 +74,10 @@ class SharedAlpha:
 
     @contextmanager
     def lent(self, device: torch.device) -> Iterator[bool]:
-        """Whether a product enqueued within may go through the buffer; no other thread enqueues one
-        meanwhile."""
+        """Whether a product enqueued within may go through the buffer.
+
+        No other thread enqueues one meanwhile.
+        """
         if device.type != "cuda":
             yield True  # stand-ins of tests, which have no such buffer
             return
@@ -77,6 +85,7 @@ class SharedAlpha:
             yield self._is_ours(device)
 
     def _is_ours(self, device: torch.device) -> bool:
+        """The default stream of the one device where the buffer lies, outside of captures."""
         if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
             return False
         if is_capturing():
@@ -90,8 +99,7 @@ ALPHA = SharedAlpha()
 
 
 class ScaledMmBackend(Backend):
-    """scaled_mm, scaled_grouped_mm: torch's functions of these names, or in tests what stands in
-    for them."""
+    """Products by torch's ``scaled_mm`` and ``scaled_grouped_mm``, or by stand-ins in tests."""
 
     name = "scaled_mm"
     operations = ("matmul", "grouped_matmul")
@@ -141,11 +149,15 @@ class ScaledMmBackend(Backend):
     ) -> torch.Tensor:
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+
+        # both global scales inside, if the buffer is free and nobody sees how they are applied
         if _may_scale_inside(a, b, out_dtype) and (bias is None or bias.dtype == out_dtype):
             with ALPHA.lent(a.device) as lent:
                 if lent:
                     bias = None if bias is None else F.pad(bias, (0, -b.rows % COLUMN_UNIT))
                     return self._product(a, b, out_dtype, bias, inside=True)
+
+        # the contraction alone, and then the bits of the definition
         return _finished(
             self._product(a, b, torch.float32, None, inside=False), a, b, out_dtype, bias
         )
@@ -153,10 +165,9 @@ class ScaledMmBackend(Backend):
     def _product(
         self, a: QTensor, b: QTensor, dtype: torch.dtype, bias: torch.Tensor | None, inside: bool
     ) -> torch.Tensor:
-        """[a.rows, b.rows] of ``dtype``; inside: cuBLASLt applies the global scales and adds the
-        bias, already padded.
+        """a b^T, [a.rows, b.rows] of ``dtype``, without the global scales.
 
-        Otherwise the contraction alone.
+        inside: cuBLASLt applies these, too, and adds the bias, which is padded already.
         """
         assert self._mm is not None
         y = self._mm(
@@ -179,6 +190,7 @@ class ScaledMmBackend(Backend):
         if not self._fits_grouped(a, b, out_dtype):
             return super().grouped_matmul(a, b, out_dtype)
         assert self._grouped_mm is not None
+
         # known here: no one waits for the device
         ends = torch.tensor([q.rows for q in a]).cumsum(0).to(torch.int32)
         blocks = -(-a[0].padded_contraction // NVFP4.block_size // TILE_COLUMNS) * TILE_COLUMNS
@@ -206,8 +218,10 @@ class ScaledMmBackend(Backend):
     def _fits_grouped(
         self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
     ) -> bool:
-        """Whether torch's grouped GEMM takes it: BF16, a's ragged in rows alone, b's alike, on its
-        hardware."""
+        """Whether torch's grouped GEMM takes it.
+
+        It takes BF16 output, a's that differ in rows alone and b's that are alike, on its hardware.
+        """
         if self._grouped_mm is None or len(a) < 2 or out_dtype != torch.bfloat16:
             return False
         device = a[0].device
@@ -226,18 +240,19 @@ class ScaledMmBackend(Backend):
         )
 
     def _scales(self, q: QTensor, with_global: bool) -> list[torch.Tensor]:
+        """The scales of an operand as torch lists them, coarser ones last."""
         return [self._scale(q), q.global_scale] if with_global else [self._scale(q)]
 
     def _scale(self, q: QTensor) -> torch.Tensor:
-        """Block scales, one per row and block, swizzled: those that the quantiser wrote on the way,
-        or made here.
+        """Block scales, one per row and block, swizzled by the quantiser on the way, or here.
 
         What is made here is kept as long as q lives, so that a weight's scales are swizzled once.
         """
         if (ready := _ready_scale(q)) is not None:
             return ready
-        capturing = is_capturing(q.device)
+
         # a graph must swizzle at every replay, and keeps nothing
+        capturing = is_capturing(q.device)
         kept = None if capturing else self._swizzled.get(q)
         if kept is None or kept[0] != q.block_scale._version:
             made = swizzle(spread(q.block_scale, q.block, q.rows)).view(torch.float8_e4m3fn)
@@ -248,8 +263,7 @@ class ScaledMmBackend(Backend):
 
 
 def _ready_scale(q: QTensor) -> torch.Tensor | None:
-    """The swizzled scales that q carries, unless its block scales may have been written to without
-    them.
+    """The swizzled scales that q carries, if they are still those of its block scales.
 
     Kernels write through raw pointers and leave versions at 0; ``QTensor.overwrite`` raises both
     alike.
@@ -263,8 +277,7 @@ def _ready_scale(q: QTensor) -> torch.Tensor | None:
 def _finished(
     y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Global scales in their order, bias, one cast: one kernel where there is Triton, four of
-    torch's elsewhere."""
+    """Global scales in their order, bias, one cast: one kernel of Triton's, or four of torch's."""
     if y.device.type == "cuda" and scaled is not None:
         with torch.cuda.device(y.device):
             return scaled(y, a, b, out_dtype, bias)
@@ -272,17 +285,15 @@ def _finished(
 
 
 def _may_scale_inside(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> bool:
-    """Whether cuBLASLt may apply the global scales: one each, and an output too coarse to show
-    how."""
+    """Whether cuBLASLt may apply the global scales: one each, and a coarse enough output."""
     return out_dtype != torch.float32 and not a.row_scaled and not b.row_scaled
 
 
 def _codes(q: QTensor, row_unit: int = 1) -> torch.Tensor:
-    """Codes in memory as torch wants them, filled up with zeros: their scales are 0, or they are
-    never read.
+    """Codes in memory as torch wants them, filled up with zeros.
 
-    The swizzled scales need no filling: they come in tiles of 4 columns and 128 rows, and both
-    units divide those.
+    The scales of what is filled up are 0, or never read. The swizzled scales need no filling: they
+    come in tiles of 4 columns and 128 rows, and both units divide those.
     """
     width = q.codes.shape[1]
     padding = (0, -width % (CONTRACTION_UNIT // 2), 0, -q.rows % row_unit)
@@ -291,10 +302,12 @@ def _codes(q: QTensor, row_unit: int = 1) -> torch.Tensor:
 
 
 def _recipe(with_global: bool) -> list[F.ScalingType]:
+    """What torch calls a recipe: the kinds of the scales in ``_scales``."""
     return [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise][: 1 + with_global]
 
 
 def _swizzles(with_global: bool) -> list[F.SwizzleType]:
+    """The orders of these scales in memory."""
     return [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE][: 1 + with_global]
 
 

@@ -1,7 +1,17 @@
-"""What a backend has to show the first time it is used on a device: the reference's bits on a small
-fixed input.
+"""What a backend has to show at its first use on a device: the reference's bits.
 
 A kernel built for another architecture may return zeros or what was in memory, without any error.
+So the first question for an operation (and quantiser) on a device runs a probe: a small fixed input
+through the backend and through the reference on the CPU, which must agree to the last bit.
+
+    quantize            an ordinary matrix, both orientations, from codes; ties, zeros, overflow
+    matmul, grouped     operands whose products are exact in float32 in every order of summation
+    activation          RMSNorm, SwiGLU, and their gradients
+    dequantize, transpose, draw_seeds
+
+The inputs are chosen so that what goes wrong shows: scales read from the wrong place, a missing
+global scale, a conversion that breaks ties the other way. They draw on no generator, so a check
+changes no random number of the program that it runs in.
 """
 
 from __future__ import annotations
@@ -22,9 +32,15 @@ _REFERENCE = ReferenceBackend()
 _ROWS, _COLUMNS = 16, 128  # one tile high, one rotation group of any quantiser wide
 _INPUTS, _OUTPUTS = 136, 152
 _CONTRACTION = 208
-"""Of the GEMM: scales in 2 x 4 tiles of 128 x 4, the last ones ragged; neither side a multiple of
-what a library asks for (32 codes of the contraction, 16 output columns)."""
+"""Of the GEMM: scales in 2 x 4 tiles of 128 x 4, the last ones ragged.
+
+Neither side is a multiple of what a library asks for (32 codes of the contraction, 16 output
+columns).
+"""
+
 _HEIGHTS = (5, 130, 16)
+"""Rows of the groups of a grouped GEMM."""
+
 _GRID = torch.tensor(E2M1.grid, device="cpu")
 _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
 """Codes of the exact elements beside a tie."""
@@ -33,15 +49,13 @@ _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
 def find_fault(
     backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None
 ) -> str | None:
-    """None if ``backend`` reproduces the reference bit for bit on ``device``, otherwise what went
-    wrong.
+    """None if ``backend`` gives the reference's bits on ``device``, otherwise what went wrong.
 
-    Compares codes and scales of ``quantizer`` (rtn if None), also from codes; decoded elements;
-    products that are exact in float32 in every order of summation; or activations with their
-    gradients. Waits for the device; draws no random number.
+    quantizer: what to quantise by; rtn if None. Waits for the device; draws no random number.
     """
     probe = _PROBES[operation]
     chosen = quantizer or get_quantizer("rtn")
+
     # the first use may lie under anything: a dispatch mode that counts or replays operators must
     # not see these
     with without_dispatch_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
@@ -63,6 +77,7 @@ def _lost(device: torch.device) -> str:
     """
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return ""
+
     try:
         torch.cuda.synchronize(device)
     except Exception as error:
@@ -75,14 +90,16 @@ def _lost(device: torch.device) -> str:
 
 
 def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    """Codes and scales of an ordinary matrix on every road, and of edge cases."""
     options = quantizer.check(seed=1)
     x = _matrix().to(device)
     fresh = backend.quantize(x, quantizer, options)
     rows, columns = backend.quantize_both(x, (quantizer, options), (quantizer, options))
     again = backend.requantize(_stored(_matrix(_COLUMNS, _ROWS), device), quantizer, options)
     made = [fresh, rows, columns, again]
+
+    # a matrix whose columns are contiguous is read by another kernel
     for edges in edge_cases(quantizer):
-        # what is contiguous is another kernel
         for x in (edges.to(device), edges.to(device).t().contiguous().t()):
             made += [backend.quantize(y, quantizer, options) for y in (x, x.to(torch.bfloat16))]
     return [tensor for q in made for tensor in q.tensors]
@@ -112,8 +129,7 @@ def _multiplied(backend: Backend, device: torch.device, quantizer: Quantizer) ->
 def _multiplied_in_groups(
     backend: Backend, device: torch.device, quantizer: Quantizer
 ) -> list[torch.Tensor]:
-    """Groups of unequal height, one of them beyond a tile of scales; the columns are what every
-    path takes."""
+    """Groups of unequal height, one of them beyond a tile of scales; 32 columns suit every path."""
     a = [
         _exact(device, rows, scale, 40503 + rows)
         for rows, scale in zip(_HEIGHTS, (1.5, 1.25, 3), strict=True)
@@ -143,6 +159,7 @@ def _exact(
     order, with the global scales applied in any way. Wrong places of scales, a missing global
     scale, zeros and leftovers of memory all show.
     """
+    # any byte is two codes; scales of 1/2, 1 and 2
     codes = (_noise(rows, _CONTRACTION // 2, multiplier) >> 8).to(torch.uint8)
     shape = (-(-rows // block[0]), _CONTRACTION // NVFP4.block_size)
     exponents = (_noise(*shape, multiplier + 2) >> 5) % 3 - 1
@@ -155,6 +172,7 @@ def _exact(
 
 
 def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    """Codes of both activations, and their gradients."""
     x, other = (
         (_noise(_ROWS, _COLUMNS, multiplier) - 32768).to(device) / 8192
         for multiplier in (40503, 48271)
@@ -168,6 +186,7 @@ def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
 
 
 def _drawn(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
+    """Seeds of two states: a negative number for a large seed, and with the argument's rank."""
     words = torch.tensor([[-(2**63) + 5, 2, 3, -1], [2**40 + 1, 7, 2**33, 6]], device="cpu").to(
         device
     )
@@ -189,9 +208,11 @@ def _matrix(rows: int = _ROWS, columns: int = _COLUMNS) -> torch.Tensor:
 
 
 def edge_cases(quantizer: Quantizer) -> list[torch.Tensor]:
-    """Where a conversion to E2M1 goes wrong without a trace: float32 matrices with elements that,
-    once scaled, are ties of either sign, zeros of either sign, or beyond the largest value, some
-    infinitely so."""
+    """Float32 matrices on which a conversion to E2M1 goes wrong without a trace.
+
+    Their elements, once scaled, are ties of either sign, zeros of either sign, or beyond the
+    largest value, some infinitely so.
+    """
     return [_spikes()] if quantizer.rotates else [_ties(cap) for cap in (E4M3.max, SEARCH_CAP)]
 
 
@@ -204,9 +225,11 @@ _SPIKES = (
     (9795, 2632),
     (1167, 113),
 )
-"""Rotated among zeros, a and b become a + b and a - b, of which for ms_eden the one is the maximum
-of its block and the other a tie after all roundings: 1/4, 3/4, ..., 5, in this order. Found by
-trying; test_selfcheck.py holds it."""
+"""Pairs (a, b) that, rotated among zeros, become a + b and a - b.
+
+For ms_eden the one is the maximum of its block and the other a tie after all roundings: 1/4, 3/4,
+..., 5, in this order. Found by trying; test_selfcheck.py holds it.
+"""
 
 
 def _spikes() -> torch.Tensor:
@@ -218,19 +241,21 @@ def _spikes() -> torch.Tensor:
 
 
 def _ties(cap: float) -> torch.Tensor:
-    """[16, 144] whose largest block scale is ``cap``: all scales are powers of two, and their
-    blocks have maxima of 6.
+    """[16, 144] whose largest block scale is ``cap``; scales are powers of two, maxima 6 of them.
 
     A block holds one tie between grid values that make every other scale worse, and is the same in
     all rows but for the sign. Of the last two one has its maximum at 6.34, on a scale rounded down,
     and one is so small that its scale becomes zero, while its elements overflow on their way to the
     grid.
     """
+    # a block per tie: the maximum, the tie, and elements that are exact
     middles = (_GRID[1:] + _GRID[:-1]) / 2
     exact = _GRID[torch.tensor(_FILLING, device="cpu")].expand(len(middles), -1)
     maxima = torch.full((len(middles), 1), E2M1.max, device="cpu")
     blocks = torch.cat([maxima, middles[:, None], exact], dim=1)
     blocks[-1] *= cap  # the maximum of all
+
+    # one beyond the largest value, one too small to have a scale; every second row is negative
     clipped, tiny = blocks[:1].clone(), blocks[:1] * 2.0**-14
     clipped[0, 0] = 6.34375
     rows = torch.cat([blocks, clipped, tiny]).view(1, -1).repeat(_ROWS, 1) * 2.0**20
@@ -239,7 +264,7 @@ def _ties(cap: float) -> torch.Tensor:
 
 
 def _noise(rows: int, columns: int, multiplier: int) -> torch.Tensor:
-    """Integers in [0, 65536) without any generator's help."""
+    """Integers in [0, 65536), [rows, columns], without any generator's help."""
     return (torch.arange(1, rows * columns + 1, device="cpu") * multiplier % 65536).view(
         rows, columns
     )

@@ -1,8 +1,20 @@
 """The native CPU backend: C++ kernels over raw memory, equal to the reference to the last bit.
 
+    quantize, both orientations    x is read where it lies, with any strides of which one is 1
+    requantize                     from codes, decoded in registers and never written
+    matmul                         codes are decoded into packed panels; sums in float32; global
+                                   scales, bias and the one rounding on the way out
+    dense_product                  the same for float32, BF16 and FP16 operands, where torch would
+                                   emulate (``layer/dense.py``)
+    fingerprint                    64 bits of a tensor's bytes, at memory speed
+
 The kernels (``csrc/``) exist for AVX-512, AVX2 and portably; the best one the processor has is
-used. Threads follow ``torch.get_num_threads()``. If the extension was not built, this backend says
-why and the reference takes over.
+used. Products need AVX2; without it torch multiplies decoded operands. Codes and scales do not
+depend on the instruction set, sums of products do. Threads follow ``torch.get_num_threads()``. If
+the extension was not built, this backend says why and the reference takes over.
+
+Pointers go to C++ as integers, so whatever they point to has to live until the call returns: hence
+the local names that nothing else reads.
 """
 
 from __future__ import annotations
@@ -29,17 +41,16 @@ native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """What the kernels exist for and this process may use, the best first: of "avx512", "avx2" and
-    "portable".
+    """The instruction sets that kernels exist for and this process may use, the best first.
 
-    The first is in use. Empty where the extension was not built.
+    Of "avx512", "avx2" and "portable"; the first is in use. Empty where the extension was not
+    built.
     """
     return () if native is None else tuple(native.instruction_sets())
 
 
 def use_instruction_set(isa: str = "") -> None:
-    """Hold this process to an instruction set: from now on it behaves as if the processor had
-    nothing better.
+    """Hold this process to an instruction set, as if the processor had nothing better.
 
     isa: "avx512", "avx2", "portable", or "" for the best there is again. It holds for our kernels,
     products included; torch's own follow ``ATEN_CPU_CAPABILITY``. No result changes but the order
@@ -52,8 +63,7 @@ def use_instruction_set(isa: str = "") -> None:
 
 
 def products() -> tuple[str, ...]:
-    """Instruction sets the native products are written for and this process may use, the fastest
-    first.
+    """The instruction sets of native products that this process may use, the fastest first.
 
     avx512bf16 multiplies codes alone.
     """
@@ -61,18 +71,20 @@ def products() -> tuple[str, ...]:
 
 
 PAIRS = "avx512bf16"
+"""The product for codes alone: one instruction multiplies and adds pairs of BF16."""
 
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
 }
-"""What multiplies a dtype on x86-64, by the names ``torch.cpu.get_capabilities`` has for it; one is
-enough."""
+"""What multiplies a dtype on x86-64, as ``torch.cpu.get_capabilities`` calls it; one will do."""
 
 
 def emulated_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes whose products torch emulates on this CPU; none where torch cannot tell, or
-    off x86-64."""
+    """The 16-bit dtypes whose products torch emulates on this CPU.
+
+    None where torch cannot tell, or off x86-64.
+    """
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if found.get("architecture") != "x86_64":
         return frozenset()
@@ -100,8 +112,11 @@ def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 class CpuBackend(Backend):
-    """isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force
-    each)."""
+    """The C++ kernels as a backend.
+
+    isa: "avx512", "avx2", "portable", or "" for the best that this process may use (tests force
+    each).
+    """
 
     name = "cpu"
     decodes = tuple(ELEMENTS)
@@ -149,6 +164,7 @@ class CpuBackend(Backend):
             return super().quantize_both(x, rows, columns)
         assert native is not None
         x = _readable(x)
+
         # x^T is what a forward keeps: made first, it leaves no hole in the heap when the other one
         # goes
         down, q_columns, _scratch_columns = self._prepare(_source(x.t()), x.t().shape, *columns)
@@ -160,6 +176,8 @@ class CpuBackend(Backend):
         if q.rotation is not None or q.codes.numel() == 0:
             return super().requantize(q, quantizer, options)
         assert native is not None
+
+        # the first K columns of the codes, read as rows
         q = contiguous(q)
         source = native.Source(code_matrix(native, q), q.contraction)
         args, transposed, _scratch = self._prepare(
@@ -176,8 +194,10 @@ class CpuBackend(Backend):
         options: Options,
         amax: torch.Tensor | None = None,
     ) -> tuple[object, QTensor, torch.Tensor | None]:
-        """What the kernel is told, the result it will fill, and its scratch memory; that and amax
-        must outlive the call."""
+        """What the kernel is told, the result that it will fill, and its scratch memory.
+
+        That memory and ``amax`` must outlive the call.
+        """
         assert native is not None
         q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
         scratch = (
@@ -225,6 +245,7 @@ class CpuBackend(Backend):
         kernel = next((name for name in products() if self.isa in ("", name)), None)
         if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
+
         a, b = contiguous(a), contiguous(b)
         out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
         bias = None if bias is None else bias.to(torch.float32).contiguous()
@@ -254,18 +275,21 @@ class CpuBackend(Backend):
 def dense_product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, isa: str = ""
 ) -> torch.Tensor:
-    """a b^T + bias [M, N] of a [M, K], b [N, K] in float32, bfloat16 or float16: summed in float32,
-    rounded once.
+    """a b^T + bias [M, N] of a [M, K], b [N, K], summed in float32 and rounded once to ``dtype``.
 
-    bias: [N] or None, added in float32. isa: as for ``CpuBackend``. Without a kernel torch
-    multiplies float32 copies.
+    a, b: float32, bfloat16 or float16. bias: [N] or None, added in float32. isa: as for
+    ``CpuBackend``. Without a kernel torch multiplies float32 copies.
     """
     (rows, depth), columns = a.shape, b.shape[0]
+
+    # no kernel, or nothing to sum
     kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
     if kernel is None or rows == 0 or columns == 0 or depth == 0:
         with without_autocast(a.device):  # it would round the sums before the bias is added
             y = a.to(torch.float32) @ b.to(torch.float32).t()
         return (y if bias is None else y.add_(bias)).to(dtype)
+
+    # the kernel packs 16-bit elements straight into its float32 panels
     a, b = _readable(a), _readable(b)
     out = torch.empty(rows, columns, dtype=dtype, device="cpu")
     bias = None if bias is None else bias.to(torch.float32).contiguous()
@@ -289,20 +313,25 @@ def dense_product(
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """x with one stride of 1, as the kernels want it; whoever takes pointers from it has to keep it
-    alive."""
+    """x with one stride of 1, as the kernels want it.
+
+    Whoever takes pointers from it has to keep it alive.
+    """
     if 1 in x.stride():
         return x
-    # one element always is
+
+    # a single element has any stride that one likes
     return x.reshape(-1).as_strided((1, 1), (1, 1)) if x.numel() == 1 else x.contiguous()
 
 
 def _source(x: torch.Tensor) -> object:
+    """What the kernels are told of matrix x."""
     assert native is not None
     return native.Source(x.data_ptr(), ELEMENTS[x.dtype], *x.shape, *x.stride())
 
 
 def _options(quantizer: Quantizer, options: Options) -> object:
+    """What the kernels are told of a method and its seeds."""
     assert native is not None
     rotation = options.rotation or Rotation(16, fixed=True)
     return native.Options(

@@ -1,10 +1,14 @@
-"""The CUDA backend: C++ kernels for Hopper and Blackwell over raw memory, equal to the reference to
-the last bit.
+"""The CUDA backend: C++ kernels for Hopper and Blackwell, equal to the reference to the last bit.
 
-The kernels (``csrc/cuda/``) share their arithmetic with the CPU's. A gradient is read once for both
-of its orientations, a forward operand is quantised again from its codes. Nothing here waits for the
-device, so everything can be captured in a CUDA graph; launches go to the current stream. If the
-extension was not built, this backend says why.
+It quantises and decodes; products are left to ``scaled_mm`` and Triton. The kernels
+(``csrc/cuda/``) work over raw memory and share their arithmetic with the CPU's. A gradient is read
+once for both of its orientations, a forward operand is quantised again from its codes, and on
+Blackwell the block scales are written once more in the order in which its tensor cores read them.
+
+Nothing here waits for the device, so everything can be captured in a CUDA graph; launches go to the
+current stream. A seed is a number, or the address of one on the device. No kernel here has run on a
+GPU yet: a host driver has run them whole on the CPU, bit for bit. If the extension was not built,
+this backend says why.
 """
 
 from __future__ import annotations
@@ -34,7 +38,10 @@ _native, _MISSING = load("nvfp4._cuda", "CUDA", "nvcc on PATH and NVFP4_CUDA=1")
 
 
 class CudaBackend(Backend):
-    """native: the extension module, or one that runs the same kernels on the processor (tests)."""
+    """The CUDA kernels as a backend.
+
+    native: the extension module, or one that runs the same kernels on the processor (tests).
+    """
 
     name = "cuda"
     operations = ("quantize", "dequantize")
@@ -89,9 +96,7 @@ class CudaBackend(Backend):
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
     ) -> QTensor:
-        """``quantize`` scaled by ``amax``, float32 [1] on the device of x, or [M] when row-scaled,
-        instead of by its own; no magnitude of x may exceed it. x may not be empty; not for ms_eden.
-        """
+        """``quantize`` scaled by ``amax``, without a copy of x; as in ``Backend``."""
         return self._quantize(
             x, _Target(self._module, tuple(x.shape), quantizer, options, x.device, amax=amax)
         )
@@ -103,6 +108,8 @@ class CudaBackend(Backend):
             return super().quantize_both(x, rows, columns)
         across = _Target(self._module, tuple(x.shape), *rows, x.device)
         down = _Target(self._module, tuple(x.t().shape), *columns, x.device)
+
+        # the kernels want contiguous rows; of a matrix without, x and x^T change places
         matrix, transposed, _kept = self._matrix(x)
         first, second = (down, across) if transposed else (across, down)
         with _on(x.device) as place:
@@ -138,8 +145,10 @@ class CudaBackend(Backend):
         return target.q
 
     def _matrix(self, x: torch.Tensor) -> tuple[object, bool, torch.Tensor]:
-        """What the kernels are told of x or, with True, of x^T, whose rows are contiguous; and what
-        has to live on."""
+        """(what the kernels are told, whether that is x^T, what has to live on) of matrix x.
+
+        Of x and x^T the one whose rows are contiguous; a copy if neither's are.
+        """
         transposed = x.stride(0) == 1 and x.shape[0] > 1 and x.stride(1) != 1
         y = x.t() if transposed else x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         return (
@@ -165,8 +174,10 @@ class CudaBackend(Backend):
 
 
 class _Target:
-    """The result a kernel fills, what it is told of it, and the scratch memory that has to outlive
-    the launch."""
+    """The result that a kernel fills, what it is told of it, and its scratch memory.
+
+    All of it has to outlive the launch.
+    """
 
     def __init__(
         self,
@@ -180,6 +191,8 @@ class _Target:
     ) -> None:
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
         scales = self.q.block_scale.shape
+
+        # the amax, which a kernel finds unless it is known; lengths of blocks, for ms_eden
         if amax is None:
             self.peak = torch.empty(self.q.global_scale.shape, dtype=torch.float32, device=device)
         else:
@@ -187,11 +200,14 @@ class _Target:
         self.lengths = (
             torch.empty(scales, dtype=torch.float32, device=device) if quantizer.rotates else None
         )
+
+        # the block scales once more, for the GEMM that reads them so
         if reads_swizzled(device):
             size = swizzled_bytes(self.q.rows, self.q.padded_contraction // NVFP4.block_size)
             self.q = replace(
                 self.q, swizzled_scale=torch.empty(size, dtype=torch.uint8, device=device)
             )
+
         self.operand = native.Operand(
             _options(native, quantizer, options),
             self.q.rows,
@@ -205,6 +221,7 @@ class _Target:
 
 
 def _options(native: ModuleType, quantizer: Quantizer, options: Options) -> object:
+    """What the kernels are told of a method and its seeds."""
     rotation = options.rotation
     return native.Options(
         *rule_numbers(quantizer, options),
@@ -235,8 +252,10 @@ def _on(device: torch.device) -> AbstractContextManager[Place]:
 
 
 class _Current(AbstractContextManager[Place]):
-    """The device as torch's current one; entering returns where to launch, which the module also
-    makes its own."""
+    """The device as torch's current one; entering returns where to launch.
+
+    The module makes that its own current device, too.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.cuda.device(device)

@@ -1,5 +1,4 @@
-"""For which GPUs, from which files and with which options the CUDA kernels are built: the one list
-of all that.
+"""For which GPUs, from which files and with which options the CUDA kernels are built.
 
 setup.py loads this file by its path, before the package can be imported and where there is no
 torch; ``cuda_build`` and the tests import it. So it uses the standard library alone, and reads no
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TARGETS = ("90a", "100a", "103a", "120a", "121a")
-"""What the kernels are written for: Hopper (H100, H200), B200, B300, RTX 50 and RTX PRO Blackwell,
-GB10."""
+"""Hopper (H100, H200), B200, B300, RTX 50 and RTX PRO Blackwell, GB10."""
 
 SOURCES = ("plain", "searched", "eden", "fused", "scales")
 """Files of csrc/cuda/, without their ``.cu``."""
@@ -45,8 +43,10 @@ FLAGS = (
 """Products are rounded before they are added to, quotients correctly, and subnormals are kept."""
 
 MISSING_FILE = "_{}_missing.txt"
-"""In the package's folder, of "cpu" and "cuda": why these kernels were not built. pip hides what
-setup.py prints; this is read later, by ``nvfp4.info`` and ``explain``."""
+"""A file in the package's folder, of "cpu" and "cuda": why these kernels were not built.
+
+pip hides what setup.py prints; this is read later, by ``nvfp4.info`` and ``explain``.
+"""
 
 
 class Choice(NamedTuple):
@@ -63,8 +63,10 @@ def find_nvcc(cuda_home: str | None = None) -> str | None:
 
 
 def present_capabilities() -> tuple[str, ...]:
-    """Compute capabilities of the GPUs here as the driver tells them ("9.0"), each once; none
-    without a driver."""
+    """Compute capabilities of the GPUs here, as the driver tells them ("9.0"), each once.
+
+    None without a driver.
+    """
     words = _said("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     return tuple(dict.fromkeys(re.findall(r"^\s*(\d+\.\d)\s*$", words, re.MULTILINE)))
 
@@ -79,13 +81,15 @@ def known_targets(nvcc: str) -> tuple[str, ...]:
 
 
 def choose(asked: str | None, present: Iterable[str], known: Iterable[str]) -> Choice:
-    """What to build. asked: the user's list, "90a,100a", or None; present: compute capabilities of
-    the GPUs here; known: targets that nvcc knows.
+    """What to build.
 
-    Raises ValueError, in words that name the list and what to do, if nothing is left or a name is
-    unknown.
+    asked: the user's list, "90a,100a", or None; present: compute capabilities of the GPUs here;
+    known: targets that nvcc knows. Raises ValueError, in words that name the list and what to do,
+    if nothing is left or a name is unknown.
     """
     known, present = tuple(known), tuple(present)
+
+    # what the user asks for, or the GPUs of this machine, or all
     if asked:
         words = [word for word in asked.replace(";", ",").split(",") if word.strip()]
         wanted = tuple(dict.fromkeys(_target(word) for word in words))
@@ -104,6 +108,8 @@ def choose(asked: str | None, present: Iterable[str], known: Iterable[str]) -> C
             TARGETS,
             "there is no GPU to build for alone; NVFP4_CUDA_TARGETS chooses fewer",
         )
+
+    # an older nvcc does not know the newest cards: build for the others
     unknown = [target for target in wanted if target not in known]
     left = tuple(target for target in wanted if target in known)
     if not left:

@@ -1,5 +1,9 @@
-"""What the compiled extensions have in common: the numbers of their enums, and why one is
-missing."""
+"""What the compiled extensions have in common: the numbers of their enums, and why one is missing.
+
+They use no header of torch: pointers, sizes and small numbers are all that passes, so one build
+serves every version of torch. The price is that nothing checks them on the way. What passes is made
+in one place for each kind, with ``INTERFACE`` to refuse an extension of other sources.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +32,14 @@ RULES = {
 
 
 INTERFACE = 2
-"""``kInterface`` in csrc/interface.h, of the sources beside this file."""
+"""``kInterface`` in csrc/interface.h, as these sources have it."""
 
 
 def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | None]:
-    """The extension module ``name`` and None, or None and why it is missing. kind: of extension;
-    needs: to build it.
+    """The extension module ``name`` and None, or None and why it is missing.
 
-    One that was built from other sources than these is as good as missing: it would fail in the
-    middle of a call.
+    kind: of extension, in words; needs: to build it. One that was built from other sources than
+    these is as good as missing: it would fail in the middle of a call.
     """
     try:
         module = importlib.import_module(name)
@@ -48,6 +51,7 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
         )
         why = why_not_built(name.rpartition("_")[2], Path(__file__).parents[2])
         return None, f"the {kind} extension is missing, {reason}; reinstall with {needs}{why}"
+
     if getattr(module, "interface", None) != INTERFACE:
         reason = f"was built from older or newer sources than {__name__}"
         return (
@@ -58,10 +62,9 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
 
 
 def why_not_built(kind: str, folder: Path) -> str:
-    """What setup.py wrote beside the package in ``folder`` when it did not build an extension, as
-    an addition.
+    """What setup.py wrote into ``folder`` when it did not build an extension, in brackets, or "".
 
-    kind: "cpu" or "cuda".
+    kind: "cpu" or "cuda". folder: of the package.
     """
     try:
         return (
@@ -72,8 +75,7 @@ def why_not_built(kind: str, folder: Path) -> str:
 
 
 def rule_numbers(quantizer: Quantizer, options: Options) -> tuple[int, int, bool, bool, bool]:
-    """What the kernels of both extensions are told of a method first: rule, metric, tiles, rows,
-    search."""
+    """What both extensions are told of a method first: rule, metric, tiles, rows, search."""
     tiles = options.block == TILE_BLOCK
     return (
         RULES[quantizer.name],
