@@ -216,17 +216,22 @@ class Recipe:
 
     def _check_gemm(self, name: str, gemm: Gemm) -> None:
         """ValueError if the two operands of a GEMM do not go together."""
+        # a tensor core multiplies two FP4 operands; w alone is decoded again (weights only)
         weights_only = name == "fprop" and gemm.right.quantized
         if gemm.left.quantized != gemm.right.quantized and not weights_only:
             raise ValueError(
                 f"{self.name}: {name} quantises one operand only ({gemm.left} / {gemm.right})"
             )
+
+        # (A R)(B R)^T = A B^T
         if gemm.left.rotation_key != gemm.right.rotation_key:
             raise ValueError(
                 f"{self.name}: {name} rotates its operands differently (group, rounds, fixed): "
                 f"{gemm.left.rotation_key} and {gemm.right.rotation_key}; the rotation only "
                 "cancels if they are equal"
             )
+
+        # there are no codes yet of what comes into a GEMM for the first time
         sources = (gemm.left.source, gemm.right.source) if name == "fprop" else (gemm.left.source,)
         if any(source != "tensor" for source in sources):
             raise ValueError(

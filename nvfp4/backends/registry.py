@@ -107,6 +107,8 @@ def select(
     check_backend(name, device)
     if name == AUTO or operation not in BACKENDS[name].operations:
         return _select_auto(operation, device, quantizer, options)
+
+    # whoever names a backend wants it, or an error: no other steps in
     backend = BACKENDS[name]
     reason = why_not(backend, operation, device, quantizer, options)
     if reason is not None:
@@ -129,6 +131,8 @@ def _select_auto(
     for backend in _in_order(operation, device, quantizer):
         if why_not_auto(backend, operation, device, quantizer, options) is not None:
             continue
+
+        # said once per kind of device
         if backend is BACKENDS["reference"] and device.type not in _SAID:
             _say_why(operation, device, quantizer, options)
         if on_cpu and isinstance(backend, CpuBackend) and _only_elsewhere(backend, device):
@@ -229,6 +233,7 @@ def why_not(
     if reason is not None or isinstance(backend, ReferenceBackend) or device.type == "meta":
         return reason
 
+    # once per operation and quantiser, whatever the options
     key = (backend, operation, device, None if quantizer is None else quantizer.name)
     if key not in _FAULTS:
         if is_capturing(device):

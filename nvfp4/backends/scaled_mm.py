@@ -170,6 +170,8 @@ class ScaledMmBackend(Backend):
         inside: cuBLASLt applies these, too, and adds the bias, which is padded already.
         """
         assert self._mm is not None
+
+        # torch wants the second operand as [Kp, N], whose columns are contiguous: b's rows
         y = self._mm(
             _codes(a),
             _codes(b, COLUMN_UNIT).t(),
@@ -224,12 +226,15 @@ class ScaledMmBackend(Backend):
         """
         if self._grouped_mm is None or len(a) < 2 or out_dtype != torch.bfloat16:
             return False
+
+        # stand-ins of tests run elsewhere
         device = a[0].device
         if (
             device.type == "cuda"
             and torch.cuda.get_device_capability(device)[0] not in GROUPED_MAJORS
         ):
             return False
+
         return (
             len({(q.rows, q.padded_contraction) for q in b}) == 1
             and b[0].rows % COLUMN_UNIT == 0

@@ -253,6 +253,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # from the inputs: nothing of the forward was kept
         first, second = ctx.saved_tensors
         activation = _matrix(ctx.kind, first, second, ctx.rest)
         gradients = activation_gradients(

@@ -163,6 +163,7 @@ def noise_for_call(state: torch.Tensor, capturable: bool, backend: str) -> CallN
 
 def gemm_seeds(state: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
     """(sign seed, (left, right rounding seed)) of one GEMM for ``Noise.state`` as integers."""
+    # -1 stands for this process
     *call, rank = state
     return _gemm_seeds(*call, GEMMS.index(gemm), _process() if rank < 0 else rank)
 

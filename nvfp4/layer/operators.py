@@ -44,6 +44,7 @@ def fprop(
 
 @fprop.register_fake
 def _(x, weight, bias, noise, recipe, backend, dtype, needs, w_amax=None, capturable=False):
+    # shapes alone: what the forward will save follows from the recipe and from needs
     (m, k), n = x.shape, weight.shape[0]
     codes = empty(Recipe.from_key(recipe), Needs(*needs), (m, k, n), x.device, capturable)
     return [x.new_empty(m, n, dtype=dtype), *codes]
@@ -74,6 +75,7 @@ def backward(
 def _(
     dy, saved, noise, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype, capturable=False
 ):
+    # in the order of Needs
     (m, n), k = dy.shape, features
     gradients = ((m, k), x_dtype), ((n, k), w_dtype), ((n,), b_dtype)
     return [

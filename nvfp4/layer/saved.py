@@ -112,6 +112,7 @@ def inputs_to_save(
     specs: SavedSpecs, needs: Needs, weight: torch.Tensor, x: torch.Tensor
 ) -> list[torch.Tensor]:
     """Those of (weight, x) that the backward needs as they are."""
+    # the order in which ``gemms.backward`` takes them
     inputs = []
     if needs.dx and specs.for_dx is None:
         inputs.append(weight)
@@ -189,6 +190,8 @@ def _pack_codes(q: QTensor) -> tuple[torch.Tensor, ...]:
     if q.rotation is None or q.rotation.sign_seed is None:
         return q.tensors
     seed = q.rotation.sign_seed
+
+    # int64 of the same bits, where the seed lies
     if isinstance(seed, DeviceSeed):
         return *q.tensors, seed.bits.clone()  # two results of an operator may not share memory
     return *q.tensors, torch.tensor(signed(seed), device="cpu")

@@ -116,6 +116,8 @@ def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
         raise TypeError(
             f"x and weight must be float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}"
         )
+
+    # under autocast both are rounded to its dtype, elsewhere they must agree
     cast = autocast_dtype(x.device)
     if cast is not None:
         return cast

@@ -108,6 +108,7 @@ class _OnFirst(torch.autograd.Function):
 
 def layout(x: torch.Tensor, weight: torch.Tensor) -> Layout:
     """The layout of a layer; TypeError naming what was found if it is none of the four above."""
+    # both on one mesh: a plain tensor says nothing of what the other processes hold
     if not isinstance(weight, DTensor) or not isinstance(x, DTensor):
         which = "x is a DTensor, weight a plain tensor"
         if not isinstance(x, DTensor):

@@ -164,6 +164,7 @@ class WeightCache:
         So what was captured in a CUDA graph reads the new ones, and autograd tells a backward that
         still waits for the old ones that they were modified, as it would of the weight itself.
         """
+        # another recipe, shape or rotation has codes of another kind: the new ones are simply kept
         new = self.entry
         if (
             old is None
@@ -213,6 +214,7 @@ class AmaxGroup:
         """What the amax is a function of; RuntimeError where the weights are not here together."""
         contents = []
         for layer in self.layers:
+            # a DTensor is a part, a gathered weight has no values
             weight = layer.weight.detach()
             if type(layer.weight) is not nn.Parameter and type(weight) is not torch.Tensor:
                 raise RuntimeError(

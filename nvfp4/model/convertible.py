@@ -117,6 +117,7 @@ def bypassed(model: nn.Module) -> dict[int, str]:
     comes first and ``torch.backends.mha.set_fastpath_enabled(False)`` was not called;
     ``nn.MultiheadAttention`` always uses the weight.
     """
+    # a subclass with a forward of its own may well call them
     reasons: dict[int, str] = {}
     for module in model.modules():
         if (

@@ -159,6 +159,7 @@ def _sharded_parameters(model: nn.Module) -> list[Any]:
 
 def _switch(parameter: Any, on: bool) -> None:
     """Set or remove FSDP2's extension points on the shard, and let it make its buffers anew."""
+    # a weak reference, since the shard would hold itself otherwise
     shard = parameter._sharded_local_tensor
     if on and not hasattr(shard, _BEFORE):
         setattr(shard, _BEFORE, partial(_pre_all_gather, weakref.ref(shard)))

@@ -108,6 +108,7 @@ def _unfuse(model: nn.Module) -> dict[str, str]:
     fused = {
         name: module for name, module in model.named_modules() if isinstance(module, FusedModule)
     }
+    # ``fully_shard`` on the module itself derives another class from it
     for name, module in fused.items():
         if not can_restore(module):
             raise RuntimeError(
@@ -123,6 +124,7 @@ def _unfuse(model: nn.Module) -> dict[str, str]:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the fused modules of ``model`` compute as they did before ``fuse``."""
+    # those that are off already stay so when the context ends
     changed = [
         module
         for module in model.modules()
@@ -222,6 +224,8 @@ def _why_not_norm(module: nn.Module, widths: set[int], trials: dict[Any, bool]) 
     weight = vars(module)["_parameters"].get("weight")
     if "forward" in vars(module):
         return "forward_replaced"
+
+    # the parts of an RMSNorm, and no others
     if (
         weight is None
         or weight.dim() != 1

@@ -114,6 +114,8 @@ def _observer(name: str, seen: dict[str, Health]) -> Callable[..., None]:
 
     def record(layer: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, Linear)
+
+        # quantised anew, with the seed 0; what is rotated cannot be held beside its input
         fprop, x = layer.nvfp4.recipe.fprop, args[0] if args else kwargs["input"]
         for key, given, spec in (("x", x, fprop.left), ("w", layer.weight, fprop.right)):
             tensor = values_here(given)

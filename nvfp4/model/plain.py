@@ -22,6 +22,7 @@ def dense_linears(model: nn.Module, enabled: bool = True) -> list[str]:
     place, and nothing else; its subclasses are left alone. On any other device and dtype the layers
     then compute as before. ``nvfp4.convert`` converts them like any other, before or after.
     """
+    # the class to the letter: a subclass has a forward of its own
     before = nn.Linear if enabled else DenseLinear
     linears = {name: module for name, module in model.named_modules() if type(module) is before}
     for module in linears.values():

@@ -49,6 +49,7 @@ _MIXED: dict[tuple[Any, Any], type[nn.Module]] = {}
 def _mixed(kind: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of both, ``kind`` first."""
     if (kind, original) not in _MIXED:
+        # under the module of the class before, where people look for it
         members = {
             "original": original,
             "__module__": original.__module__,
@@ -61,9 +62,12 @@ def _mixed(kind: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     """For copies and pickles: a class that was made at run time is found by what it was made of."""
+    # a class derived from ours, as ``fully_shard`` makes one, is somebody else's to find
     made = type(module)
     if "original" not in vars(made):
         return nn.Module.__reduce_ex__(module, protocol)
+
+    # the two classes, and the attributes
     kind, original = made.__bases__
     state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module).copy()
     return _empty, (kind, original), state

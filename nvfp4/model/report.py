@@ -206,6 +206,7 @@ def check(
     when ``strict``, the errors; a backend is checked for its name alone. Raises ValueError or
     TypeError for what ``convert`` refuses, and for a shape that is not two positive integers.
     """
+    # as ``convert`` does, up to the point where it would change something
     selection = Selection.of(recipe, filter_fn, include, exclude, keep_first, keep_last, experts)
     check_backend(backend)
     model = (
@@ -222,6 +223,7 @@ def check(
 def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[LayerCheck]:
     """A row for each stack: the size is that of one expert, the bytes are those of all."""
     for name in STACKS:
+        # [E, N, K]: a layer of N x K stands for each of them
         stack = getattr(decision.module, name)
         one = nn.Linear(
             stack.shape[2], stack.shape[1], bias=False, device="meta", dtype=torch.bfloat16

@@ -86,6 +86,7 @@ class ConversionPlan:
 
     def summary(self) -> str:
         """One line: recipes, number converted, number kept by reason, blocks kept."""
+        # each part only where there is something to say
         recipes = Counter(d.recipe.name for d in self.decisions if d.recipe is not None)
         counts = ", ".join(f"{name}: {count}" for name, count in recipes.most_common())
         extra = f"; not_linear: {', '.join(self.not_linear)}" if self.not_linear else ""
@@ -296,6 +297,7 @@ class Selection:
 
     def _unmatched(self, names: list[str]) -> Iterator[str]:
         """A complaint about each pattern that matches none of the names."""
+        # a pattern with a typing error would otherwise convert less, or more, in silence
         recipes = tuple(pattern for pattern, _ in self.recipes if pattern is not None)
         for argument, patterns in (
             ("recipe", recipes),

@@ -183,7 +183,8 @@ def _check_groups(groups: dict[tuple[str, ...], list[Linear]]) -> None:
 
 
 def _check_group(names: tuple[str, ...], members: list[Linear]) -> None:
-    """ValueError if one scale cannot serve these layers; under ``forward_precision`` too."""
+    """ValueError if one scale cannot serve these layers."""
+    # under ``forward_precision`` what counts is the recipe to come back to
     group = ", ".join(names)
     states_of_group = [layer.nvfp4 for layer in members]
     specs = [(state.full_recipe or state.recipe).fprop.right for state in states_of_group]

@@ -181,6 +181,8 @@ def _quantize_now(weights: list[WeightHandle]) -> None:
     for handle in weights:
         if handle.state.cache.group is not None:
             handle.state.cache.group.forget()
+
+    # a weight on the meta device has no values yet
     for handle in weights:
         if not handle.weight.is_meta:
             handle.state.renew_codes(handle.weight)
@@ -196,6 +198,7 @@ def load_noise_state(model: nn.Module, calls: Mapping[str, int]) -> None:
 
     Raises ValueError, and changes nothing, naming layers that are missing or unexpected.
     """
+    # a layer with another counter would meet other noise than the run that was saved
     here = states(model)
     if here.keys() != calls.keys():
         raise ValueError(

@@ -56,8 +56,11 @@ def e4m3_encode(values: torch.Tensor) -> torch.Tensor:
     and three mantissa bits with the bias changed, subnormals are a count of steps. Values off the
     grid are undefined; round first.
     """
+    # a normal: float32's exponent and its first three mantissa bits, with the bias changed
     bits = values.view(torch.int32)
     normal = (bits >> 20) - ((127 - E4M3.bias) << E4M3.mantissa_bits)
+
+    # a subnormal: how many steps of 2^-9
     subnormal = (values * 2.0 ** (E4M3.mantissa_bits - E4M3.min_exponent)).to(torch.int32)
     return torch.where(values < 2.0**E4M3.min_exponent, subnormal, normal).to(torch.uint8)
 

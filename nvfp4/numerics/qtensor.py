@@ -62,9 +62,11 @@ class QTensor:
         device: torch.device | str | None = None,
     ) -> QTensor:
         """Uninitialised codes and scales for a matrix [M, K] quantised along K."""
+        # the contraction is filled up to whole blocks, or to whole groups of the rotation
         rows, columns = shape
         unit = NVFP4.block_size if rotation is None else rotation.group
         padded = (columns + unit - 1) // unit * unit
+
         codes = torch.empty(rows, padded // 2, dtype=torch.uint8, device=device)
         scale_shape = ((rows + block[0] - 1) // block[0], padded // NVFP4.block_size)
         block_scale = torch.empty(scale_shape, dtype=torch.uint8, device=device)
@@ -124,6 +126,7 @@ class QTensor:
         """
         for target, tensor in zip(self.tensors, source.tensors, strict=True):
             target.copy_(tensor)
+        # the same order in both, wherever the source's come from
         if self.swizzled_scale is not None:
             made = source.swizzled_scale
             if made is None:

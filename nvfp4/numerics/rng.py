@@ -104,6 +104,7 @@ def philox(seed: Seed, index: Word, stream: int) -> tuple[Word, Word, Word, Word
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     c0, c1, c2, c3 = index & _MASK, (index >> 32) & _MASK, (index & 0) + stream, index & 0
 
+    # a round: two 32 x 32 -> 64 bit products, whose halves change places; the key goes on by WEYL
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -150,6 +151,7 @@ def draw16(seed: Seed, stream: int, count: int, device: torch.device | str = "cp
 
     Draw n comes from the words of counter n div 8: word (n mod 8) div 2, low half first.
     """
+    # [counter, word, half]: row-major, that is the order of the draws
     counters = -(-count // 8)
     out = torch.empty(counters, 4, 2, dtype=torch.int64, device=device)
 

@@ -35,6 +35,8 @@ def to_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     rows, columns = block
     padded = F.pad(x, (0, 0, 0, -x.shape[0] % rows)) if rows > 1 else x
     m, k = padded.shape[0] // rows, padded.shape[1] // columns
+
+    # one row is its blocks already; of tiles the rows of a block have to come together
     if rows == 1:
         return padded.reshape(m, k, columns)
     return padded.view(m, rows, k, columns).transpose(1, 2).reshape(m, k, rows * columns)
@@ -72,6 +74,7 @@ def encode_scale(amax: torch.Tensor, cap: float) -> torch.Tensor:
 
     It brings the block scale of the largest element to ``cap``.
     """
+    # below about 2^-116 the quotient is Inf: the largest float32 instead, so that 0 stays 0
     scale = torch.div(E2M1.max * cap, amax).clamp_(max=FLOAT32_MAX)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 

@@ -221,6 +221,7 @@ class Quantizer:
 
 def _empty(padded: torch.Tensor, shape: tuple[int, ...], options: Options) -> QTensor:
     """Empty input: empty codes and block scales, global scale 1 ([1], or [M] when row-scaled)."""
+    # rows without columns, or columns without rows
     rows, columns = padded.shape
     scale_shape = (-(-rows // options.block[0]), columns // options.block[1])
     return QTensor(

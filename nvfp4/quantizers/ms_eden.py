@@ -63,6 +63,8 @@ def _candidate(unit: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.T
     c, inverse = element_scale(factor)
     v = unit * c
     q = nearest(v, E2M1)
+
+    # EDEN's correction; a block of zeros has none
     numerator, denominator = tree_sum(v * v), tree_sum(v * q)
     correction = torch.where(denominator == 0, 1.0, numerator / denominator)
     return q, correction * inverse
@@ -96,6 +98,7 @@ def _search(
         e = unit - q * t[..., None]
         return tree_sum(e * e)
 
+    # the error of the whole approximation q t, so that all factors compare alike
     best = error(values, length)
     for factor in SEARCH_FACTORS[1:]:
         q, t = _candidate(unit, factor)

@@ -32,6 +32,8 @@ _LARGEST_BYTE = len(E4M3.grid) - 1
 def _candidates(first: torch.Tensor) -> Iterator[torch.Tensor]:
     """s0 [m, k] and its neighbours on the E4M3 grid; a zero scale stays zero."""
     yield first
+
+    # neighbours on the grid are neighbouring bytes
     start = e4m3_encode(first).to(torch.int32)
     for step in BYTE_STEPS:
         scale = e4m3_decode((start + step).clamp_(1, _LARGEST_BYTE))

@@ -26,6 +26,8 @@ def rule(blocks: Blocks) -> Quantized:
     """Block scale rounded up, stochastic codes."""
     block_amax = blocks.amax()
     encode = encode_scale(tensor_amax(block_amax, blocks.options.row_scaled), E4M3.max)
+
+    # up, so that no element is clipped
     block_scale, global_scale = up(base_scale(block_amax, encode), E4M3), 1 / encode
     scaled = scaled_elements(blocks, block_scale, global_scale)
     return stochastic(scaled, E2M1, blocks.element_noise()), block_scale, global_scale

@@ -104,6 +104,8 @@ def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
         return (
             f"torch's: the processor has one of {names}, or torch does not say, or it is no x86-64"
         )
+
+    # emulated, and so computed here, by a kernel if there is one
     kernel = next((name for name in products() if name != PAIRS), None)
     ours = (
         "torch's of float32 copies" if kernel is None else f"the native float32 kernel for {kernel}"
@@ -200,6 +202,8 @@ class CpuBackend(Backend):
         """
         assert native is not None
         q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, "cpu")
+
+        # ms_eden knows a block's scale only when all blocks are done: their lengths until then
         scratch = (
             torch.empty(q.block_scale.shape, dtype=torch.float32, device="cpu")
             if quantizer.rotates
@@ -242,6 +246,8 @@ class CpuBackend(Backend):
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert native is not None
+
+        # the fastest product that the processor has, or the one of this instruction set
         kernel = next((name for name in products() if self.isa in ("", name)), None)
         if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
@@ -333,6 +339,8 @@ def _source(x: torch.Tensor) -> object:
 def _options(quantizer: Quantizer, options: Options) -> object:
     """What the kernels are told of a method and its seeds."""
     assert native is not None
+
+    # a group of 0 says that nothing is rotated; the rest is then not read
     rotation = options.rotation or Rotation(16, fixed=True)
     return native.Options(
         *rule_numbers(quantizer, options),

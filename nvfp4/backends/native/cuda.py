@@ -57,6 +57,8 @@ class CudaBackend(Backend):
             return _MISSING
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "there is no NVIDIA GPU that torch can use"
+
+        # a kernel of another architecture may do nothing, without any error
         major, minor = torch.cuda.get_device_capability(device)
         if 100 * major + 10 * minor not in self.native.architectures():
             return f"{self.built()}, this GPU is sm_{major}{minor}"
@@ -81,6 +83,8 @@ class CudaBackend(Backend):
             return "it quantises and decodes alone"
         if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
             return f"it has no kernel for {quantizer.name}"
+
+        # a block of 16x16 is rotated within itself or not at all
         if options is not None and options.block == TILE_BLOCK and options.rotation is not None:
             group = options.rotation.group
             if group > NVFP4.block_size:

@@ -41,6 +41,7 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
     kind: of extension, in words; needs: to build it. One that was built from other sources than
     these is as good as missing: it would fail in the middle of a call.
     """
+    # not there, or there and not to be loaded (another Python, another C library)
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -52,6 +53,7 @@ def load(name: str, kind: str, needs: str) -> tuple[ModuleType | None, str | Non
         why = why_not_built(name.rpartition("_")[2], Path(__file__).parents[2])
         return None, f"the {kind} extension is missing, {reason}; reinstall with {needs}{why}"
 
+    # there, but not of these sources
     if getattr(module, "interface", None) != INTERFACE:
         reason = f"was built from older or newer sources than {__name__}"
         return (
@@ -90,6 +92,8 @@ def contiguous(q: QTensor) -> QTensor:
     """q over plain memory; whoever takes pointers from it has to keep it alive."""
     if all(t.is_contiguous() for t in q.tensors):
         return q
+
+    # swizzled scales stay behind: no kernel here reads them
     codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
     return QTensor(codes, block_scale, global_scale, *q.record)
 

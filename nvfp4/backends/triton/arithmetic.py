@@ -111,6 +111,7 @@ def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
     c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     c2, c3 = tl.full(index.shape, STREAM, tl.uint32), tl.full(index.shape, 0, tl.uint32)
 
+    # a round: two 32 x 32 -> 64 bit products, whose halves change places
     for _ in tl.static_range(_PHILOX_ROUNDS):
         high0, low0 = tl.umulhi(c0, _M0), c0 * _M0
         high1, low1 = tl.umulhi(c2, _M1), c2 * _M1
@@ -159,6 +160,7 @@ def uniforms(seed_low, seed_high, counter, STREAM: tl.constexpr):
 @triton.jit
 def uniform(seed_low, seed_high, index, STREAM: tl.constexpr):
     """The centred uniform of draw number ``index`` (int64): counter index / 8, half index % 8."""
+    # neighbours share a counter, and each computes all of it: a block scale is one in 16 elements
     w0, w1, w2, w3 = philox(seed_low, seed_high, index >> 3, STREAM)
     which = (index >> 1) & 3
     word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))

@@ -110,6 +110,8 @@ class TritonBackend(Backend):
         x = activation[0]
         if x.numel() == 0:
             return super().quantize_activation(activation, rows, columns)
+
+        # activation kernels write no swizzled scales, also where they make one orientation alone
         if columns is None:
             across, down = Target(tuple(x.shape), *rows, x.device, single=False), None
         else:
@@ -165,6 +167,8 @@ class TritonBackend(Backend):
     ) -> torch.Tensor:
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
+
+        # large operands on a card without FP4: decoded once, for the vendor's GEMM
         if pays(a.rows, b.rows, a.padded_contraction, tensor_cores(a.device)):
             return self.matmul_decoded(a, b, out_dtype, bias)
         return gemm(a, b, out_dtype, bias)

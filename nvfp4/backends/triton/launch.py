@@ -110,6 +110,8 @@ def _announce(kernel: Any) -> None:
     if module in _ANNOUNCED:
         return
     _ANNOUNCED.add(module)
+
+    # all processes compile; one line is enough
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return
     purpose = FAMILIES.get(module, module)

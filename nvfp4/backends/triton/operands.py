@@ -144,11 +144,14 @@ def two_targets(
 
     The peaks of both are one allocation, cleared at once; each begins at 16 bytes.
     """
+    # how many peaks each has
     shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
     across, down = (
         shape[0] if how[1].row_scaled else 1
         for shape, how in zip(shapes, (rows, columns), strict=True)
     )
+
+    # the second begins at 16 bytes, whatever the number of the first
     start = -(-across // PEAK_UNIT) * PEAK_UNIT
     peaks = torch.zeros(start + down, dtype=torch.int32, device=x.device)
     return (

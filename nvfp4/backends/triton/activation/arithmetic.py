@@ -173,6 +173,7 @@ def load_activation(
     Its inputs have contiguous rows, ``first_row`` and ``second_row`` elements apart; of RMSNorm
     rstd [rows] is known and ``second`` is the weight [columns].
     """
+    # zero outside: of SwiGLU because silu(0) is 0, of RMSNorm because x is
     tile = load_dense(first, row_tile, column_tile, rows, columns, first_row, 1, T)
     if F.gated:
         return swiglu(

@@ -49,6 +49,7 @@ from nvfp4.backends.triton.quantize.tiles import load_dense, positions, rotate
 @triton.jit
 def row_inverse_rms(x, row_tile, rows, columns, x_row, eps, T: tl.constexpr):
     """1 / rms of the rows of tile number ``row_tile``, [R]."""
+    # each of the LANES adds up its own columns, one stretch after the other
     lanes = tl.full((T.rows, LANES), 0.0, tl.float32)
     for c in tl.range(0, tl.cdiv(columns, LANES)):
         tile = load_dense(x, row_tile, tl.full((), c, tl.int32), rows, columns, x_row, 1, T)
@@ -71,6 +72,7 @@ def rms_kernel(
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
 
+    # the first pass over the rows
     row_tile = tl.program_id(0)
     row = positions(row_tile, T_ROWS.rows)
     scale = row_inverse_rms(x, row_tile, rows, columns, x_row, eps, T_ROWS)
@@ -85,6 +87,7 @@ def rms_kernel(
             column = positions(column_tile, LANES)
             gain = load_vector(weight, column, columns)
 
+            # along the rows: LANES columns are whole groups of any rotation
             if P_ROWS is not None:
                 tile = load_dense(x, row_tile, column_tile, rows, columns, x_row, 1, T_ROWS)
                 tile = rotate(
@@ -95,6 +98,7 @@ def rms_kernel(
                 )
                 largest = tl.maximum(largest, tl.max(magnitude_bits(tile), axis=1))
 
+            # down the columns: the rows of a program are whole groups of this policy's rotation
             if P_COLUMNS is not None:
                 tile = load_dense(x, column_tile, row_tile, columns, rows, 1, x_row, T_COLUMNS)
                 tile = normalized(tile, scale[None, :], gain[:, None], F)
@@ -128,6 +132,7 @@ def activation_amax_kernel(
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
     row_tile, column_tile = tile_of(columns, T_ROWS.columns)
 
+    # SwiGLU has no rstd
     if P_ROWS is not None:
         tile = load_activation(
             first, second, None, row_tile, column_tile, rows, columns, first_row, second_row,
@@ -143,6 +148,8 @@ def activation_amax_kernel(
             P_ROWS,
         )
 
+    # computed again from the transposed inputs, which are in the cache, rather than moved
+    # between threads
     if P_COLUMNS is not None:
         tile = load_activation_transposed(
             first, second, None, column_tile, row_tile, columns, rows, first_row, second_row,
@@ -253,6 +260,8 @@ def rms_gradient_kernel(
 def slab_sum_kernel(slabs, out, count, columns, C: tl.constexpr, DTYPE: tl.constexpr):
     """Sum of each column of slabs [count, columns], C columns per program."""
     column = positions(tl.program_id(0), C)
+
+    # in the order of ``row_sum`` over [columns, count]
     lanes = tl.zeros((C, LANES), tl.float32)
     for start in tl.range(0, tl.cdiv(count, LANES)):
         slab = positions(tl.full((), start, tl.int32), LANES)

@@ -136,6 +136,8 @@ def gradients(activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, t
     first, second = (_rows_contiguous(t) for t in _inputs(activation))
     rows, columns = first.shape
     dy, made = dy.contiguous(), formula(activation)
+
+    # contiguous, whatever the strides of the inputs
     d_first, d_second = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (first, second)
     )

@@ -218,6 +218,7 @@ def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
 
     few: only the largest tile, and one with all options.
     """
+    # every tile with BF16 output, and the smallest with all that an operand may have
     kind = family(capability)
     plain = [_variant(kind, tile) for tile in TILES[kind]]
     rich = _variant(
@@ -225,6 +226,8 @@ def kernel_variants(capability: int, few: bool = False) -> list[KernelVariant]:
     )
     if few:
         return [plain[0], rich]
+
+    # other outputs with and without bias; and codes decoded where the card has FP4
     narrower = choose_tile(8192, 8192, kind, 1, WIDEST_WITH_BIAS)
     options = [
         _variant(kind, TILES[kind][0], torch.float16, by_row=True),
@@ -248,6 +251,7 @@ def _variant(
 
     tall: rows of a block of b. by_row: a has a global scale per row. biased: there is a bias.
     """
+    # what is None is a constant, whatever kind of argument it stands for
     types = dict.fromkeys(("a_codes", "a_scale", "b_codes", "b_scale"), "*u8")
     types |= {"a_global": "*fp32", "b_global": "*fp32", "out": f"*{TYPES[out]}"}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32")
@@ -266,6 +270,7 @@ def _variant(
         types |= {"bias": "*bf16"}
     else:
         constants |= {"bias": None}
+
     traits = {TYPES[out]: True, "tiles": tall > 1, "rows": by_row, "bias": biased}
     name = " ".join(
         [

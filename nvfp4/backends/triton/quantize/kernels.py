@@ -225,7 +225,11 @@ def quantize_kernel(
     padded, seed_low, seed_high, sign_low, sign_high,
     P: tl.constexpr, CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
-    """Codes and scales of the operand [rows, columns], by its amax; one program per tile."""
+    """Codes and scales of the operand [rows, columns], by its amax; one program per tile.
+
+    x .. stride_column: a ``Source``. peak .. global_scale: ``Target.stored``. swizzled: bytes, or
+    None. padded: Kp. seed_high, sign_high: None where the low half points to a seed.
+    """
     seed_low, seed_high = seed_halves(seed_low, seed_high)
     sign_low, sign_high = seed_halves(sign_low, sign_high)
     row_tile, column_tile = tile_of(columns, T.columns)
@@ -251,6 +255,7 @@ def amax_both_kernel(
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
 
+    # which of these are compiled at all, the policies decide
     if scaled_by_amax(P_ROWS.rule):
         tile = load_dense(
             x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS

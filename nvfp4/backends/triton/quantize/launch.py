@@ -98,12 +98,14 @@ def quantize(source: Source, coded: Coded | None, target: Target) -> QTensor:
 
 def quantize_both(x: torch.Tensor, across: Target, down: Target) -> tuple[QTensor, QTensor]:
     """x [M, K] along K and along M; each launch reads x once for both."""
+    # a program takes the same elements as a tile of x and as one of x^T
     policies = (across.policy, down.policy)
     tiles = tiles_of_both(*policies)
     count, constants = programs(tuple(x.shape), tiles[0]), (*policies, *tiles)
     matrix = (x, *x.shape, *x.stride())
 
     with on(x.device):
+        # without a rule that wants one, x is read once
         if across.scaled_by_amax or down.scaled_by_amax:
             peaks = (across.peak, *across.signs, down.peak, *down.signs)
             launch(
@@ -126,6 +128,7 @@ def decode(q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> t
     codes, block_scale, global_scale = (t.contiguous() for t in q.tensors)
     out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
 
+    # what is not to be multiplied by is None, which compiles another kernel
     tile_rows, tile_columns, warps = DECODING
     count = programs((q.rows, columns), DECODING)
     tensors = (codes, block_scale, global_scale if with_global else None, out)

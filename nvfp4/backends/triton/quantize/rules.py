@@ -101,6 +101,7 @@ class Policy(NamedTuple):
     @classmethod
     def of(cls, quantizer: Quantizer, options: Options, converts: bool = False) -> "Policy":
         """The policy of a quantiser under these options."""
+        # without a rotation: no rounds, and one group for all, so that equal kernels are equal
         rotation = options.rotation or Rotation(16, fixed=True)
         rounds = rotation.rounds if options.rotation is not None else 0
         scales = tuple(round_scale(i, rounds, rotation.group) for i in range(rounds))
