@@ -164,6 +164,8 @@ class RunFolder:
         step = -1 if start is None else start[1].state["step"]
         if start is not None:
             self._check_fits(start[1], config, data_sha256, bound)
+            if config.resume_from is not None:
+                self._take_over(start[0], config)
             self._check_log(step)
 
         # From here on it is this run's.
@@ -241,9 +243,7 @@ class RunFolder:
     def _find(self, config: ResumableConfig) -> tuple[Found, list[str]]:
         if config.resume_from is not None:
             path = Path(config.resume_from).expanduser()
-            snapshot = checkpoint.load(path)
-            self._take_over(path, config)
-            return (path, snapshot), [f"resuming from {path}"]
+            return (path, checkpoint.load(path)), [f"resuming from {path}"]
 
         # The newest that is whole; a damaged one is named and passed over.
         notes: list[str] = []

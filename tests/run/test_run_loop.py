@@ -163,3 +163,16 @@ def test_what_is_due_when():
         3,
         None,
     ]
+
+
+def test_a_branch_that_is_refused_leaves_its_folder_as_it_was(config, tmp_path):
+    """So the same command, with the change allowed, goes on."""
+    fit(config)
+    source = f"{config.out}/checkpoints/step-00000008"
+    branch = dataclasses.replace(config, out=str(tmp_path / "b"), resume_from=source, lr=0.05)
+    with pytest.raises(TrainError, match="the checkpoint is of another config: lr"):
+        fit(branch)
+    assert os.listdir(branch.out) == [".lock"]
+
+    fit(dataclasses.replace(branch, allow_changes=("lr",)))
+    assert [row["step"] for row in log.read(RunFolder(branch.out).log)] == list(range(10))
