@@ -20,7 +20,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from math import ceil
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +43,35 @@ def up_to_date(text: str) -> str:
 
 
 def headline() -> str:
-    """The result that README opens with: size, data, bits per byte, and the gap of each recipe."""
+    """The result that README opens with: size, data, bits per byte, and the gap of each recipe.
+
+    Of several seeds the means, the largest standard error of a gap, and how many there were.
+    """
     report = _read("compare")
-    base, *others = report["runs"]
-    best = sorted(others, key=lambda run: run["gap_percent"])
-    gaps = ", ".join(f"{run['gap_percent']:+.1f} % (`{run['recipe']}`)" for run in best)
-    size = f"{base['parameters'] / 1e6:.1f} M parameters, {base['steps']} updates"
+    baseline, first = report["baseline"], report["runs"][0]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        runs.setdefault(run["recipe"], []).append(run)
+    base = fmean(run["val_bpb"] for run in runs.pop(baseline))
+
+    # the smallest gap first
+    mean = {name: fmean(run["gap_percent"] for run in several) for name, several in runs.items()}
+    gaps = ", ".join(
+        f"{mean[name]:+.1f} % (`{name}`)" for name in sorted(mean, key=mean.__getitem__)
+    )
+
+    # how sure they are
+    seeds = len(report["runs"]) // (1 + len(runs))
+    doubt = (
+        "(One seed; differences of a percent between recipes are within its noise at this size.)"
+    )
+    if seeds > 1:
+        spread = max(
+            stdev(run["gap_percent"] for run in several) / seeds**0.5 for several in runs.values()
+        )
+        most = ceil(10 * spread) / 10
+        doubt = f"(Means of {seeds} seeds; the standard error of a gap is {most} % or less.)"
+    size = f"{first['parameters'] / 1e6:.1f} M parameters, {first['steps']} updates"
     data = (
         "on the source of Python's standard library"
         if not report["config"]["data"]
@@ -55,8 +80,8 @@ def headline() -> str:
     return (
         f"A {report['config']['architecture'].capitalize()} of {size} {data}, same init and same "
         "data order for all:\n"
-        f"**{base['val_bpb']:.3f} bits per byte in BF16; in NVFP4 {gaps}.**\n"
-        "(One seed; differences of a percent between recipes are within its noise at this size.)"
+        f"**{base:.3f} bits per byte in BF16; in NVFP4 {gaps}.**\n"
+        f"{doubt}"
     )
 
 

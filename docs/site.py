@@ -1,5 +1,5 @@
 """What the site adds to the pages of this folder: README as the front page, CONTRIBUTING,
-CHANGELOG, the pictures.
+CHANGELOG, the pictures, the tables of options.
 
 mkdocs calls these functions (``hooks`` in mkdocs.yml). The texts stay where readers of a checkout
 look for them, and link as a checkout wants it; here each link is turned into that of the site:
@@ -11,6 +11,7 @@ its link.
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 PICTURES = "benchmarks/results/"
+OPTIONS = runpy.run_path(str(Path(__file__).with_name("options.py")))
 
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
@@ -56,5 +58,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Pictures that a page of this folder takes from the results of the checkout."""
-    return markdown.replace(f"](../{PICTURES}", "](results/")
+    """Pictures that a page takes from the results of the checkout, and the options of commands."""
+    return OPTIONS["filled"](markdown.replace(f"](../{PICTURES}", "](results/"))

@@ -192,6 +192,7 @@ def parse(arguments: list[str]) -> Any:
 
     A wrong option ends the process (2), a wrong config file is a ``TrainError``.
     """
+    arguments = _apart(arguments)
     defaults = _defaults(arguments)
     commands: list[Any] = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **_default(kind, defaults))]
@@ -199,6 +200,24 @@ def parse(arguments: list[str]) -> Any:
     ]
     union: Any = reduce(or_, commands)
     return tyro.cli(union, args=arguments, prog="nvfp4", description=DESCRIPTION)
+
+
+def _apart(arguments: list[str]) -> list[str]:
+    """``--seeds 0,1,2`` as ``--seeds 0 1 2``, which is how tyro reads several numbers.
+
+    Lists of names may keep their commas: they are split where a config is checked.
+    """
+    apart: list[str] = []
+    option = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            option = name
+        if option != "--seeds":
+            apart.append(argument)
+        else:
+            apart += [name, *value.split(",")] if equals else argument.split(",")
+    return apart
 
 
 def _default(kind: type, defaults: dict[type, Any]) -> dict[str, Any]:

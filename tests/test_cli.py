@@ -97,6 +97,20 @@ def test_options_may_be_written_with_underscores_and_lists_with_spaces():
     )
 
 
+@pytest.mark.parametrize(
+    "given", [["--seeds", "0,1,2"], ["--seeds=0,1,2"], ["--seeds", "0", "1,2"]]
+)
+@pytest.mark.parametrize("command", ["compare", "rl"])
+def test_seeds_may_be_written_with_commas_as_their_help_says(command, given):
+    parsed = parse([command, *given, "--exclude", "a,b"])
+    assert (parsed.seeds, parsed.exclude) == ((0, 1, 2), ("a,b",))
+
+
+def test_a_seed_that_is_no_number_is_named(capsys):
+    code, said = said_by(["compare", "--seeds", "0,one"], capsys)
+    assert (code, "--seeds" in said.err) == (2, True)
+
+
 def test_a_wrong_file_is_a_clear_error(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("stepz: 3\n")

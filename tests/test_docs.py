@@ -240,6 +240,31 @@ def test_tables_name_every_recipe_quantiser_and_objective() -> None:
     ]
 
 
+def test_the_page_of_options_has_every_command_and_every_sentence() -> None:
+    """``make docs`` fills docs/options.md in from the classes that are the commands."""
+    pytest.importorskip("nvfp4.cli", reason="the command line needs tyro and pydantic")
+    made = runpy.run_path(str(DOCS / "options.py"))
+    page = text_of(DOCS / "options.md")
+    marked = re.findall(r"^<!-- options: (\w+) -->$", page, flags=re.MULTILINE)
+    assert {*marked, "info"} == made["COMMANDS"].keys()
+    assert [f"## nvfp4 {name}" in page for name in made["COMMANDS"]] == [True] * 7
+    for kind in made["COMMANDS"].values():
+        rows = list(made["options"](kind))
+        assert [field.name for field, _ in rows] == [field.name for field in fields(kind)]
+        assert not [field.name for field, sentence in rows if not sentence]
+
+    # a sentence is that of the class that states the field last; the spelling is the shell's
+    filled = made["filled"](page)
+    assert "<!-- options" not in filled
+    assert "| `--seeds` |  | Train each recipe once per seed (0,1,2)" in filled
+    assert "| `--schedule {wsd,cosine}` | `wsd` | After the warm-up" in filled
+    assert "| `{roofline,all}` | `roofline` | roofline: bytes" in filled
+    assert "| `--steps` | `1500` | Optimiser updates. |" in made["table"](
+        made["COMMANDS"]["pretrain"]
+    )
+    assert "| `--steps` | `60` | Steps: rollouts" in made["table"](made["COMMANDS"]["rl"])
+
+
 def test_every_page_is_in_the_navigation() -> None:
     """mkdocs.yml lists the pages of the folder, and those that docs/site.py adds."""
     listed = re.findall(
@@ -303,11 +328,16 @@ def parses(arguments: list[str]) -> bool:
 def test_options_exist(page: Path) -> None:
     """``--option`` in inline code is one of some command's."""
     cli = pytest.importorskip("nvfp4.cli", reason="the command line needs tyro and pydantic")
-    known = {field.name for kind in cli.RUNNERS for field in fields(kind)} | {
-        "help",
-        "write",
-        "nproc_per_node",
-    }
+    names = {field.name for kind in cli.RUNNERS for field in fields(kind)}
+    known = (
+        names
+        | {f"no_{name}" for name in names}
+        | {
+            "help",
+            "write",
+            "nproc_per_node",
+        }
+    )
     found = {
         option
         for span in spans(text_of(page))
@@ -401,6 +431,22 @@ def test_figures_are_those_of_the_data(page: Path) -> None:
     """``python docs/figures.py --write`` brings a page up to date."""
     text = text_of(page)
     assert FIGURES["up_to_date"](text) == text
+
+
+def test_the_headline_of_several_seeds_is_of_their_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaps 1, 2, 3: their mean is 2 and its standard error 1 / sqrt 3; the smallest gap stands
+    first."""
+    report = json.loads(text_of(ROOT / "benchmarks" / "results" / "compare.json"))
+    shared = {"parameters": 5e5, "steps": 10}
+    report["runs"] = [
+        {**shared, "recipe": recipe, "val_bpb": 2.0 + seed / 10, "gap_percent": gap}
+        for seed in range(3)
+        for recipe, gap in (("bf16", 0.0), ("nvidia", 2.5), ("rtn", 1.0 + seed))
+    ]
+    monkeypatch.setitem(FIGURES["headline"].__globals__, "_read", lambda name: report)
+    said = FIGURES["headline"]()
+    assert "**2.100 bits per byte in BF16; in NVFP4 +2.0 % (`rtn`), +2.5 % (`nvidia`).**" in said
+    assert said.endswith("(Means of 3 seeds; the standard error of a gap is 0.6 % or less.)")
 
 
 def test_stale_figures_are_found() -> None:

@@ -135,6 +135,25 @@ def test_a_package_that_is_missed_within_a_command(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_parquet_file_names_the_extra_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trainers say it of a file in --data."""
+    pytest.importorskip("pydantic", reason="pydantic is not installed here")
+    from nvfp4.run.corpus import load_corpus
+    from nvfp4.run.errors import TrainError
+    from nvfp4.run.options import DataOptions
+
+    file = tmp_path / "text.parquet"
+    file.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # type: ignore[arg-type]
+    with pytest.raises(TrainError) as raised:
+        load_corpus(DataOptions(data=(str(file),)))
+    assert str(raised.value) == (
+        f"data: reading {file} needs pyarrow, which is not installed: pip install 'nvfp4[data]'"
+    )
+
+
 def test_info_needs_no_extra() -> None:
     """What is asked first on a machine where something is missing."""
     ran = without("tyro,pydantic,yaml,transformers,accelerate,matplotlib", "info")

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4.extras import what_to_install
 from nvfp4.run.errors import TrainError
 from nvfp4.run.options import DataOptions
 
@@ -343,8 +344,11 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise TrainError(f"data: reading {path} needs pyarrow; run: pip install pyarrow") from None
+    except ModuleNotFoundError as error:
+        line = what_to_install(error, f"reading {path}")
+        if line is None:
+            raise
+        raise TrainError(f"data: {line}") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
