@@ -210,6 +210,7 @@ def _continue(
 
 
 def _new(sizes: Sizes, tokenizer: Tokenizer) -> PreTrainedModel:
+    # begin and end are one id: a model that samples stops where a new document would begin
     settings = ARCHITECTURES[sizes.architecture](
         vocab_size=tokenizer.vocab_size,
         hidden_size=sizes.width,
