@@ -155,6 +155,7 @@ def _draw_block(
     with torch.no_grad(), fixed_weights(run.model), run.autocast():
         samples = rollout(run.model, chosen, numbers, size, sampling, run.stops, _SEED, rows)
 
+    # As in training: texts without their end, then the task's verdicts.
     texts = completions(run, samples)
     each = [problems[number] for number in numbers for _ in range(size)]
     values, reasons = rewards(run, each, texts, samples.ids.device)

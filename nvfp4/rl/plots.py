@@ -158,6 +158,7 @@ def mismatches(axes: Axes, lines: list[tuple[str, np.ndarray, np.ndarray, str]])
         (circles,) = axes.plot(x[zero], foot, "o", color=colour, markersize=3.5, mew=0.8)
         circles.set_fillstyle("none")
 
+    # The dashed line is the bound of the gate: 1e-5 nats.
     axes.set_yscale("log")
     axes.set_ylim(FLOOR / 3, 3)
     axes.axhline(1e-5, color="#999999", linewidth=0.8, linestyle="--")

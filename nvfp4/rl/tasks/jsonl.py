@@ -142,6 +142,7 @@ class Jsonl(Task):
                 calls.append(replace(data["call"], arguments=(text, data["row"])))
             places.append(i)
 
+        # One batch, so that the workers of the sandbox are all busy.
         answers = self._sandbox.run(calls) if calls else []
         for i, verdict in zip(places, answers, strict=True):
             verdicts[i] = verdict
