@@ -183,6 +183,7 @@ def _writable(path: Path) -> tuple[Path, Path]:
         hint = "name it .md or the like; the data go beside it as .json"
         raise ValueError(f"report {str(path)!r} is the page, so {hint}")
 
+    # Opened for appending, which changes nothing; what was not there is taken away again.
     for each in (path, data):
         existed = each.exists()
         with each.open("a"):

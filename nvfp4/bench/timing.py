@@ -135,6 +135,8 @@ def clocks(device: torch.device) -> dict[str, str]:
         return {}
     uuid = torch.cuda.get_device_properties(device).uuid
     query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(SMI.values())}"]
+
+    # Asked by UUID: torch's numbers and nvidia-smi's differ under CUDA_VISIBLE_DEVICES.
     try:
         done = subprocess.run(
             [*query, "--format=csv,noheader"],
@@ -168,6 +170,7 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # Not merely some checkout around it: the one that tracks this very file.
     if ask("ls-files", "--error-unmatch", here.name) is None:
         return None
     head = ask("rev-parse", "--short", "HEAD")
