@@ -58,15 +58,18 @@ def main() -> int:
         settings, report = folder / "settings", folder / "report.json"
         settings.write_text(SETTINGS.format(root=ROOT, folder=folder))
 
+        # One settings file for every call, and for every Python that a test starts.
         def coverage(command: str, *more: str) -> int:
             whole = [sys.executable, "-m", "coverage", command, f"--rcfile={settings}", *more]
             return subprocess.run(whole, cwd=ROOT).returncode
 
+        # Failing tests reach lines too, so the figures are made whatever pytest's exit code is.
         code = coverage("run", "-m", "pytest", *pytest_options)
         coverage("combine", "--quiet", "--append")
         coverage("json", "--quiet", "-o", str(report))
         figures = json.loads(report.read_text())
 
+    # Added to what the file has: one commit beside another.
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
     results[options.name] = result(figures, pytest_options)
     options.json.write_text(as_json(results))

@@ -375,6 +375,7 @@ def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]
             break
     file.write_text(text)
 
+    # Named by the first test that failed; without one (a crash, the limit) by the exit code.
     lines = log.read_text().splitlines()
     failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
     by = failed[0] if failed else f"exit code {code}"

@@ -254,6 +254,7 @@ def _decoding() -> Iterator[KernelVariant]:
     for (dtype, element), tile, row_scaled, with_global in product(
         ELEMENTS.items(), (1, 16), (False, True), (False, True)
     ):
+        # row scales come with blocks of 1x16 alone, and are global scales
         if row_scaled and (tile == 16 or not with_global):
             continue
         constants = {"CODED": Coded(tile, row_scaled), "R": rows, "C": columns}
