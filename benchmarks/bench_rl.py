@@ -82,6 +82,8 @@ def row(run: dict[str, Any]) -> dict[str, Any]:
 def comparison(out: Path, keep: str | None) -> None:
     """Run what is not finished, check, keep."""
     report = compare(RLConfig(**{**PRESETS["sort"], "out": str(out)}))
+
+    # A figure is kept only if everything that the comparison has to show holds.
     for verdict in report["gates"]:
         gate(
             verdict["passed"],
@@ -183,6 +185,8 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[key] = statistics.fmean(values)
             if key.endswith("after"):
                 row[f"{key}, spread"] = statistics.stdev(values) if len(values) > 1 else None
+
+        # The mean hides a seed that lost; the least gain does not.
         gains = [run["pass@1 after"] - run["pass@1 before"] for run in runs]
         row["gain, least of the seeds"] = min(gains)
         table.append(row)

@@ -149,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     minutes = BUDGET_MINUTES[args.call] if args.budget_minutes is None else args.budget_minutes
     if minutes <= 0:
         parser.error(f"--budget-minutes must be positive, got {minutes}")
+
+    # Sizes, place and build are all that a rehearsal changes.
     settings = Settings(call=args.call, folder=str(folder))
     if args.rehearse is not None:
         settings.kind, settings.scale, settings.build = "rehearsal", args.rehearse, False

@@ -107,6 +107,7 @@ def product_of(job: Job, backend: str, shape: tuple[int, int, int]) -> None:
     if "matmul" not in chip.operations:
         raise Skip(f"{backend} has no GEMM")
 
+    # Exact operands: every order of summation gives the same product, so equality is asked for.
     m, n, k = shape
     compared: list[tuple[str, Comparison]] = []
     for row_scaled, tiles in product((False, True), (False, True)):
@@ -169,6 +170,7 @@ def misaligned(job: Job, backend: str, name: str) -> None:
     memory = matrix(80, 160)
     there = memory.to(place.device)
 
+    # What the reference says of the view on the CPU is what the device has to say of its view.
     compared: list[tuple[str, Comparison]] = []
     if "quantize" in chip.operations:
         for note, view in VIEWS.items():

@@ -77,6 +77,7 @@ def layer(job: Job, backend: str, recipe: str, dtype: str, autocast: bool) -> No
         tensors = {"y": y, "dx": x.grad, "dw": there.weight.grad, "db": there.bias.grad}
         return {name: tensor.detach().cpu().float() for name, tensor in tensors.items()}
 
+    # The CPU once, the device at the first comparison: an exception there is then a row.
     want = results(torch.device("cpu"), "reference")
     got: dict[str, torch.Tensor] = {}
     allowed = tolerance(recipe, element, autocast)
@@ -118,6 +119,7 @@ def graph_of_quantiser(job: Job, backend: str, name: str) -> None:
     if "quantize" not in chip.operations or chip.refuses("quantize", *case):
         raise Skip(f"{backend} does not quantise {name}")
 
+    # Captured once; then new input is written into the captured memory before each replay.
     x = matrix(256, 512).to(place.device)
     replay: list[Any] = []
 
@@ -153,6 +155,7 @@ def graph_of_layer(job: Job, backend: str, recipe: str) -> None:
         if place.kind != "gpu":
             _gradient(twin, x, dy)  # a capture on a GPU computes nothing, its stand-in does
 
+        # Equal to the twin each time, and different from one replay to the next.
         kept = []
         for _ in range(3):
             replay()

@@ -134,6 +134,8 @@ def kept(folder: Path) -> dict[str, Any]:
     }
     facts["processor"] = machine()["processor"]
     facts["unit"] = "user CPU seconds of one thread"
+
+    # Only units that ended by themselves have a time.
     times = {path.stem: _times(path, path.stem) for path in sorted(folder.glob("*.jsonl"))}
     build = folder / "build.json"
     return facts | {
@@ -241,6 +243,8 @@ def _time_nvcc(path: Path) -> None:
         for source in (f"{name}.cu" for name in SOURCES):
             if source in seconds:
                 continue
+
+            # User time of the compiler, on which a busy machine has little influence.
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             command = [
                 str(find_nvcc()),

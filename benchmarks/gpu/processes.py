@@ -159,6 +159,7 @@ class Runner:
                 self._start(stage.name, unit)
             self._pump()
 
+        # However it ended, the stage has its record.
         seconds = round(time.monotonic() - began, 2)
         append(self.path, kind="stage", stage=stage.name, state=state, seconds=seconds)
 
@@ -261,6 +262,7 @@ class Runner:
         if state != "done" and not self.quiet:
             print(f"[{live.stage}] {live.unit.name}: {state}: {reason}", flush=True)
 
+        # Units that wait for the build may start even if it failed: they say that it is not there.
         if live.unit.name == self.build:
             self.build = ""
         if live.stage == BACKGROUND and state != "stopped":

@@ -1,5 +1,4 @@
-"""How fast: quantisers by backend against a copy, layers against BF16, in milliseconds of the
-device.
+"""How fast: quantisers by backend against a copy, layers against BF16, in device milliseconds.
 
     medians(place, {"copy": copy, "rows": call}, seconds)
         each candidate becomes a replayed CUDA graph of ``REPEATS`` calls: the device's time alone
@@ -88,6 +87,7 @@ def quantising(job: Job, backend: str, name: str, both: bool) -> None:
         runs["both"] = lambda i: chip.quantize_both(xs[i], case, case)
     ms = medians(place, runs, SECONDS)
 
+    # "rows / copy" is the share of the copy's bandwidth: 1 would be as fast as copying.
     row = {"what": "both" if both else "rows", "quantiser": name, "backend": backend}
     row |= {"MB": nbytes / 1e6} | {f"{key} ms": value for key, value in ms.items()}
     row["rows / copy"] = ms["copy"] / ms["rows"]
@@ -136,6 +136,8 @@ def multiplying(job: Job, size: int) -> None:
     runs: dict[str, Call] = {"bf16": lambda i: times(a, b.t())}
     for name, multiply in place.gemms().items():
         runs[name] = lambda i, multiply=multiply: multiply(qa, qb, torch.bfloat16)
+
+    # cuBLASLt's own, where the card has FP4 tensor cores.
     if not _missing(place, "scaled_mm"):
         scaled = place.backend("scaled_mm")
         runs["scaled_mm"] = lambda i: scaled.matmul(qa, qb, torch.bfloat16)
@@ -171,6 +173,7 @@ def linear(job: Job, size: int, recipe: str) -> None:
         cases[name] = LayerCase(layer, x, dy)
     mine = cases[recipe]
 
+    # Eager is what a training loop sees; a graph shows what the device alone needs.
     runs: dict[str, Call] = {name: lambda i, case=case: case.step() for name, case in cases.items()}
     eager = medians(place, runs, SECONDS, graph=False)
     device = medians(place, runs, SECONDS)
@@ -182,6 +185,7 @@ def linear(job: Job, size: int, recipe: str) -> None:
     row |= {"saved x bf16": saved[recipe] / saved["bf16"], "bf16 ms": eager["bf16"]}
     job.add(**row)
 
+    # Where a step's time goes, if it is not where it should.
     for kernel, calls, us in place.profile(mine.step)[:14]:
         job.add(size=size, recipe=recipe, kernel=kernel[:70], calls=calls, us=us)
     if recipe != "bf16":
@@ -229,6 +233,7 @@ def medians(
         place.warm(several)
         replays[name] = place.capture(several)[1] if graph else several
 
+    # a rehearsal runs everything once: its times mean nothing
     least = 5 if place.kind == "gpu" else 1
     ms = interleaved(replays, place.seconds(seconds), least, place.timed)
     return {name: value / REPEATS for name, value in ms.items()}

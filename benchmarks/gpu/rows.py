@@ -100,6 +100,8 @@ class CallRecord:
         read = cls()
         for record in records(path):
             kind = record.pop("kind", None)
+
+            # A file may hold several calls, one after another; the last that began counts.
             if kind == "call":
                 if record.get("state") == "began":
                     read = cls()

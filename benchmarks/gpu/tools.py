@@ -180,6 +180,8 @@ def counters(job: Job, backend: str, what: str) -> None:
     print(done.stdout, done.stderr)
     if "not here: " in done.stdout:
         raise Skip(done.stdout.partition("not here: ")[2].splitlines()[0])
+
+    # ncu may write its log and still have failed, so what counts is whether rows came.
     text = target.read_text() if target.exists() else ""
     target.unlink(missing_ok=True)
     rows = ncu_rows(text)
@@ -202,6 +204,7 @@ def ncu_rows(text: str) -> list[dict[str, str]]:
     table = list(csv.DictReader(lines))
     rows = []
     for line in table:
+        # the line of units has no number
         if not (line.get("ID") or "").isdigit():
             continue
         kept = {
