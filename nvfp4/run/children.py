@@ -2,7 +2,7 @@
 
 A comparison that is stopped passes the signal on and waits. One that is killed (kill -9, out of
 memory) can pass nothing on; on Linux the kernel then sends its children SIGTERM (PR_SET_PDEATHSIG),
-and a run obeys that as ever: it finishes the step, saves and ends. Elsewhere the child trains on,
+and a run obeys that as usual: it finishes the step, saves and ends. Elsewhere the child trains on,
 and its lock names it to whoever starts the same comparison again.
 """
 

@@ -222,7 +222,7 @@ def _below(root: Path) -> list[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    """For ``os.walk``, which would pass over a folder that it cannot list."""
+    """Raise what ``os.walk`` would swallow: a folder that it cannot list."""
     raise error
 
 
@@ -335,7 +335,7 @@ def read_json(line: str) -> Any:
 
 
 def _some(names: Iterable[str], most: int = 20) -> str:
-    """Names for a message, which shall not be as long as the line is."""
+    """Names for a message, which must not become as long as the line."""
     shown = [repr(name)[:80] for name in itertools.islice(names, most + 1)]
     return ", ".join([*shown[:most], "..."] if len(shown) > most else shown)
 

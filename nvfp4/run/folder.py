@@ -133,7 +133,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """``lock`` within."""
+        """Hold the lock within this context."""
         self.lock()
         try:
             yield

@@ -203,7 +203,7 @@ class OptimOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """On what, in which precision, and from which seed."""
+    """Where a run computes, in which precision, and from which seed."""
 
     seed: Seed = 0
     """Seed of the initial weights, the data order and the stochastic rounding."""

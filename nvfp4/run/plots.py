@@ -98,7 +98,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
 
     # The axis shows what the curves settle at, not the fall of the first steps.
     settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
-    # a single lucky batch shall not flatten the curves
+    # a quantile, so that a single lucky batch does not flatten the curves
     low = float(np.nanquantile(np.concatenate(settled), 0.005))
     high = max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))

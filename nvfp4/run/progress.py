@@ -30,7 +30,7 @@ class LastingConsole(Console):
         self._fall_silent()
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does; a terminal that has hung up is as good as a broken pipe."""
+        """Print as rich does; a terminal that has hung up counts as a broken pipe."""
         try:
             super().print(*objects, **options)
         except OSError:
@@ -127,7 +127,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def rate(value: float) -> str:
-    """12345 as 12.3k."""
+    """A rate for people: 12345 as 12.3k."""
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 

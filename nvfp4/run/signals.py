@@ -2,7 +2,7 @@
 
 A handler that raised would leave a step half done: weights moved, moments not. This one only takes
 a note. The loop looks at it after each step, saves and ends with ``Interrupted``. Whoever cannot
-wait sends the signal again, which then acts as ever.
+wait sends the signal again, which then acts as usual.
 """
 
 from __future__ import annotations
