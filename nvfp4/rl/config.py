@@ -299,7 +299,7 @@ def resolve(config: RLConfig) -> RLConfig:
 
 
 def _as_its_authors(config: RLConfig) -> RLConfig:
-    """With what the objective's authors use where the config is open."""
+    """The config with what the objective's authors use, where it is open."""
     defaults = OBJECTIVES[config.objective].defaults
     minibatches = max(
         d for d in range(1, config.prompts + 1) if config.prompts % d == 0 and d <= defaults.updates
@@ -336,7 +336,7 @@ def remarks(config: RLConfig) -> list[str]:
 
 
 def _with_sizes(config: RLConfig, task: Task) -> RLConfig:
-    """With max_new_tokens and the context of a new model, as the task's problems need them."""
+    """The config with max_new_tokens and a new model's context, as the task needs them."""
     new = config.model is None
     if config.max_new_tokens is not None and (config.context is not None or not new):
         return config

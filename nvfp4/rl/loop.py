@@ -188,6 +188,6 @@ class Reinforcement(Training):
         )
 
     def _write_texts(self, rows: Iterable[Row]) -> None:
-        """To completions.jsonl, in the main process."""
+        """Append rows to completions.jsonl, in the main process."""
         for row in rows if self.run.logs else ():
             self.run.logs[1].write(row)

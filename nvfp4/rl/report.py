@@ -40,7 +40,7 @@ from nvfp4.run.progress import duration
 _SEED = fold_in(0, ABLATION_BRANCH)
 PROMPTS, GROUP = 64, 8
 SPREAD = 0.06
-"""Standard deviation of random weights: thrice transformers', so that the model has opinions."""
+"""Standard deviation of random weights: three times the usual .02, for a model with opinions."""
 
 TIGHT = 1e-5
 """|difference| of log-probabilities in nats that a KV cache may cause."""

@@ -74,7 +74,7 @@ class Samples:
 
     @property
     def prompt_length(self) -> int:
-        """P."""
+        """Width P of the prompts, padding included."""
         return self.ids.shape[1] - self.mask.shape[1]
 
     @property

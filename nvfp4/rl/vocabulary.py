@@ -213,11 +213,11 @@ class Text:
         return [np.asarray(self._spell(text), np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        """``completion``."""
+        """The text of a completion: as ``completion``."""
         return self.vocabulary.decode(ids)
 
     def save(self, folder: Path) -> None:
-        """As a Hugging Face tokenizer."""
+        """Write the vocabulary as a Hugging Face tokenizer."""
         self.vocabulary.save(folder)
 
     def _spell(self, text: str) -> list[int]:

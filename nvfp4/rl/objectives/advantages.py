@@ -55,7 +55,7 @@ class _Groups:
         self.values[self.where] = exact
 
     def sum(self, table: torch.Tensor) -> torch.Tensor:
-        """Of each group, [groups, 1]."""
+        """The sum over each group, [groups, 1]."""
         return torch.where(self.filled, table, 0.0).sum(dim=1, keepdim=True)
 
     def spread(self) -> torch.Tensor:

@@ -37,7 +37,7 @@ class EntropyClip:
     smoothed: float | None = None
 
     def update(self, entropy: float) -> None:
-        """entropy: mean over tokens, in nats; NaN (a skipped step) changes nothing."""
+        """Take note of a step's mean token entropy in nats; NaN (a skipped step) is ignored."""
         if not math.isfinite(entropy):
             return
         # smoothing begins at the first entropy, not at 0
@@ -47,7 +47,7 @@ class EntropyClip:
         self.value = min(max(wanted, self.lowest), self.highest)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The state as plain data."""
         return {"value": self.value, "smoothed": self.smoothed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ class ResetCriterion:
     best: float | None = None
 
     def update(self, kl_cost: float, policy_cost: float, validation: float | None) -> bool:
-        """True: reset now.
+        """Take note of a step; True: reset now.
 
         kl_cost, policy_cost: magnitudes of the two parts of the loss. validation: a score, where
         there was an evaluation at this step.
@@ -99,7 +99,7 @@ class ResetCriterion:
         return due
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The state as plain data."""
         return {"counts": dict(self.counts), "best": self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,17 +124,17 @@ class TemperatureStages:
 
     @property
     def value(self) -> float:
-        """The present temperature."""
+        """The temperature of the present stage."""
         return self.temperatures[self.stage]
 
     def update(self, diversity: float) -> None:
-        """diversity: in [0, 1], of one step."""
+        """Take note of one step's diversity, in [0, 1]."""
         self.below = self.below + 1 if diversity < self.floor else 0
         if self.below >= self.patience and self.stage + 1 < len(self.temperatures):
             self.stage, self.below = self.stage + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The state as plain data."""
         return {"stage": self.stage, "below": self.below}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ class DelTA(DAPO):
 
     @property
     def needs_hidden(self) -> bool:
-        """For the token vectors."""
+        """True: the token vectors are made of them."""
         return True
 
     def remember(
@@ -133,7 +133,7 @@ class DelTA(DAPO):
         return {HIDDEN: scores.hidden.detach()}
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """With weighted advantages; the hidden states are let go."""
+        """Weigh the advantages; the hidden states are let go."""
         kept = samples.extra if HIDDEN in samples.extra else self.remember(samples, old, "old")
         rest = {name: value for name, value in samples.extra.items() if name != HIDDEN}
         samples = super().prepare(replace(samples, extra=rest), old)

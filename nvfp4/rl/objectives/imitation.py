@@ -35,7 +35,7 @@ class Imitation(Objective):
             raise ValueError(f"loss_at must be above 0, got {self.loss_at}")
 
     def loss_temperature(self, sampling: float) -> float:
-        """That of the likelihood."""
+        """The temperature of the likelihood, whatever that of sampling."""
         return self.loss_at
 
     def accepted(self, samples: Samples) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Imitation(Objective):
         raise NotImplementedError
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """With all but the accepted tokens left out, and advantages of 1 on these."""
+        """Leave out all but the accepted tokens, and put advantages of 1 on these."""
         if samples.old_logprobs is None:
             samples = replace(samples, old_logprobs=old.logprobs.detach())
 

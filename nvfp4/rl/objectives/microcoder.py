@@ -79,7 +79,7 @@ class MicroCoder(PolicyGradient):
         )
 
     def idle(self, plan: StepPlan) -> dict[str, str]:
-        """Also what belongs to stages or to excuses that there are none of."""
+        """Those of the policy gradient, and options of stages or excuses that are switched off."""
         reasons = super().idle(plan)
         if not self.temperature_stages:
             names = ("diversity_window", "diversity_floor", "diversity_patience")
@@ -89,7 +89,7 @@ class MicroCoder(PolicyGradient):
         return reasons
 
     def temperature(self, configured: float) -> float:
-        """That of the present stage."""
+        """The temperature of the present stage."""
         return self._stages.value if self.temperature_stages else configured
 
     def excused(self, samples: Samples) -> torch.Tensor:
@@ -110,12 +110,12 @@ class MicroCoder(PolicyGradient):
         return (in_float64(words[0]) + 0.5) * 2.0**-32
 
     def advantages(self, samples: Samples) -> torch.Tensor:
-        """A (1 - M)."""
+        """GRPO's advantages times (1 - M): 0 for the excused, float32 [S, T]."""
         excused_samples = self.excused(samples)[:, None]
         return torch.where(excused_samples, 0.0, super().advantages(samples))
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """Draws anew for every rollout."""
+        """Measure diversity, then prepare; the next rollout draws other excuses."""
         distinct = distinct_grams(
             samples.completions,
             samples.mask,

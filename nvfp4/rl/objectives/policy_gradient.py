@@ -76,7 +76,7 @@ class PolicyGradient(RewardedObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """Only a KL term reads it."""
+        """Whether there is a KL term, which alone reads it."""
         return self.kl_coef != 0
 
     @property
@@ -99,7 +99,7 @@ class PolicyGradient(RewardedObjective):
         return reasons
 
     def advantages(self, samples: Samples) -> torch.Tensor:
-        """As the option ``advantage`` says, float32 [S, T]."""
+        """The advantages that the option names, float32 [S, T]."""
         rewards, groups, mask = samples.rewards, samples.groups, samples.mask
         if self.advantage == "leave_one_out":
             return on_tokens(leave_one_out_advantages(rewards, groups), mask)

@@ -109,7 +109,7 @@ class ProRL(PolicyGradient):
         )
 
     def idle(self, plan: StepPlan) -> dict[str, str]:
-        """Also the control of an idle clip, and resets of a reference that is not there."""
+        """Those of the policy gradient, the control of an idle clip, resets without a reference."""
         reasons = super().idle(plan)
 
         # the clip, and what steers it
@@ -134,7 +134,7 @@ class ProRL(PolicyGradient):
 
     @property
     def upper_clip(self) -> float:
-        """What the entropy has made of clip_high."""
+        """clip_high as the entropy has moved it."""
         return self._clip.value
 
     def max_new_tokens(self, configured: int) -> int:
@@ -143,15 +143,15 @@ class ProRL(PolicyGradient):
 
     @property
     def reads_evaluations(self) -> bool:
-        """Those that may say that the run has stalled."""
+        """Whether evaluations may say that the run has stalled."""
         return self.reset_stall > 0
 
     def length_limits(self) -> tuple[int, ...]:
-        """Those of the later stages."""
+        """The limits of the later stages."""
         return self.length_stages
 
     def shape_rewards(self, samples: Samples) -> torch.Tensor:
-        """As ever, and at the end of each period minus the cosine penalty."""
+        """The usual penalties; at the end of each period the cosine penalty as well."""
         rewards = super().shape_rewards(samples)
         phase = self._steps % self.length_penalty_period
         begins = self.length_penalty_period - self.length_penalty_steps

@@ -131,12 +131,12 @@ class ReasonMaxxer(Objective):
 
     @property
     def needs_logits(self) -> bool:
-        """For the exact KL."""
+        """True for the exact KL, which sums over the vocabulary."""
         return self.needs_reference_logits
 
     @property
     def needs_reference_logits(self) -> bool:
-        """For the exact KL."""
+        """True for the exact KL, which sums over the vocabulary."""
         return self.kl == "exact" and self.kl_coef != 0
 
     @property
@@ -162,7 +162,7 @@ class ReasonMaxxer(Objective):
         return {BASE_ENTROPY: scores.entropy} if source == "reference" else {}
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """With decisions and advantages.
+        """Add decisions and advantages.
 
         What was not remembered of the base is taken from ``old``: in the first rollout they are the
         same model.

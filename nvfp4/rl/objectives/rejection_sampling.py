@@ -35,5 +35,5 @@ class RejectionSampling(Imitation):
     """Least reward of a completion that is imitated."""
 
     def accepted(self, samples: Samples) -> torch.Tensor:
-        """Those with enough of a reward."""
+        """bool [S]: completions whose reward is at least ``accept``."""
         return samples.rewards >= self.accept

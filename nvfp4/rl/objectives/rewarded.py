@@ -54,7 +54,7 @@ class RewardedObjective(Objective):
     """Upper bound of the kinds of correction that truncate or mask."""
 
     def shape_rewards(self, samples: Samples) -> torch.Tensor:
-        """Cut ones scaled, and then no penalty, as in NeMo RL; else the overlong penalty."""
+        """Scale the rewards of cut completions, as in NeMo RL; else add the overlong penalty."""
         rewards = samples.rewards
         if self.truncated == "scale":
             return torch.where(samples.truncated, rewards * self.truncated_scale, rewards)
@@ -94,7 +94,7 @@ class RewardedObjective(Objective):
         raise NotImplementedError
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """With old log-probabilities, advantages and importance weights, over whole groups."""
+        """Add old log-probabilities, advantages and importance weights, over whole groups."""
         if samples.old_logprobs is None:
             samples = replace(samples, old_logprobs=old.logprobs.detach())
         if self.truncated == "mask":

@@ -72,7 +72,7 @@ class Rover(RewardedObjective):
 
     @property
     def needs_logits(self) -> bool:
-        """For the mean over the vocabulary."""
+        """True: values are means over the vocabulary."""
         return True
 
     def acts_like(self, plan: StepPlan) -> str | None:
@@ -82,7 +82,7 @@ class Rover(RewardedObjective):
         return "REINFORCE with a centred reward, since Q and V are still 0"
 
     def idle(self, plan: StepPlan) -> dict[str, str]:
-        """Also what scales or clips a Q that is 0."""
+        """Those of rewarded objectives, and what scales or clips a Q that is 0."""
         reasons = super().idle(plan)
         if plan.updates == 1:
             why = "one update per rollout leaves Q and V at exactly 0"
@@ -113,7 +113,7 @@ class Rover(RewardedObjective):
         scores: Scores,
         source: ScoredBy,
     ) -> dict[str, torch.Tensor]:
-        """Of the old policy's logits one mean per token."""
+        """One mean per token of the old policy's logits."""
         if source == "reference":
             return {}
         if scores.logits is None:
@@ -121,7 +121,7 @@ class Rover(RewardedObjective):
         return {OLD_MEAN: vocabulary_mean_logprob(scores.logits.detach())}
 
     def prepare(self, samples: Samples, old: Scores) -> Samples:
-        """With the old policy's mean log-probabilities, unless they have been remembered."""
+        """Add the old policy's mean log-probabilities, unless they have been remembered."""
         if OLD_MEAN not in samples.extra:
             extra = self.remember(samples, old, "old")
             samples = replace(samples, extra={**samples.extra, **extra})

@@ -42,5 +42,5 @@ class SSD(Imitation):
     """Completions of fewer tokens, the end-of-text token included, are left out."""
 
     def accepted(self, samples: Samples) -> torch.Tensor:
-        """All but the next to empty."""
+        """bool [S]: all completions but the next to empty."""
         return samples.lengths >= self.least_tokens

@@ -97,7 +97,7 @@ class Process:
         return f"the sandbox cannot be put up: {frame['walls']}"
 
     def close(self) -> None:
-        """The keeper's ends."""
+        """Close the keeper's ends."""
         for fd in (self.out, self.err, self.channel):
             os.close(fd)
 
@@ -386,7 +386,7 @@ def frames(said: bytes) -> Any:
 
 
 def plain(reason: str) -> str:
-    """For a terminal and a log: no control characters, no halves of characters, not long."""
+    """A reason for terminal and log: no control characters, no half characters, not long."""
     shown = (each if each.isprintable() else ascii(each)[1:-1] for each in reason[:LONGEST_ANSWER])
     return "".join(shown)[:LONGEST_ANSWER]
 

@@ -32,12 +32,12 @@ def prctl(option: int, value: int, *more: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Namespaces of one's own."""
+    """Enter namespaces of one's own; OSError if the kernel refuses."""
     _check(LIBC.unshare(flags), "unshare")
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    """As mount(2)."""
+    """Mount, as mount(2) does; OSError if the kernel refuses."""
     texts = [os.fsencode(text) if text else None for text in (source, target, kind, data)]
     _check(LIBC.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount on {target}")
 

@@ -102,7 +102,7 @@ def build_root(paths: Iterable[str]) -> None:
 
 
 def mount_folder(hidden: Iterable[str]) -> None:
-    """For one call: mounts of its own, an empty folder, nothing where ``hidden`` paths were."""
+    """Give one call its own mounts: an empty folder, and nothing where ``hidden`` paths were."""
     kernel.unshare(NEW_MOUNTS)
     covered: list[str] = []
     for path in sorted(hidden):

@@ -60,7 +60,7 @@ keeper.main()
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each call, and of each program that it runs.
+    """Limits of each call, and of each program that it runs.
 
     seconds: by a clock that stands still with the machine; of processor time one more. memory_mib:
     beyond what the empty worker occupies. output_bytes: printed.
@@ -315,7 +315,7 @@ class _Worker:
         return self.process.stdout.fileno()
 
     def send(self, frame: bytes) -> None:
-        """One call."""
+        """Hand one call to the worker; ``_Lost`` if it is gone."""
         assert self.process.stdin is not None
         try:
             while frame:  # a raw pipe may take a part

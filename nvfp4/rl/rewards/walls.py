@@ -176,7 +176,7 @@ class Walls:
         return "reads" if self.root else "alone"
 
     def _limit(self) -> None:
-        """Of this process; and how many tasks its user may have, where these are only its own."""
+        """Limit this process, and the tasks of its user where they are only its own."""
         base = self.base_bytes if self.linux else occupied()
         _lower(resource.RLIMIT_CPU, math.ceil(self.seconds) + 1)
         _lower(resource.RLIMIT_AS, base + (self.memory_mib << 20))

@@ -112,7 +112,7 @@ def _introduce(control: socket.socket, child: int, plan: Plan) -> dict[str, Any]
 
 
 def _begin(plan: Plan, settings: dict[str, Any], control: socket.socket) -> None:
-    """In the fork: become the zygote of this plan, or say why not. Does not return."""
+    """Become the zygote of this plan, or say why not; runs in the fork, does not return."""
     walls = Walls(settings)
     flags = plan[1]
 
@@ -241,7 +241,7 @@ def _reap(running: dict[int, int], control: socket.socket) -> None:
 
 
 def _child(walls: Walls, kind: bytes, fds: list[int]) -> None:
-    """In the fork: put up the walls, then do the work. Does not return."""
+    """Put up the walls, then do the work; runs in the fork, does not return."""
     code = 1
     try:
         # clear of where they go, then there

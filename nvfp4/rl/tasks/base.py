@@ -69,7 +69,7 @@ class Task(ABC):
 
     @abstractmethod
     def reward(self, problem: Problem, completion: str) -> float:
-        """In [0, 1]; completion: without its end-of-text token. Never raises on any text."""
+        """The reward in [0, 1] of a completion, without its end-of-text; raises on no text."""
 
     def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
         """Rewards of many completions, each of the problem at its place; what raises scores 0."""

@@ -58,14 +58,14 @@ class DigitsTask(ExactTask):
             raise ValueError(f"shortest must be from 1 to longest, got {got}")
 
     def digits(self, rng: np.random.Generator, base: int = 10) -> str:
-        """Digits below ``base``."""
+        """A drawn string of digits below ``base``."""
         length = rng.integers(self.shortest, self.longest + 1)
         return "".join(map(str, rng.integers(0, base, length)))
 
 
 @dataclass
 class Sort(DigitsTask):
-    """``s52907>`` -> ``02579``."""
+    """Sort the digits: ``s52907>`` -> ``02579``."""
 
     name: ClassVar[str] = "sort"
 
@@ -76,7 +76,7 @@ class Sort(DigitsTask):
 
 @dataclass
 class Reverse(DigitsTask):
-    """``r4821>`` -> ``1284``."""
+    """Reverse the digits: ``r4821>`` -> ``1284``."""
 
     name: ClassVar[str] = "reverse"
 

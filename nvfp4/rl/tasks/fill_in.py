@@ -114,7 +114,7 @@ class FillIn(Task):
         return completion.strip() in set(LETTERS[: self.options])
 
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
-        """Another letter."""
+        """Another letter than the right one."""
         step = int(rng.integers(1, self.options))
         return LETTERS[(LETTERS.index(problem.answer) + step) % self.options]
 
@@ -150,7 +150,7 @@ class FillIn(Task):
 
     @cached_property
     def _statements(self) -> dict[str, tuple[list[str], np.ndarray]]:
-        """Of each kind: the different statements by length, and the lengths."""
+        """The different statements of each kind by length, and the lengths."""
         kinds = sorted({gap.kind for gap in self._gaps})
         table = {}
         for kind in kinds:

@@ -1,6 +1,12 @@
 """Tasks by name, by file of problems, and by the place of a class of one's own.
 
-A task of the package is one line here; base.py says how to write one.
+    sort                    a name of ``TASKS``
+    problems.jsonl          a file of problems: jsonl.py
+    my_tasks.py:MyTask      a class in a file, or module:Class
+
+A task of the package is one line here; base.py says how to write one. A user's class is imported
+and run in the trainer's own process, as any module that a user imports; only reward functions of a
+.jsonl file and programs of the model are foreign.
 """
 
 from __future__ import annotations
