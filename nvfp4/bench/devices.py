@@ -179,7 +179,7 @@ def _best(run: Callable[[], Any], seconds: float, clock: Callable[[], float]) ->
 
 
 def find_device(name: str) -> Device:
-    """By its name in ``DEVICES``, case and spaces aside ("rtx5090"), or "cpu" for the one at hand.
+    """A device of ``DEVICES`` by name, case and spaces aside ("rtx5090"); "cpu": the one at hand.
 
     Raises ValueError for any other name.
     """

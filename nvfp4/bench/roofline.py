@@ -210,7 +210,7 @@ def speedup(
 def overtakes(
     recipe: Recipe, layers: Sequence[Layer], device: Device, traffic: Traffic = OURS
 ) -> int | None:
-    """From how many tokens the recipe is predicted to beat BF16; None: not below a million.
+    """The number of tokens from which the recipe is predicted to beat BF16; None: above 2^20.
 
     The gain is taken to grow with tokens once there is one: what the weight costs does not.
     """

@@ -65,7 +65,7 @@ class Prediction:
 def predict(
     recipe: Recipe, model: str, tokens: int, device: Device, measure: torch.device | None = None
 ) -> Prediction:
-    """Of one model; ``measure``: where to run it too, once in BF16 and once in the recipe."""
+    """The prediction for a model; measure: where to run it too, in BF16 and in the recipe."""
     layers = MODELS[model]
     bf16 = sum(step_seconds(RECIPES["bf16"], layers, tokens, device).values())
     ours = step_seconds(recipe, layers, tokens, device)

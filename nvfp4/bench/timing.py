@@ -155,7 +155,7 @@ CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmark
 
 
 def commit() -> str | None:
-    """Of the checkout that this package lies in, with + if tracked files were changed.
+    """The commit of the checkout that holds this package, with + if tracked files changed.
 
     Kept figures are no change. None if it lies in none: some other checkout may hold an installed
     package.

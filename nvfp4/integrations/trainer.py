@@ -43,6 +43,6 @@ class NoiseCallback(TrainerCallback, ExportableState):
             load_noise_state(kwargs["model"], calls)
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json: the backward passes finished by each converted layer."""
+        """What trainer_state.json keeps: the backward passes finished by each converted layer."""
         calls = {} if self.model is None else noise_state(self.model)
         return {"args": {}, "attributes": {"calls": calls}}

@@ -1,7 +1,7 @@
 """Hugging Face transformers: a config that makes ``from_pretrained`` return a converted model.
 
     from_pretrained(folder, quantization_config=NVFP4TrainingConfig("quartet2"))
-      -> empty model -> converted here -> checkpoint loaded as ever -> quantisation marks removed
+      -> empty model -> converted here -> checkpoint loaded as usual -> quantisation marks removed
 
 The model that comes back is an ordinary one whose linear layers compute in NVFP4. To transformers
 it is not quantised: its parameters are the checkpoint's, ``Trainer`` trains them without adapters,
@@ -72,7 +72,7 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class NVFP4TrainingQuantizer(HfQuantizer):
-    """What ``from_pretrained`` calls: converts the empty model; weights load as ever."""
+    """What ``from_pretrained`` calls: converts the empty model; weights load as usual."""
 
     quantization_config: NVFP4TrainingConfig
 
@@ -87,20 +87,20 @@ class NVFP4TrainingQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Weights are saved as they are."""
+        """True: weights are saved as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """All parameters train."""
+        """True: all parameters train."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Without adapters too."""
+        """True: they train without adapters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """As the plain model."""
+        """True: as the plain model is."""
         return True

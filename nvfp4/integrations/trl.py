@@ -61,7 +61,7 @@ def load_recipes(model: nn.Module, folder: str | Path, backend: str = "auto") ->
 
 
 class NVFP4Mixin:
-    """For a trainer class derived from TRL's: ``class Mine(NVFP4Mixin, MyGRPOTrainer)``.
+    """Mixes into a trainer class derived from TRL's: ``class Mine(NVFP4Mixin, MyGRPOTrainer)``.
 
     The reference model, if there is one, is converted like the policy; ``save_model`` writes the
     recipes too; and after each generation by transformers the trainer scores what was sampled, for
@@ -80,7 +80,7 @@ class NVFP4Mixin:
             convert_like(_inner(trainer, trainer.ref_model), _inner(trainer, trainer.model))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the ``Trainer``'s, with the recipes beside the weights."""
+        """Save as ``Trainer`` does, with the recipes beside the weights."""
         trainer: Any = self
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         if trainer.args.should_save:
