@@ -228,7 +228,7 @@ def places(capabilities: Iterable[int], few: bool = False) -> list[Place]:
 
 
 def reports(listed: Iterable[Place], jobs: int = 1) -> Iterator[TritonKernel]:
-    """Of these kernels, in order, by this process or several.
+    """Reports of these kernels, in order, by this process or several.
 
     Raises RuntimeError where Triton only interprets.
     """

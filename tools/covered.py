@@ -38,7 +38,7 @@ COUNTS = ("covered_lines", "num_statements", "covered_branches", "num_branches")
 
 
 def main() -> int:
-    """pytest's exit code."""
+    """Run the tests under coverage and keep the figures; returns pytest's exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +85,7 @@ def room(file: str) -> str:
 
 
 def result(figures: dict[str, Any], pytest_options: list[str]) -> dict[str, Any]:
-    """Of all, each room and each file [lines, of, branches, of]; with machine and commit."""
+    """Counts [lines, of, branches, of] in total, per room and per file; machine and commit."""
     files = {
         name: [entry["summary"][n] for n in COUNTS]
         for name, entry in sorted(figures["files"].items())

@@ -404,7 +404,7 @@ def pass_without_mutants(rows: list[dict[str, Any]], chosen: list[Mutant], copy:
 
 
 def kept(path: str | None) -> dict[str, str]:
-    """Of each mutant in an earlier result, the test that found it."""
+    """The test that found each mutant of an earlier result."""
     if path is None or not Path(path).exists():
         return {}
     rows = json.loads(Path(path).read_text())["mutants"]
@@ -412,7 +412,7 @@ def kept(path: str | None) -> dict[str, str]:
 
 
 def main() -> int:
-    """0 if every mutant was killed."""
+    """Run the mutants; returns 0 if every one was killed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -49,7 +49,7 @@ BACKGROUND = (
 
 
 def stages(call: int) -> tuple[Stage, ...]:
-    """Of one call."""
+    """The stages of a call, 1 or 2."""
     return _first() if call == 1 else _second()
 
 

@@ -63,7 +63,7 @@ class Count:
         self.first = self.first or what[:400]
 
     def report(self) -> None:
-        """The row."""
+        """Send the row of what was compared."""
         self.job.add(**self.labels, checked=self.checked, wrong=self.wrong, first=self.first)
 
     def run(self, all_of_them: Sequence[tuple[str, Comparison]]) -> None:
@@ -229,7 +229,7 @@ def _tail_of_rows(chip: Backend, place: Any) -> bool:
 
 
 def _tail_of_columns(chip: Backend, place: Any) -> bool:
-    """Of x^T the last columns: two codes per byte, a scale per 16."""
+    """Compare the last columns of x^T: two codes per byte, a scale per 16."""
     rtn = get_quantizer("rtn")
     x, tail = _tall(place)
     q = chip.quantize(x.t(), rtn, rtn.check())

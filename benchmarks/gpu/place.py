@@ -47,7 +47,7 @@ class GPU:
 
     @property
     def device(self) -> torch.device:
-        """With its index."""
+        """The current CUDA device, with its index."""
         import torch
 
         return torch.device("cuda", torch.cuda.current_device())
@@ -183,7 +183,7 @@ class GPU:
         return torch.compile(layer, fullgraph=True)
 
     def backend(self, name: str) -> Backend:
-        """By its name; ``Skip`` with the reason if it cannot run here."""
+        """The backend of that name; ``Skip`` with the reason if it cannot run here."""
         from benchmarks.gpu.processes import Skip
         from nvfp4.backends.registry import BACKENDS
 

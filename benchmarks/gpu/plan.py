@@ -181,12 +181,12 @@ def table(call: int) -> list[dict[str, Any]]:
 
 
 def build_seconds(figures: dict[str, Any]) -> float:
-    """Of ``_cuda`` for one target: its slowest source, beside Triton's compilers."""
+    """Seconds of building ``_cuda`` for one target: its slowest source, beside Triton."""
     return SLOWER * max(figures["nvcc sm_90a"].values(), default=0.0)
 
 
 def _cpu_seconds(unit: Unit, stage: str, figures: dict[str, Any]) -> float:
-    """As measured; for a unit that compiles and was not timed, the mean of its kind, or of all."""
+    """Measured seconds; of a unit that was not timed the mean of its kind, or of all."""
     timed = figures["stages"]
     if unit.name in timed.get(stage, {}) or not _compiles(unit):
         return timed.get(stage, {}).get(unit.name, 0.0)
@@ -202,7 +202,7 @@ def _cpu_seconds(unit: Unit, stage: str, figures: dict[str, Any]) -> float:
 
 
 def show() -> int:
-    """Print it."""
+    """Print the plan of both calls; returns 0."""
     figures = json.loads(KEPT.read_text())
     about = ", ".join(f"{key} {figures[key]}" for key in ("triton", "processor", "date", "unit"))
     print(f"Measured: {about}.")

@@ -1,4 +1,13 @@
-"""What all units of a call share, and the faults that a rehearsal injects into them."""
+"""What all units of a call share, and the faults that a rehearsal injects into them.
+
+    Settings(call, folder, kind, scale, ...)     made once, pickled into the process of every unit
+      takes(unit)     whether the call runs it       limit(unit)     seconds before it is killed
+      enter(unit)     in its process: make ``place`` (GPU, Rehearsal, CompileOnly), be its fault
+
+A fault is something that a kernel, a driver or the system may do: raise, die of a signal, end
+without a word, hang, give wrong bits. The rehearsal puts one into each kind of unit and asks of the
+report that it names it.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +60,7 @@ class Settings:
         return unit.seconds if self.kind == "gpu" else unit.seconds * PATIENCE
 
     def enter(self, unit: Any) -> None:
-        """In the process of a unit, before it runs: make its place, and be its fault."""
+        """Make the place of a unit and be its fault; called in its process before it runs."""
         fault = self.faults.get(unit.name, "")
         self.place = {"gpu": GPU, "rehearsal": Rehearsal, "compile": CompileOnly}[self.kind](
             self.scale

@@ -1,7 +1,11 @@
 """Backends for places without a GPU.
 
-stand_in        the CPU's kernels under a GPU backend's name
-launch_nothing  Triton for a card that is not there: it compiles, and launches nothing
+    stand_in        the CPU's kernels under a GPU backend's name, right or wrong on demand
+    launch_nothing  Triton for a card that is not there: it compiles, and launches nothing
+
+With the first a rehearsal runs every line of a unit and sees faults reported; its figures say
+nothing of speed. With the second ``plan.py`` learns how long compiling takes; its results are what
+memory held.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""What other programs find out: pytest, compute-sanitizer, ncu. One that is missing is named."""
+"""What other programs find out: pytest, compute-sanitizer, ncu. One that is missing is named.
+
+    tests       the package's tests of what runs on CUDA; each failure is a row     (collect.py)
+    sanitizer   memcheck or racecheck over every quantiser of a backend             (small_case.py)
+    counters    ncu's counters of one call at full size, a row per kernel           (small_case.py)
+
+A tool can fail in three ways that are told apart: it is not installed or not permitted (``Skip``,
+no fault of a kernel), it did not get to its end (RuntimeError), or it found something (a wrong
+row).
+"""
 
 from __future__ import annotations
 
@@ -96,7 +105,7 @@ def tests(job: Job) -> None:
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Those of ``TRITON_TESTS``, and all that mark a test ``cuda`` or take every device.
+    """Files of ``TRITON_TESTS``, and all that mark a test ``cuda`` or take every device.
 
     Collecting every file takes a minute.
     """
@@ -196,7 +205,7 @@ def counters(job: Job, backend: str, what: str) -> None:
 
 
 def ncu_rows(text: str) -> list[dict[str, str]]:
-    """Of ncu's raw page as CSV, one row per kernel with the counters that are kept.
+    """One row per kernel of ncu's raw page as CSV, with the counters that are kept.
 
     Its second line holds units.
     """
