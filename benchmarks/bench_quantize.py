@@ -24,10 +24,10 @@ from benchmarks.harness import gate, options, show
 from nvfp4.backends.base import Backend
 from nvfp4.backends.native.cpu import instruction_sets, use_instruction_set
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.bench.cases import CPU, QUANTISERS, matrix, quantiser
+from nvfp4.bench.cases import QUANTISERS, matrix, quantiser
 from nvfp4.bench.gates import fault_of
 from nvfp4.bench.tables import Row
-from nvfp4.bench.timing import Run, copier, interleaved
+from nvfp4.bench.timing import CPU, Run, copier, interleaved
 from nvfp4.quantizers.registry import get_quantizer
 
 GATED_ROWS = 144

@@ -30,6 +30,10 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_SHELF = 12
 
+MAX_LEVELS = {"ops": 9, "layer": 12, "model": 14, "__main__": 19}
+"""How high a module of that room may stand: 1 if it imports none of ours, else one above what it
+imports, also inside a function. It only falls; docs/architecture.md says what stands on what."""
+
 PENDING_IMPORTS: dict[str, set[str]] = {}
 """Imports that still go up, by what is imported; each entry has to be needed."""
 
@@ -247,6 +251,39 @@ def test_class_names_mean_one_thing() -> None:
     assert several.keys() >= PENDING_NAMES, (
         f"take these out of PENDING_NAMES: {PENDING_NAMES - several.keys()}"
     )
+
+
+def levels(graph: dict[str, set[str]]) -> dict[str, list[str]]:
+    """For every name the longest chain of imports that ends in it, from the ground up."""
+    chains: dict[str, list[str]] = {}
+
+    def chain(name: str) -> list[str]:
+        if name not in chains:
+            below = (chain(imported) for imported in sorted(graph[name]))
+            chains[name] = [*max(below, key=len, default=[]), name]
+        return chains[name]
+
+    for name in graph:
+        chain(name)
+    return chains
+
+
+@pytest.mark.parametrize("room", MAX_LEVELS)
+def test_the_house_is_low(room: str) -> None:
+    """Who reads a module reads no more than so many others that stand on each other."""
+    graph = {
+        name: {i for i, _ in imports(parse(path), name) if i in INSIDE}
+        for name, path in INSIDE.items()
+    }
+    chains = [chain for name, chain in levels(graph).items() if name.split(".")[0] == room]
+    longest = max(chains, key=len)
+    assert len(longest) <= MAX_LEVELS[room], " <- ".join(longest)
+
+
+def test_levels_are_counted() -> None:
+    """The rule itself: of two ways down the longer one counts."""
+    graph = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert levels(graph) == {"a": ["c", "b", "a"], "b": ["c", "b"], "c": ["c"]}
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvfp4 import ops
-from nvfp4.layer import operators as layer_ops
+from nvfp4.layer import gemms
 from nvfp4.layer.noise import signed
 from nvfp4.layer.saved import Needs, inputs_to_save, saved_specs
 from nvfp4.numerics.hadamard import Rotation
@@ -106,8 +106,8 @@ def test_layer_operators_opcheck(recipe: Recipe, needs: list[bool]) -> None:
     )
     f32 = torch.float32
     forward = (x, weight, bias, words, recipe.key, "auto", f32, needs)
-    torch.library.opcheck(layer_ops.fprop, forward)
-    saved = layer_ops.fprop(*forward)[1:]
+    torch.library.opcheck(gemms.forward_operator, forward)
+    saved = gemms.forward_operator(*forward)[1:]
     own = inputs_to_save(saved_specs(recipe), Needs(*needs), weight, x)
     backward = (
         torch.randn(20, 33),
@@ -121,4 +121,4 @@ def test_layer_operators_opcheck(recipe: Recipe, needs: list[bool]) -> None:
         f32,
         f32,
     )
-    torch.library.opcheck(layer_ops.backward, backward)
+    torch.library.opcheck(gemms.backward_operator, backward)

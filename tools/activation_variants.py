@@ -22,7 +22,7 @@ from nvfp4.backends.triton.activation.launch import (
     norm_tiles,
     tiles_of_activation,
 )
-from nvfp4.backends.triton.quantize.rules import Policy, Tile
+from nvfp4.backends.triton.quantize.policy import Policy, Tile
 from nvfp4.backends.triton.variants import KernelVariant
 from tools.quantize_variants import policies
 

@@ -196,8 +196,9 @@ MUTANTS = [
         ("nearest(1.5 * base, E4M3)", "nearest(1.25 * base, E4M3)"),
     ),
     *mutants(
-        "nvfp4/quantizers/scale_search.py",
+        "nvfp4/numerics/scaling.py",
         VECTORS,
+        ("SEARCH_FACTORS = (1.0, 0.875,", "SEARCH_FACTORS = (1.0, 0.9375,"),
         ("BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)", "BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5)"),
     ),
     *mutants(
@@ -205,7 +206,6 @@ MUTANTS = [
         VECTORS,
         ("numerator / denominator)", "denominator / numerator)"),
         ("peak / torch.full_like(peak, E4M3.max)", "peak / 256"),
-        ("SEARCH_FACTORS = (1.0, 0.875,", "SEARCH_FACTORS = (1.0, 0.9375,"),
     ),
     *mutants(
         "nvfp4/layer/gemms.py",

@@ -16,14 +16,21 @@ from typing import Any
 
 from triton import next_power_of_2
 
-from nvfp4.backends.base import SWIZZLED_MAJORS
-from nvfp4.backends.triton.operands import SCALES, converts
+from nvfp4.backends.triton.operands import SCALES, converts, policy_of
 from nvfp4.backends.triton.quantize import kernels
-from nvfp4.backends.triton.quantize.launch import DECODING, tile_along, tile_down, tiles_of_both
-from nvfp4.backends.triton.quantize.rules import Coded, Policy, scaled_by_amax
+from nvfp4.backends.triton.quantize.launch import DECODING
+from nvfp4.backends.triton.quantize.policy import (
+    Coded,
+    Policy,
+    tile_along,
+    tile_down,
+    tiles_of_both,
+)
+from nvfp4.backends.triton.quantize.rules import scaled_by_amax
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.layout import SWIZZLED_MAJORS
 from nvfp4.quantizers.registry import QUANTIZERS
 from nvfp4.recipes import GEMMS
 from tools.machine_code import E2M1_CONVERSION
@@ -71,7 +78,7 @@ def policies(capability: int) -> dict[str, Policy]:
     for name, chosen in options:
         label = "_".join([name, *(f"{key}={_label(value)}" for key, value in chosen.items())])
         checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **chosen)
-        table[label] = Policy.of(QUANTIZERS[name], checked, converts(capability))
+        table[label] = policy_of(QUANTIZERS[name], checked, converts(capability))
     return table
 
 

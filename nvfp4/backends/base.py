@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -33,19 +32,6 @@ from nvfp4.quantizers.base import Options, Quantizer
 Operation = Literal[
     "quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"
 ]
-
-
-SWIZZLED_MAJORS = (10, 12)
-"""Major compute capabilities with NVFP4 units that cuBLASLt programs.
-
-Its GEMM reads swizzled block scales.
-"""
-
-
-@lru_cache(maxsize=64)
-def reads_swizzled(device: torch.device) -> bool:
-    """Whether GEMMs on this device read swizzled scales, which a quantiser then writes as well."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in SWIZZLED_MAJORS
 
 
 class Backend(ABC):

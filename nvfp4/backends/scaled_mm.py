@@ -37,10 +37,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from nvfp4.backends.base import SWIZZLED_MAJORS, Backend, Operation
+from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import apply_globals, reference_matmul
 from nvfp4.numerics.formats import NVFP4
-from nvfp4.numerics.layout import TILE_COLUMNS, TILE_ROWS, swizzle
+from nvfp4.numerics.layout import SWIZZLED_MAJORS, TILE_COLUMNS, TILE_ROWS, swizzle
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.scaling import spread
 from nvfp4.numerics.torch_state import is_capturing

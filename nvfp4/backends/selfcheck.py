@@ -26,7 +26,7 @@ from nvfp4.numerics.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TIL
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.torch_state import without_autocast, without_dispatch_modes
 from nvfp4.quantizers.base import Quantizer
-from nvfp4.quantizers.registry import get_quantizer
+from nvfp4.quantizers.rtn import RTN
 
 _REFERENCE = ReferenceBackend()
 _ROWS, _COLUMNS = 16, 128  # one tile high, one rotation group of any quantiser wide
@@ -54,7 +54,7 @@ def find_fault(
     quantizer: what to quantise by; rtn if None. Waits for the device; draws no random number.
     """
     probe = _PROBES[operation]
-    chosen = quantizer or get_quantizer("rtn")
+    chosen = quantizer or RTN
 
     # the first use may lie under anything: a dispatch mode that counts or replays operators must
     # not see these
@@ -195,8 +195,7 @@ def _drawn(backend: Backend, device: torch.device, quantizer: Quantizer) -> list
 
 def _stored(x: torch.Tensor, device: torch.device) -> QTensor:
     """The reference's quantisation of x, on ``device``."""
-    rtn = get_quantizer("rtn")
-    q = _REFERENCE.quantize(x, rtn, rtn.check())
+    q = _REFERENCE.quantize(x, RTN, RTN.check())
     codes, block_scale, global_scale = (tensor.to(device) for tensor in q.tensors)
     return QTensor(codes, block_scale, global_scale, *q.record)
 

@@ -16,7 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from nvfp4.backends.registry import AUTO
+from nvfp4.backends.base import Backend
+from nvfp4.backends.registry import AUTO, BACKENDS
+from nvfp4.bench.timing import CPU
 from nvfp4.model.convert import convert
 from nvfp4.model.plain import dense_linears
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
@@ -24,8 +26,6 @@ from nvfp4.numerics.hadamard import Rotation
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 from nvfp4.recipes import Recipe
-
-CPU = torch.device("cpu")
 
 QUANTISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
@@ -74,6 +74,15 @@ def quantiser(name: str, seed: int = 1, sign_seed: int = 2) -> QuantiserCase:
     registered, options = QUANTISERS[name]
     quantizer = get_quantizer(registered)
     return QuantiserCase(quantizer, quantizer.check(seed=seed, sign_seed=sign_seed, **options))
+
+
+def at_hand(device: torch.device) -> list[Backend]:
+    """The backends that "auto" may choose on a device; the reference is the judge, and left out."""
+    return [
+        backend
+        for name, backend in BACKENDS.items()
+        if name != "reference" and backend.unavailable(device) is None and backend.automatic(device)
+    ]
 
 
 Kind = Literal["normal", "wide", "nan"]

@@ -20,13 +20,13 @@ from torch import nn
 
 from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.registry import BACKENDS
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.bench.cases import (
     KINDS,
     QUANTISERS,
     QuantiserCase,
     Shape,
+    at_hand,
     layer_for,
     matrix,
     quantiser,
@@ -64,15 +64,6 @@ class Gate:
     backend: str
     what: str
     fault: str | None
-
-
-def at_hand(device: torch.device) -> list[Backend]:
-    """The backends that "auto" may choose on a device; the reference is the judge, and left out."""
-    return [
-        backend
-        for name, backend in BACKENDS.items()
-        if name != "reference" and backend.unavailable(device) is None and backend.automatic(device)
-    ]
 
 
 def check_all(device: torch.device, quick: bool = False) -> list[Gate]:

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.bench.cases import QUANTISERS, Shape, layer_for, matrix, quantiser, square
+from nvfp4.bench.cases import QUANTISERS, Shape, at_hand, layer_for, matrix, quantiser, square
 from nvfp4.bench.devices import Device
-from nvfp4.bench.gates import at_hand
 from nvfp4.bench.roofline import Layer, step_seconds
 from nvfp4.bench.tables import Row
 from nvfp4.bench.timing import Run, copier, interleaved, timer

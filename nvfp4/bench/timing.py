@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from nvfp4.backends.native.cpu import instruction_sets
-from nvfp4.bench.cases import CPU
+
+CPU = torch.device("cpu")
 
 Run = Callable[[], Any]
 

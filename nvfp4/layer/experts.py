@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvfp4.layer.call import LayerCall
 from nvfp4.layer.gemms import (
-    LayerCall,
     Pair,
     backward_operands,
     dense_fprop,
@@ -43,14 +43,11 @@ from nvfp4.layer.saved import (
     saved_specs,
     unpack,
 )
-from nvfp4.layer.state import LinearState, output_dtype, refuse_second_derivative
+from nvfp4.layer.state import STACKS, LinearState, output_dtype, refuse_second_derivative
 from nvfp4.layer.weight_cache import Codes
 from nvfp4.numerics.rng import fold_in, signed
 from nvfp4.numerics.torch_state import is_dtensor, without_autocast
 from nvfp4.ops import grouped_matmul
-
-STACKS = ("gate_up_proj", "down_proj")
-"""Parameters of an experts module, as transformers 5 names them: [E, 2 I, H] and [E, H, I]."""
 
 
 def expert_call(call: LayerCall, expert: int) -> LayerCall:

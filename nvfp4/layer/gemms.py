@@ -5,13 +5,19 @@
     backward   unpack it, quantise dy [M, N] along both axes in one read, multiply twice:
                dx [M, K] = dy w, dw [N, K] = dy^T x; db [N] = sum of dy over the tokens
 
-``forward`` and ``backward`` take and return plain tensors, so eager mode calls them as they are and
-a compiled graph calls them inside the operators of ``operators.py``. Between them lie the steps
-that stacked experts take one by one (``experts.py``): the operands of each GEMM first, then all
-products of a GEMM in one launch.
+Both take and return plain tensors. Between them lie the steps that stacked experts take one by one
+(``experts.py``): the operands of each GEMM first, then all products of a GEMM in one launch. A GEMM
+that the recipe does not quantise runs in high precision. Noise comes from ``LayerCall.noise``
+alone, which is a function of (seed, layer, call, GEMM, operand, rank).
 
-A GEMM that the recipe does not quantise runs in high precision. Noise comes from
-``LayerCall.noise`` alone, which is a function of (seed, layer, call, GEMM, operand, rank).
+At the end of the file both are operators of torch, ``nvfp4::linear_fprop`` and
+``nvfp4::linear_backward``. A compiler or a dispatch mode (selective checkpointing, ``make_fx``)
+must see a layer as one operator: kernels write through raw pointers to memory that it would
+otherwise take for uninitialised, and reorder. So a traced layer calls these, which give the same
+bits. Each has a fake that gives shapes for [M, K] x [N, K], and is tested with
+``torch.library.opcheck``. A recipe travels as ``Recipe.key`` and noise as ``Noise.state``, int64
+[4]; nothing else tells one layer from another, so equal blocks share one compiled graph. The weight
+is quantised in every such call: codes are kept in eager mode alone.
 """
 
 from __future__ import annotations
@@ -21,90 +27,18 @@ from typing import NamedTuple, cast
 
 import torch
 
+from nvfp4.layer.call import DeviceNoise, LayerCall
 from nvfp4.layer.dense import affine, times
 from nvfp4.layer.lazy_activation import LazyActivation
-from nvfp4.layer.noise import LEFT, RIGHT, CallNoise, DeviceNoise, noise_for_call
-from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, pack, saved_specs, unpack
-from nvfp4.layer.sharding import Shards, quantize_with_amax
-from nvfp4.numerics.hadamard import Rotation
+from nvfp4.layer.noise import LEFT, RIGHT
+from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, empty, pack, saved_specs, unpack
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.torch_state import without_autocast
-from nvfp4.ops import dequantize, matmul, quantize_both, quantize_with, requantize_with, transpose
-from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.ops import dequantize, matmul, quantize_both, transpose
 from nvfp4.recipes import Recipe
 
 Pair = tuple[QTensor, QTensor]
 """The left and the right operand of a GEMM: the product is left @ right^T."""
-
-
-class LayerCall(NamedTuple):
-    """One call of a layer: recipe, backend, noise; shards: which operands are a part of a whole."""
-
-    recipe: Recipe
-    backend: str
-    noise: CallNoise
-    shards: Shards | None = None
-
-    @classmethod
-    def of(
-        cls,
-        key: str,
-        backend: str,
-        state: torch.Tensor,
-        capturable: bool,
-        shards: Shards | None = None,
-    ) -> LayerCall:
-        """The call under the recipe with this ``Recipe.key``, with the noise of ``Noise.state``."""
-        return cls(
-            Recipe.from_key(key), backend, noise_for_call(state, capturable, backend), shards
-        )
-
-    def quantizer(
-        self, gemm: str, side: int, partner: Rotation | None = None
-    ) -> tuple[Quantizer, Options]:
-        """The quantiser of an operand, with the seeds of this call in its options.
-
-        partner: the rotation of the other operand if an earlier call made that one; its signs are
-        used again.
-        """
-        pair = getattr(self.recipe, gemm)
-        spec = pair.right if side == RIGHT else pair.left
-
-        # nearest rounding without a rotation reads no seed
-        if spec.options_without_noise is not None:
-            return spec.rule, spec.options_without_noise
-
-        sign_seed, seeds = self.noise.seeds(gemm)
-        if partner is not None and partner.sign_seed is not None:
-            sign_seed = partner.sign_seed
-        return spec.rule, spec.options_for(seeds[side], sign_seed)
-
-    def operand(self, x: Matrix, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
-        """Matrix x [rows, contraction] (any strides) as the recipe's operand of a GEMM.
-
-        A QTensor stands for the transpose of what it decodes to: x-hat^T or w-hat^T, which is
-        quantised again. partner: as in ``quantizer``.
-        """
-        quantizer, options = self.quantizer(gemm, side, partner)
-
-        # one part of a matrix that is spread over processes asks the others for its scale
-        if self.shards is not None and self.shards.needs_amax(gemm, side, options):
-            return self.shards.quantize(x, quantizer, options, self.backend)
-
-        if isinstance(x, QTensor):
-            return requantize_with(x, quantizer, options, backend=self.backend)
-        return quantize_with(x, quantizer, options, backend=self.backend)
-
-    def weight(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> QTensor:
-        """fprop's operand of the weight [N, K].
-
-        amax: float32 [1], what to scale by if it is not the weight's own magnitude.
-        """
-        if amax is None:
-            return self.operand(weight, "fprop", RIGHT)
-        return quantize_with_amax(
-            weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend
-        )
 
 
 def forward(
@@ -304,3 +238,65 @@ def product(
     if isinstance(saved, QTensor):
         return times(dy.to(torch.bfloat16), dequantize(saved, torch.bfloat16)).to(dtype)
     return times(dy, cast(torch.Tensor, saved).to(dy.dtype)).to(dtype)
+
+
+@torch.library.custom_op("nvfp4::linear_fprop", mutates_args=())
+def forward_operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    noise: torch.Tensor,
+    recipe: str,
+    backend: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    w_amax: torch.Tensor | None = None,
+    capturable: bool = False,
+) -> list[torch.Tensor]:
+    """y = x w^T + bias [M, N] in ``dtype``, then the codes that the backward needs.
+
+    needs: (dx, dw, db).
+    """
+    call = LayerCall.of(recipe, backend, noise, capturable)
+    return forward(call, x, weight, bias, dtype, Needs(*needs), w_amax)
+
+
+@forward_operator.register_fake
+def _(x, weight, bias, noise, recipe, backend, dtype, needs, w_amax=None, capturable=False):
+    # shapes alone: what the forward will save follows from the recipe and from needs
+    (m, k), n = x.shape, weight.shape[0]
+    codes = empty(Recipe.from_key(recipe), Needs(*needs), (m, k, n), x.device, capturable)
+    return [x.new_empty(m, n, dtype=dtype), *codes]
+
+
+@torch.library.custom_op("nvfp4::linear_backward", mutates_args=())
+def backward_operator(
+    dy: torch.Tensor,
+    saved: list[torch.Tensor],
+    noise: torch.Tensor,
+    recipe: str,
+    backend: str,
+    needs: list[bool],
+    features: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    b_dtype: torch.dtype | None,
+    capturable: bool = False,
+) -> list[torch.Tensor]:
+    """Those of dx [M, K], dw [N, K], db [N] that ``needs`` asks for; features: K."""
+    call = LayerCall.of(recipe, backend, noise, capturable)
+    return backward(call, dy, saved, Needs(*needs), features, Dtypes(x_dtype, w_dtype, b_dtype))
+
+
+@backward_operator.register_fake
+def _(
+    dy, saved, noise, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype, capturable=False
+):
+    # in the order of Needs
+    (m, n), k = dy.shape, features
+    gradients = ((m, k), x_dtype), ((n, k), w_dtype), ((n,), b_dtype)
+    return [
+        dy.new_empty(shape, dtype=dtype)
+        for need, (shape, dtype) in zip(needs, gradients, strict=True)
+        if need
+    ]

@@ -8,7 +8,7 @@
                the noise counts one call more
 
 Each way is one function of plain tensors. Eager mode calls it directly; where a compiler or a
-dispatch mode watches, the operator of ``operators.py`` around it is called instead, and gives the
+dispatch mode watches, the operator of torch around it is called instead, and gives the
 same bits.
 
 What a layer knows beside its parameters is its ``LinearState`` (``state.py``), the attribute
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvfp4.layer import gemms, operators
+from nvfp4.layer import gemms
+from nvfp4.layer.call import LayerCall
 from nvfp4.layer.dense import affine
-from nvfp4.layer.gemms import LayerCall
 from nvfp4.layer.lazy_activation import LazyActivation
 from nvfp4.layer.noise import CALLS
 from nvfp4.layer.saved import NO_GRADIENTS, Dtypes, Needs, inputs_to_save
@@ -59,7 +59,7 @@ def _forward(
     if is_traced(x):
         _check_whole(state.shards)
         how = (noise.state, state.key, state.backend, dtype, list(needs))
-        return operators.fprop(x, weight, bias, *how, state.weight_amax(), noise.capturable)
+        return gemms.forward_operator(x, weight, bias, *how, state.weight_amax(), noise.capturable)
 
     # nobody does: the same function, with the weight's codes if they are kept
     call = state.call()
@@ -112,7 +112,7 @@ class _LinearFunction(torch.autograd.Function):
         if is_traced(dy):
             _check_whole(ctx.shards)
             how = (ctx.noise, ctx.key, ctx.backend, list(needs), ctx.features)
-            gradients = operators.backward(dy, list(saved), *how, *dtypes, ctx.capturable)
+            gradients = gemms.backward_operator(dy, list(saved), *how, *dtypes, ctx.capturable)
         else:
             call = LayerCall.of(ctx.key, ctx.backend, ctx.noise, ctx.capturable, ctx.shards)
             gradients = gemms.backward(call, dy, saved, needs, ctx.features, dtypes)
@@ -206,3 +206,9 @@ def _linear(
     else:
         y = _forward(state, rows, weight, bias, dtype, NO_GRADIENTS)[0]
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def layers(model: nn.Module) -> dict[str, Linear]:
+    """The converted layers of a model by name, in conversion order; no stacked experts."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    return dict(sorted(linears.items(), key=lambda item: item[1].nvfp4.noise.layer))

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nvfp4.numerics.rng import DeviceSeed, Seed, check_seed, fold_in, signed
+from nvfp4.numerics.rng import Seed, check_seed, fold_in, signed
 from nvfp4.numerics.torch_state import is_capturing
-from nvfp4.ops import draw_seeds
 from nvfp4.recipes import GEMMS
 
 LEFT, RIGHT = 0, 1
@@ -130,45 +129,15 @@ class HostNoise(tuple[int, int, int, int]):
         return gemm_seeds(self, gemm)
 
 
-class DeviceNoise:
-    """``Noise.state`` on its device; the seeds of one call are made there when first asked for.
-
-    state: int64 [4]. backend: of the layer.
-    """
-
-    def __init__(self, state: torch.Tensor, backend: str) -> None:
-        self._state = state
-        self._backend = backend
-        self._table: torch.Tensor | None = None
-        self._seeds: dict[str, GemmSeeds] = {}
-
-    def seeds(self, gemm: str) -> GemmSeeds:
-        """The seeds of one GEMM, the same objects each time: both operands must see equal signs."""
-        if gemm not in self._seeds:
-            # one launch makes the seeds of all three GEMMs, [3, 3]
-            if self._table is None:
-                self._table = draw_seeds(self._state, _process(), len(GEMMS), backend=self._backend)
-            sign_seed, left, right = map(DeviceSeed, self._table[GEMMS.index(gemm)].unbind())
-            self._seeds[gemm] = sign_seed, (left, right)
-        return self._seeds[gemm]
-
-
-CallNoise = HostNoise | DeviceNoise
-
-
-def noise_for_call(state: torch.Tensor, capturable: bool, backend: str) -> CallNoise:
-    """``Noise.state`` for one call: read, unless it is on a device for good."""
-    return DeviceNoise(state, backend) if capturable else HostNoise(state.tolist())
-
-
 def gemm_seeds(state: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:
     """(sign seed, (left, right rounding seed)) of one GEMM for ``Noise.state`` as integers."""
     # -1 stands for this process
     *call, rank = state
-    return _gemm_seeds(*call, GEMMS.index(gemm), _process() if rank < 0 else rank)
+    return _gemm_seeds(*call, GEMMS.index(gemm), process() if rank < 0 else rank)
 
 
-def _process() -> int:
+def process() -> int:
+    """The rank of this process, 0 where there is one alone."""
     """The rank of this process, 0 where there is one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 

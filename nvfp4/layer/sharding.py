@@ -24,50 +24,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nvfp4.backends.registry import AUTO
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.scaling import magnitude
 from nvfp4.numerics.torch_state import is_dtensor
-from nvfp4.ops import dequantize, quantize_with
-from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.quantizers.base import Options
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 ROWS, CONTRACTION = 0, 1
-
-
-def quantize_with_amax(
-    x: torch.Tensor,
-    quantizer: Quantizer,
-    options: Options,
-    amax: torch.Tensor,
-    *,
-    backend: str = AUTO,
-) -> QTensor:
-    """Matrix x [M, K] with the codes it has inside a larger matrix of magnitude ``amax``.
-
-    amax: [1], or [M] when row-scaled, in float32; not finite if the whole is not. ValueError for a
-    rotated operand, whose scale comes from the rotated values, and for a stochastic quantiser,
-    whose noise comes from the place in x.
-    """
-    if options.rotation is not None or not quantizer.claims(options).deterministic:
-        raise ValueError(
-            f"codes of {quantizer.name} under {options} are not a function of x and amax"
-        )
-    if x.numel() == 0:
-        return quantize_with(x, quantizer, options, backend=backend)
-    return quantize_with(x, quantizer, options, backend=backend, amax=amax)
-
-
-def magnitude(x: torch.Tensor, row_scaled: bool = False) -> torch.Tensor:
-    """Largest magnitude of x [M, K], float32 [1], or of each row, [M]; of nothing 0.
-
-    No copy of x is made.
-    """
-    if x.numel() == 0:
-        return torch.zeros(x.shape[0] if row_scaled else 1, dtype=torch.float32, device=x.device)
-    low, high = x.aminmax(dim=1) if row_scaled else x.aminmax()
-    return torch.maximum(low.abs(), high.abs()).to(torch.float32).view(-1)
 
 
 def amax_of_parts(
@@ -105,17 +70,6 @@ class Shards:
             return False
         # a row that is whole has a scale of its own
         return not (options.row_scaled and axis == ROWS)
-
-    def quantize(
-        self, x: torch.Tensor | QTensor, quantizer: Quantizer, options: Options, backend: str
-    ) -> QTensor:
-        """This process's part x of an operand, with the codes of the whole; a collective call.
-
-        A QTensor stands for the transpose of what it decodes to.
-        """
-        part = dequantize(x, backend=backend).t() if isinstance(x, QTensor) else x
-        amax = amax_of_parts(part, self.mesh.get_group(), options.row_scaled)
-        return quantize_with_amax(part, quantizer, options, amax, backend=backend)
 
 
 class GatheredWeight(torch.Tensor):

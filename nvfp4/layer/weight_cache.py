@@ -35,8 +35,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nvfp4.layer.sharding import magnitude
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.scaling import magnitude
 from nvfp4.numerics.torch_state import is_capturing, is_traced
 from nvfp4.ops import fingerprint
 

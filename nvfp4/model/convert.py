@@ -21,10 +21,10 @@ from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend
 from nvfp4.layer.dense import DenseLinear
-from nvfp4.layer.experts import STACKS, Experts, ExpertsState
+from nvfp4.layer.experts import Experts, ExpertsState
 from nvfp4.layer.linear import Linear
 from nvfp4.layer.noise import Noise
-from nvfp4.layer.state import LinearState
+from nvfp4.layer.state import STACKS, LinearState
 from nvfp4.model.convertible import ALREADY
 from nvfp4.model.fuse import fuse
 from nvfp4.model.plain import slow_linears

@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from nvfp4.layer.dense import DenseLinear
-from nvfp4.layer.experts import STACKS, Experts
-from nvfp4.layer.linear import Linear
+from nvfp4.layer.state import STACKS, is_converted
 from nvfp4.numerics.torch_state import is_plain_parameter
 from nvfp4.ops import INPUT_DTYPES
 
@@ -43,7 +42,7 @@ def _rank(tensor: object) -> int | None:
 
 def why_not_linear(module: nn.Linear) -> str | None:
     """Why a linear layer cannot be converted, in a word, or None; ``bypassed`` knows more."""
-    if isinstance(module, Linear):
+    if is_converted(module):
         return ALREADY
     if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
         return "parametrized"  # also the older weight_norm, whose weight is computed by a hook
@@ -75,7 +74,7 @@ def why_not_experts(module: nn.Module) -> str | None:
     biases, not transposed.
     """
     stacks = [getattr(module, name, None) for name in STACKS]
-    if isinstance(module, Experts):
+    if is_converted(module):
         return ALREADY
 
     # the layout: up [E, 2 I, H] and down [E, H, I], with act(gate) * up between them
@@ -150,7 +149,7 @@ def not_linear(model: nn.Module, converted: Collection[int] = ()) -> tuple[str, 
     # a parameter of three axes in something that calls itself experts
     experts = 0
     for name, module in model.named_modules():
-        done = isinstance(module, Experts) or id(module) in converted
+        done = is_converted(module) or id(module) in converted
         if not done and "expert" in f"{name} {type(module).__name__}".lower():
             experts += sum(_rank(parameter) == 3 for parameter in module.parameters(recurse=False))
     counted = ((conv1d, "Conv1D"), (experts, "3-D expert parameter"))

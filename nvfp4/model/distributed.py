@@ -32,10 +32,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from nvfp4.layer.linear import Linear
-from nvfp4.layer.sharding import GatheredWeight, amax_of_parts, quantize_with_amax
+from nvfp4.layer.call import quantize_with_amax
+from nvfp4.layer.linear import Linear, layers
+from nvfp4.layer.sharding import GatheredWeight, amax_of_parts
 from nvfp4.layer.state import LinearState
-from nvfp4.model.weights import layers
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.qtensor import QTensor
 

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvfp4.layer.linear import Linear
+from nvfp4.layer.linear import Linear, layers
 from nvfp4.layer.sharding import values_here
-from nvfp4.model.weights import layers
 from nvfp4.numerics.codec import e2m1_decode, e4m3_decode, unpack
 from nvfp4.numerics.formats import E2M1, NVFP4
 from nvfp4.numerics.qtensor import QTensor

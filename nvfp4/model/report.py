@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend, select
-from nvfp4.layer.experts import STACKS, Experts
+from nvfp4.layer.experts import Experts
 from nvfp4.layer.linear import Linear
+from nvfp4.layer.state import STACKS
 from nvfp4.model.convertible import not_linear
 from nvfp4.model.selection import Decision, ModuleFilter, Patterns, Recipes, Selection
 from nvfp4.model.weights import quantized_weights

@@ -21,12 +21,12 @@ from types import TracebackType
 
 from torch import nn
 
-from nvfp4.layer.linear import Linear
+from nvfp4.layer.linear import Linear, layers
 from nvfp4.layer.state import LinearState
 from nvfp4.layer.weight_cache import AmaxGroup
 from nvfp4.model.fuse import unfused
 from nvfp4.model.selection import ConvertWarning
-from nvfp4.model.weights import layers, states
+from nvfp4.model.weights import states
 from nvfp4.recipes import Recipe
 
 PRECISIONS = ("nvfp4", "bf16")

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nvfp4.layer.linear import Linear
 from nvfp4.layer.state import LinearState
 from nvfp4.layer.weight_cache import Mode
 
@@ -64,12 +63,6 @@ def quantized_weights(model: nn.Module) -> dict[str, WeightHandle]:
                     of_stack, module, parameter
                 )
     return dict(sorted(handles.items(), key=lambda item: item[1].state.noise.layer))
-
-
-def layers(model: nn.Module) -> dict[str, Linear]:
-    """The converted layers of a model by name, in conversion order; no stacked experts."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    return dict(sorted(linears.items(), key=lambda item: item[1].nvfp4.noise.layer))
 
 
 def states(model: nn.Module) -> dict[str, LinearState]:

@@ -82,6 +82,13 @@ class BlockFormat:
 
 NVFP4 = BlockFormat("nvfp4", element=E2M1, scale=E4M3, block_size=16)
 
+SIXTH = float.fromhex("0x1.555556p-3")
+"""fl(1/6).
+
+TransformerEngine multiplies by it where one would divide by 6, and the last bit of a scale depends
+on that.
+"""
+
 ROW_BLOCK = (1, NVFP4.block_size)
 """One scale per 16 consecutive elements of a row, the shape the tensor cores consume."""
 TILE_BLOCK = (NVFP4.block_size, NVFP4.block_size)

@@ -14,12 +14,26 @@ scale-factor layout.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 TILE_ROWS = 128
 TILE_COLUMNS = 4
 _TILE_BYTES = TILE_ROWS * TILE_COLUMNS
+
+SWIZZLED_MAJORS = (10, 12)
+"""Major compute capabilities with NVFP4 units that cuBLASLt programs.
+
+Its GEMM reads swizzled block scales.
+"""
+
+
+@lru_cache(maxsize=64)
+def reads_swizzled(device: torch.device) -> bool:
+    """Whether GEMMs on this device read swizzled scales, which a quantiser then writes as well."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in SWIZZLED_MAJORS
 
 
 def swizzled_offset(row: int, column: int, columns: int) -> int:

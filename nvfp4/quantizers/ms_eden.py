@@ -32,27 +32,8 @@ import torch
 
 from nvfp4.numerics.formats import E2M1, E4M3
 from nvfp4.numerics.rounding import nearest, stochastic
-from nvfp4.numerics.scaling import tree_sum
+from nvfp4.numerics.scaling import SEARCH_FACTORS, SMALLEST_AMAX, element_scale, tree_sum
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-
-_FULL_SCALE = float.fromhex("0x1.849d64p+2")
-"""fl(6 / 0.988125), where the maximum of a block lands.
-
-0.988125 = 17/16 * 0.93 minimises the MSE on N(0, 1) (arXiv 2601.22813).
-"""
-
-FACTORS = (1.0,)
-SEARCH_FACTORS = (1.0, 0.875, 1.125, 1.25, 1.375, 1.5)
-"""k of the formula, in the order of trial: above 1 the maximum lands lower on the grid."""
-
-SMALLEST_AMAX = 2.0**-120
-"""Blocks below are zeros: keeps 1/a and a/448 finite and non-zero in float32."""
-
-
-def element_scale(factor: float) -> tuple[float, float]:
-    """(c, fl(1 / c)): c = fl(6/0.988125 / factor) brings a block of maximum 1 to E2M1's range."""
-    c = torch.tensor(_FULL_SCALE, dtype=torch.float32, device="cpu") / factor
-    return c.item(), (1 / c).item()
 
 
 def _candidate(unit: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +58,7 @@ def rule(blocks: Blocks) -> Quantized:
     amax = torch.where(amax < SMALLEST_AMAX, 0.0, amax)
     inverse = torch.where(amax == 0, 0.0, 1 / amax)
     unit = blocks.values * inverse[..., None]
-    values, length = _candidate(unit, FACTORS[0])
+    values, length = _candidate(unit, SEARCH_FACTORS[0])
     if blocks.options.search:
         values, length = _search(unit, values, length)
 

@@ -20,22 +20,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from nvfp4.model.weights import fixed_weights
 from nvfp4.numerics.rng import COIN_BRANCH, DRAW_BRANCH, NORM_NOISE_BRANCH, PROBLEM_BRANCH, fold_in
 from nvfp4.rl.norm_noise import noisy_norms, sigma_at
 from nvfp4.rl.objectives.advantages import has_spread
+from nvfp4.rl.parts import RLRun, all_failed
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.samples import RAW_REWARD, Samples, join
-from nvfp4.rl.setup import RLRun
 from nvfp4.rl.spurious import coins, formatted, popular
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
+from nvfp4.run.processes import gathered
 
 TASK_REWARD = "task_reward"
 """Key of ``Samples.extra``: the verifier's word [S], whatever is maximised."""
@@ -146,16 +144,6 @@ def _of_all_processes(
     return equal, drawn
 
 
-def all_failed(failed: Counter[str], count: int) -> str:
-    """What a run that cannot be rewarded ends with; the most frequent reasons first."""
-    common = failed.most_common(3)
-    reasons = "; ".join(f"{reason} ({times} times)" for reason, times in common)
-    return (
-        f"every reward of {count} completions failed, so that nothing can be learnt: {reasons}; "
-        f"repair the rewards, and go on from a checkpoint, if there is one, with --resume"
-    )
-
-
 def _round(run: RLRun, step: int, number: int, sigma: float, sampling: Sampling) -> Collected:
     """One round: this process's share of ``prompts`` groups, with raw rewards."""
     config = run.config
@@ -188,8 +176,8 @@ def _round(run: RLRun, step: int, number: int, sigma: float, sampling: Sampling)
 
     # what the task says, and what is maximised
     problems = [every[place] for place in mine for _ in range(config.group)]
-    texts = completions(run, samples)
-    task, reasons = rewards(run, problems, texts, samples.truncated.device)
+    texts = run.completions(samples)
+    task, reasons = run.rewards(problems, texts, samples.truncated.device)
     samples = replace(samples, groups=samples.groups + number * config.prompts)
     coin_seed = fold_in(config.seed, COIN_BRANCH, step, number) >> 1
     raw = _maximised(run, problems, texts, samples, task, mine, coin_seed)
@@ -232,27 +220,3 @@ def _maximised(
     if config.reward == "incorrect":
         return popular(run.task, texts, samples.groups, task < 1)
     return task
-
-
-def completions(run: RLRun, samples: Samples) -> list[str]:
-    """The texts of completions, without what ended them."""
-    rows, lengths = samples.completions.tolist(), samples.lengths.tolist()
-    return [run.text.completion(row[:n]) for row, n in zip(rows, lengths, strict=True)]
-
-
-def rewards(
-    run: RLRun,
-    problems: list[Problem],
-    texts: list[str],
-    device: torch.device,
-) -> tuple[torch.Tensor, list[str | None]]:
-    """The verifier's rewards, float32 [S], and the reasons of those that failed."""
-    verdicts = run.task.verdicts(problems, texts)
-    values = [verdict.reward for verdict in verdicts]
-    reasons = [verdict.reason for verdict in verdicts]
-    return torch.tensor(values, dtype=torch.float32, device=device), reasons
-
-
-def gathered(accelerator: Accelerator, mine: list[Any]) -> list[Any]:
-    """The objects of all processes, in the order of processes."""
-    return mine if accelerator.num_processes == 1 else gather_object(mine)

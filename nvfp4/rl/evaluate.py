@@ -22,12 +22,12 @@ import torch
 
 from nvfp4.model.weights import fixed_weights
 from nvfp4.numerics.rng import EVALUATION_BRANCH, fold_in
-from nvfp4.rl.collect import all_failed, completions, gathered, rewards
+from nvfp4.rl.parts import RLRun, all_failed
 from nvfp4.rl.rollout import Sampling, rollout
-from nvfp4.rl.setup import RLRun
 from nvfp4.rl.statistics import average, distinct_correct, pass_rates
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
+from nvfp4.run.processes import gathered
 
 _SEED = fold_in(0, EVALUATION_BRANCH)  # not the run's: all runs see the same problems and draws
 _ROWS = 512  # completions drawn at a time where the config leaves it open
@@ -156,9 +156,9 @@ def _draw_block(
         samples = rollout(run.model, chosen, numbers, size, sampling, run.stops, _SEED, rows)
 
     # As in training: texts without their end, then the task's verdicts.
-    texts = completions(run, samples)
+    texts = run.completions(samples)
     each = [problems[number] for number in numbers for _ in range(size)]
-    values, reasons = rewards(run, each, texts, samples.ids.device)
+    values, reasons = run.rewards(each, texts, samples.ids.device)
     return _Drawn(
         reward=values.cpu().numpy().reshape(-1, size),
         text=np.array(texts, dtype=object).reshape(-1, size),

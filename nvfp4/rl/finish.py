@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from nvfp4.rl.evaluate import evaluate
+from nvfp4.rl.parts import RLRun
 from nvfp4.rl.plots import draw_run
-from nvfp4.rl.setup import RLRun
 from nvfp4.run import log
 from nvfp4.run.fields import saved_fields
 from nvfp4.run.model import export

@@ -28,9 +28,9 @@ import torch
 
 from nvfp4.model.weights import fixed_weights
 from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS, Metrics, ScoredBy
+from nvfp4.rl.parts import RLRun
 from nvfp4.rl.samples import Samples, Scores, Totals, in_float64
 from nvfp4.rl.score import score
-from nvfp4.rl.setup import RLRun
 from nvfp4.run.errors import TrainError
 from nvfp4.run.update import apply_gradients
 

@@ -24,7 +24,8 @@ from nvfp4.rl.finish import finish, summary
 from nvfp4.rl.learn import learn
 from nvfp4.rl.metrics import codes_changed, step_row, weight_codes
 from nvfp4.rl.objectives.base import RESET_REFERENCE
-from nvfp4.rl.setup import RLRun, prepare
+from nvfp4.rl.parts import RLRun
+from nvfp4.rl.setup import prepare
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
 from nvfp4.run.log import Row

@@ -23,49 +23,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvfp4.model.weights import layers
+from nvfp4.layer.linear import layers
 from nvfp4.numerics.codec import e2m1_decode, unpack
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.rl.collect import TASK_REWARD, Collected, gathered
+from nvfp4.rl.collect import TASK_REWARD, Collected
 from nvfp4.rl.learn import Learned
+from nvfp4.rl.parts import RLRun
 from nvfp4.rl.samples import RAW_REWARD, Samples
-from nvfp4.rl.setup import RLRun
+from nvfp4.rl.statistics import mismatch
 from nvfp4.run.log import Row
-
-NOTICEABLE = 0.05
-"""|d| in nats from which a token is counted."""
+from nvfp4.run.processes import gathered
 
 REASONS = 5
 """Reasons of failed rewards that are written for each step."""
-
-
-def mismatch(
-    trainer: torch.Tensor,
-    sampler: torch.Tensor,
-    mask: torch.Tensor,
-) -> dict[str, float]:
-    """The gap between log-probabilities [S, T] of the same tokens, over ``mask``.
-
-    token_mult_prob_error: mean exp |d|, 1 for none. gen_kl_error: mean of exp(d) - 1 - d, an
-    unbiased estimate of KL(sampler || trainer), whose draws these are; no term is below 0. max,
-    quantile_999: of |d|. share: of tokens with |d| > .05. exact: share of tokens with d = 0.
-    """
-    # nothing drawn is no difference
-    d = (trainer.detach() - sampler)[mask].double()
-    if d.numel() == 0:
-        d = d.new_zeros(1)
-
-    # The 99.9 % quantile by rank: a gap that only a few tokens have shows in ``max`` alone.
-    size = d.abs()
-    rank = min(len(size) - 1, int(0.999 * len(size)))
-    return {
-        "token_mult_prob_error": float(size.exp().mean()),
-        "gen_kl_error": float((torch.expm1(d) - d).mean()),
-        "max": float(size.max()),
-        "quantile_999": float(size.sort().values[rank]),
-        "share": float((size > NOTICEABLE).double().mean()),
-        "exact": float((d == 0).double().mean()),
-    }
 
 
 def weight_codes(model: nn.Module) -> dict[str, QTensor]:

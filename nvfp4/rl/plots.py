@@ -21,8 +21,7 @@ matplotlib.use("Agg")  # files only: no display is needed, none is opened
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nvfp4.rl.report import PER_TENSOR
-from nvfp4.rl.statistics import pass_keys
+from nvfp4.rl.statistics import PER_TENSOR, pass_keys
 from nvfp4.run.files import write_picture
 from nvfp4.run.log import Row
 from nvfp4.run.plots import BASE_COLOUR, COLOURS, plain, smooth

@@ -29,10 +29,9 @@ from nvfp4.model.weights import fixed_weights
 from nvfp4.numerics.rng import ABLATION_BRANCH, fold_in
 from nvfp4.recipes import RECIPES, W4A16, Gemm, Operand, Recipe
 from nvfp4.rl.config import RLConfig, make_task, model_source
-from nvfp4.rl.metrics import mismatch
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.score import register_float64_attention, score
-from nvfp4.rl.statistics import pass_keys
+from nvfp4.rl.statistics import PER_TENSOR, mismatch, pass_keys
 from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.run.model import build_model
 from nvfp4.run.progress import duration
@@ -66,7 +65,6 @@ def tensor_scaled(recipe: Recipe) -> Recipe:
     return replace(recipe, name=f"{recipe.name}+tensor_scaled", fprop=Gemm(operand, right))
 
 
-PER_TENSOR = "rl, but one scale for all rows"
 ABLATIONS = (
     Ablation("full precision", RECIPES["bf16"], "float64"),
     Ablation("rl: a scale for each row", RECIPES["rl"], "float64"),
@@ -94,7 +92,7 @@ def measure(
     spread: float | None,
     prompts: int,
 ) -> dict[str, float]:
-    """``metrics.mismatch`` of one ablation: sampled over a KV cache against teacher forcing.
+    """``statistics.mismatch`` of one ablation: sampled over a KV cache against teacher forcing.
 
     spread: the standard deviation of random matrices in place of the model's. Also above_1e-5, the
     share of tokens that differ by more, and same_shape, the largest difference between two scorings

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +20,18 @@ from transformers import PreTrainedModel
 from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, model_source
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.objectives.base import Objective
+from nvfp4.rl.parts import RLRun
 from nvfp4.rl.progress import Progress
-from nvfp4.rl.rollout import Sampling, check_context
-from nvfp4.rl.samples import Samples, Scores, Stops
-from nvfp4.rl.score import register_float64_attention, score
+from nvfp4.rl.rollout import check_context
+from nvfp4.rl.score import register_float64_attention
 from nvfp4.rl.tasks.base import Task
 from nvfp4.rl.vocabulary import Text, load_vocabulary, longest_prompt
 from nvfp4.rl.warmstart import warm_start
-from nvfp4.run.attention import without_emulation
 from nvfp4.run.errors import TrainError
-from nvfp4.run.loop import RunParts
-from nvfp4.run.model import build_model, quantize_model
+from nvfp4.run.model import build_model
 from nvfp4.run.optim import adamw
+from nvfp4.run.precision import quantize_model, without_emulation
 from nvfp4.run.processes import accelerator_for
-
-
-@dataclass
-class RLRun(RunParts):
-    """The objects of one run in one process.
-
-    Only models, optimiser, objective and the logs change while it trains. model: the policy, which
-    is scored. sampler: the same one, or another model on the same weights, in a recipe of its own.
-    reference: a frozen copy from the beginning, or from the last reset, if it is needed.
-    """
-
-    config: RLConfig
-    accelerator: Accelerator
-    folder: RLFolder
-    task: Task
-    objective: Objective
-    text: Text
-    stops: Stops
-    sampler: PreTrainedModel
-    reference: PreTrainedModel | None
-
-    def sampling(self) -> Sampling:
-        """How the next completions are drawn in training; the objective may have a say."""
-        config, objective = self.config, self.objective
-        assert config.temperature is not None
-        assert config.max_new_tokens is not None
-        length = objective.max_new_tokens(config.max_new_tokens)
-        assert config.top_k is not None
-        assert config.top_p is not None
-        return Sampling(
-            length, objective.temperature(config.temperature), config.top_k, config.top_p
-        )
-
-    def score(self, forward: Any, samples: Samples, temperature: float) -> Scores:
-        """``score`` with what the objective asks for."""
-        objective = self.objective
-        wishes = {
-            "logits": objective.needs_logits,
-            "prompt": objective.needs_prompt_logits,
-            "hidden": objective.needs_hidden,
-        }
-        with self.autocast():
-            return score(forward, samples, temperature, **wishes)
 
 
 def prepare(config: RLConfig) -> RLRun:

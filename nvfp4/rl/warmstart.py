@@ -38,10 +38,11 @@ from nvfp4.run.errors import Interrupted
 from nvfp4.run.files import write_json
 from nvfp4.run.folder import Found, RunFolder
 from nvfp4.run.log import Row
-from nvfp4.run.loop import Loop, RunParts, Training
+from nvfp4.run.loop import Loop, Training
 from nvfp4.run.model import build_model, export
 from nvfp4.run.optim import adamw, learning_rates
 from nvfp4.run.options import ResumableConfig
+from nvfp4.run.parts import RunParts
 from nvfp4.run.processes import Alone
 from nvfp4.run.progress import Reporter
 from nvfp4.run.signals import StopWish

@@ -19,13 +19,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
 
 from nvfp4.run import checkpoint, state
 from nvfp4.run.checkpoint import Snapshot
@@ -34,44 +31,18 @@ from nvfp4.run.fields import saved_fields, to_yaml
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.log import Log, Row
 from nvfp4.run.options import ResumableConfig
+from nvfp4.run.parts import RunParts
 from nvfp4.run.processes import (
-    Processes,
     agreed,
     deterministic,
     machine,
     other_machine,
     process_group,
 )
-from nvfp4.run.progress import Reporter
 from nvfp4.run.signals import StopWish
 from nvfp4.run.state import Tensors
 
 Config = TypeVar("Config", bound=ResumableConfig)
-
-
-@dataclass
-class RunParts:
-    """The objects that every run is made of, in one process.
-
-    Model, optimiser and logs change while it trains. forward: the model, wrapped to average
-    gradients over processes. logs: open ones of ``folder.logs`` while the loop runs, none in other
-    processes than the main one.
-    """
-
-    config: ResumableConfig
-    accelerator: Processes
-    report: Reporter
-    folder: RunFolder
-    model: PreTrainedModel
-    forward: Any
-    optimizer: torch.optim.Optimizer
-    logs: list[Log] = field(default_factory=list, kw_only=True)
-
-    def autocast(self) -> AbstractContextManager:
-        """The compute dtype, the same for every recipe and for every model of the run."""
-        if self.config.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
 
 class Training(ABC):

@@ -2,7 +2,7 @@
 
     Sizes  -> a new Llama or Qwen3          (``build_model``)
     folder -> any local causal LM, tested for causality
-    float32 weights on the CPU -> ``quantize_model`` converts -> (the trainer moves and wraps it)
+    float32 weights on the CPU -> ``precision.py`` converts -> (the trainer moves and wraps it)
     ``export``: the same architecture with plain linears, which transformers loads without nvfp4
 
 The weights are a function of (sizes, seed): every process and every recipe begins with the same.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,14 +30,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.model.convert import convert
-from nvfp4.model.selection import ConvertWarning
-from nvfp4.recipes import Recipe
 from nvfp4.run.causal import check_causal
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import sync
-from nvfp4.run.options import QuantOptions, Sizes
+from nvfp4.run.options import Sizes
 from nvfp4.run.tokens import Tokenizer, check_model_folder
 
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
@@ -88,36 +83,6 @@ def build_model(
         enable({"use_reentrant": False})
     model.config.use_cache = False
     return model.train()
-
-
-def quantize_model(
-    model: PreTrainedModel, recipe: str | Recipe, options: QuantOptions, seed: int, verbose: bool
-) -> None:
-    """Convert the linears to a recipe, in place.
-
-    verbose: say which are converted, and warn of those that cannot be. ``TrainError`` for options
-    that do not fit, and for a recipe that quantises and finds nothing to quantise.
-    """
-    recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "default" if recipe.quantized and verbose else "ignore", ConvertWarning
-        )
-        try:
-            convert(
-                model,
-                recipe,
-                seed=seed,
-                include=options.include or None,
-                exclude=options.exclude or None,
-                keep_first=options.keep_first,
-                keep_last=options.keep_last,
-                backend=options.backend,
-                strict=recipe.quantized,  # a run that is called NVFP4 must be
-                verbose=verbose,
-            )
-        except (ValueError, BackendUnavailable) as error:
-            raise TrainError(f"recipe {recipe.name}: {error}") from error
 
 
 def sample(

@@ -84,6 +84,15 @@ def agreed(accelerator: Processes, received: int) -> int:
     return int(accelerator.gather(torch.tensor([received], device=accelerator.device)).max())
 
 
+def gathered(accelerator: Processes, mine: list[Any]) -> list[Any]:
+    """The objects of all processes, in the order of processes."""
+    if accelerator.num_processes == 1:
+        return mine
+    from accelerate.utils import gather_object
+
+    return gather_object(mine)
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS.
 

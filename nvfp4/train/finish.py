@@ -21,7 +21,7 @@ from nvfp4.run.model import export, sample
 from nvfp4.run.progress import duration, rate
 from nvfp4.train.data import held_out_windows
 from nvfp4.train.evaluate import Score, evaluate
-from nvfp4.train.setup import PretrainRun
+from nvfp4.train.parts import PretrainRun
 
 
 def finish(run: PretrainRun) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from nvfp4.run.progress import memory_gib
 from nvfp4.train.config import PretrainConfig, resolve
 from nvfp4.train.evaluate import evaluate
 from nvfp4.train.finish import finish, summary
-from nvfp4.train.setup import PretrainRun, prepare
+from nvfp4.train.parts import PretrainRun
+from nvfp4.train.setup import prepare
 from nvfp4.train.step import update
 
 OUT_OF_MEMORY = (

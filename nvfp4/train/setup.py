@@ -9,53 +9,23 @@ CPU and then moved, so its weights do not depend on the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from accelerate import Accelerator
 
 from nvfp4.numerics.rng import MODEL_BRANCH, fold_in
-from nvfp4.run.attention import without_emulation
-from nvfp4.run.corpus import Corpus, load_corpus
+from nvfp4.run.corpus import load_corpus
 from nvfp4.run.errors import TrainError
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.log import Row
-from nvfp4.run.loop import RunParts
-from nvfp4.run.model import build_model, quantize_model
+from nvfp4.run.model import build_model
 from nvfp4.run.optim import adamw
+from nvfp4.run.precision import quantize_model, without_emulation
 from nvfp4.run.processes import accelerator_for
 from nvfp4.run.progress import Reporter, number, rate
-from nvfp4.run.tokens import Tokenizer, load_tokenizer, pack
+from nvfp4.run.tokens import load_tokenizer, pack
 from nvfp4.train.config import PretrainConfig, sizes_of
-from nvfp4.train.data import HeldOut, TrainWindows, held_out_windows
-
-
-@dataclass
-class PretrainRun(RunParts):
-    """The objects of one pretraining in one process."""
-
-    config: PretrainConfig
-    accelerator: Accelerator
-    corpus: Corpus
-    tokenizer: Tokenizer
-    windows: TrainWindows
-    held_out: HeldOut
-
-    @property
-    def rows(self) -> int:
-        """Sequences in one forward pass of one process."""
-        return self.config.micro_batch or self.config.batch // self.accelerator.num_processes
-
-    @property
-    def eval_rows(self) -> int:
-        """Sequences in one forward pass of an evaluation."""
-        assert self.config.eval_batch is not None
-        return self.config.eval_batch
-
-    @property
-    def parts(self) -> int:
-        """Forward passes whose gradients make one update."""
-        return self.config.batch // (self.rows * self.accelerator.num_processes)
+from nvfp4.train.data import TrainWindows, held_out_windows
+from nvfp4.train.parts import PretrainRun
 
 
 class TextReporter(Reporter):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from nvfp4.run.log import Row
 from nvfp4.run.processes import float64_device
 from nvfp4.run.update import apply_gradients
-from nvfp4.train.setup import PretrainRun
+from nvfp4.train.parts import PretrainRun
 
 
 def update(run: PretrainRun, step: int, lr: float) -> Row:

@@ -13,9 +13,9 @@ from nvfp4.backends.selfcheck import _GRID, edge_cases, find_fault
 from nvfp4.numerics.formats import E2M1, ElementFormat
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rounding import nearest
+from nvfp4.numerics.scaling import element_scale
 from nvfp4.quantizers import four_over_six, ms_eden, rtn
 from nvfp4.quantizers.base import Options, Quantizer
-from nvfp4.quantizers.ms_eden import element_scale
 from nvfp4.quantizers.registry import QUANTIZERS
 
 CPU = torch.device("cpu")

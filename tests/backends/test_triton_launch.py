@@ -20,7 +20,7 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from nvfp4.backends.triton import launch  # noqa: E402
-from nvfp4.backends.triton.quantize.rules import Tile  # noqa: E402
+from nvfp4.backends.triton.quantize.policy import Tile  # noqa: E402
 from tools import aot  # noqa: E402
 
 TARGET = GPUTarget("cuda", 90, 32)

@@ -15,7 +15,7 @@ import torch
 from benchmarks import harness
 from nvfp4.backends.native.cpu import CpuBackend
 from nvfp4.backends.registry import BACKENDS
-from nvfp4.bench import cases, gates, measure, report, tables, timing
+from nvfp4.bench import cases, measure, report, tables, timing
 from nvfp4.bench.gates import WrongResults, check_all
 from nvfp4.bench.roofline import PREDICTED
 from nvfp4.bench.timing import interleaved, machine
@@ -47,7 +47,7 @@ def test_the_command_measures_everything_and_says_on_what(tmp_path, capsys):
     assert kept["complete"]
     assert all(gate["fault"] is None for gate in kept["gates"])
     judged = {gate["backend"] for gate in kept["gates"]}
-    assert judged == {"auto"} | {backend.name for backend in gates.at_hand(CPU)}
+    assert judged == {"auto"} | {backend.name for backend in cases.at_hand(CPU)}
     assert list(kept["sections"]) == list(measure.SECTIONS)
     for title, rows in kept["sections"].items():
         assert f"## {title}" in page

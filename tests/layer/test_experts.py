@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import nvfp4
+from nvfp4.layer.call import LayerCall
 from nvfp4.layer.experts import Experts, ExpertsState, expert_call, grouped_linear
-from nvfp4.layer.gemms import LayerCall
 from nvfp4.layer.noise import HostNoise, Noise, gemm_seeds
 from nvfp4.model.weights import quantized_weights
 from nvfp4.numerics.rng import fold_in

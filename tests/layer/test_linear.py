@@ -233,14 +233,11 @@ class Spy:
     """Records what the layer quantises, and lets it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import nvfp4.layer.gemms as module
+        from nvfp4.layer import call, gemms
 
         self.made: list[tuple[str, tuple[int, ...], Any]] = []
-        quantize, requantize, both = (
-            module.quantize_with,
-            module.requantize_with,
-            module.quantize_both,
-        )
+        quantize, requantize = call.quantize_with, call.requantize_with
+        both = gemms.quantize_both
 
         def quantized(
             x: torch.Tensor, quantizer: Any, options: Any, **kwargs: Any
@@ -259,9 +256,9 @@ class Spy:
             self.made.append((columns[0].name, tuple(x.shape)[::-1], columns[1]))
             return both(x, rows, columns, **kwargs)
 
-        monkeypatch.setattr(module, "quantize_both", quantized_both)
-        monkeypatch.setattr(module, "quantize_with", quantized)
-        monkeypatch.setattr(module, "requantize_with", requantized)
+        monkeypatch.setattr(gemms, "quantize_both", quantized_both)
+        monkeypatch.setattr(call, "quantize_with", quantized)
+        monkeypatch.setattr(call, "requantize_with", requantized)
 
     def take(self) -> list[tuple[str, tuple[int, ...], Any]]:
         made, self.made = self.made, []

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import nvfp4
+from nvfp4.layer.call import quantize_with_amax
 from nvfp4.layer.noise import gemm_seeds
-from nvfp4.layer.sharding import CONTRACTION, ROWS, GatheredWeight, Shards, quantize_with_amax
+from nvfp4.layer.sharding import CONTRACTION, ROWS, GatheredWeight, Shards
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import quantize_with

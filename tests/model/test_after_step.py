@@ -12,9 +12,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 import nvfp4
-from nvfp4.layer import gemms
+from nvfp4.layer.call import LayerCall
+from nvfp4.layer.linear import layers
 from nvfp4.layer.weight_cache import Mode
-from nvfp4.model.weights import layers, states
+from nvfp4.model.weights import states
 
 RECIPES = ["nvidia", "quartet2", "search_eden", "rl"]
 
@@ -64,13 +65,13 @@ def train(
 def quantised_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """One entry for every weight that is quantised."""
     seen: list[int] = []
-    real = gemms.LayerCall.weight
+    real = LayerCall.weight
 
     def counted(call, weight, amax):
         seen.append(id(weight))
         return real(call, weight, amax)
 
-    monkeypatch.setattr(gemms.LayerCall, "weight", counted)
+    monkeypatch.setattr(LayerCall, "weight", counted)
     return seen
 
 

@@ -12,9 +12,8 @@ from torch import nn
 
 import nvfp4
 from nvfp4.layer import weight_cache
-from nvfp4.layer.linear import Linear
-from nvfp4.layer.sharding import magnitude
-from nvfp4.model.weights import layers
+from nvfp4.layer.linear import Linear, layers
+from nvfp4.numerics.scaling import magnitude
 from nvfp4.ops import matmul, quantize
 from nvfp4.recipes import RECIPES, Gemm, Recipe, operand
 

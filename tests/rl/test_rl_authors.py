@@ -20,7 +20,6 @@ import torch
 from rl_policy import TablePolicy, gradient, moved, prepared, shuffled, totals_of
 from rl_runs import model_of
 
-from nvfp4.rl.metrics import mismatch
 from nvfp4.rl.norm_noise import sigma_at
 from nvfp4.rl.objectives.base import REFERENCE_LOGITS, REFERENCE_PROMPT_LOGITS
 from nvfp4.rl.objectives.dapo import DAPO
@@ -34,6 +33,7 @@ from nvfp4.rl.objectives.rover import Rover
 from nvfp4.rl.objectives.ssd import SSD
 from nvfp4.rl.samples import Samples, Totals
 from nvfp4.rl.score import score
+from nvfp4.rl.statistics import mismatch
 
 CLOSE: dict[str, float] = {"rtol": 3e-6, "atol": 3e-8}
 

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from nvfp4.model.weights import fixed_weights
 from nvfp4.recipes import RECIPES, W4A16
-from nvfp4.rl.metrics import codes_changed, mismatch, weight_codes
+from nvfp4.rl.metrics import codes_changed, weight_codes
 from nvfp4.rl.norm_noise import noisy_norms, norm_weights, sigma_at
 from nvfp4.rl.report import tensor_scaled
 from nvfp4.rl.rollout import Sampling, pick, rollout, uniforms
 from nvfp4.rl.samples import Samples, Stops
 from nvfp4.rl.score import score
+from nvfp4.rl.statistics import mismatch
 
 PROMPTS = [[2, 3, 4], [5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15, 16, 17, 18]]
 STOPS, SIX = Stops((1,), 0), Sampling(6)

@@ -16,9 +16,10 @@ from nvfp4.run import log
 from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import saved_fields
 from nvfp4.run.folder import RunFolder
-from nvfp4.run.loop import RunParts, Training, due, finite, train
+from nvfp4.run.loop import Training, due, finite, train
 from nvfp4.run.optim import adamw, learning_rates
 from nvfp4.run.options import ResumableConfig
+from nvfp4.run.parts import RunParts
 from nvfp4.run.processes import Alone
 from nvfp4.run.progress import Reporter
 from nvfp4.run.update import apply_gradients

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import nvfp4
 from nvfp4.layer import dense
-from nvfp4.run import attention
-from nvfp4.run.attention import NAME, float32_attention, without_emulation
+from nvfp4.run import precision
+from nvfp4.run.precision import NAME, float32_attention, without_emulation
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without BF16 instructions, whatever runs the tests."""
-    for module in (dense, attention):
+    for module in (dense, precision):
         monkeypatch.setattr(module, "EMULATED", frozenset({torch.bfloat16, torch.float16}))
 
 
@@ -93,5 +93,5 @@ def test_processors_with_bf16_keep_torchs_products(monkeypatch: pytest.MonkeyPat
     chosen = model("eager")
     assert without_emulation(chosen, CPU, "bf16")
     assert chosen.config._attn_implementation == "eager"
-    monkeypatch.setattr(attention, "EMULATED", frozenset())
+    monkeypatch.setattr(precision, "EMULATED", frozenset())
     assert without_emulation(model(), CPU, "bf16") == []

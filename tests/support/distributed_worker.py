@@ -31,10 +31,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 
 import nvfp4
+from nvfp4.layer.linear import layers
 from nvfp4.layer.noise import gemm_seeds
 from nvfp4.layer.sharding import GatheredWeight
 from nvfp4.model.distributed import fp4_all_gather, share_noise
-from nvfp4.model.weights import layers
 
 RECIPES = ("search_eden", "quartet2", "nvidia", "rtn", "rl")
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from nvfp4.backends.base import Backend, Operation, reads_swizzled
+from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.native.extension import (
     ELEMENTS,
     RULES,
@@ -29,7 +29,7 @@ from nvfp4.backends.native.extension import (
     rule_numbers,
 )
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
-from nvfp4.numerics.layout import swizzled_bytes
+from nvfp4.numerics.layout import reads_swizzled, swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed, Seed
 from nvfp4.quantizers.base import Options, Quantizer

@@ -27,11 +27,11 @@ import triton.language as tl
 from nvfp4.numerics.formats import E2M1 as _E2M1
 from nvfp4.numerics.formats import E4M3 as _E4M3
 from nvfp4.numerics.formats import FLOAT32_MAX as _FLOAT32_MAX
+from nvfp4.numerics.formats import SIXTH as _SIXTH
 from nvfp4.numerics.formats import ElementFormat
 from nvfp4.numerics.rng import FOLD_STREAM as _FOLD_STREAM
 from nvfp4.numerics.rng import MULTIPLIERS, WEYL
 from nvfp4.numerics.rng import ROUNDS as _ROUNDS
-from nvfp4.numerics.scaling import SIXTH as _SIXTH
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether this process interprets its kernels, on CPU tensors; decided when they are defined."""

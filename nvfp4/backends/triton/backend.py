@@ -35,10 +35,10 @@ try:
     from nvfp4.backends.triton.gemm.decoded import contract, pays, scaled
     from nvfp4.backends.triton.gemm.launch import gemm, tensor_cores
     from nvfp4.backends.triton.launch import launch
-    from nvfp4.backends.triton.operands import Source, Target, on, two_targets
+    from nvfp4.backends.triton.operands import Source, Target, coded_as, on, two_targets
     from nvfp4.backends.triton.quantize import kernels
     from nvfp4.backends.triton.quantize import launch as quantizing
-    from nvfp4.backends.triton.quantize.rules import RULES, Coded
+    from nvfp4.backends.triton.quantize.policy import RULES
     from nvfp4.backends.triton.transpose import transpose
 
     _MISSING = None
@@ -132,7 +132,7 @@ class TritonBackend(Backend):
         if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
             return super().requantize(q, quantizer, options)
         target = Target((q.contraction, q.rows), quantizer, options, q.device)
-        return quantizing.quantize(Source.transposed_codes(q), Coded.of(q), target)
+        return quantizing.quantize(Source.transposed_codes(q), coded_as(q), target)
 
     def transpose(self, q: QTensor) -> QTensor:
         if (

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nvfp4.backends.base import reads_swizzled
 from nvfp4.backends.triton.launch import launch
 from nvfp4.backends.triton.quantize import kernels
-from nvfp4.backends.triton.quantize.rules import Policy, scaled_by_amax
+from nvfp4.backends.triton.quantize.policy import RULES, Coded, Policy
+from nvfp4.backends.triton.quantize.rules import scaled_by_amax
 from nvfp4.numerics.formats import NVFP4
-from nvfp4.numerics.layout import swizzled_bytes
+from nvfp4.numerics.hadamard import Rotation, round_scale
+from nvfp4.numerics.layout import reads_swizzled, swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed, Seed
 from nvfp4.quantizers.base import Options, Quantizer
@@ -69,6 +70,11 @@ class Source(NamedTuple):
         return cls(codes, block_scale, global_scale, q.contraction, q.rows, 1, codes.shape[1])
 
 
+def coded_as(q: QTensor) -> Coded:
+    """How q is scaled, for a kernel that reads its codes."""
+    return Coded(q.block[0], q.row_scaled)
+
+
 class Target:
     """The result [M, K] that kernels fill, and what they need beside it.
 
@@ -87,7 +93,7 @@ class Target:
         single: bool = True,
     ) -> None:
         # what the kernel is compiled for
-        self.policy = _policy(quantizer, options, card_converts(device))
+        self.policy = policy_of(quantizer, options, card_converts(device))
         self.scaled_by_amax = _scaled_by_amax(self.policy.rule)
 
         # what it fills; codes are stored eight at a time, as int32 [M, Kp/8]
@@ -193,16 +199,37 @@ def card_converts(device: torch.device) -> bool:
     return converts(10 * major + minor)
 
 
-def _policy(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
-    """``Policy.of``, remembered by all that it depends on; no seed is part of that."""
+def policy_of(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
+    """What a kernel is compiled for under these options; by_card: ``converts`` of the card.
+
+    Remembered by all that it depends on, which no seed is part of.
+    """
     rotation = options.rotation
     rotated = None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
     what = (quantizer.name, options.block, options.row_scaled, options.metric, options.search)
     key = (*what, rotated, by_card)
     policy = _POLICIES.get(key)
     if policy is None:
-        policy = _POLICIES[key] = Policy.of(quantizer, options, by_card)
+        policy = _POLICIES[key] = _make_policy(quantizer, options, by_card)
     return policy
+
+
+def _make_policy(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
+    # without a rotation: no rounds, and one group for all, so that equal kernels are equal
+    rotation = options.rotation or Rotation(16, fixed=True)
+    rounds = rotation.rounds if options.rotation is not None else 0
+    scales = tuple(round_scale(i, rounds, rotation.group) for i in range(rounds))
+    return Policy(
+        RULES[quantizer.name],
+        options.block[0],
+        options.row_scaled,
+        options.metric,
+        options.search,
+        rotation.group,
+        scales,
+        rounds > 0 and rotation.fixed,
+        by_card,
+    )
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

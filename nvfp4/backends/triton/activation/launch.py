@@ -20,8 +20,7 @@ from nvfp4.backends.triton.activation import kernels
 from nvfp4.backends.triton.activation.arithmetic import Formula
 from nvfp4.backends.triton.launch import launch
 from nvfp4.backends.triton.operands import Target, programs
-from nvfp4.backends.triton.quantize.launch import tile_along, tiles_of_both
-from nvfp4.backends.triton.quantize.rules import Policy, Tile
+from nvfp4.backends.triton.quantize.policy import Policy, Tile, tile_along, tiles_of_both
 from nvfp4.numerics.activations import LANES, SLAB, Activation, RMSNorm, SwiGLU
 
 NORM = Tile(4, LANES, False, 8, 2, 1)

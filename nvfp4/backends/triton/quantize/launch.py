@@ -1,4 +1,4 @@
-"""Which tiles the quantising kernels work in, and their launches.
+"""The launches of the quantising kernels.
 
     one orientation      amax_kernel -> quantize_kernel -> finish
     both orientations    amax_both_kernel -> quantize_both_kernel -> finish, finish
@@ -7,9 +7,7 @@
 The first launch is left out where the rule needs no amax (ms_eden) or the caller has it; finish is
 a launch for ms_eden alone. Both orientations together read x twice, not four times.
 
-Every launch is one program per tile [R, C] of the operand. Tiles are chosen by what they compile
-to: registers and spills for eight cards, as ``tools/aot.py`` reports them. A larger tile reads
-memory in longer runs, until it spills. No tile was timed on a GPU.
+Every launch is one program per tile [R, C] of the operand; ``policy.py`` says which tile.
 """
 
 from __future__ import annotations
@@ -17,59 +15,13 @@ from __future__ import annotations
 import torch
 
 from nvfp4.backends.triton.launch import launch
-from nvfp4.backends.triton.operands import Source, Target, on, programs
+from nvfp4.backends.triton.operands import Source, Target, coded_as, on, programs
 from nvfp4.backends.triton.quantize import kernels
-from nvfp4.backends.triton.quantize.rules import SEARCHES, Coded, Policy, Tile
+from nvfp4.backends.triton.quantize.policy import Coded, tile_along, tile_down, tiles_of_both
 from nvfp4.numerics.qtensor import QTensor
 
 DECODING = (16, 256, 4)
 """Rows, columns and warps for decoding."""
-
-NOISY = ("sr", "sr_te")
-"""The rules that draw a number for each element."""
-
-
-def tile_along(policy: Policy) -> Tile:
-    """The tile of operands whose rows are contiguous.
-
-    A thread reads 16 bytes of BF16 at once and holds whole blocks, a quarter of a rotation group of
-    128, or one block alone where candidates are compared.
-    """
-    if policy.search or policy.rule in SEARCHES:
-        return Tile(16, 128, False, 8, 2, 4)
-    wide = policy.group == 128 and bool(policy.round_scales)
-    return Tile(16, 256, False, 32, 4, 4) if wide else Tile(16, 256, False, 8, 2, 4)
-
-
-def tile_down(policy: Policy, coded: bool = False) -> Tile:
-    """The tile of operands whose columns are contiguous, or that are codes.
-
-    A thread holds whole blocks, a warp whole rotation groups.
-    """
-    if policy.search or policy.rule in SEARCHES:
-        return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
-    if policy.round_scales:
-        # with 128 columns, groups of 16 would take 168 registers, and sr of codes spill on sm_100;
-        # groups of 128 take half the rows if the source is coded, for the same reason
-        small = policy.group == 16
-        return Tile(8 if coded and not small else 16, 64 if small else 128, True, 4, 1, 1)
-    return Tile(32, 128, True, 4, 1, 2)
-
-
-def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
-    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both."""
-    height, width = max(columns.group, 32), max(rows.group, 64)
-    along, down = tile_along(rows), tile_down(columns)
-
-    # two groups of 128 go on twice the warps, or they would need 256 registers per thread; and so
-    # do two roundings by noise, which with the rotation of one of them spill 48 bytes per thread
-    # where Triton 3.6 compiles for sm_90
-    crowded = height == width == 128 or (rows.rule in NOISY and columns.rule in NOISY)
-    warps = height * width // (32 * 16 * down.run) * (2 if crowded else 1)
-    return (
-        Tile(height, width, False, min(along.run, width), along.pieces, warps),
-        Tile(width, height, True, down.run, 1, warps),
-    )
 
 
 def quantize(source: Source, coded: Coded | None, target: Target) -> QTensor:
@@ -133,7 +85,7 @@ def decode(q: QTensor, columns: int, dtype: torch.dtype, with_global: bool) -> t
     count = programs((q.rows, columns), DECODING)
     tensors = (codes, block_scale, global_scale if with_global else None, out)
     arguments = (*tensors, q.rows, columns, codes.shape[1])
-    constants = (Coded.of(q), tile_rows, tile_columns)
+    constants = (coded_as(q), tile_rows, tile_columns)
     with on(q.device):
         launch(kernels.decode_kernel, count, arguments, constants, warps=warps)
     return out

@@ -17,8 +17,6 @@ On cards that convert to E2M1 themselves (``P.converts``) a rule hands on values
 and ``store_codes`` has the hardware round and pack them at once. Both roads give the same bits.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -40,29 +38,17 @@ from nvfp4.backends.triton.arithmetic import (
     tree_sum,
     up,
 )
+from nvfp4.backends.triton.quantize.policy import SEARCHES
 from nvfp4.numerics.formats import E4M3 as _E4M3
 from nvfp4.numerics.formats import SEARCH_CAP
-from nvfp4.numerics.hadamard import Rotation, round_scale
-from nvfp4.numerics.qtensor import QTensor
-from nvfp4.quantizers.base import Options, Quantizer
-from nvfp4.quantizers.ms_eden import SEARCH_FACTORS, element_scale
-from nvfp4.quantizers.ms_eden import SMALLEST_AMAX as _SMALLEST_AMAX
-from nvfp4.quantizers.scale_search import BYTE_STEPS as _BYTE_STEPS
-
-RULES = {
-    "rtn": "rtn",
-    "rtn_2d": "rtn",
-    **{n: n for n in ("sr", "sr_te", "four_over_six", "scale_search", "ms_eden")},
-}
-"""The rule of each quantiser that has one here."""
+from nvfp4.numerics.scaling import BYTE_STEPS as _BYTE_STEPS
+from nvfp4.numerics.scaling import SEARCH_FACTORS, element_scale
+from nvfp4.numerics.scaling import SMALLEST_AMAX as _SMALLEST_AMAX
 
 SMALLEST_AMAX = tl.constexpr(_SMALLEST_AMAX)
 BYTE_STEPS = tl.constexpr(_BYTE_STEPS)
 STEP_COUNT = tl.constexpr(len(_BYTE_STEPS))
 FACTOR_COUNT = tl.constexpr(len(SEARCH_FACTORS))
-
-SEARCHES = ("four_over_six", "scale_search")
-"""The rules that compare scales; their cap leaves room to enlarge one."""
 
 ELEMENT_SCALES = tl.constexpr(tuple(element_scale(factor) for factor in SEARCH_FACTORS))
 """(c, fl(1 / c)) of each factor of ms_eden, the first without a search."""
@@ -78,72 +64,6 @@ def cap(rule: str) -> float:
 def scaled_by_amax(rule: str) -> bool:
     """Whether a rule has to know the amax first; ms_eden finds its range afterwards."""
     return rule != "ms_eden"
-
-
-class Policy(NamedTuple):
-    """What a kernel is compiled for: one orientation of one quantiser under its options.
-
-    tile: rows of a block. round_scales: the scale of each round of the rotation (none: no
-    rotation). fixed: NVIDIA's rotation. converts: whether the card rounds to E2M1 by itself (sm_100
-    and later), to the same bits. The rest as in ``Options``. No seed is part of it.
-    """
-
-    rule: str
-    tile: int = 1
-    row_scaled: bool = False
-    metric: str = "mse"
-    search: bool = False
-    group: int = 16
-    round_scales: tuple[float, ...] = ()
-    fixed: bool = False
-    converts: bool = False
-
-    @classmethod
-    def of(cls, quantizer: Quantizer, options: Options, converts: bool = False) -> "Policy":
-        """The policy of a quantiser under these options."""
-        # without a rotation: no rounds, and one group for all, so that equal kernels are equal
-        rotation = options.rotation or Rotation(16, fixed=True)
-        rounds = rotation.rounds if options.rotation is not None else 0
-        scales = tuple(round_scale(i, rounds, rotation.group) for i in range(rounds))
-        return cls(
-            RULES[quantizer.name],
-            options.block[0],
-            options.row_scaled,
-            options.metric,
-            options.search,
-            rotation.group,
-            scales,
-            rounds > 0 and rotation.fixed,
-            converts,
-        )
-
-
-class Tile(NamedTuple):
-    """What one program computes, [rows, columns], and how it reads them.
-
-    down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that
-    stay together. pieces: how many such runs, one after the other along a row, a thread holds (1:
-    as the compiler likes). warps: of 32 threads that share the tile.
-    """
-
-    rows: int
-    columns: int
-    down: bool
-    run: int
-    pieces: int
-    warps: int
-
-
-class Coded(NamedTuple):
-    """How a source that is codes is scaled. tile: rows of a block."""
-
-    tile: int
-    row_scaled: bool
-
-    @classmethod
-    def of(cls, q: QTensor) -> "Coded":
-        """The scaling of q."""
-        return cls(q.block[0], q.row_scaled)
 
 
 @triton.jit

@@ -1,4 +1,8 @@
-"""A model's high-precision parts on a CPU without BF16 instructions: float32 sums, rounded once.
+"""In which precision each part of a run's model computes.
+
+    quantize_model      the linears that the recipe converts: NVFP4
+    without_emulation   on a CPU without BF16 instructions the rest, the output embedding and
+                        attention: float32 sums, rounded once
 
 There torch emulates BF16 products. The product of two BF16 numbers is exact in float32, so summing
 in float32 and rounding once is the same arithmetic, only faster. Forward and backward of one
@@ -6,12 +10,11 @@ attention layer with 8 x 2 heads, 128 tokens and 64 columns took
 
     AVX2      13 ms in BF16, 3.6 ms in float32, 3.9 ms as below
     AVX-512    9.2            3.4                4.0
-
-Converted linears do this themselves; here it is done for the output embedding and attention.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,9 +23,45 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nvfp4.backends.native.cpu import EMULATED
+from nvfp4.backends.registry import BackendUnavailable
+from nvfp4.model.convert import convert
 from nvfp4.model.plain import dense_linears
+from nvfp4.model.selection import ConvertWarning
+from nvfp4.recipes import Recipe
+from nvfp4.run.errors import TrainError
+from nvfp4.run.options import QuantOptions
 
 NAME = "nvfp4_float32"
+
+
+def quantize_model(
+    model: PreTrainedModel, recipe: str | Recipe, options: QuantOptions, seed: int, verbose: bool
+) -> None:
+    """Convert the linears to a recipe, in place.
+
+    verbose: say which are converted, and warn of those that cannot be. ``TrainError`` for options
+    that do not fit, and for a recipe that quantises and finds nothing to quantise.
+    """
+    recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "default" if recipe.quantized and verbose else "ignore", ConvertWarning
+        )
+        try:
+            convert(
+                model,
+                recipe,
+                seed=seed,
+                include=options.include or None,
+                exclude=options.exclude or None,
+                keep_first=options.keep_first,
+                keep_last=options.keep_last,
+                backend=options.backend,
+                strict=recipe.quantized,  # a run that is called NVFP4 must be
+                verbose=verbose,
+            )
+        except (ValueError, BackendUnavailable) as error:
+            raise TrainError(f"recipe {recipe.name}: {error}") from error
 
 
 def float32_attention(

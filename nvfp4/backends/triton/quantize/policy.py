@@ -1,0 +1,109 @@
+"""What the quantising kernels are compiled for, as data, and which tile suits it.
+
+    Policy    the rule of an operand and its options; kernels of equal policies are one kernel
+    Tile      what one program computes, [rows, columns], and how it reads that
+    Coded     how a source is scaled that is codes itself
+
+Tiles are chosen by what they compile to: registers and spills for eight cards, as ``tools/aot.py``
+reports them. A larger tile reads memory in longer runs, until it spills. None was timed on a GPU.
+"""
+
+from typing import NamedTuple
+
+RULES = {
+    "rtn": "rtn",
+    "rtn_2d": "rtn",
+    **{n: n for n in ("sr", "sr_te", "four_over_six", "scale_search", "ms_eden")},
+}
+"""The rule of each quantiser that has one here."""
+
+SEARCHES = ("four_over_six", "scale_search")
+"""The rules that compare scales; their cap leaves room to enlarge one."""
+
+NOISY = ("sr", "sr_te")
+"""The rules that draw a number for each element."""
+
+
+class Policy(NamedTuple):
+    """What a kernel is compiled for: one orientation of one quantiser under its options.
+
+    tile: rows of a block. round_scales: the scale of each round of the rotation (none: no
+    rotation). fixed: NVIDIA's rotation. converts: whether the card rounds to E2M1 by itself (sm_100
+    and later), to the same bits. The rest as in ``Options``. No seed is part of it.
+    """
+
+    rule: str
+    tile: int = 1
+    row_scaled: bool = False
+    metric: str = "mse"
+    search: bool = False
+    group: int = 16
+    round_scales: tuple[float, ...] = ()
+    fixed: bool = False
+    converts: bool = False
+
+
+class Tile(NamedTuple):
+    """What one program computes, [rows, columns], and how it reads them.
+
+    down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that
+    stay together. pieces: how many such runs, one after the other along a row, a thread holds (1:
+    as the compiler likes). warps: of 32 threads that share the tile.
+    """
+
+    rows: int
+    columns: int
+    down: bool
+    run: int
+    pieces: int
+    warps: int
+
+
+class Coded(NamedTuple):
+    """How a source that is codes is scaled. tile: rows of a block."""
+
+    tile: int
+    row_scaled: bool
+
+
+def tile_along(policy: Policy) -> Tile:
+    """The tile of operands whose rows are contiguous.
+
+    A thread reads 16 bytes of BF16 at once and holds whole blocks, a quarter of a rotation group of
+    128, or one block alone where candidates are compared.
+    """
+    if policy.search or policy.rule in SEARCHES:
+        return Tile(16, 128, False, 8, 2, 4)
+    wide = policy.group == 128 and bool(policy.round_scales)
+    return Tile(16, 256, False, 32, 4, 4) if wide else Tile(16, 256, False, 8, 2, 4)
+
+
+def tile_down(policy: Policy, coded: bool = False) -> Tile:
+    """The tile of operands whose columns are contiguous, or that are codes.
+
+    A thread holds whole blocks, a warp whole rotation groups.
+    """
+    if policy.search or policy.rule in SEARCHES:
+        return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
+    if policy.round_scales:
+        # with 128 columns, groups of 16 would take 168 registers, and sr of codes spill on sm_100;
+        # groups of 128 take half the rows if the source is coded, for the same reason
+        small = policy.group == 16
+        return Tile(8 if coded and not small else 16, 64 if small else 128, True, 4, 1, 1)
+    return Tile(32, 128, True, 4, 1, 2)
+
+
+def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
+    """The same elements as a tile of x and of x^T, holding whole groups and tiles of both."""
+    height, width = max(columns.group, 32), max(rows.group, 64)
+    along, down = tile_along(rows), tile_down(columns)
+
+    # two groups of 128 go on twice the warps, or they would need 256 registers per thread; and so
+    # do two roundings by noise, which with the rotation of one of them spill 48 bytes per thread
+    # where Triton 3.6 compiles for sm_90
+    crowded = height == width == 128 or (rows.rule in NOISY and columns.rule in NOISY)
+    warps = height * width // (32 * 16 * down.run) * (2 if crowded else 1)
+    return (
+        Tile(height, width, False, min(along.run, width), along.pieces, warps),
+        Tile(width, height, True, down.run, 1, warps),
+    )

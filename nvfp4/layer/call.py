@@ -1,0 +1,157 @@
+"""One call of a layer: which quantiser each operand meets, with which seeds, as part of what.
+
+    LayerCall.quantizer(gemm, side)     the recipe's quantiser, with the seeds of this call
+    LayerCall.operand(x, gemm, side)    x [rows, contraction] -> QTensor
+    LayerCall.weight(w)                 fprop's operand of w [N, K]
+
+Noise comes from the state of the layer, read on the host (``HostNoise``) or left on its device
+(``DeviceNoise``). Where this process holds a part of an operand (``Shards``), and codes depend on
+the whole, the processes agree on its largest magnitude first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nvfp4.backends.registry import AUTO
+from nvfp4.layer.noise import RIGHT, GemmSeeds, HostNoise, process
+from nvfp4.layer.saved import Matrix
+from nvfp4.layer.sharding import Shards, amax_of_parts
+from nvfp4.numerics.hadamard import Rotation
+from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import DeviceSeed
+from nvfp4.ops import dequantize, draw_seeds, quantize_with, requantize_with
+from nvfp4.quantizers.base import Options, Quantizer
+from nvfp4.recipes import GEMMS, Recipe
+
+
+class DeviceNoise:
+    """``Noise.state`` on its device; the seeds of one call are made there when first asked for.
+
+    state: int64 [4]. backend: of the layer.
+    """
+
+    def __init__(self, state: torch.Tensor, backend: str) -> None:
+        self._state = state
+        self._backend = backend
+        self._table: torch.Tensor | None = None
+        self._seeds: dict[str, GemmSeeds] = {}
+
+    def seeds(self, gemm: str) -> GemmSeeds:
+        """The seeds of one GEMM, the same objects each time: both operands must see equal signs."""
+        if gemm not in self._seeds:
+            # one launch makes the seeds of all three GEMMs, [3, 3]
+            if self._table is None:
+                self._table = draw_seeds(self._state, process(), len(GEMMS), backend=self._backend)
+            sign_seed, left, right = map(DeviceSeed, self._table[GEMMS.index(gemm)].unbind())
+            self._seeds[gemm] = sign_seed, (left, right)
+        return self._seeds[gemm]
+
+
+CallNoise = HostNoise | DeviceNoise
+
+
+def noise_for_call(state: torch.Tensor, capturable: bool, backend: str) -> CallNoise:
+    """``Noise.state`` for one call: read, unless it is on a device for good."""
+    return DeviceNoise(state, backend) if capturable else HostNoise(state.tolist())
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer: recipe, backend, noise; shards: which operands are a part of a whole."""
+
+    recipe: Recipe
+    backend: str
+    noise: CallNoise
+    shards: Shards | None = None
+
+    @classmethod
+    def of(
+        cls,
+        key: str,
+        backend: str,
+        state: torch.Tensor,
+        capturable: bool,
+        shards: Shards | None = None,
+    ) -> LayerCall:
+        """The call under the recipe with this ``Recipe.key``, with the noise of ``Noise.state``."""
+        return cls(
+            Recipe.from_key(key), backend, noise_for_call(state, capturable, backend), shards
+        )
+
+    def quantizer(
+        self, gemm: str, side: int, partner: Rotation | None = None
+    ) -> tuple[Quantizer, Options]:
+        """The quantiser of an operand, with the seeds of this call in its options.
+
+        partner: the rotation of the other operand if an earlier call made that one; its signs are
+        used again.
+        """
+        pair = getattr(self.recipe, gemm)
+        spec = pair.right if side == RIGHT else pair.left
+
+        # nearest rounding without a rotation reads no seed
+        if spec.options_without_noise is not None:
+            return spec.rule, spec.options_without_noise
+
+        sign_seed, seeds = self.noise.seeds(gemm)
+        if partner is not None and partner.sign_seed is not None:
+            sign_seed = partner.sign_seed
+        return spec.rule, spec.options_for(seeds[side], sign_seed)
+
+    def operand(self, x: Matrix, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
+        """Matrix x [rows, contraction] (any strides) as the recipe's operand of a GEMM.
+
+        A QTensor stands for the transpose of what it decodes to: x-hat^T or w-hat^T, which is
+        quantised again. partner: as in ``quantizer``.
+        """
+        quantizer, options = self.quantizer(gemm, side, partner)
+
+        # one part of a matrix that is spread over processes asks the others for its scale
+        if self.shards is not None and self.shards.needs_amax(gemm, side, options):
+            return self._part(x, self.shards, quantizer, options)
+
+        if isinstance(x, QTensor):
+            return requantize_with(x, quantizer, options, backend=self.backend)
+        return quantize_with(x, quantizer, options, backend=self.backend)
+
+    def weight(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> QTensor:
+        """fprop's operand of the weight [N, K].
+
+        amax: float32 [1], what to scale by if it is not the weight's own magnitude.
+        """
+        if amax is None:
+            return self.operand(weight, "fprop", RIGHT)
+        return quantize_with_amax(
+            weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend
+        )
+
+    def _part(self, x: Matrix, shards: Shards, quantizer: Quantizer, options: Options) -> QTensor:
+        """This process's part x of an operand, with the codes of the whole; a collective call."""
+        part = dequantize(x, backend=self.backend).t() if isinstance(x, QTensor) else x
+        amax = amax_of_parts(part, shards.mesh.get_group(), options.row_scaled)
+        return quantize_with_amax(part, quantizer, options, amax, backend=self.backend)
+
+
+def quantize_with_amax(
+    x: torch.Tensor,
+    quantizer: Quantizer,
+    options: Options,
+    amax: torch.Tensor,
+    *,
+    backend: str = AUTO,
+) -> QTensor:
+    """Matrix x [M, K] with the codes it has inside a larger matrix of magnitude ``amax``.
+
+    amax: [1], or [M] when row-scaled, in float32; not finite if the whole is not. ValueError for a
+    rotated operand, whose scale comes from the rotated values, and for a stochastic quantiser,
+    whose noise comes from the place in x.
+    """
+    if options.rotation is not None or not quantizer.claims(options).deterministic:
+        raise ValueError(
+            f"codes of {quantizer.name} under {options} are not a function of x and amax"
+        )
+    if x.numel() == 0:
+        return quantize_with(x, quantizer, options, backend=backend)
+    return quantize_with(x, quantizer, options, backend=backend, amax=amax)
