@@ -37,8 +37,7 @@ def start(
     ``TrainError`` if no process can be started.
     """
     try:
-        # preexec_fn is not safe beside threads, so it calls nothing that it has not looked up
-        # before
+        # preexec_fn is not safe beside threads: it calls only what was looked up before.
         return subprocess.Popen(
             [sys.executable, "-m", "nvfp4.cli", *arguments],
             start_new_session=True,

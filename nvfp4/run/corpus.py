@@ -191,8 +191,7 @@ def _matching(path: Path, field: str, pattern: str) -> tuple[Path, list[Path]]:
     else:
         root, paths = path.parent, [path]
         try:
-            # OSError where a folder on the way may not be searched, which exists() takes for
-            # absence
+            # Not exists(), to which a folder that may not be searched is a file that is not there.
             path.lstat()
         except FileNotFoundError:
             raise TrainError(f"{field}: no such file: {pattern}") from None

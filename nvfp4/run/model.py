@@ -143,8 +143,7 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         sync(folder.parent)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # tokenizers raises a bare Exception, safetensors an error of its own, where the disk is
-        # full
+        # On a full disk tokenizers raises a bare Exception, and safetensors an error of its own.
         if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
             raise
         reason = getattr(error, "strerror", None) or error

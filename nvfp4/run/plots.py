@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from nvfp4.run.files import write_picture
 
 BASE_COLOUR, RAW_COLOUR = "#222222", "#D4D4D4"
-# Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers, from dark to
-# light.
+# Okabe and Ito, "Color universal design" (2008), from dark to light: colour-blind readers can tell
+# them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SMOOTHING = 0.02  # standard deviation of the Gaussian, as a share of the run
 

@@ -127,9 +127,8 @@ def resolve(config: Config) -> Config:
     config = validated(config)
     _check(config)
 
-    # 2048 tokens per forward of an evaluation: a fixed number, since the loss of most recipes
-    # depends on which rows share a forward (evaluate.py). A sixth of the updates to warm up, at
-    # most 1000.
+    # An evaluation has 2048 tokens per forward, a fixed number, since the loss of most recipes
+    # depends on which rows share a forward (evaluate.py).
     config = fill(
         config,
         {"eval_batch": max(1, 2048 // config.seq_len), "warmup": min(1000, config.steps // 6)},

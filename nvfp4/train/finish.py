@@ -84,8 +84,7 @@ def summary(result: dict[str, Any]) -> str:
 def _result(run: PretrainRun, trained: Score, plain: Score) -> dict[str, Any]:
     rows = [row for row in log.read(run.folder.log) if "seconds" in row]
 
-    # The batch of one step is noise; the mean of the last few is what people call the training
-    # loss.
+    # One batch is noise: the mean of the last few is what people call the training loss.
     losses = [row["loss"] for row in rows[-log.LAST :] if row["loss"] is not None]
     return {
         "recipe": run.config.recipe,
