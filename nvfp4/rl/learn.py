@@ -68,7 +68,7 @@ def learn(run: RLRun, samples: Samples, sampled_at: float, lr: float, check: boo
     rows = config.micro_batch or len(samples)
     only_forward = config.minibatches == config.epochs == 1 and rows >= len(samples)
 
-    # the policy before the updates
+    # Who drew: the policy as it is before any update, whose log-probabilities all ratios are to.
     gap: float | None = None
     live: Scores | None = None
     with fixed_weights(run.model):
@@ -76,29 +76,30 @@ def learn(run: RLRun, samples: Samples, sampled_at: float, lr: float, check: boo
             live = run.score(run.forward, samples, temperature)
             extra = run.objective.remember(samples, _detached(live), "old")
             samples = replace(samples, extra={**samples.extra, **extra})
-            # as ``scored`` has them
+            # logits [S, T, V] are dropped, as ``scored`` drops them
             old = replace(_detached(live), logits=None, prompt_logits=None)
         else:
             samples, old = scored(run, run.model, samples, temperature, rows, "old")
         if check:
             gap = _checked_gap(run, samples.select(slice(0, rows)), temperature, live)
+    # The figures are at the temperature of sampling, the loss at its own.
     drawn = old
     if temperature != sampled_at:
         drawn = scored(run, run.model, samples, sampled_at, rows, None)[1]
     samples = replace(samples, old_logprobs=old.logprobs)
 
-    # the reference
+    # The reference, once per rollout: it does not change within it.
     to_reference = None
     if run.reference is not None:
         samples, scores = scored(run, run.reference, samples, temperature, rows, "reference")
         to_reference = scores.logprobs - old.logprobs
         samples = replace(samples, ref_logprobs=scores.logprobs)
 
-    # advantages
+    # Advantages are means over groups, so they are made before groups are split.
     with torch.no_grad():
         samples = run.objective.prepare(samples, old)
 
-    # the updates
+    # Epochs x minibatches. Metrics are means over the updates, skipped ones left out of the norm.
     learned = Learned(samples, drawn.logprobs, drawn.entropy, to_reference, shape_gap=gap)
     parts = list(_minibatches(run, samples))
     norms = []
@@ -137,7 +138,7 @@ def scored(
             extras.append({} if by is None else run.objective.remember(part, scores, by))
             found.append(replace(scores, logits=None, prompt_logits=None))
 
-    # together again
+    # Micro-batches are rows of one table again; what ``remember`` kept is part of it.
     extra = {name: torch.cat([each[name] for each in extras]) for name in extras[0]}
     names = [name for name, value in vars(found[0]).items() if value is not None]
     whole = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
@@ -233,7 +234,7 @@ def _update(
         values = accelerator.reduce(values, reduction="sum")
     metrics_over_all = dict(zip(names, values.tolist(), strict=True))
 
-    # clip and step
+    # The loss over all processes decides whether to step, so that all decide alike.
     loss = metrics_over_all["loss"]
     norm, done = apply_gradients(run.model, run.optimizer, lr, run.config.clip, loss)
     return metrics_over_all, norm if done else None

@@ -38,7 +38,7 @@ def draw_run(rows: list[Row], result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 6.4), dpi=130, layout="constrained")
     axes = figure.subplots(2, 3)
 
-    # what was learnt
+    # The upper row says what was learnt, the lower one whether the run was sound.
     reward = _column(steps, "reward")
     axes[0, 0].plot(x, reward, color=GREY, linewidth=0.7)
     axes[0, 0].plot(x, smooth(reward), color=COLOURS[0], linewidth=1.6, label="mean, smoothed")

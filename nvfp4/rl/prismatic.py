@@ -109,7 +109,7 @@ def grow(config: PrismaticConfig) -> Grown:
         new = directions(config.candidates, fresh)
         came.append(new)
 
-        # those in sparse clusters join
+        # Only those that land where the set is thin; the set grows, so clusters are made anew.
         cluster_seed = fold_in(config.seed, number)
         sparse = in_sparse(rows, new, config.clusters, config.sparse_share, cluster_seed)
         chosen = sparse[: config.keep - len(kept)]
@@ -169,7 +169,7 @@ def kmeans(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, tor
     """
     rows = rows.double()
 
-    # where to begin
+    # Farthest-first: centres that begin far apart do not share a dense region.
     generator = torch.Generator().manual_seed(seed >> 1)
     first = int(torch.randint(len(rows), (1,), generator=generator))
     chosen = [first]

@@ -101,7 +101,7 @@ def measure(
     assert config.tokenizer is not None
     assert config.max_new_tokens is not None
 
-    # the model
+    # The model in full precision, then the one thing that this ablation leaves out.
     text = Text(load_vocabulary(config.tokenizer), config.chat)
     model: Any = build_model(model_source(config), text, config.seed).eval()
     if spread is not None:
@@ -143,7 +143,7 @@ def gates(runs: list[dict[str, Any]], ablation: list[dict[str, Any]]) -> list[di
     widest = pass_keys(learnt[0]["after"])[-1]
     name = widest.removeprefix("eval/")
 
-    # what was learnt
+    # What was learnt: by the worst seed, since a mean hides a run that lost.
     gains = [_change(run, "eval/pass@1") for run in learnt]
     lost = -min(_change(run, widest) for run in learnt)
     rows = [
@@ -158,7 +158,8 @@ def gates(runs: list[dict[str, Any]], ablation: list[dict[str, Any]]) -> list[di
         rise = max(_change(run, "eval/pass@1") for run in controls)
         rows.append(_at_most("pass@1 gained by random rewards", rise, 0.0))
 
-    # sampler against trainer
+    # Sampler against trainer. On equal shapes any difference is a defect; over a KV cache a last
+    # bit is none, and one token in a thousand may have more.
     gap = [run["mismatch"]["same_shape"] for run in runs]
     equal_shapes = max((each for each in gap if each is not None), default=0.0)
     cached = max(run["mismatch"]["quantile_999"] for run in runs)
@@ -232,8 +233,7 @@ def ablation_table(rows: list[dict[str, Any]]) -> Table:
         caption=f"{unit}; mult error: mean exp |difference|, 1 is none",
     )
 
-    # Trained weights and random ones: what is left out may matter little on one and much on the
-    # other.
+    # Trained and random weights: what is left out may matter on one of them alone.
     table.add_column("weights")
     table.add_column("forward")
     for name in ("largest", "above 1e-5", "above .05", "mult error", "equal shapes"):

@@ -91,8 +91,7 @@ def _prepare(
     model = build_model(source, text, config.seed).eval()  # without dropout: the sampler has none
     check_context(getattr(model.config.get_text_config(), "max_position_embeddings", None), needed)
 
-    # The policy, and beside it a sampler in another recipe on the same weights, if one is asked
-    # for.
+    # The policy. A sampler in another recipe shares its weights, so no update has to be copied.
     _set_attention(model, config, accelerator)
     model.to(accelerator.device)
     sampler = model

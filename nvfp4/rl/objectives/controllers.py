@@ -78,7 +78,7 @@ class ResetCriterion:
         kl_cost, policy_cost: magnitudes of the two parts of the loss. validation: a score, where
         there was an evaluation at this step.
         """
-        # count what each rule counts
+        # "dominated" and "stalled" count in a row: one good step or evaluation begins anew.
         counts = self.counts
         counts["steps"] += 1
         dominated = self.share > 0 and kl_cost > self.share * policy_cost

@@ -140,8 +140,7 @@ class DelTA(DAPO):
         assert samples.old_logprobs is not None, "prepare puts them there"
         assert samples.advantages is not None, "prepare puts them there"
 
-        # The N tokens of this process, and their v; hidden states are needed here for the last
-        # time.
+        # The N tokens of this process, and their v; after this no hidden state is needed.
         at = samples.mask
         surprise = 1 - samples.old_logprobs[at].exp()
         vectors = surprise[:, None] * kept[HIDDEN][at]

@@ -92,7 +92,7 @@ class ProRL(PolicyGradient):
         if list(self.length_stage_steps) != sorted(self.length_stage_steps):
             raise ValueError(f"length_stage_steps must ascend, got {self.length_stage_steps}")
 
-        # the rules, each with its state
+        # NaN as target: it is never compared, since ``observe`` steers only where there is one.
         self._steps = 0
         self._clip = EntropyClip(
             value=self.clip_high,
@@ -112,14 +112,14 @@ class ProRL(PolicyGradient):
         """Those of the policy gradient, the control of an idle clip, resets without a reference."""
         reasons = super().idle(plan)
 
-        # the clip, and what steers it
+        # A clip that cannot act need not be steered either.
         if self.entropy_target is None:
             reasons["clip_high_max"] = "entropy_target is not given"
         if "clip_high" in reasons:
             names = ("entropy_target", "clip_high_max")
             reasons |= dict.fromkeys(names, reasons["clip_high"])
 
-        # resets
+        # Without a KL term there is no reference to reset; a stall is seen by evaluations alone.
         of_evaluations = ("reset_stall", "reset_delta", "validation_metric")
         resets = ("reset_kl_share", "reset_patience", "reset_every", *of_evaluations)
         if not self.kl_coef:

@@ -201,14 +201,14 @@ class ReasonMaxxer(Objective):
         rewards = self.gather(samples.rewards)
         every, lengths, cut = table[:, 0], table[:, 1], table[:, 2].bool()
 
-        # problems
+        # A group's number is the high bits of its samples' numbers, on every process.
         groups = every >> _PLACE_BITS
         most = max(1, round(self.problem_share * len(torch.unique(groups))))
         chosen = sorted(chosen_groups(rewards, groups, lengths, cut, most))
         wanted = torch.tensor(chosen, dtype=groups.dtype, device=groups.device)
         among = torch.isin(groups, wanted)
 
-        # completions of these
+        # The shortest of all completions together, not of each group: those with long answers lose more.
         every, lengths, cut = every[among], lengths[among], cut[among]
         kept = every[shortest(lengths, cut, every, self.shortest_share)]
         return torch.isin(numbers, kept), len(table) / max(1, len(kept))
@@ -229,7 +229,7 @@ class ReasonMaxxer(Objective):
         assert samples.advantages is not None, "prepare puts them there"
         decision = samples.extra[DECISION]
 
-        # decisions are pushed
+        # Decisions are pushed: A > 0 makes the token likelier, A < 0 less likely.
         weights = samples.extra[WEIGHT] / totals.samples
         pushed = torch.where(decision, -samples.advantages * scores.logprobs, 0.0).sum(dim=1)
         policy = (weights * pushed / decision.sum(dim=1).clamp(min=1)).sum()
@@ -240,7 +240,7 @@ class ReasonMaxxer(Objective):
         if not self.kl_coef:
             return policy, metrics
 
-        # all else is held
+        # All other tokens are held where the base model has them.
         kl = (weights * self._held(samples, scores)).sum()
         return policy + self.kl_coef * kl, {**metrics, "kl": kl.detach()}
 

@@ -76,7 +76,7 @@ class RewardedObjective(Objective):
         elif not self.overlong_share:
             reasons["overlong_penalty"] = "overlong_share is 0"
 
-        # weights for another sampler
+        # bounds of importance weights, where the kind has none
         if not self.correction.endswith(("_mask", "_mask_token")):
             reasons["correction_low"] = f"correction {self.correction} drops nothing"
         if not self.correction.endswith(("_truncate", "_mask", "_mask_token")):

@@ -93,7 +93,7 @@ class Jsonl(Task):
         functions = [row.data["call"] for row in self.rows if row.data["kind"] == "python"]
         folders = {call.folder for call in functions}
 
-        # what the functions will be shown
+        # A function may read its file's folder, so that must not be a home or /tmp.
         if not self.unsafe_rewards:
             for folder in sorted(folders):
                 _check_folder(folder)
