@@ -70,7 +70,7 @@ def _quantising(
     name: str, formula: Formula, rows: Policy, columns: Policy | None
 ) -> Iterator[KernelVariant]:
     constants: dict[str, Any] = {"F": formula, "P_ROWS": rows}
-    # otherwise one amax serves both
+    # a rotated x^T holds other numbers and needs an amax of its own; else one serves both
     looks = columns if columns is not None and columns.round_scales else None
     if formula.gated:
         constants |= {"rstd": None}

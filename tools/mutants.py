@@ -299,8 +299,7 @@ def build(copy: Path) -> None:
         text = (copy / name).read_text()
         (copy / name).write_text(text.replace("defined(__x86_64__)", "0"))
 
-    # Without vectors, as on a processor that has none; optimised little, since compiling is the
-    # cost.
+    # Without vectors, as on a processor that has none; -O1, since compiling is what costs here.
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", *include]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -324,8 +323,7 @@ def run(copy: Path, tests: tuple[str, ...], log: Path, interpreted: bool) -> int
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    # The child: its words in a file, its CPU time limited, the copy before everything else on the
-    # path.
+    # The child: its words go to a file, its CPU time is limited, the copy comes first on the path.
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
