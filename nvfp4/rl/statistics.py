@@ -111,7 +111,7 @@ def mismatch(
     unbiased estimate of KL(sampler || trainer), whose draws these are; no term is below 0. max,
     quantile_999: of |d|. share: of tokens with |d| > .05. exact: share of tokens with d = 0.
     """
-    # nothing drawn is no difference
+    # without a token there is no difference, and no mean of nothing
     d = (trainer.detach() - sampler)[mask].double()
     if d.numel() == 0:
         d = d.new_zeros(1)

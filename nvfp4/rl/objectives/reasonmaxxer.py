@@ -208,7 +208,7 @@ class ReasonMaxxer(Objective):
         wanted = torch.tensor(chosen, dtype=groups.dtype, device=groups.device)
         among = torch.isin(groups, wanted)
 
-        # The shortest of all completions together, not of each group: those with long answers lose more.
+        # The shortest of all together, not of each group: problems with long answers lose more.
         every, lengths, cut = every[among], lengths[among], cut[among]
         kept = every[shortest(lengths, cut, every, self.shortest_share)]
         return torch.isin(numbers, kept), len(table) / max(1, len(kept))
