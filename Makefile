@@ -10,7 +10,8 @@ TOOLS := $(VENV)/.tools
 NATIVE := $(VENV)/.native
 PACKAGES := pyproject.toml constraints.txt
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.py csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-JOBS ?= 2
+# of the tests, on two cores: a core that would wait while a test waits for another process has a third to run
+JOBS ?= 3
 # no bytecode of all that torch and transformers hold: Python makes it for what is imported, once, also where the
 # environment forbids it: hundreds of processes would else compile torch and transformers anew, 4 to 12 s of a core each
 unexport PYTHONDONTWRITEBYTECODE

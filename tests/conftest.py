@@ -15,6 +15,7 @@ import interpreting
 import numpy as np
 import pytest
 import torch
+from order import stretches
 
 from nvfp4.backends.native.cpu import use_instruction_set
 from nvfp4.backends.registry import BACKENDS
@@ -47,14 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # the workers share the cores already
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(
-                pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
-            )
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Tests of CUDA are skipped where there is none; what -m and -k leave is dealt to workers."""
+    if not torch.cuda.is_available():
+        reason = "no CUDA device: torch.cuda.is_available() is False"
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    yield
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        items[:] = [item for stretch in stretches(items, workers) for item in stretch]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,5 +1,5 @@
 """The Makefile's set-up, with a Python that only writes down what it is asked for: order, failures,
-and the call after.
+and the call after; and the order in which workers take the tests.
 
 Nothing is installed or compiled. The stand-in makes an environment whose Python is itself, and
 fails or is slow where a file of the folder says so.
@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
+import order
 import pytest
 from limits import HANG
 
@@ -163,3 +165,35 @@ def test_bytecode_is_written_whatever_the_environment_says(
     assert code == 0
     assert "end pytest" in said
     assert not [line for line in said if "bytecode" in line]
+
+
+class Collected(NamedTuple):
+    """As much of a collected test as the order looks at."""
+
+    path: Path
+    number: int
+
+
+def test_long_tests_begin_first_and_no_test_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers: what they get is what was collected, in stretches that xdist cuts at the same
+    places, each with its long files in front, whole."""
+    monkeypatch.setattr(order, "SECONDS", {"long.py": 50, "longer.py": 60, "e.py": 5, "f.py": 40})
+    names = ["a.py", "long.py", "b.py", "e.py", "c.py", "longer.py", "d.py", "f.py"]
+    items = [Collected(Path(name), number) for name in names for number in range(len(name) * 7)]
+
+    dealt = order.stretches(items, 3)
+    assert sorted(item for stretch in dealt for item in stretch) == sorted(items)
+    assert [len(stretch) for stretch in dealt] == [93, 93, 94]
+    begun = [list(dict.fromkeys(item.path.name for item in stretch)) for stretch in dealt]
+    assert [files[0] for files in begun] == ["longer.py", "long.py", "f.py"]
+    assert begun[2][1] == "e.py"
+    for name in order.SECONDS:
+        whole = [item for item in items if item.path.name == name]
+        assert any(whole == [i for i in stretch if i.path.name == name] for stretch in dealt)
+    assert order.stretches([], 2) == [[], []]
+
+
+def test_files_that_are_said_to_be_long_are_there() -> None:
+    """One that was renamed would be dealt with the short ones."""
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert order.SECONDS.keys() <= there

@@ -64,6 +64,7 @@ def _grid(numbers: list[float]) -> Grid:
 E2M1 = _grid([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E4M3 = _grid([_e4m3_value(byte) for byte in range(127)])
 NEGATIVE = np.uint8(8)  # bit 3 of an E2M1 code
+E2M1_SIGNED = np.append(E2M1.values, -E2M1.values)  # by code 0..15
 
 
 def _nearest(grid: Grid, magnitude: Floats) -> npt.NDArray[np.intp]:
@@ -71,7 +72,7 @@ def _nearest(grid: Grid, magnitude: Floats) -> npt.NDArray[np.intp]:
     taken."""
     below = grid.midpoints.searchsorted(magnitude, "left")  # midpoints < magnitude
     up_to = grid.midpoints.searchsorted(magnitude, "right")  # midpoints <= magnitude
-    return np.where(below % 2 == 0, below, up_to)
+    return np.where(below & 1, up_to, below)
 
 
 def _stochastic(grid: Grid, magnitude: Floats, u: Floats) -> npt.NDArray[np.intp]:
@@ -85,21 +86,17 @@ def _stochastic(grid: Grid, magnitude: Floats, u: Floats) -> npt.NDArray[np.intp
 
 def e2m1_nearest(x: Floats) -> Bytes:
     """Codes of x: nearest, ties to the even code, |x| > 6 -> 6, the sign kept (also of -0)."""
-    return _nearest(E2M1, np.abs(x)).astype(np.uint8) | np.where(
-        np.signbit(x), NEGATIVE, np.uint8(0)
-    )
+    return _nearest(E2M1, np.abs(x)).astype(np.uint8) | np.signbit(x) * NEGATIVE
 
 
 def e2m1_stochastic(x: Floats, u: Floats) -> Bytes:
     """Codes of x rounded with the noise u in (0, 1), the sign kept (also of -0)."""
-    return _stochastic(E2M1, np.abs(x), u).astype(np.uint8) | np.where(
-        np.signbit(x), NEGATIVE, np.uint8(0)
-    )
+    return _stochastic(E2M1, np.abs(x), u).astype(np.uint8) | np.signbit(x) * NEGATIVE
 
 
 def e2m1_value(codes: Bytes) -> Floats:
     """The value of each code 0..15; code 8 is -0."""
-    return np.where(codes & NEGATIVE, -E2M1.values[codes & 7], E2M1.values[codes & 7])
+    return E2M1_SIGNED[codes]
 
 
 def e4m3_nearest(v: np.float32) -> int:
