@@ -1,4 +1,4 @@
-"""The model of a run: built or loaded, its linears converted, sampled from, exported.
+"""The model of a run: built or loaded, sampled from, exported.
 
     Sizes  -> a new Llama or Qwen3          (``build_model``)
     folder -> any local causal LM, tested for causality

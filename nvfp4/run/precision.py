@@ -4,7 +4,7 @@
     without_emulation   on a CPU without BF16 instructions the rest, the output embedding and
                         attention: float32 sums, rounded once
 
-There torch emulates BF16 products. The product of two BF16 numbers is exact in float32, so summing
+On such a CPU torch emulates BF16 products. The product of two BF16 numbers is exact in float32, so summing
 in float32 and rounding once is the same arithmetic, only faster. Forward and backward of one
 attention layer with 8 x 2 heads, 128 tokens and 64 columns took
 
