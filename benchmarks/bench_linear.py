@@ -85,8 +85,8 @@ def _measured(args: argparse.Namespace, isa: str) -> list[Row]:
     """The rows of every shape on the kernels of ``isa``."""
     if isa in HELD_BY:
         use_instruction_set(isa)
-    chosen = args.sizes.split(",") if args.sizes else list(SETS[args.shapes])
-    shapes = {name: shape for name, shape in SETS[args.shapes].items() if name in chosen}
+    names = args.sizes.split(",") if args.sizes else list(SETS[args.shapes])
+    shapes = {name: shape for name, shape in SETS[args.shapes].items() if name in names}
     return [row for name, shape in shapes.items() for row in _of_shape(args, name, shape)]
 
 

@@ -381,17 +381,17 @@ def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]
     return row | {"killed": code not in NOTHING_FAILED, "by": by}
 
 
-def pass_without_mutants(rows: list[dict[str, Any]], chosen: list[Mutant], copy: Path) -> None:
+def pass_without_mutants(rows: list[dict[str, Any]], selection: list[Mutant], copy: Path) -> None:
     """RuntimeError if a test that found a mutant fails without any, and so has found nothing."""
     log = copy / "log.txt"
-    if any(map(native, chosen)):
+    if any(map(native, selection)):
         build(copy)
 
     # Each test once, however many mutants it found.
     for interpreted in (False, True):
         killers = {
             r["by"]: None
-            for r, m in zip(rows, chosen, strict=True)
+            for r, m in zip(rows, selection, strict=True)
             if (m.tests is TRITON) == interpreted
         }
         tests = tuple(name for name in killers if name.startswith("tests/"))
@@ -422,7 +422,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     known = kept(options.json)
-    chosen = sorted((m for m in MUTANTS if re.search(options.only, m.file)), key=native)
+    selection = sorted((m for m in MUTANTS if re.search(options.only, m.file)), key=native)
 
     import hypothesis  # noqa: F401 - these once, for all forks
     import pytest  # noqa: F401
@@ -441,12 +441,12 @@ def main() -> int:
             shutil.copytree(
                 source, copy / name, ignore=ignored
             ) if source.is_dir() else shutil.copy(source, copy)
-        for number, mutant in enumerate(chosen, 1):
+        for number, mutant in enumerate(selection, 1):
             rows.append(verdict(mutant, copy, known))
             said = "killed  " if rows[-1]["killed"] else "SURVIVED"
             change = f"{mutant.file}: {mutant.before} -> {mutant.after}"
             print(f"{number:3} {said}  {change}   {rows[-1]['by']}", flush=True)
-        pass_without_mutants(rows, chosen, copy)
+        pass_without_mutants(rows, selection, copy)
 
     killed = sum(row["killed"] for row in rows)
     print(f"{killed} of {len(rows)} mutants killed")

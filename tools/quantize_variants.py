@@ -75,9 +75,9 @@ def policies(capability: int) -> dict[str, Policy]:
 
     # Options are checked as a recipe's are, so that no policy is listed that none can have.
     table = {}
-    for name, chosen in options:
-        label = "_".join([name, *(f"{key}={_label(value)}" for key, value in chosen.items())])
-        checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **chosen)
+    for name, settings in options:
+        label = "_".join([name, *(f"{key}={_label(value)}" for key, value in settings.items())])
+        checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **settings)
         table[label] = policy_of(QUANTIZERS[name], checked, converts(capability))
     return table
 

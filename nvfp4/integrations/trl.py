@@ -134,13 +134,13 @@ def _recipes(model: nn.Module) -> dict[str, Recipe]:
 
     Longer names come first, since a name is also a pattern for its end.
     """
-    found = [
+    converted = [
         (name, m)
         for name, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, Linear)
     ]
-    found.sort(key=lambda item: -item[0].count("."))
-    return {name: layer.nvfp4.full_recipe or layer.nvfp4.recipe for name, layer in found}
+    converted.sort(key=lambda item: -item[0].count("."))
+    return {name: layer.nvfp4.full_recipe or layer.nvfp4.recipe for name, layer in converted}
 
 
 def _apply(model: nn.Module, recipes: dict[str, Recipe], backend: str) -> nn.Module:

@@ -70,7 +70,7 @@ def collect(run: RLRun, step: int) -> Collected:
     """
     config = run.config
     assert config.group is not None
-    wanted = config.prompts // run.accelerator.num_processes * config.group
+    needed = config.prompts // run.accelerator.num_processes * config.group
     sampling = run.sampling()
     stages = (config.aqn_stages, config.aqn_start, config.aqn_end)
     sigma = sigma_at(step, config.steps, *stages)
@@ -82,7 +82,7 @@ def collect(run: RLRun, step: int) -> Collected:
     reasons: list[str | None] = []
     failures: Counter[str] = Counter()
     equal = drawn = rounds = 0
-    while len(problems) < wanted and rounds < config.max_batches:
+    while len(problems) < needed and rounds < config.max_batches:
         batch = _round(run, step, rounds, sigma, sampling)
         rounds += 1
 
@@ -93,7 +93,7 @@ def collect(run: RLRun, step: int) -> Collected:
         drawn += len(batch.samples)
 
         # the objective keeps by raw rewards, and only then puts its penalties on them
-        kept = run.objective.keep(batch.samples).nonzero()[:, 0][: wanted - len(problems)]
+        kept = run.objective.keep(batch.samples).nonzero()[:, 0][: needed - len(problems)]
         shaped = replace(batch.samples, rewards=run.objective.shape_rewards(batch.samples))
         parts.append(shaped.select(kept))
         problems += [batch.problems[i] for i in kept.tolist()]
@@ -101,12 +101,12 @@ def collect(run: RLRun, step: int) -> Collected:
         reasons += [batch.reasons[i] for i in kept.tolist()]
 
     # what a user can put right: rewards that all fail, groups that all are alike
-    if len(problems) < wanted and failures.total() >= drawn:
+    if len(problems) < needed and failures.total() >= drawn:
         raise TrainError(f"step {step + 1}: {all_failed(failures, drawn)}")
-    if len(problems) < wanted:
+    if len(problems) < needed:
         raise TrainError(
             f"step {step + 1}: {rounds} rounds of {config.prompts} prompts gave {len(problems)} of "
-            f"{wanted} completions that {config.objective} keeps; raise --max-batches or --group, "
+            f"{needed} completions that {config.objective} keeps; raise --max-batches or --group, "
             f"or choose easier or harder problems"
         )
     equal, drawn = _of_all_processes(run, equal, drawn, failures, step)

@@ -4,8 +4,8 @@
     objective -> group, temperature, minibatches     what its authors use
     model, or width, heads, depth -> ``model_source``
 
-``resolve`` goes through them in that order, since each asks the one before: a context can only be
-chosen once task, tokenizer and the objective's longest completion are known.
+``resolve`` goes through them in that order and fills in sizes last: a context can only be chosen
+once task, tokenizer and the objective's longest completion are known.
 
 An option that cannot act beside the others is refused by name: whoever gave it expects something of
 it. ``PRESETS`` are sets of options which the others then change.

@@ -151,9 +151,9 @@ def _draw_block(
 ) -> _Drawn:
     """The completions of some problems, by their numbers."""
     # the number of a problem decides its random numbers, whoever draws it
-    chosen = [prompts[number] for number in numbers]
+    block_prompts = [prompts[number] for number in numbers]
     with torch.no_grad(), fixed_weights(run.model), run.autocast():
-        samples = rollout(run.model, chosen, numbers, size, sampling, run.stops, _SEED, rows)
+        samples = rollout(run.model, block_prompts, numbers, size, sampling, run.stops, _SEED, rows)
 
     # As in training: texts without their end, then the task's verdicts.
     texts = run.completions(samples)

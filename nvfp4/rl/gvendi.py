@@ -306,8 +306,8 @@ def _gradient(
     ids = torch.tensor([[*prompt, *answer]], device=parameters[0].device)
     with torch.enable_grad():
         logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
-        gradients = torch.autograd.grad(chosen.sum(), parameters, allow_unused=True)
+        logprobs = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
+        gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
     pieces = []
     for parameter, gradient in zip(parameters, gradients, strict=True):
         pieces.append((torch.zeros_like(parameter) if gradient is None else gradient).float())

@@ -129,19 +129,19 @@ def scored(
     of each part. None: the samples come back as they are.
     """
     # part by part, and of each no more than is needed later
-    found: list[Scores] = []
+    score_parts: list[Scores] = []
     extras: list[dict[str, torch.Tensor]] = []
     with torch.no_grad(), fixed_weights(model):
         for start in range(0, len(samples), rows):
             part = samples.select(slice(start, start + rows))
             scores = run.score(model, part, temperature)
             extras.append({} if by is None else run.objective.remember(part, scores, by))
-            found.append(replace(scores, logits=None, prompt_logits=None))
+            score_parts.append(replace(scores, logits=None, prompt_logits=None))
 
     # Micro-batches are rows of one table again; what ``remember`` kept is part of it.
     extra = {name: torch.cat([each[name] for each in extras]) for name in extras[0]}
-    names = [name for name, value in vars(found[0]).items() if value is not None]
-    whole = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
+    names = [name for name, value in vars(score_parts[0]).items() if value is not None]
+    whole = {name: torch.cat([getattr(part, name) for part in score_parts]) for name in names}
     return replace(samples, extra={**samples.extra, **extra}), Scores(**whole)
 
 
@@ -192,8 +192,8 @@ def _beside_reference(run: RLRun, part: Samples, temperature: float) -> Samples:
     with torch.no_grad(), fixed_weights(run.reference):
         scores = run.score(run.reference, part, temperature)
     logits = {REFERENCE_LOGITS: scores.logits, REFERENCE_PROMPT_LOGITS: scores.prompt_logits}
-    found = {name: value for name, value in logits.items() if value is not None}
-    return replace(part, extra={**part.extra, **found})
+    reference_logits = {name: value for name, value in logits.items() if value is not None}
+    return replace(part, extra={**part.extra, **reference_logits})
 
 
 def _update(

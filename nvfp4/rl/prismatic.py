@@ -112,10 +112,10 @@ def grow(config: PrismaticConfig) -> Grown:
         # Only those that land where the set is thin; the set grows, so clusters are made anew.
         cluster_seed = fold_in(config.seed, number)
         sparse = in_sparse(rows, new, config.clusters, config.sparse_share, cluster_seed)
-        chosen = sparse[: config.keep - len(kept)]
-        kept += [fresh[i] for i in chosen]
-        known |= {fresh[i].prompt for i in chosen}
-        rows = torch.cat((rows, new[chosen]))
+        joining = sparse[: config.keep - len(kept)]
+        kept += [fresh[i] for i in joining]
+        known |= {fresh[i].prompt for i in joining}
+        rows = torch.cat((rows, new[joining]))
         if len(kept) == config.keep:
             break
 
@@ -172,14 +172,14 @@ def kmeans(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, tor
     # Farthest-first: centres that begin far apart do not share a dense region.
     generator = torch.Generator().manual_seed(seed >> 1)
     first = int(torch.randint(len(rows), (1,), generator=generator))
-    chosen = [first]
+    starts = [first]
     nearest = rows @ rows[first]
     for _ in range(count - 1):
-        chosen.append(int(nearest.argmin()))
-        nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
+        starts.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, rows @ rows[starts[-1]])
 
     # centres to means, rows to centres, until no row moves
-    centres = rows[chosen].clone()
+    centres = rows[starts].clone()
     member = (rows @ centres.T).argmax(dim=1)
     for _ in range(_ITERATIONS):
         sums = torch.zeros_like(centres).index_add(0, member, rows)

@@ -132,8 +132,8 @@ def mismatch(
 def _checked(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 2 or values.size == 0:
-        wanted = "an array [problems, samples] with at least one of each"
-        raise ValueError(f"expected {wanted}, got {values.shape}")
+        expected = "an array [problems, samples] with at least one of each"
+        raise ValueError(f"expected {expected}, got {values.shape}")
     return values
 
 

@@ -43,8 +43,8 @@ class EntropyClip:
         # smoothing begins at the first entropy, not at 0
         past = entropy if self.smoothed is None else self.smoothed
         self.smoothed = self.smoothing * past + (1 - self.smoothing) * entropy
-        wanted = self.value + (self.step if self.smoothed < self.target else -self.step)
-        self.value = min(max(wanted, self.lowest), self.highest)
+        unbounded = self.value + (self.step if self.smoothed < self.target else -self.step)
+        self.value = min(max(unbounded, self.lowest), self.highest)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain data."""

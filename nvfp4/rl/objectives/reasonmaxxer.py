@@ -204,9 +204,9 @@ class ReasonMaxxer(Objective):
         # A group's number is the high bits of its samples' numbers, on every process.
         groups = every >> _PLACE_BITS
         most = max(1, round(self.problem_share * len(torch.unique(groups))))
-        chosen = sorted(chosen_groups(rewards, groups, lengths, cut, most))
-        wanted = torch.tensor(chosen, dtype=groups.dtype, device=groups.device)
-        among = torch.isin(groups, wanted)
+        group_numbers = sorted(chosen_groups(rewards, groups, lengths, cut, most))
+        used_groups = torch.tensor(group_numbers, dtype=groups.dtype, device=groups.device)
+        among = torch.isin(groups, used_groups)
 
         # The shortest of all together, not of each group: problems with long answers lose more.
         every, lengths, cut = every[among], lengths[among], cut[among]

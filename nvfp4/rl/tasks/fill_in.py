@@ -126,16 +126,16 @@ class FillIn(Task):
         """Statements of the same kind and of similar length; [] if there are too few."""
         others, lengths = self._statements[gap.kind]
         own = {line.strip() for line in gap.lines}
-        wanted = self.options - 1
+        count = self.options - 1
 
         # the neighbours of its length, of which some are drawn
         around = int(np.searchsorted(lengths, len(gap.statement)))
         reach = _NEAR * self.options
         window = others[max(0, around - reach) : around + reach]
         near = [text for text in window if text not in own]
-        if len(near) < wanted:
+        if len(near) < count:
             return []
-        return [near[i] for i in rng.choice(len(near), wanted, replace=False)]
+        return [near[i] for i in rng.choice(len(near), count, replace=False)]
 
     @cached_property
     def _gaps(self) -> list[Gap]:

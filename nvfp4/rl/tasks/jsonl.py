@@ -207,8 +207,8 @@ def _problem(row: dict[str, Any], folder: Path, where: str) -> Problem:
     # {kind: text}, or {"tests": list}
     spec = row["reward"]
     if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
-        wanted = f"an object with one field of {', '.join(KINDS)}"
-        raise ValueError(f"expected 'reward' to be {wanted}, got {spec!r}")
+        expected = f"an object with one field of {', '.join(KINDS)}"
+        raise ValueError(f"expected 'reward' to be {expected}, got {spec!r}")
     kind, text = next(iter(spec.items()))
     if kind == "tests":
         return _of_kind(kind, prompt, answer, row, tests=_tests(text))

@@ -55,8 +55,8 @@ def load_task(name: str, **options: Any) -> Task:
         kind = TASKS[name]
     else:
         files = " or ".join(JSONL)
-        wanted = f"one of {', '.join(TASKS)}, a file {files}, module:Class or file.py:Class"
-        raise TrainError(f"task: expected {wanted}, got {name!r}")
+        expected = f"one of {', '.join(TASKS)}, a file {files}, module:Class or file.py:Class"
+        raise TrainError(f"task: expected {expected}, got {name!r}")
     _refuse_idle_confinement(kind, name, options)
     try:
         return kind(**options)
@@ -90,8 +90,8 @@ def _class(name: str) -> type[Task]:
 
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Task)):
-        wanted = "derived from nvfp4.rl.tasks.base.Task"
-        raise TrainError(f"task: {where} has no class {attribute!r} {wanted}")
+        expected = "derived from nvfp4.rl.tasks.base.Task"
+        raise TrainError(f"task: {where} has no class {attribute!r} {expected}")
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         raise TrainError(f"task: {attribute} of {where} does not define {missing}")
