@@ -4,9 +4,9 @@
     without_emulation   on a CPU without BF16 instructions the rest, the output embedding and
                         attention: float32 sums, rounded once
 
-On such a CPU torch emulates BF16 products. The product of two BF16 numbers is exact in float32, so summing
-in float32 and rounding once is the same arithmetic, only faster. Forward and backward of one
-attention layer with 8 x 2 heads, 128 tokens and 64 columns took
+On such a CPU torch emulates BF16 products. The product of two BF16 numbers is exact in float32, so
+summing in float32 and rounding once is the same arithmetic, only faster. Forward and backward of
+one attention layer with 8 x 2 heads, 128 tokens and 64 columns took
 
     AVX2      13 ms in BF16, 3.6 ms in float32, 3.9 ms as below
     AVX-512    9.2            3.4                4.0
