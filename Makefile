@@ -9,7 +9,8 @@ TESTED := $(VENV)/.tested
 TOOLS := $(VENV)/.tools
 NATIVE := $(VENV)/.native
 PACKAGES := pyproject.toml constraints.txt
-SOURCES := setup.py $(wildcard csrc/*.h csrc/*.py csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := setup.py $(wildcard csrc/*.py) $(CPP)
 # of the tests, on two cores: a core that would wait while a test waits for another process has a third to run
 JOBS ?= 3
 # no bytecode of all that torch and transformers hold: Python makes it for what is imported, once, also where the
@@ -96,6 +97,7 @@ lint: style types
 style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(wildcard tests/support/*.cpp)
 
 types: $(READY)
 	$(BIN)/mypy

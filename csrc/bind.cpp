@@ -1,4 +1,5 @@
-// Python bindings of the native CPU kernels: raw addresses in, checks of what would corrupt memory, no arithmetic.
+// Python bindings of the native CPU kernels: raw addresses in, checks of what would corrupt memory,
+// no arithmetic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,10 +24,11 @@ const std::vector<const Kernels*>& available() {
     static const std::vector<const Kernels*> all = [] {
         std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             found.push_back(&avx512_kernels);
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels);
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+            found.push_back(&avx2_kernels);
 #endif
         found.push_back(&portable_kernels);
         return found;
@@ -34,15 +36,19 @@ const std::vector<const Kernels*>& available() {
     return all;
 }
 
-std::atomic<size_t> held{0};  // the process behaves as if the processor had only what comes from here on
+// the process behaves as if the processor had only what comes from here on
+std::atomic<size_t> held{0};
 
-// The instruction set of that name, the best one for "", among those that come after the first ``from``.
+// The instruction set of that name, the best one for "", among those that come after the first
+// ``from``.
 size_t find(const std::string& isa, size_t from) {
     const std::vector<const Kernels*>& all = available();
     for (size_t i = from; i < all.size(); ++i)
         if (isa.empty() || isa == all[i]->name) return i;
-    throw std::invalid_argument("instruction set '" + isa + "' is unknown, not supported by this processor, or better than the " +
-                                all[from]->name + " that this process is held to");
+    throw std::invalid_argument(
+        "instruction set '" + isa +
+        "' is unknown, not supported by this processor, or better than the " + all[from]->name +
+        " that this process is held to");
 }
 
 void use(const std::string& isa) { held = find(isa, 0); }
@@ -54,11 +60,13 @@ void require(bool ok, const char* what) {
 }
 
 Element element_of(int element) {
-    require(element >= 0 && element <= 2, "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    require(element >= 0 && element <= 2,
+            "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
     return static_cast<Element>(element);
 }
 
-Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int64_t row_stride,
+                 int64_t column_stride) {
     require(rows > 0 && columns > 0 && data != 0, "the source must not be empty");
     require(row_stride == 1 || column_stride == 1, "one stride must be 1");
     Source source{};
@@ -68,13 +76,15 @@ Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int
     source.columns = columns;
     source.row_stride = row_stride;
     source.column_stride = column_stride;
-    // a matrix of one column has two unit strides; reading it along its rows is then the contiguous way
+    // a matrix of one column has two unit strides; reading it along its rows is then the contiguous
+    // way
     if (row_stride == 1 && column_stride == 1 && rows == 1) source.row_stride = columns;
     return source;
 }
 
-CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows, int64_t row_bytes,
-                       int64_t scale_stride, int64_t scale_block_rows, bool row_scaled) {
+CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows,
+                       int64_t row_bytes, int64_t scale_stride, int64_t scale_block_rows,
+                       bool row_scaled) {
     require(rows > 0 && row_bytes > 0 && codes && block_scale, "the codes must not be empty");
     return {reinterpret_cast<const uint8_t*>(codes),
             reinterpret_cast<const uint8_t*>(block_scale),
@@ -87,7 +97,8 @@ CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_
 }
 
 Source codes_source(const CodeMatrix& decoded, int64_t rows) {
-    require(rows > 0 && rows <= decoded.row_bytes * 2, "more operand rows than the codes have columns");
+    require(rows > 0 && rows <= decoded.row_bytes * 2,
+            "more operand rows than the codes have columns");
     require(decoded.global_scale, "the source needs its global scale");
     Source source{};
     source.element = Element::codes;
@@ -106,15 +117,21 @@ struct Options {
     bool fixed = false;
 };
 
-QuantizeArgs quantize_args(const Source& source, const Options& options, int64_t padded_columns, uintptr_t codes,
-                           uintptr_t block_scale, uintptr_t global_scale, uintptr_t scratch, uintptr_t amax, int threads) {
+QuantizeArgs quantize_args(const Source& source, const Options& options, int64_t padded_columns,
+                           uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale,
+                           uintptr_t scratch, uintptr_t amax, int threads) {
     const int unit = options.group ? options.group : kBlock;
-    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2, "unknown rule or metric");
-    require(unit % 16 == 0 && unit <= 128 && options.rounds >= 1 && options.rounds <= 3, "bad rotation");
-    require(padded_columns == (source.columns + unit - 1) / unit * unit, "padded_columns does not fit the source");
+    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2,
+            "unknown rule or metric");
+    require(unit % 16 == 0 && unit <= 128 && options.rounds >= 1 && options.rounds <= 3,
+            "bad rotation");
+    require(padded_columns == (source.columns + unit - 1) / unit * unit,
+            "padded_columns does not fit the source");
     require(codes && block_scale && global_scale && threads > 0, "missing output");
-    require(options.rule != 5 || (scratch && !options.tiles && !options.row_scaled), "ms_eden needs scratch and 1x16 blocks");
-    require(!amax || (options.rule != 5 && !options.group), "an amax of rotated values cannot be given");
+    require(options.rule != 5 || (scratch && !options.tiles && !options.row_scaled),
+            "ms_eden needs scratch and 1x16 blocks");
+    require(!amax || (options.rule != 5 && !options.group),
+            "an amax of rotated values cannot be given");
     QuantizeArgs args{};
     args.source = source;
     args.turn = {options.group, options.rounds, options.sign_seed, options.fixed};
@@ -142,8 +159,9 @@ void quantize(const QuantizeArgs& args, const std::string& isa) {
 
 void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down, const std::string& isa) {
     const Source &a = across.source, &b = down.source;
-    require(a.element == b.element && a.element != Element::codes && a.data == b.data && a.rows == b.columns &&
-                a.columns == b.rows && (a.rows == 1 || a.row_stride == b.column_stride) &&
+    require(a.element == b.element && a.element != Element::codes && a.data == b.data &&
+                a.rows == b.columns && a.columns == b.rows &&
+                (a.rows == 1 || a.row_stride == b.column_stride) &&
                 (a.columns == 1 || a.column_stride == b.row_stride),
             "the two sources must be one matrix and its transpose");
     const Kernels& k = kernels(isa);
@@ -151,10 +169,12 @@ void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down, const s
     k.quantize_both(across, down);
 }
 
-void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int threads, const std::string& isa) {
+void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int threads,
+            const std::string& isa) {
     require(columns > 0 && columns <= matrix.row_bytes * 2, "more columns than there are codes");
     require(out && threads > 0, "missing output");
-    const DecodeArgs args{matrix, columns, element_of(element), reinterpret_cast<void*>(out), threads};
+    const DecodeArgs args{matrix, columns, element_of(element), reinterpret_cast<void*>(out),
+                          threads};
     const Kernels& k = kernels(isa);
     py::gil_scoped_release release;
     k.decode(args);
@@ -166,12 +186,14 @@ struct Product {
     bool of_elements;
 };
 
-// The products with instructions that this processor has and the process is not kept from, the fastest first.
+// The products with instructions that this processor has and the process is not kept from, the
+// fastest first.
 std::vector<Product> products() {
     std::vector<Product> found;
 #if defined(__x86_64__)
     const bool avx512 = kernels("").name == std::string("avx512");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512bf16", matmul_avx512bf16, false});
+    if (avx512 && __builtin_cpu_supports("avx512bf16"))
+        found.push_back({"avx512bf16", matmul_avx512bf16, false});
     if (avx512) found.push_back({"avx512", matmul_avx512, true});
     const bool avx2 = avx512 || kernels("").name == std::string("avx2");  // with FMA
     if (avx2 && __builtin_cpu_supports("f16c")) found.push_back({"avx2", matmul_avx2, true});
@@ -186,22 +208,32 @@ void multiply(const MatmulArgs& args, const std::string& isa) {
             py::gil_scoped_release release;
             return p.run(args);
         }
-    throw std::invalid_argument("there is no product for instruction set '" + isa + "' on this processor");
+    throw std::invalid_argument("there is no product for instruction set '" + isa +
+                                "' on this processor");
 }
 
-void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out, int threads,
-            const std::string& isa) {
-    require(a.row_bytes == b.row_bytes && a.row_bytes % 8 == 0, "operands contract different lengths");
+void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out,
+            int threads, const std::string& isa) {
+    require(a.row_bytes == b.row_bytes && a.row_bytes % 8 == 0,
+            "operands contract different lengths");
     require(a.global_scale && b.global_scale && out && threads > 0, "missing scale or output");
-    multiply({{a, {}}, {b, {}}, a.rows, b.rows, a.row_bytes * 2, reinterpret_cast<const float*>(bias), element_of(element),
-              reinterpret_cast<void*>(out), threads},
+    multiply({{a, {}},
+              {b, {}},
+              a.rows,
+              b.rows,
+              a.row_bytes * 2,
+              reinterpret_cast<const float*>(bias),
+              element_of(element),
+              reinterpret_cast<void*>(out),
+              threads},
              isa);
 }
 
 // a [rows, depth], b [columns, depth], one stride of each being 1.
-void dense_matmul(uintptr_t a, int a_element, int64_t a_row, int64_t a_column, uintptr_t b, int b_element, int64_t b_row,
-                  int64_t b_column, int64_t rows, int64_t columns, int64_t depth, uintptr_t bias, int element, uintptr_t out,
-                  int threads, const std::string& isa) {
+void dense_matmul(uintptr_t a, int a_element, int64_t a_row, int64_t a_column, uintptr_t b,
+                  int b_element, int64_t b_row, int64_t b_column, int64_t rows, int64_t columns,
+                  int64_t depth, uintptr_t bias, int element, uintptr_t out, int threads,
+                  const std::string& isa) {
     require(out && threads > 0, "missing output");
     multiply({{{}, source_of(a, a_element, rows, depth, a_row, a_column)},
               {{}, source_of(b, b_element, columns, depth, b_row, b_column)},
@@ -225,7 +257,8 @@ uint64_t fingerprint(uintptr_t data, int64_t bytes, int threads, const std::stri
 uint64_t fold_in(uint64_t seed, const std::vector<uint64_t>& data) {
     for (const uint64_t datum : data) {
         uint32_t word[4];
-        philox<uint32_t>(seed, static_cast<uint32_t>(datum), static_cast<uint32_t>(datum >> 32), kFoldStream, word);
+        philox<uint32_t>(seed, static_cast<uint32_t>(datum), static_cast<uint32_t>(datum >> 32),
+                         kFoldStream, word);
         seed = word[0] | static_cast<uint64_t>(word[1]) << 32;
     }
     return seed;
@@ -245,9 +278,10 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<CodeMatrix>(m, "CodeMatrix").def(py::init(&code_matrix));
     py::class_<Source>(m, "Source").def(py::init(&source_of)).def(py::init(&codes_source));
     py::class_<Options>(m, "Options")
-        .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search, uint64_t seed, int group,
-                         int rounds, uint64_t sign_seed, bool fixed) {
-            return Options{rule, metric, tiles, row_scaled, search, seed, group, rounds, sign_seed, fixed};
+        .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search,
+                         uint64_t seed, int group, int rounds, uint64_t sign_seed, bool fixed) {
+            return Options{rule, metric, tiles,  row_scaled, search,
+                           seed, group,  rounds, sign_seed,  fixed};
         }));
     py::class_<QuantizeArgs>(m, "QuantizeArgs").def(py::init(&quantize_args));
     m.def("quantize", &quantize);

@@ -1,5 +1,6 @@
-// Python bindings of the CUDA kernels: raw addresses in, checks of what would corrupt memory, no arithmetic. Built without CUDA,
-// over simt.h, the same module runs the same kernels on the processor (tests only).
+// Python bindings of the CUDA kernels: raw addresses in, checks of what would corrupt memory, no
+// arithmetic. Built without CUDA, over simt.h, the same module runs the same kernels on the
+// processor (tests only).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -25,7 +26,8 @@ void require(bool ok, const char* what) {
 }
 
 Element element_of(int element) {
-    require(element >= 0 && element <= 2, "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    require(element >= 0 && element <= 2,
+            "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
     return static_cast<Element>(element);
 }
 
@@ -33,7 +35,8 @@ bool divides(uintptr_t unit, uintptr_t address, int64_t stride_bytes) {
     return address % unit == 0 && stride_bytes % static_cast<int64_t>(unit) == 0;
 }
 
-cuda::Matrix matrix_of(uintptr_t data, int element, int64_t rows, int64_t columns, int64_t row_stride) {
+cuda::Matrix matrix_of(uintptr_t data, int element, int64_t rows, int64_t columns,
+                       int64_t row_stride) {
     require(rows > 0 && columns > 0 && data != 0, "the source must not be empty");
     cuda::Matrix m{};
     m.data = reinterpret_cast<const void*>(data);
@@ -45,10 +48,12 @@ cuda::Matrix matrix_of(uintptr_t data, int element, int64_t rows, int64_t column
     return m;
 }
 
-CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows, int64_t row_bytes,
-                       int64_t scale_stride, int64_t scale_block_rows, bool row_scaled) {
+CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows,
+                       int64_t row_bytes, int64_t scale_stride, int64_t scale_block_rows,
+                       bool row_scaled) {
     require(rows > 0 && row_bytes > 0 && codes && block_scale, "the codes must not be empty");
-    require(scale_block_rows == 1 || scale_block_rows == kBlock, "scale_block_rows must be 1 or 16");
+    require(scale_block_rows == 1 || scale_block_rows == kBlock,
+            "scale_block_rows must be 1 or 16");
     return {reinterpret_cast<const uint8_t*>(codes),
             reinterpret_cast<const uint8_t*>(block_scale),
             reinterpret_cast<const float*>(global_scale),
@@ -79,18 +84,25 @@ struct Options {
     cuda::Seed seed{}, sign_seed{};
 };
 
-cuda::Operand operand_of(const Options& options, int64_t lines, int64_t padded, uintptr_t codes, uintptr_t block_scale,
-                         uintptr_t global_scale, uintptr_t peak, bool knows_peak, uintptr_t lengths, uintptr_t swizzled) {
+cuda::Operand operand_of(const Options& options, int64_t lines, int64_t padded, uintptr_t codes,
+                         uintptr_t block_scale, uintptr_t global_scale, uintptr_t peak,
+                         bool knows_peak, uintptr_t lengths, uintptr_t swizzled) {
     const int unit = options.group ? options.group : kBlock;
-    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2, "unknown rule or metric");
-    require((unit == 16 || unit == 32 || unit == 64 || unit == 128) && options.rounds >= 1 && options.rounds <= 3, "bad rotation");
+    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2,
+            "unknown rule or metric");
+    require((unit == 16 || unit == 32 || unit == 64 || unit == 128) && options.rounds >= 1 &&
+                options.rounds <= 3,
+            "bad rotation");
     require(!options.fixed || (unit == 16 && options.rounds == 1), "bad rotation");
-    require(!options.tiles || options.group <= kBlock, "16x16 blocks are not rotated in groups beyond 16");
+    require(!options.tiles || options.group <= kBlock,
+            "16x16 blocks are not rotated in groups beyond 16");
     require(!options.tiles || !options.row_scaled, "16x16 blocks have one scale for the tensor");
     require(lines > 0 && padded > 0 && padded % unit == 0, "padded does not fit the rotation");
     require(codes && block_scale && global_scale && peak, "missing output");
     require(codes % 8 == 0, "codes must be aligned to 8 bytes");
-    require(options.rule != 5 || (lengths && !options.tiles && !options.row_scaled && options.group), "ms_eden needs scratch, rotation and 1x16 blocks");
+    require(
+        options.rule != 5 || (lengths && !options.tiles && !options.row_scaled && options.group),
+        "ms_eden needs scratch, rotation and 1x16 blocks");
     require(options.rule != 5 || !knows_peak, "ms_eden finds its range itself");
     cuda::Operand operand{};
     operand.rule = static_cast<Rule>(options.rule);
@@ -118,29 +130,34 @@ cuda::Operand operand_of(const Options& options, int64_t lines, int64_t padded, 
 void require_fit(const cuda::Matrix& m, const cuda::Operand& operand, bool down) {
     const int64_t lines = down ? m.columns : m.rows, length = down ? m.rows : m.columns;
     const int64_t unit = operand.group ? operand.group : kBlock;
-    require(operand.lines == lines && operand.padded == (length + unit - 1) / unit * unit, "the operand does not fit the matrix");
+    require(operand.lines == lines && operand.padded == (length + unit - 1) / unit * unit,
+            "the operand does not fit the matrix");
     require(down || m.element != Element::codes, "codes are quantised again as their transpose");
 }
 
-void quantize(const cuda::Matrix& m, const cuda::Operand& operand, bool down, int device, uintptr_t stream) {
+void quantize(const cuda::Matrix& m, const cuda::Operand& operand, bool down, int device,
+              uintptr_t stream) {
     require_fit(m, operand, down);
     py::gil_scoped_release release;
     cuda::quantize(m, operand, down, device, reinterpret_cast<void*>(stream));
 }
 
-void quantize_both(const cuda::Matrix& m, const cuda::Operand& rows, const cuda::Operand& columns, int device, uintptr_t stream) {
+void quantize_both(const cuda::Matrix& m, const cuda::Operand& rows, const cuda::Operand& columns,
+                   int device, uintptr_t stream) {
     require_fit(m, rows, false);
     require_fit(m, columns, true);
     py::gil_scoped_release release;
     cuda::quantize_both(m, rows, columns, device, reinterpret_cast<void*>(stream));
 }
 
-void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int device, uintptr_t stream) {
+void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int device,
+            uintptr_t stream) {
     require(columns > 0 && columns <= matrix.row_bytes * 2, "more columns than there are codes");
     require(out != 0, "missing output");
     const Element checked = element_of(element);
     py::gil_scoped_release release;
-    cuda::decode_matrix(matrix, columns, checked, reinterpret_cast<void*>(out), device, reinterpret_cast<void*>(stream));
+    cuda::decode_matrix(matrix, columns, checked, reinterpret_cast<void*>(out), device,
+                        reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -149,15 +166,19 @@ PYBIND11_MODULE(NVFP4_MODULE, m) {
     m.doc() = "CUDA kernels of nvfp4; see nvfp4/backends/native/cuda.py.";
     m.attr("interface") = kInterface;
     // local, because nvfp4._cpu has types of the same names
-    py::class_<cuda::Matrix>(m, "Matrix", py::module_local()).def(py::init(&matrix_of)).def(py::init(&coded_matrix));
+    py::class_<cuda::Matrix>(m, "Matrix", py::module_local())
+        .def(py::init(&matrix_of))
+        .def(py::init(&coded_matrix));
     py::class_<CodeMatrix>(m, "CodeMatrix", py::module_local()).def(py::init(&code_matrix));
-    py::class_<cuda::Seed>(m, "Seed", py::module_local()).def(py::init([](uint64_t value, uintptr_t at) {
-        return cuda::Seed{reinterpret_cast<const uint64_t*>(at), value};
-    }));
+    py::class_<cuda::Seed>(m, "Seed", py::module_local())
+        .def(py::init([](uint64_t value, uintptr_t at) {
+            return cuda::Seed{reinterpret_cast<const uint64_t*>(at), value};
+        }));
     py::class_<Options>(m, "Options", py::module_local())
-        .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search, int group, int rounds, bool fixed,
-                         cuda::Seed seed, cuda::Seed sign_seed) {
-            return Options{rule, metric, tiles, row_scaled, search, group, rounds, fixed, seed, sign_seed};
+        .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search, int group,
+                         int rounds, bool fixed, cuda::Seed seed, cuda::Seed sign_seed) {
+            return Options{rule,  metric, tiles, row_scaled, search,
+                           group, rounds, fixed, seed,       sign_seed};
         }));
     py::class_<cuda::Operand>(m, "Operand", py::module_local()).def(py::init(&operand_of));
     m.def("quantize", &quantize);

@@ -1,5 +1,6 @@
-// Codes to values; the twin of nvfp4/numerics/codec.py. The way from values to codes is part of rounding.h. And the 16-bit formats
-// of what comes in and goes out, on processors that have none or round them in their own way.
+// Codes to values; the twin of nvfp4/numerics/codec.py. The way from values to codes is part of
+// rounding.h. And the 16-bit formats of what comes in and goes out, on processors that have none or
+// round them in their own way.
 #pragma once
 
 #include "formats.h"
@@ -7,13 +8,17 @@
 
 NVFP4_BEGIN
 
-constexpr float from_exponent(int e) { return e < 0 ? 0.5f * from_exponent(e + 1) : e > 0 ? 2 * from_exponent(e - 1) : 1; }
+constexpr float from_exponent(int e) {
+    return e < 0 ? 0.5f * from_exponent(e + 1) : e > 0 ? 2 * from_exponent(e - 1) : 1;
+}
 
-// The lattice read backwards: a normal code holds exponent and mantissa as float32 does, a subnormal counts steps.
+// The lattice read backwards: a normal code holds exponent and mantissa as float32 does, a
+// subnormal counts steps.
 template <class Format, class F>
 NVFP4_FN F decode(Int<F> code) {
     constexpr int m = Format::mantissa_bits;
-    const F normal = from_bits((code << (23 - m)) + (static_cast<uint32_t>(126 + Format::min_exponent) << 23));
+    const F normal =
+        from_bits((code << (23 - m)) + (static_cast<uint32_t>(126 + Format::min_exponent) << 23));
     constexpr float step = from_exponent(Format::min_exponent - m);
     return select(code < (1u << m), to_float(code) * step, normal);
 }
@@ -32,8 +37,8 @@ NVFP4_FN F to_bfloat16(F x) {
     return from_bits(select((b & 0x7fffffffu) > kInfinityBits, b | 0x400000u, rounded));
 }
 
-// The float32 of 16 bits of float16. Shifted into place the exponent is 112 too small, for subnormals too; its top value
-// means Inf or NaN.
+// The float32 of 16 bits of float16. Shifted into place the exponent is 112 too small, for
+// subnormals too; its top value means Inf or NaN.
 template <class F>
 NVFP4_FN F from_float16(Int<F> h) {
     const Int<F> finite = bits(from_bits((h & 0x7fffu) << 13) * 0x1p112f);
@@ -41,7 +46,8 @@ NVFP4_FN F from_float16(Int<F> h) {
     return from_bits(magnitude_bits | (h & 0x8000u) << 16);
 }
 
-// float32 to the 16 bits of float16, ties to even, for outputs with a global scale; Inf beyond its range.
+// float32 to the 16 bits of float16, ties to even, for outputs with a global scale; Inf beyond its
+// range.
 template <class F>
 NVFP4_FN Int<F> float16_bits(F x) {
     const F a = magnitude(x);
@@ -49,7 +55,8 @@ NVFP4_FN Int<F> float16_bits(F x) {
     const Int<F> magic = e + (13u << 23);  // its unit in the last place is float16's at a
     const Int<F> finite = bits(a + from_bits(magic)) - magic + (e >> 13) - (113u << 10);
     const Int<F> bounded = select(a >= 65520.0f, same<Int<F>>(0x7c00u), finite);
-    return (bits(x) >> 16 & 0x8000u) | select(bits(a) > kInfinityBits, same<Int<F>>(0x7e00u), bounded);
+    return (bits(x) >> 16 & 0x8000u) |
+           select(bits(a) > kInfinityBits, same<Int<F>>(0x7e00u), bounded);
 }
 
 NVFP4_FN uint16_t to_float16(float x) { return static_cast<uint16_t>(float16_bits(x)); }

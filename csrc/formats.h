@@ -1,4 +1,5 @@
-// Number formats as data; the twin of nvfp4/numerics/formats.py, held equal to it by tests/backends/test_native.py.
+// Number formats as data; the twin of nvfp4/numerics/formats.py, held equal to it by
+// tests/backends/test_native.py.
 #pragma once
 
 #include "lanes.h"
@@ -25,9 +26,11 @@ struct E4M3 {
 constexpr float kSignedGrid[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                    -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
-constexpr int kBlock = 16;                            // elements under one block scale
-constexpr float kFloatMax = 3.4028234663852886e38f;   // largest finite float32
-constexpr float kSearchCap = 256.0f;                  // largest block scale of quantisers that may enlarge it by 1.5
-constexpr unsigned kInfinityBits = 0x7f800000u;       // |x| of a non-finite float32 has bits at or above this
+constexpr int kBlock = 16;                           // elements under one block scale
+constexpr float kFloatMax = 3.4028234663852886e38f;  // largest finite float32
+// largest block scale of quantisers that may enlarge it by 1.5
+constexpr float kSearchCap = 256.0f;
+// |x| of a non-finite float32 has bits at or above this
+constexpr unsigned kInfinityBits = 0x7f800000u;
 
 NVFP4_END

@@ -1,4 +1,5 @@
-// Random Hadamard rotation by butterflies in ascending stride; the twin of nvfp4/numerics/hadamard.py.
+// Random Hadamard rotation by butterflies in ascending stride; the twin of
+// nvfp4/numerics/hadamard.py.
 #pragma once
 
 #include "lanes.h"
@@ -8,19 +9,22 @@ NVFP4_BEGIN
 
 constexpr int kMaxGroup = 128;
 constexpr int kMaxRounds = 3;
-constexpr uint32_t kNvidiaSigns = 0xD7E8u;  // bit j set: minus at position j (arXiv 2509.25149, TransformerEngine)
+// bit j set: minus at position j (arXiv 2509.25149, TransformerEngine)
+constexpr uint32_t kNvidiaSigns = 0xD7E8u;
 
 // The 128 sign bits of one round; bit j of the words, low first, set means minus at position j.
 NVFP4_FN void sign_bits(uint64_t sign_seed, int round, uint32_t word[4]) {
     philox<uint32_t>(sign_seed, static_cast<uint32_t>(round), 0u, kSignStream, word);
 }
 
-// Powers of two that pair up to 1/group over two rounds; fl(group^-1/2) for a last round of even index.
+// Powers of two that pair up to 1/group over two rounds; fl(group^-1/2) for a last round of even
+// index.
 NVFP4_FN float round_scale(int round, int rounds, int log2_group) {
     const int even = log2_group / 2, odd = log2_group - even;
     if (round == rounds - 1 && round % 2 == 0) {
         const float power = from_bits(static_cast<uint32_t>(127 - even) << 23);
-        return log2_group % 2 == 0 ? power : power * 0x1.6a09e6p-1f;  // fl(2^-1/2) times a power of two is exact
+        // fl(2^-1/2) times a power of two is exact
+        return log2_group % 2 == 0 ? power : power * 0x1.6a09e6p-1f;
     }
     return from_bits(static_cast<uint32_t>(127 - (round % 2 == 0 ? even : odd)) << 23);
 }
@@ -28,9 +32,9 @@ NVFP4_FN float round_scale(int round, int rounds, int log2_group) {
 // Walsh-Hadamard transform of v[0], v[1], ..., strides 1, 2, ..., n/2.
 template <int n, class F>
 NVFP4_FN void fwht(F (&v)[n]) {
-NVFP4_UNROLL(8)
+    NVFP4_UNROLL(8)
     for (int stride = 1; stride < n; stride *= 2) {
-NVFP4_UNROLL(16)
+        NVFP4_UNROLL(16)
         for (int i = 0; i < n; ++i) {
             if (i & stride) continue;
             const F a = v[i], b = v[i + stride];

@@ -1,19 +1,25 @@
 // The vocabulary that the arithmetic headers are written in, for one number at a time.
 //
-// Everything in csrc/*.h is a template over F, "the float type": float here (a CUDA thread, a test), or the lanes of a vector
-// in cpu/simd.h, which defines the same words for vectors. So each piece of arithmetic is written once.
-// Compile without FMA contraction and without flushing of subnormals; results are then equal to the last bit.
+// Everything in csrc/*.h is a template over F, "the float type": float here (a CUDA thread, a
+// test), or the lanes of a vector in cpu/simd.h, which defines the same words for vectors. So each
+// piece of arithmetic is written once. Compile without FMA contraction and without flushing of
+// subnormals; results are then equal to the last bit.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// One namespace per instruction set: the same header compiled with other flags must not meet itself at link time.
+// One namespace per instruction set: the same header compiled with other flags must not meet itself
+// at link time.
 #if !defined(NVFP4_TARGET)
 #define NVFP4_TARGET scalar
 #endif
-#define NVFP4_BEGIN namespace nvfp4 { inline namespace NVFP4_TARGET {
-#define NVFP4_END }}
+#define NVFP4_BEGIN   \
+    namespace nvfp4 { \
+    inline namespace NVFP4_TARGET {
+#define NVFP4_END \
+    }             \
+    }
 
 #if defined(__CUDACC__)
 #define NVFP4_FN __host__ __device__ __forceinline__
@@ -73,8 +79,10 @@ NVFP4_FN float smaller(float a, float b) { return a < b ? a : b; }
 NVFP4_FN float larger(float a, float b) { return a > b ? a : b; }
 NVFP4_FN uint32_t larger_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
 NVFP4_FN float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
-NVFP4_FN uint32_t truncate(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }  // 0 <= x < 2^31
-NVFP4_FN float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }     // n < 2^31
+// 0 <= x < 2^31
+NVFP4_FN uint32_t truncate(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }
+// n < 2^31
+NVFP4_FN float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }
 
 NVFP4_FN uint32_t rotate_left(uint32_t x, int n) { return x << n | x >> (32 - n); }
 NVFP4_FN float smaller_magnitude(float x, float limit) { return smaller(magnitude(x), limit); }
@@ -83,17 +91,24 @@ NVFP4_FN float smaller_magnitude(float x, float limit) { return smaller(magnitud
 NVFP4_FN float less_product(float c, float a, float b) { return c - a * b; }
 
 // By 0 <= x < 8: ``low`` below 2, ``middle`` from 2 on, ``high`` from 4 on.
-NVFP4_FN float by_magnitude(float x, float low, float middle, float high) { return x < 2.0f ? low : x < 4.0f ? middle : high; }
-
-NVFP4_FN uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
-
-// Eight signed codes in a word, low nibble first. The j-th goes in, in order, as bits that begin with its sign and bits that
-// end in zero and its magnitude's code; turned left by one they are the nibble with its sign last, put first in all eight
-// at the end.
-NVFP4_FN uint32_t put_code(uint32_t word, uint32_t sign, uint32_t code, int j) {
-    return select_bits(15u << (4 * j), rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1), word);
+NVFP4_FN float by_magnitude(float x, float low, float middle, float high) {
+    return x < 2.0f ? low : x < 4.0f ? middle : high;
 }
-NVFP4_FN uint32_t finish_codes(uint32_t word) { return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u); }
+
+NVFP4_FN uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+    return (a & mask) | (b & ~mask);
+}
+
+// Eight signed codes in a word, low nibble first. The j-th goes in, in order, as bits that begin
+// with its sign and bits that end in zero and its magnitude's code; turned left by one they are the
+// nibble with its sign last, put first in all eight at the end.
+NVFP4_FN uint32_t put_code(uint32_t word, uint32_t sign, uint32_t code, int j) {
+    return select_bits(15u << (4 * j), rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1),
+                       word);
+}
+NVFP4_FN uint32_t finish_codes(uint32_t word) {
+    return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
+}
 
 NVFP4_FN uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 
@@ -106,5 +121,6 @@ NVFP4_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& lo
 NVFP4_END
 
 #if defined(NVFP4_VECTOR_LANES)
-#include "cpu/simd.h"  // before the templates that use its words: vector types have no argument-dependent lookup
+// before the templates that use its words: vector types have no argument-dependent lookup
+#include "cpu/simd.h"
 #endif

@@ -5,9 +5,15 @@
 
 NVFP4_BEGIN
 
-enum Stream : uint32_t { kSignStream = 0, kElementStream = 1, kBlockScaleStream = 2, kFoldStream = 3 };
+enum Stream : uint32_t {
+    kSignStream = 0,
+    kElementStream = 1,
+    kBlockScaleStream = 2,
+    kFoldStream = 3
+};
 
-// Four words of the counter (index_low, index_high, stream, 0); U is uint32_t or many of them (Counters in cpu/simd.h).
+// Four words of the counter (index_low, index_high, stream, 0); U is uint32_t or many of them
+// (Counters in cpu/simd.h).
 template <class U>
 NVFP4_FN void philox(uint64_t seed, U index_low, U index_high, uint32_t stream, U word[4]) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -29,8 +35,8 @@ NVFP4_FN void philox(uint64_t seed, U index_low, U index_high, uint32_t stream, 
     word[3] = c3;
 }
 
-// u = (k + 1/2) / 2^16 of 16 random bits k: never 0 or 1, mean exactly 1/2. ``placed`` is k << 7, under the exponent of 1:
-// 1 + k / 2^16 is exact there, and so is the difference.
+// u = (k + 1/2) / 2^16 of 16 random bits k: never 0 or 1, mean exactly 1/2. ``placed`` is k << 7,
+// under the exponent of 1: 1 + k / 2^16 is exact there, and so is the difference.
 template <class F>
 NVFP4_FN F centred_uniform(Int<F> placed) {
     return from_bits((placed & 0x7fff80u) | 0x3f800000u) - (1.0f - 0x1p-17f);

@@ -1,8 +1,10 @@
-// The quantisers, as rules on one block per lane; twins of nvfp4/quantizers/*.py, where the formulas and sources stand.
+// The quantisers, as rules on one block per lane; twins of nvfp4/quantizers/*.py, where the
+// formulas and sources stand.
 //
-// A rule sees sixteen elements x[0..15] of its block. ``Scope`` reduces what the lanes share: nothing for 1x16 blocks
-// (RowScope), everything for a 16x16 tile of which each lane holds a row (TileScope, in cpu/tile.h). Where a vector
-// has fewer lanes than a tile has rows, x[0..n-1] is the whole tile, sixteen vectors for the first rows, then the others'.
+// A rule sees sixteen elements x[0..15] of its block. ``Scope`` reduces what the lanes share:
+// nothing for 1x16 blocks (RowScope), everything for a 16x16 tile of which each lane holds a row
+// (TileScope, in cpu/tile.h). Where a vector has fewer lanes than a tile has rows, x[0..n-1] is the
+// whole tile, sixteen vectors for the first rows, then the others'.
 #pragma once
 
 #include "codec.h"
@@ -24,9 +26,9 @@ struct Packed {
 // What a rule knows beside its elements.
 template <class F>
 struct Given {
-    F encode;         // S, per tensor or per row
-    F global_scale;   // fl(1 / S)
-    const F* noise;   // sixteen centred uniforms, or null for deterministic rules
+    F encode;        // S, per tensor or per row
+    F global_scale;  // fl(1 / S)
+    const F* noise;  // sixteen centred uniforms, or null for deterministic rules
 };
 
 struct RowScope {
@@ -45,19 +47,20 @@ enum class Metric { mse, mae, abs_max };
 template <class F, int n>
 NVFP4_FN F block_amax(const F (&x)[n]) {
     Int<F> largest = bits(x[0]) & 0x7fffffffu;  // as integers, so that NaN is larger than anything
-NVFP4_UNROLL(16)
+    NVFP4_UNROLL(16)
     for (int i = 1; i < n; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
     return from_bits(largest);
 }
 
-// Codes of x[i] * multiplier, which is not negative. ``round(a, i)`` returns bits that end in zero and the code of a <= 6.
+// Codes of x[i] * multiplier, which is not negative. ``round(a, i)`` returns bits that end in zero
+// and the code of a <= 6.
 template <class F, class Round>
 NVFP4_FN Packed<F> pack_codes(const F (&x)[kBlock], F multiplier, Round round) {
     Int<F> half[2];
-NVFP4_UNROLL(2)
+    NVFP4_UNROLL(2)
     for (int h = 0; h < 2; ++h) {
         Int<F> word = {};
-NVFP4_UNROLL(8)
+        NVFP4_UNROLL(8)
         for (int j = 0; j < 8; ++j) {
             const F a = smaller_magnitude(x[8 * h + j] * multiplier, E2M1::max);
             word = put_code(word, bits(x[8 * h + j]), round(a, 8 * h + j), j);
@@ -76,7 +79,8 @@ NVFP4_FN Packed<F> pack_nearest(const F (&x)[kBlock], F multiplier) {
 #endif
 }
 
-// min(fl(1 / fl(s * global_scale)), FLT_MAX): a non-zero block whose scale underflowed keeps FLT_MAX.
+// min(fl(1 / fl(s * global_scale)), FLT_MAX): a non-zero block whose scale underflowed keeps
+// FLT_MAX.
 template <class F>
 NVFP4_FN F element_multiplier(F block_scale, F global_scale) {
     return smaller(splat<F>(1.0f) / (block_scale * global_scale), splat<F>(kFloatMax));
@@ -105,7 +109,8 @@ struct Plain {
     static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
         const F multiplier = element_multiplier(scale, given.global_scale);
         if constexpr (noisy)
-            return pack_codes(x, multiplier, [&](F a, int i) { return e2m1_stochastic(a, given.noise[i]); });
+            return pack_codes(x, multiplier,
+                              [&](F a, int i) { return e2m1_stochastic(a, given.noise[i]); });
         else
             return pack_nearest(x, multiplier);
     }
@@ -127,14 +132,14 @@ NVFP4_FN F candidate_error(const F (&scaled)[n], F scale) {
     };
     if constexpr (metric != Metric::abs_max) return Scope::template sum<F>(error);
     F largest = error(0);
-NVFP4_UNROLL(16)
+    NVFP4_UNROLL(16)
     for (int i = 1; i < n; ++i) largest = larger(largest, error(i));
     return Scope::amax(largest);
 }
 
 template <class F, int n>
 NVFP4_FN void scaled_magnitudes(const F (&x)[n], F encode, F (&scaled)[n]) {
-NVFP4_UNROLL(16)
+    NVFP4_UNROLL(16)
     for (int i = 0; i < n; ++i) scaled[i] = magnitude(x[i]) * encode;
 }
 
@@ -142,7 +147,7 @@ NVFP4_UNROLL(16)
 template <class F>
 NVFP4_FN Packed<F> pack_scaled(const F (&x)[kBlock], F scale, F encode) {
     F scaled[kBlock];
-NVFP4_UNROLL(16)
+    NVFP4_UNROLL(16)
     for (int i = 0; i < kBlock; ++i) scaled[i] = x[i] * encode;
     return pack_nearest(scaled, guarded_inverse(scale));
 }
@@ -208,7 +213,8 @@ struct ScaleSearch {
     }
 };
 
-// MS-EDEN on a rotated block: codes, and the block scale r as a float, to be rounded once the tensor's largest is known.
+// MS-EDEN on a rotated block: codes, and the block scale r as a float, to be rounded once the
+// tensor's largest is known.
 template <bool search>
 struct MsEden {
     template <class F>
@@ -218,13 +224,14 @@ struct MsEden {
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
         const F inverse = guarded_inverse(a);
         F unit[kBlock];
-NVFP4_UNROLL(16)
+        NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) unit[i] = magnitude(y[i]) * inverse;
         F best_c = splat<F>(full_scale);
         F best_t = candidate_length(unit, full_scale);
         if constexpr (search) {
             F best_error = error(unit, full_scale, best_t);
-            NVFP4_GPU_UNROLL  // factors that a loop indexes would lie in memory
+            // factors that a loop indexes would lie in memory
+            NVFP4_GPU_UNROLL
             for (int k = 1; k < 6; ++k) {
                 const float c = full_scale / factors[k];
                 const F t = candidate_length(unit, c);
@@ -237,7 +244,7 @@ NVFP4_UNROLL(16)
         }
         length = a * best_t;
         F signed_unit[kBlock];
-NVFP4_UNROLL(16)
+        NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) signed_unit[i] = y[i] * inverse;
         return pack_nearest(signed_unit, best_c);
     }
@@ -254,7 +261,8 @@ NVFP4_UNROLL(16)
             const F v = unit[i] * c;
             return v * v;
         });
-        const F denominator = tree_sum<F>([&](int i) { return (unit[i] * c) * rounded(unit[i], c); });
+        const F denominator =
+            tree_sum<F>([&](int i) { return (unit[i] * c) * rounded(unit[i], c); });
         const F correction = select(denominator == 0.0f, splat<F>(1.0f), numerator / denominator);
         return correction * (1.0f / c);
     }

@@ -1,7 +1,9 @@
-// Magnitudes to grid values and codes: nearest (ties to even code), up, stochastic; the twin of nvfp4/numerics/rounding.py.
+// Magnitudes to grid values and codes: nearest (ties to even code), up, stochastic; the twin of
+// nvfp4/numerics/rounding.py.
 //
-// In the binade of exponent E the lattice step is 2^(E - m). n = a / step is an integer below 2^(m + 1), and
-// code = n + 2^m (E - min_exponent), whatever the format; subnormals are the binade of min_exponent.
+// In the binade of exponent E the lattice step is 2^(E - m). n = a / step is an integer below 2^(m
+// + 1), and code = n + 2^m (E - min_exponent), whatever the format; subnormals are the binade of
+// min_exponent.
 #pragma once
 
 #include "formats.h"
@@ -29,12 +31,15 @@ NVFP4_FN U binade_code(U binade) {
            (static_cast<uint32_t>(127 + Format::min_exponent) << Format::mantissa_bits);
 }
 
-// What is added to a in the binade e to round it: 2^(E + 23 - m), whose unit in the last place is the step, and on top of it
-// as many units as the binade's code, an even number, so that ties still go to the even code. The sum ends in the code.
+// What is added to a in the binade e to round it: 2^(E + 23 - m), whose unit in the last place is
+// the step, and on top of it as many units as the binade's code, an even number, so that ties still
+// go to the even code. The sum ends in the code.
 template <class Format, class U>
 NVFP4_FN U magic_bits(U e) {
-    constexpr uint32_t start = static_cast<uint32_t>(127 + Format::min_exponent) << Format::mantissa_bits;
-    return e + (e >> (23 - Format::mantissa_bits)) + ((static_cast<uint32_t>(23 - Format::mantissa_bits) << 23) - start);
+    constexpr uint32_t start = static_cast<uint32_t>(127 + Format::min_exponent)
+                               << Format::mantissa_bits;
+    return e + (e >> (23 - Format::mantissa_bits)) +
+           ((static_cast<uint32_t>(23 - Format::mantissa_bits) << 23) - start);
 }
 
 template <class Format, class F>
@@ -52,7 +57,8 @@ NVFP4_FN Rounded<F> on_lattice(Int<F> n, Int<F> e) {
 
 template <class Format, class F>
 NVFP4_FN F in_steps(F a, Int<F> e) {
-    return a * from_bits((static_cast<uint32_t>(254 + Format::mantissa_bits) << 23) - e);  // exact: a power of two
+    // exact: a power of two
+    return a * from_bits((static_cast<uint32_t>(254 + Format::mantissa_bits) << 23) - e);
 }
 
 template <class Format, class F>
@@ -70,7 +76,8 @@ NVFP4_FN Rounded<F> stochastic(F a, F u) {
     return on_lattice<Format, F>(truncate(in_steps<Format>(a, e) + u), e);
 }
 
-// E2M1 is three lattices, of steps 1/2, 1 and 2 from 0, 2 and 4 on, so what depends on the binade is a choice of three.
+// E2M1 is three lattices, of steps 1/2, 1 and 2 from 0, 2 and 4 on, so what depends on the binade
+// is a choice of three.
 
 // The number to add, as above, to 0 <= a <= 6.
 template <class F>

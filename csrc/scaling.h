@@ -19,9 +19,9 @@ NVFP4_FN F base_scale(F amax, F scale) {
     return smaller(amax * (scale * (1.0f / 6.0f)), splat<F>(kFloatMax));
 }
 
-// leaf(0) + ... + leaf(15) in the fixed order: x[i] + x[i + 8], then + x[i + 4], x[i + 2], x[i + 1]. Written from the last
-// addition down, so that few sums are alive at a time. Of fewer leaves, ``end`` of them, or every n-th: its last or its first
-// additions alone.
+// leaf(0) + ... + leaf(15) in the fixed order: x[i] + x[i + 8], then + x[i + 4], x[i + 2], x[i +
+// 1]. Written from the last addition down, so that few sums are alive at a time. Of fewer leaves,
+// ``end`` of them, or every n-th: its last or its first additions alone.
 template <class F, int n = 1, int end = kBlock, class Leaf>
 NVFP4_FN F tree_sum(Leaf leaf, int i = 0) {
     if constexpr (n == end) {

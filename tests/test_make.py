@@ -31,7 +31,7 @@ case "$*" in
 -c*) exit 0 ;;
 *" venv "*)
   mkdir -p "$work/.venv/bin"
-  for name in python ruff mypy; do cp "$0" "$work/.venv/bin/$name"; done
+  for name in python ruff clang-format mypy; do cp "$0" "$work/.venv/bin/$name"; done
   if [ -e "$work/no_pip" ]; then rm "$work/no_pip"; exit 1; fi
   touch "$work/.venv/has_pip"; exit ;;
 *"pip install"*clients*) did=clients ;;
@@ -98,6 +98,7 @@ def test_one_pip_at_a_time_and_nothing_the_second_time(checkout: Checkout, jobs:
     code, said, _ = checkout.make(jobs, "test")
     assert code == 0
     assert sorted(ended(said)) == [
+        "clang-format",
         "clients",
         "mypy",
         "native",
@@ -109,8 +110,10 @@ def test_one_pip_at_a_time_and_nothing_the_second_time(checkout: Checkout, jobs:
     ]
     in_venv = [line for line in said if line.split()[1] in ("tools", "clients", "packages")]
     assert in_venv == ["begin tools", "end tools", "begin clients", "end clients"]
-    assert set(ended(checkout.make(jobs, "test")[1])) == {"ruff", "mypy", "pytest"}
-    assert sorted(ended(checkout.make(jobs, "lint")[1])) == ["mypy", "ruff", "ruff"]
+    again = set(ended(checkout.make(jobs, "test")[1]))
+    assert again == {"ruff", "clang-format", "mypy", "pytest"}
+    lint = sorted(ended(checkout.make(jobs, "lint")[1]))
+    assert lint == ["clang-format", "mypy", "ruff", "ruff"]
 
 
 def test_after_a_failure_the_same_call_goes_on(checkout: Checkout) -> None:

@@ -222,4 +222,5 @@ def test_files_that_services_read() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][
         0
     ]["hooks"]
-    assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format", "mypy", "docs"}
+    names = {"ruff-check", "ruff-format", "clang-format", "mypy", "docs"}
+    assert {hook["id"] for hook in hooks} == names

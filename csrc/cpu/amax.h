@@ -1,4 +1,5 @@
-// The way through a matrix panel by panel, and its largest magnitudes: of a tensor, of each row, before and after rotation.
+// The way through a matrix panel by panel, and its largest magnitudes: of a tensor, of each row,
+// before and after rotation.
 #pragma once
 
 #include <atomic>
@@ -8,7 +9,8 @@
 
 NVFP4_BEGIN
 
-constexpr int64_t kSerialElements = 1 << 15;  // below this, waking a thread costs more than it saves (measured)
+// below this, waking a thread costs more than it saves (measured)
+constexpr int64_t kSerialElements = 1 << 15;
 
 NVFP4_FN int threads_for(const QuantizeArgs& args) {
     return args.source.rows * args.padded_columns < kSerialElements ? 1 : args.threads;
@@ -16,7 +18,8 @@ NVFP4_FN int threads_for(const QuantizeArgs& args) {
 
 NVFP4_FN int64_t band_of(const Source& source) { return reads_across(source) ? kBand : 1; }
 
-// Calls visit(panel, row, column, columns) for every panel; columns of one row band in ascending order, on one thread.
+// Calls visit(panel, row, column, columns) for every panel; columns of one row band in ascending
+// order, on one thread.
 template <class Visit>
 void for_panels(const QuantizeArgs& args, Visit visit) {
     const int64_t panels = (args.source.rows + kRows - 1) / kRows, band = band_of(args.source);
@@ -25,7 +28,8 @@ void for_panels(const QuantizeArgs& args, Visit visit) {
         Panel panel[kBand];
         const int count = static_cast<int>(std::min(band, panels - first));
         for (int64_t column = 0; column < args.padded_columns; column += kPanel) {
-            const int columns = static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
+            const int columns =
+                static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
             load_panels(args.source, first * kRows, column, columns, count, panel);
             for (int p = 0; p < count; ++p) visit(panel[p], (first + p) * kRows, column, columns);
         }
@@ -42,9 +46,11 @@ template <Element element>
 uint32_t line_amax(const typename Reader<element>::Type* p, int64_t count) {
     uint32_t largest = 0;
     int64_t i = 0;
-    if constexpr (element == Element::bfloat16) {  // the order of the magnitudes is that of their 16 bits
+    // the order of the magnitudes is that of their 16 bits
+    if constexpr (element == Element::bfloat16) {
         constexpr int halves = 2 * kLanes;
-        typedef int16_t Halves __attribute__((vector_size(NVFP4_VECTOR_BYTES)));  // signed: SSE2 has no other maximum
+        // signed: SSE2 has no other maximum
+        typedef int16_t Halves __attribute__((vector_size(NVFP4_VECTOR_BYTES)));
         Halves most[4] = {};
         for (; i + 4 * halves <= count; i += 4 * halves) {
 #pragma GCC unroll 4
@@ -56,18 +62,22 @@ uint32_t line_amax(const typename Reader<element>::Type* p, int64_t count) {
             }
         }
         for (int j = 0; j < 4; ++j)
-            for (int k = 0; k < halves; ++k) largest = larger_bits(largest, static_cast<uint32_t>(most[j][k]) << 16);
+            for (int k = 0; k < halves; ++k)
+                largest = larger_bits(largest, static_cast<uint32_t>(most[j][k]) << 16);
     } else {
         Word most[4] = {};
         for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j)
-                most[j] = larger_bits(most[j], bits(Reader<element>::read(p + i + kLanes * j)) & 0x7fffffffu);
+                most[j] = larger_bits(
+                    most[j], bits(Reader<element>::read(p + i + kLanes * j)) & 0x7fffffffu);
         }
-        for (int j = 0; j < 4; ++j) largest = larger_bits(largest, lane_max_bits(from_bits(most[j])));
+        for (int j = 0; j < 4; ++j)
+            largest = larger_bits(largest, lane_max_bits(from_bits(most[j])));
     }
     for (; i < count; i += kLanes)
-        largest = larger_bits(largest, lane_max_bits(magnitude(read_some<element>(p + i, count - i))));
+        largest =
+            larger_bits(largest, lane_max_bits(magnitude(read_some<element>(p + i, count - i))));
     return largest;
 }
 
@@ -75,7 +85,8 @@ template <Element element>
 uint32_t dense_amax(const QuantizeArgs& args) {
     const Source& source = args.source;
     const bool direct = source.row_stride == 1;
-    const int64_t length = direct ? source.rows : source.columns, stride = direct ? source.column_stride : source.row_stride;
+    const int64_t length = direct ? source.rows : source.columns,
+                  stride = direct ? source.column_stride : source.row_stride;
     const int64_t lines = direct ? source.columns : source.rows;
     const auto* data = static_cast<const typename Reader<element>::Type*>(source.data);
     uint32_t largest = 0;
@@ -98,14 +109,16 @@ NVFP4_FN Word part_amax(const Panel& panel, int columns, int part) {
 
 NVFP4_FN uint32_t panel_amax(const Panel& panel, int columns) {
     Word most = {};
-    for (int part = 0; part < kParts; ++part) most = larger_bits(most, part_amax(panel, columns, part));
+    for (int part = 0; part < kParts; ++part)
+        most = larger_bits(most, part_amax(panel, columns, part));
     return lane_max_bits(from_bits(most));
 }
 
 // Bits of the largest |x| of each operand row, rotated; or of the amax that was given.
 inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
     const Rotation rotation(args.turn);
-    std::vector<uint32_t> largest(static_cast<size_t>((args.source.rows + kRows - 1) / kRows * kRows), 0u);
+    std::vector<uint32_t> largest(
+        static_cast<size_t>((args.source.rows + kRows - 1) / kRows * kRows), 0u);
     if (args.amax) {
         memcpy(largest.data(), args.amax, static_cast<size_t>(args.source.rows) * sizeof(uint32_t));
         for (uint32_t& value : largest) value &= 0x7fffffffu;
@@ -121,7 +134,8 @@ inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
     return largest;
 }
 
-// Bits of the largest |x|, as it comes and after the operand's rotation; or of the amax that was given.
+// Bits of the largest |x|, as it comes and after the operand's rotation; or of the amax that was
+// given.
 struct Amax {
     uint32_t dense, turned;
 };
@@ -134,9 +148,10 @@ inline Amax tensor_amax(const QuantizeArgs& args) {
         return {given, given};
     }
     if (args.turn.group == 0 && args.source.element != Element::codes) {
-        const uint32_t largest = args.source.element == Element::float32    ? dense_amax<Element::float32>(args)
-                                 : args.source.element == Element::bfloat16 ? dense_amax<Element::bfloat16>(args)
-                                                                            : dense_amax<Element::float16>(args);
+        const uint32_t largest =
+            args.source.element == Element::float32    ? dense_amax<Element::float32>(args)
+            : args.source.element == Element::bfloat16 ? dense_amax<Element::bfloat16>(args)
+                                                       : dense_amax<Element::float16>(args);
         return {largest, largest};
     }
     const Rotation rotation(args.turn);

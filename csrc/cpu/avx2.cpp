@@ -8,5 +8,6 @@
 
 namespace nvfp4 {
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {"avx2", avx2::quantize, avx2::quantize_both, avx2::decode_matrix, avx2::fingerprint};
+const Kernels avx2_kernels = {"avx2", avx2::quantize, avx2::quantize_both, avx2::decode_matrix,
+                              avx2::fingerprint};
 }  // namespace nvfp4

@@ -8,5 +8,6 @@
 
 namespace nvfp4 {
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = {"avx512", avx512::quantize, avx512::quantize_both, avx512::decode_matrix, avx512::fingerprint};
+const Kernels avx512_kernels = {"avx512", avx512::quantize, avx512::quantize_both,
+                                avx512::decode_matrix, avx512::fingerprint};
 }  // namespace nvfp4

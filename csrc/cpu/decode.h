@@ -1,4 +1,5 @@
-// Codes and scales back to numbers. A row of 16 products per scale byte is looked up: all 127 fit in the L1 cache.
+// Codes and scales back to numbers. A row of 16 products per scale byte is looked up: all 127 fit
+// in the L1 cache.
 #pragma once
 
 #include "panel.h"
@@ -7,16 +8,18 @@ NVFP4_BEGIN
 
 struct Products {
     float value[128][16];
-    uint16_t bfloat[128][16];  // e2m1 * e4m3 is exact in BF16
+    uint16_t bfloat[128][16];   // e2m1 * e4m3 is exact in BF16
     uint8_t bytes[128][2][16];  // the same, low bytes and high bytes apart
 
     Products() {
         for (uint32_t s = 0; s < 128; ++s)
             for (uint32_t c = 0; c < 16; ++c) {
-                const float v = decode<E2M1, float>(c & 7u) * (s > E4M3::largest_code ? NAN : decode<E4M3, float>(s));
+                const float v = decode<E2M1, float>(c & 7u) *
+                                (s > E4M3::largest_code ? NAN : decode<E4M3, float>(s));
                 value[s][c] = c & 8u ? -v : v;
                 bfloat[s][c] = static_cast<uint16_t>(bits(value[s][c]) >> 16);
-                for (int half = 0; half < 2; ++half) bytes[s][half][c] = static_cast<uint8_t>(bfloat[s][c] >> (8 * half));
+                for (int half = 0; half < 2; ++half)
+                    bytes[s][half][c] = static_cast<uint8_t>(bfloat[s][c] >> (8 * half));
             }
     }
 };
@@ -27,7 +30,8 @@ inline const Products& products() {
 }
 
 // The look-up itself, bound by the stores: sixteen BF16 values from eight bytes.
-NVFP4_FN void look_up(const Products& products, uint8_t scale, const uint8_t* bytes, uint16_t* out) {
+NVFP4_FN void look_up(const Products& products, uint8_t scale, const uint8_t* bytes,
+                      uint16_t* out) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     uint64_t codes;
     memcpy(&codes, bytes, sizeof codes);
@@ -35,11 +39,14 @@ NVFP4_FN void look_up(const Products& products, uint8_t scale, const uint8_t* by
     const __m128i pair = _mm_cvtsi64_si128(static_cast<long long>(codes));
     const __m256i wide = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(pair, pair));
     const __m256i index = _mm256_srlv_epi16(wide, _mm256_set1_epi32(4 << 16));
-    const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(products.bfloat[scale]));
+    const __m256i table =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(products.bfloat[scale]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutexvar_epi16(index, table));
 #elif defined(__AVX2__)
-    const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
-    const __m128i index = _mm_unpacklo_epi8(_mm_and_si128(pair, low), _mm_and_si128(_mm_srli_epi16(pair, 4), low));
+    const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)),
+                  low = _mm_set1_epi8(15);
+    const __m128i index =
+        _mm_unpacklo_epi8(_mm_and_si128(pair, low), _mm_and_si128(_mm_srli_epi16(pair, 4), low));
     const auto* table = reinterpret_cast<const __m128i*>(products.bytes[scale]);
     const __m128i first = _mm_shuffle_epi8(_mm_loadu_si128(table), index);
     const __m128i second = _mm_shuffle_epi8(_mm_loadu_si128(table + 1), index);
@@ -55,7 +62,8 @@ NVFP4_FN void look_up(const Products& products, uint8_t scale, const uint8_t* by
     vst1q_u8(reinterpret_cast<uint8_t*>(out), halves.val[0]);
     vst1q_u8(reinterpret_cast<uint8_t*>(out + 8), halves.val[1]);
 #else
-    for (int i = 0; i < kBlock; ++i) out[i] = products.bfloat[scale][bytes[i / 2] >> (i % 2 * 4) & 15];
+    for (int i = 0; i < kBlock; ++i)
+        out[i] = products.bfloat[scale][bytes[i / 2] >> (i % 2 * 4) & 15];
 #endif
 }
 
@@ -82,12 +90,16 @@ inline void decode_row(const DecodeArgs& args, int64_t r) {
             if (args.element == Element::float32)
                 store(value + i, x);
             else
-                store_halves(half + i, args.element == Element::bfloat16 ? bits(to_bfloat16(x)) >> 16 : float16_bits(x));
+                store_halves(half + i, args.element == Element::bfloat16
+                                           ? bits(to_bfloat16(x)) >> 16
+                                           : float16_bits(x));
         }
         if (args.element == Element::float32)
-            memcpy(static_cast<float*>(args.out) + at, value, sizeof(float) * static_cast<size_t>(left));
+            memcpy(static_cast<float*>(args.out) + at, value,
+                   sizeof(float) * static_cast<size_t>(left));
         else
-            memcpy(static_cast<uint16_t*>(args.out) + at, half, sizeof(uint16_t) * static_cast<size_t>(left));
+            memcpy(static_cast<uint16_t*>(args.out) + at, half,
+                   sizeof(uint16_t) * static_cast<size_t>(left));
     }
 }
 

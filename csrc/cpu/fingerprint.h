@@ -1,5 +1,6 @@
-// Sixty-four bits that tell whether memory still holds the same bytes: how a cached quantised weight knows it is fresh,
-// whoever wrote to the weight and by whatever means. Reads at the speed of memory; the same value on every processor.
+// Sixty-four bits that tell whether memory still holds the same bytes: how a cached quantised
+// weight knows it is fresh, whoever wrote to the weight and by whatever means. Reads at the speed
+// of memory; the same value on every processor.
 #pragma once
 
 #include <algorithm>
@@ -9,20 +10,24 @@
 
 NVFP4_BEGIN
 
-// 128 sums of 32 bits, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is invertible, so one
-// changed word always shows; changes of several words of one sum escape with probability 2^-32, of several sums 2^-64.
+// 128 sums of 32 bits, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is
+// invertible, so one changed word always shows; changes of several words of one sum escape with
+// probability 2^-32, of several sums 2^-64.
 inline uint64_t chunk_fingerprint(const uint8_t* bytes, int64_t count) {
     constexpr int kSums = 128, kVectors = 8, kTogether = kVectors * kLanes;
     constexpr int64_t stride = kSums * 4, width = kVectors * static_cast<int64_t>(sizeof(Word));
     uint64_t hash = static_cast<uint64_t>(count);
-    // eight vectors of sums at a time, which is what registers hold; the chunk then comes from the cache again
+    // eight vectors of sums at a time, which is what registers hold; the chunk then comes from the
+    // cache again
     for (int64_t group = 0; group < kSums / kTogether; ++group) {
         Word sum[kVectors] = {};
         for (int64_t at = 0; at < count; at += stride) {
             const int64_t from = at + group * width;
             Word data[kVectors] = {};
-            if (from + width <= count) memcpy(data, bytes + from, sizeof data);
-            else if (from < count) memcpy(data, bytes + from, static_cast<size_t>(count - from));
+            if (from + width <= count)
+                memcpy(data, bytes + from, sizeof data);
+            else if (from < count)
+                memcpy(data, bytes + from, static_cast<size_t>(count - from));
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
                 const Word mixed = rotate_left(data[j] * 0xcc9e2d51u, 15) * 0x1b873593u;
@@ -45,7 +50,8 @@ inline uint64_t fingerprint(const void* data, int64_t count, int threads) {
     const auto* bytes = static_cast<const uint8_t*>(data);
 #pragma omp parallel for schedule(static) num_threads(chunks < 16 ? 1 : threads)
     for (int64_t i = 0; i < chunks; ++i)
-        part[static_cast<size_t>(i)] = chunk_fingerprint(bytes + i * chunk, std::min(chunk, count - i * chunk));
+        part[static_cast<size_t>(i)] =
+            chunk_fingerprint(bytes + i * chunk, std::min(chunk, count - i * chunk));
     uint64_t hash = static_cast<uint64_t>(count);
     for (const uint64_t p : part) {
         hash = (hash ^ p) * 0x9E3779B97F4A7C15u;

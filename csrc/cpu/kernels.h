@@ -1,4 +1,5 @@
-// What the native CPU code offers to bind.cpp: plain structs and one table of functions per instruction set.
+// What the native CPU code offers to bind.cpp: plain structs and one table of functions per
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,14 @@ struct Turn {
     bool fixed = false;  // NVIDIA's
 };
 
-enum class Rule : int { rtn = 0, sr = 1, sr_te = 2, four_over_six = 3, scale_search = 4, ms_eden = 5 };
+enum class Rule : int {
+    rtn = 0,
+    sr = 1,
+    sr_te = 2,
+    four_over_six = 3,
+    scale_search = 4,
+    ms_eden = 5
+};
 
 struct QuantizeArgs {
     Source source;
@@ -63,7 +71,8 @@ struct DecodeArgs {
     int threads;
 };
 
-// An operand of a product [rows, depth], contracted along its columns: codes or, where these are null, elements.
+// An operand of a product [rows, depth], contracted along its columns: codes or, where these are
+// null, elements.
 struct Factor {
     CodeMatrix codes;
     Source elements;
@@ -71,8 +80,9 @@ struct Factor {
 
 struct MatmulArgs {
     Factor a, b;  // out = a b^T
-    int64_t rows, columns, depth;  // of the product; depth: the contraction, of codes a multiple of 16
-    const float* bias;             // [columns] or null
+    // of the product; depth: the contraction, of codes a multiple of 16
+    int64_t rows, columns, depth;
+    const float* bias;  // [columns] or null
     Element out_element;
     void* out;  // [rows, columns], contiguous
     int threads;

@@ -1,4 +1,5 @@
-// Products with AVX2 and FMA: six rows by two vectors fill 12 of 16 registers with sums; two more hold b, one a.
+// Products with AVX2 and FMA: six rows by two vectors fill 12 of 16 registers with sums; two more
+// hold b, one a.
 #define NVFP4_TARGET avx2fma
 #include "matmul.h"
 

@@ -1,4 +1,5 @@
-// Products with AVX-512: fourteen rows by two vectors fill 28 of 32 registers with sums; two more hold b, one a.
+// Products with AVX-512: fourteen rows by two vectors fill 28 of 32 registers with sums; two more
+// hold b, one a.
 #define NVFP4_TARGET avx512fma
 #include "matmul.h"
 

@@ -1,23 +1,27 @@
-// Products of codes with AVX-512 BF16: e2m1 * e4m3 is exact in BF16, so a panel holds pairs of them and one instruction
-// multiplies and adds two steps of the contraction.
+// Products of codes with AVX-512 BF16: e2m1 * e4m3 is exact in BF16, so a panel holds pairs of them
+// and one instruction multiplies and adds two steps of the contraction.
 #define NVFP4_TARGET avx512bf16
 #include "matmul.h"
 
 NVFP4_BEGIN
 
-// 14 rows by 2 vectors of sums. 112 x 128 sums (57 KB) stay in the L2 cache, 512 pairs of a (28 KB) in L1.
+// 14 rows by 2 vectors of sums. 112 x 128 sums (57 KB) stay in the L2 cache, 512 pairs of a (28 KB)
+// in L1.
 struct PairMultiplier {
     using Cell = uint32_t;
-    static constexpr int kRows = 14, kColumns = 2 * kWide, kTilesM = 8, kTilesN = 4, kDepth = 512, kSteps = 2;
+    static constexpr int kRows = 14, kColumns = 2 * kWide, kTilesM = 8, kTilesN = 4, kDepth = 512,
+                         kSteps = 2;
 
     template <int tile_rows>
-    static void pack(const Factor& factor, int64_t depth, uint32_t* cells, int64_t first, int64_t last) {
+    static void pack(const Factor& factor, int64_t depth, uint32_t* cells, int64_t first,
+                     int64_t last) {
         static const ScaleTable scales;
         const CodeMatrix& m = factor.codes;
         const __m512i upper = _mm512_set1_epi32(INT32_MIN >> 15);
         for (int64_t tile = first; tile < last; ++tile)
             for_parts<tile_rows>([&](auto part, auto width) {
-                const int64_t row = tile * tile_rows + part, rows = std::clamp<int64_t>(m.rows - row, 0, width);
+                const int64_t row = tile * tile_rows + part,
+                              rows = std::clamp<int64_t>(m.rows - row, 0, width);
                 const __mmask16 mask = static_cast<__mmask16>((1u << width) - 1u);
                 for (int64_t block = 0; block < depth / kBlock; ++block) {
                     Wide column[kBlock];
@@ -25,15 +29,19 @@ struct PairMultiplier {
                     uint32_t* to = cells + (tile * depth + block * kBlock) / 2 * tile_rows + part;
 #pragma GCC unroll 8
                     for (int j = 0; j < kBlock / 2; ++j) {
-                        const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(column[2 * j]), 16);
-                        const __m512i odd = _mm512_and_si512(_mm512_castps_si512(column[2 * j + 1]), upper);
-                        _mm512_mask_storeu_epi32(to + j * tile_rows, mask, _mm512_or_si512(odd, even));
+                        const __m512i even =
+                            _mm512_srli_epi32(_mm512_castps_si512(column[2 * j]), 16);
+                        const __m512i odd =
+                            _mm512_and_si512(_mm512_castps_si512(column[2 * j + 1]), upper);
+                        _mm512_mask_storeu_epi32(to + j * tile_rows, mask,
+                                                 _mm512_or_si512(odd, even));
                     }
                 }
             });
     }
 
-    static NVFP4_FN void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums, int64_t stride) {
+    static NVFP4_FN void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums,
+                                  int64_t stride) {
         __m512 acc[kRows][2];
 #pragma GCC unroll 14
         for (int i = 0; i < kRows; ++i) {
@@ -61,5 +69,7 @@ struct PairMultiplier {
 NVFP4_END
 
 namespace nvfp4 {
-void matmul_avx512bf16(const MatmulArgs& args) { avx512bf16::multiply_all<avx512bf16::PairMultiplier>(args); }
+void matmul_avx512bf16(const MatmulArgs& args) {
+    avx512bf16::multiply_all<avx512bf16::PairMultiplier>(args);
+}
 }  // namespace nvfp4

@@ -1,5 +1,6 @@
-// Operands into packed panels, the order in which the multiplier reads them: [tile][step of the contraction][row of the
-// tile], rows beyond the matrix zero. Codes are decoded on the way, 16-bit elements widened; nothing else is written.
+// Operands into packed panels, the order in which the multiplier reads them: [tile][step of the
+// contraction][row of the tile], rows beyond the matrix zero. Codes are decoded on the way, 16-bit
+// elements widened; nothing else is written.
 #pragma once
 
 #include "matmul_lanes.h"
@@ -11,16 +12,19 @@ NVFP4_FN int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1)
 struct ScaleTable {
     float value[128];
     ScaleTable() {
-        for (uint32_t s = 0; s < 128; ++s) value[s] = s > E4M3::largest_code ? NAN : decode<E4M3, float>(s);
+        for (uint32_t s = 0; s < 128; ++s)
+            value[s] = s > E4M3::largest_code ? NAN : decode<E4M3, float>(s);
     }
 };
 
-// One block of the contraction, kWide rows of which ``rows`` exist: column[k] holds e2m1 * e4m3 of every row.
-NVFP4_FN void decode_block(const CodeMatrix& m, const ScaleTable& scales, int64_t row, int64_t rows, int64_t block,
-                           Wide (&column)[kBlock]) {
+// One block of the contraction, kWide rows of which ``rows`` exist: column[k] holds e2m1 * e4m3 of
+// every row.
+NVFP4_FN void decode_block(const CodeMatrix& m, const ScaleTable& scales, int64_t row, int64_t rows,
+                           int64_t block, Wide (&column)[kBlock]) {
     uint32_t half[2][kWide] = {};
     float scale[kWide] = {};
-    const int tall = m.scale_block_rows == 1 ? 0 : 4;  // a division in its place took half the time of packing
+    // a division in its place took half the time of packing
+    const int tall = m.scale_block_rows == 1 ? 0 : 4;
     for (int64_t r = 0; r < rows; ++r) {
         uint64_t codes;
         memcpy(&codes, m.codes + (row + r) * m.row_bytes + block * 8, sizeof codes);
@@ -43,9 +47,11 @@ NVFP4_FN void decode_block(const CodeMatrix& m, const ScaleTable& scales, int64_
     }
 }
 
-constexpr int kTogether = 8;  // tiles packed at a time: where rows are contiguous, they share cache lines
+// tiles packed at a time: where rows are contiguous, they share cache lines
+constexpr int kTogether = 8;
 
-// Calls visit.template operator()<width>(part) for the parts of a tile, each at most kWide rows wide.
+// Calls visit.template operator()<width>(part) for the parts of a tile, each at most kWide rows
+// wide.
 template <int tile_rows, int part = 0, class Visit>
 NVFP4_FN void for_parts(Visit visit) {
     constexpr int width = tile_rows - part < kWide ? tile_rows - part : kWide;
@@ -59,7 +65,8 @@ void pack_codes(const CodeMatrix& m, int64_t depth, float* out, int64_t first, i
     static const ScaleTable scales;
     for (int64_t tile = first; tile < last; ++tile)
         for_parts<tile_rows>([&](auto part, auto width) {
-            const int64_t row = tile * tile_rows + part, rows = std::clamp<int64_t>(m.rows - row, 0, width);
+            const int64_t row = tile * tile_rows + part,
+                          rows = std::clamp<int64_t>(m.rows - row, 0, width);
             for (int64_t block = 0; block < depth / kBlock; ++block) {
                 Wide column[kBlock];
                 decode_block(m, scales, row, rows, block, column);
@@ -76,7 +83,8 @@ void pack_along(const Source& s, float* out, int64_t first, int64_t last) {
     const auto* base = static_cast<const typename Reading<element>::Type*>(s.data);
     for (int64_t tile = first; tile < last; ++tile)
         for_parts<tile_rows>([&](auto part, auto width) {
-            const int64_t row = tile * tile_rows + part, rows = std::clamp<int64_t>(s.rows - row, 0, width);
+            const int64_t row = tile * tile_rows + part,
+                          rows = std::clamp<int64_t>(s.rows - row, 0, width);
             for (int64_t k = 0; k < s.columns; k += kWide) {
                 const int64_t left = std::min<int64_t>(kWide, s.columns - k);
                 const auto* corner = base + row * s.row_stride + k;
@@ -84,16 +92,19 @@ void pack_along(const Source& s, float* out, int64_t first, int64_t last) {
                 if (rows == width && left == kWide) {
 #pragma GCC unroll 16
                     for (int r = 0; r < kWide; ++r)
-                        square[r] = r < width ? Reading<element>::read(corner + r * s.row_stride) : zeros();
+                        square[r] =
+                            r < width ? Reading<element>::read(corner + r * s.row_stride) : zeros();
                 } else {
                     for (int r = 0; r < kWide; ++r)
-                        square[r] = r < rows ? read_first<element>(corner + r * s.row_stride, left) : zeros();
+                        square[r] = r < rows ? read_first<element>(corner + r * s.row_stride, left)
+                                             : zeros();
                 }
                 transpose_wide(square);
                 float* to = out + (tile * s.columns + k) * tile_rows + part;
                 if (left == kWide) {
 #pragma GCC unroll 16
-                    for (int j = 0; j < kWide; ++j) store_part<width>(to + j * tile_rows, square[j]);
+                    for (int j = 0; j < kWide; ++j)
+                        store_part<width>(to + j * tile_rows, square[j]);
                 } else {
                     for (int j = 0; j < left; ++j) store_part<width>(to + j * tile_rows, square[j]);
                 }
@@ -101,7 +112,8 @@ void pack_along(const Source& s, float* out, int64_t first, int64_t last) {
         });
 }
 
-// Elements contiguous along the rows: a step of the contraction is a line of memory, read once for all these tiles.
+// Elements contiguous along the rows: a step of the contraction is a line of memory, read once for
+// all these tiles.
 template <Element element, int tile_rows>
 void pack_across(const Source& s, float* out, int64_t first, int64_t last) {
     constexpr int kAhead = 16;  // lines a stride apart defeat the hardware's prefetching
@@ -109,13 +121,15 @@ void pack_across(const Source& s, float* out, int64_t first, int64_t last) {
     for (int64_t k = 0; k < s.columns; ++k) {
         const auto* line = base + k * s.column_stride;
         if (k + kAhead < s.columns)
-            for (int64_t row = first * tile_rows; row < std::min(last * tile_rows, s.rows); row += 64 / sizeof(*base))
+            for (int64_t row = first * tile_rows; row < std::min(last * tile_rows, s.rows);
+                 row += 64 / sizeof(*base))
                 __builtin_prefetch(line + kAhead * s.column_stride + row);
         for (int64_t tile = first; tile < last; ++tile)
             for_parts<tile_rows>([&](auto part, auto width) {
                 const int64_t row = tile * tile_rows + part;
                 float* to = out + (tile * s.columns + k) * tile_rows + part;
-                store_part<width>(to, s.rows - row > 0 ? read_first<element>(line + row, s.rows - row) : zeros());
+                store_part<width>(
+                    to, s.rows - row > 0 ? read_first<element>(line + row, s.rows - row) : zeros());
             });
     }
 }
@@ -132,8 +146,10 @@ template <int tile_rows>
 void pack_floats(const Factor& f, int64_t depth, float* out, int64_t first, int64_t last) {
     if (f.codes.codes) return pack_codes<tile_rows>(f.codes, depth, out, first, last);
     switch (f.elements.element) {
-        case Element::float32: return pack_elements<Element::float32, tile_rows>(f.elements, out, first, last);
-        case Element::bfloat16: return pack_elements<Element::bfloat16, tile_rows>(f.elements, out, first, last);
+        case Element::float32:
+            return pack_elements<Element::float32, tile_rows>(f.elements, out, first, last);
+        case Element::bfloat16:
+            return pack_elements<Element::bfloat16, tile_rows>(f.elements, out, first, last);
         default: return pack_elements<Element::float16, tile_rows>(f.elements, out, first, last);
     }
 }

@@ -1,8 +1,9 @@
-// A panel: sixteen operand rows by up to 128 columns of the contraction axis, as float32 in the L1 cache. Every source is
-// brought into this one form, so that rotation and rules are written once.
+// A panel: sixteen operand rows by up to 128 columns of the contraction axis, as float32 in the L1
+// cache. Every source is brought into this one form, so that rotation and rules are written once.
 //
-// A row is a lane. Where a vector has fewer than sixteen lanes, the rows are kParts vectors: 2 of 8 (AVX2), 4 of 4. Sixteen
-// columns of one part lie side by side, a block as the rules want it; then those of the next part, which makes a tile.
+// A row is a lane. Where a vector has fewer than sixteen lanes, the rows are kParts vectors: 2 of 8
+// (AVX2), 4 of 4. Sixteen columns of one part lie side by side, a block as the rules want it; then
+// those of the next part, which makes a tile.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,9 @@ constexpr int kPanel = 128;  // columns, the largest rotation group
 typedef Float Panel[kPanel * kParts];
 
 // Where a panel keeps a column of a part, and how far apart blocks of sixteen columns are.
-NVFP4_FN int64_t place(int64_t column, int part) { return (column / kBlock * kParts + part) * kBlock + column % kBlock; }
+NVFP4_FN int64_t place(int64_t column, int part) {
+    return (column / kBlock * kParts + part) * kBlock + column % kBlock;
+}
 constexpr int kBlockStride = kBlock * kParts;
 
 template <Element element>
@@ -52,7 +55,8 @@ NVFP4_FN Float read_some(const typename Reader<element>::Type* p, int64_t count)
     return Reader<element>::read(some);
 }
 
-constexpr int kAhead = 32;  // lines that are a row stride apart defeat the hardware's prefetching (measured: 8 to 64 alike)
+// lines that are a row stride apart defeat the hardware's prefetching (measured: 8 to 64 alike)
+constexpr int kAhead = 32;
 
 // Zeros for the columns beyond the matrix.
 NVFP4_FN void clear(int panels, int64_t valid, int columns, Panel* panel) {
@@ -61,10 +65,11 @@ NVFP4_FN void clear(int panels, int64_t valid, int columns, Panel* panel) {
             for (int part = 0; part < kParts; ++part) panel[p][place(c, part)] = Float{};
 }
 
-// Lanes contiguous in memory: a column of the panel is a load. All panels of a band are filled line by line, so that a
-// cache line is read once, however far apart the lines are.
+// Lanes contiguous in memory: a column of the panel is a load. All panels of a band are filled line
+// by line, so that a cache line is read once, however far apart the lines are.
 template <Element element>
-void load_direct(const Source& source, int64_t row, int64_t column, int columns, int panels, Panel* panel) {
+void load_direct(const Source& source, int64_t row, int64_t column, int columns, int panels,
+                 Panel* panel) {
     const auto* base = static_cast<const typename Reader<element>::Type*>(source.data) + row;
     const int64_t lanes = source.rows - row;
     const int64_t valid = std::clamp<int64_t>(source.columns - column, 0, columns);
@@ -77,26 +82,31 @@ void load_direct(const Source& source, int64_t row, int64_t column, int columns,
             for (int part = 0; part < kParts; ++part)
                 panel[p][place(c, part)] = Reader<element>::read(line + p * kRows + part * kLanes);
         for (int lane = 0; !whole && lane < panels * kRows; lane += kLanes)
-            panel[lane / kRows][place(c, lane % kRows / kLanes)] = read_some<element>(line + lane, lanes - lane);
+            panel[lane / kRows][place(c, lane % kRows / kLanes)] =
+                read_some<element>(line + lane, lanes - lane);
     }
     clear(panels, valid, columns, panel);
 }
 
 // Columns contiguous in memory: kLanes rows are loaded and transposed.
 template <Element element>
-void load_transposed(const Source& source, int64_t row, int64_t column, int columns, int part, Float* panel) {
+void load_transposed(const Source& source, int64_t row, int64_t column, int columns, int part,
+                     Float* panel) {
     const auto* base = static_cast<const typename Reader<element>::Type*>(source.data) + column;
     const int lanes = static_cast<int>(std::clamp<int64_t>(source.rows - row, 0, kLanes));
     const int64_t valid = source.columns - column;
     int c = 0;
     if constexpr (element == Element::bfloat16) {
         // two neighbours travel as one 32-bit word, which halves the shuffles
-        for (; c + 2 * kLanes <= columns && c + 2 * kLanes <= valid && lanes == kLanes; c += 2 * kLanes) {
+        for (; c + 2 * kLanes <= columns && c + 2 * kLanes <= valid && lanes == kLanes;
+             c += 2 * kLanes) {
             Word pairs[kLanes];
 #pragma GCC unroll 16
-            for (int r = 0; r < kLanes; ++r) memcpy(&pairs[r], base + (row + r) * source.row_stride + c, sizeof(Word));
+            for (int r = 0; r < kLanes; ++r)
+                memcpy(&pairs[r], base + (row + r) * source.row_stride + c, sizeof(Word));
             transpose(pairs);
-            Float* to = panel + place(c, part);  // with sixteen lanes two blocks, which then lie side by side
+            // with sixteen lanes two blocks, which then lie side by side
+            Float* to = panel + place(c, part);
 #pragma GCC unroll 16
             for (int j = 0; j < kLanes; ++j) {
                 to[2 * j] = from_bits(pairs[j] << 16);
@@ -108,7 +118,9 @@ void load_transposed(const Source& source, int64_t row, int64_t column, int colu
         Float tile[kLanes];
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r)
-            tile[r] = r < lanes ? read_some<element>(base + (row + r) * source.row_stride + c, valid - c) : Float{};
+            tile[r] = r < lanes
+                          ? read_some<element>(base + (row + r) * source.row_stride + c, valid - c)
+                          : Float{};
         transpose(tile);
         Float* to = panel + place(c, part);
 #pragma GCC unroll 16
@@ -143,15 +155,19 @@ NVFP4_FN Word unpack(const uint8_t* bytes) {
     memcpy(&eight, bytes, sizeof eight);
     return (same<Word>(eight) >> Word{0, 4, 8, 12, 16, 20, 24, 28}) & 15u;
 #else
-    uint16_t four;  // each shifted to the top of 16 bits by a product, as SSE2 has no shift of its own for every lane
+    // each shifted to the top of 16 bits by a product, as SSE2 has no shift of its own for every
+    // lane
+    uint16_t four;
     memcpy(&four, bytes, sizeof four);
     const Half top = (Half{} + four) * Half{4096, 256, 16, 1} >> 12;
     return __builtin_convertvector(top, Word);
 #endif
 }
 
-// The transpose of a decoded matrix: sixteen of its columns share a block, so a panel column is one scale and 8 bytes.
-inline void load_codes(const Source& source, int64_t row, int64_t column, int columns, int panels, Panel* panel) {
+// The transpose of a decoded matrix: sixteen of its columns share a block, so a panel column is one
+// scale and 8 bytes.
+inline void load_codes(const Source& source, int64_t row, int64_t column, int columns, int panels,
+                       Panel* panel) {
     const CodeMatrix& m = source.decoded;
     const int64_t valid = std::clamp<int64_t>(source.columns - column, 0, columns);
     Word index;
@@ -160,14 +176,18 @@ inline void load_codes(const Source& source, int64_t row, int64_t column, int co
         const int64_t line = column + c;
         const float global = m.global_scale[m.row_scaled ? line : 0];
         const uint8_t* codes = m.codes + line * m.row_bytes + row / 2;
-        const uint8_t* scales = m.block_scale + line / m.scale_block_rows * m.scale_stride + row / kBlock;
+        const uint8_t* scales =
+            m.block_scale + line / m.scale_block_rows * m.scale_stride + row / kBlock;
         for (int p = 0; p < panels; ++p) {
             const float scale = decode<E4M3, float>(scales[p]);
             for (int part = 0; part < kParts; ++part) {
-                const Float x = (decode_codes(unpack(codes + 8 * p + kLanes / 2 * part)) * scale) * global;
+                const Float x =
+                    (decode_codes(unpack(codes + 8 * p + kLanes / 2 * part)) * scale) * global;
                 // the padding of the saved operand is cut off
-                const int64_t lanes = std::max<int64_t>(0, source.rows - row - p * kRows - part * kLanes);
-                panel[p][place(c, part)] = lanes < kLanes ? select(index < static_cast<uint32_t>(lanes), x, Float{}) : x;
+                const int64_t lanes =
+                    std::max<int64_t>(0, source.rows - row - p * kRows - part * kLanes);
+                panel[p][place(c, part)] =
+                    lanes < kLanes ? select(index < static_cast<uint32_t>(lanes), x, Float{}) : x;
             }
         }
     }
@@ -177,21 +197,30 @@ inline void load_codes(const Source& source, int64_t row, int64_t column, int co
 // Panels that read neighbouring memory, taken together.
 constexpr int kBand = 4;
 
-NVFP4_FN bool reads_across(const Source& source) { return source.row_stride == 1 || source.element == Element::codes; }
+NVFP4_FN bool reads_across(const Source& source) {
+    return source.row_stride == 1 || source.element == Element::codes;
+}
 
 template <Element element>
-NVFP4_FN void load_elements(const Source& source, int64_t row, int64_t column, int columns, int panels, Panel* panel) {
-    if (reads_across(source)) return load_direct<element>(source, row, column, columns, panels, panel);
+NVFP4_FN void load_elements(const Source& source, int64_t row, int64_t column, int columns,
+                            int panels, Panel* panel) {
+    if (reads_across(source))
+        return load_direct<element>(source, row, column, columns, panels, panel);
     for (int part = 0; part < kParts; ++part)
         load_transposed<element>(source, row + part * kLanes, column, columns, part, *panel);
 }
 
-// Panel p gets operand rows row + 16 p and following. More than one panel only where ``reads_across``.
-inline void load_panels(const Source& source, int64_t row, int64_t column, int columns, int panels, Panel* panel) {
+// Panel p gets operand rows row + 16 p and following. More than one panel only where
+// ``reads_across``.
+inline void load_panels(const Source& source, int64_t row, int64_t column, int columns, int panels,
+                        Panel* panel) {
     switch (source.element) {
-        case Element::float32: return load_elements<Element::float32>(source, row, column, columns, panels, panel);
-        case Element::bfloat16: return load_elements<Element::bfloat16>(source, row, column, columns, panels, panel);
-        case Element::float16: return load_elements<Element::float16>(source, row, column, columns, panels, panel);
+        case Element::float32:
+            return load_elements<Element::float32>(source, row, column, columns, panels, panel);
+        case Element::bfloat16:
+            return load_elements<Element::bfloat16>(source, row, column, columns, panels, panel);
+        case Element::float16:
+            return load_elements<Element::float16>(source, row, column, columns, panels, panel);
         case Element::codes: return load_codes(source, row, column, columns, panels, panel);
     }
 }
@@ -203,7 +232,8 @@ struct Rotation {
     float scale[kMaxRounds];
     uint32_t sign[kMaxRounds][kMaxGroup];  // the sign bit to flip, or 0
 
-    explicit Rotation(const Turn& turn) : group(turn.group), rounds(turn.rounds), fixed(turn.fixed) {
+    explicit Rotation(const Turn& turn)
+        : group(turn.group), rounds(turn.rounds), fixed(turn.fixed) {
         for (int r = 0; r < rounds && group > 0; ++r) {
             uint32_t word[4] = {kNvidiaSigns, 0, 0, 0};
             if (!fixed) sign_bits(turn.sign_seed, r, word);
@@ -222,13 +252,15 @@ struct Rotation {
             }
     }
 
-   private:
+private:
     void round_group(Float* x) const {
         for (int i = 0; i < group / 16; ++i)
-            for (int j = 0; j < 16; ++j) x[i * kBlockStride + j] = to_bfloat16(x[i * kBlockStride + j]);
+            for (int j = 0; j < 16; ++j)
+                x[i * kBlockStride + j] = to_bfloat16(x[i * kBlockStride + j]);
     }
 
-    // Strides 1 to 8 on sixteen neighbours in registers, then the larger strides on what lies sixteen apart.
+    // Strides 1 to 8 on sixteen neighbours in registers, then the larger strides on what lies
+    // sixteen apart.
     void turn(Float* x, int r) const {
         const float last = group == 16 ? scale[r] : 1.0f;
         for (int i = 0; i < group / 16; ++i) {

@@ -8,5 +8,6 @@
 
 namespace nvfp4 {
 extern const Kernels portable_kernels;
-const Kernels portable_kernels = {"portable", portable::quantize, portable::quantize_both, portable::decode_matrix, portable::fingerprint};
+const Kernels portable_kernels = {"portable", portable::quantize, portable::quantize_both,
+                                  portable::decode_matrix, portable::fingerprint};
 }  // namespace nvfp4

@@ -1,5 +1,5 @@
-// The quantise pipeline: panels in, rotation, one rule per block, codes and scales out; one operand of a matrix, or the
-// row-wise and the transposed one together, which then read it once.
+// The quantise pipeline: panels in, rotation, one rule per block, codes and scales out; one operand
+// of a matrix, or the row-wise and the transposed one together, which then read it once.
 #pragma once
 
 #include <atomic>
@@ -34,12 +34,15 @@ NVFP4_FN int lanes_at(const QuantizeArgs& args, int64_t row) {
     return static_cast<int>(std::clamp<int64_t>(args.source.rows - row, 0, kLanes));
 }
 
-// Sixteen uniforms for the blocks from (row, column) down, a vector per column; draw n = row * Kp + column.
-NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t column, Float (&u)[kBlock]) {
+// Sixteen uniforms for the blocks from (row, column) down, a vector per column; draw n = row * Kp +
+// column.
+NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t column,
+                            Float (&u)[kBlock]) {
     const uint64_t line = static_cast<uint64_t>(args.padded_columns / 8);
     for (int half = 0; half < 2; ++half) {
         Counters low, high, word[4];
-        lane_counters(static_cast<uint64_t>(row) * line + static_cast<uint64_t>(column / 8 + half), line, low, high);
+        lane_counters(static_cast<uint64_t>(row) * line + static_cast<uint64_t>(column / 8 + half),
+                      line, low, high);
         philox(args.seed, low, high, kElementStream, word);
         for (int j = 0; j < 4; ++j) {
             u[8 * half + 2 * j] = centred_uniform<Float>(word[j].words() << 7);
@@ -49,7 +52,8 @@ NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t colum
 }
 
 // Codes of a part of a panel, a vector for every eight columns, to rows of up to 64 bytes.
-NVFP4_FN void write_codes(const QuantizeArgs& args, int64_t row, int64_t column, int blocks, Word (&codes)[2 * kPanelBlocks]) {
+NVFP4_FN void write_codes(const QuantizeArgs& args, int64_t row, int64_t column, int blocks,
+                          Word (&codes)[2 * kPanelBlocks]) {
     const int64_t stride = args.padded_columns / 2;
     const int lanes = lanes_at(args, row);
     for (int q = 0; q < kParts; ++q) {
@@ -60,19 +64,23 @@ NVFP4_FN void write_codes(const QuantizeArgs& args, int64_t row, int64_t column,
 #pragma GCC unroll 16
             for (int r = 0; r < kLanes; ++r) store(out + r * stride, words[r]);
         } else {
-            const int bytes = std::clamp(blocks * 8 - q * static_cast<int>(sizeof(Word)), 0, static_cast<int>(sizeof(Word)));
-            for (int r = 0; r < lanes; ++r) memcpy(out + r * stride, &words[r], static_cast<size_t>(bytes));
+            const int bytes = std::clamp(blocks * 8 - q * static_cast<int>(sizeof(Word)), 0,
+                                         static_cast<int>(sizeof(Word)));
+            for (int r = 0; r < lanes; ++r)
+                memcpy(out + r * stride, &words[r], static_cast<size_t>(bytes));
         }
     }
 }
 
 // Scale codes of a part of a panel, a vector for every block, to rows of up to 8 bytes.
-NVFP4_FN void write_scales(const QuantizeArgs& args, int64_t row, int64_t column, int blocks, const Word (&scale)[kPanelBlocks]) {
+NVFP4_FN void write_scales(const QuantizeArgs& args, int64_t row, int64_t column, int blocks,
+                           const Word (&scale)[kPanelBlocks]) {
     const int64_t width = args.padded_columns / kBlock;
     const int lanes = args.tiles ? 1 : lanes_at(args, row);
     uint32_t half[2][kLanes];
     for (int h = 0; h < 2; ++h)
-        store(half[h], scale[4 * h] | scale[4 * h + 1] << 8 | scale[4 * h + 2] << 16 | scale[4 * h + 3] << 24);
+        store(half[h], scale[4 * h] | scale[4 * h + 1] << 8 | scale[4 * h + 2] << 16 |
+                           scale[4 * h + 3] << 24);
     uint8_t* out = args.block_scale + (args.tiles ? row / kRows : row) * width + column / kBlock;
     for (int r = 0; r < lanes; ++r) {
         const uint64_t line = half[0][r] | static_cast<uint64_t>(half[1][r]) << 32;
@@ -84,13 +92,15 @@ NVFP4_FN void write_scales(const QuantizeArgs& args, int64_t row, int64_t column
 }
 
 inline void fill_scales(const QuantizeArgs& args) {
-    const int64_t scale_rows = args.tiles ? (args.source.rows + kRows - 1) / kRows : args.source.rows;
+    const int64_t scale_rows =
+        args.tiles ? (args.source.rows + kRows - 1) / kRows : args.source.rows;
     memset(args.codes, 0, static_cast<size_t>(args.source.rows * (args.padded_columns / 2)));
     memset(args.block_scale, 0, static_cast<size_t>(scale_rows * (args.padded_columns / kBlock)));
 }
 
-// One operand under way. ``begin`` is told the largest |x|, unless the rule scales without it, and says whether there is
-// anything to do; ``visit`` sees every panel, from any thread and in any order; ``end`` comes last.
+// One operand under way. ``begin`` is told the largest |x|, unless the rule scales without it, and
+// says whether there is anything to do; ``visit`` sees every panel, from any thread and in any
+// order; ``end`` comes last.
 struct Pass {
     const QuantizeArgs& args;
 
@@ -100,7 +110,7 @@ struct Pass {
     virtual void visit(Panel& panel, int64_t row, int64_t column, int columns) = 0;
     virtual void end() {}
 
-   protected:
+protected:
     bool finite(uint32_t amax) const {
         if (amax < kInfinityBits) return true;
         fill_scales(args);
@@ -124,7 +134,8 @@ struct ScaledPass final : Pass {
             return true;
         }
         row_bits = row_amax(args);
-        for (const uint32_t b : row_bits) encode.push_back(encode_scale(b < kInfinityBits ? from_bits(b) : 0.0f, Rule::cap));
+        for (const uint32_t b : row_bits)
+            encode.push_back(encode_scale(b < kInfinityBits ? from_bits(b) : 0.0f, Rule::cap));
         for (size_t r = 0; r < static_cast<size_t>(args.source.rows); ++r)
             args.global_scale[r] = row_bits[r] < kInfinityBits ? 1.0f / encode[r] : NAN;
         return true;
@@ -164,16 +175,20 @@ struct ScaledPass final : Pass {
         }
     }
 
-   private:
+private:
     static constexpr bool tiled = std::is_same_v<Scope, TileScope>;
 
-    static NVFP4_FN Rounded<Float> choose(Panel& panel, int b, int part, const Given<Float>& given) {
-        if constexpr (tiled) return Rule::choose(tile(panel, b), given);
-        else return Rule::choose(block(panel, b, part), given);
+    static NVFP4_FN Rounded<Float> choose(Panel& panel, int b, int part,
+                                          const Given<Float>& given) {
+        if constexpr (tiled)
+            return Rule::choose(tile(panel, b), given);
+        else
+            return Rule::choose(block(panel, b, part), given);
     }
 
     NVFP4_FN Given<Float> given_at(int64_t row) const {
-        const Float scale = args.row_scaled ? load(&encode[static_cast<size_t>(row)]) : splat<Float>(encode[0]);
+        const Float scale =
+            args.row_scaled ? load(&encode[static_cast<size_t>(row)]) : splat<Float>(encode[0]);
         return {scale, 1.0f / scale, nullptr};
     }
 
@@ -215,9 +230,11 @@ struct EdenPass final : Pass {
             write_codes(args, first, column, blocks, codes);
             for (int b = 0; b < blocks; b += kLanes) {
                 transpose(square(length, b / kLanes));
-                const size_t bytes = sizeof(float) * static_cast<size_t>(std::min(kLanes, blocks - b));
+                const size_t bytes =
+                    sizeof(float) * static_cast<size_t>(std::min(kLanes, blocks - b));
                 for (int r = 0; r < lanes_at(args, first); ++r)
-                    memcpy(args.scratch + (first + r) * width + column / kBlock + b, &length[b + r], bytes);
+                    memcpy(args.scratch + (first + r) * width + column / kBlock + b, &length[b + r],
+                           bytes);
             }
         }
         raise(amax, lane_max_bits(from_bits(most)));
@@ -231,7 +248,7 @@ struct EdenPass final : Pass {
         round_scales(args.global_scale[0]);
     }
 
-   private:
+private:
     // Block scales from their float32 forerunners; draw n = row * (Kp / 16) + block column.
     void round_scales(float global_scale) const {
         constexpr int64_t run = 8 * kLanes;  // counters of eight draws
@@ -245,15 +262,18 @@ struct EdenPass final : Pass {
             for (int j = 0; j < 4; ++j) store(words[j], word[j].words());
             uint16_t draw[run];
             for (int i = 0; i < kLanes; ++i)
-                for (int d = 0; d < 8; ++d) draw[8 * i + d] = static_cast<uint16_t>(words[d / 2][i] >> (d % 2 * 16));
+                for (int d = 0; d < 8; ++d)
+                    draw[8 * i + d] = static_cast<uint16_t>(words[d / 2][i] >> (d % 2 * 16));
             for (int64_t n = start; n < std::min(count, start + run); n += kLanes) {
                 const int64_t left = std::min<int64_t>(kLanes, count - n);
                 const Word k = widen(draw + (n - start));
                 const Float r = read_some<Element::float32>(args.scratch + n, left);
-                const Float scaled = smaller(r / splat<Float>(global_scale), splat<Float>(E4M3::max));
+                const Float scaled =
+                    smaller(r / splat<Float>(global_scale), splat<Float>(E4M3::max));
                 uint32_t code[kLanes];
                 store(code, stochastic<E4M3>(scaled, centred_uniform<Float>(k << 7)).code);
-                for (int64_t i = 0; i < left; ++i) args.block_scale[n + i] = static_cast<uint8_t>(code[i]);
+                for (int64_t i = 0; i < left; ++i)
+                    args.block_scale[n + i] = static_cast<uint8_t>(code[i]);
             }
         }
     }
@@ -262,26 +282,35 @@ struct EdenPass final : Pass {
 template <class Scope>
 std::unique_ptr<Pass> scaled_pass(const QuantizeArgs& args) {
     switch (args.rule) {
-        case Rule::rtn: return std::make_unique<ScaledPass<Plain<Scope, Rounding::to_nearest>, Scope>>(args);
-        case Rule::sr: return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_up>, Scope>>(args);
-        case Rule::sr_te: return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_te>, Scope>>(args);
+        case Rule::rtn:
+            return std::make_unique<ScaledPass<Plain<Scope, Rounding::to_nearest>, Scope>>(args);
+        case Rule::sr:
+            return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_up>, Scope>>(args);
+        case Rule::sr_te:
+            return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_te>, Scope>>(args);
         case Rule::four_over_six:
-            if (args.metric == 0) return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mse>, Scope>>(args);
-            if (args.metric == 1) return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mae>, Scope>>(args);
+            if (args.metric == 0)
+                return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mse>, Scope>>(args);
+            if (args.metric == 1)
+                return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mae>, Scope>>(args);
             return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::abs_max>, Scope>>(args);
-        case Rule::scale_search: return std::make_unique<ScaledPass<ScaleSearch<Scope>, Scope>>(args);
+        case Rule::scale_search:
+            return std::make_unique<ScaledPass<ScaleSearch<Scope>, Scope>>(args);
         case Rule::ms_eden: break;
     }
     return nullptr;
 }
 
 inline std::unique_ptr<Pass> pass_of(const QuantizeArgs& args) {
-    if (args.rule != Rule::ms_eden) return args.tiles ? scaled_pass<TileScope>(args) : scaled_pass<RowScope>(args);
+    if (args.rule != Rule::ms_eden)
+        return args.tiles ? scaled_pass<TileScope>(args) : scaled_pass<RowScope>(args);
     if (args.search) return std::make_unique<EdenPass<true>>(args);
     return std::make_unique<EdenPass<false>>(args);
 }
 
-NVFP4_FN bool needs_amax(const QuantizeArgs& args) { return args.rule != Rule::ms_eden && !args.row_scaled; }
+NVFP4_FN bool needs_amax(const QuantizeArgs& args) {
+    return args.rule != Rule::ms_eden && !args.row_scaled;
+}
 
 inline void quantize(const QuantizeArgs& args) {
     const std::unique_ptr<Pass> pass = pass_of(args);
@@ -298,7 +327,8 @@ inline void quantize(const QuantizeArgs& args) {
 inline void visit_tile(Pass& pass, const Rotation& rotation, int64_t row, int64_t column) {
     const QuantizeArgs& args = pass.args;
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
-    const int64_t end = std::min<int64_t>(args.source.rows, row + kPanel), band = band_of(args.source);
+    const int64_t end = std::min<int64_t>(args.source.rows, row + kPanel),
+                  band = band_of(args.source);
     for (int64_t first = row; first < end && columns > 0; first += band * kRows) {
         Panel panel[kBand];
         const int count = static_cast<int>(std::min(band, (end - first + kRows - 1) / kRows));
@@ -310,13 +340,15 @@ inline void visit_tile(Pass& pass, const Rotation& rotation, int64_t row, int64_
     }
 }
 
-// Two operands of the same matrix, ``down`` contracting its rows and ``across`` its columns: tile by tile, so that the
-// second of them finds the tile in the cache.
+// Two operands of the same matrix, ``down`` contracting its rows and ``across`` its columns: tile
+// by tile, so that the second of them finds the tile in the cache.
 inline void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down) {
     const std::unique_ptr<Pass> first = pass_of(across), second = pass_of(down);
     const Amax of_down = needs_amax(down) ? tensor_amax(down) : Amax{};
     const bool shared = needs_amax(down) && across.turn.group == 0;
-    const uint32_t of_across = !needs_amax(across) ? 0 : shared ? of_down.dense : tensor_amax(across).turned;
+    const uint32_t of_across = !needs_amax(across) ? 0
+                               : shared            ? of_down.dense
+                                                   : tensor_amax(across).turned;
     const Rotation turn_first(across.turn), turn_second(down.turn);
     const bool go_first = first->begin(of_across), go_second = second->begin(of_down.turned);
     const int64_t rows = std::max(across.source.rows, down.padded_columns);

@@ -1,8 +1,10 @@
-// A vector of the machine's own width: the words of lanes.h for 16 lanes (AVX-512), 8 (AVX2) or 4 (SSE2, NEON, anything).
+// A vector of the machine's own width: the words of lanes.h for 16 lanes (AVX-512), 8 (AVX2) or 4
+// (SSE2, NEON, anything).
 //
-// GCC's and clang's vector extensions say most of it, so the same source becomes any instruction set by compiler flags.
-// Wider vectors than the machine's would not do: GCC takes every compare, choice and transpose of them apart, element by
-// element, which made AVX2 ten times slower than AVX-512. Words that the extensions compile badly are spelt out below.
+// GCC's and clang's vector extensions say most of it, so the same source becomes any instruction
+// set by compiler flags. Wider vectors than the machine's would not do: GCC takes every compare,
+// choice and transpose of them apart, element by element, which made AVX2 ten times slower than
+// AVX-512. Words that the extensions compile badly are spelt out below.
 //
 // Compares follow x86: of a NaN and a number, ``smaller`` and ``larger`` give the second argument.
 #pragma once
@@ -29,8 +31,9 @@ constexpr int kLanes = NVFP4_VECTOR_BYTES / 4;
 
 typedef float Float __attribute__((vector_size(NVFP4_VECTOR_BYTES)));
 typedef uint32_t Word __attribute__((vector_size(NVFP4_VECTOR_BYTES)));
-typedef int32_t Mask __attribute__((vector_size(NVFP4_VECTOR_BYTES)));      // -1 or 0, what a compare gives
-typedef uint64_t Long __attribute__((vector_size(NVFP4_VECTOR_BYTES)));     // kLanes / 2 of them
+// -1 or 0, what a compare gives
+typedef int32_t Mask __attribute__((vector_size(NVFP4_VECTOR_BYTES)));
+typedef uint64_t Long __attribute__((vector_size(NVFP4_VECTOR_BYTES)));      // kLanes / 2 of them
 typedef uint16_t Half __attribute__((vector_size(NVFP4_VECTOR_BYTES / 2)));  // kLanes of them
 
 template <>
@@ -77,7 +80,8 @@ NVFP4_FN Word widen(const uint16_t* p) {
 }
 NVFP4_FN void store_halves(uint16_t* p, Word x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 0xd8);
+    const __m256i packed =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 0xd8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
     const Half h = __builtin_convertvector(x, Half);
@@ -85,35 +89,46 @@ NVFP4_FN void store_halves(uint16_t* p, Word x) {
 #endif
 }
 
-// -- words with a spelling of their own -------------------------------------------------------------------------------------
-
 #if defined(__AVX512F__)
 
 NVFP4_FN Float smaller(Float a, Float b) { return (Float)_mm512_min_ps((__m512)a, (__m512)b); }
 NVFP4_FN Float larger(Float a, Float b) { return (Float)_mm512_max_ps((__m512)a, (__m512)b); }
 NVFP4_FN Word larger_bits(Word a, Word b) { return (Word)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 NVFP4_FN Word select_bits(uint32_t mask, Word a, Word b) {
-    return (Word)_mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(mask)), (__m512i)a, (__m512i)b, 0xca);
+    return (Word)_mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(mask)), (__m512i)a,
+                                           (__m512i)b, 0xca);
 }
-NVFP4_FN Float smaller_magnitude(Float x, float limit) { return (Float)_mm512_range_ps((__m512)x, _mm512_set1_ps(limit), 10); }
-NVFP4_FN Float less_product(Float c, Float a, Float b) { return (Float)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+NVFP4_FN Float smaller_magnitude(Float x, float limit) {
+    return (Float)_mm512_range_ps((__m512)x, _mm512_set1_ps(limit), 10);
+}
+NVFP4_FN Float less_product(Float c, Float a, Float b) {
+    return (Float)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 
 // One look-up by the integer part.
 NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
-    const Float table = {low, low, middle, middle, high, high, high, high, low, low, middle, middle, high, high, high, high};
+    const Float table = {low, low, middle, middle, high, high, high, high,
+                         low, low, middle, middle, high, high, high, high};
     return (Float)_mm512_permutexvar_ps(_mm512_cvttps_epi32((__m512)x), (__m512)table);
 }
 
 NVFP4_FN Word put_code(Word word, Word sign, Word code, int j) {
-    return select_bits(15u << (4 * j), rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1), word);
+    return select_bits(15u << (4 * j), rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1),
+                       word);
 }
-NVFP4_FN Word finish_codes(Word word) { return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u); }
+NVFP4_FN Word finish_codes(Word word) {
+    return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
+}
 
 // Largest of the lanes; as bits, so that NaN is larger than anything.
 NVFP4_FN uint32_t lane_max_bits(Float x) { return _mm512_reduce_max_epu32((__m512i)x); }
 
-NVFP4_FN Long multiply_low(Long a, uint32_t b) { return (Long)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
-NVFP4_FN Long exclusive_or(Long a, Long b, Long c) { return (Long)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96); }
+NVFP4_FN Long multiply_low(Long a, uint32_t b) {
+    return (Long)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+NVFP4_FN Long exclusive_or(Long a, Long b, Long c) {
+    return (Long)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+}
 
 #else
 
@@ -122,7 +137,9 @@ NVFP4_FN Long exclusive_or(Long a, Long b, Long c) { return (Long)_mm512_ternary
 NVFP4_FN Float smaller(Float a, Float b) { return (Float)_mm256_min_ps((__m256)a, (__m256)b); }
 NVFP4_FN Float larger(Float a, Float b) { return (Float)_mm256_max_ps((__m256)a, (__m256)b); }
 NVFP4_FN Word larger_bits(Word a, Word b) { return (Word)_mm256_max_epu32((__m256i)a, (__m256i)b); }
-NVFP4_FN Float less_product(Float c, Float a, Float b) { return (Float)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+NVFP4_FN Float less_product(Float c, Float a, Float b) {
+    return (Float)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 
 // One look-up by the integer part.
 NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
@@ -130,19 +147,25 @@ NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
     return (Float)_mm256_permutevar8x32_ps((__m256)table, _mm256_cvttps_epi32((__m256)x));
 }
 
-NVFP4_FN Long multiply_low(Long a, uint32_t b) { return (Long)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+NVFP4_FN Long multiply_low(Long a, uint32_t b) {
+    return (Long)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
 
 #else  // four lanes
 
 #if defined(__SSE2__)
 NVFP4_FN Float smaller(Float a, Float b) { return (Float)_mm_min_ps((__m128)a, (__m128)b); }
 NVFP4_FN Float larger(Float a, Float b) { return (Float)_mm_max_ps((__m128)a, (__m128)b); }
-NVFP4_FN Long multiply_low(Long a, uint32_t b) { return (Long)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b)); }
+NVFP4_FN Long multiply_low(Long a, uint32_t b) {
+    return (Long)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+}
 #else
 NVFP4_FN Float smaller(Float a, Float b) { return a < b ? a : b; }
 NVFP4_FN Float larger(Float a, Float b) { return a > b ? a : b; }
 #if defined(__ARM_NEON)
-NVFP4_FN Long multiply_low(Long a, uint32_t b) { return (Long)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b)); }
+NVFP4_FN Long multiply_low(Long a, uint32_t b) {
+    return (Long)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
+}
 #else
 NVFP4_FN Long multiply_low(Long a, uint32_t b) { return (a & 0xffffffffu) * b; }
 #endif
@@ -151,17 +174,23 @@ NVFP4_FN Word larger_bits(Word a, Word b) { return a > b ? a : b; }
 NVFP4_FN Float less_product(Float c, Float a, Float b) { return c - a * b; }
 
 NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
-    const Word from_two = (Word)(x >= 2.0f) & (bits(low) ^ bits(middle)), from_four = (Word)(x >= 4.0f) & (bits(middle) ^ bits(high));
+    const Word from_two = (Word)(x >= 2.0f) & (bits(low) ^ bits(middle)),
+               from_four = (Word)(x >= 4.0f) & (bits(middle) ^ bits(high));
     return from_bits(bits(low) ^ from_two ^ from_four);
 }
 
 #endif
 
 NVFP4_FN Word select_bits(uint32_t mask, Word a, Word b) { return (a & mask) | (b & ~mask); }
-NVFP4_FN Float smaller_magnitude(Float x, float limit) { return smaller(magnitude(x), splat<Float>(limit)); }
+NVFP4_FN Float smaller_magnitude(Float x, float limit) {
+    return smaller(magnitude(x), splat<Float>(limit));
+}
 
-// Shifted in from the top, so that no code has to be masked: the bit above it is zero, and takes the sign.
-NVFP4_FN Word put_code(Word word, Word sign, Word code, int) { return word >> 4 | code << 28 | (sign & 0x80000000u); }
+// Shifted in from the top, so that no code has to be masked: the bit above it is zero, and takes
+// the sign.
+NVFP4_FN Word put_code(Word word, Word sign, Word code, int) {
+    return word >> 4 | code << 28 | (sign & 0x80000000u);
+}
 NVFP4_FN Word finish_codes(Word word) { return word; }
 
 NVFP4_FN uint32_t lane_max_bits(Float x) {
@@ -175,12 +204,12 @@ NVFP4_FN Long exclusive_or(Long a, Long b, Long c) { return a ^ b ^ c; }
 
 #endif
 
-NVFP4_FN Float with_sign(Float magnitude, Float x) { return from_bits(select_bits(0x80000000u, bits(x), bits(magnitude))); }
+NVFP4_FN Float with_sign(Float magnitude, Float x) {
+    return from_bits(select_bits(0x80000000u, bits(x), bits(magnitude)));
+}
 
-// -- counters ----------------------------------------------------------------------------------------------------------------
-
-// kLanes 32-bit numbers as Philox wants them: each has a 64-bit lane, even and odd numbers apart, so that the wide product
-// needs no shuffles. What lies above the low 32 bits is never looked at.
+// kLanes 32-bit numbers as Philox wants them: each has a 64-bit lane, even and odd numbers apart,
+// so that the wide product needs no shuffles. What lies above the low 32 bits is never looked at.
 struct Counters {
     Long even, odd;
     Word words() const {
@@ -213,7 +242,8 @@ NVFP4_FN void multiply_wide(const Counters& a, uint32_t b, Counters& high, Count
 // first + lane * stride, as its low and high 32 bits.
 NVFP4_FN void lane_counters(uint64_t first, uint64_t stride, Counters& low, Counters& high) {
     Long lane;
-    for (int i = 0; i < kLanes / 2; ++i) lane[i] = 2 * static_cast<uint64_t>(i);  // a constant, once compiled
+    // a constant, once compiled
+    for (int i = 0; i < kLanes / 2; ++i) lane[i] = 2 * static_cast<uint64_t>(i);
     const Long even = lane * stride + first;
     low = {even, even + stride};
     high = {low.even >> 32, low.odd >> 32};

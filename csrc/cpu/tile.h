@@ -1,4 +1,5 @@
-// A 16x16 tile of which each lane holds a row, in as many parts as sixteen rows take: what its lanes share.
+// A 16x16 tile of which each lane holds a row, in as many parts as sixteen rows take: what its
+// lanes share.
 #pragma once
 
 #include "panel.h"
@@ -8,14 +9,16 @@ NVFP4_BEGIN
 struct TileScope {
     static NVFP4_FN Float amax(Float a) { return splat<Float>(from_bits(lane_max_bits(a))); }
 
-    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j and j + 8.
+    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j
+    // and j + 8.
     template <class F, class Leaf>
     static NVFP4_FN F sum(Leaf leaf) {
         // rows in different vectors
         Float t[kBlock];
 #pragma GCC unroll 16
         for (int c = 0; c < kBlock; ++c)
-            t[c] = tree_sum<Float, kLanes>([&](int row) { return leaf(row / kLanes * kBlock + c); });
+            t[c] =
+                tree_sum<Float, kLanes>([&](int row) { return leaf(row / kLanes * kBlock + c); });
 
         // rows in the lanes of one, kLanes columns at a time
         Float column[kParts];

@@ -27,7 +27,8 @@ NVFP4_FN void transpose(V (&rows)[kLanes]) {
     // a[4q + c], 128-bit part p: rows 4q .. 4q+3 of column 4p + c
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44),
+                      high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
         const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
         const __m512i high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
         rows[c] = (V)_mm512_shuffle_i32x4(low, low2, 0x88);
@@ -42,7 +43,8 @@ NVFP4_FN void transpose(V (&rows)[kLanes]) {
 template <class V>
 NVFP4_FN void transpose(V (&rows)[kLanes]) {
     __m256i a[8], b[8];
-    // halves of rows i and i + 4 side by side: what crosses the middle does so once, and from memory costs no shuffle
+    // halves of rows i and i + 4 side by side: what crosses the middle does so once, and from
+    // memory costs no shuffle
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         a[i] = _mm256_permute2x128_si256((__m256i)rows[i], (__m256i)rows[i + 4], 0x20);
@@ -71,8 +73,10 @@ NVFP4_FN void transpose(V (&rows)[kLanes]) {
 
 template <class V>
 NVFP4_FN void transpose(V (&rows)[kLanes]) {
-    const V a = NVFP4_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5), b = NVFP4_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
-    const V c = NVFP4_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7), d = NVFP4_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+    const V a = NVFP4_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5),
+            b = NVFP4_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+    const V c = NVFP4_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7),
+            d = NVFP4_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
     rows[0] = NVFP4_SHUFFLE(a, b, 0, 1, 4, 5);
     rows[1] = NVFP4_SHUFFLE(a, b, 2, 3, 6, 7);
     rows[2] = NVFP4_SHUFFLE(c, d, 0, 1, 4, 5);

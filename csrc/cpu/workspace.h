@@ -1,5 +1,6 @@
-// Memory for the packed operands of a product, in whole huge pages where it is large: page faults would cost as much as
-// packing. Small and middling ones are kept for the next product, since clearing fresh pages took a twelfth of a 1024^3 one.
+// Memory for the packed operands of a product, in whole huge pages where it is large: page faults
+// would cost as much as packing. Small and middling ones are kept for the next product, since
+// clearing fresh pages took a twelfth of a 1024^3 one.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,7 +16,7 @@
 NVFP4_BEGIN
 
 class Workspace {
-   public:
+public:
     explicit Workspace(size_t bytes) : bytes_(rounded(bytes)), data_(kept().take(bytes_)) {
         if (data_) return;
         const bool huge = bytes_ >= kHugePage;
@@ -34,12 +35,12 @@ class Workspace {
         return static_cast<Cell*>(data_);
     }
 
-   private:
+private:
     static constexpr size_t kHugePage = size_t{1} << 21, kLargest = size_t{1} << 24;
     static constexpr int kSlots = 4;  // two products at a time
 
     class Kept {
-       public:
+    public:
         void* take(size_t bytes) {
             const std::lock_guard<std::mutex> lock(mutex_);
             for (Slot& slot : slots_)
@@ -55,7 +56,7 @@ class Workspace {
             return true;
         }
 
-       private:
+    private:
         struct Slot {
             size_t bytes = 0;
             void* data = nullptr;

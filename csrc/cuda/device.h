@@ -1,5 +1,5 @@
-// The words that kernels are written in: CUDA's own, or where another compiler reads this, those of simt.h, under which the
-// same sources run whole blocks on a processor.
+// The words that kernels are written in: CUDA's own, or where another compiler reads this, those of
+// simt.h, under which the same sources run whole blocks on a processor.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,9 @@ inline void zero(void* to, size_t bytes, void* stream) {
     check(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// Makes a device the current one of this thread for as long as it lives. This module has a CUDA runtime of its own, linked
-// in, and what torch told its runtime is not known here; the driver's context, which both set, is.
+// Makes a device the current one of this thread for as long as it lives. This module has a CUDA
+// runtime of its own, linked in, and what torch told its runtime is not known here; the driver's
+// context, which both set, is.
 class OnDevice {
 public:
     explicit OnDevice(int device) {
@@ -48,12 +49,18 @@ private:
     bool moved_ = false;
 };
 
-// On the current device, in ``stream``; nothing here waits or allocates, so that all of it can be captured in a graph.
+// On the current device, in ``stream``; nothing here waits or allocates, so that all of it can be
+// captured in a graph.
 template <class... P>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void* stream, P... arguments) {
-    if (blocks <= 0 || blocks > 0x7fffffff) throw std::invalid_argument("the matrix has more tiles than a grid has blocks");
-    if (shared_bytes > (48 << 10)) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void* stream,
+            P... arguments) {
+    if (blocks <= 0 || blocks > 0x7fffffff)
+        throw std::invalid_argument("the matrix has more tiles than a grid has blocks");
+    if (shared_bytes > (48 << 10))
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   shared_bytes));
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
+             static_cast<cudaStream_t>(stream)>>>(arguments...);
     check(cudaGetLastError());
 }
 
@@ -62,7 +69,8 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
 
 namespace nvfp4 {
 
-// Raises what several blocks raise. Most find it high enough already, and a read does not queue as an addition does.
+// Raises what several blocks raise. Most find it high enough already, and a read does not queue as
+// an addition does.
 NVFP4_DEVICE void raise(uint32_t* to, uint32_t value) {
     if (*static_cast<volatile uint32_t*>(to) < value) atomicMax(to, value);
 }

@@ -1,10 +1,11 @@
-// The conversion that Blackwell's processors have; equal to e2m1_nearest: ties to the even code, saturating, sign kept.
+// The conversion that Blackwell's processors have; equal to e2m1_nearest: ties to the even code,
+// saturating, sign kept.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL) || \
-    defined(__CUDA_ARCH_FEAT_SM121_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
+    defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
 #define NVFP4_CONVERTS 1
 
 namespace nvfp4::cuda {
@@ -21,8 +22,9 @@ __device__ __forceinline__ uint32_t convert_eight(const float* x, float multipli
         "mov.b32 %0, {a, b, c, d};\n"
         "}"
         : "=r"(word)
-        : "f"(x[0] * multiplier), "f"(x[1] * multiplier), "f"(x[2] * multiplier), "f"(x[3] * multiplier),
-          "f"(x[4] * multiplier), "f"(x[5] * multiplier), "f"(x[6] * multiplier), "f"(x[7] * multiplier));
+        : "f"(x[0] * multiplier), "f"(x[1] * multiplier), "f"(x[2] * multiplier),
+          "f"(x[3] * multiplier), "f"(x[4] * multiplier), "f"(x[5] * multiplier),
+          "f"(x[6] * multiplier), "f"(x[7] * multiplier));
     return word;
 }
 

@@ -24,7 +24,8 @@ bool simple(const Operand& operand) { return !operand.tiles && operand.metric ==
 
 Variant fused_variant(const Operand& rows, const Operand& columns, bool wide) {
     if (!simple(rows) || !simple(columns)) return {};
-    if (rows.rule == Rule::four_over_six && columns.rule == Rule::rtn) return pair<Squares, Nearest>(wide);
+    if (rows.rule == Rule::four_over_six && columns.rule == Rule::rtn)
+        return pair<Squares, Nearest>(wide);
     if (rows.rule != columns.rule || rows.search != columns.search) return {};
     switch (rows.rule) {
         case Rule::rtn: return pair<Nearest, Nearest>(wide);

@@ -1,7 +1,8 @@
-// What the CUDA code offers to bind_cuda.cpp: plain structs and a few functions, raw pointers to device memory throughout.
+// What the CUDA code offers to bind_cuda.cpp: plain structs and a few functions, raw pointers to
+// device memory throughout.
 //
-// Nothing here waits for the device or allocates; every launch goes to the given stream of the given device, and the device
-// that was current before is current again afterwards.
+// Nothing here waits for the device or allocates; every launch goes to the given stream of the
+// given device, and the device that was current before is current again afterwards.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@ struct Matrix {
     bool aligned;  // to 16 bytes, every row of it; of codes, to 4
 };
 
-// A seed, read from device memory where there is a pointer, so that a replayed graph sees a new one.
+// A seed, read from device memory where there is a pointer, so that a replayed graph sees a new
+// one.
 struct Seed {
     const uint64_t* at;
     uint64_t value;
@@ -30,8 +32,8 @@ struct Operand {
     Rule rule;
     int metric;
     bool tiles, row_scaled, search;
-    bool knows_peak;  // what ``peak`` points to is the amax already
-    bool fixed;       // NVIDIA's rotation
+    bool knows_peak;    // what ``peak`` points to is the amax already
+    bool fixed;         // NVIDIA's rotation
     int group, rounds;  // 0: no rotation
     Seed seed, sign_seed;
     int64_t padded;        // Kp
@@ -44,12 +46,15 @@ struct Operand {
     int64_t lines;
 };
 
-// Of the matrix along its rows, or of its transpose (``down``); from one read where both are wanted.
+// Of the matrix along its rows, or of its transpose (``down``); from one read where both are
+// wanted.
 void quantize(const Matrix& matrix, const Operand& operand, bool down, int device, void* stream);
-void quantize_both(const Matrix& matrix, const Operand& rows, const Operand& columns, int device, void* stream);
+void quantize_both(const Matrix& matrix, const Operand& rows, const Operand& columns, int device,
+                   void* stream);
 
 // Elements that codes [rows, columns] stand for.
-void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out, int device, void* stream);
+void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out,
+                   int device, void* stream);
 
 // Whether one kernel makes both operands.
 bool fused(const Operand& rows, const Operand& columns);

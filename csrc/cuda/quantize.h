@@ -1,7 +1,9 @@
-// Kernels on tiles: the amax, and codes with their scales, of the rows of a matrix, of its columns, or of both in one read.
+// Kernels on tiles: the amax, and codes with their scales, of the rows of a matrix, of its columns,
+// or of both in one read.
 //
-// A thread holds ``held`` blocks of sixteen that follow each other in a line of the operand; the rules are those of
-// quantizers.h, and what differs between kernels is the policy, the orientation and the width of a stored element.
+// A thread holds ``held`` blocks of sixteen that follow each other in a line of the operand; the
+// rules are those of quantizers.h, and what differs between kernels is the policy, the orientation
+// and the width of a stored element.
 #pragma once
 
 #include "../layout.h"
@@ -12,7 +14,8 @@ namespace nvfp4::cuda {
 
 NVFP4_DEVICE uint32_t warp_max(uint32_t x, int lanes = 32) {
     NVFP4_UNROLL(64)
-    for (int distance = 1; distance < lanes; distance *= 2) x = larger_bits(x, __shfl_xor_sync(~0u, x, distance));
+    for (int distance = 1; distance < lanes; distance *= 2)
+        x = larger_bits(x, __shfl_xor_sync(~0u, x, distance));
     return x;
 }
 
@@ -20,7 +23,8 @@ NVFP4_DEVICE uint32_t warp_max(uint32_t x, int lanes = 32) {
 struct LaneScope {
     static NVFP4_DEVICE float amax(float a) { return from_bits(warp_max(bits(a), kBlock)); }
 
-    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j and j + 8.
+    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j
+    // and j + 8.
     template <class F, class Leaf>
     static NVFP4_DEVICE F sum(Leaf leaf) {
         float t[kBlock];
@@ -32,8 +36,9 @@ struct LaneScope {
         return t[0];
     }
 
-    // Of two lanes each keeps half of what it has and gets the other's half, so that in the end a lane has one column's sum.
-    // By templates, as everything is indexed by constants then and stays in registers.
+    // Of two lanes each keeps half of what it has and gets the other's half, so that in the end a
+    // lane has one column's sum. By templates, as everything is indexed by constants then and stays
+    // in registers.
     template <int half>
     static NVFP4_DEVICE void share(float (&t)[kBlock]) {
         const bool upper = threadIdx.x & half;
@@ -51,8 +56,8 @@ struct Place {
     int line, block;
 };
 
-// Rules that scale from the amax. In tiles, sixteen lanes hold the same block of sixteen lines; otherwise neighbouring lanes
-// hold neighbouring blocks of a line, as a rotation wants them.
+// Rules that scale from the amax. In tiles, sixteen lanes hold the same block of sixteen lines;
+// otherwise neighbouring lanes hold neighbouring blocks of a line, as a rotation wants them.
 template <template <class> class RuleOf, bool tiled>
 struct Scaled {
     using Scope = std::conditional_t<tiled, LaneScope, RowScope>;
@@ -60,17 +65,20 @@ struct Scaled {
     static constexpr int held = 1;
     static NVFP4_DEVICE Place place(int slot) {
         if (!tiled) return {slot / kTileBlocks, slot % kTileBlocks};
-        return {slot / (kBlock * kTileBlocks) * kBlock + slot % kBlock, slot / kBlock % kTileBlocks};
+        return {slot / (kBlock * kTileBlocks) * kBlock + slot % kBlock,
+                slot / kBlock % kTileBlocks};
     }
 };
 
-// MS-EDEN. Two blocks a thread save a third of the shuffles of a rotation in groups of 128; four would spill, and so would
-// two where factors are compared.
+// MS-EDEN. Two blocks a thread save a third of the shuffles of a rotation in groups of 128; four
+// would spill, and so would two where factors are compared.
 template <bool search_>
 struct Eden {
     static constexpr bool search = search_;
     static constexpr int held = search ? 1 : 2;
-    static NVFP4_DEVICE Place place(int slot) { return {slot / (kTileBlocks / held), slot % (kTileBlocks / held) * held}; }
+    static NVFP4_DEVICE Place place(int slot) {
+        return {slot / (kTileBlocks / held), slot % (kTileBlocks / held) * held};
+    }
 };
 
 template <class Policy>
@@ -79,13 +87,15 @@ template <bool search>
 struct IsEden<Eden<search>> : std::true_type {};
 
 // Sixteen uniforms of the block; draw n = line * Kp + column.
-NVFP4_DEVICE void element_noise(const Operand& operand, int64_t line, int64_t block, float (&u)[kBlock]) {
+NVFP4_DEVICE void element_noise(const Operand& operand, int64_t line, int64_t block,
+                                float (&u)[kBlock]) {
     const uint64_t seed = value_of(operand.seed);
     const uint64_t counter = static_cast<uint64_t>(line * (operand.padded / 8) + block * 2);
     NVFP4_UNROLL(64)
     for (int half = 0; half < 2; ++half) {
         uint32_t word[4];
-        philox<uint32_t>(seed, static_cast<uint32_t>(counter + half), static_cast<uint32_t>((counter + half) >> 32), kElementStream, word);
+        philox<uint32_t>(seed, static_cast<uint32_t>(counter + half),
+                         static_cast<uint32_t>((counter + half) >> 32), kElementStream, word);
         NVFP4_UNROLL(64)
         for (int j = 0; j < 4; ++j) {
             u[8 * half + 2 * j] = centred_uniform<float>(word[j] << 7);
@@ -98,21 +108,26 @@ NVFP4_DEVICE bool inside(const Operand& operand, int64_t line, int64_t block) {
     return line < operand.lines && block * kBlock < operand.padded;
 }
 
-NVFP4_DEVICE void store_codes(const Operand& operand, int64_t line, int64_t block, Packed<float> codes) {
+NVFP4_DEVICE void store_codes(const Operand& operand, int64_t line, int64_t block,
+                              Packed<float> codes) {
     if (inside(operand, line, block))
-        *reinterpret_cast<Pair*>(operand.codes + line * (operand.padded / 2) + block * 8) = {codes.low, codes.high};
+        *reinterpret_cast<Pair*>(operand.codes + line * (operand.padded / 2) + block * 8) = {
+            codes.low, codes.high};
 }
 
-NVFP4_DEVICE void store_swizzled(const Operand& operand, int64_t line, int64_t block, uint32_t byte) {
+NVFP4_DEVICE void store_swizzled(const Operand& operand, int64_t line, int64_t block,
+                                 uint32_t byte) {
     if (operand.swizzled != nullptr)
-        operand.swizzled[swizzled_offset(line, block, operand.padded / kBlock)] = static_cast<uint8_t>(byte);
+        operand.swizzled[swizzled_offset(line, block, operand.padded / kBlock)] =
+            static_cast<uint8_t>(byte);
 }
 
 constexpr uint32_t kNanBits = 0x7fc00000u;
 
 // Codes and scales of a block; ``line`` and ``block`` are those of the operand.
 template <class Policy>
-NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t block, float (&x)[kBlock]) {
+NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t block,
+                              float (&x)[kBlock]) {
     using Rule = typename Policy::Rule;
     const bool stored = inside(operand, line, block);
     const uint32_t amax = !operand.row_scaled ? operand.peak[0] : stored ? operand.peak[line] : 0u;
@@ -133,31 +148,37 @@ NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t bloc
     store_codes(operand, line, block, Rule::pack(x, scale.value, given));
     if (!stored) return;
     if (!operand.tiles)
-        operand.block_scale[line * (operand.padded / kBlock) + block] = static_cast<uint8_t>(scale.code);
+        operand.block_scale[line * (operand.padded / kBlock) + block] =
+            static_cast<uint8_t>(scale.code);
     else if (line % kBlock == 0)
-        operand.block_scale[line / kBlock * (operand.padded / kBlock) + block] = static_cast<uint8_t>(scale.code);
+        operand.block_scale[line / kBlock * (operand.padded / kBlock) + block] =
+            static_cast<uint8_t>(scale.code);
     store_swizzled(operand, line, block, scale.code);
     if (block == 0 && (operand.row_scaled || line == 0))
-        operand.global_scale[operand.row_scaled ? line : 0] = finite ? given.global_scale : from_bits(kNanBits);
+        operand.global_scale[operand.row_scaled ? line : 0] =
+            finite ? given.global_scale : from_bits(kNanBits);
 }
 
 // Codes and lengths r; what is not finite makes the peak NaN, and finish_kernel clears up.
 template <class Policy>
-NVFP4_DEVICE void store_eden(const Operand& operand, int64_t line, int64_t block, float (&x)[Policy::held][kBlock], uint32_t& peak) {
+NVFP4_DEVICE void store_eden(const Operand& operand, int64_t line, int64_t block,
+                             float (&x)[Policy::held][kBlock], uint32_t& peak) {
     NVFP4_UNROLL(64)
     for (int h = 0; h < Policy::held; ++h) {
         const float amax = block_amax(x[h]);
         float length;
         store_codes(operand, line, block + h, MsEden<Policy::search>::pack(x[h], amax, length));
-        if (inside(operand, line, block + h)) operand.lengths[line * (operand.padded / kBlock) + block + h] = length;
+        if (inside(operand, line, block + h))
+            operand.lengths[line * (operand.padded / kBlock) + block + h] = length;
         peak = larger_bits(peak, bits(amax) < kInfinityBits ? bits(length) : kNanBits);
     }
 }
 
-// All lines of one orientation of the tile; ``line`` and ``block`` are where it begins in the operand.
+// All lines of one orientation of the tile; ``line`` and ``block`` are where it begins in the
+// operand.
 template <class Policy, bool down, int lines, class Stored>
-NVFP4_DEVICE void quantize_lines(const Operand& operand, const Stored* tile, const float* factor, const Signs& signs, int64_t line,
-                                 int64_t block) {
+NVFP4_DEVICE void quantize_lines(const Operand& operand, const Stored* tile, const float* factor,
+                                 const Signs& signs, int64_t line, int64_t block) {
     constexpr int held = Policy::held, slots = lines * kTileBlocks / held;
     static_assert(slots % kThreads == 0, "every thread has the same number of blocks");
     uint32_t peak = 0;
@@ -200,10 +221,11 @@ template <bool search>
 struct Many<Eden<search>> : std::true_type {};
 
 template <class Rows, class Columns>
-constexpr int kTileRows = std::is_same<Columns, None>::value && !IsEden<Rows>::value ? kFlatRows : kTile;
+constexpr int kTileRows =
+    std::is_same<Columns, None>::value && !IsEden<Rows>::value ? kFlatRows : kTile;
 
-// Blocks of threads that a multiprocessor has registers for: 80 a thread with three, 128 with two. Left to itself ptxas
-// spills to fit in another one.
+// Blocks of threads that a multiprocessor has registers for: 80 a thread with three, 128 with two.
+// Left to itself ptxas spills to fit in another one.
 template <class Rows, class Columns>
 constexpr int kResident = Many<Rows>::value || Many<Columns>::value ? 2 : 3;
 
@@ -220,8 +242,8 @@ constexpr int kSharedBytes(int rows) {
 
 // Loads the tile and what belongs to it; returns the factors of its rows, or null.
 template <bool wants_rows, bool wants_columns, int height, class Stored>
-NVFP4_DEVICE const float* prepare_tile(const Matrix& m, const Operand& rows, const Operand& columns, Corner corner, Stored* tile,
-                                       Beside& beside) {
+NVFP4_DEVICE const float* prepare_tile(const Matrix& m, const Operand& rows, const Operand& columns,
+                                       Corner corner, Stored* tile, Beside& beside) {
     const int thread = static_cast<int>(threadIdx.x);
     const bool coded = wants_columns && sizeof(Stored) == 2 && m.element == Element::codes;
     load_tile<Stored, height>(m, corner.row, corner.column, tile);
@@ -236,22 +258,28 @@ NVFP4_DEVICE const float* prepare_tile(const Matrix& m, const Operand& rows, con
 }
 
 template <class Stored, class Rows, class Columns>
-__global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>) quantize_kernel(const Matrix m, const Operand rows, const Operand columns) {
-    constexpr bool wants_rows = !std::is_same<Rows, None>::value, wants_columns = !std::is_same<Columns, None>::value;
+__global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>)
+    quantize_kernel(const Matrix m, const Operand rows, const Operand columns) {
+    constexpr bool wants_rows = !std::is_same<Rows, None>::value,
+                   wants_columns = !std::is_same<Columns, None>::value;
     constexpr int height = kTileRows<Rows, Columns>;
     NVFP4_SHARED(memory);
     auto* tile = reinterpret_cast<Stored*>(memory);
     auto& beside = *reinterpret_cast<Beside*>(tile + height * kTile);
     const Corner corner = corner_of<height>(m);
-    const float* factor = prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
+    const float* factor =
+        prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
     if constexpr (wants_rows)
-        quantize_lines<Rows, false, height>(rows, tile, factor, beside.rows, corner.row, corner.column / kBlock);
+        quantize_lines<Rows, false, height>(rows, tile, factor, beside.rows, corner.row,
+                                            corner.column / kBlock);
     if constexpr (wants_columns)
-        quantize_lines<Columns, true, kTile>(columns, tile, factor, beside.columns, corner.column, corner.row / kBlock);
+        quantize_lines<Columns, true, kTile>(columns, tile, factor, beside.columns, corner.column,
+                                             corner.row / kBlock);
 }
 
 template <bool down, int lines, class Stored>
-NVFP4_DEVICE void find_peak(const Operand& operand, const Stored* tile, const float* factor, const Signs& signs, int64_t line) {
+NVFP4_DEVICE void find_peak(const Operand& operand, const Stored* tile, const float* factor,
+                            const Signs& signs, int64_t line) {
     uint32_t peak = 0;
     NVFP4_ROLLED
     for (int slot = static_cast<int>(threadIdx.x); slot < lines * kTileBlocks; slot += kThreads) {
@@ -263,7 +291,8 @@ NVFP4_DEVICE void find_peak(const Operand& operand, const Stored* tile, const fl
         peak = larger_bits(peak, amax);
         if (!operand.row_scaled) continue;
         const uint32_t of_line = warp_max(amax, kTileBlocks);
-        if (slot % kTileBlocks == 0 && line + at < operand.lines) raise(operand.peak + line + at, of_line);
+        if (slot % kTileBlocks == 0 && line + at < operand.lines)
+            raise(operand.peak + line + at, of_line);
     }
     peak = warp_max(peak);
     if (!operand.row_scaled && threadIdx.x % 32 == 0) raise(operand.peak, peak);
@@ -271,15 +300,18 @@ NVFP4_DEVICE void find_peak(const Operand& operand, const Stored* tile, const fl
 
 // The amax of operands whose rules want one: of the tensor or of each line, after the rotation.
 template <class Stored, bool wants_rows, bool wants_columns>
-__global__ void __launch_bounds__(kThreads) amax_kernel(const Matrix m, const Operand rows, const Operand columns) {
+__global__ void __launch_bounds__(kThreads)
+    amax_kernel(const Matrix m, const Operand rows, const Operand columns) {
     constexpr int height = wants_columns ? kTile : kFlatRows;
     NVFP4_SHARED(memory);
     auto* tile = reinterpret_cast<Stored*>(memory);
     auto& beside = *reinterpret_cast<Beside*>(tile + height * kTile);
     const Corner corner = corner_of<height>(m);
-    const float* factor = prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
+    const float* factor =
+        prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
     if constexpr (wants_rows) find_peak<false, height>(rows, tile, factor, beside.rows, corner.row);
-    if constexpr (wants_columns) find_peak<true, kTile>(columns, tile, factor, beside.columns, corner.column);
+    if constexpr (wants_columns)
+        find_peak<true, kTile>(columns, tile, factor, beside.columns, corner.column);
 }
 
 using TileKernel = void (*)(Matrix, Operand, Operand);
@@ -292,7 +324,9 @@ struct Variant {
 
 template <class Rows, class Columns>
 Variant variant_of(bool wide) {
-    return {wide ? &quantize_kernel<uint32_t, Rows, Columns> : &quantize_kernel<uint16_t, Rows, Columns>, kTileRows<Rows, Columns>};
+    return {wide ? &quantize_kernel<uint32_t, Rows, Columns>
+                 : &quantize_kernel<uint16_t, Rows, Columns>,
+            kTileRows<Rows, Columns>};
 }
 
 template <class Policy>

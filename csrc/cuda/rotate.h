@@ -18,7 +18,9 @@ NVFP4_DEVICE void prepare_signs(const Operand& operand, int thread, Signs& signs
     if (!operand.fixed) sign_bits(value_of(operand.sign_seed), thread, signs[thread]);
 }
 
-NVFP4_DEVICE float other_lane(float x, int distance) { return from_bits(__shfl_xor_sync(~0u, bits(x), distance)); }
+NVFP4_DEVICE float other_lane(float x, int distance) {
+    return from_bits(__shfl_xor_sync(~0u, bits(x), distance));
+}
 
 NVFP4_DEVICE int log2_of(int power) {
     int n = 0;
@@ -26,25 +28,29 @@ NVFP4_DEVICE int log2_of(int power) {
     return n;
 }
 
-// Blocks number block, block + 1, ... of a line, the next ones in the next lane. Strides 1 to 8 are within a block, then come
-// those within a thread, then those between lanes.
+// Blocks number block, block + 1, ... of a line, the next ones in the next lane. Strides 1 to 8 are
+// within a block, then come those within a thread, then those between lanes.
 template <int held>
-NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& operand, const Signs& signs) {
+NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& operand,
+                         const Signs& signs) {
     if (operand.group == 0) return;
     const int blocks = operand.group / kBlock;
     const auto round_all = [&] {
         NVFP4_UNROLL(64)
-        for (int i = 0; i < held * kBlock; ++i) x[i / kBlock][i % kBlock] = to_bfloat16(x[i / kBlock][i % kBlock]);
+        for (int i = 0; i < held * kBlock; ++i)
+            x[i / kBlock][i % kBlock] = to_bfloat16(x[i / kBlock][i % kBlock]);
     };
     if (operand.fixed) round_all();
     for (int round = 0; round < operand.rounds; ++round) {
-        const float scale = operand.fixed ? 0.25f : round_scale(round, operand.rounds, log2_of(operand.group));
+        const float scale =
+            operand.fixed ? 0.25f : round_scale(round, operand.rounds, log2_of(operand.group));
         NVFP4_UNROLL(64)
         for (int h = 0; h < held; ++h) {
             const int at = (block + h) % blocks;
             const uint32_t minus = signs[round][at / 2] >> (at % 2 * 16);
             NVFP4_UNROLL(64)
-            for (int i = 0; i < kBlock; ++i) x[h][i] = from_bits(bits(x[h][i]) ^ (minus >> i & 1u) << 31);
+            for (int i = 0; i < kBlock; ++i)
+                x[h][i] = from_bits(bits(x[h][i]) ^ (minus >> i & 1u) << 31);
             fwht(x[h]);
         }
         NVFP4_UNROLL(64)

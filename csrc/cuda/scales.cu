@@ -1,22 +1,24 @@
-// What does not depend on a policy: the amax, the block scales of ms_eden, decoding; and the order of launches.
+// What does not depend on a policy: the amax, the block scales of ms_eden, decoding; and the order
+// of launches.
 #include "quantize.h"
 
 namespace nvfp4::cuda {
 namespace {
 
-// The block scales of ms_eden, once the largest r is known: eight at a time, which share a Philox counter; and codes that were
-// written before anything was known to be non-finite are cleared.
+// The block scales of ms_eden, once the largest r is known: eight at a time, which share a Philox
+// counter; and codes that were written before anything was known to be non-finite are cleared.
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Operand operand) {
     const int64_t row_blocks = operand.padded / kBlock, count = operand.lines * row_blocks;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, first = index * 8;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                  first = index * 8;
     const uint32_t peak = operand.peak[0];
     const bool finite = peak < kInfinityBits;
     const float longest = from_bits(finite ? peak : 0u);
     const float global_scale = longest == 0.0f ? 1.0f : longest / E4M3::max;
     if (index == 0) operand.global_scale[0] = finite ? global_scale : from_bits(kNanBits);
     uint32_t word[4];
-    philox<uint32_t>(value_of(operand.seed), static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32),
-                     kBlockScaleStream, word);
+    philox<uint32_t>(value_of(operand.seed), static_cast<uint32_t>(index),
+                     static_cast<uint32_t>(index >> 32), kBlockScaleStream, word);
     NVFP4_UNROLL(64)
     for (int i = 0; i < 8; ++i) {
         const int64_t n = first + i;
@@ -33,7 +35,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Operand operand)
 }
 
 NVFP4_DEVICE uint16_t to_half(float x, Element element) {
-    return element == Element::float16 ? to_float16(x) : static_cast<uint16_t>(bits(to_bfloat16(x)) >> 16);
+    return element == Element::float16 ? to_float16(x)
+                                       : static_cast<uint16_t>(bits(to_bfloat16(x)) >> 16);
 }
 
 // The codes of a block: eight bytes, which one load takes where they lie on eight.
@@ -45,14 +48,18 @@ NVFP4_DEVICE Pair load_codes(const uint8_t* bytes, bool whole) {
     return {word[0], word[1]};
 }
 
-// A block of sixteen a thread. whole: codes may be read eight bytes at a time; aligned: results written sixteen.
+// A block of sixteen a thread. whole: codes may be read eight bytes at a time; aligned: results
+// written sixteen.
 __global__ void __launch_bounds__(kThreads)
-    decode_kernel(const CodeMatrix m, int64_t columns, Element element, void* out, bool whole, bool aligned) {
-    const int64_t across = (columns + kBlock - 1) / kBlock, n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    decode_kernel(const CodeMatrix m, int64_t columns, Element element, void* out, bool whole,
+                  bool aligned) {
+    const int64_t across = (columns + kBlock - 1) / kBlock,
+                  n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t row = n / across, column = n % across * kBlock;
     if (row >= m.rows) return;
     const Pair codes = load_codes(m.codes + row * m.row_bytes + column / 2, whole);
-    const uint32_t byte = m.block_scale[row / m.scale_block_rows * m.scale_stride + column / kBlock] & 127u;
+    const uint32_t byte =
+        m.block_scale[row / m.scale_block_rows * m.scale_stride + column / kBlock] & 127u;
     const float scale = byte > E4M3::largest_code ? from_bits(kNanBits) : decode<E4M3, float>(byte);
     const float global = m.global_scale ? m.global_scale[m.row_scaled ? row : 0] : 1.0f;
     float x[kBlock];
@@ -67,7 +74,8 @@ __global__ void __launch_bounds__(kThreads)
         if (aligned) {
             NVFP4_UNROLL(64)
             for (int c = 0; c < 4; ++c)
-                reinterpret_cast<Chunk*>(to)[c] = {{bits(x[4 * c]), bits(x[4 * c + 1]), bits(x[4 * c + 2]), bits(x[4 * c + 3])}};
+                reinterpret_cast<Chunk*>(to)[c] = {
+                    {bits(x[4 * c]), bits(x[4 * c + 1]), bits(x[4 * c + 2]), bits(x[4 * c + 3])}};
         } else {
             NVFP4_UNROLL(64)
             for (int i = 0; i < kBlock; ++i)
@@ -79,11 +87,13 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t word[8];
     NVFP4_UNROLL(64)
     for (int i = 0; i < 8; ++i)
-        word[i] = to_half(x[2 * i], element) | static_cast<uint32_t>(to_half(x[2 * i + 1], element)) << 16;
+        word[i] = to_half(x[2 * i], element) | static_cast<uint32_t>(to_half(x[2 * i + 1], element))
+                                                   << 16;
     if (aligned) {
         NVFP4_UNROLL(64)
         for (int c = 0; c < 2; ++c)
-            reinterpret_cast<Chunk*>(to)[c] = {{word[4 * c], word[4 * c + 1], word[4 * c + 2], word[4 * c + 3]}};
+            reinterpret_cast<Chunk*>(to)[c] = {
+                {word[4 * c], word[4 * c + 1], word[4 * c + 2], word[4 * c + 3]}};
     } else {
         NVFP4_UNROLL(64)
         for (int i = 0; i < kBlock; ++i)
@@ -93,10 +103,14 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int64_t kCeil(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-// A tensor of its own scale that is not rotated has the amax of the matrix, whichever way it is read.
-bool wants_amax(const Operand& operand) { return operand.rule != Rule::ms_eden && !operand.knows_peak; }
+// A tensor of its own scale that is not rotated has the amax of the matrix, whichever way it is
+// read.
+bool wants_amax(const Operand& operand) {
+    return operand.rule != Rule::ms_eden && !operand.knows_peak;
+}
 
-void launch_tiles(const Matrix& m, TileKernel kernel, int rows, const Operand& first, const Operand& second, bool wide, void* stream) {
+void launch_tiles(const Matrix& m, TileKernel kernel, int rows, const Operand& first,
+                  const Operand& second, bool wide, void* stream) {
     const int64_t blocks = kCeil(m.rows, rows) * kCeil(m.columns, kTile);
     const int shared = wide ? kSharedBytes<uint32_t>(rows) : kSharedBytes<uint16_t>(rows);
     launch(kernel, blocks, kThreads, shared, stream, m, first, second);
@@ -104,27 +118,39 @@ void launch_tiles(const Matrix& m, TileKernel kernel, int rows, const Operand& f
 
 template <class Stored>
 TileKernel amax_kernel_of(bool rows, bool columns) {
-    return rows && columns ? &amax_kernel<Stored, true, true> : rows ? &amax_kernel<Stored, true, false> : &amax_kernel<Stored, false, true>;
+    return rows && columns ? &amax_kernel<Stored, true, true>
+           : rows          ? &amax_kernel<Stored, true, false>
+                           : &amax_kernel<Stored, false, true>;
 }
 
-void launch_amax(const Matrix& m, const Operand& rows, const Operand& columns, bool wants_rows, bool wants_columns, bool wide, void* stream) {
+void launch_amax(const Matrix& m, const Operand& rows, const Operand& columns, bool wants_rows,
+                 bool wants_columns, bool wide, void* stream) {
     if (!wants_rows && !wants_columns) return;
-    const TileKernel kernel = wide ? amax_kernel_of<uint32_t>(wants_rows, wants_columns) : amax_kernel_of<uint16_t>(wants_rows, wants_columns);
+    const TileKernel kernel = wide ? amax_kernel_of<uint32_t>(wants_rows, wants_columns)
+                                   : amax_kernel_of<uint16_t>(wants_rows, wants_columns);
     launch_tiles(m, kernel, wants_columns ? kTile : kFlatRows, rows, columns, wide, stream);
 }
 
 void prepare(const Operand& operand, void* stream) {
-    if (!operand.knows_peak) zero(operand.peak, sizeof(uint32_t) * static_cast<size_t>(operand.row_scaled ? operand.lines : 1), stream);
+    if (!operand.knows_peak)
+        zero(operand.peak,
+             sizeof(uint32_t) * static_cast<size_t>(operand.row_scaled ? operand.lines : 1),
+             stream);
     const int64_t blocks = operand.padded / kBlock;
-    if (operand.swizzled) zero(operand.swizzled, static_cast<size_t>(512 * kCeil(operand.lines, 128) * kCeil(blocks, 4)), stream);
+    if (operand.swizzled)
+        zero(operand.swizzled,
+             static_cast<size_t>(512 * kCeil(operand.lines, 128) * kCeil(blocks, 4)), stream);
 }
 
 void finish(const Operand& operand, void* stream) {
     if (operand.rule != Rule::ms_eden) return;
-    launch(&finish_kernel, kCeil(operand.lines * (operand.padded / kBlock), 8 * kThreads), kThreads, 0, stream, operand);
+    launch(&finish_kernel, kCeil(operand.lines * (operand.padded / kBlock), 8 * kThreads), kThreads,
+           0, stream, operand);
 }
 
-bool is_wide(const Matrix& m) { return m.element == Element::float32 || m.element == Element::float16; }
+bool is_wide(const Matrix& m) {
+    return m.element == Element::float32 || m.element == Element::float16;
+}
 
 Variant single_variant(const Operand& operand, bool down, bool wide) {
     switch (operand.rule) {
@@ -151,9 +177,12 @@ void quantize(const Matrix& m, const Operand& operand, bool down, int device, vo
     launch_single(m, operand, down, stream);
 }
 
-bool fused(const Operand& rows, const Operand& columns) { return fused_variant(rows, columns, false).kernel != nullptr; }
+bool fused(const Operand& rows, const Operand& columns) {
+    return fused_variant(rows, columns, false).kernel != nullptr;
+}
 
-void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns, int device, void* stream) {
+void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns, int device,
+                   void* stream) {
     const OnDevice here(device);
     const bool wide = is_wide(m);
     prepare(rows, stream);
@@ -170,12 +199,15 @@ void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns,
     finish(columns, stream);
 }
 
-void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out, int device, void* stream) {
+void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, void* out,
+                   int device, void* stream) {
     const OnDevice here(device);
-    const bool whole = matrix.row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(matrix.codes) % 8 == 0;
+    const bool whole =
+        matrix.row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(matrix.codes) % 8 == 0;
     const bool aligned = columns % kBlock == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
     const int64_t blocks = kCeil(matrix.rows * kCeil(columns, kBlock), kThreads);
-    launch(&decode_kernel, blocks, kThreads, 0, stream, matrix, columns, element, out, whole, aligned);
+    launch(&decode_kernel, blocks, kThreads, 0, stream, matrix, columns, element, out, whole,
+           aligned);
 }
 
 int architectures(const int** list) {

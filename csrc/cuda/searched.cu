@@ -13,7 +13,8 @@ using Largest = FourOverSix<Scope, Metric::abs_max>;
 
 template <bool tiled>
 Variant choose(const Operand& operand, bool down, bool wide) {
-    if (operand.rule == Rule::scale_search) return variant_of<Scaled<ScaleSearch, tiled>>(down, wide);
+    if (operand.rule == Rule::scale_search)
+        return variant_of<Scaled<ScaleSearch, tiled>>(down, wide);
     if (operand.rule != Rule::four_over_six) return {};
     switch (operand.metric) {
         case 0: return variant_of<Scaled<Squares, tiled>>(down, wide);

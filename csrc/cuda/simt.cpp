@@ -17,8 +17,8 @@ constexpr size_t kStack = 128 << 10;
 constexpr size_t kFence = 256;
 constexpr unsigned char kFenceByte = 0x5a;
 
-// Saves the callee-saved registers and the stack pointer, and takes on others: a hundred times faster than swapcontext,
-// which asks the kernel for the signal mask.
+// Saves the callee-saved registers and the stack pointer, and takes on others: a hundred times
+// faster than swapcontext, which asks the kernel for the signal mask.
 #if defined(__x86_64__)
 using Context = void*;
 extern "C" void nvfp4_simt_switch(Context* from, Context to);
@@ -44,7 +44,8 @@ nvfp4_simt_switch:
 )");
 void go(Context& from, Context& to) { nvfp4_simt_switch(&from, to); }
 void prepare(Context& context, unsigned char* stack, void (*entry)()) {
-    auto** top = reinterpret_cast<void**>(stack + kStack) - 1;  // after the jump 8 off a multiple of 16, as after a call
+    // after the jump 8 off a multiple of 16, as after a call
+    auto** top = reinterpret_cast<void**>(stack + kStack) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     context = top - 6;
@@ -128,7 +129,8 @@ void run_block(int threads) {
     }
     const int warps = threads / kWarp;
     do {
-        for (int i = 0; i < warps; ++i) run_warp((machine.order % 2 ? warps - 1 - i : i) * kWarp, kWarp);
+        for (int i = 0; i < warps; ++i)
+            run_warp((machine.order % 2 ? warps - 1 - i : i) * kWarp, kWarp);
     } while (together(0, threads, "a block") != Wait::done);
 }
 
@@ -155,10 +157,12 @@ unsigned char* shared_memory() { return machine.shared.data() + kFence; }
 void set_order(int order) { machine.order = order; }
 
 void run(const std::function<void()>& body, int64_t blocks, int threads, int shared_bytes) {
-    if (blocks <= 0 || blocks > 0x7fffffff || threads % kWarp != 0) throw std::invalid_argument("no such grid");
+    if (blocks <= 0 || blocks > 0x7fffffff || threads % kWarp != 0)
+        throw std::invalid_argument("no such grid");
     machine.body = &body;
     machine.error.clear();
-    if (machine.fibres.size() != static_cast<size_t>(threads)) machine.fibres = std::vector<Fibre>(static_cast<size_t>(threads));
+    if (machine.fibres.size() != static_cast<size_t>(threads))
+        machine.fibres = std::vector<Fibre>(static_cast<size_t>(threads));
     machine.mail.assign(static_cast<size_t>(2 * threads), 0);
     const size_t bytes = static_cast<size_t>(shared_bytes);
     blockDim.x = static_cast<unsigned>(threads);

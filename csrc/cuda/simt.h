@@ -1,8 +1,10 @@
-// CUDA's execution model on a processor, for tests: the threads of a block are fibres, and a barrier or a shuffle is where
-// they wait for each other. Blocks run one after the other, in an order and with an interleaving that ``set_order`` picks.
+// CUDA's execution model on a processor, for tests: the threads of a block are fibres, and a
+// barrier or a shuffle is where they wait for each other. Blocks run one after the other, in an
+// order and with an interleaving that ``set_order`` picks.
 //
-// What a GPU would leave undefined is an error here: threads that end or wait elsewhere while others are at a barrier, lanes
-// missing from a shuffle. Shared memory is filled with NaN before each block and fenced by bytes that no one may change.
+// What a GPU would leave undefined is an error here: threads that end or wait elsewhere while
+// others are at a barrier, lanes missing from a shuffle. Shared memory is filled with NaN before
+// each block and fenced by bytes that no one may change.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +63,8 @@ struct OnDevice {
 };
 
 template <class... P>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void*, P... arguments) {
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void*,
+            P... arguments) {
     simt::run([&] { kernel(arguments...); }, blocks, threads, shared_bytes);
 }
 

@@ -1,4 +1,5 @@
-// Tiles of a matrix in shared memory, and lines of sixteen elements out of them, along the rows or down the columns.
+// Tiles of a matrix in shared memory, and lines of sixteen elements out of them, along the rows or
+// down the columns.
 #pragma once
 
 #include "../codec.h"
@@ -8,8 +9,9 @@
 namespace nvfp4::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 128;       // columns of a tile, and rows of one that is read downwards: the largest rotation group
-constexpr int kFlatRows = 32;    // of a tile that is only read along its rows
+// columns of a tile, and rows of one that is read downwards: the largest rotation group
+constexpr int kTile = 128;
+constexpr int kFlatRows = 32;  // of a tile that is only read along its rows
 constexpr int kTileBlocks = kTile / kBlock;
 
 struct alignas(16) Chunk {
@@ -27,8 +29,9 @@ constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Stored));
 NVFP4_DEVICE float widen(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
 NVFP4_DEVICE float widen(uint32_t x) { return from_bits(x); }
 
-// Where element (row, column) of a tile lies. Chunks of 16 bytes are permuted within 128 bytes, so that what eight threads
-// read at once lies in different banks: neighbouring chunks of a row, every second one, one of rows 1 or 16 apart.
+// Where element (row, column) of a tile lies. Chunks of 16 bytes are permuted within 128 bytes, so
+// that what eight threads read at once lies in different banks: neighbouring chunks of a row, every
+// second one, one of rows 1 or 16 apart.
 template <class Stored>
 NVFP4_DEVICE int tile_offset(int row, int column) {
     constexpr int per = kPerChunk<Stored>;
@@ -43,8 +46,10 @@ NVFP4_DEVICE Chunk decode_chunk(uint32_t codes, uint32_t scale_byte) {
     NVFP4_UNROLL(64)
     for (int i = 0; i < 4; ++i) {
         const uint32_t pair = codes >> (8 * i);
-        const float even = decode<E2M1, float>(pair & 7u) * scale, odd = decode<E2M1, float>(pair >> 4 & 7u) * scale;
-        chunk.word[i] = ((bits(even) | (pair & 8u) << 28) >> 16) | ((bits(odd) | (pair >> 4 & 8u) << 28) & 0xffff0000u);
+        const float even = decode<E2M1, float>(pair & 7u) * scale,
+                    odd = decode<E2M1, float>(pair >> 4 & 7u) * scale;
+        chunk.word[i] = ((bits(even) | (pair & 8u) << 28) >> 16) |
+                        ((bits(odd) | (pair >> 4 & 8u) << 28) & 0xffff0000u);
     }
     return chunk;
 }
@@ -62,12 +67,14 @@ NVFP4_DEVICE Chunk load_codes(const Matrix& m, int64_t row, int64_t column) {
         for (int i = 0; i < 4; ++i) codes |= static_cast<uint32_t>(at[i]) << (8 * i);
     const int64_t inside = m.columns - column;
     if (inside < 8) codes &= (1u << (4 * inside)) - 1u;
-    return decode_chunk(codes, c.block_scale[row / c.scale_block_rows * c.scale_stride + column / kBlock]);
+    return decode_chunk(codes,
+                        c.block_scale[row / c.scale_block_rows * c.scale_stride + column / kBlock]);
 }
 
 // Neighbours in a row that fill 16 bytes of a tile, zero outside of the matrix.
 template <class Stored, class Element>
-NVFP4_DEVICE void load_elements(const Matrix& m, int64_t row, int64_t column, Element (&x)[kPerChunk<Stored>]) {
+NVFP4_DEVICE void load_elements(const Matrix& m, int64_t row, int64_t column,
+                                Element (&x)[kPerChunk<Stored>]) {
     constexpr int per = kPerChunk<Stored>;
     struct alignas(sizeof(Element) * per) Run {
         Element x[per];
@@ -93,7 +100,8 @@ NVFP4_DEVICE Chunk load_chunk<uint16_t>(const Matrix& m, int64_t row, int64_t co
     load_elements<uint16_t>(m, row, column, x);
     Chunk chunk;
     NVFP4_UNROLL(64)
-    for (int i = 0; i < 4; ++i) chunk.word[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
+    for (int i = 0; i < 4; ++i)
+        chunk.word[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
     return chunk;
 }
 
@@ -111,8 +119,8 @@ NVFP4_DEVICE Chunk load_chunk<uint32_t>(const Matrix& m, int64_t row, int64_t co
     return chunk;
 }
 
-// Rows [row, row + rows) and columns [column, column + 128) of the matrix. A thread has several loads under way at once, but
-// not of codes, whose decoding takes registers.
+// Rows [row, row + rows) and columns [column, column + 128) of the matrix. A thread has several
+// loads under way at once, but not of codes, whose decoding takes registers.
 template <class Stored, int rows>
 NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored* tile) {
     constexpr int chunks = kTile / kPerChunk<Stored>, count = rows * chunks, at_once = 4;
@@ -123,7 +131,8 @@ NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored
             NVFP4_ROLLED
             for (int n = thread; n < count; n += kThreads) {
                 const int r = n / chunks, c = n % chunks * kPerChunk<Stored>;
-                *reinterpret_cast<Chunk*>(tile + tile_offset<Stored>(r, c)) = load_codes(m, row + r, column + c);
+                *reinterpret_cast<Chunk*>(tile + tile_offset<Stored>(r, c)) =
+                    load_codes(m, row + r, column + c);
             }
             return;
         }
@@ -135,12 +144,14 @@ NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored
         NVFP4_UNROLL(4)
         for (int i = 0; i < together; ++i) {
             const int n = first + i * kThreads;
-            chunk[i] = load_chunk<Stored>(m, row + n / chunks, column + n % chunks * kPerChunk<Stored>);
+            chunk[i] =
+                load_chunk<Stored>(m, row + n / chunks, column + n % chunks * kPerChunk<Stored>);
         }
         NVFP4_UNROLL(4)
         for (int i = 0; i < together; ++i) {
             const int n = first + i * kThreads;
-            *reinterpret_cast<Chunk*>(tile + tile_offset<Stored>(n / chunks, n % chunks * kPerChunk<Stored>)) = chunk[i];
+            *reinterpret_cast<Chunk*>(
+                tile + tile_offset<Stored>(n / chunks, n % chunks * kPerChunk<Stored>)) = chunk[i];
         }
     }
 }
@@ -150,30 +161,36 @@ template <bool down, class Stored>
 NVFP4_DEVICE void read_block(const Stored* tile, int line, int block, float (&x)[kBlock]) {
     if constexpr (down) {
         NVFP4_UNROLL(64)
-        for (int i = 0; i < kBlock; ++i) x[i] = widen(tile[tile_offset<Stored>(block * kBlock + i, line)]);
+        for (int i = 0; i < kBlock; ++i)
+            x[i] = widen(tile[tile_offset<Stored>(block * kBlock + i, line)]);
     } else {
         constexpr int per = kPerChunk<Stored>;
         NVFP4_UNROLL(64)
         for (int c = 0; c < kBlock / per; ++c) {
-            const Chunk chunk = *reinterpret_cast<const Chunk*>(tile + tile_offset<Stored>(line, block * kBlock + c * per));
+            const Chunk chunk = *reinterpret_cast<const Chunk*>(
+                tile + tile_offset<Stored>(line, block * kBlock + c * per));
             NVFP4_UNROLL(64)
             for (int i = 0; i < per; ++i)
-                x[c * per + i] = sizeof(Stored) == 4 ? from_bits(chunk.word[i & 3])
-                                                     : widen(static_cast<uint16_t>(chunk.word[i / 2 & 3] >> (i % 2 * 16)));
+                x[c * per + i] =
+                    sizeof(Stored) == 4
+                        ? from_bits(chunk.word[i & 3])
+                        : widen(static_cast<uint16_t>(chunk.word[i / 2 & 3] >> (i % 2 * 16)));
         }
     }
 }
 
-// Blocks number block, block + 1, ... of a line. ``factor``: of each row of the tile, for elements of codes that are still to be
-// multiplied by their global scale; or null.
+// Blocks number block, block + 1, ... of a line. ``factor``: of each row of the tile, for elements
+// of codes that are still to be multiplied by their global scale; or null.
 template <bool down, class Stored, int held>
-NVFP4_DEVICE void read_blocks(const Stored* tile, const float* factor, int line, int block, float (&x)[held][kBlock]) {
+NVFP4_DEVICE void read_blocks(const Stored* tile, const float* factor, int line, int block,
+                              float (&x)[held][kBlock]) {
     NVFP4_UNROLL(64)
     for (int h = 0; h < held; ++h) read_block<down>(tile, line, block + h, x[h]);
     if constexpr (down && sizeof(Stored) == 2) {
         if (factor == nullptr) return;
         NVFP4_UNROLL(64)
-        for (int i = 0; i < held * kBlock; ++i) x[i / kBlock][i % kBlock] *= factor[block * kBlock + i];
+        for (int i = 0; i < held * kBlock; ++i)
+            x[i / kBlock][i % kBlock] *= factor[block * kBlock + i];
     }
 }
 

@@ -1,9 +1,11 @@
-// Runs every kernel of one instruction set over hard inputs and prints a digest of the bytes of each case, one per line:
+// Runs every kernel of one instruction set over hard inputs and prints a digest of the bytes of
+// each case, one per line:
 //
 //     native_digests [portable | avx2 | avx512]
 //
-// Two processors, or two instruction sets of one, agree to the last bit where their lines do. No Python and no torch, so that
-// it can be cross-compiled and emulated; tests/backends/test_aarch64.py does that and compares the lines with this machine's.
+// Two processors, or two instruction sets of one, agree to the last bit where their lines do. No
+// Python and no torch, so that it can be cross-compiled and emulated;
+// tests/backends/test_aarch64.py does that and compares the lines with this machine's.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -36,9 +38,11 @@ uint32_t bits(float x) {
     return b;
 }
 
-const char* const kKinds[] = {"bell", "wide", "ties", "sparse", "zeros", "tiny", "huge", "nan", "inf"};
+const char* const kKinds[] = {"bell", "wide", "ties", "sparse", "zeros",
+                              "tiny", "huge", "nan",  "inf"};
 
-// One element of a matrix of that difficulty; integer arithmetic and exact scalings, so that it is the same everywhere.
+// One element of a matrix of that difficulty; integer arithmetic and exact scalings, so that it is
+// the same everywhere.
 float element(int kind, Random& random, bool first) {
     float bell = -2.0f;
     for (int i = 0; i < 4; ++i) bell += random.uniform();
@@ -58,7 +62,8 @@ float element(int kind, Random& random, bool first) {
 // The bytes of x in a format: BF16 cut off, float16 as any bits at all but Inf and NaN.
 void put(std::vector<uint8_t>& to, size_t at, Element format, float x, Random& random) {
     const uint32_t word = bits(x);
-    const uint16_t half = static_cast<uint16_t>(format == Element::bfloat16 ? word >> 16 : random.word() & 0xbbffu);
+    const uint16_t half =
+        static_cast<uint16_t>(format == Element::bfloat16 ? word >> 16 : random.word() & 0xbbffu);
     if (format == Element::float32)
         memcpy(&to[at * 4], &word, 4);
     else
@@ -66,7 +71,8 @@ void put(std::vector<uint8_t>& to, size_t at, Element format, float x, Random& r
 }
 
 uint64_t digest(uint64_t hash, const void* data, size_t count) {  // FNV-1a
-    for (size_t i = 0; i < count; ++i) hash = (hash ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001b3u;
+    for (size_t i = 0; i < count; ++i)
+        hash = (hash ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001b3u;
     return hash;
 }
 
@@ -194,21 +200,28 @@ uint64_t decoded(const Kernels& kernels, const CodeMatrix& matrix, int64_t colum
 }
 
 // x, x^T, both at once, the codes decoded, and the transpose quantised anew from codes.
-void run(const Kernels& kernels, const Case& c, Shape shape, int kind, Element format, uint64_t seed) {
+void run(const Kernels& kernels, const Case& c, Shape shape, int kind, Element format,
+         uint64_t seed) {
     Random random{seed};
     std::vector<uint8_t> x(static_cast<size_t>(shape.rows * shape.columns) * 4);
     for (int64_t i = 0; i < shape.rows * shape.columns; ++i)
-        put(x, static_cast<size_t>(i), format, element(kind, random, i == shape.rows * shape.columns / 2), random);
+        put(x, static_cast<size_t>(i), format,
+            element(kind, random, i == shape.rows * shape.columns / 2), random);
     const Source across = view(x, format, shape, false), down = view(x, format, shape, true);
     const int64_t wide = padded(across.columns, c), tall = padded(down.columns, c);
-    Result row(across.rows, wide), column(down.rows, tall), row_again(across.rows, wide), column_again(down.rows, tall);
+    Result row(across.rows, wide), column(down.rows, tall), row_again(across.rows, wide),
+        column_again(down.rows, tall);
     kernels.quantize(args_of(c, across, seed, row));
     kernels.quantize(args_of(c, down, seed, column));
-    kernels.quantize_both(args_of(c, across, seed, row_again), args_of(c, down, seed, column_again));
+    kernels.quantize_both(args_of(c, across, seed, row_again),
+                          args_of(c, down, seed, column_again));
     const int64_t block_rows = c.tiles ? 16 : 1;
-    const CodeMatrix matrix{row.codes.data(), row.scales.data(), row.global.data(), across.rows, wide / 2, wide / 16, block_rows, c.row_scaled};
-    printf("%s %s format %d, %dx%d:", c.name, kKinds[kind], static_cast<int>(format), static_cast<int>(shape.rows), static_cast<int>(shape.columns));
-    for (const Result* result : {&row, &column, &row_again, &column_again}) printf(" %016llx", static_cast<unsigned long long>(result->hash()));
+    const CodeMatrix matrix{row.codes.data(), row.scales.data(), row.global.data(), across.rows,
+                            wide / 2,         wide / 16,         block_rows,        c.row_scaled};
+    printf("%s %s format %d, %dx%d:", c.name, kKinds[kind], static_cast<int>(format),
+           static_cast<int>(shape.rows), static_cast<int>(shape.columns));
+    for (const Result* result : {&row, &column, &row_again, &column_again})
+        printf(" %016llx", static_cast<unsigned long long>(result->hash()));
     Source saved{};
     saved.element = Element::codes;
     saved.rows = across.columns;
@@ -233,15 +246,18 @@ const Kernels* kernels_of(const std::string& name) {
 int main(int count, char** arguments) {
     const Kernels* kernels = kernels_of(count > 1 ? arguments[1] : "portable");
     if (!kernels) {
-        fprintf(stderr, "native_digests: expected portable, avx2 or avx512, got %s\n", arguments[1]);
+        fprintf(stderr, "native_digests: expected portable, avx2 or avx512, got %s\n",
+                arguments[1]);
         return 2;
     }
     uint64_t seed = 1;
     for (const Case& c : kCases)
         for (const Shape shape : kShapes)
             for (int kind = 0; kind < 9; ++kind, ++seed)
-                if (seed % 4 == 0)  // emulation is slow; every case, shape and kind comes up in some company
-                    run(*kernels, c, shape, kind, static_cast<Element>(seed / 4 % 3), seed * 0x9E3779B97F4A7C15u);
+                // emulation is slow; every case, shape and kind comes up in some company
+                if (seed % 4 == 0)
+                    run(*kernels, c, shape, kind, static_cast<Element>(seed / 4 % 3),
+                        seed * 0x9E3779B97F4A7C15u);
     for (const int64_t bytes : {1, 511, 4096, 65537, 300000}) {
         Random random{static_cast<uint64_t>(bytes)};
         std::vector<uint8_t> data(static_cast<size_t>(bytes));

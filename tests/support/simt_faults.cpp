@@ -13,8 +13,10 @@ void right(uint32_t* out) {
 }
 
 void half_a_barrier(uint32_t*) {
-    if (threadIdx.x < 32) __syncthreads();
-    else __shfl_xor_sync(~0u, 0, 1);
+    if (threadIdx.x < 32)
+        __syncthreads();
+    else
+        __shfl_xor_sync(~0u, 0, 1);
 }
 
 void half_a_shuffle(uint32_t* out) {
@@ -38,7 +40,7 @@ void unwritten(uint32_t* out) {
 }  // namespace
 
 extern "C" int run_kernel(const char* name) {
-    void (*kernel)(uint32_t*) = !strcmp(name, "half_a_barrier") ? half_a_barrier
+    void (*kernel)(uint32_t*) = !strcmp(name, "half_a_barrier")   ? half_a_barrier
                                 : !strcmp(name, "half_a_shuffle") ? half_a_shuffle
                                 : !strcmp(name, "early_exit")     ? early_exit
                                 : !strcmp(name, "overrun")        ? overrun
