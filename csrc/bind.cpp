@@ -4,12 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bind_common.h"
 #include "cpu/kernels.h"
-#include "formats.h"
 #include "interface.h"
 #include "layout.h"
 #include "philox.h"
@@ -55,16 +54,6 @@ void use(const std::string& isa) { held = find(isa, 0); }
 
 const Kernels& kernels(const std::string& isa) { return *available()[find(isa, held)]; }
 
-void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
-
-Element element_of(int element) {
-    require(element >= 0 && element <= 2,
-            "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-    return static_cast<Element>(element);
-}
-
 Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int64_t row_stride,
                  int64_t column_stride) {
     require(rows > 0 && columns > 0 && data != 0, "the source must not be empty");
@@ -82,20 +71,6 @@ Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int
     return source;
 }
 
-CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows,
-                       int64_t row_bytes, int64_t scale_stride, int64_t scale_block_rows,
-                       bool row_scaled) {
-    require(rows > 0 && row_bytes > 0 && codes && block_scale, "the codes must not be empty");
-    return {reinterpret_cast<const uint8_t*>(codes),
-            reinterpret_cast<const uint8_t*>(block_scale),
-            reinterpret_cast<const float*>(global_scale),
-            rows,
-            row_bytes,
-            scale_stride,
-            scale_block_rows,
-            row_scaled};
-}
-
 Source codes_source(const CodeMatrix& decoded, int64_t rows) {
     require(rows > 0 && rows <= decoded.row_bytes * 2,
             "more operand rows than the codes have columns");
@@ -108,38 +83,22 @@ Source codes_source(const CodeMatrix& decoded, int64_t rows) {
     return source;
 }
 
-struct Options {
-    int rule = 0, metric = 0;
-    bool tiles = false, row_scaled = false, search = false;
-    uint64_t seed = 0;
-    int group = 0, rounds = 1;
-    uint64_t sign_seed = 0;
-    bool fixed = false;
-};
+using CpuOptions = Options<uint64_t>;
 
-QuantizeArgs quantize_args(const Source& source, const Options& options, int64_t padded_columns,
+QuantizeArgs quantize_args(const Source& source, const CpuOptions& options, int64_t padded_columns,
                            uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale,
                            uintptr_t scratch, uintptr_t amax, int threads) {
-    const int unit = options.group ? options.group : kBlock;
-    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2,
-            "unknown rule or metric");
-    require(unit % 16 == 0 && unit <= 128 && options.rounds >= 1 && options.rounds <= 3,
-            "bad rotation");
-    require(padded_columns == (source.columns + unit - 1) / unit * unit,
+    require(padded_columns == options.padded(source.columns),
             "padded_columns does not fit the source");
     require(codes && block_scale && global_scale && threads > 0, "missing output");
-    require(options.rule != 5 || (scratch && !options.tiles && !options.row_scaled),
-            "ms_eden needs scratch and 1x16 blocks");
-    require(!amax || (options.rule != 5 && !options.group),
+    require(!options.is_eden() || scratch, "ms_eden needs scratch");
+    require(!amax || (!options.is_eden() && !options.group),
             "an amax of rotated values cannot be given");
+
     QuantizeArgs args{};
+    static_cast<Method&>(args) = options.method;
     args.source = source;
-    args.turn = {options.group, options.rounds, options.sign_seed, options.fixed};
-    args.rule = static_cast<Rule>(options.rule);
-    args.metric = options.metric;
-    args.tiles = options.tiles;
-    args.row_scaled = options.row_scaled;
-    args.search = options.search;
+    args.rotation = {options.group, options.rounds, options.sign_seed, options.fixed};
     args.seed = options.seed;
     args.padded_columns = padded_columns;
     args.codes = reinterpret_cast<uint8_t*>(codes);
@@ -171,7 +130,7 @@ void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down, const s
 
 void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int threads,
             const std::string& isa) {
-    require(columns > 0 && columns <= matrix.row_bytes * 2, "more columns than there are codes");
+    require_columns(matrix, columns);
     require(out && threads > 0, "missing output");
     const DecodeArgs args{matrix, columns, element_of(element), reinterpret_cast<void*>(out),
                           threads};
@@ -277,11 +236,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", &use);
     py::class_<CodeMatrix>(m, "CodeMatrix").def(py::init(&code_matrix));
     py::class_<Source>(m, "Source").def(py::init(&source_of)).def(py::init(&codes_source));
-    py::class_<Options>(m, "Options")
+    py::class_<CpuOptions>(m, "Options")
         .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search,
                          uint64_t seed, int group, int rounds, uint64_t sign_seed, bool fixed) {
-            return Options{rule, metric, tiles,  row_scaled, search,
-                           seed, group,  rounds, sign_seed,  fixed};
+            return checked_options(rule, metric, tiles, row_scaled, search, group, rounds, fixed,
+                                   seed, sign_seed);
         }));
     py::class_<QuantizeArgs>(m, "QuantizeArgs").def(py::init(&quantize_args));
     m.def("quantize", &quantize);

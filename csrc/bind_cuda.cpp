@@ -3,10 +3,8 @@
 // processor (tests only).
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-
+#include "bind_common.h"
 #include "cuda/kernels.h"
-#include "formats.h"
 #include "interface.h"
 #if defined(NVFP4_SIMT)
 #include "cuda/simt.h"
@@ -20,16 +18,6 @@ namespace py = pybind11;
 using namespace nvfp4;
 
 namespace {
-
-void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
-
-Element element_of(int element) {
-    require(element >= 0 && element <= 2,
-            "element must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-    return static_cast<Element>(element);
-}
 
 bool divides(uintptr_t unit, uintptr_t address, int64_t stride_bytes) {
     return address % unit == 0 && stride_bytes % static_cast<int64_t>(unit) == 0;
@@ -48,24 +36,8 @@ cuda::Matrix matrix_of(uintptr_t data, int element, int64_t rows, int64_t column
     return m;
 }
 
-CodeMatrix code_matrix(uintptr_t codes, uintptr_t block_scale, uintptr_t global_scale, int64_t rows,
-                       int64_t row_bytes, int64_t scale_stride, int64_t scale_block_rows,
-                       bool row_scaled) {
-    require(rows > 0 && row_bytes > 0 && codes && block_scale, "the codes must not be empty");
-    require(scale_block_rows == 1 || scale_block_rows == kBlock,
-            "scale_block_rows must be 1 or 16");
-    return {reinterpret_cast<const uint8_t*>(codes),
-            reinterpret_cast<const uint8_t*>(block_scale),
-            reinterpret_cast<const float*>(global_scale),
-            rows,
-            row_bytes,
-            scale_stride,
-            scale_block_rows,
-            row_scaled};
-}
-
 cuda::Matrix coded_matrix(const CodeMatrix& coded, int64_t columns) {
-    require(columns > 0 && columns <= coded.row_bytes * 2, "more columns than there are codes");
+    require_columns(coded, columns);
     require(coded.global_scale, "the source needs its global scale");
     cuda::Matrix m{};
     m.element = Element::codes;
@@ -76,40 +48,23 @@ cuda::Matrix coded_matrix(const CodeMatrix& coded, int64_t columns) {
     return m;
 }
 
-struct Options {
-    int rule = 0, metric = 0;
-    bool tiles = false, row_scaled = false, search = false;
-    int group = 0, rounds = 1;
-    bool fixed = false;
-    cuda::Seed seed{}, sign_seed{};
-};
+using CudaOptions = Options<cuda::Seed>;
 
-cuda::Operand operand_of(const Options& options, int64_t lines, int64_t padded, uintptr_t codes,
+cuda::Operand operand_of(const CudaOptions& options, int64_t lines, int64_t padded, uintptr_t codes,
                          uintptr_t block_scale, uintptr_t global_scale, uintptr_t peak,
                          bool knows_peak, uintptr_t lengths, uintptr_t swizzled) {
-    const int unit = options.group ? options.group : kBlock;
-    require(options.rule >= 0 && options.rule <= 5 && options.metric >= 0 && options.metric <= 2,
-            "unknown rule or metric");
-    require((unit == 16 || unit == 32 || unit == 64 || unit == 128) && options.rounds >= 1 &&
-                options.rounds <= 3,
-            "bad rotation");
-    require(!options.fixed || (unit == 16 && options.rounds == 1), "bad rotation");
-    require(!options.tiles || options.group <= kBlock,
+    require(!options.method.tiles || options.group <= kBlock,
             "16x16 blocks are not rotated in groups beyond 16");
-    require(!options.tiles || !options.row_scaled, "16x16 blocks have one scale for the tensor");
-    require(lines > 0 && padded > 0 && padded % unit == 0, "padded does not fit the rotation");
+    require(lines > 0 && padded > 0 && padded == options.padded(padded),
+            "padded does not fit the rotation");
     require(codes && block_scale && global_scale && peak, "missing output");
     require(codes % 8 == 0, "codes must be aligned to 8 bytes");
-    require(
-        options.rule != 5 || (lengths && !options.tiles && !options.row_scaled && options.group),
-        "ms_eden needs scratch, rotation and 1x16 blocks");
-    require(options.rule != 5 || !knows_peak, "ms_eden finds its range itself");
+    require(!options.is_eden() || (lengths && options.group),
+            "ms_eden needs scratch and a rotation");
+    require(!options.is_eden() || !knows_peak, "ms_eden finds its range itself");
+
     cuda::Operand operand{};
-    operand.rule = static_cast<Rule>(options.rule);
-    operand.metric = options.metric;
-    operand.tiles = options.tiles;
-    operand.row_scaled = options.row_scaled;
-    operand.search = options.search;
+    static_cast<Method&>(operand) = options.method;
     operand.knows_peak = knows_peak;
     operand.fixed = options.fixed;
     operand.group = options.group;
@@ -128,9 +83,9 @@ cuda::Operand operand_of(const Options& options, int64_t lines, int64_t padded, 
 }
 
 void require_fit(const cuda::Matrix& m, const cuda::Operand& operand, bool down) {
-    const int64_t lines = down ? m.columns : m.rows, length = down ? m.rows : m.columns;
-    const int64_t unit = operand.group ? operand.group : kBlock;
-    require(operand.lines == lines && operand.padded == (length + unit - 1) / unit * unit,
+    const int64_t lines = down ? m.columns : m.rows;
+    const int64_t length = down ? m.rows : m.columns;
+    require(operand.lines == lines && operand.padded == padded_length(length, operand.group),
             "the operand does not fit the matrix");
     require(down || m.element != Element::codes, "codes are quantised again as their transpose");
 }
@@ -152,7 +107,7 @@ void quantize_both(const cuda::Matrix& m, const cuda::Operand& rows, const cuda:
 
 void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int device,
             uintptr_t stream) {
-    require(columns > 0 && columns <= matrix.row_bytes * 2, "more columns than there are codes");
+    require_columns(matrix, columns);
     require(out != 0, "missing output");
     const Element checked = element_of(element);
     py::gil_scoped_release release;
@@ -174,12 +129,8 @@ PYBIND11_MODULE(NVFP4_MODULE, m) {
         .def(py::init([](uint64_t value, uintptr_t at) {
             return cuda::Seed{reinterpret_cast<const uint64_t*>(at), value};
         }));
-    py::class_<Options>(m, "Options", py::module_local())
-        .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search, int group,
-                         int rounds, bool fixed, cuda::Seed seed, cuda::Seed sign_seed) {
-            return Options{rule,  metric, tiles, row_scaled, search,
-                           group, rounds, fixed, seed,       sign_seed};
-        }));
+    py::class_<CudaOptions>(m, "Options", py::module_local())
+        .def(py::init(&checked_options<cuda::Seed>));
     py::class_<cuda::Operand>(m, "Operand", py::module_local()).def(py::init(&operand_of));
     m.def("quantize", &quantize);
     m.def("quantize_both", &quantize_both);

@@ -23,10 +23,16 @@ NVFP4_FN F decode(Int<F> code) {
     return select(code < (1u << m), to_float(code) * step, normal);
 }
 
-// Sign of x as bit 3 of a code.
+// The value of a signed E2M1 code, the sign in bit 3.
 template <class F>
-NVFP4_FN Int<F> sign_bit(F x) {
-    return (bits(x) >> 28) & 8u;
+NVFP4_FN F decode_signed(Int<F> code) {
+    return from_bits(bits(decode<E2M1, F>(code & 7u)) | (code & 8u) << 28);
+}
+
+// The value of a block scale: 127 is NaN, and bit 7 is not looked at.
+NVFP4_FN float decode_scale(uint32_t byte) {
+    const uint32_t code = byte & 127u;
+    return code > E4M3::largest_code ? from_bits(kNanBits) : decode<E4M3, float>(code);
 }
 
 // Round to BF16, ties to even; NaN stays NaN.

@@ -32,5 +32,9 @@ constexpr float kFloatMax = 3.4028234663852886e38f;  // largest finite float32
 constexpr float kSearchCap = 256.0f;
 // |x| of a non-finite float32 has bits at or above this
 constexpr unsigned kInfinityBits = 0x7f800000u;
+constexpr unsigned kNanBits = 0x7fc00000u;
+
+// How many blocks, tiles, pieces of ``unit`` hold n; neither is negative.
+NVFP4_FN constexpr int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 NVFP4_END

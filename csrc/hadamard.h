@@ -12,9 +12,13 @@ constexpr int kMaxRounds = 3;
 // bit j set: minus at position j (arXiv 2509.25149, TransformerEngine)
 constexpr uint32_t kNvidiaSigns = 0xD7E8u;
 
-// The 128 sign bits of one round; bit j of the words, low first, set means minus at position j.
-NVFP4_FN void sign_bits(uint64_t sign_seed, int round, uint32_t word[4]) {
-    philox<uint32_t>(sign_seed, static_cast<uint32_t>(round), 0u, kSignStream, word);
+// The sign bits of one round; bit j of the words, low first, set means minus at position j. A fixed
+// rotation has NVIDIA's sixteen, any other 128 random ones.
+NVFP4_FN void sign_bits(uint64_t sign_seed, bool fixed, int round, uint32_t word[4]) {
+    if (fixed)
+        word[0] = kNvidiaSigns, word[1] = word[2] = word[3] = 0u;
+    else
+        philox<uint32_t>(sign_seed, static_cast<uint32_t>(round), 0u, kSignStream, word);
 }
 
 // Powers of two that pair up to 1/group over two rounds; fl(group^-1/2) for a last round of even

@@ -99,17 +99,6 @@ NVFP4_FN uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
     return (a & mask) | (b & ~mask);
 }
 
-// Eight signed codes in a word, low nibble first. The j-th goes in, in order, as bits that begin
-// with its sign and bits that end in zero and its magnitude's code; turned left by one they are the
-// nibble with its sign last, put first in all eight at the end.
-NVFP4_FN uint32_t put_code(uint32_t word, uint32_t sign, uint32_t code, int j) {
-    return select_bits(15u << (4 * j), rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1),
-                       word);
-}
-NVFP4_FN uint32_t finish_codes(uint32_t word) {
-    return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
-}
-
 NVFP4_FN uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 
 NVFP4_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {

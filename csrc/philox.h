@@ -42,4 +42,11 @@ NVFP4_FN F centred_uniform(Int<F> placed) {
     return from_bits((placed & 0x7fff80u) | 0x3f800000u) - (1.0f - 0x1p-17f);
 }
 
+// The two of a word: of its low half, then of its high half.
+template <class F>
+NVFP4_FN void centred_uniforms(Int<F> word, F& first, F& second) {
+    first = centred_uniform<F>(word << 7);
+    second = centred_uniform<F>(word >> 9);
+}
+
 NVFP4_END

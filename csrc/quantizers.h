@@ -44,12 +44,18 @@ struct RowScope {
 
 enum class Metric { mse, mae, abs_max };
 
-template <class F, int n>
-NVFP4_FN F block_amax(const F (&x)[n]) {
-    Int<F> largest = bits(x[0]) & 0x7fffffffu;  // as integers, so that NaN is larger than anything
-    NVFP4_UNROLL(16)
-    for (int i = 1; i < n; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
-    return from_bits(largest);
+// Eight signed codes in a word, low nibble first. The j-th goes in, in order, as bits that begin
+// with its sign and bits that end in zero and its magnitude's code; turned left by one they are the
+// nibble with its sign last, put first in all eight at the end. Where a vector has no select by
+// bits, cpu/simd.h has words of its own.
+template <class U>
+NVFP4_FN U put_code(U word, U sign, U code, int j) {
+    const U nibble = rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1);
+    return select_bits(15u << (4 * j), nibble, word);
+}
+template <class U>
+NVFP4_FN U finish_codes(U word) {
+    return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
 }
 
 // Codes of x[i] * multiplier, which is not negative. ``round(a, i)`` returns bits that end in zero
@@ -137,36 +143,37 @@ NVFP4_FN F candidate_error(const F (&scaled)[n], F scale) {
     return Scope::amax(largest);
 }
 
-template <class F, int n>
-NVFP4_FN void scaled_magnitudes(const F (&x)[n], F encode, F (&scaled)[n]) {
-    NVFP4_UNROLL(16)
-    for (int i = 0; i < n; ++i) scaled[i] = magnitude(x[i]) * encode;
-}
-
-// The codes of x S on the scale that won.
-template <class F>
-NVFP4_FN Packed<F> pack_scaled(const F (&x)[kBlock], F scale, F encode) {
-    F scaled[kBlock];
-    NVFP4_UNROLL(16)
-    for (int i = 0; i < kBlock; ++i) scaled[i] = x[i] * encode;
-    return pack_nearest(scaled, guarded_inverse(scale));
-}
-
-template <class Scope, Metric metric>
-struct FourOverSix {
+// Rules that try several block scales on |x| S and keep the one of least error, the first of those
+// that are equal: cap 256, as the best scale may be 1.5 times the one that the largest asks for.
+template <class Scope>
+struct Searched {
     static constexpr bool noisy = false;
     static constexpr float cap = kSearchCap;
 
-    template <class F>
-    static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
-        return pack_scaled(x, scale, given.encode);
+    // |x| S, and the block scale that their largest asks for.
+    template <class F, int n>
+    static NVFP4_FN F prepare(const F (&x)[n], F encode, F (&scaled)[n]) {
+        NVFP4_UNROLL(16)
+        for (int i = 0; i < n; ++i) scaled[i] = magnitude(x[i]) * encode;
+        return base_scale(scope_amax<Scope>(x), encode);
     }
 
+    // The codes of x S on the scale that won.
+    template <class F>
+    static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
+        F scaled[kBlock];
+        NVFP4_UNROLL(16)
+        for (int i = 0; i < kBlock; ++i) scaled[i] = x[i] * given.encode;
+        return pack_nearest(scaled, guarded_inverse(scale));
+    }
+};
+
+template <class Scope, Metric metric>
+struct FourOverSix : Searched<Scope> {
     template <class F, int n>
     static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
         F scaled[n];
-        scaled_magnitudes(x, given.encode, scaled);
-        const F base = base_scale(scope_amax<Scope>(x), given.encode);
+        const F base = Searched<Scope>::prepare(x, given.encode, scaled);
         const Rounded<F> six = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
         const Rounded<F> four = nearest<E4M3>(smaller(base * 1.5f, splat<F>(E4M3::max)));
         const auto better = candidate_error<Scope, metric>(scaled, four.value) <
@@ -176,21 +183,13 @@ struct FourOverSix {
 };
 
 template <class Scope>
-struct ScaleSearch {
-    static constexpr bool noisy = false;
-    static constexpr float cap = kSearchCap;
-
-    template <class F>
-    static NVFP4_FN Packed<F> pack(const F (&x)[kBlock], F scale, const Given<F>& given) {
-        return pack_scaled(x, scale, given.encode);
-    }
-
+struct ScaleSearch : Searched<Scope> {
     template <class F, int n>
     static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
         F scaled[n];
-        scaled_magnitudes(x, given.encode, scaled);
-        const F base = base_scale(scope_amax<Scope>(x), given.encode);
+        const F base = Searched<Scope>::prepare(x, given.encode, scaled);
         const Rounded<F> first = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
+
         Rounded<F> best = first;
         F best_error = candidate_error<Scope, Metric::mse>(scaled, first.value);
         for (int step = -2; step <= 6; step += step == -1 ? 2 : 1) {  // all but 0
@@ -212,6 +211,20 @@ struct ScaleSearch {
         return select(code == 0u, code, truncate(kept));
     }
 };
+
+// The rules by the names that kernels have.
+template <class Scope>
+using Nearest = Plain<Scope, Rounding::to_nearest>;  // rtn
+template <class Scope>
+using Up = Plain<Scope, Rounding::stochastic_up>;  // sr
+template <class Scope>
+using Clipped = Plain<Scope, Rounding::stochastic_te>;  // sr_te
+template <class Scope>
+using Squares = FourOverSix<Scope, Metric::mse>;
+template <class Scope>
+using Magnitudes = FourOverSix<Scope, Metric::mae>;
+template <class Scope>
+using Largest = FourOverSix<Scope, Metric::abs_max>;
 
 // MS-EDEN on a rotated block: codes, and the block scale r as a float, to be rounded once the
 // tensor's largest is known.

@@ -6,6 +6,15 @@
 
 NVFP4_BEGIN
 
+// Largest |x|; as integers, so that NaN is larger than anything.
+template <class F, int n>
+NVFP4_FN F block_amax(const F (&x)[n]) {
+    Int<F> largest = bits(x[0]) & 0x7fffffffu;
+    NVFP4_UNROLL(16)
+    for (int i = 1; i < n; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
+    return from_bits(largest);
+}
+
 // S = min(fl(6 cap / amax), FLT_MAX), 1 where amax is 0.
 template <class F>
 NVFP4_FN F encode_scale(F amax, float cap) {

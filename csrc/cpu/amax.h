@@ -1,40 +1,21 @@
-// The way through a matrix panel by panel, and its largest magnitudes: of a tensor, of each row,
-// before and after rotation.
+// The largest magnitudes of an operand, which every rule but MS-EDEN has to know before it begins:
+// of the tensor or of each row, after the rotation.
+//
+//     not rotated       line by line, straight from memory: the order of the elements is no matter.
+//                       BF16 is compared as it lies there, twice as many per vector
+//     rotated, codes    panel by panel, as they will be quantised
+//     given             a caller's own amax, whose sign is not looked at
+//
+// Magnitudes are compared as the integers their bits are, so that a NaN comes out largest.
 #pragma once
 
 #include <atomic>
 #include <vector>
 
-#include "panel.h"
+#include "../scaling.h"
+#include "rotation.h"
 
 NVFP4_BEGIN
-
-// below this, waking a thread costs more than it saves (measured)
-constexpr int64_t kSerialElements = 1 << 15;
-
-NVFP4_FN int threads_for(const QuantizeArgs& args) {
-    return args.source.rows * args.padded_columns < kSerialElements ? 1 : args.threads;
-}
-
-NVFP4_FN int64_t band_of(const Source& source) { return reads_across(source) ? kBand : 1; }
-
-// Calls visit(panel, row, column, columns) for every panel; columns of one row band in ascending
-// order, on one thread.
-template <class Visit>
-void for_panels(const QuantizeArgs& args, Visit visit) {
-    const int64_t panels = (args.source.rows + kRows - 1) / kRows, band = band_of(args.source);
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(args))
-    for (int64_t first = 0; first < panels; first += band) {
-        Panel panel[kBand];
-        const int count = static_cast<int>(std::min(band, panels - first));
-        for (int64_t column = 0; column < args.padded_columns; column += kPanel) {
-            const int columns =
-                static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
-            load_panels(args.source, first * kRows, column, columns, count, panel);
-            for (int p = 0; p < count; ++p) visit(panel[p], (first + p) * kRows, column, columns);
-        }
-    }
-}
 
 NVFP4_FN void raise(std::atomic<uint32_t>& to, uint32_t value) {
     uint32_t seen = to.load(std::memory_order_relaxed);
@@ -100,9 +81,7 @@ uint32_t dense_amax(const QuantizeArgs& args) {
 NVFP4_FN Word part_amax(const Panel& panel, int columns, int part) {
     Word most = {};
     for (int b = 0; b < columns; b += kBlock) {
-        const Float* x = panel + place(b, part);
-#pragma GCC unroll 16
-        for (int c = 0; c < kBlock; ++c) most = larger_bits(most, bits(x[c]) & 0x7fffffffu);
+        most = larger_bits(most, bits(block_amax(block(panel, b / kBlock, part))));
     }
     return most;
 }
@@ -116,9 +95,9 @@ NVFP4_FN uint32_t panel_amax(const Panel& panel, int columns) {
 
 // Bits of the largest |x| of each operand row, rotated; or of the amax that was given.
 inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
-    const Rotation rotation(args.turn);
-    std::vector<uint32_t> largest(
-        static_cast<size_t>((args.source.rows + kRows - 1) / kRows * kRows), 0u);
+    const Rotation rotation(args.rotation);
+    std::vector<uint32_t> largest(static_cast<size_t>(ceil_div(args.source.rows, kRows) * kRows),
+                                  0u);
     if (args.amax) {
         memcpy(largest.data(), args.amax, static_cast<size_t>(args.source.rows) * sizeof(uint32_t));
         for (uint32_t& value : largest) value &= 0x7fffffffu;
@@ -137,7 +116,7 @@ inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
 // Bits of the largest |x|, as it comes and after the operand's rotation; or of the amax that was
 // given.
 struct Amax {
-    uint32_t dense, turned;
+    uint32_t dense, rotated;
 };
 
 inline Amax tensor_amax(const QuantizeArgs& args) {
@@ -147,22 +126,22 @@ inline Amax tensor_amax(const QuantizeArgs& args) {
         given &= 0x7fffffffu;
         return {given, given};
     }
-    if (args.turn.group == 0 && args.source.element != Element::codes) {
+    if (args.rotation.group == 0 && args.source.element != Element::codes) {
         const uint32_t largest =
             args.source.element == Element::float32    ? dense_amax<Element::float32>(args)
             : args.source.element == Element::bfloat16 ? dense_amax<Element::bfloat16>(args)
                                                        : dense_amax<Element::float16>(args);
         return {largest, largest};
     }
-    const Rotation rotation(args.turn);
-    std::atomic<uint32_t> dense{0}, turned{0};
+    const Rotation rotation(args.rotation);
+    std::atomic<uint32_t> dense{0}, rotated{0};
     for_panels(args, [&](Panel& panel, int64_t, int64_t, int columns) {
         raise(dense, panel_amax(panel, columns));
-        if (args.turn.group == 0) return;
+        if (args.rotation.group == 0) return;
         rotation.apply(panel, columns);
-        raise(turned, panel_amax(panel, columns));
+        raise(rotated, panel_amax(panel, columns));
     });
-    return {dense, args.turn.group == 0 ? dense.load() : turned.load()};
+    return {dense, args.rotation.group == 0 ? dense.load() : rotated.load()};
 }
 
 NVFP4_END

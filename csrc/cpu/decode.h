@@ -1,23 +1,27 @@
-// Codes and scales back to numbers. A row of 16 products per scale byte is looked up: all 127 fit
-// in the L1 cache.
+// Codes and scales back to numbers: out[r, c] = e2m1(code) * e4m3(scale) (* global), one row per
+// thread at a time, one block of sixteen columns at a time.
+//
+// Two ways. BF16 without a global scale is what a product of decoded operands reads, and exact: a
+// table has the sixteen products of each of the 127 scale bytes (4 KB, which the L1 cache holds),
+// and a shuffle looks all sixteen codes of a block up at once. Everything else multiplies kLanes
+// values in float32 and rounds once.
 #pragma once
 
-#include "panel.h"
+#include <algorithm>
+
+#include "elements.h"
 
 NVFP4_BEGIN
 
 struct Products {
-    float value[128][16];
     uint16_t bfloat[128][16];   // e2m1 * e4m3 is exact in BF16
     uint8_t bytes[128][2][16];  // the same, low bytes and high bytes apart
 
     Products() {
         for (uint32_t s = 0; s < 128; ++s)
             for (uint32_t c = 0; c < 16; ++c) {
-                const float v = decode<E2M1, float>(c & 7u) *
-                                (s > E4M3::largest_code ? NAN : decode<E4M3, float>(s));
-                value[s][c] = c & 8u ? -v : v;
-                bfloat[s][c] = static_cast<uint16_t>(bits(value[s][c]) >> 16);
+                const float v = decode<E2M1, float>(c & 7u) * decode_scale(s);
+                bfloat[s][c] = static_cast<uint16_t>(bits(c & 8u ? -v : v) >> 16);
                 for (int half = 0; half < 2; ++half)
                     bytes[s][half][c] = static_cast<uint8_t>(bfloat[s][c] >> (8 * half));
             }
@@ -43,8 +47,8 @@ NVFP4_FN void look_up(const Products& products, uint8_t scale, const uint8_t* by
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(products.bfloat[scale]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutexvar_epi16(index, table));
 #elif defined(__AVX2__)
-    const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)),
-                  low = _mm_set1_epi8(15);
+    const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    const __m128i low = _mm_set1_epi8(15);
     const __m128i index =
         _mm_unpacklo_epi8(_mm_and_si128(pair, low), _mm_and_si128(_mm_srli_epi16(pair, 4), low));
     const auto* table = reinterpret_cast<const __m128i*>(products.bytes[scale]);
@@ -73,33 +77,26 @@ inline void decode_row(const DecodeArgs& args, int64_t r) {
     const uint8_t* codes = m.codes + r * m.row_bytes;
     const uint8_t* scales = m.block_scale + r / m.scale_block_rows * m.scale_stride;
     const float global = m.global_scale ? m.global_scale[m.row_scaled ? r : 0] : 1.0f;
+    const bool exact = args.element == Element::bfloat16 && !m.global_scale;
+
     for (int64_t c = 0; c < args.columns; c += kBlock) {
-        const int64_t left = std::min<int64_t>(kBlock, args.columns - c), at = r * args.columns + c;
+        const int64_t left = std::min<int64_t>(kBlock, args.columns - c);
+        const int64_t at = r * args.columns + c;
         const uint8_t scale = scales[c / kBlock] & 127;
-        alignas(64) uint16_t half[kBlock];
-        if (args.element == Element::bfloat16 && !m.global_scale) {
+
+        if (exact) {
             uint16_t* out = static_cast<uint16_t*>(args.out) + at;
-            look_up(table, scale, codes + c / 2, left == kBlock ? out : half);
-            if (left < kBlock) memcpy(out, half, sizeof(uint16_t) * static_cast<size_t>(left));
+            uint16_t all[kBlock];
+            look_up(table, scale, codes + c / 2, left == kBlock ? out : all);
+            if (left < kBlock) memcpy(out, all, sizeof(uint16_t) * static_cast<size_t>(left));
             continue;
         }
-        const float scale_value = scale > E4M3::largest_code ? NAN : decode<E4M3, float>(scale);
-        alignas(64) float value[kBlock];
-        for (int i = 0; i < kBlock; i += kLanes) {
-            const Float x = decode_codes(unpack(codes + (c + i) / 2)) * scale_value * global;
-            if (args.element == Element::float32)
-                store(value + i, x);
-            else
-                store_halves(half + i, args.element == Element::bfloat16
-                                           ? bits(to_bfloat16(x)) >> 16
-                                           : float16_bits(x));
+
+        const float block_scale = decode_scale(scale);
+        for (int64_t i = 0; i < left; i += kLanes) {
+            const Float x = decode_codes(unpack(codes + (c + i) / 2)) * block_scale * global;
+            write_some(args.element, args.out, at + i, x, left - i);
         }
-        if (args.element == Element::float32)
-            memcpy(static_cast<float*>(args.out) + at, value,
-                   sizeof(float) * static_cast<size_t>(left));
-        else
-            memcpy(static_cast<uint16_t*>(args.out) + at, half,
-                   sizeof(uint16_t) * static_cast<size_t>(left));
     }
 }
 

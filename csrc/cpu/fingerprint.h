@@ -6,9 +6,15 @@
 #include <algorithm>
 #include <vector>
 
-#include "../lanes.h"
+#include "../formats.h"
 
 NVFP4_BEGIN
+
+// One more 64-bit part into a hash. Invertible in either of them.
+inline uint64_t mixed_in(uint64_t hash, uint64_t part) {
+    hash = (hash ^ part) * 0x9E3779B97F4A7C15u;
+    return hash ^ hash >> 32;
+}
 
 // 128 sums of 32 bits, each mixed as in MurmurHash3 (A. Appleby, public domain). Every step is
 // invertible, so one changed word always shows; changes of several words of one sum escape with
@@ -35,17 +41,14 @@ inline uint64_t chunk_fingerprint(const uint8_t* bytes, int64_t count) {
             }
         }
         for (int j = 0; j < kVectors; ++j)
-            for (int lane = 0; lane < kLanes; ++lane) {
-                hash = (hash ^ sum[j][lane]) * 0x9E3779B97F4A7C15u;
-                hash ^= hash >> 32;
-            }
+            for (int lane = 0; lane < kLanes; ++lane) hash = mixed_in(hash, sum[j][lane]);
     }
     return hash;
 }
 
 inline uint64_t fingerprint(const void* data, int64_t count, int threads) {
     constexpr int64_t chunk = 1 << 16;
-    const int64_t chunks = (count + chunk - 1) / chunk;
+    const int64_t chunks = ceil_div(count, chunk);
     std::vector<uint64_t> part(static_cast<size_t>(chunks));
     const auto* bytes = static_cast<const uint8_t*>(data);
 #pragma omp parallel for schedule(static) num_threads(chunks < 16 ? 1 : threads)
@@ -53,10 +56,7 @@ inline uint64_t fingerprint(const void* data, int64_t count, int threads) {
         part[static_cast<size_t>(i)] =
             chunk_fingerprint(bytes + i * chunk, std::min(chunk, count - i * chunk));
     uint64_t hash = static_cast<uint64_t>(count);
-    for (const uint64_t p : part) {
-        hash = (hash ^ p) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 32;
-    }
+    for (const uint64_t p : part) hash = mixed_in(hash, p);
     return hash;
 }
 

@@ -2,22 +2,9 @@
 // instruction set.
 #pragma once
 
-#include <cstdint>
+#include "../operands.h"
 
 namespace nvfp4 {
-
-enum class Element : int { float32 = 0, bfloat16 = 1, float16 = 2, codes = 3 };
-
-// NVFP4 codes and decode scales of a matrix [rows, ...].
-struct CodeMatrix {
-    const uint8_t* codes;  // [rows, row_bytes]
-    const uint8_t* block_scale;
-    const float* global_scale;  // [1] or [rows]; null where it is to be left out
-    int64_t rows, row_bytes;
-    int64_t scale_stride;      // bytes from one row of scales to the next
-    int64_t scale_block_rows;  // 1, or 16 for tiles
-    bool row_scaled;
-};
 
 // A matrix operand [rows, columns], contracted along its columns.
 //
@@ -31,28 +18,16 @@ struct Source {
     CodeMatrix decoded;
 };
 
-struct Turn {
+struct RotationSpec {
     int group = 0;  // 0: no rotation
     int rounds = 1;
     uint64_t sign_seed = 0;
     bool fixed = false;  // NVIDIA's
 };
 
-enum class Rule : int {
-    rtn = 0,
-    sr = 1,
-    sr_te = 2,
-    four_over_six = 3,
-    scale_search = 4,
-    ms_eden = 5
-};
-
-struct QuantizeArgs {
+struct QuantizeArgs : Method {
     Source source;
-    Turn turn;
-    Rule rule;
-    int metric;  // mse, mae, abs_max
-    bool tiles, row_scaled, search;
+    RotationSpec rotation;
     uint64_t seed;
     int64_t padded_columns;  // Kp
     uint8_t* codes;          // [rows, Kp / 2]

@@ -1,13 +1,4 @@
-// The kernels compiled for one instruction set; setup.py gives each of these files its own flags.
+// The kernels with what every processor of a family has: vectors of 4 lanes, SSE2 on x86-64 and
+// NEON on aarch64.
 #define NVFP4_TARGET portable
-#define NVFP4_VECTOR_LANES 1
-#include "../lanes.h"
-#include "decode.h"
-#include "fingerprint.h"
-#include "quantize.h"
-
-namespace nvfp4 {
-extern const Kernels portable_kernels;
-const Kernels portable_kernels = {"portable", portable::quantize, portable::quantize_both,
-                                  portable::decode_matrix, portable::fingerprint};
-}  // namespace nvfp4
+#include "instruction_set.h"

@@ -1,5 +1,19 @@
-// The quantise pipeline: panels in, rotation, one rule per block, codes and scales out; one operand
-// of a matrix, or the row-wise and the transposed one together, which then read it once.
+// The quantise pipeline: one operand of a matrix, or the row-wise and the transposed one together.
+//
+//     amax                 of the tensor or of each row, rotated (amax.h); MS-EDEN needs none
+//     begin                encode scales S and the global scales 1 / S
+//     every panel          rotated in place, then visited: a block scale and codes per block, a
+//                          vector of rows at a time
+//     end                  MS-EDEN: global scale from the largest r, then the block scales
+//
+// A pass is one operand on this way; what it does to a block is a rule of quantizers.h. Codes of a
+// part of a panel are vectors with a row per lane and eight columns per 32 bits; turned in squares
+// they are rows of 64 bytes, the codes of 128 columns.
+//
+// Two operands of one matrix go tile by tile, 128 rows by 128 columns: the second finds the tile in
+// the cache, so the matrix is read from memory once.
+//
+// A tensor or row that is not finite has codes and block scales of zero and a global scale of NaN.
 #pragma once
 
 #include <atomic>
@@ -13,16 +27,6 @@
 
 NVFP4_BEGIN
 
-constexpr int kPanelBlocks = kPanel / kBlock;
-
-// The block of each row of a part, a vector per column; and the tile of all rows.
-NVFP4_FN auto block(Panel& panel, int b, int part) -> Float (&)[kBlock] {
-    return *reinterpret_cast<Float(*)[kBlock]>(panel + place(b * kBlock, part));
-}
-NVFP4_FN auto tile(Panel& panel, int b) -> Float (&)[kBlockStride] {
-    return *reinterpret_cast<Float(*)[kBlockStride]>(panel + place(b * kBlock, 0));
-}
-
 // Zeros for what a panel of fewer blocks leaves; all of it would be a twentieth of rtn.
 template <class V, int n>
 NVFP4_FN void clear_from(int first, V (&v)[n]) {
@@ -34,8 +38,8 @@ NVFP4_FN int lanes_at(const QuantizeArgs& args, int64_t row) {
     return static_cast<int>(std::clamp<int64_t>(args.source.rows - row, 0, kLanes));
 }
 
-// Sixteen uniforms for the blocks from (row, column) down, a vector per column; draw n = row * Kp +
-// column.
+// Sixteen uniforms for the blocks from (row, column) down, a vector per column. An element's draw is
+// n = row * Kp + column, and a counter has eight draws.
 NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t column,
                             Float (&u)[kBlock]) {
     const uint64_t line = static_cast<uint64_t>(args.padded_columns / 8);
@@ -44,10 +48,8 @@ NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t colum
         lane_counters(static_cast<uint64_t>(row) * line + static_cast<uint64_t>(column / 8 + half),
                       line, low, high);
         philox(args.seed, low, high, kElementStream, word);
-        for (int j = 0; j < 4; ++j) {
-            u[8 * half + 2 * j] = centred_uniform<Float>(word[j].words() << 7);
-            u[8 * half + 2 * j + 1] = centred_uniform<Float>(word[j].words() >> 9);
-        }
+        for (int j = 0; j < 4; ++j)
+            centred_uniforms(word[j].words(), u[8 * half + 2 * j], u[8 * half + 2 * j + 1]);
     }
 }
 
@@ -56,16 +58,17 @@ NVFP4_FN void write_codes(const QuantizeArgs& args, int64_t row, int64_t column,
                           Word (&codes)[2 * kPanelBlocks]) {
     const int64_t stride = args.padded_columns / 2;
     const int lanes = lanes_at(args, row);
+    constexpr int bytes_at_once = static_cast<int>(sizeof(Word));
     for (int q = 0; q < kParts; ++q) {
         auto& words = square(codes, q);
         transpose(words);
-        uint8_t* out = args.codes + row * stride + column / 2 + q * static_cast<int>(sizeof(Word));
+
+        uint8_t* out = args.codes + row * stride + column / 2 + q * bytes_at_once;
         if (blocks == kPanelBlocks && lanes == kLanes) {
 #pragma GCC unroll 16
             for (int r = 0; r < kLanes; ++r) store(out + r * stride, words[r]);
         } else {
-            const int bytes = std::clamp(blocks * 8 - q * static_cast<int>(sizeof(Word)), 0,
-                                         static_cast<int>(sizeof(Word)));
+            const int bytes = std::clamp(blocks * 8 - q * bytes_at_once, 0, bytes_at_once);
             for (int r = 0; r < lanes; ++r)
                 memcpy(out + r * stride, &words[r], static_cast<size_t>(bytes));
         }
@@ -77,10 +80,13 @@ NVFP4_FN void write_scales(const QuantizeArgs& args, int64_t row, int64_t column
                            const Word (&scale)[kPanelBlocks]) {
     const int64_t width = args.padded_columns / kBlock;
     const int lanes = args.tiles ? 1 : lanes_at(args, row);
+
+    // the first four blocks of every row, and the last four
     uint32_t half[2][kLanes];
     for (int h = 0; h < 2; ++h)
         store(half[h], scale[4 * h] | scale[4 * h + 1] << 8 | scale[4 * h + 2] << 16 |
                            scale[4 * h + 3] << 24);
+
     uint8_t* out = args.block_scale + (args.tiles ? row / kRows : row) * width + column / kBlock;
     for (int r = 0; r < lanes; ++r) {
         const uint64_t line = half[0][r] | static_cast<uint64_t>(half[1][r]) << 32;
@@ -91,9 +97,9 @@ NVFP4_FN void write_scales(const QuantizeArgs& args, int64_t row, int64_t column
     }
 }
 
-inline void fill_scales(const QuantizeArgs& args) {
-    const int64_t scale_rows =
-        args.tiles ? (args.source.rows + kRows - 1) / kRows : args.source.rows;
+// What stands for a tensor that is not finite, but for its global scale.
+inline void clear_result(const QuantizeArgs& args) {
+    const int64_t scale_rows = args.tiles ? ceil_div(args.source.rows, kRows) : args.source.rows;
     memset(args.codes, 0, static_cast<size_t>(args.source.rows * (args.padded_columns / 2)));
     memset(args.block_scale, 0, static_cast<size_t>(scale_rows * (args.padded_columns / kBlock)));
 }
@@ -113,8 +119,8 @@ struct Pass {
 protected:
     bool finite(uint32_t amax) const {
         if (amax < kInfinityBits) return true;
-        fill_scales(args);
-        args.global_scale[0] = NAN;
+        clear_result(args);
+        args.global_scale[0] = from_bits(kNanBits);
         return false;
     }
 };
@@ -137,13 +143,13 @@ struct ScaledPass final : Pass {
         for (const uint32_t b : row_bits)
             encode.push_back(encode_scale(b < kInfinityBits ? from_bits(b) : 0.0f, Rule::cap));
         for (size_t r = 0; r < static_cast<size_t>(args.source.rows); ++r)
-            args.global_scale[r] = row_bits[r] < kInfinityBits ? 1.0f / encode[r] : NAN;
+            args.global_scale[r] =
+                row_bits[r] < kInfinityBits ? 1.0f / encode[r] : from_bits(kNanBits);
         return true;
     }
 
     void visit(Panel& panel, int64_t row, int64_t column, int columns) override {
         const int blocks = columns / kBlock;
-        // all scales before all codes: the blocks' chains of divisions then overlap
         Float scale[kPanelBlocks];
         Word scale_code[kPanelBlocks];
         clear_from(blocks, scale_code);
@@ -151,6 +157,9 @@ struct ScaledPass final : Pass {
             const int64_t first = row + part * kLanes;
             Given<Float> given = given_at(first);
             if (args.row_scaled) clear_rows(panel, first, blocks, part);
+
+            // all scales before all codes: the blocks' chains of divisions then overlap; of a tile
+            // the first part finds the scales of all
             if (!tiled || part == 0) {
                 for (int b = 0; b < blocks; ++b) {
                     const Rounded<Float> chosen = choose(panel, b, part, given);
@@ -159,6 +168,7 @@ struct ScaledPass final : Pass {
                 }
                 write_scales(args, first, column, blocks, scale_code);
             }
+
             Word codes[2 * kPanelBlocks];
             clear_from(2 * blocks, codes);
             for (int b = 0; b < blocks; ++b) {
@@ -200,7 +210,8 @@ private:
     }
 };
 
-// MS-EDEN: codes and float32 scales in one pass, the range of the scales afterwards.
+// MS-EDEN: codes, and float32 scales r into scratch, in one pass; the range of r decides the global
+// scale, and only then can r be rounded to a block scale.
 template <bool search>
 struct EdenPass final : Pass {
     using Pass::Pass;
@@ -218,6 +229,7 @@ struct EdenPass final : Pass {
             Word codes[2 * kPanelBlocks];
             clear_from(blocks, length);
             clear_from(2 * blocks, codes);
+
             for (int b = 0; b < blocks; ++b) {
                 auto& x = block(panel, b, part);
                 const Float largest = block_amax(x);
@@ -228,6 +240,8 @@ struct EdenPass final : Pass {
                 furthest = larger_bits(furthest, bits(length[b]));
             }
             write_codes(args, first, column, blocks, codes);
+
+            // r has a row per lane, scratch a row per line
             for (int b = 0; b < blocks; b += kLanes) {
                 transpose(square(length, b / kLanes));
                 const size_t bytes =
@@ -258,12 +272,15 @@ private:
             Counters low, high, word[4];
             lane_counters(static_cast<uint64_t>(start / 8), 1, low, high);
             philox(args.seed, low, high, kBlockScaleStream, word);
+
+            // eight draws per lane, in the order of the scales
             uint32_t words[4][kLanes];
             for (int j = 0; j < 4; ++j) store(words[j], word[j].words());
             uint16_t draw[run];
             for (int i = 0; i < kLanes; ++i)
                 for (int d = 0; d < 8; ++d)
                     draw[8 * i + d] = static_cast<uint16_t>(words[d / 2][i] >> (d % 2 * 16));
+
             for (int64_t n = start; n < std::min(count, start + run); n += kLanes) {
                 const int64_t left = std::min<int64_t>(kLanes, count - n);
                 const Word k = widen(draw + (n - start));
@@ -279,23 +296,22 @@ private:
     }
 };
 
+template <template <class> class RuleOf, class Scope>
+std::unique_ptr<Pass> pass_with(const QuantizeArgs& args) {
+    return std::make_unique<ScaledPass<RuleOf<Scope>, Scope>>(args);
+}
+
 template <class Scope>
 std::unique_ptr<Pass> scaled_pass(const QuantizeArgs& args) {
     switch (args.rule) {
-        case Rule::rtn:
-            return std::make_unique<ScaledPass<Plain<Scope, Rounding::to_nearest>, Scope>>(args);
-        case Rule::sr:
-            return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_up>, Scope>>(args);
-        case Rule::sr_te:
-            return std::make_unique<ScaledPass<Plain<Scope, Rounding::stochastic_te>, Scope>>(args);
+        case Rule::rtn: return pass_with<Nearest, Scope>(args);
+        case Rule::sr: return pass_with<Up, Scope>(args);
+        case Rule::sr_te: return pass_with<Clipped, Scope>(args);
         case Rule::four_over_six:
-            if (args.metric == 0)
-                return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mse>, Scope>>(args);
-            if (args.metric == 1)
-                return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::mae>, Scope>>(args);
-            return std::make_unique<ScaledPass<FourOverSix<Scope, Metric::abs_max>, Scope>>(args);
-        case Rule::scale_search:
-            return std::make_unique<ScaledPass<ScaleSearch<Scope>, Scope>>(args);
+            if (args.metric == 0) return pass_with<Squares, Scope>(args);
+            if (args.metric == 1) return pass_with<Magnitudes, Scope>(args);
+            return pass_with<Largest, Scope>(args);
+        case Rule::scale_search: return pass_with<ScaleSearch, Scope>(args);
         case Rule::ms_eden: break;
     }
     return nullptr;
@@ -314,8 +330,8 @@ NVFP4_FN bool needs_amax(const QuantizeArgs& args) {
 
 inline void quantize(const QuantizeArgs& args) {
     const std::unique_ptr<Pass> pass = pass_of(args);
-    if (!pass->begin(needs_amax(args) ? tensor_amax(args).turned : 0)) return;
-    const Rotation rotation(args.turn);
+    if (!pass->begin(needs_amax(args) ? tensor_amax(args).rotated : 0)) return;
+    const Rotation rotation(args.rotation);
     for_panels(args, [&](Panel& panel, int64_t row, int64_t column, int columns) {
         rotation.apply(panel, columns);
         pass->visit(panel, row, column, columns);
@@ -326,41 +342,48 @@ inline void quantize(const QuantizeArgs& args) {
 // The panels of one operand within a tile of the matrix, up to a band at a time.
 inline void visit_tile(Pass& pass, const Rotation& rotation, int64_t row, int64_t column) {
     const QuantizeArgs& args = pass.args;
-    const int columns = static_cast<int>(std::min<int64_t>(kPanel, args.padded_columns - column));
-    const int64_t end = std::min<int64_t>(args.source.rows, row + kPanel),
-                  band = band_of(args.source);
-    for (int64_t first = row; first < end && columns > 0; first += band * kRows) {
-        Panel panel[kBand];
-        const int count = static_cast<int>(std::min(band, (end - first + kRows - 1) / kRows));
-        load_panels(args.source, first, column, columns, count, panel);
-        for (int p = 0; p < count; ++p) {
-            rotation.apply(panel[p], columns);
-            pass.visit(panel[p], first + p * kRows, column, columns);
-        }
+    if (column >= args.padded_columns) return;
+    const int64_t end = std::min<int64_t>(args.source.rows, row + kPanel);
+    const int64_t band = band_of(args.source);
+    for (int64_t first = row; first < end; first += band * kRows) {
+        const int64_t count = std::min(band, ceil_div(end - first, kRows));
+        visit_band(args, first, column, static_cast<int>(count),
+                   [&](Panel& panel, int64_t panel_row, int64_t, int columns) {
+                       rotation.apply(panel, columns);
+                       pass.visit(panel, panel_row, column, columns);
+                   });
     }
 }
 
-// Two operands of the same matrix, ``down`` contracting its rows and ``across`` its columns: tile
-// by tile, so that the second of them finds the tile in the cache.
+// Two operands of the same matrix, ``down`` contracting its rows and ``across`` its columns.
 inline void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down) {
-    const std::unique_ptr<Pass> first = pass_of(across), second = pass_of(down);
+    const std::unique_ptr<Pass> pass_across = pass_of(across);
+    const std::unique_ptr<Pass> pass_down = pass_of(down);
+
+    // the amax of ``down`` is read together with that of the matrix as it comes, which does for
+    // ``across`` unless that is rotated
     const Amax of_down = needs_amax(down) ? tensor_amax(down) : Amax{};
-    const bool shared = needs_amax(down) && across.turn.group == 0;
+    const bool shared = needs_amax(down) && across.rotation.group == 0;
     const uint32_t of_across = !needs_amax(across) ? 0
                                : shared            ? of_down.dense
-                                                   : tensor_amax(across).turned;
-    const Rotation turn_first(across.turn), turn_second(down.turn);
-    const bool go_first = first->begin(of_across), go_second = second->begin(of_down.turned);
+                                                   : tensor_amax(across).rotated;
+
+    const bool go_across = pass_across->begin(of_across);
+    const bool go_down = pass_down->begin(of_down.rotated);
+
+    const Rotation rotate_across(across.rotation);
+    const Rotation rotate_down(down.rotation);
     const int64_t rows = std::max(across.source.rows, down.padded_columns);
     const int64_t columns = std::max(across.padded_columns, down.source.rows);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads_for(across))
     for (int64_t row = 0; row < rows; row += kPanel)
         for (int64_t column = 0; column < columns; column += kPanel) {
-            if (go_first) visit_tile(*first, turn_first, row, column);
-            if (go_second) visit_tile(*second, turn_second, column, row);
+            if (go_across) visit_tile(*pass_across, rotate_across, row, column);
+            if (go_down) visit_tile(*pass_down, rotate_down, column, row);
         }
-    if (go_first) first->end();
-    if (go_second) second->end();
+
+    if (go_across) pass_across->end();
+    if (go_down) pass_down->end();
 }
 
 NVFP4_END

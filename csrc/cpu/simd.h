@@ -43,7 +43,7 @@ struct Lanes<Float> {
 
 template <>
 NVFP4_FN Float splat<Float>(float x) {
-    return Float{} + x;
+    return x - Float{};  // not Float{} + x, an addition that -0 does not survive
 }
 template <>
 NVFP4_FN Word same<Word>(uint32_t x) {
@@ -110,14 +110,6 @@ NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
     const Float table = {low, low, middle, middle, high, high, high, high,
                          low, low, middle, middle, high, high, high, high};
     return (Float)_mm512_permutexvar_ps(_mm512_cvttps_epi32((__m512)x), (__m512)table);
-}
-
-NVFP4_FN Word put_code(Word word, Word sign, Word code, int j) {
-    return select_bits(15u << (4 * j), rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1),
-                       word);
-}
-NVFP4_FN Word finish_codes(Word word) {
-    return select_bits(0x88888888u, word << 3, (word >> 1) & 0x77777777u);
 }
 
 // Largest of the lanes; as bits, so that NaN is larger than anything.
@@ -203,10 +195,6 @@ NVFP4_FN uint32_t lane_max_bits(Float x) {
 NVFP4_FN Long exclusive_or(Long a, Long b, Long c) { return a ^ b ^ c; }
 
 #endif
-
-NVFP4_FN Float with_sign(Float magnitude, Float x) {
-    return from_bits(select_bits(0x80000000u, bits(x), bits(magnitude)));
-}
 
 // kLanes 32-bit numbers as Philox wants them: each has a 64-bit lane, even and odd numbers apart,
 // so that the wide product needs no shuffles. What lies above the low 32 bits is never looked at.

@@ -2,6 +2,7 @@
 // lanes share.
 #pragma once
 
+#include "../scaling.h"
 #include "panel.h"
 
 NVFP4_BEGIN

@@ -4,15 +4,6 @@
 namespace nvfp4::cuda {
 namespace {
 
-template <class Scope>
-using Nearest = Plain<Scope, Rounding::to_nearest>;
-template <class Scope>
-using Up = Plain<Scope, Rounding::stochastic_up>;
-template <class Scope>
-using Clipped = Plain<Scope, Rounding::stochastic_te>;
-template <class Scope>
-using Squares = FourOverSix<Scope, Metric::mse>;
-
 template <template <class> class Rows, template <class> class Columns>
 Variant pair(bool wide) {
     return variant_of<Scaled<Rows, false>, Scaled<Columns, false>>(wide);

@@ -5,9 +5,7 @@
 // given device, and the device that was current before is current again afterwards.
 #pragma once
 
-#include <cstdint>
-
-#include "../cpu/kernels.h"
+#include "../operands.h"
 
 namespace nvfp4::cuda {
 
@@ -28,10 +26,7 @@ struct Seed {
 };
 
 // The NVFP4 operand [lines, padded] to be made of a matrix or of its transpose.
-struct Operand {
-    Rule rule;
-    int metric;
-    bool tiles, row_scaled, search;
+struct Operand : Method {
     bool knows_peak;    // what ``peak`` points to is the amax already
     bool fixed;         // NVIDIA's rotation
     int group, rounds;  // 0: no rotation

@@ -4,13 +4,6 @@
 namespace nvfp4::cuda {
 namespace {
 
-template <class Scope>
-using Nearest = Plain<Scope, Rounding::to_nearest>;
-template <class Scope>
-using Up = Plain<Scope, Rounding::stochastic_up>;
-template <class Scope>
-using Clipped = Plain<Scope, Rounding::stochastic_te>;
-
 template <bool tiled>
 Variant choose(const Operand& operand, bool down, bool wide) {
     switch (operand.rule) {

@@ -97,10 +97,8 @@ NVFP4_DEVICE void element_noise(const Operand& operand, int64_t line, int64_t bl
         philox<uint32_t>(seed, static_cast<uint32_t>(counter + half),
                          static_cast<uint32_t>((counter + half) >> 32), kElementStream, word);
         NVFP4_UNROLL(64)
-        for (int j = 0; j < 4; ++j) {
-            u[8 * half + 2 * j] = centred_uniform<float>(word[j] << 7);
-            u[8 * half + 2 * j + 1] = centred_uniform<float>(word[j] >> 9);
-        }
+        for (int j = 0; j < 4; ++j)
+            centred_uniforms(word[j], u[8 * half + 2 * j], u[8 * half + 2 * j + 1]);
     }
 }
 
@@ -121,8 +119,6 @@ NVFP4_DEVICE void store_swizzled(const Operand& operand, int64_t line, int64_t b
         operand.swizzled[swizzled_offset(line, block, operand.padded / kBlock)] =
             static_cast<uint8_t>(byte);
 }
-
-constexpr uint32_t kNanBits = 0x7fc00000u;
 
 // Codes and scales of a block; ``line`` and ``block`` are those of the operand.
 template <class Policy>
@@ -206,7 +202,7 @@ struct Corner {
 
 template <int rows>
 NVFP4_DEVICE Corner corner_of(const Matrix& m) {
-    const int64_t across = (m.columns + kTile - 1) / kTile, tile = blockIdx.x;
+    const int64_t across = ceil_div(m.columns, kTile), tile = blockIdx.x;
     return {tile / across * rows, tile % across * kTile};
 }
 

@@ -14,8 +14,7 @@ NVFP4_DEVICE uint64_t value_of(const Seed& seed) { return seed.at ? *seed.at : s
 // By one warp or more; a barrier has to follow.
 NVFP4_DEVICE void prepare_signs(const Operand& operand, int thread, Signs& signs) {
     if (thread < 0 || thread >= operand.rounds || operand.group == 0) return;
-    signs[thread][0] = kNvidiaSigns;
-    if (!operand.fixed) sign_bits(value_of(operand.sign_seed), thread, signs[thread]);
+    sign_bits(value_of(operand.sign_seed), operand.fixed, thread, signs[thread]);
 }
 
 NVFP4_DEVICE float other_lane(float x, int distance) {
@@ -42,8 +41,7 @@ NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& ope
     };
     if (operand.fixed) round_all();
     for (int round = 0; round < operand.rounds; ++round) {
-        const float scale =
-            operand.fixed ? 0.25f : round_scale(round, operand.rounds, log2_of(operand.group));
+        const float scale = round_scale(round, operand.rounds, log2_of(operand.group));
         NVFP4_UNROLL(64)
         for (int h = 0; h < held; ++h) {
             const int at = (block + h) % blocks;

@@ -53,20 +53,19 @@ NVFP4_DEVICE Pair load_codes(const uint8_t* bytes, bool whole) {
 __global__ void __launch_bounds__(kThreads)
     decode_kernel(const CodeMatrix m, int64_t columns, Element element, void* out, bool whole,
                   bool aligned) {
-    const int64_t across = (columns + kBlock - 1) / kBlock,
+    const int64_t across = ceil_div(columns, kBlock),
                   n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t row = n / across, column = n % across * kBlock;
     if (row >= m.rows) return;
     const Pair codes = load_codes(m.codes + row * m.row_bytes + column / 2, whole);
-    const uint32_t byte =
-        m.block_scale[row / m.scale_block_rows * m.scale_stride + column / kBlock] & 127u;
-    const float scale = byte > E4M3::largest_code ? from_bits(kNanBits) : decode<E4M3, float>(byte);
+    const float scale =
+        decode_scale(m.block_scale[row / m.scale_block_rows * m.scale_stride + column / kBlock]);
     const float global = m.global_scale ? m.global_scale[m.row_scaled ? row : 0] : 1.0f;
     float x[kBlock];
     NVFP4_UNROLL(64)
     for (int i = 0; i < kBlock; ++i) {
         const uint32_t code = (i < 8 ? codes.low : codes.high) >> (i % 8 * 4) & 15u;
-        x[i] = from_bits(bits(decode<E2M1, float>(code & 7u)) | (code & 8u) << 28) * scale * global;
+        x[i] = decode_signed<float>(code) * scale * global;
     }
     const int64_t at = row * columns + column, inside = columns - column;
     if (element == Element::float32) {
@@ -101,8 +100,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-constexpr int64_t kCeil(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
-
 // A tensor of its own scale that is not rotated has the amax of the matrix, whichever way it is
 // read.
 bool wants_amax(const Operand& operand) {
@@ -111,7 +108,7 @@ bool wants_amax(const Operand& operand) {
 
 void launch_tiles(const Matrix& m, TileKernel kernel, int rows, const Operand& first,
                   const Operand& second, bool wide, void* stream) {
-    const int64_t blocks = kCeil(m.rows, rows) * kCeil(m.columns, kTile);
+    const int64_t blocks = ceil_div(m.rows, rows) * ceil_div(m.columns, kTile);
     const int shared = wide ? kSharedBytes<uint32_t>(rows) : kSharedBytes<uint16_t>(rows);
     launch(kernel, blocks, kThreads, shared, stream, m, first, second);
 }
@@ -139,13 +136,13 @@ void prepare(const Operand& operand, void* stream) {
     const int64_t blocks = operand.padded / kBlock;
     if (operand.swizzled)
         zero(operand.swizzled,
-             static_cast<size_t>(512 * kCeil(operand.lines, 128) * kCeil(blocks, 4)), stream);
+             static_cast<size_t>(512 * ceil_div(operand.lines, 128) * ceil_div(blocks, 4)), stream);
 }
 
 void finish(const Operand& operand, void* stream) {
     if (operand.rule != Rule::ms_eden) return;
-    launch(&finish_kernel, kCeil(operand.lines * (operand.padded / kBlock), 8 * kThreads), kThreads,
-           0, stream, operand);
+    launch(&finish_kernel, ceil_div(operand.lines * (operand.padded / kBlock), 8 * kThreads),
+           kThreads, 0, stream, operand);
 }
 
 bool is_wide(const Matrix& m) {
@@ -205,7 +202,7 @@ void decode_matrix(const CodeMatrix& matrix, int64_t columns, Element element, v
     const bool whole =
         matrix.row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(matrix.codes) % 8 == 0;
     const bool aligned = columns % kBlock == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-    const int64_t blocks = kCeil(matrix.rows * kCeil(columns, kBlock), kThreads);
+    const int64_t blocks = ceil_div(matrix.rows * ceil_div(columns, kBlock), kThreads);
     launch(&decode_kernel, blocks, kThreads, 0, stream, matrix, columns, element, out, whole,
            aligned);
 }

@@ -4,13 +4,6 @@
 namespace nvfp4::cuda {
 namespace {
 
-template <class Scope>
-using Squares = FourOverSix<Scope, Metric::mse>;
-template <class Scope>
-using Magnitudes = FourOverSix<Scope, Metric::mae>;
-template <class Scope>
-using Largest = FourOverSix<Scope, Metric::abs_max>;
-
 template <bool tiled>
 Variant choose(const Operand& operand, bool down, bool wide) {
     if (operand.rule == Rule::scale_search)

@@ -120,7 +120,7 @@ struct Case {
     Rule rule;
     int metric;
     bool tiles, row_scaled, search;
-    Turn turn;
+    RotationSpec rotation;
 };
 
 const Case kCases[] = {
@@ -151,14 +151,14 @@ struct Shape {
 const Shape kShapes[] = {{1, 1}, {17, 33}, {5, 300}, {130, 128}, {300, 5}, {33, 129}, {64, 256}};
 
 int64_t padded(int64_t columns, const Case& c) {
-    const int64_t unit = c.turn.group ? c.turn.group : 16;
+    const int64_t unit = c.rotation.group ? c.rotation.group : 16;
     return (columns + unit - 1) / unit * unit;
 }
 
 QuantizeArgs args_of(const Case& c, const Source& source, uint64_t seed, Result& result) {
     QuantizeArgs args{};
     args.source = source;
-    args.turn = c.turn;
+    args.rotation = c.rotation;
     args.rule = c.rule;
     args.metric = c.metric;
     args.tiles = c.tiles;

@@ -28,7 +28,7 @@ RULES = {
     "scale_search": 4,
     "ms_eden": 5,
 }
-"""Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/cpu/kernels.h."""
+"""Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/operands.h."""
 
 
 INTERFACE = 2
