@@ -1,109 +1,130 @@
-// Operands into packed panels, the order in which the multiplier reads them: [tile][step of the
-// contraction][row of the tile], rows beyond the matrix zero. Codes are decoded on the way, 16-bit
-// elements widened; nothing else is written.
+// Operands into packed panels, the order in which a multiplier reads them:
+//
+//     cells[tile][step of the contraction][row of the tile]
+//
+// A tile has as many rows as a multiplier has sums in a column: 6, 14 or two vectors. Rows beyond
+// the matrix are zero. Codes are decoded on the way and 16-bit elements widened, both exactly;
+// nothing else is written, so a product needs no copy of its operands in another format.
+//
+// A tile is packed in parts of at most kLanes rows, as what turns rows into columns is a square of
+// vectors. Three ways: codes block by block, elements contiguous along the contraction in squares,
+// elements contiguous along the rows line by line.
 #pragma once
 
-#include "matmul_lanes.h"
+#include <algorithm>
+#include <type_traits>
+
+#include "elements.h"
 
 NVFP4_BEGIN
 
-NVFP4_FN int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+// Tiles packed at a time by one thread: where rows are contiguous, they share cache lines.
+constexpr int kTogether = 8;
+
+// The first ``width`` lanes of x.
+template <int width>
+NVFP4_FN void store_part(float* p, Float x) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << width) - 1u), (__m512)x);
+#else
+    static_assert(width == 8 || width == 6, "masked stores are slow where AVX2 is");
+    if (width == 8) return store(p, x);
+    _mm_storeu_ps(p, _mm256_castps256_ps128((__m256)x));
+    _mm_storel_pi(reinterpret_cast<__m64*>(p + 4), _mm256_extractf128_ps((__m256)x, 1));
+#endif
+}
+
+// Calls visit(part, width) for the parts of a tile, each at most kLanes rows wide, both as types
+// whose value is known to the compiler.
+template <int tile_rows, int part = 0, class Visit>
+NVFP4_FN void for_parts(Visit visit) {
+    constexpr int width = tile_rows - part < kLanes ? tile_rows - part : kLanes;
+    visit(std::integral_constant<int, part>{}, std::integral_constant<int, width>{});
+    if constexpr (part + width < tile_rows) for_parts<tile_rows, part + width>(visit);
+}
 
 struct ScaleTable {
     float value[128];
     ScaleTable() {
-        for (uint32_t s = 0; s < 128; ++s)
-            value[s] = s > E4M3::largest_code ? NAN : decode<E4M3, float>(s);
+        for (uint32_t s = 0; s < 128; ++s) value[s] = decode_scale(s);
     }
 };
 
-// One block of the contraction, kWide rows of which ``rows`` exist: column[k] holds e2m1 * e4m3 of
-// every row.
+// One block of the contraction, kLanes rows of which ``rows`` exist: column[k] holds e2m1 * e4m3 of
+// every row. No global scales: the way out multiplies by them.
 NVFP4_FN void decode_block(const CodeMatrix& m, const ScaleTable& scales, int64_t row, int64_t rows,
-                           int64_t block, Wide (&column)[kBlock]) {
-    uint32_t half[2][kWide] = {};
-    float scale[kWide] = {};
-    // a division in its place took half the time of packing
+                           int64_t block, Float (&column)[kBlock]) {
+    uint32_t half[2][kLanes] = {};
+    float scale[kLanes] = {};
+    // a division in the place of this shift took half the time of packing
     const int tall = m.scale_block_rows == 1 ? 0 : 4;
     for (int64_t r = 0; r < rows; ++r) {
         uint64_t codes;
         memcpy(&codes, m.codes + (row + r) * m.row_bytes + block * 8, sizeof codes);
         half[0][r] = static_cast<uint32_t>(codes);
         half[1][r] = static_cast<uint32_t>(codes >> 32);
-        scale[r] = scales.value[m.block_scale[((row + r) >> tall) * m.scale_stride + block] & 127u];
+        const uint8_t byte = m.block_scale[((row + r) >> tall) * m.scale_stride + block];
+        scale[r] = scales.value[byte & 127u];
     }
-    const Wide s = load_wide(scale);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-        const WideWord codes = load_words(half[h]);
-        column[8 * h + 0] = product(e2m1_of<0>(codes), s);
-        column[8 * h + 1] = product(e2m1_of<4>(codes), s);
-        column[8 * h + 2] = product(e2m1_of<8>(codes), s);
-        column[8 * h + 3] = product(e2m1_of<12>(codes), s);
-        column[8 * h + 4] = product(e2m1_of<16>(codes), s);
-        column[8 * h + 5] = product(e2m1_of<20>(codes), s);
-        column[8 * h + 6] = product(e2m1_of<24>(codes), s);
-        column[8 * h + 7] = product(e2m1_of<28>(codes), s);
+
+    // a lane holds the eight codes of its row; shifted by four bits per column they come in turn
+    const Float s = load(scale);
+    const Word low = load(half[0]);
+    const Word high = load(half[1]);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+        column[k] = decode_codes(low >> 4 * k) * s;
+        column[8 + k] = decode_codes(high >> 4 * k) * s;
     }
 }
 
-// tiles packed at a time: where rows are contiguous, they share cache lines
-constexpr int kTogether = 8;
-
-// Calls visit.template operator()<width>(part) for the parts of a tile, each at most kWide rows
-// wide.
-template <int tile_rows, int part = 0, class Visit>
-NVFP4_FN void for_parts(Visit visit) {
-    constexpr int width = tile_rows - part < kWide ? tile_rows - part : kWide;
-    visit(std::integral_constant<int, part>{}, std::integral_constant<int, width>{});
-    if constexpr (part + width < tile_rows) for_parts<tile_rows, part + width>(visit);
-}
-
-// Tiles [first, last) of codes; depth: the padded contraction.
-template <int tile_rows>
-void pack_codes(const CodeMatrix& m, int64_t depth, float* out, int64_t first, int64_t last) {
+// Tiles [first, last) of codes, block by block: store(tile, block, part, width, column) gets the
+// sixteen columns of a part. depth: the padded contraction.
+template <int tile_rows, class Store>
+void for_decoded_blocks(const CodeMatrix& m, int64_t depth, int64_t first, int64_t last,
+                        Store store_block) {
     static const ScaleTable scales;
     for (int64_t tile = first; tile < last; ++tile)
         for_parts<tile_rows>([&](auto part, auto width) {
-            const int64_t row = tile * tile_rows + part,
-                          rows = std::clamp<int64_t>(m.rows - row, 0, width);
+            const int64_t row = tile * tile_rows + part;
+            const int64_t rows = std::clamp<int64_t>(m.rows - row, 0, width);
             for (int64_t block = 0; block < depth / kBlock; ++block) {
-                Wide column[kBlock];
+                Float column[kBlock];
                 decode_block(m, scales, row, rows, block, column);
-                float* to = out + (tile * depth + block * kBlock) * tile_rows + part;
-#pragma GCC unroll 16
-                for (int k = 0; k < kBlock; ++k) store_part<width>(to + k * tile_rows, column[k]);
+                store_block(tile, block, part, width, column);
             }
         });
 }
 
-// Elements contiguous along the contraction: squares of kWide rows are transposed in registers.
+template <int tile_rows>
+void pack_codes(const CodeMatrix& m, int64_t depth, float* out, int64_t first, int64_t last) {
+    for_decoded_blocks<tile_rows>(
+        m, depth, first, last,
+        [&](int64_t tile, int64_t block, auto part, auto width, const Float(&column)[kBlock]) {
+            float* to = out + (tile * depth + block * kBlock) * tile_rows + part;
+#pragma GCC unroll 16
+            for (int k = 0; k < kBlock; ++k) store_part<width>(to + k * tile_rows, column[k]);
+        });
+}
+
+// Elements contiguous along the contraction: squares of kLanes rows are turned in registers.
 template <Element element, int tile_rows>
 void pack_along(const Source& s, float* out, int64_t first, int64_t last) {
-    const auto* base = static_cast<const typename Reading<element>::Type*>(s.data);
+    const auto* base = static_cast<const typename Reader<element>::Type*>(s.data);
     for (int64_t tile = first; tile < last; ++tile)
         for_parts<tile_rows>([&](auto part, auto width) {
-            const int64_t row = tile * tile_rows + part,
-                          rows = std::clamp<int64_t>(s.rows - row, 0, width);
-            for (int64_t k = 0; k < s.columns; k += kWide) {
-                const int64_t left = std::min<int64_t>(kWide, s.columns - k);
-                const auto* corner = base + row * s.row_stride + k;
-                Wide square[kWide];
-                if (rows == width && left == kWide) {
-#pragma GCC unroll 16
-                    for (int r = 0; r < kWide; ++r)
-                        square[r] =
-                            r < width ? Reading<element>::read(corner + r * s.row_stride) : zeros();
-                } else {
-                    for (int r = 0; r < kWide; ++r)
-                        square[r] = r < rows ? read_first<element>(corner + r * s.row_stride, left)
-                                             : zeros();
-                }
-                transpose_wide(square);
+            const int64_t row = tile * tile_rows + part;
+            const int64_t rows = std::clamp<int64_t>(s.rows - row, 0, width);
+            for (int64_t k = 0; k < s.columns; k += kLanes) {
+                const int64_t left = std::min<int64_t>(kLanes, s.columns - k);
+                Float square[kLanes];
+                read_square<element, width>(base + row * s.row_stride + k, s.row_stride, rows, left,
+                                            square);
+
                 float* to = out + (tile * s.columns + k) * tile_rows + part;
-                if (left == kWide) {
+                if (left == kLanes) {
 #pragma GCC unroll 16
-                    for (int j = 0; j < kWide; ++j)
+                    for (int j = 0; j < kLanes; ++j)
                         store_part<width>(to + j * tile_rows, square[j]);
                 } else {
                     for (int j = 0; j < left; ++j) store_part<width>(to + j * tile_rows, square[j]);
@@ -116,20 +137,21 @@ void pack_along(const Source& s, float* out, int64_t first, int64_t last) {
 // all these tiles.
 template <Element element, int tile_rows>
 void pack_across(const Source& s, float* out, int64_t first, int64_t last) {
-    constexpr int kAhead = 16;  // lines a stride apart defeat the hardware's prefetching
-    const auto* base = static_cast<const typename Reading<element>::Type*>(s.data);
+    constexpr int kLinesAhead = 16;  // lines a stride apart defeat the hardware's prefetching
+    const auto* base = static_cast<const typename Reader<element>::Type*>(s.data);
+    const int64_t end = std::min(last * tile_rows, s.rows);
     for (int64_t k = 0; k < s.columns; ++k) {
         const auto* line = base + k * s.column_stride;
-        if (k + kAhead < s.columns)
-            for (int64_t row = first * tile_rows; row < std::min(last * tile_rows, s.rows);
-                 row += 64 / sizeof(*base))
-                __builtin_prefetch(line + kAhead * s.column_stride + row);
+        if (k + kLinesAhead < s.columns)
+            for (int64_t row = first * tile_rows; row < end; row += 64 / sizeof(*base))
+                __builtin_prefetch(line + kLinesAhead * s.column_stride + row);
+
         for (int64_t tile = first; tile < last; ++tile)
             for_parts<tile_rows>([&](auto part, auto width) {
                 const int64_t row = tile * tile_rows + part;
+                const int64_t left = s.rows - row;
                 float* to = out + (tile * s.columns + k) * tile_rows + part;
-                store_part<width>(
-                    to, s.rows - row > 0 ? read_first<element>(line + row, s.rows - row) : zeros());
+                store_part<width>(to, left > 0 ? read_some<element>(line + row, left) : Float{});
             });
     }
 }
