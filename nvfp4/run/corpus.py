@@ -349,6 +349,7 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
             raise
         raise TrainError(f"data: {line}") from None
     try:
+        # Only the one column is read, and its type is looked at before any of it is.
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if text_field not in columns:
@@ -356,6 +357,7 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
                     f"data: {path} has no column {text_field!r}, but {', '.join(columns)}; set "
                     "--text-field"
                 )
+
             kind = file.schema_arrow.field(text_field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise TrainError(

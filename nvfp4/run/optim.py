@@ -61,6 +61,7 @@ def learning_rates(config: OptimOptions) -> Callable[[int], float]:
     # a schedule wants an optimiser; we want its function
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     if config.schedule == "wsd":
+        # the decay may not begin before the warm-up has ended
         schedule = get_wsd_schedule(
             unused,
             num_warmup_steps=config.warmup,

@@ -43,6 +43,8 @@ def quantize_model(
     that do not fit, and for a recipe that quantises and finds nothing to quantise.
     """
     recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
+
+    # A recipe without quantisation keeps every layer, of which nobody needs to be warned.
     with warnings.catch_warnings():
         warnings.simplefilter(
             "default" if recipe.quantized and verbose else "ignore", ConvertWarning
