@@ -72,6 +72,7 @@ def comparison(
     runs = []
     for arm, result in zip(arms, results, strict=True):
         rows = log.read(arm.folder.log)
+        # rows of steps have a loss, rows of evaluations a held-out one; some have both
         steps, scored = (
             [row for row in rows if "loss" in row],
             [row for row in rows if "val_loss" in row],

@@ -162,6 +162,8 @@ def _check(config: TrainConfig) -> None:
             f"micro_batch: must divide batch = {config.batch}, got {config.micro_batch}"
         )
     check_together(config)
+
+    # Sizes that a model from a folder would silently ignore.
     if config.model is not None:
         sizes = [
             name

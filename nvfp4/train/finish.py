@@ -38,6 +38,8 @@ def finish(run: PretrainRun) -> dict[str, Any]:
         run.corpus.held_out, run.tokenizer, config.seq_len, config.final_eval_bytes
     )
     trained = evaluate(run.model, held_out, run.eval_rows, run.autocast, run.accelerator)
+
+    # In BF16 there is nothing to switch off, so one evaluation serves both.
     plain = trained
     if config.recipe != "bf16":
         with disabled(run.model):
