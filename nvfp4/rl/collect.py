@@ -71,6 +71,8 @@ def collect(run: RLRun, step: int) -> Collected:
     config = run.config
     assert config.group is not None
     needed = config.prompts // run.accelerator.num_processes * config.group
+
+    # The objective may change temperature and limit between steps, and the noise follows the step.
     sampling = run.sampling()
     stages = (config.aqn_stages, config.aqn_start, config.aqn_end)
     sigma = sigma_at(step, config.steps, *stages)
@@ -109,6 +111,8 @@ def collect(run: RLRun, step: int) -> Collected:
             f"{needed} completions that {config.objective} keeps; raise --max-batches or --group, "
             f"or choose easier or harder problems"
         )
+
+    # Over all processes together, so that all of them stop or none does.
     equal, drawn = _of_all_processes(run, equal, drawn, failures, step)
     samples = join([part for part in parts if len(part)], run.stops.pad)
     return Collected(
@@ -178,6 +182,8 @@ def _round(run: RLRun, step: int, number: int, sigma: float, sampling: Sampling)
     problems = [every[place] for place in mine for _ in range(config.group)]
     texts = run.completions(samples)
     task, reasons = run.rewards(problems, texts, samples.truncated.device)
+
+    # Numbers of groups that no other round of the step has.
     samples = replace(samples, groups=samples.groups + number * config.prompts)
     coin_seed = fold_in(config.seed, COIN_BRANCH, step, number) >> 1
     raw = _maximised(run, problems, texts, samples, task, mine, coin_seed)

@@ -371,6 +371,8 @@ def make_objective(config: RLConfig) -> Objective:
         raise TrainError(
             f"objective_options: {config.objective} has no {', '.join(unknown)}; it takes {listed}"
         )
+
+    # Types and ranges by pydantic, as those of the config itself.
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except ValueError as error:

@@ -58,6 +58,8 @@ def evaluate(run: RLRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     problems = run.task.problems(config.eval_problems, _SEED, held_out=True)
     sampling = _sampling(run)
     length = sampling.max_new_tokens
+
+    # Greedy completions beside the sampled ones: what the model would answer if asked once.
     drawn = _draw(run, problems, config.eval_samples, sampling)
     greedy = _draw(run, problems, 1, Sampling(length, 0.0))
     if drawn.failed.total() >= len(problems) * config.eval_samples:

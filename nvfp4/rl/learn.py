@@ -228,6 +228,8 @@ def _update(
                 metrics = _backward(run, part, live, temperature, totals)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + in_float64(value)
+
+    # One reduction for all metrics, in an order that every process has.
     names = sorted(sums)
     values = torch.stack([sums[name].reshape(()) for name in names])
     if accelerator.num_processes > 1:

@@ -68,7 +68,11 @@ def step_row(run: RLRun, collected: Collected, learned: Learned) -> Row:
     data = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     lengths, truncated = data["lengths"], data["truncated"].bool()
     rewards = data["rewards"]
+
+    # Completions that ended by themselves; if all were cut, their mean length is 0.
     ended = lengths[~truncated] if bool((~truncated).any()) else torch.zeros(1)
+
+    # Whole groups of all processes, so the figures do not depend on how prompts were dealt out.
     row: Row = {
         "reward": float(rewards.mean()),
         "reward_std": float(_group_std(rewards, data["groups"]).mean()),

@@ -140,7 +140,7 @@ class Keeper:
                 answer["reason"] = plain(answer["reason"])
             send(answers, answer)
 
-    # --- a reward function
+    # Reward functions
 
     def judge(self, call: dict[str, Any]) -> Answer:
         """{"value": number} or {"reason": text} of a reward function."""
@@ -207,7 +207,7 @@ class Keeper:
         """The reason of a process that the kernel ended for its processor time."""
         return f"took more than {math.ceil(self.seconds) + 1} s of processor time"
 
-    # --- programs of the model
+    # Programs of the model
 
     def judge_tests(self, call: dict[str, Any]) -> Answer:
         """1 if the program passes every test, else 0: that it fails is no failure of the reward."""
@@ -254,7 +254,7 @@ class Keeper:
             "stopped": stopped,
         }
 
-    # --- processes
+    # Processes
 
     def start(self, kind: bytes, work: bytes, stdin: bytes) -> Process:
         """Have the zygote start a process with this work and input.

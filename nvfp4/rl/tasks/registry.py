@@ -57,6 +57,8 @@ def load_task(name: str, **options: Any) -> Task:
         files = " or ".join(JSONL)
         expected = f"one of {', '.join(TASKS)}, a file {files}, module:Class or file.py:Class"
         raise TrainError(f"task: expected {expected}, got {name!r}")
+
+    # Wrong options are the user's to mend; so is whatever a class of the user's raises.
     _refuse_idle_confinement(kind, name, options)
     try:
         return kind(**options)
