@@ -149,6 +149,8 @@ def this_cpu(seconds: float = 0.2, clock: Callable[[], float] = time.perf_counte
     # Where the system does not say how large the L2 cache is, nothing is taken to be cached.
     names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
     l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
+
+    # Shares of 1: what was measured is what programs reach, so predictions are lower bounds.
     why = "peaks are measured; rounding is taken to be free, so times are lower bounds"
     what = (
         f"BF16 GEMM of {n}, copy of {source.numel() >> 20} MiB, {torch.get_num_threads()} threads"

@@ -171,6 +171,8 @@ def _operand_kernels(
 
     # By where the operand comes from and what rounds it; reads and writes in bits per element.
     source = CODE_BITS + SCALE_BITS if operand.source == "decoded" else BF16_BITS
+
+    # Codes that are kept need no rounding, only other places; MS-EDEN knows its range afterwards.
     if operand.source == "codes":
         yield kernel("transpose codes of", CODE_BITS, CODE_BITS)
     elif operand.quantizer is None:

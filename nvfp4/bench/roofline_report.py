@@ -143,6 +143,8 @@ def report(
     about = f"{recipe.name}, {models[-1]}: {layer.inputs} -> {layer.outputs}, {tokens} tokens"
     kernels = _kernels(recipe, layer, tokens, devices)
     console.print(terminal(f"{about}; times {PREDICTED}", kernels))
+
+    # Then whole blocks, and beside them what was measured here and what others have published.
     about = f"{recipe.name}: ms of a forward and backward of one block, {tokens} tokens"
     console.print(terminal(f"{about}; {PREDICTED}", [_step(row) for row in rows], labels=2))
     if measured := [_beside(row) for row in rows if row.measured_ms is not None]:
