@@ -91,6 +91,7 @@ def kernels_of(
     entries = re.findall(pattern, log, re.DOTALL)
     names = _demangled([entry[0] for entry in entries])
     for (mangled, stack, stored, loaded, registers), name in zip(entries, names, strict=True):
+        # Faults by PTX and machine code both: ptxas adds some that no PTX shows.
         text, code = ptx[mangled], sass.get(mangled, "")
         spilled = int(stored) + int(loaded)
         faults = [*memory_faults(code, spilled, int(stack)), *rounding_faults(text, code, True)]

@@ -64,11 +64,15 @@ def policies(capability: int) -> dict[str, Policy]:
                 {"rotation": Rotation(16, 1, 0)},
             )
         ]
+
+    # 16x16 blocks, whose codes serve x and x^T.
     for name in ("sr", "sr_te", "scale_search"):
         options.append((name, {"block": TILE_BLOCK}))
     options += [("scale_search", o) for o in ({}, {"row_scaled": True})]
     options += [("four_over_six", o) for o in ({}, {"metric": "mae"}, {"metric": "abs_max"})]
     options += [("four_over_six", o) for o in ({"block": TILE_BLOCK}, {"row_scaled": True})]
+
+    # MS-EDEN by its rounds and groups, and as the default recipe has it.
     options += [("ms_eden", {"rounds": rounds}) for rounds in (1, 2, 3)]
     options += [("ms_eden", {"group": group}) for group in (16, 32, 64)]
     options.append(("ms_eden", {"rounds": 2, "search": True}))
@@ -183,6 +187,8 @@ def _single(
     pointers = {"x": "*u8" if coded is not None else ELEMENTS[source.removesuffix("^T")]}
     if not scaled_by_amax(policy.rule):
         pointers["block_scale"] = "*fp32"
+
+    # Seeds on the device are read by the kernel; otherwise they are numbers of the launch.
     if in_memory:
         pointers |= dict.fromkeys(("seed_low", "sign_low"), "*i64")
         constants |= dict.fromkeys(("seed_high", "sign_high"))
@@ -214,6 +220,8 @@ def _both(table: dict[str, Policy]) -> Iterator[KernelVariant]:
             "T_COLUMNS": tiles[1],
         }
         pointers = {"x": element}
+
+        # Each orientation has its own outputs. MS-EDEN's scales wait as float32 for the range.
         for side, policy in (("rows", rows), ("columns", columns)):
             pointers |= {
                 f"{name}_{side}": _POINTERS[name]
