@@ -94,6 +94,8 @@ def _of_shape(args: argparse.Namespace, name: str, shape: Shape) -> list[Row]:
     recipes = ["float32", "bf16", *args.recipes.split(",")]
     x = matrix(shape.tokens, shape.in_features, seed=1)
     dy = matrix(shape.tokens, shape.out_features, seed=2)
+
+    # Each with x and dy in its own dtype, and a leaf of its own for the gradient.
     cases: dict[str, LayerCase] = {}
     for recipe in recipes:
         layer = layer_for(shape, recipe, args.backend)

@@ -222,6 +222,8 @@ def main() -> None:
         return
     out = Path(args.out or f"runs/rl-{args.what}")
     rows = []
+
+    # Each run resumes what an earlier call has left, and its row is printed as it comes.
     for name, config in STUDIES[args.what](out):
         if args.only is None or name in args.only:
             folder = str(out / name.replace(", ", "-").replace(" ", "_"))

@@ -73,6 +73,8 @@ def run_call(settings: Any, minutes: float, commit: str | None = None, quiet: bo
     facts = {"kind": "call", "state": "began", "call": settings.call}
     facts |= {"place": settings.kind, "scale": settings.scale, "budget_minutes": minutes}
     append(path, **facts, commit=commit, began=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    # The plan is written first: what a killed call did not reach can then be named.
     for stage in plan:
         append(path, kind="plan", stage=stage.name, units=[unit.name for unit in stage.units])
     runner = Runner(path, folder / f"call{settings.call}.log", settings, quiet)
@@ -130,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--plan", action="store_true", help="print what each stage is expected to take"
     )
     args = parser.parse_args(arguments)
+
+    # What needs no GPU, and what makes no sense.
     if args.plan:
         from benchmarks.gpu.plan import show
 

@@ -157,9 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"nvfp4: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
-
-    # An error of the machine may come up anywhere; any other OSError is a defect and shows itself.
     except OSError as error:
+        # the machine may fail anywhere; any other OSError is a defect and keeps its traceback
         if error.errno not in MACHINE:
             raise
         where = f": {error.filename}" if error.filename else ""

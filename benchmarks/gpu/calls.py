@@ -92,15 +92,21 @@ def _smoke() -> Iterator[Unit]:
         yield _quantise("cuda", name, RAGGED, "bf16")
     for name in QUANTISERS:
         yield _quantise("triton", name, ALIGNED, "bf16")
+
+    # Products: each tile of the card, and decoding first.
     for index in range(MOST_WAYS):
         title = "matmul_decoded" if index == 0 else f"GEMM tile {index}"
         yield Unit(title, "checks:way_to_multiply", (index, DECODED_SHAPES), 60)
+
+    # Self-checks of what training will ask for, which also compile it.
     for operation in ("matmul", "dequantize", "transpose", "draw_seeds", "grouped_matmul"):
         yield Unit(f"explain {operation}", "checks:explained", (operation, None), 60)
     for name in QUANTIZER_NAMES:
         yield Unit(f"explain quantize {name}", "checks:explained", ("quantize", name), 80, True)
     for name in QUANTISERS:
         yield _quantise("triton", name, RAGGED, "bf16")
+
+    # Then whole layers, which use all of the above.
     for backend, recipe in product(("triton", "cuda"), RECIPES[1:]):
         arguments = (backend, recipe, "bf16", False)
         yield Unit(
@@ -152,6 +158,8 @@ def _graphs() -> Iterator[Unit]:
             ("torch.compile", "layers:compiled_layer"),
         ):
             yield Unit(f"{backend} {title} {recipe}", function, (backend, recipe), 60, needs)
+
+    # Quantisers alone, so that a layer's fault can be told from one of theirs.
     for name, backend in product(GRAPHED, backends):
         arguments = (backend, name)
         yield Unit(
@@ -197,6 +205,8 @@ def _others() -> Iterator[Unit]:
     backends = ("cuda", "triton")
     for dtype, backend, name in product(("f32", "f16"), backends, QUANTISERS):
         yield _quantise(backend, name, RAGGED if dtype == "f32" else ALIGNED, dtype)
+
+    # Products of every combination, then views that are not aligned.
     for shape, backend in product(PRODUCT_SHAPES, ("scaled_mm", "triton")):
         title = f"{backend} product {'x'.join(map(str, shape))}"
         yield Unit(title, "checks:product_of", (backend, shape), 90)
@@ -208,6 +218,8 @@ def _others() -> Iterator[Unit]:
             60,
             backend == "cuda",
         )
+
+    # Every recipe in float32, with and without autocast.
     for recipe, backend in product(
         ("rl", "rtn", "four_over_six", "tetrajet2", *RECIPES[1:]), backends
     ):

@@ -298,6 +298,8 @@ def _work(unit: Unit, settings: Any, pipe: Connection, log: str) -> None:
         print(f"--- {unit.name}", file=sys.stderr)
         traceback.print_exc()
         ending = ("failed", f"{type(error).__name__}: {error}")
+
+    # Compilers and other children count too.
     after = os.times()
     user = after.user + after.children_user - before.user - before.children_user
     pipe.send(("resources", {"cpu s": round(user, 2)}))

@@ -177,6 +177,8 @@ def judged(call: int, record: CallRecord, settings: Settings) -> list[str]:
                 bad.append(f"{name}: {unit} was to say {FAULTS[call][unit][1]!r}: {said}")
         if stage.not_reached:
             bad.append(f"{name}: not reached: {', '.join(stage.not_reached)}")
+
+    # A fault that is in no row was lost, and one in two rows has spoilt another unit.
     bad += [
         f"{unit}: {count} rows, one was injected" for unit, count in counts.items() if count != 1
     ]

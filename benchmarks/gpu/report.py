@@ -169,6 +169,8 @@ def _goals(calls: dict[int, CallRecord]) -> list[Goal]:
     # None where nothing was compared: no fault found is no proof then.
     compared = sum(call.compared for call in calls.values())
     wrong = float(sum(call.wrong for call in calls.values()))
+
+    # A goal that was not measured is reported as such, and is not met.
     goals: list[Goal] = [("wrong or failed", wrong if compared or wrong else None, "<=", 0.0)]
     for name, least in (("rtn", 0.70), ("ms_eden(2)", 0.45)):
         share = best("rates", "rows / copy", True, quantiser=name)

@@ -135,6 +135,8 @@ def sanitizer(job: Job, tool: str, backend: str) -> None:
     print(text)
     if "not here: " in text:
         raise Skip(text.partition("not here: ")[2].splitlines()[0])
+
+    # The first line that names the fault stands in the row; the log has all of them.
     errors = errors_of(tool, done.stdout, text, done.returncode)
     first = next(
         (line for line in text.splitlines() if re.search(r"Invalid|hazard|Error", line)), ""
