@@ -16,7 +16,7 @@ first use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -41,6 +41,12 @@ class Backend(ABC):
     operations: tuple[Operation, ...] = get_args(Operation)
     """What it implements; the rest is left to "auto" where this backend is named."""
 
+    scope: str = "it has no kernel for this operation"
+    """Why not the other operations, in words."""
+
+    quantizers: Container[str] | None = None
+    """Names of the quantisers that it implements; None: all."""
+
     decodes: tuple[torch.dtype, ...] = ()
     """What its ``decode`` can write.
 
@@ -62,7 +68,12 @@ class Backend(ABC):
         options: Options | None = None,
     ) -> str | None:
         """None if it implements the operation for this quantiser and these options, or why not."""
-        return None
+        if operation not in self.operations:
+            return self.scope
+        if operation != "quantize" or quantizer is None or self.quantizers is None:
+            return None
+        known = quantizer.name in self.quantizers
+        return None if known else f"it has no kernel for {quantizer.name}"
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:

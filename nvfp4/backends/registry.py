@@ -104,6 +104,12 @@ def select(
     whose self-check failed, and once for each kind of device on which only the reference is left,
     and why.
     """
+    # nine questions per step of a small layer: the answer that cannot change costs no call
+    if name == AUTO and device.type == "cpu":
+        kept = _CHOSEN.get((operation, None if quantizer is None else quantizer.name))
+        if kept is not None and kept[0] is BACKENDS and kept[1] is _FAULTS:
+            return kept[2]
+
     check_backend(name, device)
     if name == AUTO or operation not in BACKENDS[name].operations:
         return _select_auto(operation, device, quantizer, options)
@@ -122,12 +128,6 @@ def _select_auto(
     operation: Operation, device: torch.device, quantizer: Quantizer | None, options: Options | None
 ) -> Backend:
     """The first backend that can; an answer that cannot change is kept, see ``_CHOSEN``."""
-    on_cpu = device.type == "cpu"
-    key = (operation, None if quantizer is None else quantizer.name)
-    kept = _CHOSEN.get(key) if on_cpu else None
-    if kept is not None and kept[0] is BACKENDS and kept[1] is _FAULTS:
-        return kept[2]
-
     for backend in _in_order(operation, device, quantizer):
         if why_not_auto(backend, operation, device, quantizer, options) is not None:
             continue
@@ -135,7 +135,9 @@ def _select_auto(
         # said once per kind of device
         if backend is BACKENDS["reference"] and device.type not in _SAID:
             _say_why(operation, device, quantizer, options)
-        if on_cpu and isinstance(backend, CpuBackend) and _only_elsewhere(backend, device):
+        on_cpu = device.type == "cpu" and isinstance(backend, CpuBackend)
+        if on_cpu and _only_elsewhere(backend, device):
+            key = (operation, None if quantizer is None else quantizer.name)
             _CHOSEN[key] = (BACKENDS, _FAULTS, backend)
         return backend
 

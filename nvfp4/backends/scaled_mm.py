@@ -37,7 +37,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import apply_globals, reference_matmul
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.layout import SWIZZLED_MAJORS, TILE_COLUMNS, TILE_ROWS, swizzle
@@ -103,6 +103,7 @@ class ScaledMmBackend(Backend):
 
     name = "scaled_mm"
     operations = ("matmul", "grouped_matmul")
+    scope = "it only multiplies"
 
     def __init__(
         self,
@@ -129,14 +130,6 @@ class ScaledMmBackend(Backend):
                 "needs 10.x or 12.x"
             )
         return None
-
-    def refuses(
-        self,
-        operation: Operation,
-        quantizer: Quantizer | None = None,
-        options: Options | None = None,
-    ) -> str | None:
-        return None if operation in self.operations else "it only multiplies"
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         raise NotImplementedError("the scaled_mm backend only multiplies")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.base import Backend
 from nvfp4.backends.native.extension import (
     ELEMENTS,
     RULES,
@@ -121,6 +121,7 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
+    quantizers = RULES.keys()
     decodes = tuple(ELEMENTS)
 
     def __init__(self, isa: str = "") -> None:
@@ -130,16 +131,6 @@ class CpuBackend(Backend):
         if device.type != "cpu":
             return f"it runs on the cpu, not on {device.type}"
         return _MISSING
-
-    def refuses(
-        self,
-        operation: Operation,
-        quantizer: Quantizer | None = None,
-        options: Options | None = None,
-    ) -> str | None:
-        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
-            return f"it has no kernel for {quantizer.name}"
-        return None
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         if x.numel() == 0:

@@ -45,6 +45,8 @@ class CudaBackend(Backend):
 
     name = "cuda"
     operations = ("quantize", "dequantize")
+    scope = "it quantises and decodes alone"
+    quantizers = RULES.keys()
     decodes = tuple(ELEMENTS)
 
     def __init__(self, native: ModuleType | None = _native) -> None:
@@ -79,10 +81,9 @@ class CudaBackend(Backend):
         quantizer: Quantizer | None = None,
         options: Options | None = None,
     ) -> str | None:
-        if operation not in self.operations:
-            return "it quantises and decodes alone"
-        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
-            return f"it has no kernel for {quantizer.name}"
+        reason = super().refuses(operation, quantizer, options)
+        if reason is not None:
+            return reason
 
         # a block of 16x16 is rotated within itself or not at all
         if options is not None and options.block == TILE_BLOCK and options.rotation is not None:

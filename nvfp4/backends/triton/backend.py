@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4.backends.base import Backend, Operation
+from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import reference_matmul
+from nvfp4.backends.triton.quantize.policy import RULES
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.qtensor import QTensor
@@ -38,7 +39,6 @@ try:
     from nvfp4.backends.triton.operands import Source, Target, coded_as, on, two_targets
     from nvfp4.backends.triton.quantize import kernels
     from nvfp4.backends.triton.quantize import launch as quantizing
-    from nvfp4.backends.triton.quantize.policy import RULES
     from nvfp4.backends.triton.transpose import transpose
 
     _MISSING = None
@@ -51,6 +51,7 @@ class TritonBackend(Backend):
     """Quantises and decodes without FP8 or FP4 hardware; multiplies in FP4 where there is some."""
 
     name = "triton"
+    quantizers = RULES.keys()
     decodes = (torch.float32, torch.bfloat16, torch.float16)
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -70,16 +71,6 @@ class TritonBackend(Backend):
 
     def automatic(self, device: torch.device) -> bool:
         return not INTERPRETED
-
-    def refuses(
-        self,
-        operation: Operation,
-        quantizer: Quantizer | None = None,
-        options: Options | None = None,
-    ) -> str | None:
-        if operation == "quantize" and quantizer is not None and quantizer.name not in RULES:
-            return f"it has no kernel for {quantizer.name}"
-        return None
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         if x.numel() == 0:
