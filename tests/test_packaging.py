@@ -6,11 +6,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from limits import HANG
@@ -84,55 +86,92 @@ def test_which_extra_is_named() -> None:
 
 
 _WITHOUT = """
-import sys
-for name in sys.argv.pop(1).split(","):
-    sys.modules[name] = None  # importing it raises ModuleNotFoundError
-from nvfp4.__main__ import main
-sys.exit(main())
+import json, os, sys
+import torch  # once, for all of them
+for number, (missing, *arguments) in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for stream in (1, 2):
+        os.dup2(os.open(f"{number}.{stream}", os.O_WRONLY | os.O_CREAT, 0o600), stream)
+    for name in missing.split(","):
+        assert name not in sys.modules, name
+        sys.modules[name] = None  # importing it raises ModuleNotFoundError
+    sys.argv[1:] = arguments
+    from nvfp4.__main__ import main
+    sys.exit(main())
 """
 
+LACKING = [
+    ("tyro", "pretrain", "train"),
+    ("pydantic", "compare", "train"),
+    ("yaml", "rl", "rl"),
+    ("tyro", "gvendi", "rl"),
+]
+"""A package, a command that needs it, and the extra that brings it."""
 
-def without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in an interpreter that lacks some packages."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _WITHOUT, modules, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
+WITHIN = ("accelerate", "pretrain", "--out", "run", "--steps", "1")
+INFO = ("tyro,pydantic,yaml,transformers,accelerate,matplotlib", "info")
 
 
-@pytest.mark.parametrize(
-    ("missing", "command", "extra"),
-    [
-        ("tyro", "pretrain", "train"),
-        ("pydantic", "compare", "train"),
-        ("yaml", "rl", "rl"),
-        ("tyro", "gvendi", "rl"),
-    ],
-)
-def test_a_command_names_the_extra_it_lacks(missing: str, command: str, extra: str) -> None:
+class Ran(NamedTuple):
+    """What a command ended with and said."""
+
+    code: int
+    out: str
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, ...], Ran], Path]:
+    """The command line in interpreters that lack some packages, by (packages, arguments); and the
+    folder they ran in. They are forks of one that has imported torch, which alone takes 2.4 s."""
+    folder = tmp_path_factory.mktemp("without")
+    cases = [*((missing, command, "--help") for missing, command, _ in LACKING), WITHIN, INFO]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, json.dumps(cases)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert done.returncode == 0, done.stderr
+    ran = {}
+    for number, (case, code) in enumerate(zip(cases, done.stdout.split(), strict=True)):
+        said = [(folder / f"{number}.{stream}").read_text() for stream in (1, 2)]
+        ran[case] = Ran(int(code), *said)
+    return ran, folder
+
+
+@pytest.mark.parametrize(("missing", "command", "extra"), LACKING)
+def test_a_command_names_the_extra_it_lacks(
+    without: tuple, missing: str, command: str, extra: str
+) -> None:
     """One line, code 1, no traceback."""
     if missing != "tyro":
         pytest.importorskip("tyro", reason="tyro is missed first")
-    ran = without(missing, command, "--help")
     line = (
         f"nvfp4: error: nvfp4 {command} needs {missing}, which is not installed: pip install "
         f"'nvfp4[{extra}]'\n"
     )
-    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", line)
+    assert without[0][missing, command, "--help"] == Ran(1, "", line)
 
 
-def test_a_package_that_is_missed_within_a_command(tmp_path: Path) -> None:
+def test_a_package_that_is_missed_within_a_command(without: tuple) -> None:
     """accelerate is imported once the options are known to be right."""
     pytest.importorskip("transformers", reason="transformers is not installed here")
     pytest.importorskip("tyro", reason="tyro is not installed here")
-    ran = without("accelerate", "pretrain", "--out", str(tmp_path / "run"), "--steps", "1")
-    assert (ran.returncode, ran.stderr.splitlines()[-1:]) == (
+    ran, folder = without
+    assert (ran[WITHIN].code, ran[WITHIN].errors.splitlines()[-1:]) == (
         1,
         [
             "nvfp4: error: nvfp4 pretrain needs accelerate, which is not installed: pip install "
             "'nvfp4[train]'"
         ],
     )
-    assert not (tmp_path / "run").exists()
+    assert not (folder / "run").exists()
 
 
 def test_a_parquet_file_names_the_extra_it_needs(
@@ -154,11 +193,11 @@ def test_a_parquet_file_names_the_extra_it_needs(
     )
 
 
-def test_info_needs_no_extra() -> None:
+def test_info_needs_no_extra(without: tuple) -> None:
     """What is asked first on a machine where something is missing."""
-    ran = without("tyro,pydantic,yaml,transformers,accelerate,matplotlib", "info")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "backend reference on cpu" in ran.stdout
+    ran = without[0][INFO]
+    assert (ran.code, ran.errors) == (0, "")
+    assert "backend reference on cpu" in ran.out
 
 
 def test_a_lazy_name_names_the_extra_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ for Hopper, ``make cuda`` all of them for five kinds of GPU.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from cuda_host import KERNELS
@@ -40,15 +41,17 @@ def test_kernels_compile_and_fit(source: str, target: str, count: int) -> None:
 
 
 @needs_nvcc
-def test_a_kernel_that_fuses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule itself: the same file with contraction allowed."""
-    monkeypatch.setattr(
-        cuda_build,
-        "FLAGS",
-        tuple(flag.replace("fmad=false", "fmad=true") for flag in cuda_build.FLAGS),
+def test_a_kernel_that_fuses_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule itself: one product and one sum, with our flags and with contraction allowed."""
+    monkeypatch.setattr(cuda_build, "FOLDER", tmp_path)
+    (tmp_path / "sum.cu").write_text(
+        "__global__ void sum(float* x, float y) { x[threadIdx.x] = x[threadIdx.x] * y + y; }\n"
     )
-    faults = [row.fault for row in cuda_build.reports(["sm_90a"], ["scales"])]
-    assert "float32 products and sums are fused" in faults
+    assert [row.fault for row in cuda_build.reports(["sm_90a"], ["sum"])] == [None]
+    fused = tuple(flag.replace("fmad=false", "fmad=true") for flag in cuda_build.FLAGS)
+    monkeypatch.setattr(cuda_build, "FLAGS", fused)
+    faults = [row.fault for row in cuda_build.reports(["sm_90a"], ["sum"])]
+    assert faults == ["float32 products and sums are fused"]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def test_nothing_is_said_of_what_is_right(stubs, recwarn: pytest.WarningsRecorde
         registry.select("auto", "quantize", CPU, QUANTIZERS["rtn"], QUANTIZERS["rtn"].check())
         is known["first"]
     )
-    assert not recwarn.list
+    # a ResourceWarning is the garbage collector's, of an earlier test
+    assert not [w for w in recwarn.list if w.category is not ResourceWarning]
 
 
 @pytest.mark.parametrize("lost", [True, False])

