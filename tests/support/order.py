@@ -17,26 +17,38 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 SECONDS = {
-    "test_on_gpu.py": 75,
-    "test_clients.py": 60,
-    "test_distributed.py": 60,
-    "test_triton_jit.py": 60,
-    "test_triton_aot.py": 50,
-    "test_train_endings.py": 45,
-    "test_rl_loop.py": 40,
-    "test_cuda.py": 35,
-    "test_distributed_runs.py": 35,
-    "test_rl_config.py": 30,
-    "test_cuda_compile.py": 25,
-    "test_packaging.py": 22,
+    "test_triton.py": 150,
+    "test_triton_jit.py": 90,
+    "test_distributed.py": 68,
+    "test_on_gpu.py": 60,
+    "test_triton_aot.py": 51,
+    "test_rl_loop.py": 51,
+    "test_rl_config.py": 45,
+    "test_oracle.py": 40,
+    "test_cuda.py": 31,
+    "test_triton_fused.py": 31,
+    "test_train_endings.py": 23,
+    "test_cuda_compile.py": 22,
     "test_examples.py": 21,
-    "test_train_compare.py": 20,
-    "test_train_model.py": 20,
+    "test_train_compare.py": 21,
+    "test_clients.py": 20,
     "test_cli.py": 17,
+    "test_contract.py": 16,
+    "test_fused.py": 16,
+    "test_packaging.py": 14,
+    "test_bench.py": 13,
+    "test_rl_endings.py": 12,
+    "test_train_model.py": 12,
+    "test_rl_learning.py": 11,
+    "test_train_resume.py": 11,
     "test_docs.py": 10,
+    "test_triton_launch.py": 10,
+    "test_distributed_runs.py": 7,
+    "test_train_loop.py": 7,
 }
-"""Of files with a test that takes more than 5 s of a core, or with such a fixture: what all of
-their tests take, on a Cascade Lake held to AVX2. A guess does; it is about who begins early."""
+"""Of files with tests of several seconds, or whose tests share what takes them: what all of their
+tests take of a core, on a busy Cascade Lake held to AVX2. A guess does; it is about who begins
+early."""
 
 
 class HasPath(Protocol):
