@@ -82,6 +82,7 @@ def learn(run: RLRun, samples: Samples, sampled_at: float, lr: float, check: boo
             samples, old = scored(run, run.model, samples, temperature, rows, "old")
         if check:
             gap = _checked_gap(run, samples.select(slice(0, rows)), temperature, live)
+
     # The figures are at the temperature of sampling, the loss at its own.
     drawn = old
     if temperature != sampled_at:
