@@ -75,6 +75,8 @@ def rollout(
     width, length = max(map(len, prompts)), sampling.max_new_tokens
     check_fits(model, width + length)
     device = model.device
+
+    # A sample's number decides its random numbers, whichever batch it lands in.
     prompt_of = [prompt for prompt in range(len(prompts)) for _ in range(size)]
     numbers = torch.tensor([group * size + i for group in groups for i in range(size)])
     count = len(prompt_of)
@@ -232,11 +234,14 @@ class _Batch:
             left = int(active.sum())
             if left == 0 or place + 1 == length:
                 break
+
+            # Leaving costs a copy of the cache, and spares every later place the finished rows.
             if left <= _SPARSE * len(here):
                 kept = active.nonzero()[:, 0]
                 self._take(kept)
                 here, token = here[kept], token[kept]
 
+            # Places count tokens and not the padding on the left, as in ``score``.
             ones = self.attention.new_ones(len(here), 1)
             self.attention = torch.cat([self.attention, ones], dim=1)
             where = self.attention.sum(dim=1, keepdim=True) - 1

@@ -69,6 +69,7 @@ def score(
     # Row i of the last ``length`` rows is the distribution of completion token i.
     everything = log_probabilities(out.logits, temperature)
     before, of_tokens = everything[:, :-length], everything[:, -length:]
+    # log p of the token that was drawn, [S, T]
     drawn = of_tokens.gather(-1, samples.ids[:, -length:, None]).squeeze(-1)
     with torch.no_grad():
         terms = (of_tokens.exp() * of_tokens).nan_to_num(nan=0.0)  # 0 log 0 = 0 at logits of -inf

@@ -112,6 +112,7 @@ class WarmStart(Training):
         """One update; the loss before it, in nats per token."""
         run, config = self.run, self.config
         began = time.perf_counter()
+        # by the number of the step alone, so a resumed run draws the same demonstrations
         seed = fold_in(config.seed, WARM_START_BRANCH, step)
         batch = demonstrated(self.task, self.text, config.warm_batch, config.warm_noise, seed)
         check_fits(run.model, batch.ids.shape[1])
