@@ -43,10 +43,11 @@ $(TOOLS): $(VENV)/.made $(PACKAGES)
 	@touch $@
 
 # Only files that changed are compiled. A failure leaves a warning, a package that runs on its other backends, and no
-# stamp: the next call tries again.
+# stamp: the next call tries again. Compilers take what pip leaves: it has one core's work to do and is waited for, while
+# two compilers beside it took half of its core.
 $(NATIVE): $(TOOLS) $(SOURCES)
 	@rm -f $@
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	nice $(BIN)/python setup.py --quiet build_ext --inplace
 	@test -e nvfp4/_cpu_missing.txt || touch $@
 
 # One resolver for all packages, and no second environment for the build: its tools are there already.
