@@ -1,5 +1,10 @@
 // Python bindings of the native CPU kernels: raw addresses in, checks of what would corrupt memory,
 // no arithmetic.
+//
+// A call names an instruction set, or "" for the best that the processor has and the process may
+// use. Two lists decide: available() for what quantises and decodes, products() for what
+// multiplies. ``use`` holds a process to what a lesser processor would have. The interpreter's lock
+// is released while kernels run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,7 +40,8 @@ const std::vector<const Kernels*>& available() {
     return all;
 }
 
-// the process behaves as if the processor had only what comes from here on
+// Where in available() the process may begin: it behaves as if the processor had nothing before
+// that.
 std::atomic<size_t> held{0};
 
 // The instruction set of that name, the best one for "", among those that come after the first
@@ -65,8 +71,7 @@ Source source_of(uintptr_t data, int element, int64_t rows, int64_t columns, int
     source.columns = columns;
     source.row_stride = row_stride;
     source.column_stride = column_stride;
-    // a matrix of one column has two unit strides; reading it along its rows is then the contiguous
-    // way
+    // one row may have two unit strides; the contiguous way is then along it
     if (row_stride == 1 && column_stride == 1 && rows == 1) source.row_stride = columns;
     return source;
 }
@@ -142,7 +147,7 @@ void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t ou
 struct Product {
     const char* name;
     void (*run)(const MatmulArgs&);
-    bool of_elements;
+    bool of_elements;  // as well as of codes
 };
 
 // The products with instructions that this processor has and the process is not kept from, the

@@ -1,5 +1,8 @@
 // Python bindings of the CUDA kernels: raw addresses in, checks of what would corrupt memory, no
-// arithmetic. Built without CUDA, over simt.h, the same module runs the same kernels on the
+// arithmetic.
+//
+// Addresses are of device memory; a call names the device and the stream and returns once kernels
+// are launched. Built without CUDA, over simt.h, the same module runs the same kernels on the
 // processor (tests only).
 #include <pybind11/pybind11.h>
 

@@ -1,6 +1,14 @@
 // Codes to values; the twin of nvfp4/numerics/codec.py. The way from values to codes is part of
-// rounding.h. And the 16-bit formats of what comes in and goes out, on processors that have none or
-// round them in their own way.
+// rounding.h.
+//
+//     decode<Format>(code)   a magnitude; decode_signed, decode_scale: an element, a block scale
+//     to_bfloat16(x)         rounded, ties to even, as a float32
+//     from_float16(h)        exact
+//     float16_bits(x)        rounded, ties to even
+//
+// BF16 and float16 are what comes in and goes out. Both are spelt out, since processors lack them
+// or round in their own way; subnormals, infinities and NaN come out as IEEE 754 wants them. Where
+// a processor widens float16 by an instruction, cpu/elements.h takes that.
 #pragma once
 
 #include "formats.h"

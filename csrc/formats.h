@@ -1,12 +1,18 @@
 // Number formats as data; the twin of nvfp4/numerics/formats.py, held equal to it by
 // tests/backends/test_native.py.
+//
+// A format is three numbers. A value with exponent e lies on a lattice of step
+// 2^(max(e, min_exponent) - mantissa_bits), so that rounding and decoding are written once for all
+// formats (rounding.h, codec.h):
+//
+//     E2M1   0 .5 1 1.5 2 3 4 6 and signs, an element of four bits
+//     E4M3   127 values from 0 to 448, a block scale; its sign is never set, and code 127 is NaN
 #pragma once
 
 #include "lanes.h"
 
 NVFP4_BEGIN
 
-// A value with exponent e lies on a lattice of step 2^(max(e, min_exponent) - mantissa_bits).
 struct E2M1 {
     static constexpr int mantissa_bits = 1;
     static constexpr int min_exponent = 0;
@@ -26,11 +32,18 @@ struct E4M3 {
 constexpr float kSignedGrid[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                    -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
-constexpr int kBlock = 16;                           // elements under one block scale
-constexpr float kFloatMax = 3.4028234663852886e38f;  // largest finite float32
-// largest block scale of quantisers that may enlarge it by 1.5
+// Elements under one block scale.
+constexpr int kBlock = 16;
+
+// Largest finite float32.
+constexpr float kFloatMax = 3.4028234663852886e38f;
+
+// The block scale of a tensor's largest element, where a rule may try larger ones: six codes above
+// 256 is 448.
 constexpr float kSearchCap = 256.0f;
-// |x| of a non-finite float32 has bits at or above this
+
+// |x| of a float32 that is not finite has bits at or above the first; the second is the NaN that
+// results have.
 constexpr unsigned kInfinityBits = 0x7f800000u;
 constexpr unsigned kNanBits = 0x7fc00000u;
 

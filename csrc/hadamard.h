@@ -1,5 +1,10 @@
-// Random Hadamard rotation by butterflies in ascending stride; the twin of
+// The random Hadamard rotation by butterflies in ascending stride; the twin of
 // nvfp4/numerics/hadamard.py.
+//
+//     y = scale * H (signs . x)      for each round, on groups of 16, 32, 64 or 128 elements
+//
+// Here are a round's signs, its scale and the butterflies within one thread or lane; how a group is
+// spread over vectors or lanes is a matter of cpu/rotation.h and cuda/rotate.h.
 #pragma once
 
 #include "lanes.h"

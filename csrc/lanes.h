@@ -1,9 +1,17 @@
-// The vocabulary that the arithmetic headers are written in, for one number at a time.
+// The vocabulary that the arithmetic is written in, here for one number at a time.
 //
-// Everything in csrc/*.h is a template over F, "the float type": float here (a CUDA thread, a
-// test), or the lanes of a vector in cpu/simd.h, which defines the same words for vectors. So each
-// piece of arithmetic is written once. Compile without FMA contraction and without flushing of
-// subnormals; results are then equal to the last bit.
+// formats.h to quantizers.h are templates over F, "the float type". F is float in a CUDA thread or
+// a test, and a vector of the processor's own width on the CPU (Float in cpu/simd.h, which has the
+// same words for vectors); Int<F> is the unsigned integer of that shape. So each piece of
+// arithmetic is written once:
+//
+//     numbers    bits, from_bits, splat, same, to_float, truncate, magnitude
+//     choices    select, select_bits, smaller, larger, larger_bits, by_magnitude
+//     arithmetic less_product, smaller_magnitude, rotate_left, exclusive_or, multiply_wide
+//
+// Everything lies in an inline namespace per instruction set, named by NVFP4_TARGET. A file that
+// wants vectors defines NVFP4_VECTOR_LANES first. All of it is compiled without contraction of
+// products and sums and without flushing of subnormals: then results are equal to the last bit.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +31,8 @@
 
 #if defined(__CUDACC__)
 #define NVFP4_FN __host__ __device__ __forceinline__
-#define NVFP4_UNROLL(n) _Pragma("unroll")  // a number above the trip count sends nvcc astray
+// without n: cicc ran for seven minutes where it stood above the trip count
+#define NVFP4_UNROLL(n) _Pragma("unroll")
 #define NVFP4_GPU_UNROLL _Pragma("unroll")
 #define NVFP4_ROLLED _Pragma("unroll 1")
 #else

@@ -1,4 +1,8 @@
 // Block scales as the tensor cores read them; the twin of nvfp4/numerics/layout.py.
+//
+// A tile of 128 rows by 4 scale columns is 512 contiguous bytes: 32 lines of 16 bytes, in each of
+// which lie the four scales of rows r, r + 32, r + 64 and r + 96. Tiles follow each other along the
+// columns.
 #pragma once
 
 #include "lanes.h"

@@ -1,4 +1,9 @@
-// Philox4x32-10 (Salmon et al., SC 2011); the twin of nvfp4/numerics/rng.py.
+// Philox4x32-10 (Salmon et al., SC 2011): random words as a function of (seed, index, stream) and
+// of nothing else; the twin of nvfp4/numerics/rng.py.
+//
+// The counter is (index low, index high, stream, 0), the key is the seed. Four words come of it,
+// eight draws of 16 bits: draw n of a stream is in counter n / 8, in word n % 8 / 2, its low half
+// first.
 #pragma once
 
 #include "lanes.h"

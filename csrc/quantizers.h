@@ -1,10 +1,20 @@
 // The quantisers, as rules on one block per lane; twins of nvfp4/quantizers/*.py, where the
-// formulas and sources stand.
+// formulas and their sources stand.
 //
-// A rule sees sixteen elements x[0..15] of its block. ``Scope`` reduces what the lanes share:
-// nothing for 1x16 blocks (RowScope), everything for a 16x16 tile of which each lane holds a row
-// (TileScope, in cpu/tile.h). Where a vector has fewer lanes than a tile has rows, x[0..n-1] is the
-// whole tile, sixteen vectors for the first rows, then the others'.
+// A rule has two halves, so that a caller may choose the scales of many blocks before it makes any
+// codes:
+//
+//     choose(x, given)        the block scale of x, as a code and as a value
+//     pack(x, scale, given)   the sixteen codes of x on that scale, in two words
+//
+// x[0..15] are the elements of a block. ``Scope`` reduces what lanes share: nothing for 1x16 blocks
+// (RowScope), everything for a 16x16 tile of which each lane holds a row (TileScope in cpu/tile.h,
+// LaneScope in cuda/quantize.h). Where a vector has fewer lanes than a tile has rows, choose gets
+// the whole tile: x[0..n-1], sixteen vectors for the first rows, then the others'.
+//
+//     rtn, sr, sr_te                 Plain: one scale, rounded; codes to nearest or by noise
+//     four_over_six, scale_search    Searched: the best of two or of nine scales
+//     ms_eden                        MsEden: codes first, then the scale that makes them unbiased
 #pragma once
 
 #include "codec.h"
@@ -17,7 +27,7 @@
 
 NVFP4_BEGIN
 
-// Sixteen signed codes, eight a word, low nibble first.
+// Sixteen signed codes, eight per word, low nibble first.
 template <class F>
 struct Packed {
     Int<F> low, high;
@@ -31,6 +41,7 @@ struct Given {
     const F* noise;  // sixteen centred uniforms, or null for deterministic rules
 };
 
+// A block of its own in every lane.
 struct RowScope {
     template <class F>
     static NVFP4_FN F amax(F a) {
@@ -44,10 +55,10 @@ struct RowScope {
 
 enum class Metric { mse, mae, abs_max };
 
-// Eight signed codes in a word, low nibble first. The j-th goes in, in order, as bits that begin
-// with its sign and bits that end in zero and its magnitude's code; turned left by one they are the
-// nibble with its sign last, put first in all eight at the end. Where a vector has no select by
-// bits, cpu/simd.h has words of its own.
+// Eight signed codes in a word, low nibble first, put in one after the other: ``sign`` begins with
+// the sign of the j-th, ``code`` ends in zero and the code of its magnitude. Turned left by one,
+// the two are a nibble with its sign last; finish_codes brings the sign of all eight to the front.
+// Where a vector has no select by bits, cpu/simd.h has words of its own.
 template <class U>
 NVFP4_FN U put_code(U word, U sign, U code, int j) {
     const U nibble = rotate_left(select_bits(0x80000000u, sign, code), 4 * j + 1);
@@ -99,7 +110,7 @@ NVFP4_FN F scope_amax(const F (&x)[n]) {
 
 enum class Rounding { to_nearest, stochastic_up, stochastic_te };
 
-// rtn, sr, sr_te: cap 448.
+// rtn, sr, sr_te: the scale that the largest asks for, capped at 448.
 template <class Scope, Rounding rounding>
 struct Plain {
     static constexpr bool noisy = rounding != Rounding::to_nearest;
@@ -122,6 +133,7 @@ struct Plain {
     }
 };
 
+// 1 / scale, and 0 for a scale of 0.
 template <class F>
 NVFP4_FN F guarded_inverse(F scale) {
     return select(scale == 0.0f, splat<F>(0.0f), splat<F>(1.0f) / scale);
@@ -144,7 +156,7 @@ NVFP4_FN F candidate_error(const F (&scaled)[n], F scale) {
 }
 
 // Rules that try several block scales on |x| S and keep the one of least error, the first of those
-// that are equal: cap 256, as the best scale may be 1.5 times the one that the largest asks for.
+// that are equal. The cap is 256, since they may try up to 1.75 times what the largest asks for.
 template <class Scope>
 struct Searched {
     static constexpr bool noisy = false;
@@ -168,6 +180,7 @@ struct Searched {
     }
 };
 
+// The largest of a block at 6 or at 4, whichever errs less by ``metric``.
 template <class Scope, Metric metric>
 struct FourOverSix : Searched<Scope> {
     template <class F, int n>
@@ -182,6 +195,7 @@ struct FourOverSix : Searched<Scope> {
     }
 };
 
+// The scale that the largest asks for, two codes below it and six above: the least squared error.
 template <class Scope>
 struct ScaleSearch : Searched<Scope> {
     template <class F, int n>
@@ -226,8 +240,9 @@ using Magnitudes = FourOverSix<Scope, Metric::mae>;
 template <class Scope>
 using Largest = FourOverSix<Scope, Metric::abs_max>;
 
-// MS-EDEN on a rotated block: codes, and the block scale r as a float, to be rounded once the
-// tensor's largest is known.
+// MS-EDEN on a rotated block: codes of v = c y / amax, and ``length``, the block scale r as a
+// float. r is what makes <y, decoded> = <y, y>; it is rounded by noise once the tensor's largest is
+// known. ``search`` tries six c's and keeps the one of least squared error, the first at equality.
 template <bool search>
 struct MsEden {
     template <class F>
@@ -236,6 +251,8 @@ struct MsEden {
         constexpr float factors[] = {1.0f, 0.875f, 1.125f, 1.25f, 1.375f, 1.5f};
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
         const F inverse = guarded_inverse(a);
+
+        // |y| / amax on c, and on smaller and larger ones
         F unit[kBlock];
         NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) unit[i] = magnitude(y[i]) * inverse;
@@ -256,6 +273,7 @@ struct MsEden {
             }
         }
         length = a * best_t;
+
         F signed_unit[kBlock];
         NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) signed_unit[i] = y[i] * inverse;

@@ -1,9 +1,17 @@
-// Magnitudes to grid values and codes: nearest (ties to even code), up, stochastic; the twin of
-// nvfp4/numerics/rounding.py.
+// Magnitudes to grid values and codes: to nearest (ties to the even code), up, stochastic; the twin
+// of nvfp4/numerics/rounding.py.
 //
-// In the binade of exponent E the lattice step is 2^(E - m). n = a / step is an integer below 2^(m
-// + 1), and code = n + 2^m (E - min_exponent), whatever the format; subnormals are the binade of
-// min_exponent.
+// In the binade of exponent E the lattice has the step 2^(E - m), m being mantissa_bits. Then
+// n = a / step is a number below 2^(m + 1), to be rounded to an integer, and
+//
+//     code = n + 2^m (E - min_exponent)      value = n * step
+//
+// whatever the format; subnormals are the binade of min_exponent. Nothing is compared with
+// midpoints: to nearest, the float32 addition of a "magic" number of the right size rounds by
+// itself.
+//
+// The caller has clamped a to the largest value of the format. What a NaN gives is of no account:
+// the result of its row or tensor is cleared.
 #pragma once
 
 #include "formats.h"

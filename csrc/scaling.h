@@ -1,4 +1,9 @@
 // Scales from maxima, and sums in the fixed order; the twin of nvfp4/numerics/scaling.py.
+//
+//     S = 6 cap / amax           of a tensor or a row: its largest element becomes 6 times ``cap``
+//     base = amax_block S / 6    the block scale by which the largest of a block becomes 6
+//
+// Every product, quotient and minimum is a float32 operation of its own, in the order written here.
 #pragma once
 
 #include "formats.h"
@@ -22,15 +27,15 @@ NVFP4_FN F encode_scale(F amax, float cap) {
     return select(amax == 0.0f, splat<F>(1.0f), scale);
 }
 
-// fl(amax * fl(S * fl(1/6))), at most ``limit`` <= FLT_MAX.
+// fl(amax * fl(S * fl(1/6))), at most FLT_MAX.
 template <class F>
 NVFP4_FN F base_scale(F amax, F scale) {
     return smaller(amax * (scale * (1.0f / 6.0f)), splat<F>(kFloatMax));
 }
 
-// leaf(0) + ... + leaf(15) in the fixed order: x[i] + x[i + 8], then + x[i + 4], x[i + 2], x[i +
-// 1]. Written from the last addition down, so that few sums are alive at a time. Of fewer leaves,
-// ``end`` of them, or every n-th: its last or its first additions alone.
+// leaf(0) + ... + leaf(15) in the fixed order: x[i] + x[i + 8], then x[i] + x[i + 4], and so on
+// with 2 and 1. Written from the last addition down, so that few sums are alive at a time. Of fewer
+// leaves, ``end`` of them or every n-th, it is the last or the first additions alone.
 template <class F, int n = 1, int end = kBlock, class Leaf>
 NVFP4_FN F tree_sum(Leaf leaf, int i = 0) {
     if constexpr (n == end) {

@@ -17,6 +17,7 @@
 
 NVFP4_BEGIN
 
+// Raises what several threads raise.
 NVFP4_FN void raise(std::atomic<uint32_t>& to, uint32_t value) {
     uint32_t seen = to.load(std::memory_order_relaxed);
     while (seen < value && !to.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {}
@@ -27,7 +28,9 @@ template <Element element>
 uint32_t line_amax(const typename Reader<element>::Type* p, int64_t count) {
     uint32_t largest = 0;
     int64_t i = 0;
-    // the order of the magnitudes is that of their 16 bits
+
+    // four vectors at a time, so that maxima do not wait for each other; of BF16 the 16 bits have
+    // the order of the magnitudes
     if constexpr (element == Element::bfloat16) {
         constexpr int halves = 2 * kLanes;
         // signed: SSE2 has no other maximum
@@ -56,18 +59,20 @@ uint32_t line_amax(const typename Reader<element>::Type* p, int64_t count) {
         for (int j = 0; j < 4; ++j)
             largest = larger_bits(largest, lane_max_bits(from_bits(most[j])));
     }
+
     for (; i < count; i += kLanes)
         largest =
             larger_bits(largest, lane_max_bits(magnitude(read_some<element>(p + i, count - i))));
     return largest;
 }
 
+// The same of a matrix that is read line by line, along whichever stride is 1.
 template <Element element>
 uint32_t dense_amax(const QuantizeArgs& args) {
     const Source& source = args.source;
     const bool direct = source.row_stride == 1;
-    const int64_t length = direct ? source.rows : source.columns,
-                  stride = direct ? source.column_stride : source.row_stride;
+    const int64_t length = direct ? source.rows : source.columns;
+    const int64_t stride = direct ? source.column_stride : source.row_stride;
     const int64_t lines = direct ? source.columns : source.rows;
     const auto* data = static_cast<const typename Reader<element>::Type*>(source.data);
     uint32_t largest = 0;
@@ -80,9 +85,8 @@ uint32_t dense_amax(const QuantizeArgs& args) {
 // Bits of the largest |x| of the rows of one part.
 NVFP4_FN Word part_amax(const Panel& panel, int columns, int part) {
     Word most = {};
-    for (int b = 0; b < columns; b += kBlock) {
-        most = larger_bits(most, bits(block_amax(block(panel, b / kBlock, part))));
-    }
+    for (int b = 0; b < columns / kBlock; ++b)
+        most = larger_bits(most, bits(block_amax(block(panel, b, part))));
     return most;
 }
 
@@ -103,6 +107,8 @@ inline std::vector<uint32_t> row_amax(const QuantizeArgs& args) {
         for (uint32_t& value : largest) value &= 0x7fffffffu;
         return largest;
     }
+
+    // a band of rows is one thread's, hence no atomics
     for_panels(args, [&](Panel& panel, int64_t row, int64_t, int columns) {
         rotation.apply(panel, columns);
         for (int part = 0; part < kParts; ++part) {
@@ -126,6 +132,7 @@ inline Amax tensor_amax(const QuantizeArgs& args) {
         given &= 0x7fffffffu;
         return {given, given};
     }
+
     if (args.rotation.group == 0 && args.source.element != Element::codes) {
         const uint32_t largest =
             args.source.element == Element::float32    ? dense_amax<Element::float32>(args)
@@ -133,6 +140,7 @@ inline Amax tensor_amax(const QuantizeArgs& args) {
                                                        : dense_amax<Element::float16>(args);
         return {largest, largest};
     }
+
     const Rotation rotation(args.rotation);
     std::atomic<uint32_t> dense{0}, rotated{0};
     for_panels(args, [&](Panel& panel, int64_t, int64_t, int columns) {

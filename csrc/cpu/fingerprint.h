@@ -1,6 +1,9 @@
-// Sixty-four bits that tell whether memory still holds the same bytes: how a cached quantised
-// weight knows it is fresh, whoever wrote to the weight and by whatever means. Reads at the speed
-// of memory; the same value on every processor.
+// Sixty-four bits that tell whether memory still holds the same bytes: how a kept quantised weight
+// knows that it is fresh, whoever wrote to the weight and by whatever means.
+//
+// Chunks of 64 KB are hashed side by side, each to 64 bits, and these one after the other. Within a
+// chunk 128 sums of 32 bits run independently, so that it goes at the speed of memory. The value is
+// the same on every processor and with any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -23,13 +26,14 @@ inline uint64_t chunk_fingerprint(const uint8_t* bytes, int64_t count) {
     constexpr int kSums = 128, kVectors = 8, kTogether = kVectors * kLanes;
     constexpr int64_t stride = kSums * 4, width = kVectors * static_cast<int64_t>(sizeof(Word));
     uint64_t hash = static_cast<uint64_t>(count);
+
     // eight vectors of sums at a time, which is what registers hold; the chunk then comes from the
     // cache again
     for (int64_t group = 0; group < kSums / kTogether; ++group) {
         Word sum[kVectors] = {};
         for (int64_t at = 0; at < count; at += stride) {
             const int64_t from = at + group * width;
-            Word data[kVectors] = {};
+            Word data[kVectors] = {};  // beyond the end zeros, which ``count`` tells from others
             if (from + width <= count)
                 memcpy(data, bytes + from, sizeof data);
             else if (from < count)
@@ -55,6 +59,7 @@ inline uint64_t fingerprint(const void* data, int64_t count, int threads) {
     for (int64_t i = 0; i < chunks; ++i)
         part[static_cast<size_t>(i)] =
             chunk_fingerprint(bytes + i * chunk, std::min(chunk, count - i * chunk));
+
     uint64_t hash = static_cast<uint64_t>(count);
     for (const uint64_t p : part) hash = mixed_in(hash, p);
     return hash;

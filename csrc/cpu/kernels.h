@@ -1,5 +1,13 @@
 // What the native CPU code offers to bind.cpp: plain structs and one table of functions per
 // instruction set.
+//
+//     quantize, quantize_both    a matrix to NVFP4 operands, [rows, Kp] each
+//     decode                     codes to elements
+//     fingerprint                whether memory has changed
+//     matmul_*                   out = a b^T of codes or elements, where there is a kernel for it
+//
+// Kp is the contraction padded to whole blocks and whole groups of the rotation. No function keeps
+// a pointer; all run on ``threads`` threads and return when they are done.
 #pragma once
 
 #include "../operands.h"
@@ -18,6 +26,7 @@ struct Source {
     CodeMatrix decoded;
 };
 
+// A rotation as it is asked for; cpu/rotation.h works it out.
 struct RotationSpec {
     int group = 0;  // 0: no rotation
     int rounds = 1;
@@ -55,8 +64,8 @@ struct Factor {
 
 struct MatmulArgs {
     Factor a, b;  // out = a b^T
-    // of the product; depth: the contraction, of codes a multiple of 16
-    int64_t rows, columns, depth;
+    int64_t rows, columns;
+    int64_t depth;      // the contraction, of codes a multiple of 16
     const float* bias;  // [columns] or null
     Element out_element;
     void* out;  // [rows, columns], contiguous
@@ -75,9 +84,10 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
-void matmul_avx2(const MatmulArgs&);  // and FMA, F16C
+// the products: of codes and elements with AVX2, FMA and F16C, and with AVX-512; of codes alone
+void matmul_avx2(const MatmulArgs&);
 void matmul_avx512(const MatmulArgs&);
-void matmul_avx512bf16(const MatmulArgs&);  // codes alone
+void matmul_avx512bf16(const MatmulArgs&);
 #endif
 
 }  // namespace nvfp4

@@ -38,8 +38,8 @@ NVFP4_FN int lanes_at(const QuantizeArgs& args, int64_t row) {
     return static_cast<int>(std::clamp<int64_t>(args.source.rows - row, 0, kLanes));
 }
 
-// Sixteen uniforms for the blocks from (row, column) down, a vector per column. An element's draw is
-// n = row * Kp + column, and a counter has eight draws.
+// Sixteen uniforms for the blocks from (row, column) down, a vector per column. An element's draw
+// is n = row * Kp + column, and a counter has eight draws.
 NVFP4_FN void element_noise(const QuantizeArgs& args, int64_t row, int64_t column,
                             Float (&u)[kBlock]) {
     const uint64_t line = static_cast<uint64_t>(args.padded_columns / 8);

@@ -1,10 +1,14 @@
 // A vector of the machine's own width: the words of lanes.h for 16 lanes (AVX-512), 8 (AVX2) or 4
 // (SSE2, NEON, anything).
 //
+//     Float, Word, Mask, Half    kLanes floats, 32-bit words, results of compares, 16-bit words
+//     Long, Counters             64-bit words, in which Philox multiplies
+//
 // GCC's and clang's vector extensions say most of it, so the same source becomes any instruction
 // set by compiler flags. Wider vectors than the machine's would not do: GCC takes every compare,
 // choice and transpose of them apart, element by element, which made AVX2 ten times slower than
-// AVX-512. Words that the extensions compile badly are spelt out below.
+// AVX-512. Words that the extensions compile badly are spelt out, once per width, in the middle of
+// this file.
 //
 // Compares follow x86: of a NaN and a number, ``smaller`` and ``larger`` give the second argument.
 #pragma once
@@ -112,7 +116,7 @@ NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
     return (Float)_mm512_permutexvar_ps(_mm512_cvttps_epi32((__m512)x), (__m512)table);
 }
 
-// Largest of the lanes; as bits, so that NaN is larger than anything.
+// Largest of the lanes, compared as bits, so that NaN is larger than anything.
 NVFP4_FN uint32_t lane_max_bits(Float x) { return _mm512_reduce_max_epu32((__m512i)x); }
 
 NVFP4_FN Long multiply_low(Long a, uint32_t b) {
@@ -166,8 +170,8 @@ NVFP4_FN Word larger_bits(Word a, Word b) { return a > b ? a : b; }
 NVFP4_FN Float less_product(Float c, Float a, Float b) { return c - a * b; }
 
 NVFP4_FN Float by_magnitude(Float x, float low, float middle, float high) {
-    const Word from_two = (Word)(x >= 2.0f) & (bits(low) ^ bits(middle)),
-               from_four = (Word)(x >= 4.0f) & (bits(middle) ^ bits(high));
+    const Word from_two = (Word)(x >= 2.0f) & (bits(low) ^ bits(middle));
+    const Word from_four = (Word)(x >= 4.0f) & (bits(middle) ^ bits(high));
     return from_bits(bits(low) ^ from_two ^ from_four);
 }
 
@@ -178,8 +182,8 @@ NVFP4_FN Float smaller_magnitude(Float x, float limit) {
     return smaller(magnitude(x), splat<Float>(limit));
 }
 
-// Shifted in from the top, so that no code has to be masked: the bit above it is zero, and takes
-// the sign.
+// put_code of quantizers.h without a select by bits: codes are shifted in from the top, so that
+// none has to be masked; the bit above a code is zero, and takes the sign.
 NVFP4_FN Word put_code(Word word, Word sign, Word code, int) {
     return word >> 4 | code << 28 | (sign & 0x80000000u);
 }

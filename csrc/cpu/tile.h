@@ -1,5 +1,5 @@
-// A 16x16 tile of which each lane holds a row, in as many parts as sixteen rows take: what its
-// lanes share.
+// A 16x16 tile of which each lane holds a row, in as many vectors as sixteen rows take: what its
+// lanes share. The twin of RowScope in quantizers.h, by which a rule becomes one for tiles.
 #pragma once
 
 #include "../scaling.h"

@@ -1,4 +1,8 @@
-// Squares of kLanes vectors, turned in registers: rows[i] lane j <-> rows[j] lane i.
+// Squares of kLanes vectors, turned in registers: lane j of rows[i] <-> lane i of rows[j].
+//
+// AVX-512 and AVX2 take log2(kLanes) rounds of shuffles: of neighbouring numbers, of pairs, and of
+// 128-bit parts. They decide how fast a row-major matrix becomes lanes, and codes become lines
+// again.
 #pragma once
 
 #include "simd.h"
@@ -27,8 +31,8 @@ NVFP4_FN void transpose(V (&rows)[kLanes]) {
     // a[4q + c], 128-bit part p: rows 4q .. 4q+3 of column 4p + c
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44),
-                      high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
         const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
         const __m512i high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
         rows[c] = (V)_mm512_shuffle_i32x4(low, low2, 0x88);
@@ -73,10 +77,10 @@ NVFP4_FN void transpose(V (&rows)[kLanes]) {
 
 template <class V>
 NVFP4_FN void transpose(V (&rows)[kLanes]) {
-    const V a = NVFP4_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5),
-            b = NVFP4_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
-    const V c = NVFP4_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7),
-            d = NVFP4_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+    const V a = NVFP4_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5);
+    const V b = NVFP4_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+    const V c = NVFP4_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+    const V d = NVFP4_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
     rows[0] = NVFP4_SHUFFLE(a, b, 0, 1, 4, 5);
     rows[1] = NVFP4_SHUFFLE(a, b, 2, 3, 6, 7);
     rows[2] = NVFP4_SHUFFLE(c, d, 0, 1, 4, 5);

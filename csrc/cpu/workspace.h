@@ -1,6 +1,9 @@
-// Memory for the packed operands of a product, in whole huge pages where it is large: page faults
-// would cost as much as packing. Small and middling ones are kept for the next product, since
-// clearing fresh pages took a twelfth of a 1024^3 one.
+// Memory for the packed operands of a product.
+//
+// Large pieces are whole huge pages: faults of small pages would cost as much as packing. Up to 16
+// MB are kept for the next product, four pieces at a time, since clearing fresh pages took a
+// twelfth of a product of 1024^3. Sizes are rounded to a power of two or three quarters of it, so
+// that layers of similar sizes share.
 #pragma once
 
 #include <sys/mman.h>
@@ -36,8 +39,9 @@ public:
     }
 
 private:
-    static constexpr size_t kHugePage = size_t{1} << 21, kLargest = size_t{1} << 24;
-    static constexpr int kSlots = 4;  // two products at a time
+    static constexpr size_t kHugePage = size_t{1} << 21;
+    static constexpr size_t kLargest = size_t{1} << 24;  // that is kept
+    static constexpr int kSlots = 4;                     // for two products at a time
 
     class Kept {
     public:
@@ -50,7 +54,7 @@ private:
         bool put(size_t bytes, void* data) {
             if (bytes > kLargest) return false;
             const std::lock_guard<std::mutex> lock(mutex_);
-            Slot& slot = slots_[next_++ % kSlots];  // the oldest goes
+            Slot& slot = slots_[next_++ % kSlots];  // what lay here longest goes
             std::free(slot.data);
             slot = {bytes, data};
             return true;
@@ -66,7 +70,6 @@ private:
         unsigned next_ = 0;
     };
 
-    // A power of two or one and a half times it, so that layers of similar sizes share.
     static size_t rounded(size_t bytes) {
         size_t size = 4096;
         while (size < bytes) size *= 2;

@@ -1,5 +1,11 @@
 // The words that kernels are written in: CUDA's own, or where another compiler reads this, those of
 // simt.h, under which the same sources run whole blocks on a processor.
+//
+//     launch(kernel, blocks, threads, shared_bytes, stream, arguments...)
+//     OnDevice     the current device for as long as it lives
+//     zero, raise  memory cleared in a stream; a maximum over blocks
+//
+// Nothing here waits for the device or allocates, so that all of it can be captured in a graph.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +55,7 @@ private:
     bool moved_ = false;
 };
 
-// On the current device, in ``stream``; nothing here waits or allocates, so that all of it can be
-// captured in a graph.
+// On the current device, in ``stream``.
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void* stream,
             P... arguments) {
@@ -69,8 +74,8 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
 
 namespace nvfp4 {
 
-// Raises what several blocks raise. Most find it high enough already, and a read does not queue as
-// an addition does.
+// Raises what several blocks raise. Most find it high enough already, and reads do not queue at an
+// address as atomics do: from 16 to 65 thousand blocks come here.
 NVFP4_DEVICE void raise(uint32_t* to, uint32_t value) {
     if (*static_cast<volatile uint32_t*>(to) < value) atomicMax(to, value);
 }

@@ -1,5 +1,6 @@
-// The conversion that Blackwell's processors have; equal to e2m1_nearest: ties to the even code,
-// saturating, sign kept.
+// The conversion to E2M1 that Blackwell's processors have, eight elements at a time. Equal to
+// e2m1_nearest of rounding.h: ties to the even code, saturating, sign kept. NVFP4_CONVERTS says
+// that it is there.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// MS-EDEN, of one orientation or of both in one read.
+// MS-EDEN, of one orientation or of both in one read, with and without search.
 #include "quantize.h"
 
 namespace nvfp4::cuda {

@@ -1,4 +1,5 @@
-// Both orientations of one read, for the pairs that recipes have.
+// Both orientations of a matrix from one read, for the pairs that recipes have: the same rule twice
+// in 1x16 blocks, or four_over_six on rows and rtn on columns. Every other pair takes two kernels.
 #include "quantize.h"
 
 namespace nvfp4::cuda {

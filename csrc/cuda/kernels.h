@@ -1,6 +1,11 @@
 // What the CUDA code offers to bind_cuda.cpp: plain structs and a few functions, raw pointers to
 // device memory throughout.
 //
+//     quantize(down = false)  a matrix [rows, columns] -> an operand [rows, Kp]
+//     quantize(down = true)   a matrix or codes of one -> an operand [columns, Kp], the transpose
+//     quantize_both           both, from one read where one kernel has both
+//     decode_matrix           codes -> elements
+//
 // Nothing here waits for the device or allocates; every launch goes to the given stream of the
 // given device, and the device that was current before is current again afterwards.
 #pragma once
@@ -37,12 +42,11 @@ struct Operand : Method {
     float* global_scale;   // [1] or [lines]
     uint32_t* peak;        // [1] or [lines]: bits of the amax, of the largest r for ms_eden
     float* lengths;        // ms_eden: r, [lines, Kp / 16]
-    uint8_t* swizzled;     // the block scales, one a line, as tensor cores read them; or null
+    uint8_t* swizzled;     // the block scales, one per line, as tensor cores read them; or null
     int64_t lines;
 };
 
-// Of the matrix along its rows, or of its transpose (``down``); from one read where both are
-// wanted.
+// Of the matrix along its rows, or of its transpose (``down``).
 void quantize(const Matrix& matrix, const Operand& operand, bool down, int device, void* stream);
 void quantize_both(const Matrix& matrix, const Operand& rows, const Operand& columns, int device,
                    void* stream);

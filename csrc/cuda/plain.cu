@@ -1,4 +1,4 @@
-// Rules that round to one scale: rtn, sr, sr_te.
+// Rules that round to one scale: rtn, sr, sr_te; of rows or columns, in 1x16 or 16x16 blocks.
 #include "quantize.h"
 
 namespace nvfp4::cuda {

@@ -1,9 +1,14 @@
 // Kernels on tiles: the amax, and codes with their scales, of the rows of a matrix, of its columns,
 // or of both in one read.
 //
-// A thread holds ``held`` blocks of sixteen that follow each other in a line of the operand; the
-// rules are those of quantizers.h, and what differs between kernels is the policy, the orientation
-// and the width of a stored element.
+//     grid    one block of 256 threads per tile (tile.h)
+//     slot    what a thread works on at a time: ``held`` blocks of sixteen elements that follow
+//             each other in a line of the operand, a row or a column of the tile
+//     policy  the rule of quantizers.h, how many blocks are held, and which slot is which block
+//
+// quantize_kernel<Stored, Rows, Columns> has a policy per orientation, None where one is not
+// wanted. Lines go on from tile to tile, but blocks, rotation groups and 16x16 blocks do not cross
+// them, so blocks of threads share nothing but the peak.
 #pragma once
 
 #include "../layout.h"
@@ -70,7 +75,7 @@ struct Scaled {
     }
 };
 
-// MS-EDEN. Two blocks a thread save a third of the shuffles of a rotation in groups of 128; four
+// MS-EDEN. Two blocks per thread save a third of the shuffles of a rotation in groups of 128; four
 // would spill, and so would two where factors are compared.
 template <bool search_>
 struct Eden {
@@ -126,6 +131,8 @@ NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t bloc
                               float (&x)[kBlock]) {
     using Rule = typename Policy::Rule;
     const bool stored = inside(operand, line, block);
+
+    // scales from the amax; of what is not finite they are those of zeros
     const uint32_t amax = !operand.row_scaled ? operand.peak[0] : stored ? operand.peak[line] : 0u;
     const uint32_t peak = amax & 0x7fffffffu;  // a caller's own amax may have its sign set
     const bool finite = peak < kInfinityBits;
@@ -135,6 +142,8 @@ NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t bloc
         NVFP4_UNROLL(64)
         for (int i = 0; i < kBlock; ++i) x[i] = 0.0f;
     }
+
+    // outside of the operand too, since the lanes of a tile take part in each other's sums
     const Rounded<float> scale = Rule::choose(x, given);
     float noise[kBlock];
     if constexpr (Rule::noisy) {
@@ -142,6 +151,8 @@ NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t bloc
         given.noise = noise;
     }
     store_codes(operand, line, block, Rule::pack(x, scale.value, given));
+
+    // one thread per block scale, one per global scale
     if (!stored) return;
     if (!operand.tiles)
         operand.block_scale[line * (operand.padded / kBlock) + block] =
@@ -208,7 +219,7 @@ NVFP4_DEVICE Corner corner_of(const Matrix& m) {
 
 struct None {};  // the policy of an orientation that is not wanted
 
-// Whether a policy takes more than 80 registers a thread: MS-EDEN, and where lanes exchange sums.
+// Whether a policy takes more than 80 registers per thread: MS-EDEN, and where lanes exchange sums.
 template <class Policy>
 struct Many : std::false_type {};
 template <template <class> class RuleOf>
@@ -220,8 +231,8 @@ template <class Rows, class Columns>
 constexpr int kTileRows =
     std::is_same<Columns, None>::value && !IsEden<Rows>::value ? kFlatRows : kTile;
 
-// Blocks of threads that a multiprocessor has registers for: 80 a thread with three, 128 with two.
-// Left to itself ptxas spills to fit in another one.
+// Blocks of threads that a multiprocessor has registers for: 80 per thread with three, 128 with
+// two. Left to itself ptxas spilled to fit in a fourth in 58 of 410 kernels; told this, in none.
 template <class Rows, class Columns>
 constexpr int kResident = Many<Rows>::value || Many<Columns>::value ? 2 : 3;
 
@@ -243,21 +254,25 @@ NVFP4_DEVICE const float* prepare_tile(const Matrix& m, const Operand& rows, con
     const int thread = static_cast<int>(threadIdx.x);
     const bool coded = wants_columns && sizeof(Stored) == 2 && m.element == Element::codes;
     load_tile<Stored, height>(m, corner.row, corner.column, tile);
+
+    // signs by the first two warps, factors by the first four
     if (wants_rows) prepare_signs(rows, thread, beside.rows);
     if (wants_columns) prepare_signs(columns, thread - 32, beside.columns);
     if (coded && thread < kTile && corner.row + thread < m.rows)
         beside.factor[thread] = m.coded.global_scale[m.coded.row_scaled ? corner.row + thread : 0];
     else if (coded && thread < kTile)
         beside.factor[thread] = 0.0f;
+
     __syncthreads();
     return coded ? beside.factor : nullptr;
 }
 
+// Codes and scales of the operands that are wanted; of MS-EDEN codes and lengths r.
 template <class Stored, class Rows, class Columns>
 __global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>)
     quantize_kernel(const Matrix m, const Operand rows, const Operand columns) {
-    constexpr bool wants_rows = !std::is_same<Rows, None>::value,
-                   wants_columns = !std::is_same<Columns, None>::value;
+    constexpr bool wants_rows = !std::is_same<Rows, None>::value;
+    constexpr bool wants_columns = !std::is_same<Columns, None>::value;
     constexpr int height = kTileRows<Rows, Columns>;
     NVFP4_SHARED(memory);
     auto* tile = reinterpret_cast<Stored*>(memory);
@@ -265,6 +280,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>)
     const Corner corner = corner_of<height>(m);
     const float* factor =
         prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
+
     if constexpr (wants_rows)
         quantize_lines<Rows, false, height>(rows, tile, factor, beside.rows, corner.row,
                                             corner.column / kBlock);
@@ -273,6 +289,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>)
                                              corner.row / kBlock);
 }
 
+// Raises the peak of the operand, or of each of its lines, to what this tile has.
 template <bool down, int lines, class Stored>
 NVFP4_DEVICE void find_peak(const Operand& operand, const Stored* tile, const float* factor,
                             const Signs& signs, int64_t line) {
@@ -305,6 +322,7 @@ __global__ void __launch_bounds__(kThreads)
     const Corner corner = corner_of<height>(m);
     const float* factor =
         prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
+
     if constexpr (wants_rows) find_peak<false, height>(rows, tile, factor, beside.rows, corner.row);
     if constexpr (wants_columns)
         find_peak<true, kTile>(columns, tile, factor, beside.columns, corner.column);
@@ -330,7 +348,7 @@ Variant variant_of(bool down, bool wide) {
     return down ? variant_of<None, Policy>(wide) : variant_of<Policy, None>(wide);
 }
 
-// A file of kernels each, so that they compile side by side; null where there is none.
+// Each has a file of its own, so that kernels compile side by side; null where there is no kernel.
 Variant plain_variant(const Operand& operand, bool down, bool wide);
 Variant searched_variant(const Operand& operand, bool down, bool wide);
 Variant eden_variant(const Operand& operand, bool down, bool wide);

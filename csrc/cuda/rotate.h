@@ -1,4 +1,9 @@
-// The rotation of blocks that lie in registers, a group in up to eight lanes.
+// The random Hadamard rotation of blocks that lie in registers.
+//
+// A thread holds ``held`` blocks of sixteen that follow each other in a line, the next lane the
+// next ones; a group of 128 is in eight lanes of one block or four of two. Strides 1 to 8 run
+// within a block, then come those within a thread, then those between lanes, one shuffle per
+// element. Every lane of a group does its part of each addition, so nothing is computed twice.
 #pragma once
 
 #include "../codec.h"
@@ -11,7 +16,7 @@ typedef uint32_t Signs[kMaxRounds][4];  // bits of each round, set: minus
 
 NVFP4_DEVICE uint64_t value_of(const Seed& seed) { return seed.at ? *seed.at : seed.value; }
 
-// By one warp or more; a barrier has to follow.
+// The sign bits of every round into shared memory, by the first threads; a barrier has to follow.
 NVFP4_DEVICE void prepare_signs(const Operand& operand, int thread, Signs& signs) {
     if (thread < 0 || thread >= operand.rounds || operand.group == 0) return;
     sign_bits(value_of(operand.sign_seed), operand.fixed, thread, signs[thread]);
@@ -27,8 +32,7 @@ NVFP4_DEVICE int log2_of(int power) {
     return n;
 }
 
-// Blocks number block, block + 1, ... of a line, the next ones in the next lane. Strides 1 to 8 are
-// within a block, then come those within a thread, then those between lanes.
+// x: blocks number block, block + 1, ... of a line.
 template <int held>
 NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& operand,
                          const Signs& signs) {
@@ -42,6 +46,8 @@ NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& ope
     if (operand.fixed) round_all();
     for (int round = 0; round < operand.rounds; ++round) {
         const float scale = round_scale(round, operand.rounds, log2_of(operand.group));
+
+        // signs, and strides 1 to 8
         NVFP4_UNROLL(64)
         for (int h = 0; h < held; ++h) {
             const int at = (block + h) % blocks;
@@ -51,6 +57,8 @@ NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& ope
                 x[h][i] = from_bits(bits(x[h][i]) ^ (minus >> i & 1u) << 31);
             fwht(x[h]);
         }
+
+        // between the blocks of a thread
         NVFP4_UNROLL(64)
         for (int stride = 1; stride < held; stride *= 2) {
             if (stride >= blocks) continue;
@@ -63,6 +71,8 @@ NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& ope
                 x[h + stride][j] = a - b;
             }
         }
+
+        // between lanes: the lower one adds, the upper one subtracts what it has from the other's
         for (int stride = held; stride < blocks; stride *= 2) {
             const uint32_t minus = block & stride ? 0x80000000u : 0u;
             NVFP4_UNROLL(64)
@@ -71,6 +81,7 @@ NVFP4_DEVICE void rotate(float (&x)[held][kBlock], int block, const Operand& ope
                 mine = other_lane(mine, stride / held) + from_bits(bits(mine) ^ minus);
             }
         }
+
         NVFP4_UNROLL(64)
         for (int i = 0; i < held * kBlock; ++i) x[i / kBlock][i % kBlock] *= scale;
     }

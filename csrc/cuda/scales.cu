@@ -1,21 +1,28 @@
-// What does not depend on a policy: the amax, the block scales of ms_eden, decoding; and the order
-// of launches.
+// What does not depend on a policy: the order of launches, the amax, the block scales of MS-EDEN,
+// decoding.
+//
+//     prepare   peaks and swizzled scales to zero
+//     amax      for rules that scale from it, of one or both orientations in one read
+//     quantise  one kernel for both orientations where there is one (fused_variant), else two
+//     finish    MS-EDEN: the global scale from the largest r, then the block scales
 #include "quantize.h"
 
 namespace nvfp4::cuda {
 namespace {
 
-// The block scales of ms_eden, once the largest r is known: eight at a time, which share a Philox
-// counter; and codes that were written before anything was known to be non-finite are cleared.
+// The block scales of ms_eden, once the largest r is known: eight per thread, which share a Philox
+// counter. Codes that were written before anything was known to be not finite are cleared.
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Operand operand) {
     const int64_t row_blocks = operand.padded / kBlock, count = operand.lines * row_blocks;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
-                  first = index * 8;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t first = index * 8;
     const uint32_t peak = operand.peak[0];
     const bool finite = peak < kInfinityBits;
     const float longest = from_bits(finite ? peak : 0u);
     const float global_scale = longest == 0.0f ? 1.0f : longest / E4M3::max;
+
     if (index == 0) operand.global_scale[0] = finite ? global_scale : from_bits(kNanBits);
+
     uint32_t word[4];
     philox<uint32_t>(value_of(operand.seed), static_cast<uint32_t>(index),
                      static_cast<uint32_t>(index >> 32), kBlockScaleStream, word);
@@ -48,15 +55,16 @@ NVFP4_DEVICE Pair load_codes(const uint8_t* bytes, bool whole) {
     return {word[0], word[1]};
 }
 
-// A block of sixteen a thread. whole: codes may be read eight bytes at a time; aligned: results
+// A block of sixteen per thread. whole: codes may be read eight bytes at a time; aligned: results
 // written sixteen.
 __global__ void __launch_bounds__(kThreads)
     decode_kernel(const CodeMatrix m, int64_t columns, Element element, void* out, bool whole,
                   bool aligned) {
-    const int64_t across = ceil_div(columns, kBlock),
-                  n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t across = ceil_div(columns, kBlock);
+    const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t row = n / across, column = n % across * kBlock;
     if (row >= m.rows) return;
+
     const Pair codes = load_codes(m.codes + row * m.row_bytes + column / 2, whole);
     const float scale =
         decode_scale(m.block_scale[row / m.scale_block_rows * m.scale_stride + column / kBlock]);
@@ -67,6 +75,7 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t code = (i < 8 ? codes.low : codes.high) >> (i % 8 * 4) & 15u;
         x[i] = decode_signed<float>(code) * scale * global;
     }
+
     const int64_t at = row * columns + column, inside = columns - column;
     if (element == Element::float32) {
         auto* to = static_cast<float*>(out) + at;
@@ -82,6 +91,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         return;
     }
+
     auto* to = static_cast<uint16_t*>(out) + at;
     uint32_t word[8];
     NVFP4_UNROLL(64)
@@ -100,8 +110,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// A tensor of its own scale that is not rotated has the amax of the matrix, whichever way it is
-// read.
+// Whether the peak has to be found before anything is quantised.
 bool wants_amax(const Operand& operand) {
     return operand.rule != Rule::ms_eden && !operand.knows_peak;
 }
@@ -128,6 +137,7 @@ void launch_amax(const Matrix& m, const Operand& rows, const Operand& columns, b
     launch_tiles(m, kernel, wants_columns ? kTile : kFlatRows, rows, columns, wide, stream);
 }
 
+// Kernels raise the peak from zero, and the padding of swizzled scales is written by none of them.
 void prepare(const Operand& operand, void* stream) {
     if (!operand.knows_peak)
         zero(operand.peak,
@@ -145,6 +155,7 @@ void finish(const Operand& operand, void* stream) {
            kThreads, 0, stream, operand);
 }
 
+// Whether a tile holds the elements in 32 bits.
 bool is_wide(const Matrix& m) {
     return m.element == Element::float32 || m.element == Element::float16;
 }
@@ -185,12 +196,14 @@ void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns,
     prepare(rows, stream);
     prepare(columns, stream);
     launch_amax(m, rows, columns, wants_amax(rows), wants_amax(columns), wide, stream);
+
     const Variant variant = fused_variant(rows, columns, wide);
     if (variant.kernel == nullptr) {
         launch_single(m, rows, false, stream);
         launch_single(m, columns, true, stream);
         return;
     }
+
     launch_tiles(m, variant.kernel, variant.rows, rows, columns, wide, stream);
     finish(rows, stream);
     finish(columns, stream);

@@ -1,4 +1,4 @@
-// Rules that compare scales: four_over_six, scale_search.
+// Rules that compare scales: four_over_six by three metrics, scale_search; in 1x16 or 16x16 blocks.
 #include "quantize.h"
 
 namespace nvfp4::cuda {

@@ -1,4 +1,5 @@
-// Fibres for simt.h.
+// Fibres for simt.h: one machine per thread of the process, which resumes the fibres of a warp in
+// turns until all wait for the same, then the warps of a block, then goes on to the next block.
 #include "simt.h"
 
 #include <ucontext.h>

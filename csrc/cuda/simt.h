@@ -4,7 +4,8 @@
 //
 // What a GPU would leave undefined is an error here: threads that end or wait elsewhere while
 // others are at a barrier, lanes missing from a shuffle. Shared memory is filled with NaN before
-// each block and fenced by bytes that no one may change.
+// each block and fenced by bytes that no one may change. Speed is no aim: a fibre is switched per
+// shuffle.
 #pragma once
 
 #include <cstdint>

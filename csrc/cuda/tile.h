@@ -1,5 +1,11 @@
-// Tiles of a matrix in shared memory, and lines of sixteen elements out of them, along the rows or
+// Tiles of a matrix in shared memory, and blocks of sixteen elements out of them, along the rows or
 // down the columns.
+//
+// A tile is 128 columns by 32 rows, or by 128 rows where it is read downwards as well. An element
+// in it is ``Stored``: uint16_t, BF16, for sources in BF16 and for codes, whose e2m1 * e4m3 is
+// exact in it; uint32_t, float32, for the others. Threads load 16 bytes at a time from the matrix,
+// coalesced, and read a block each; tile_offset keeps both free of bank conflicts. What lies
+// outside of the matrix is zero.
 #pragma once
 
 #include "../codec.h"
@@ -8,9 +14,8 @@
 
 namespace nvfp4::cuda {
 
-constexpr int kThreads = 256;
-// columns of a tile, and rows of one that is read downwards: the largest rotation group
-constexpr int kTile = 128;
+constexpr int kThreads = 256;  // of a block
+constexpr int kTile = 128;     // columns, and rows where it is read downwards: the largest group
 constexpr int kFlatRows = 32;  // of a tile that is only read along its rows
 constexpr int kTileBlocks = kTile / kBlock;
 
@@ -22,7 +27,7 @@ struct alignas(8) Pair {
     uint32_t low, high;
 };
 
-// A stored element is BF16 in 16 bits, which holds e2m1 * e4m3 exactly too, or float32 in 32.
+// Elements in 16 bytes.
 template <class Stored>
 constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Stored));
 
@@ -46,8 +51,8 @@ NVFP4_DEVICE Chunk decode_chunk(uint32_t codes, uint32_t scale_byte) {
     NVFP4_UNROLL(64)
     for (int i = 0; i < 4; ++i) {
         const uint32_t pair = codes >> (8 * i);
-        const float even = decode<E2M1, float>(pair & 7u) * scale,
-                    odd = decode<E2M1, float>(pair >> 4 & 7u) * scale;
+        const float even = decode<E2M1, float>(pair & 7u) * scale;
+        const float odd = decode<E2M1, float>(pair >> 4 & 7u) * scale;
         chunk.word[i] = ((bits(even) | (pair & 8u) << 28) >> 16) |
                         ((bits(odd) | (pair >> 4 & 8u) << 28) & 0xffff0000u);
     }
@@ -119,14 +124,14 @@ NVFP4_DEVICE Chunk load_chunk<uint32_t>(const Matrix& m, int64_t row, int64_t co
     return chunk;
 }
 
-// Rows [row, row + rows) and columns [column, column + 128) of the matrix. A thread has several
-// loads under way at once, but not of codes, whose decoding takes registers.
+// Rows [row, row + rows) and columns [column, column + 128) of the matrix.
 template <class Stored, int rows>
 NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored* tile) {
     constexpr int chunks = kTile / kPerChunk<Stored>, count = rows * chunks, at_once = 4;
     static_assert(count % (at_once * kThreads) == 0 || count < at_once * kThreads, "whole rounds");
     const int thread = static_cast<int>(threadIdx.x);
     if constexpr (sizeof(Stored) == 2) {
+        // decoding takes the registers of loads under way
         if (m.element == Element::codes) {
             NVFP4_ROLLED
             for (int n = thread; n < count; n += kThreads) {
@@ -137,6 +142,8 @@ NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored
             return;
         }
     }
+
+    // four loads per thread are under way at once
     constexpr int together = count < at_once * kThreads ? count / kThreads : at_once;
     NVFP4_ROLLED
     for (int first = thread; first < count; first += together * kThreads) {
