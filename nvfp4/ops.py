@@ -90,10 +90,9 @@ def quantize_with(
 
     # the matrix [M, K] that a backend sees: the contraction last, the other axes flattened
     axis = axis % x.dim() - x.dim()
-    moved = x if axis == -1 else x.movedim(axis, -1)
-    matrix = (
-        moved if moved.dim() == 2 else moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
-    )
+    matrix = x if axis == -1 else x.movedim(axis, -1)
+    if matrix.dim() != 2:
+        matrix = matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])
 
     with without_dispatch_modes():
         chosen = select(backend, "quantize", x.device, quantizer, options)

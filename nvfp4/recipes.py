@@ -141,25 +141,20 @@ class Operand:
         per row.
         """
         options = self.options_without_noise
-        return (
-            None
-            if options is None or options.rotation is not None or options.row_scaled
-            else options
-        )
+        if options is None or options.rotation is not None or options.row_scaled:
+            return None
+        return options
 
     def __str__(self) -> str:
         if not self.quantized:
             return "bf16 of decoded" if self.source == "decoded" else "high precision"
+        if self.source == "codes":
+            return "same codes"
         options = ", ".join(f"{name}={value}" for name, value in self.options)
-        name = (
-            "same codes"
-            if self.source == "codes"
-            else f"{self.quantizer}({options})"
-            if options
-            else self.quantizer
-        )
-        turn = "" if self.rotation is None else f"rot{self.rotation.group} "
-        return f"{turn}{name}" + (" of decoded" if self.source == "decoded" else "")
+        rotation = "" if self.rotation is None else f"rot{self.rotation.group} "
+        taken = f"({options})" if options else ""
+        decoded = " of decoded" if self.source == "decoded" else ""
+        return f"{rotation}{self.quantizer}{taken}{decoded}"
 
 
 @dataclass(frozen=True)

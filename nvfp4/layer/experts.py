@@ -153,19 +153,14 @@ def _backward(
     # dgrad: the rows of all experts, in their order
     dx = dw = None
     if needs.dx:
-        pairs = [each.dgrad for each in operands]
-        dx = torch.cat(
-            _products(
-                call, [rows for _, rows in groups], pairs, [own.for_dx for own in saved], dtypes.dx
-            )
-        )
+        pairs, dense = [each.dgrad for each in operands], [rows for _, rows in groups]
+        parts = _products(call, dense, pairs, [own.for_dx for own in saved], dtypes.dx)
+        dx = torch.cat(parts)
 
     # wgrad: an expert without rows keeps its zeros
     if needs.dw:
-        pairs = [each.wgrad for each in operands]
-        parts = _products(
-            call, [rows.t() for _, rows in groups], pairs, [own.for_dw for own in saved], dtypes.dw
-        )
+        pairs, dense = [each.wgrad for each in operands], [rows.t() for _, rows in groups]
+        parts = _products(call, dense, pairs, [own.for_dw for own in saved], dtypes.dw)
         dw = torch.zeros(shape, dtype=dtypes.dw, device=dy.device)
         for (e, _), part in zip(groups, parts, strict=True):
             dw[e] = part

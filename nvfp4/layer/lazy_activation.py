@@ -116,11 +116,9 @@ class LazyActivation(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             shaped = func(self, *args, **kwargs)
             same_rows = shaped.dim() > 0 and shaped.shape[-1] == self.shape[-1]
-        return (
-            _with_formula(shaped, self.formula)
-            if same_rows
-            else func(self.written(), *args, **kwargs)
-        )
+        if same_rows:
+            return _with_formula(shaped, self.formula)
+        return func(self.written(), *args, **kwargs)
 
     @property
     def is_written(self) -> bool:
@@ -136,16 +134,12 @@ class LazyActivation(torch.Tensor):
             if formula.values is None or (wants_graph and not formula.values.requires_grad):
                 formula.check()
                 with without_autocast(self.device):
-                    formula.values = _Write.apply(
-                        self.as_subclass(torch.Tensor), formula.activation
-                    )
+                    graph = self.as_subclass(torch.Tensor)
+                    formula.values = _Write.apply(graph, formula.activation)
 
             # not a view of it where it fits: hooks and retain_grad must reach what layers use
-            return (
-                formula.values
-                if formula.values.shape == self.shape
-                else formula.values.view(self.shape)
-            )
+            values = formula.values
+            return values if values.shape == self.shape else values.view(self.shape)
 
     def operands(
         self, rows: Spec, columns: Spec | None, backend: str

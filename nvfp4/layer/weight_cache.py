@@ -144,11 +144,9 @@ class WeightCache:
 
         # a graph may read codes that stay where they are, and no others
         if is_capturing():
-            return (
-                entry.codes
-                if self.mode is Mode.AFTER_STEP and entry is not None and entry.key == key
-                else None
-            )
+            if self.mode is Mode.AFTER_STEP and entry is not None and entry.key == key:
+                return entry.codes
+            return None
 
         if entry is None or entry.key != key:
             # codes made in a rollout serve training as well
@@ -166,11 +164,9 @@ class WeightCache:
         """
         # another recipe, shape or rotation has codes of another kind: the new ones are simply kept
         new = self.entry
-        if (
-            old is None
-            or new is None
-            or [q.record for q in old.codes] != [q.record for q in new.codes]
-        ):
+        if old is None or new is None:
+            return
+        if [q.record for q in old.codes] != [q.record for q in new.codes]:
             return
         with torch.inference_mode(False), torch.no_grad():
             for target, source in zip(old.codes, new.codes, strict=True):

@@ -79,19 +79,14 @@ def why_not_experts(module: nn.Module) -> str | None:
 
     # the layout: up [E, 2 I, H] and down [E, H, I], with act(gate) * up between them
     up, down = stacks
-    if not (
-        isinstance(up, nn.Parameter)
-        and isinstance(down, nn.Parameter)
-        and up.dim() == down.dim() == 3
-    ):
+    if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter):
+        return "experts_layout"
+    if not up.dim() == down.dim() == 3:
         return "experts_layout"
     if not callable(getattr(module, "_apply_gate", None)) or not getattr(module, "has_gate", False):
         return "experts_without_gate"
-    if (
-        up.shape[0] != down.shape[0]
-        or up.shape[2] != down.shape[1]
-        or getattr(module, "is_transposed", True)
-    ):
+    fit = up.shape[0] == down.shape[0] and up.shape[2] == down.shape[1]
+    if not fit or getattr(module, "is_transposed", True):
         return "experts_layout"
     if getattr(module, "has_bias", True) or getattr(module, "has_post_expert_norm", False):
         return "experts_bias_or_norm"

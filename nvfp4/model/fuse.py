@@ -92,11 +92,10 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
         if isinstance(module, FusedModule):
             verdicts[name] = FUSED
             continue
-        reason = (
-            _why_not_mlp(module, trials)
-            if widths is None
-            else _why_not_norm(module, widths, trials)
-        )
+        if widths is None:
+            reason = _why_not_mlp(module, trials)
+        else:
+            reason = _why_not_norm(module, widths, trials)
         if reason is None:
             reclass(module, FusedMLP if widths is None else FusedNorm)
         verdicts[name] = reason or FUSED
@@ -226,12 +225,9 @@ def _why_not_norm(module: nn.Module, widths: set[int], trials: dict[Any, bool]) 
         return "forward_replaced"
 
     # the parts of an RMSNorm, and no others
-    if (
-        weight is None
-        or weight.dim() != 1
-        or _eps(module) is None
-        or len([*module.parameters()]) != 1
-    ):
+    if weight is None or weight.dim() != 1:
+        return "parameters"
+    if _eps(module) is None or len([*module.parameters()]) != 1:
         return "parameters"
     if weight.dtype not in INPUT_DTYPES:
         return "dtype"

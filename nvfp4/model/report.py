@@ -49,10 +49,8 @@ class LayerReport:
 
     def cells(self) -> tuple[str, ...]:
         """Its row of the table; the operands are in the caption."""
-        size, gemms = (
-            f"{self.out_features} x {self.in_features}",
-            self.precisions or ("",) * len(GEMMS),
-        )
+        size = f"{self.out_features} x {self.in_features}"
+        gemms = self.precisions or ("",) * len(GEMMS)
         return (
             self.name or "(root)",
             size,

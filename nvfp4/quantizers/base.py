@@ -25,7 +25,7 @@ from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, Seed, check_seed, uniform
-from nvfp4.numerics.scaling import from_blocks, to_blocks
+from nvfp4.numerics.scaling import from_blocks, tensor_amax, to_blocks
 
 METRICS = ("mse", "mae", "abs_max")
 
@@ -201,11 +201,7 @@ class Quantizer:
 
         # a rotation may overflow where x is finite, so this is asked of what it made; the rule then
         # sees zeros, and no rule has to think of NaN
-        amax = (
-            padded.abs().amax(dim=1, keepdim=True)
-            if options.row_scaled
-            else padded.abs().amax().view(1, 1)
-        )
+        amax = tensor_amax(padded.abs(), options.row_scaled)
         finite = amax.isfinite()
         blocks = Blocks(to_blocks(torch.where(finite, padded, 0.0), options.block), rows, options)
         values, block_scale, global_scale = self.rule(blocks)

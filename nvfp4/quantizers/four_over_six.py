@@ -80,12 +80,12 @@ def claims(options: Options) -> Claims:
     """Never worse than s6 in the error of a block; rtn's bound holds for that, not per element."""
     table = _RELATIVE_MSE_OF_TILES if options.block == TILE_BLOCK else _RELATIVE_MSE
     return Claims(
-        True,
-        False,
-        False,
-        None,
-        table[options.metric],
-        0.06e-3 if options.metric == "abs_max" else 0.03e-3,
+        deterministic=True,
+        unbiased=False,
+        idempotent=False,
+        max_error=None,
+        relative_mse=table[options.metric],
+        relative_mse_tolerance=0.06e-3 if options.metric == "abs_max" else 0.03e-3,
     )
 
 

@@ -96,7 +96,14 @@ def claims(options: Options) -> Claims:
 
     No bound for one element: errors spread over the group of the rotation.
     """
-    return Claims(False, True, False, None, 7.75e-3 if options.search else 9.33e-3, 0.06e-3)
+    return Claims(
+        deterministic=False,
+        unbiased=True,
+        idempotent=False,
+        max_error=None,
+        relative_mse=7.75e-3 if options.search else 9.33e-3,
+        relative_mse_tolerance=0.06e-3,
+    )
 
 
 MS_EDEN = Quantizer("ms_eden", rule, claims, frozenset({"rounds", "search", "group"}), rotates=True)

@@ -49,7 +49,12 @@ def rule(blocks: Blocks) -> Quantized:
 def claims(options: Options) -> Claims:
     """As four_over_six: no bound for a single element."""
     return Claims(
-        True, False, False, None, 11.35e-3 if options.block == TILE_BLOCK else 6.60e-3, 0.03e-3
+        deterministic=True,
+        unbiased=False,
+        idempotent=False,
+        max_error=None,
+        relative_mse=11.35e-3 if options.block == TILE_BLOCK else 6.60e-3,
+        relative_mse_tolerance=0.03e-3,
     )
 
 

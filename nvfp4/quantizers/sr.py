@@ -46,24 +46,24 @@ def claims(options: Options) -> Claims:
     The MSE on N(0, 1) is as measured.
     """
     return Claims(
-        False,
-        True,
-        False,
-        1 / 3 * 9 / 8,
-        26.33e-3 if options.block == TILE_BLOCK else 22.22e-3,
-        0.1e-3,
+        deterministic=False,
+        unbiased=True,
+        idempotent=False,
+        max_error=1 / 3 * 9 / 8,
+        relative_mse=26.33e-3 if options.block == TILE_BLOCK else 22.22e-3,
+        relative_mse_tolerance=0.1e-3,
     )
 
 
 def claims_te(options: Options) -> Claims:
     """A whole gap of at most 2 of 6, on a scale up to 1/17 off."""
     return Claims(
-        False,
-        False,
-        False,
-        1 / 3 * 17 / 16,
-        25.28e-3 if options.block == TILE_BLOCK else 18.87e-3,
-        0.06e-3,
+        deterministic=False,
+        unbiased=False,
+        idempotent=False,
+        max_error=1 / 3 * 17 / 16,
+        relative_mse=25.28e-3 if options.block == TILE_BLOCK else 18.87e-3,
+        relative_mse_tolerance=0.06e-3,
     )
 
 

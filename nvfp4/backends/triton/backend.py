@@ -57,12 +57,10 @@ class TritonBackend(Backend):
     def unavailable(self, device: torch.device) -> str | None:
         if _MISSING is not None:
             return _MISSING
+        if device.type == "cpu" and INTERPRETED:
+            return None
         if device.type == "cpu":
-            return (
-                None
-                if INTERPRETED
-                else "it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
-            )
+            return "it runs on cuda, and on the cpu only under TRITON_INTERPRET=1"
         if device.type != "cuda":
             return f"it runs on cuda, not on {device.type}"
         if torch.version.cuda is None or not torch.cuda.is_available():
@@ -126,26 +124,17 @@ class TritonBackend(Backend):
         return quantizing.quantize(Source.transposed_codes(q), coded_as(q), target)
 
     def transpose(self, q: QTensor) -> QTensor:
-        if (
-            q.block != TILE_BLOCK
-            or q.rotation is not None
-            or len(q.shape) != 2
-            or q.codes.numel() == 0
-        ):
+        has_one = q.block == TILE_BLOCK and q.rotation is None and len(q.shape) == 2
+        if not has_one or q.codes.numel() == 0:
             return super().transpose(q)
         with on(q.device):
             return transpose(q)
 
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
         seeds = torch.empty(gemms, 3, dtype=torch.int64, device=words.device)
+        constants = (gemms, next_power_of_2(gemms))
         with on(words.device):
-            launch(
-                kernels.seeds_kernel,
-                1,
-                (words, seeds, rank),
-                (gemms, next_power_of_2(gemms)),
-                warps=1,
-            )
+            launch(kernels.seeds_kernel, 1, (words, seeds, rank), constants, warps=1)
         return seeds
 
     def decode(
@@ -173,6 +162,5 @@ class TritonBackend(Backend):
         ``gemm`` decodes in registers, as often as a tile of the product needs an element.
         """
         with on(a.device):
-            return scaled(
-                contract(self.decode_blocks(a), self.decode_blocks(b)), a, b, out_dtype, bias
-            )
+            y = contract(self.decode_blocks(a), self.decode_blocks(b))
+            return scaled(y, a, b, out_dtype, bias)

@@ -144,23 +144,11 @@ def gradients(activation: Activation, dy: torch.Tensor) -> tuple[torch.Tensor, t
     # SwiGLU: every element by itself
     if isinstance(activation, SwiGLU):
         tile = GATED_GRADIENT
-        launch(
-            kernels.swiglu_gradient_kernel,
-            programs((rows, columns), tile),
-            (
-                first,
-                second,
-                dy,
-                d_first,
-                d_second,
-                rows,
-                columns,
-                first.stride(0),
-                second.stride(0),
-            ),
-            (tile, made, _name(second.dtype)),
-            warps=tile.warps,
-        )
+        strides = (first.stride(0), second.stride(0))
+        matrices = (first, second, dy, d_first, d_second, rows, columns, *strides)
+        constants = (tile, made, _name(second.dtype))
+        count = programs((rows, columns), tile)
+        launch(kernels.swiglu_gradient_kernel, count, matrices, constants, warps=tile.warps)
         return d_first, d_second
 
     # RMSNorm: a program per slab of rows, and then the slabs' parts of dweight in their order
