@@ -236,7 +236,7 @@ def grouped_matmul(
     Where the hardware can, in one launch. a, b: matrices, each with scales of its own, such as the
     tokens and the weight of every expert (fprop, dgrad: a differs in rows from group to group) or
     dy^T and x^T of its tokens (wgrad: both differ in their contraction). A group may be empty.
-    Errors are those of ``matmul``; ValueError if the numbers of groups differ.
+    Raises what ``matmul`` raises; ValueError if the numbers of groups differ.
     """
     # every pair, before the first is multiplied
     if len(a) != len(b):

@@ -9,8 +9,7 @@
 
 Whatever a backend leaves out it inherits from here, in terms of ``quantize`` and ``decode``:
 correct and slower. A backend sees matrices, quantisers and options; it knows no layer and no
-recipe. Codes and scales are those of the reference bit for bit, which ``selfcheck`` holds it to at
-first use.
+recipe. Codes and scales equal the reference's bit for bit, and ``selfcheck`` looks at first use.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ class ScaledMmBackend(Backend):
 
 
 def _ready_scale(q: QTensor) -> torch.Tensor | None:
-    """The swizzled scales that q carries, if they are still those of its block scales.
+    """The swizzled scales that q carries, if they still equal its block scales.
 
     Kernels write through raw pointers and leave versions at 0; ``QTensor.overwrite`` raises both
     alike.

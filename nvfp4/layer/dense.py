@@ -37,13 +37,13 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """y = x w^T + bias as ``F.linear``: x [..., K], weight [N, K], bias [N], y [..., N].
 
     Where torch emulates that dtype: float32 sums, bias added in float32, one rounding; elsewhere
-    ``F.linear`` itself. Errors are those of ``F.linear``.
+    ``F.linear`` itself. Raises what ``F.linear`` raises.
     """
     dtype = _emulated(x, weight, bias)
     if dtype is None:
         return F.linear(x, weight, bias)
 
-    # under autocast dtype is autocast's, otherwise that of all three
+    # under autocast this is autocast's dtype, otherwise the one that all three have
     x, weight = x.to(dtype), weight.to(dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = product(rows, weight, None if bias is None else bias.to(dtype))
@@ -59,7 +59,7 @@ def product(
     """a b^T + bias [M, N] of a [M, K], b [N, K] on a CPU: float32 sums, rounded once to out_dtype.
 
     a, b: float32, bfloat16 or float16, any strides, dtypes may differ. bias: [N], added in float32.
-    out_dtype: by default that of a; float32 keeps the sums. NaN and Inf behave as in a float32
+    out_dtype: by default a's; float32 keeps the sums. NaN and Inf behave as in a float32
     GEMM; an empty contraction gives the bias, or zeros. Differentiable any number of times;
     gradients have the dtypes of what they are gradients of.
     """

@@ -1,7 +1,7 @@
 """Stacked experts: a mixture-of-experts block keeps all experts' weights in two tensors [E, N, K].
 
 Every expert computes as an ``nvfp4.Linear`` of its own, bit for bit: its tokens are quantised by
-themselves, its weight has scales of its own, and its noise is that of layer e in a model with the
+themselves, its weight has scales of its own, and it draws the noise of layer e in a model with the
 seed fold_in(seed, layer of the stack).
 
     input      rows x [S, K], ordered by expert, and how many each expert got
@@ -51,7 +51,7 @@ from nvfp4.ops import grouped_matmul
 
 
 def expert_call(call: LayerCall, expert: int) -> LayerCall:
-    """The call of one expert, from that of its stack."""
+    """The call of one expert, from the call of its stack."""
     assert isinstance(call.noise, HostNoise), "experts read on the host how many tokens they got"
     seed, layer, calls, rank = call.noise
     return call._replace(
@@ -247,7 +247,7 @@ class Experts(nn.Module):
     """An experts module of transformers whose GEMMs run in NVFP4.
 
     A class made for each class of experts inherits from this and from it, so parameters, keys of
-    ``state_dict`` and everything but ``forward`` are those of the model. Runs eagerly, also under
+    ``state_dict`` and everything but ``forward`` stay the model's. Runs eagerly, also under
     torch.compile, which it interrupts.
     """
 

@@ -204,7 +204,7 @@ def _matrix(
     second: torch.Tensor,
     rest: tuple[float, ...],
 ) -> Activation:
-    """The activation of inputs [..., K] as that of matrices [M, K]; a norm's weight stays [K]."""
+    """The activation of inputs [..., K], flattened to [M, K]; a norm's weight stays [K]."""
     columns = first.shape[-1]
     return kind(
         first.reshape(-1, columns),

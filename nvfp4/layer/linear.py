@@ -128,7 +128,7 @@ class _LinearFunction(torch.autograd.Function):
 class Linear(nn.Linear):
     """An ``nn.Linear`` whose GEMMs run in NVFP4; ``nvfp4.convert`` turns a layer into one in place.
 
-    Parameters, keys of ``state_dict``, hooks and dtypes are those of ``nn.Linear``. x: [...,
+    Parameters, keys of ``state_dict``, hooks and dtypes stay as in ``nn.Linear``. x: [...,
     in_features] in float32, bfloat16 or float16, any rank from 1, any number of tokens; y: [...,
     out_features] in the dtype ``F.linear`` would give (under autocast, the autocast dtype). NaN or
     Inf in x or the weight make the output NaN. With DTensors, as ``parallelize_module`` makes them,

@@ -11,8 +11,8 @@ first one, and a model that resumes with its ``noise_state`` goes on to the last
 The four numbers of a layer (seed, layer, calls, rank) are ``Noise.state``, int64 [4]. On the host
 they are read at each call, and kernels get seeds as arguments (``HostNoise``). A CUDA graph would
 freeze such arguments, so the state of a layer that is ``capturable`` lies on its device: a kernel
-makes the seeds there (``DeviceNoise``), the backward advances the counter there, and every replay
-finds new ones.
+makes the seeds there (``DeviceNoise`` in ``call.py``), the backward advances the counter there, and
+every replay finds new ones.
 """
 
 from __future__ import annotations

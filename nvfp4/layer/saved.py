@@ -49,7 +49,7 @@ class Needs(NamedTuple):
 
 
 class Dtypes(NamedTuple):
-    """The dtypes of these gradients, which are those of x, weight and bias."""
+    """The dtypes of these gradients: the dtypes of x, weight and bias."""
 
     dx: torch.dtype
     dw: torch.dtype
@@ -150,7 +150,7 @@ def empty(
     device: torch.device,
     capturable: bool,
 ) -> list[torch.Tensor]:
-    """Uninitialised tensors like those of ``pack``, for shape inference.
+    """Uninitialised tensors, shaped like the result of ``pack``, for shape inference.
 
     sizes: (M, K, N). capturable: the layer's noise lies on its device, and so do the seeds of
     signs.

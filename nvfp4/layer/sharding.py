@@ -6,7 +6,8 @@
 
 The one thing that codes of a part need to know of the whole is its largest magnitude, from which
 the global scale is made; blocks need nothing, as long as no block is cut (1x16 blocks: cut the
-contraction axis at multiples of 16; 16x16 tiles: the rows too).
+contraction axis at multiples of 16; 16x16 tiles: the rows too). ``Shards`` says which operands that
+concerns, and ``LayerCall.operand`` takes the three steps.
 
 That holds for deterministic, unrotated operands. A rotated one is scaled by what the rotation makes
 of it, and the noise of a stochastic one depends on places in the whole; both scale by their own
@@ -43,6 +44,7 @@ def amax_of_parts(
     Inf if any is NaN or Inf. A collective call.
     """
     amax = magnitude(x.detach(), row_scaled)
+
     # backends differ in what the maximum of a NaN is
     amax = torch.where(amax.isfinite(), amax, torch.inf)
     dist.all_reduce(amax, dist.ReduceOp.MAX, group)

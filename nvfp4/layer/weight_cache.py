@@ -157,7 +157,7 @@ class WeightCache:
         return entry.codes
 
     def overwrite(self, old: CachedCodes | None) -> None:
-        """Put the codes where those of ``old`` lie, if they are of the same kind.
+        """Write the codes over ``old``, if they are of the same kind.
 
         So what was captured in a CUDA graph reads the new ones, and autograd tells a backward that
         still waits for the old ones that they were modified, as it would of the weight itself.

@@ -60,8 +60,8 @@ def convert(
     numbered blocks left alone at either end of each outermost stack, a count or, if a float below
     1, a share rounded up. backend: "auto" or a name. seed: of all noise, in [0, 2^64); by default
     the one given to ``torch.manual_seed``. experts: convert stacked experts too, as transformers 5
-    keeps those of Mixtral, Qwen3-MoE and others (see ``experts.py``); names are those of the
-    modules that hold them, and ``filter_fn`` is not asked about them. strict: raise ValueError
+    keeps them in Mixtral, Qwen3-MoE and others (see ``experts.py``); they go by the name of the
+    module that holds them, and ``filter_fn`` is not asked about them. strict: raise ValueError
     where there would be a warning. verbose: print a one-line summary, and one line more if linears
     that are left are slow here.
 
@@ -83,7 +83,7 @@ def convert(
     plan = selection.plan(model)
     plan.complain(strict)
 
-    # indices go on after those of layers that are converted already
+    # indices go on where layers that are converted already end
     separated = _separate_noise(model)
     _carry_out(plan, seed, _next_index(model), backend)
 

@@ -16,7 +16,7 @@ With ``fp4_all_gather`` the way of a weight is
                     -> FSDP2 gathers their bytes      -> ``GatheredWeight``, which fprop takes as it
                                                          is, and dgrad transposes or decodes
 
-Blocks are whole in every shard, so the codes are those of the whole weight, bit for bit.
+Blocks are whole in every shard, so its codes equal the whole weight's, bit for bit.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and ``isinstance`` stay as they were, and no weight is copied. ``convert`` (of s
     reclass(module, Experts)   MixtralExperts has none: a class (Experts, MixtralExperts) is made,
                                one for all such modules; copies and pickles make it again where
                                they are read
-    restore(module)            the class is what it was before
+    restore(module)            the class is again what it was
 
 A class that ``reclass`` gave has ``original``, the class before. A class that is derived from it
 later, as ``fully_shard`` does with a module that it is called on, only inherits that, and cannot be

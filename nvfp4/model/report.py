@@ -201,7 +201,7 @@ def check(
 
     model_or_shapes: a model, also on the meta device, or a mapping from dotted names to
     (out_features, in_features). Of shapes it can only know what names and sizes tell: no ties,
-    hooks or subclasses. The other arguments are those of ``convert``, and so are the warnings and,
+    hooks or subclasses. The other arguments are as in ``convert``, and so are the warnings and,
     when ``strict``, the errors; a backend is checked for its name alone. Raises ValueError or
     TypeError for what ``convert`` refuses, and for a shape that is not two positive integers.
     """
@@ -220,7 +220,7 @@ def check(
 
 
 def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[LayerCheck]:
-    """A row for each stack: the size is that of one expert, the bytes are those of all."""
+    """A row for each stack: the size of one expert, the bytes of all."""
     for name in STACKS:
         # [E, N, K]: a layer of N x K stands for each of them
         stack = getattr(decision.module, name)

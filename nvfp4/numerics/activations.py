@@ -12,9 +12,9 @@ quantises it there makes the same codes as a backend that writes it first.
 
 They round where transformers' ``LlamaRMSNorm`` and ``LlamaMLP`` do (``out``: the dtype that torch
 promotes to), and differ from them in the order of a sum, which torch leaves open, and in the last
-bits of ``rsqrt`` and ``exp``. The backward is float32 throughout and rounds once, to the dtype of
-what it is the gradient of. NaN and Inf stay visible: one in x makes its row NaN or Inf; a gate of
--Inf makes NaN, as in torch. A row of zeros gives zeros if eps > 0.
+bits of ``rsqrt`` and ``exp``. The backward is float32 throughout and rounds once, each gradient to
+the dtype of its input. NaN and Inf stay visible: one in x makes its row NaN or Inf; a gate of -Inf
+makes NaN, as in torch. A row of zeros gives zeros if eps > 0.
 """
 
 from __future__ import annotations

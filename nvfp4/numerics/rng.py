@@ -75,7 +75,7 @@ SeedKind = TypeVar("SeedKind", bound=Seed)
 """A seed as a number in [0, 2^64), or one that only the device knows."""
 
 try:
-    # a layer asks six times a step, and Python takes 8 us each time
+    # a layer asks six times per step, and Python takes 8 us each time
     from nvfp4._cpu import fold_in as _native_fold_in
 except ImportError:
     _native_fold_in = None

@@ -9,7 +9,8 @@ block scales on the E4M3 grid, and 1 / S as the global scale. So an element is x
 which is at most 6 where the block scale is not rounded down.
 
 Sums over blocks are ``tree_sum``: one order of additions, which every backend follows, since the
-last bit of an error decides between candidate scales.
+last bit of an error decides between candidate scales. The constants of the two searches stand here
+because the reference and the kernels both read them.
 """
 
 from __future__ import annotations

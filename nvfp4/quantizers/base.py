@@ -38,7 +38,7 @@ class Claims:
     over seeds (rotated quantisers: over signs and rounding, as spelled out in ``ms_eden.py``).
     idempotent: quantising the dequantised tensor returns the same values. max_error: bound on
     |dequantised - x| as a multiple of the block maximum (None: none claimed). These two hold for
-    blocks whose scale is a normal E4M3 number (amax of the block over that of the tensor above
+    blocks whose scale is a normal E4M3 number (the block's amax over the tensor's amax above
     2^-14 or so). relative_mse: mean squared error over mean square on N(0, 1), and by how much it
     may be off at 2048 x 2048.
     """

@@ -11,7 +11,7 @@ three roundings come from one sentence: in a binade of exponent e the grid is a 
 2^(e - m). ``_binade`` finds e in the bits of float32. The code of a value is the number of grid
 values below it: value / step, plus 2^m per binade from the smallest normal's up to its own.
 
-What keeps the bits those of the reference:
+Why the bits equal the reference's:
 - Integers wherever a float could surprise. FP8 types do not compile below sm_89, and whether a
   maximum of floats keeps a NaN depends on the compiler; as integers, magnitudes order alike.
 - Divisions are ``div_rn``, since ``/`` is approximate on GPUs.
@@ -124,8 +124,8 @@ def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
 def seed_halves(low, high):
     """The two int32 of a seed.
 
-    They are the arguments themselves, or those of the int64 that ``low`` points to where ``high``
-    is None: a captured CUDA graph reads its seeds from memory.
+    They are the arguments themselves or, where ``high`` is None, the halves of the int64 that
+    ``low`` points to: a captured CUDA graph reads its seeds from memory.
     """
     if high is None:
         seed = tl.load(low)
@@ -316,7 +316,7 @@ def tree_sum(x):
     ROWS: tl.constexpr = x.shape[1]
     K: tl.constexpr = x.shape[2]
 
-    # the first halvings of a row-major block are those of its rows, the last four of its columns
+    # the first halvings of a row-major block go over its rows, the last four over its columns
     for s in tl.static_range(log2(ROWS)):
         x = tl.sum(tl.reshape(x, (M, 2, ROWS >> (s + 1), K, 16)), axis=1)
     x = tl.reshape(x, (M, K, 16))

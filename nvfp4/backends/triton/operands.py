@@ -215,6 +215,7 @@ def policy_of(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
 
 
 def _make_policy(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
+    """``policy_of``, worked out."""
     # without a rotation: no rounds, and one group for all, so that equal kernels are equal
     rotation = options.rotation or Rotation(16, fixed=True)
     rounds = rotation.rounds if options.rotation is not None else 0

@@ -66,7 +66,7 @@ def transpose_kernel(
 
 def transpose(q: QTensor) -> QTensor:
     """``q.transpose()`` of a matrix that has one and is not empty."""
-    # to [K, Mp/2]: codes of columns beyond K are cut, those of rows beyond M are zero
+    # to [K, Mp/2]: codes of columns beyond K are cut, codes of rows beyond M are zero
     codes, block_scale = q.codes.contiguous(), q.block_scale.contiguous()
     scale_rows, row_blocks = block_scale.shape
     size = NVFP4.block_size

@@ -7,7 +7,7 @@
 
 The activation [M, K] is computed twice and never written; only codes are stored. When two
 orientations look for the same amax, they look once. Gradients are kernels of their own, with
-partial sums per slab of rows, so that the order of summation is that of the reference.
+partial sums per slab of rows, so that they add in the reference's order.
 """
 
 from __future__ import annotations

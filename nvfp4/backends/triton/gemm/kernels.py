@@ -13,8 +13,8 @@ scales, adds the bias and casts once.
 FP16 holds e2m1 * e4m3 as exactly as BF16 does, its tensor cores are as fast, and unlike BF16's its
 packed product exists on every card from sm_80 on.
 
-A contraction may be summed in any order, so the eight codes of a 32-bit word need not be brought
-back into theirs: nibbles 0 and 4 of every word of one operand meet those of the other, then 1 and
+A contraction may be summed in any order, so the eight codes of a 32-bit word need not be put into
+order: nibbles 0 and 4 of every word of one operand meet nibbles 0 and 4 of the other's, then 1 and
 5, and so on. A mask and a shift decode both at once, which takes a third of the instructions out of
 the main loop, beside decoding byte by byte.
 """

@@ -125,7 +125,7 @@ def global_scales(peak, row, rows, P: tl.constexpr):
     else:
         largest = tl.load(peak + tl.arange(0, 1))[:, None] & MAGNITUDE
 
-    # where not all is finite the scales are those of zero, so that no code depends on a NaN
+    # where not all is finite the amax counts as zero, so that no code depends on a NaN
     finite = largest < INFINITY_BITS
     encode = encode_scale(from_bits(tl.where(finite, largest, 0)), cap(P.rule))
     return finite, encode, reciprocal(encode)

@@ -7,11 +7,11 @@
     store_codes     values or codes, eight per int32 word                     <- [R, C]
     store_swizzled  scale bytes where tensor cores look for them              <- [R/tile, C/16]
 
-Which thread holds which elements is what shapes this file. A quantiser looks at blocks of 16 along
-a row, so a thread should hold whole blocks: then maxima and sums stay in its registers. Triton
-deals elements to threads by the order of axes in which they are loaded, hence the shapes with four
-axes and the loads that are joined instead of made at once. Everything outside of the matrix is
-loaded as zero, which is what the definition pads it with.
+The question behind this file is which thread holds which elements. A quantiser looks at blocks of
+16 along a row, so a thread should hold whole blocks: then maxima and sums stay in its registers.
+Triton deals elements to threads by the order of axes in which they are loaded, hence the shapes
+with four axes and the loads that are joined instead of made at once. Everything outside of the
+matrix is loaded as zero, as the definition pads it.
 
 Offsets are int64 throughout: a tensor may hold more than 2^31 elements.
 """
