@@ -1,1 +1,11 @@
-"""The Triton backend."""
+"""The Triton backend: three families of kernels over one arithmetic.
+
+    quantize/      x, or codes         -> codes and scales, in one or both orientations
+    activation/    inputs of a norm    -> codes and scales of its result, which is never written
+    gemm/          two sets of codes   -> their product
+
+In each family ``kernels.py`` is what runs on the GPU, and ``launch.py`` says which tile it takes
+and launches it. ``arithmetic.py`` has the rounding and the random bits of all, ``operands.py`` what
+kernels are told of tensors, ``launch.py`` the way to a compiled kernel; ``backend.py`` says which
+case goes where. Start there, then read ``quantize/kernels.py``.
+"""
