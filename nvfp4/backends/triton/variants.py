@@ -1,4 +1,11 @@
-"""What it takes to compile one kernel ahead of time, as data; a module of kernels lists its own."""
+"""What it takes to compile one kernel ahead of time, as data.
+
+A kernel under ``triton.jit`` is compiled at its first call, on a card. ``tools/aot.py`` compiles
+without one: for every card, from the types and constants that a call would have. The modules of
+products and transposes list theirs beside the kernels (``kernel_variants``); of the quantising and
+activation kernels, which are many more, the lists are in ``tools/``. What compilers say decides
+which tiles are used: registers, spills, the tensor core instruction, no product fused with a sum.
+"""
 
 from __future__ import annotations
 
