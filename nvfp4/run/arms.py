@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import math
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +35,12 @@ from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import saved_fields, to_yaml
 from nvfp4.run.files import write_json, write_text
 from nvfp4.run.folder import RunFolder
+from nvfp4.run.forks import ForkServer
 from nvfp4.run.options import ResumableConfig
 from nvfp4.run.signals import StopWish
+
+TRAINERS = ("nvfp4.train.loop",)
+"""What runs that print their own lines import; by name, since a trainer stands above this room."""
 
 POLL = 0.05
 """Seconds between two looks at the children."""
@@ -63,6 +67,23 @@ class Arm:
         """What it has left at its end; None if it has not ended, or was of another config."""
         done = self.folder.read_result()
         return done if done is not None and done["config"] == saved_fields(self.config) else None
+
+
+class Child(Protocol):
+    """A run that was started: a ``subprocess.Popen``, or what behaves as one."""
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+
+Start = Callable[[list[str]], Child]
+"""``nvfp4 ARGUMENTS`` as a child, given the arguments."""
 
 
 class Display(nullcontext):
@@ -96,25 +117,27 @@ def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, A
             print(f"{arm.name}: finished before, in {arm.folder.root}", flush=True)
 
     # From here on children may live, and the callback ends them however this block is left.
-    running: dict[Arm, subprocess.Popen[bytes]] = {}
+    running: dict[Arm, Child] = {}
     with ExitStack() as stack:
         wish, _ = stack.enter_context(StopWish()), stack.enter_context(display)
+        begin = stack.enter_context(starter(waiting, display))
         stack.callback(_stop, running)  # whatever ends this: no run goes on alone
         while (waiting or running) and not wish.received:
             while waiting and len(running) < workers:
                 arm = waiting.pop(0)
                 display.started(arm)
-                running[arm] = _start(arm, display)
+                running[arm] = _start(arm, display, begin)
             time.sleep(POLL)
 
             # A child that ends well has left a result; exit code 0 without one is a failure too.
             for arm, child in list(running.items()):
                 display.look(arm)
-                if child.poll() is not None:
+                code = child.poll()
+                if code is not None:
                     del running[arm]
                     display.ended(arm)
-                    if child.returncode != 0 or arm.result() is None:
-                        raise TrainError(_why(arm, child.returncode, display))
+                    if code != 0 or arm.result() is None:
+                        raise TrainError(_why(arm, code, display))
         if wish.received:
             raise Interrupted(wish.received, "stopped; run the same command again to go on")
     return [result for arm in arms if (result := arm.result()) is not None]
@@ -162,7 +185,23 @@ def publish(
     return report
 
 
-def _start(arm: Arm, display: Display) -> subprocess.Popen[bytes]:
+@contextmanager
+def starter(arms: list[Arm], display: Display) -> Iterator[Start]:
+    """What starts the runs that are left: a process each, or forks of one where that is safe.
+
+    Forked where several follow each other on the CPU of a Linux machine (``forks.py``), which
+    took 24 s less for the four of ``nvfp4 compare``.
+    """
+    devices = {arm.config.device for arm in arms}
+    on_cpu = devices == {"cpu"} or (devices == {"auto"} and not torch.cuda.is_available())
+    if sys.platform == "linux" and on_cpu and display.own_lines and len(arms) > 1:
+        with ForkServer(*TRAINERS) as server:
+            yield server.start
+    else:
+        yield start
+
+
+def _start(arm: Arm, display: Display, begin: Start) -> Child:
     given = arm.folder.root / "given.yaml"
     write_text(given, to_yaml(arm.config))
 
@@ -170,7 +209,7 @@ def _start(arm: Arm, display: Display) -> subprocess.Popen[bytes]:
     threads = {} if arm.config.device == "cuda" else {"OMP_NUM_THREADS": "1"}
     arguments = [arm.command, "--config", str(given), "--resume"]
     if display.own_lines:
-        return start(arguments)
+        return begin(arguments)
     try:
         with open(arm.output, "ab") as output:
             return start(arguments, threads, output)
@@ -180,7 +219,7 @@ def _start(arm: Arm, display: Display) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _stop(running: dict[Arm, subprocess.Popen[bytes]]) -> None:
+def _stop(running: dict[Arm, Child]) -> None:
     for child in running.values():
         child.terminate()
     for child in running.values():

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import IO
 
 from nvfp4.run.errors import TrainError
@@ -36,15 +36,27 @@ def start(
     those of this process and ``PATIENT``. output: where its lines go; None: where ours go.
     ``TrainError`` if no process can be started.
     """
+    return start_module("nvfp4.cli", arguments, environment, output)
+
+
+def start_module(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str] | None = None,
+    output: IO[bytes] | None = None,
+    descriptors: Collection[int] = (),
+) -> subprocess.Popen[bytes]:
+    """``python -m MODULE ARGUMENTS``, likewise; descriptors: files that it finds open."""
     try:
         # preexec_fn is not safe beside threads: it calls only what was looked up before.
         return subprocess.Popen(
-            [sys.executable, "-m", "nvfp4.cli", *arguments],
+            [sys.executable, "-m", module, *arguments],
             start_new_session=True,
             env={**PATIENT, **os.environ, **(environment or {})},
             stdout=output,
             stderr=output,
-            preexec_fn=_end_with_parent(),
+            pass_fds=descriptors,
+            preexec_fn=end_with_parent(),
         )
     except OSError as error:
         raise TrainError(
@@ -52,7 +64,7 @@ def start(
         ) from error
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent() -> Callable[[], None] | None:
     """What the child does between fork and exec: ask for SIGTERM at its parent's death.
 
     None where there is no such call. Everything is looked up here, before the fork: after it

@@ -356,7 +356,7 @@ def test_a_comparison(tmp_path, monkeypatch, pictures):
     come together."""
     started = []
 
-    def run_here(arm, display):
+    def run_here(arm, display, begin):
         started.append(arm.name)
         rl(dataclasses.replace(arm.config, resume=True))
         return SimpleNamespace(

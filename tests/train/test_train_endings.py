@@ -372,13 +372,14 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux tells a child of its parent's death"
 )
+@pytest.mark.parametrize("recipes", [("bf16",), ("bf16", "rtn")])  # one is executed, two are forked
 def test_kill_9_of_a_comparison_ends_its_run_which_saves_and_the_same_command_goes_on(
-    tmp_path, texts
+    tmp_path, texts, recipes
 ):
     """The child used to train on for hours, and the same command then only said that somebody
     trains there."""
     config = config_of(
-        tmp_path / "out", texts, recipes=("bf16",), steps=3000, save_every=0, eval_every=0
+        tmp_path / "out", texts, recipes=recipes, steps=3000, save_every=0, eval_every=0
     )
     (tmp_path / "given.yaml").write_text(to_yaml(config))
     command = ["compare", "--config", str(tmp_path / "given.yaml")]
