@@ -44,7 +44,7 @@ $(TOOLS): $(VENV)/.made $(PACKAGES)
 
 # Only files that changed are compiled. A failure leaves a warning, a package that runs on its other backends, and no
 # stamp: the next call tries again. Compilers take what pip leaves: it has one core's work to do and is waited for, while
-# two compilers beside it took half of its core.
+# two compilers beside it took a third of its time.
 $(NATIVE): $(TOOLS) $(SOURCES)
 	@rm -f $@
 	nice $(BIN)/python setup.py --quiet build_ext --inplace
