@@ -1,5 +1,10 @@
 // A 16x16 tile of which each lane holds a row, in as many vectors as sixteen rows take: what its
 // lanes share. The twin of RowScope in quantizers.h, by which a rule becomes one for tiles.
+//
+// Sums have one order on every processor: the 256 values row by row, halved eight times, row i and
+// row i + 8 first, column j and column j + 1 last. With 8 lanes, rows i and i + 8 lie in two
+// vectors and the next three halvings are between lanes. There the columns are turned into vectors,
+// so that each addition is of whole vectors again.
 #pragma once
 
 #include "../scaling.h"
@@ -10,8 +15,7 @@ NVFP4_BEGIN
 struct TileScope {
     static NVFP4_FN Float amax(Float a) { return splat<Float>(from_bits(lane_max_bits(a))); }
 
-    // The fixed sum over 256 values in row-major order: rows i and i + 8 first, ..., then columns j
-    // and j + 8.
+    // leaf(i): value i of every row of a part, its parts one after the other.
     template <class F, class Leaf>
     static NVFP4_FN F sum(Leaf leaf) {
         // rows in different vectors

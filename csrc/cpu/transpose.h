@@ -28,6 +28,7 @@ NVFP4_FN void transpose(V (&rows)[kLanes]) {
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
+
     // a[4q + c], 128-bit part p: rows 4q .. 4q+3 of column 4p + c
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
