@@ -153,6 +153,7 @@ package: $(READY) ## sdist and wheel in build/package/dist: built, checked, inst
 	$(PIP) 'build>=1.2' 'twine>=6'
 	rm -rf $(BUILT) && $(BIN)/python -m build --outdir $(BUILT)/dist .
 	$(BIN)/python -m twine check --strict $(BUILT)/dist/*
+	$(BIN)/python tests/support/shipped.py $(BUILT)/dist
 	$(PYTHON) -m venv $(BUILT)/venv
 	$(BUILT)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(BUILT)/dist/*.whl
 	cd $(BUILT) && venv/bin/python $(CURDIR)/tests/support/smoke.py
