@@ -231,7 +231,7 @@ class Projection:
             flipped = torch.zeros(count, pieces * _ROWS, device=self.device)
             signs = self.of_parameters(start, stop)
             flipped[:, : stop - start] = vectors[:, start:stop].float() * signs
-            products = flipped.view(count, pieces, _ROWS) @ self.table
+            products = flipped.view(count, pieces, _ROWS) @ self.table  # [n, pieces, D]
             first = start // _ROWS
             out += (products * self.of_pieces(first, first + pieces)).sum(dim=1)
         return out / self.dimensions**0.5
@@ -285,7 +285,7 @@ def g_vendi(features: torch.Tensor) -> float:
     if bad:
         which = f"{len(bad)} gradients are zero or not finite, first that of example {bad[0]}"
         raise ValueError(f"{which}: leave them out")
-    rows = rows / lengths[:, None]
+    rows = rows / lengths[:, None]  # G, [n, D]
 
     # the smaller of the two Gram matrices: both have the same eigenvalues apart from zeros
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
@@ -305,8 +305,8 @@ def _gradient(
         raise ValueError("an example needs a prompt and an answer of at least one token each")
     ids = torch.tensor([[*prompt, *answer]], device=parameters[0].device)
     with torch.enable_grad():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-        logprobs = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()  # [answer, V]
+        logprobs = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])  # [answer, 1]
         gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
     pieces = []
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -155,7 +155,7 @@ def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Sample standard deviation of each group's rewards."""
     _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     zeros = torch.zeros(len(counts), dtype=torch.float64)
-    mean = zeros.index_add(0, index, rewards.double()) / counts
+    mean = zeros.index_add(0, index, rewards.double()) / counts  # [groups]
     squares = zeros.index_add(0, index, (rewards.double() - mean[index]) ** 2)
     return (squares / (counts - 1).clamp(min=1)).sqrt()
 

@@ -154,10 +154,10 @@ def in_sparse(
     the earlier ones count as sparser.
     """
     centres, member = kmeans(pool, min(clusters, len(pool)), seed)
-    sizes = torch.bincount(member, minlength=len(centres))
+    sizes = torch.bincount(member, minlength=len(centres))  # [clusters]
     count = max(1, round(share * len(centres)))
     fewest = torch.argsort(sizes, stable=True)[:count]
-    nearest = (new @ centres.T).argmax(dim=1)
+    nearest = (new @ centres.T).argmax(dim=1)  # [M]
     return torch.isin(nearest, fewest).nonzero().flatten().tolist()
 
 
@@ -173,16 +173,16 @@ def kmeans(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, tor
     generator = torch.Generator().manual_seed(seed >> 1)
     first = int(torch.randint(len(rows), (1,), generator=generator))
     starts = [first]
-    nearest = rows @ rows[first]
+    nearest = rows @ rows[first]  # [N], cosine to the nearest centre so far
     for _ in range(count - 1):
         starts.append(int(nearest.argmin()))
         nearest = torch.maximum(nearest, rows @ rows[starts[-1]])
 
     # centres to means, rows to centres, until no row moves
-    centres = rows[starts].clone()
+    centres = rows[starts].clone()  # [count, D]
     member = (rows @ centres.T).argmax(dim=1)
     for _ in range(_ITERATIONS):
-        sums = torch.zeros_like(centres).index_add(0, member, rows)
+        sums = torch.zeros_like(centres).index_add(0, member, rows)  # [count, D]
         lengths = sums.norm(dim=1, keepdim=True)
         centres = torch.where(lengths > 0, sums / lengths.clamp(min=1e-300), centres)
         again = (rows @ centres.T).argmax(dim=1)

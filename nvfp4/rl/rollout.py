@@ -174,7 +174,7 @@ def pick(logprobs: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.T
         p = torch.zeros_like(p).scatter(-1, index, kept)
 
     # how many tokens lie wholly below u times the mass that is left
-    total = p.cumsum(dim=-1)
+    total = p.cumsum(dim=-1)  # [R, V]
     token = (total <= u[:, None] * total[:, -1:]).sum(dim=-1)
     return token.clamp(max=p.shape[-1] - 1).to(logprobs.device)
 
@@ -218,7 +218,7 @@ class _Batch:
         logits = logits[self._take(torch.tensor(which, device=device))]
 
         for place in range(length):
-            every = log_probabilities(logits, self.sampling.scale)
+            every = log_probabilities(logits, self.sampling.scale)  # [R, V]
             token = pick(every, self.sampling, uniforms(seed, numbers[here], place))
 
             # finished rows may still be in the batch; what they draw is not noted

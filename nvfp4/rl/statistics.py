@@ -140,8 +140,8 @@ def _checked(values: np.ndarray) -> np.ndarray:
 def _estimate(values: np.ndarray, seed: int) -> Estimate:
     """The mean of one number per problem, and the bootstrap: whole problems drawn anew."""
     rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(values), (_RESAMPLES, len(values)))
-    means = values[draws].mean(axis=1)
+    draws = rng.integers(0, len(values), (_RESAMPLES, len(values)))  # [2000, problems]
+    means = values[draws].mean(axis=1)  # [2000]
     tail = 100 * (1 - _CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(float(values.mean()), float(low), float(high))

@@ -100,7 +100,7 @@ def _level(log_w: torch.Tensor, mask: torch.Tensor, level: str) -> torch.Tensor:
         return _exp(log_w)
     if level == "prefix":
         return _exp(log_w.cumsum(dim=1))
-    total = log_w.sum(dim=1, keepdim=True)
+    total = log_w.sum(dim=1, keepdim=True)  # [S, 1]
     if level == "sequence":
         return _exp(total)
     if level == "geometric":

@@ -59,12 +59,12 @@ def token_weights(
     if (counts[:2] == 0).any():
         return torch.ones_like(advantages, dtype=torch.float32)
 
-    share = torch.ones_like(advantages, dtype=torch.float64)
+    share = torch.ones_like(advantages, dtype=torch.float64)  # [N]
     gammas: list[torch.Tensor] = []
     for _ in range(1 + refinements):
         magnitude = advantages.abs()
         up, down = (_distances(vectors, side * magnitude * share, all_sum) for side in sides)
-        margin = torch.where(sides[0], down - up, up - down)
+        margin = torch.where(sides[0], down - up, up - down)  # [N], above 0: nearer to its own side
         pairs = zip(sides, counts[:2], strict=True)
         spreads = [_spread(margin, side, count, all_sum) for side, count in pairs]
 
@@ -142,8 +142,8 @@ class DelTA(DAPO):
 
         # The N tokens of this process, and their v; after this no hidden state is needed.
         at = samples.mask
-        surprise = 1 - samples.old_logprobs[at].exp()
-        vectors = surprise[:, None] * kept[HIDDEN][at]
+        surprise = 1 - samples.old_logprobs[at].exp()  # [N]
+        vectors = surprise[:, None] * kept[HIDDEN][at]  # [N, D]
         advantages = samples.advantages.clone()
         advantages[at] *= token_weights(vectors, advantages[at], self.refinements, self.all_sum)
         return replace(samples, advantages=advantages)

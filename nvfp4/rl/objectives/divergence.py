@@ -37,7 +37,7 @@ def kl_estimate(
     estimate is clamped to +- this after. Beyond a clamp the gradient is 0, the weights' too.
     """
     # d, clamped; a weight beyond the clamp must not carry a gradient round it
-    difference = logprobs - ref_logprobs
+    difference = logprobs - ref_logprobs  # [S, T]
     if log_ratio_clamp is not None:
         whole = difference
         difference = difference.clamp(-log_ratio_clamp, log_ratio_clamp)

@@ -48,7 +48,7 @@ def ends_in_loop(completions: torch.Tensor, lengths: torch.Tensor, window: int) 
     """
     # clamped so that short completions index something; the last line drops them
     offsets = torch.arange(window, device=completions.device)
-    last = (lengths[:, None] - window + offsets).clamp(min=0)
+    last = (lengths[:, None] - window + offsets).clamp(min=0)  # [S, window]
     before = (last - window).clamp(min=0)
     same = (completions.gather(1, last) == completions.gather(1, before)).all(dim=1)
     return same & (lengths >= 2 * window)

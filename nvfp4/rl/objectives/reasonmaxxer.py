@@ -230,7 +230,7 @@ class ReasonMaxxer(Objective):
         decision = samples.extra[DECISION]
 
         # Decisions are pushed: A > 0 makes the token likelier, A < 0 less likely.
-        weights = samples.extra[WEIGHT] / totals.samples
+        weights = samples.extra[WEIGHT] / totals.samples  # [S]
         pushed = torch.where(decision, -samples.advantages * scores.logprobs, 0.0).sum(dim=1)
         policy = (weights * pushed / decision.sum(dim=1).clamp(min=1)).sum()
         metrics = {
@@ -267,7 +267,9 @@ class ReasonMaxxer(Objective):
         length = samples.prompt_length
         attention = samples.attention
         prompt = attention[:, : length - 1] & attention[:, 1:length] & samples.extra[USED][:, None]
-        behind = exact_kl(samples.extra[REFERENCE_LOGITS], scores.logits)
+        behind = exact_kl(
+            samples.extra[REFERENCE_LOGITS], scores.logits
+        )  # [S, T]; of the prompt [S, P - 1]
         behind = torch.where(other, behind, 0.0)
         before = exact_kl(samples.extra[REFERENCE_PROMPT_LOGITS], scores.prompt_logits)
         before = torch.where(prompt, before, 0.0)

@@ -140,10 +140,10 @@ class Rover(RewardedObjective):
             raise ValueError("rover needs Scores.logits")
         mask = samples.mask
         logprobs = torch.where(mask, scores.logprobs, 0.0)
-        q = self.q_scale * (logprobs - samples.old_logprobs)
+        q = self.q_scale * (logprobs - samples.old_logprobs)  # [S, T]
 
         # the value of what follows: how far the mean over the vocabulary has risen, one token on
-        mean = vocabulary_mean_logprob(scores.logits.detach())
+        mean = vocabulary_mean_logprob(scores.logits.detach())  # [S, T] of [S, T, V]
         rise = self.q_scale * (mean - samples.extra[OLD_MEAN])
         value = torch.zeros_like(rise)
         value[:, :-1] = torch.where(mask[:, 1:], rise[:, 1:], 0.0)

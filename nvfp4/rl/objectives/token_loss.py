@@ -42,10 +42,10 @@ def log_ratio(
     """
     if ratio == "one":
         return logprobs - logprobs.detach()
-    difference = logprobs - old_logprobs
+    difference = logprobs - old_logprobs  # [S, T]
     if ratio == "sequence":  # the mean carries the gradient of every token of the completion
         lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        mean = torch.where(mask, difference, 0.0).sum(dim=1, keepdim=True) / lengths
+        mean = torch.where(mask, difference, 0.0).sum(dim=1, keepdim=True) / lengths  # [S, 1]
         difference = torch.where(mask, mean, 0.0)
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -62,7 +62,7 @@ def clipped_loss(
     dual (> 1; arXiv 1912.09729): at most -dual A where A < 0, so that one very likely bad token
     cannot own the step.
     """
-    rho = log_ratio.exp()
+    rho = log_ratio.exp()  # [S, T]
     loss = -torch.min(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
     if dual is None:
         return loss
@@ -101,7 +101,7 @@ def aggregate(
     completion without tokens counts as a sample.
     """
     values = torch.where(mask, values, 0.0)
-    tokens = mask.sum(dim=1).clamp(min=1)
+    tokens = mask.sum(dim=1).clamp(min=1)  # [S]
     if rule == "grpo":
         return (values.sum(dim=1) / tokens).sum() / totals.samples
     if rule == "dapo":
