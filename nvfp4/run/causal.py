@@ -53,7 +53,7 @@ def check_causal(model: Any, name: str) -> None:
         raise TrainError(f"model: the logits of {name} are NaN; its weights are damaged")
 
     # Logits may be -inf (a vocabulary that is masked): equal ones do not differ.
-    moved = torch.where(a == b, 0.0, a - b)[:half].abs().max()
+    moved = torch.where(a == b, 0.0, a - b)[:half].abs().max()  # over [half, vocab]
     finite = a[a.isfinite()]
     spread = finite.max() - finite.min() if finite.numel() else torch.zeros(())
     if float(moved) > LEAK * float(spread):

@@ -48,7 +48,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     NaN (a skipped step) has no weight; at the ends the average is over what is there.
     """
     width = max(1.0, SMOOTHING * len(values))
-    reach = np.arange(-int(3 * width), int(3 * width) + 1)
+    reach = np.arange(-int(3 * width), int(3 * width) + 1)  # offsets, three deviations to each side
     kernel = np.exp(-0.5 * (reach / width) ** 2)
     finite = np.isfinite(values)
     pad = len(reach) // 2

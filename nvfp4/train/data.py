@@ -81,7 +81,7 @@ class TrainWindows:
 
     def batch_at(self, step: int) -> torch.Tensor:
         """The sequences of a step with their next tokens, int64 [batch, seq_len + 1]."""
-        rows = self.starts(step)[:, None] + np.arange(self.seq_len + 1)
+        rows = self.starts(step)[:, None] + np.arange(self.seq_len + 1)  # [batch, seq_len + 1]
         return torch.from_numpy(self.tokens[rows].astype(np.int64))
 
 

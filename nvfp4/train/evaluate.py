@@ -85,7 +85,7 @@ def _nats(
 ) -> torch.Tensor:
     """Negative log-likelihood per target, float32 [rows * seq_len]; 0 where it is ``IGNORED``."""
     with autocast():
-        logits = model(input_ids=inputs.to(device)).logits
+        logits = model(input_ids=inputs.to(device)).logits  # [rows, seq_len, vocab]
     return F.cross_entropy(
         logits.float().flatten(0, 1),
         targets.to(device).flatten(),

@@ -60,6 +60,6 @@ def next_token_loss(run: PretrainRun, rows: torch.Tensor) -> torch.Tensor:
     rows: int64 [sequences, seq_len + 1].
     """
     with run.autocast():
-        logits = run.forward(input_ids=rows[:, :-1]).logits
+        logits = run.forward(input_ids=rows[:, :-1]).logits  # [sequences, seq_len, vocab]
     # under autocast the logits are BF16; their log-sum over the vocabulary is taken in float32
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
