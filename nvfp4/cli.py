@@ -108,7 +108,7 @@ class Bench:
     """Measure everything on this machine (all), or predict what layers cost on any (roofline)."""
 
     benchmark: tyro.conf.Positional[Literal["roofline", "all"]] = "roofline"
-    """roofline: bytes and FLOPs of every kernel, each at the rate its machine is assumed to reach.
+    """roofline: bytes, FLOPs and instructions of every kernel, and which of them decides its time.
     all: check every backend against the reference, then time quantisers, GEMMs, layers and memory;
     nothing is timed if one is wrong."""
     report: str | None = None
@@ -123,7 +123,7 @@ class Bench:
     has, or what the environment's NVFP4_ISA names, which every command follows."""
     seconds: float | None = None
     """all: time for each candidate; by default 0.5, and 0.02 when quick."""
-    devices: tuple[str, ...] = ("B200", "RTX 5090", "H200", "cpu")
+    devices: tuple[str, ...] = ("B200", "GB300", "RTX 5090", "H200", "H100", "cpu")
     """roofline: machines, by the names of the table that is printed first; cpu is the one at
     hand."""
     models: tuple[str, ...] = ("800M", "3B", "7B", "22B")

@@ -118,7 +118,7 @@ def compile_variant(variant: KernelVariant, capability: int) -> Any:
 def inspect(variant: KernelVariant, capability: int, compiled: Any) -> TritonKernel:
     """Read what ``compile_variant`` returned: PTX, machine code, and what the kernel takes."""
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-    registers, spilled = _resources(cubin)
+    registers, spilled = resources(cubin)
     sass = machine_code(cubin)
     shared, card = compiled.metadata.shared, CARDS[capability]
 
@@ -172,7 +172,7 @@ def occupancy(
     return blocks * warps / card.warps
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes spilled) per thread.
 
     ptxas counts spills as the stack frame, which Triton never uses.

@@ -1,8 +1,9 @@
 """The quantising kernels in every form in which recipes launch them, for ``aot`` to compile.
 
-    kernel_variants  the rules of the named recipes on BF16, its transpose, tile codes, and both
-                     orientations in one read
-    all_variants     every rule on every source and dtype, which the tests launch over no driver
+kernel_variants    the rules of the named recipes on BF16, its transpose, tile codes, and both
+                   orientations in one read
+all_variants       every rule on every source and dtype, which the tests launch over no driver
+roofline_variants  what the named recipes launch per layer, which ``instructions`` counts
 
 A form is what Triton specialises a kernel on: the rule with its options, the kind of source, the
 tile, which pointers are absent.
@@ -10,12 +11,14 @@ tile, which pointers are absent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
 from triton import next_power_of_2
 
+from nvfp4.backends.triton import transpose
+from nvfp4.backends.triton.gemm import decoded
 from nvfp4.backends.triton.operands import SCALES, converts, policy_of
 from nvfp4.backends.triton.quantize import kernels
 from nvfp4.backends.triton.quantize.launch import DECODING
@@ -161,6 +164,53 @@ def all_variants() -> Iterator[KernelVariant]:
     yield from _seeds(table)
 
 
+ROOFLINE_SINGLE = (
+    ("rtn", "bfloat16"),
+    ("four_over_six", "bfloat16"),
+    ("scale_search", "bfloat16"),
+    ("ms_eden_rounds=1", "bfloat16"),
+    ("ms_eden_rounds=1", "codes"),
+    ("ms_eden_rounds=2_search=True", "bfloat16"),
+    ("ms_eden_rounds=2_search=True", "bfloat16^T"),
+    ("ms_eden_rounds=2_search=True", "codes"),
+    ("rtn_2d", "bfloat16"),
+    ("sr_te", "bfloat16"),
+    ("rtn", "bfloat16^T"),
+    ("ms_eden_rounds=1", "bfloat16^T"),
+    ("ms_eden_rounds=2", "bfloat16"),
+    ("four_over_six_block=tile", "bfloat16"),
+    ("four_over_six_row_scaled=True", "bfloat16"),
+    ("sr_rotation=16x1", "codes"),
+)
+"""Rules and sources of one orientation, as a layer's forward and backward have them."""
+
+ROOFLINE_BOTH = (
+    ("rtn", "rtn"),
+    ("rtn", "rtn_rotation=nvidia"),
+    ("sr_te", "sr_te_rotation=nvidia"),
+    ("ms_eden_rounds=1", "ms_eden_rounds=1"),
+    ("four_over_six", "rtn_rotation=nvidia"),
+    ("sr_rotation=16x1", "sr_rotation=16x1"),
+)
+"""Rules of x and of x^T, read once."""
+
+
+def roofline_variants(capability: int) -> list[KernelVariant]:
+    """What layers launch on BF16 in the named recipes, but for products of codes."""
+    table = policies(capability)
+    variants: list[KernelVariant] = []
+    for label, source in ROOFLINE_SINGLE:
+        variants += _single(label, table[label], source)
+    variants += (v for v in _both(table, ROOFLINE_BOTH) if v.name.endswith("of bfloat16"))
+    variants += list(_scales())[:1]
+    variants += (v for v in _decoding() if " to bfloat16" in v.name)
+    variants += transpose.kernel_variants(capability, few=True)
+    variants += (
+        v for v in decoded.kernel_variants(capability, few=False) if v.name.endswith(": bf16")
+    )
+    return variants
+
+
 def _single(
     label: str, policy: Policy, source: str, in_memory: bool = False, swizzled: bool = False
 ) -> Iterator[KernelVariant]:
@@ -200,16 +250,21 @@ def _single(
             yield _variant(name, kernel, tile.warps, pointers, constants)
 
 
-def _both(table: dict[str, Policy]) -> Iterator[KernelVariant]:
-    pairs = [
-        ("rtn", "rtn"),
-        ("rtn", "rtn_rotation=nvidia"),
-        ("rtn_2d", "rtn_2d"),
-        ("sr_te", "sr_te_rotation=nvidia"),
-        ("sr_rotation=16x1", "sr_rotation=16x1"),
-        ("four_over_six", "four_over_six"),
-        ("ms_eden_rounds=1", "ms_eden_rounds=1"),
-    ]
+BOTH = (
+    ("rtn", "rtn"),
+    ("rtn", "rtn_rotation=nvidia"),
+    ("rtn_2d", "rtn_2d"),
+    ("sr_te", "sr_te_rotation=nvidia"),
+    ("sr_rotation=16x1", "sr_rotation=16x1"),
+    ("four_over_six", "four_over_six"),
+    ("ms_eden_rounds=1", "ms_eden_rounds=1"),
+)
+"""Rules of x and of x^T that ``kernel_variants`` and ``all_variants`` list."""
+
+
+def _both(
+    table: dict[str, Policy], pairs: Sequence[tuple[str, str]] = BOTH
+) -> Iterator[KernelVariant]:
     for (left, right), (dtype, element) in product(pairs, ELEMENTS.items()):
         rows, columns = table[left], table[right]
         tiles = tiles_of_both(rows, columns)

@@ -22,12 +22,16 @@ from typing import Any
 
 import torch
 
+from nvfp4.bench.issue import LANES, SCHEDULERS
 from nvfp4.layer.dense import times
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peaks that kernels are assumed to reach, and where that comes from."""
+    """Shares of the peaks that GEMMs reach as published, and where that stands.
+
+    memory: of the bandwidth, ``DRAM_SHARE`` on every GPU.
+    """
 
     fp4: float
     bf16: float
@@ -41,7 +45,8 @@ class Device:
 
     fp4, fp8, bf16: dense peaks in FLOP/s; fp4 None: no such units, NVFP4 is decoded to 16 bits.
     bandwidth: bytes/s. l2: bytes. launch: seconds from the end of a kernel to the start of the next
-    in one stream.
+    in one stream. capability: for which code was counted (90, 100, also for 10.3, for which ptxas
+    makes the same), None for a processor. multiprocessors: how many; clock: theirs in Hz, boosted.
     """
 
     name: str
@@ -53,6 +58,23 @@ class Device:
     launch: float
     source: str
     efficiency: Efficiency
+    capability: int | None = None
+    multiprocessors: int = 0
+    clock: float = 0.0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a GPU whose GEMMs take BF16 that codes are decoded to."""
+        return self.capability is not None and self.fp4 is None
+
+    @property
+    def issue_rate(self) -> float:
+        """Cycles per second of all schedulers, per lane of a warp, as far as kernels fill them.
+
+        Elements times cycles per element of the busiest pipe (``issue.py``), divided by this, are
+        seconds.
+        """
+        return LANES * SCHEDULERS * self.multiprocessors * self.clock * ISSUE_SHARE
 
     def gemm_rate(self, fp4: bool) -> float:
         """FLOP/s that a GEMM is assumed to run at, on NVFP4 operands or on BF16 ones."""
@@ -69,8 +91,30 @@ class Device:
 _LAUNCH = 3e-6
 """Assumed: of dependent kernels without graphs, 2 to 4 microseconds are commonly measured."""
 
-_TWO_PASSES = (
-    "memory: what Quartet II's RTX 5090 times leave beside its GEMMs is 0.5 to 0.6 of peak"
+DRAM_SHARE = 0.85
+"""Of the bandwidth, that a kernel reaches which only moves data.
+
+Global, and fitted to no row of published.json: a Triton copy reaches 81 % on a GB200 (pytorch/ao PR
+4247, without what its times leave at no bytes), flashinfer's quantiser 84 % (PR 2838).
+"""
+
+ISSUE_SHARE = 0.9
+"""Of the cycles of the busiest pipe, that a kernel with warps enough fills.
+
+Global, and fitted once, to TransformerEngine's four rates on a B300 (PR 2412): the two that issue
+decides ask for 0.9 to 0.97, by instructions counted in its source. What is left goes to dependent
+instructions, barriers, and the beginning and end of each block.
+"""
+
+_HOPPER = 1.98e9
+"""Boost clock of H100 and H200 SXM."""
+
+_BLACKWELL = 1.965e9
+"""Boost clock of B200, assumed for GB200 and GB300."""
+
+_B200_GEMMS = (
+    "FP4: mean of the 4720 to 5342 TFLOP/s that Quartet II publishes for its GEMMs on B200; BF16: "
+    "assumed, 1.6 PFLOP/s"
 )
 
 
@@ -82,17 +126,62 @@ DEVICES: dict[str, Device] = {
             fp4=9e15,
             fp8=4.5e15,
             bf16=2.25e15,
+            bandwidth=7.672e12,
+            l2=126e6,
+            launch=_LAUNCH,
+            source="HGX B200 data sheet (1000 W; an eighth, dense); L2: Blackwell tuning guide; "
+            "bandwidth: 7680 bits at 3996 MHz, as its driver says (pytorch/ao PR 4002)",
+            efficiency=Efficiency(fp4=0.56, bf16=0.72, memory=DRAM_SHARE, source=_B200_GEMMS),
+            capability=100,
+            multiprocessors=148,
+            clock=_BLACKWELL,
+        ),
+        Device(
+            "GB200",
+            fp4=10e15,
+            fp8=5e15,
+            bf16=2.5e15,
+            bandwidth=7.928e12,
+            l2=126e6,
+            launch=_LAUNCH,
+            source="GB200 NVL72 data sheet (per GPU, dense); bandwidth as its driver says "
+            "(pytorch/ao, benchmarks/prototype/nvfp4_training)",
+            efficiency=Efficiency(fp4=0.56, bf16=0.72, memory=DRAM_SHARE, source=_B200_GEMMS),
+            capability=100,
+            multiprocessors=152,
+            clock=_BLACKWELL,
+        ),
+        Device(
+            "GB300",
+            fp4=15e15,
+            fp8=5e15,
+            bf16=2.5e15,
             bandwidth=8e12,
             l2=126e6,
             launch=_LAUNCH,
-            source="HGX B200 data sheet (1000 W; an eighth, dense); L2: Blackwell tuning guide",
+            source="GB300 NVL72 data sheet (per GPU, dense); L2 and multiprocessors as GB200",
             efficiency=Efficiency(
-                fp4=0.56,
-                bf16=0.72,
-                memory=0.6,
-                source="FP4: mean of the 4720 to 5342 TFLOP/s that Quartet II publishes for its "
-                "GEMMs; BF16: assumed, 1.6 PFLOP/s; " + _TWO_PASSES,
+                fp4=0.56, bf16=0.72, memory=DRAM_SHARE, source=_B200_GEMMS + "; assumed the same"
             ),
+            capability=100,
+            multiprocessors=152,
+            clock=_BLACKWELL,
+        ),
+        Device(
+            "B300",
+            fp4=13.5e15,
+            fp8=4.5e15,
+            bf16=2.25e15,
+            bandwidth=8e12,
+            l2=126e6,
+            launch=_LAUNCH,
+            source="HGX B300 data sheet (an eighth, dense); L2 and multiprocessors as B200",
+            efficiency=Efficiency(
+                fp4=0.56, bf16=0.72, memory=DRAM_SHARE, source=_B200_GEMMS + "; assumed the same"
+            ),
+            capability=100,
+            multiprocessors=148,
+            clock=_BLACKWELL,
         ),
         Device(
             "RTX 5090",
@@ -106,11 +195,14 @@ DEVICES: dict[str, Device] = {
             efficiency=Efficiency(
                 fp4=0.72,
                 bf16=1.05,
-                memory=0.6,
+                memory=DRAM_SHARE,
                 source="FP4: mean of the 1162 to 1241 TFLOP/s that Quartet II publishes for its "
-                "GEMMs; BF16: its times and speed-ups at 16384 tokens give 210 to 230 TFLOP/s, "
-                "above the peak at the nominal clock; " + _TWO_PASSES,
+                "GEMMs; BF16: 213 to 235 TFLOP/s by cuBLAS (vllm PR 38338), above the peak at the "
+                "nominal clock",
             ),
+            capability=120,
+            multiprocessors=170,
+            clock=2.407e9,
         ),
         Device(
             "H200",
@@ -122,11 +214,27 @@ DEVICES: dict[str, Device] = {
             launch=_LAUNCH,
             source="H200 data sheet (SXM, dense: half of its sparse figures); L2: H100 white paper",
             efficiency=Efficiency(
-                fp4=0.72,
-                bf16=0.72,
-                memory=0.6,
-                source="assumed as on B200; decoding codes is taken to be free",
+                fp4=0.72, bf16=0.72, memory=DRAM_SHARE, source="BF16: assumed as on B200"
             ),
+            capability=90,
+            multiprocessors=132,
+            clock=_HOPPER,
+        ),
+        Device(
+            "H100",
+            fp4=None,
+            fp8=1979e12,
+            bf16=989.5e12,
+            bandwidth=3.35e12,
+            l2=50e6,
+            launch=_LAUNCH,
+            source="H100 data sheet (SXM, dense: half of its sparse figures), white paper",
+            efficiency=Efficiency(
+                fp4=0.72, bf16=0.72, memory=DRAM_SHARE, source="BF16: assumed as on B200"
+            ),
+            capability=90,
+            multiprocessors=132,
+            clock=_HOPPER,
         ),
     )
 }
@@ -199,4 +307,5 @@ def gpu_at_hand() -> Device | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((device for device in DEVICES.values() if device.name in name), None)
+    known = [device for device in DEVICES.values() if device.name in name]  # GB200 has B200 in it
+    return max(known, key=lambda device: len(device.name), default=None)

@@ -1,10 +1,12 @@
 """``nvfp4 bench roofline``: what ``roofline.py`` predicts as tables, JSON and a picture.
 
     1  the devices' peaks, and the share of each that programs are assumed to reach
-    2  every kernel of the largest layer of the last model, with its bytes and its time per device
+    2  every kernel of the largest layer of the last model: bytes, time per device, and its bound
     3  milliseconds of a block's forward and backward, by part, and from how many tokens it gains
-    4  what this machine measures beside what is predicted for it, where it is among the devices
-    5  Quartet II's published speed-ups beside those that the model predicts of its traffic
+    4  every way of quantising: share of a copy, bound, instructions per element (``shares.py``)
+    5  every recipe's speed-up over BF16, for a block of the last model
+    6  what this machine measures beside what is predicted for it, where it is among the devices
+    7  what others published of cards among the devices, beside the same predicted
 
 A number is predicted unless its column says "measured" or "published".
 """
@@ -15,7 +17,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,20 +25,22 @@ from torch import nn
 from nvfp4.bench.cases import Shape, layer_for, matrix
 from nvfp4.bench.devices import Device, gpu_at_hand
 from nvfp4.bench.measure import LayerCase
+from nvfp4.bench.published import NEAR
+from nvfp4.bench.published import rows as published_rows
 from nvfp4.bench.roofline import (
+    HOST,
     MODELS,
-    OURS_AMAX_GIVEN,
     PREDICTED,
-    PUBLISHED,
-    PUBLISHED_SPEEDUPS,
-    PUBLISHED_TOKENS,
     QUANTISE,
+    UNCOUNTED,
+    Kernel,
     Layer,
     layer_kernels,
     overtakes,
     speedup,
     step_seconds,
 )
+from nvfp4.bench.shares import SIDE, shares
 from nvfp4.bench.tables import Row, terminal
 from nvfp4.bench.timing import interleaved, timer
 from nvfp4.recipes import GEMMS, RECIPES, Recipe
@@ -133,7 +136,10 @@ def report(
         for device in devices
         for model in models
     ]
-    published = _published(devices, models)
+    names = {device.name for device in devices}
+    published = [row for row in published_rows() if row["card"] in names]
+    quantising = [share.row() for share in shares(devices)]
+    recipes = _recipes(models[-1], tokens, devices)
 
     console = Console()
     console.print(terminal("Dense peaks, and the share assumed to be reached", _peaks(devices)))
@@ -141,24 +147,33 @@ def report(
     # The largest layer alone by kernel: all of them would be a page of rows.
     layer = max(MODELS[models[-1]], key=lambda layer: layer.inputs * layer.outputs)
     about = f"{recipe.name}, {models[-1]}: {layer.inputs} -> {layer.outputs}, {tokens} tokens"
-    kernels = _kernels(recipe, layer, tokens, devices)
-    console.print(terminal(f"{about}; times {PREDICTED}", kernels))
+    for decodes in (False, True):
+        alike = [device for device in devices if device.decodes == decodes]
+        if alike:
+            kernels = _kernels(recipe, layer, tokens, alike)
+            console.print(terminal(f"{about}; times {PREDICTED}", kernels))
 
     # Then whole blocks, and beside them what was measured here and what others have published.
     about = f"{recipe.name}: ms of a forward and backward of one block, {tokens} tokens"
     console.print(terminal(f"{about}; {PREDICTED}", [_step(row) for row in rows], labels=2))
+    if quantising:
+        about = f"Quantising {SIDE} x {SIDE} BF16 by Triton's kernels; {PREDICTED}"
+        console.print(terminal(about, quantising, labels=2))
+    about = f"Every recipe over BF16: a block of {models[-1]}, {tokens} tokens; {PREDICTED}"
+    console.print(terminal(about, recipes))
     if measured := [_beside(row) for row in rows if row.measured_ms is not None]:
         title = f"Measured on this machine, {tokens} tokens"
         console.print(terminal(title, measured, labels=2))
     if published:
-        title = f"Quartet II's speed-ups over BF16, {PUBLISHED_TOKENS} tokens, amax given"
-        console.print(terminal(title, [_off(row) for row in published], labels=2))
+        met = sum(abs(row["ratio"] - 1) <= NEAR for row in published)
+        title = f"Others' figures: {met} of {len(published)} met within {NEAR:.0%}"
+        console.print(terminal(title, published, labels=2))
     for device in devices:
         source = f"{device.name}: {device.source}. Assumed: {device.efficiency.source}."
         console.print(source, style="dim")
 
     if json_path:
-        _keep(Path(json_path), rows, devices, published)
+        _keep(Path(json_path), rows, devices, quantising, recipes, published)
         console.print(f"kept: {json_path}")
     if plot_path:
         draw(recipe, models[-1], devices, rows, Path(plot_path))
@@ -166,37 +181,29 @@ def report(
     return rows
 
 
-def _published(devices: Sequence[Device], models: Sequence[str]) -> list[Row]:
-    """Quartet II's speed-ups beside those predicted of its traffic and of ours, amax given."""
-    recipe = RECIPES["quartet2"]
+def _recipes(model: str, tokens: int, devices: Sequence[Device]) -> list[Row]:
+    """Speed-ups of a block's forward and backward, a row per recipe.
 
-    def predicted(device: Device, model: str, traffic: Any) -> float:
-        return speedup(recipe, MODELS[model], PUBLISHED_TOKENS, device, traffic)
-
-    return [
-        {
-            "device": device.name,
-            "model": model,
-            "published": PUBLISHED_SPEEDUPS[device.name, model],
-            "predicted_their_traffic": predicted(device, model, PUBLISHED),
-            "predicted_our_traffic": predicted(device, model, OURS_AMAX_GIVEN),
+    "uncounted": the cards for which the instructions of some kernel were not counted, so that its
+    bytes alone are in the number, which is then too high.
+    """
+    rows: list[Row] = []
+    for name, recipe in RECIPES.items():
+        if not recipe.quantized:
+            continue
+        row: Row = {"recipe": name}
+        row |= {
+            each.name: round(speedup(recipe, MODELS[model], tokens, each), 2) for each in devices
         }
-        for device in devices
-        for model in models
-        if (device.name, model) in PUBLISHED_SPEEDUPS
-    ]
+        missing = [each.name for each in devices if not _counted(recipe, MODELS[model], each)]
+        rows.append(row | {"uncounted": ", ".join(missing)})
+    return rows
 
 
-def _off(published: Row) -> Row:
-    theirs = published["predicted_their_traffic"]
-    return {
-        "device": published["device"],
-        "model": published["model"],
-        "published": published["published"],
-        "45-bit gradient, predicted": theirs,
-        "off by": f"{theirs / published['published'] - 1:+.1%}",
-        "ours (29 bits), predicted": published["predicted_our_traffic"],
-    }
+def _counted(recipe: Recipe, layers: Sequence[Layer], device: Device) -> bool:
+    """Whether instructions are known of all that a recipe launches on a card."""
+    kernels = layer_kernels(recipe, layers[0], 1, decodes=device.decodes)
+    return not any(UNCOUNTED in kernel.terms(device) for kernel in kernels)
 
 
 def _peaks(devices: Sequence[Device]) -> list[Row]:
@@ -211,6 +218,8 @@ def _peaks(devices: Sequence[Device]) -> list[Row]:
             "BF16": tera(d.bf16),
             "TB/s": tera(d.bandwidth),
             "L2 MB": d.l2 / 1e6,
+            "multiprocessors": d.multiprocessors or "",
+            "GHz": d.clock / 1e9 if d.clock else "",
             "assumed: FP4": f"{d.efficiency.fp4:.0%}",
             "assumed: BF16": f"{d.efficiency.bf16:.0%}",
             "memory": f"{d.efficiency.memory:.0%}",
@@ -220,16 +229,22 @@ def _peaks(devices: Sequence[Device]) -> list[Row]:
 
 
 def _kernels(recipe: Recipe, layer: Layer, tokens: int, devices: Sequence[Device]) -> list[Row]:
+    """What devices launch that all have FP4 units, or none has."""
     return [
         {
             "kernel": kernel.name,
             "for": kernel.gemm,
             "TFLOP": kernel.flops / 1e12 if kernel.flops else "",
             "MB": kernel.bytes / 1e6,
-            **{f"{device.name} ms": 1e3 * kernel.seconds(device) for device in devices},
+            **{f"{device.name} ms": _with_bound(kernel, device) for device in devices},
         }
-        for kernel in layer_kernels(recipe, layer, tokens)
+        for kernel in layer_kernels(recipe, layer, tokens, decodes=devices[0].decodes)
     ]
+
+
+def _with_bound(kernel: Kernel, device: Device) -> str:
+    """Milliseconds, and what decides them."""
+    return f"{1e3 * kernel.seconds(device):.3g} ({kernel.bound(device)})"
 
 
 def _step(row: Prediction) -> Row:
@@ -237,7 +252,7 @@ def _step(row: Prediction) -> Row:
         "device": row.device,
         "model": row.model,
         "BF16": row.predicted_bf16_ms,
-        **{part: row.predicted_ms[part] for part in (*GEMMS, QUANTISE)},
+        **{part: row.predicted_ms[part] for part in (*GEMMS, QUANTISE, HOST)},
         "total": sum(row.predicted_ms.values()),
         "speed-up": row.predicted_speedup,
         "from tokens": row.predicted_overtakes_tokens or "never",
@@ -260,12 +275,19 @@ def _beside(row: Prediction) -> Row:
 
 
 def _keep(
-    path: Path, rows: Sequence[Prediction], devices: Sequence[Device], published: list[Row]
+    path: Path,
+    rows: Sequence[Prediction],
+    devices: Sequence[Device],
+    quantising: list[Row],
+    recipes: list[Row],
+    published: list[Row],
 ) -> None:
     data = {
         "what": f"times and speed-ups named predicted_* are {PREDICTED}",
         "devices": [asdict(device) for device in devices],
         "rows": [asdict(row) for row in rows],
+        "quantising": quantising,
+        "recipes": recipes,
         "published": published,
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
