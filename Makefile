@@ -21,7 +21,7 @@ PIP := $(ANY) -c constraints.txt
 OR_SAY := || { echo "The set-up stopped; the first lines above say whether network, index or room on the disk was missing."; \
   echo "What is done is kept: the same command goes on from there."; exit 1; } >&2
 
-.PHONY: train rl test test-all lint style types unit docs package mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot cuda clean help
+.PHONY: train rl test test-all lint style types unit docs package mutants coverage sanitize aarch64 bench benchrl gpu rehearsal aot roofline cuda clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -134,6 +134,14 @@ aot: $(READY) $(OLD_TRITON)/.ready ## compile every Triton kernel for eight kind
 	$(BIN)/python -m tools.aot --json benchmarks/results/aot.json
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m tools.aot --json benchmarks/results/aot_triton_3.6.json
 	NVFP4_TEST_KERNELS=all $(BIN)/python -m pytest -n $(JOBS) tests/backends/test_triton_jit.py
+
+# every card of the table: what the pages show of it comes from here
+ROOFLINE_DEVICES := H100 H200 B200 B300 GB200 GB300 rtx5090
+roofline: $(READY) ## count the instructions of the Triton kernels for each card, no GPU needed, and keep what follows
+	$(BIN)/python -m tools.instructions --json nvfp4/bench/instructions.json
+	$(BIN)/nvfp4 bench roofline --devices $(ROOFLINE_DEVICES) --models 800M 3B 22B 7B \
+		--json benchmarks/results/roofline.json --plot benchmarks/results/roofline.png
+	$(BIN)/python docs/figures.py --write
 
 cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and say what they take
 	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
