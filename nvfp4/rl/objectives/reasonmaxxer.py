@@ -267,9 +267,8 @@ class ReasonMaxxer(Objective):
         length = samples.prompt_length
         attention = samples.attention
         prompt = attention[:, : length - 1] & attention[:, 1:length] & samples.extra[USED][:, None]
-        behind = exact_kl(
-            samples.extra[REFERENCE_LOGITS], scores.logits
-        )  # [S, T]; of the prompt [S, P - 1]
+        # [S, T] behind the prompt, [S, P - 1] within it.
+        behind = exact_kl(samples.extra[REFERENCE_LOGITS], scores.logits)
         behind = torch.where(other, behind, 0.0)
         before = exact_kl(samples.extra[REFERENCE_PROMPT_LOGITS], scores.prompt_logits)
         before = torch.where(prompt, before, 0.0)
