@@ -122,7 +122,7 @@ def test_what_was_drawn_is_counted_over_processes_which_may_draw_unequally(monke
     flat groups."""
     run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
     monkeypatch.setattr(
-        collecting, "gather_object", lambda mine: [*mine, (20, 24, Counter({"x": 24}))]
+        "accelerate.utils.gather_object", lambda mine: [*mine, (20, 24, Counter({"x": 24}))]
     )
     assert collecting._of_all_processes(run, 4, 8, Counter(), 0) == (24, 32)
     with pytest.raises(
