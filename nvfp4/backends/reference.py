@@ -25,14 +25,17 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def unavailable(self, device: torch.device) -> str | None:
+        """None: it runs wherever PyTorch does."""
         return None
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """``Quantizer.quantize``, which defines codes and scales."""
         return quantizer.quantize(x, options)
 
     def matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """A float32 product of the decoded operands, then the global scales."""
         return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 
 

@@ -115,6 +115,7 @@ class ScaledMmBackend(Backend):
         self._swizzled: WeakKeyDictionary[QTensor, tuple[int, torch.Tensor]] = WeakKeyDictionary()
 
     def unavailable(self, device: torch.device) -> str | None:
+        """Why not: a torch before 2.10, another device, or a GPU without FP4 units."""
         if self._mm is None:
             return (
                 f"torch {torch.__version__} has no torch.nn.functional.scaled_mm; it came with 2.10"
@@ -132,14 +133,17 @@ class ScaledMmBackend(Backend):
         return None
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """NotImplementedError: it only multiplies."""
         raise NotImplementedError("the scaled_mm backend only multiplies")
 
     def dequantize(self, q: QTensor, dtype: torch.dtype) -> torch.Tensor:
+        """NotImplementedError, as ``quantize``."""
         raise NotImplementedError("the scaled_mm backend only multiplies")
 
     def matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """One GEMM of cuBLASLt, with the global scales inside or after it (head of the file)."""
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 
@@ -182,6 +186,7 @@ class ScaledMmBackend(Backend):
     def grouped_matmul(
         self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
     ) -> list[torch.Tensor]:
+        """One launch where torch's grouped GEMM takes the groups, else one per pair."""
         if not self._fits_grouped(a, b, out_dtype):
             return super().grouped_matmul(a, b, out_dtype)
         assert self._grouped_mm is not None

@@ -85,6 +85,7 @@ class Symbols:
     eos_id = SYMBOLS.index(END)
 
     def encode(self, text: str) -> list[int]:
+        """One id per character; ValueError names one that is no symbol."""
         unknown = next((c for c in text if c == END or c not in SYMBOLS), None)
         if unknown is not None:
             known = "".join(SYMBOLS[2:])
@@ -93,9 +94,11 @@ class Symbols:
         return [SYMBOLS.index(c) for c in text]
 
     def decode(self, ids: list[int]) -> str:
+        """The symbols up to the end, without padding."""
         return "".join(SYMBOLS[i] for i in _until(ids, self.eos_id) if i != self.pad_id)
 
     def save(self, folder: Path) -> None:
+        """As a Hugging Face tokenizer of single characters."""
         vocab = {symbol: i for i, symbol in enumerate(SYMBOLS)}
         fast = FastTokenizer(models.WordLevel(vocab, unk_token=PAD))
         fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -111,12 +114,15 @@ class Bytes:
     vocab_size = 272  # the next multiple of 16; the rest are never used
 
     def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes, ids 0 to 255."""
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
+        """The text up to the separator; invalid UTF-8 becomes U+FFFD."""
         return ByteTokenizer().decode(_until(ids, self.eos_id))
 
     def save(self, folder: Path) -> None:
+        """As pretraining's byte tokenizer, with a padding token."""
         _save(byte_level_tokenizer().backend_tokenizer, folder, SEPARATOR_TEXT, PAD)
 
 
@@ -133,6 +139,7 @@ class LocalTokenizer:
         self.vocab_size = len(self.inner)
 
     def encode(self, text: str) -> list[int]:
+        """Ids without special tokens; ValueError for text that it does not know."""
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         ids: list[int] = self.inner(text, **plain)["input_ids"]
         if self.pad_id != self.eos_id and self.pad_id in ids:  # unknown text, see Symbols.save
@@ -141,9 +148,11 @@ class LocalTokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
+        """The text up to the end token, without special tokens."""
         return str(self.inner.decode(_until(ids, self.eos_id), skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
+        """As it was loaded."""
         self.inner.save_pretrained(folder)
 
 

@@ -57,6 +57,7 @@ class Log:
             raise self._failed(error) from error
 
     def close(self) -> None:
+        """Close the file, without the wait of ``flush``."""
         os.close(self._descriptor)
 
     def _failed(self, error: OSError) -> TrainError:

@@ -61,12 +61,15 @@ class ByteTokenizer:
     separator = SEPARATOR
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The UTF-8 bytes of each text, int32."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
+        """The bytes as text, without separators; invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < SEPARATOR).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
+        """As a byte-level Hugging Face tokenizer with the same ids."""
         byte_level_tokenizer().save_pretrained(folder)
 
 
@@ -88,6 +91,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = len(self.inner)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids (int32) of each text; a special token that is spelt out stays text."""
         if not texts:
             return []
         # split_special_tokens: a text that spells out a special token is text, not the token
@@ -97,9 +101,11 @@ class HuggingFaceTokenizer:
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
     def decode(self, ids: list[int]) -> str:
+        """The text of ids, without special tokens."""
         return str(self.inner.decode(ids, skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
+        """As it was loaded."""
         self.inner.save_pretrained(folder)
 
 

@@ -128,11 +128,13 @@ class CpuBackend(Backend):
         self.isa = isa
 
     def unavailable(self, device: torch.device) -> str | None:
+        """Why not: another device, or an extension that was not built, and why it was not."""
         if device.type != "cpu":
             return f"it runs on the cpu, not on {device.type}"
         return _MISSING
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """On ``torch.get_num_threads()`` threads, any strides; an empty x is the reference's."""
         if x.numel() == 0:
             return quantizer.quantize(x, options)
         assert native is not None
@@ -144,6 +146,7 @@ class CpuBackend(Backend):
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
     ) -> QTensor:
+        """Without a copy of x: the kernel is told ``amax``."""
         assert native is not None
         x, amax = _readable(x), amax.contiguous()
         args, q, _scratch = self._prepare(_source(x), x.shape, quantizer, options, amax)
@@ -153,6 +156,7 @@ class CpuBackend(Backend):
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
+        """Both orientations in one call of the extension; x [M, K], then x^T [K, M]."""
         if x.numel() == 0:
             return super().quantize_both(x, rows, columns)
         assert native is not None
@@ -166,6 +170,7 @@ class CpuBackend(Backend):
         return q_rows, q_columns
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """From the codes as they lie, in one call; rotated or empty ones are decoded first."""
         if q.rotation is not None or q.codes.numel() == 0:
             return super().requantize(q, quantizer, options)
         assert native is not None
@@ -214,6 +219,7 @@ class CpuBackend(Backend):
         return args, q, scratch
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
+        """A 64-bit hash of the bytes, on all threads; None for strided or empty x."""
         if not x.is_contiguous() or x.numel() == 0:
             return None
         assert native is not None
@@ -224,6 +230,7 @@ class CpuBackend(Backend):
     def decode(
         self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
     ) -> torch.Tensor:
+        """[M, columns] in ``dtype``, on ``torch.get_num_threads()`` threads."""
         assert native is not None
         q = contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device="cpu")
@@ -236,6 +243,7 @@ class CpuBackend(Backend):
     def matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """By the fastest product that the processor has, else by torch's of decoded operands."""
         assert native is not None
 
         # the fastest product that the processor has, or the one of this instruction set

@@ -53,6 +53,7 @@ class CudaBackend(Backend):
         self.native = native
 
     def unavailable(self, device: torch.device) -> str | None:
+        """Why not: another device, no extension, no GPU, or one that it was not built for."""
         if device.type != "cuda":
             return f"it runs on cuda, not on {device.type}"
         if self.native is None:
@@ -81,6 +82,7 @@ class CudaBackend(Backend):
         quantizer: Quantizer | None = None,
         options: Options | None = None,
     ) -> str | None:
+        """Also rotations in groups beyond 16 of 16x16 blocks, which would leave their tile."""
         reason = super().refuses(operation, quantizer, options)
         if reason is not None:
             return reason
@@ -93,6 +95,7 @@ class CudaBackend(Backend):
         return None
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """On the current stream of x's device; nothing waits for it. Empty x: the reference's."""
         if x.numel() == 0:
             return quantizer.quantize(x, options)
         target = _Target(self._module, tuple(x.shape), quantizer, options, x.device)
@@ -109,6 +112,7 @@ class CudaBackend(Backend):
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
+        """One call for both orientations, x or x^T first, whichever has contiguous rows."""
         if x.numel() == 0:
             return super().quantize_both(x, rows, columns)
         across = _Target(self._module, tuple(x.shape), *rows, x.device)
@@ -122,6 +126,7 @@ class CudaBackend(Backend):
         return across.q, down.q
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """From the codes of a matrix as they lie; rotated or empty ones are decoded first."""
         if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
             return super().requantize(q, quantizer, options)
         target = _Target(self._module, (q.contraction, q.rows), quantizer, options, q.device)
@@ -134,6 +139,7 @@ class CudaBackend(Backend):
     def matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """NotImplementedError: it has no GEMM, and is never chosen for one."""
         raise NotImplementedError(
             "the CUDA backend has no GEMM: registry.select never chooses it for one"
         )
@@ -165,6 +171,7 @@ class CudaBackend(Backend):
     def decode(
         self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
     ) -> torch.Tensor:
+        """[M, columns] in ``dtype``, on the current stream of q's device."""
         q = contiguous(q)
         out = torch.empty(q.rows, columns, dtype=dtype, device=q.device)
         with _on(q.device) as place:

@@ -55,6 +55,7 @@ class TritonBackend(Backend):
     decodes = (torch.float32, torch.bfloat16, torch.float16)
 
     def unavailable(self, device: torch.device) -> str | None:
+        """Why not: Triton does not load, there is no NVIDIA GPU, or x is on another device."""
         if _MISSING is not None:
             return _MISSING
         if device.type == "cpu" and INTERPRETED:
@@ -68,9 +69,11 @@ class TritonBackend(Backend):
         return None
 
     def automatic(self, device: torch.device) -> bool:
+        """Not under TRITON_INTERPRET=1, where kernels run on the CPU and only when named."""
         return not INTERPRETED
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """Two launches: amax and quantise, or for ms_eden quantise and finish."""
         if x.numel() == 0:
             return quantizer.quantize(x, options)
         target = Target(tuple(x.shape), quantizer, options, x.device)
@@ -79,12 +82,14 @@ class TritonBackend(Backend):
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
     ) -> QTensor:
+        """As ``quantize`` without the launch that looks for the amax."""
         target = Target(tuple(x.shape), quantizer, options, x.device, amax=amax)
         return quantizing.quantize(Source.dense(x), None, target)
 
     def quantize_both(
         self, x: torch.Tensor, rows: tuple[Quantizer, Options], columns: tuple[Quantizer, Options]
     ) -> tuple[QTensor, QTensor]:
+        """x read once per launch for both; a search takes one launch per orientation."""
         # a search is bound by arithmetic, not by reading x: launches with tiles of their own
         if x.numel() == 0 or rows[1].search or columns[1].search:
             return super().quantize_both(x, rows, columns)
@@ -96,6 +101,7 @@ class TritonBackend(Backend):
         rows: tuple[Quantizer, Options],
         columns: tuple[Quantizer, Options] | None = None,
     ) -> tuple[QTensor, QTensor | None]:
+        """RMSNorm or SwiGLU straight into codes; the activation is never written."""
         x = activation[0]
         if x.numel() == 0:
             return super().quantize_activation(activation, rows, columns)
@@ -112,18 +118,21 @@ class TritonBackend(Backend):
     def activation_gradients(
         self, activation: Activation, dy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kernels of their own, which sum in the order of the reference."""
         if dy.numel() == 0:
             return super().activation_gradients(activation, dy)
         with on(dy.device):
             return activations.gradients(activation, dy)
 
     def requantize(self, q: QTensor, quantizer: Quantizer, options: Options) -> QTensor:
+        """From the codes of a matrix as they lie; rotated or empty ones are decoded first."""
         if q.rotation is not None or q.codes.numel() == 0 or len(q.shape) != 2:
             return super().requantize(q, quantizer, options)
         target = Target((q.contraction, q.rows), quantizer, options, q.device)
         return quantizing.quantize(Source.transposed_codes(q), coded_as(q), target)
 
     def transpose(self, q: QTensor) -> QTensor:
+        """One launch for unrotated 16x16 tiles; the rest, and its errors, are the base's."""
         has_one = q.block == TILE_BLOCK and q.rotation is None and len(q.shape) == 2
         if not has_one or q.codes.numel() == 0:
             return super().transpose(q)
@@ -131,6 +140,7 @@ class TritonBackend(Backend):
             return transpose(q)
 
     def draw_seeds(self, words: torch.Tensor, rank: int, gemms: int) -> torch.Tensor:
+        """One launch; the seeds stay on the device, so a CUDA graph finds new ones."""
         seeds = torch.empty(gemms, 3, dtype=torch.int64, device=words.device)
         constants = (gemms, next_power_of_2(gemms))
         with on(words.device):
@@ -140,11 +150,13 @@ class TritonBackend(Backend):
     def decode(
         self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool
     ) -> torch.Tensor:
+        """[M, columns] in ``dtype``, one launch."""
         return quantizing.decode(q, columns, dtype, with_global)
 
     def matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """By ``gemm``, or decoded in memory first where ``gemm.decoded.pays`` says so."""
         if a.codes.numel() == 0 or b.codes.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 

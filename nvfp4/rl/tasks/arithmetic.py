@@ -39,6 +39,7 @@ class Addition(ExactTask):
             raise ValueError(f"digits must be from 1 to 9, got {self.digits}")
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """Two numbers of ``digits`` digits; the answer is their sum, last digit first."""
         a, b = (int(n) for n in rng.integers(0, 10**self.digits, 2))
         width = self.digits
         return Problem(f"a{a:0{width}}+{b:0{width}}>", f"{a + b:0{width + 1}}"[::-1])
@@ -56,6 +57,7 @@ class Modular(ExactTask):
             raise ValueError(f"largest must be from 2 to 10**9 - 1, got {self.largest}")
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """A modulus, two numbers below it and an operator, all drawn evenly."""
         modulus = int(rng.integers(2, self.largest + 1))
         a, b = (int(n) for n in rng.integers(0, modulus, 2))
         operator = _OPERATORS[rng.integers(len(_OPERATORS))]
@@ -83,6 +85,7 @@ class Countdown(Task):
             raise ValueError(f"numbers must be from 1 to 9 and largest at least 9, got {got}")
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """Numbers and an expression of them, drawn until its value is a target."""
         # from an answer to its target, so that every problem can be solved
         for _ in range(_TRIES):
             numbers = [int(n) for n in rng.integers(1, 10, self.numbers)]
@@ -100,6 +103,7 @@ class Countdown(Task):
         return Problem(f"c{shown}={target}>", answer, data)
 
     def reward(self, problem: Problem, completion: str) -> float:
+        """1 for an expression of these numbers, each once, of the target's value, else 0."""
         try:
             value, used = evaluate(completion)
         except ExpressionError:

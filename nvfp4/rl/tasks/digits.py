@@ -35,6 +35,7 @@ class ExactTask(Task):
     vocabulary: ClassVar[str] = "symbols"
 
     def reward(self, problem: Problem, completion: str) -> float:
+        """1 for the answer to the letter, else 0."""
         return float(completion == problem.answer)
 
     def well_formed(self, problem: Problem, completion: str) -> bool:
@@ -42,6 +43,7 @@ class ExactTask(Task):
         return completion.isascii() and completion.isdigit()
 
     def corrupt(self, problem: Problem, rng: np.random.Generator) -> str:
+        """The answer with one digit replaced by another."""
         return replace_digit(problem.answer, rng)
 
 
@@ -70,6 +72,7 @@ class Sort(DigitsTask):
     name: ClassVar[str] = "sort"
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """Drawn digits, to be sorted."""
         digits = self.digits(rng)
         return Problem(f"s{digits}>", "".join(sorted(digits)))
 
@@ -81,6 +84,7 @@ class Reverse(DigitsTask):
     name: ClassVar[str] = "reverse"
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """Drawn digits, to be reversed."""
         digits = self.digits(rng)
         return Problem(f"r{digits}>", digits[::-1])
 
@@ -97,12 +101,14 @@ class Parity(DigitsTask):
     longest: int = 7
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """Drawn bits; the answer spells the running parity beside each."""
         bits = self.digits(rng, base=2)
         parities = [bits[: i + 1].count("1") % 2 for i in range(len(bits))]
         scratch = "".join(f"{bit}{parity}" for bit, parity in zip(bits, parities, strict=True))
         return Problem(f"p{bits}>", f"{scratch}={parities[-1]}")
 
     def reward(self, problem: Problem, completion: str) -> float:
+        """1 for the right parity after the last "=", whatever the scratch work, else 0."""
         return float(completion.rpartition("=")[1:] == problem.answer.rpartition("=")[1:])
 
     def final(self, completion: str) -> str:

@@ -85,6 +85,7 @@ class FillIn(Task):
             raise ValueError(f"options must be from 2 to {len(LETTERS)}, got {self.options}")
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """A function with a gap, and lettered choices; ``TrainError`` if there are too few."""
         # a statement, and enough others like it
         for _ in range(_TRIES):
             gap = self._gaps[rng.integers(len(self._gaps))]
@@ -107,6 +108,7 @@ class FillIn(Task):
         return Problem("\n".join([*shown, *listed, f"{GAP} is "]), answer, {"file": gap.file})
 
     def reward(self, problem: Problem, completion: str) -> float:
+        """1 for the right letter, else 0."""
         return float(completion.strip() == problem.answer)
 
     def well_formed(self, problem: Problem, completion: str) -> bool:

@@ -114,15 +114,18 @@ class Jsonl(Task):
         return self.rows
 
     def confinement(self) -> str | None:
+        """What the sandbox confines, and what it cannot, if a row brings code; else None."""
         if not any(problem.data["kind"] in FOREIGN for problem in self.rows):
             return None
         warned = {p.data["warning"]: None for p in self.rows if p.data["warning"]}
         return "\n".join([self._sandbox.describe(), *warned])
 
     def problem(self, rng: np.random.Generator) -> Problem:
+        """A row of the file, drawn evenly."""
         return self.rows[rng.integers(len(self.rows))]
 
     def reward(self, problem: Problem, completion: str) -> float:
+        """The one verdict of ``verdicts``."""
         return self.verdicts([problem], [completion])[0].reward
 
     def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
@@ -153,6 +156,7 @@ class Jsonl(Task):
         return replace_digit(problem.answer, rng)
 
     def close(self) -> None:
+        """End the workers of the sandbox; the next reward starts new ones."""
         self._sandbox.close()
 
 
