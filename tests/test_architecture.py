@@ -531,3 +531,27 @@ def test_public_things_have_docstrings(name: str) -> None:
             assert ast.get_docstring(node), (
                 f"nvfp4.{name}:{node.lineno} {node.name} has no docstring"
             )
+
+
+@by_module
+def test_public_methods_are_documented_and_typed(name: str) -> None:
+    """Overrides too, which say what is their own; kernels of Triton have types of its compiler."""
+    for holder in ast.walk(parse(INSIDE[name])):
+        if not isinstance(holder, ast.Module | ast.ClassDef):
+            continue
+        if isinstance(holder, ast.ClassDef) and holder.name.startswith("_"):
+            continue
+        for node in holder.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            decorators = " ".join(ast.unparse(each) for each in node.decorator_list)
+            where = f"nvfp4.{name}:{node.lineno} {node.name}"
+            if ".setter" not in decorators:
+                assert ast.get_docstring(node), f"{where} has no docstring"
+            if "triton.jit" in decorators:
+                continue
+            everything = node.args
+            arguments = [*everything.posonlyargs, *everything.args, *everything.kwonlyargs]
+            bare = [a.arg for a in arguments if a.annotation is None]
+            assert not set(bare) - {"self", "cls"}, f"{where} has no types for {bare}"
+            assert node.returns is not None, f"{where} does not say what it returns"
