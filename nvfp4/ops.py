@@ -7,8 +7,9 @@
 
 What happens in each call: arguments are checked here, so that no backend need do it;
 ``backends.registry`` picks the first backend that can (or the named one); it runs with dispatch
-modes and autocast off, which must not see or change what kernels do; and the result gets back the
-shape it is known by. ``explain`` says which backend runs and why.
+modes off, which must not see what kernels do, and products and activations with autocast off, which
+would change them; and the result gets back the shape it is known by. ``explain`` says which backend
+runs and why.
 
 The same operations are torch operators, registered when this file is imported:
 ``torch.ops.nvfp4.quantize``, ``requantize``, ``dequantize`` and ``matmul``, with shapes for fake
@@ -59,8 +60,8 @@ def quantize(
 
     Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the rotation group). NaN
     or Inf anywhere makes the global scale NaN (of that row when row-scaled); empty input gives
-    empty codes. Raises TypeError for another dtype, ValueError for a bad axis, name, option or
-    missing seed.
+    empty codes. Raises TypeError for another dtype or an option that no quantiser has, ValueError
+    for a bad axis or name, an option that this quantiser does not take, or a missing seed.
     """
     chosen = get_quantizer(quantizer)
     checked = chosen.check(**options, seed=seed, sign_seed=sign_seed)

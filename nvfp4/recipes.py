@@ -11,7 +11,8 @@ its options, or None for high precision. dgrad and wgrad contract another axis t
 x are needed in a second orientation, and ``source`` says where that comes from:
 
     tensor     w or x itself, quantised along the other axis
-    codes      fprop's codes of w, transposed: needs 16x16 blocks, and costs no second rounding
+    codes      fprop's codes of w or x, transposed: needs 16x16 blocks in fprop, and costs no second
+               rounding
     decoded    what fprop's codes stand for, quantised again: the backward then differentiates what
                the forward computed, and only 4-bit codes are kept between the two
 
@@ -43,10 +44,10 @@ class Operand:
 
     quantizer: a name from ``quantizers.registry``, or None for high precision. options: its
     options. source: "tensor", the high-precision tensor itself; "codes", the codes and tile scales
-    that fprop used, transposed (w only, 16x16 blocks); "decoded", what fprop's codes stand for
-    (x-hat, w-hat), which is quantised again, or used in BF16 when ``quantizer`` is None. rotation:
-    applied before quantising; its sign_seed is filled in at run time. Raises ValueError or
-    TypeError for what the quantiser does not take.
+    that fprop used, transposed (16x16 blocks only, unrotated); "decoded", what fprop's codes stand
+    for (x-hat, w-hat), which is quantised again, or used in BF16 when ``quantizer`` is None.
+    rotation: applied before quantising; its sign_seed is filled in at run time. Raises ValueError
+    or TypeError for what the quantiser does not take.
     """
 
     quantizer: str | None = None
@@ -383,5 +384,4 @@ Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27
 """
 
 W4A16 = Recipe("w4a16", Gemm(operand(None), operand("four_over_six")), _DEQUANTISED, Gemm())
-"""Weights only, as QeRL has it (arXiv 2510.11696): x stays as it is, and the GEMMs are not NVFP4's.
-"""
+"""Weights only, as QeRL has it (arXiv 2510.11696): x stays as it is, GEMMs take decoded weights."""

@@ -23,8 +23,9 @@ _E4M3_VALUES = (*E4M3.grid, float("nan"))
 def e2m1_encode(values: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 of float32 values on the E2M1 grid, uint8 of the same shape.
 
-    Bit 3 is the sign, -0 is code 8. The magnitude code is min(2a, a + 2, a/2 + 4): one line per
-    binade, and the code is concave in the value. Values off the grid are undefined; round first.
+    Bit 3 is the sign, -0 is code 8. The magnitude code is min(2a, a + 2, a/2 + 4): one line
+    each for steps of .5, 1 and 2, and the code is concave in the value, so the least is right.
+    Values off the grid are undefined; round first.
     """
     a = values.abs()
     code = torch.minimum(torch.minimum(a * 2, a + 2), a * 0.5 + 4)

@@ -10,9 +10,9 @@ they contract: (A R)(B R)^T = A B^T, so nothing is rotated back.
 One round is a fixed matrix times random signs: it leaves MS-EDEN biased on groups with few active
 entries (|bias|^2 / |x|^2 up to 1e-2 with two); two rounds leave 3e-6 on average.
 
-Scales are powers of two and therefore exact; only a last round with even index has one that is not,
-g^-1/2. Butterflies in float32, in the order of strides 1, 2, ..., g/2, are part of the definition:
-tensor cores would sum in another order and give other last bits.
+Scales are powers of two and therefore exact; only a last round with even index has another, g^-1/2,
+which is rounded where g is 32 or 128. Butterflies in float32, in the order of strides 1, 2, ...,
+g/2, are part of the definition: tensor cores would sum in another order and give other last bits.
 """
 
 from __future__ import annotations
@@ -126,11 +126,10 @@ def rotate(
     """Rotate one axis of x in groups: ``rounds`` times random signs, then a scaled transform.
 
     x: float32, float16 or bfloat16, any rank; the axis is zero-padded to a multiple of ``group``
-    (16, 32, 64 or 128). Returns float32 with that axis padded. The transform is orthonormal: scales
-    are powers of two except in the last round of an odd number of them, which multiplies by
-    fl(2^(-log2(group)/2)). NaN and Inf spread over their group; finite values whose sums exceed
-    float32 become Inf. Raises ValueError for another group, rounds outside 1..3, or a sign_seed
-    outside [0, 2^64).
+    (16, 32, 64 or 128). Returns float32 with that axis padded. The transform is orthonormal;
+    ``round_scale`` says what each round multiplies by. NaN and Inf spread over their group; finite
+    values whose sums exceed float32 become Inf. Raises ValueError for another group, rounds outside
+    1..3, or a sign_seed outside [0, 2^64).
     """
     Rotation(group, rounds, check_seed(sign_seed, "sign_seed"))  # refuses what is out of range
 
@@ -155,7 +154,7 @@ def nvidia_rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_scale(i: int, rounds: int, group: int) -> float:
-    """Scale of round i: a power of two, but fl(group^-1/2) for a last round with even i.
+    """Scale of round i: fl(group^-1/2) for a last round with even i, otherwise a power of two.
 
     An even round and the odd one after it multiply by 1/group together.
     """

@@ -24,10 +24,7 @@ TILE_COLUMNS = 4
 _TILE_BYTES = TILE_ROWS * TILE_COLUMNS
 
 SWIZZLED_MAJORS = (10, 12)
-"""Major compute capabilities with NVFP4 units that cuBLASLt programs.
-
-Its GEMM reads swizzled block scales.
-"""
+"""Major compute capabilities on which cuBLASLt has an NVFP4 GEMM, which reads swizzled scales."""
 
 
 @lru_cache(maxsize=64)

@@ -90,7 +90,7 @@ class QTensor:
 
     @property
     def row_scaled(self) -> bool:
-        """Whether each row has its own global scale."""
+        """Whether each row has its own global scale; False for a single row, where both are one."""
         return self.global_scale.numel() != 1
 
     @property
@@ -115,7 +115,7 @@ class QTensor:
 
     @property
     def record(self) -> tuple[tuple[int, int], tuple[int, ...], int, Rotation | None]:
-        """(block, shape, axis, rotation): ``QTensor(*q.tensors, *q.record)`` is q again."""
+        """(block, shape, axis, rotation): ``QTensor(*q.tensors, *q.record)`` is q, not swizzled."""
         return self.block, self.shape, self.axis, self.rotation
 
     def overwrite(self, source: QTensor) -> None:

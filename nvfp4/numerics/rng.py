@@ -26,7 +26,7 @@ import torch
 # Streams of Philox, the third word of the counter. The first four are part of the definition of the
 # numerics and stand in csrc/philox.h and in the Triton kernels too.
 SIGN_STREAM = 0  # of a rotation
-ELEMENT_STREAM = 1  # stochastic rounding of elements, and of a policy's choices among tokens
+ELEMENT_STREAM = 1  # stochastic rounding of elements; in reinforcement learning, draws of tokens
 BLOCK_SCALE_STREAM = 2  # stochastic rounding of block scales
 FOLD_STREAM = 3  # new seeds from old ones: ``fold_in``
 ORDER_STREAM = 4  # of training windows within an epoch
@@ -54,7 +54,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _SEED_LIMIT = 2**64
-_CHUNK = 2**15  # counters at a time: keeps the int64 temporaries of one round inside the L2 cache
+_CHUNK = 2**15  # counters at a time: an int64 temporary of a round is then never above 256 KiB
 
 Word = TypeVar("Word", int, torch.Tensor)
 
@@ -71,8 +71,8 @@ class DeviceSeed:
 
 
 Seed = int | DeviceSeed
-SeedKind = TypeVar("SeedKind", bound=Seed)
 """A seed as a number in [0, 2^64), or one that only the device knows."""
+SeedKind = TypeVar("SeedKind", bound=Seed)
 
 try:
     # a layer asks six times per step, and Python takes 8 us each time

@@ -12,7 +12,9 @@
     casting      autocast would round the float32 GEMM of an emulated product to BF16
                  (``without_autocast``).
 
-All of these are asked in every call of every layer, so none of them imports or allocates anything.
+All of these are asked in every call of every layer, so none of them imports a module. Here too:
+which parameters are ordinary ones (``is_plain_parameter``), and small tensors that are copied to a
+device once (``constant``).
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ _RELATIVE_MSE_OF_TILES = {"mse": 12.37e-3, "mae": 12.40e-3, "abs_max": 15.39e-3}
 
 
 def claims(options: Options) -> Claims:
-    """Never worse than s6 in the error of a block; rtn's bound holds for that, not per element."""
+    """No bound for one element: a smaller error of the block may cost one of its elements more."""
     table = _RELATIVE_MSE_OF_TILES if options.block == TILE_BLOCK else _RELATIVE_MSE
     return Claims(
         deterministic=True,

@@ -5,6 +5,7 @@
                  v = z c, c = (6 / 0.988125) / k        scaled to the elements
                  q = e2m1(v)                            nearest
                  S = <v, v> / <v, q>                    so that <S q, v> = <v, v>: EDEN's correction
+                                                        (not the S of rtn, an encode scale)
                  r = a S / c                            the scale the block wants
     global_scale = max r / 448                          known only now: the post-hoc range
     block_scale  = e4m3_stochastic(r / global_scale)

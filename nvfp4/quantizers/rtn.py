@@ -5,9 +5,10 @@
     m     = min(1 / (s * global_scale), FLT_MAX)
     codes = e2m1(x * m)                nearest
 
-A block's maximum lands at 6, or beside it by the rounding of s (up to 1/17): where s was rounded
-down, what exceeds 6 is clipped. Deterministic, biased, cheap; relative MSE on N(0, 1) 9.05e-3, with
-tiles 12.39e-3. Tiles make a matrix and its transpose share codes, which is why weights use them.
+A block's maximum lands at 6, or up to 1/16 beside it where s was rounded; where s was rounded down,
+what exceeds 6 is clipped, by up to 1/17 of itself. Deterministic, biased, cheap; relative MSE on
+N(0, 1) 9.05e-3, with tiles 12.39e-3. Tiles make a matrix and its transpose share codes, which is
+why weights use them.
 
 Source: TransformerEngine, ``common/cast/nvfp4/core_nvfp4.cuh``; NVIDIA, "Pretraining LLMs with
 NVFP4", arXiv 2509.25149.

@@ -41,7 +41,7 @@ def rule_te(blocks: Blocks) -> Quantized:
 
 
 def claims(options: Options) -> Claims:
-    """A whole gap of at most 2 of 6; the scale rounded up widens it by at most 9/8.
+    """A whole gap is at most 2 of 6; a scale rounded up widens it by at most 9/8.
 
     The MSE on N(0, 1) is as measured.
     """
@@ -56,7 +56,7 @@ def claims(options: Options) -> Claims:
 
 
 def claims_te(options: Options) -> Claims:
-    """A whole gap of at most 2 of 6, on a scale up to 1/17 off."""
+    """A whole gap is at most 2 of 6; a scale rounded to nearest widens it by less than 17/16."""
     return Claims(
         deterministic=False,
         unbiased=False,
