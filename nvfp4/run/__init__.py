@@ -5,10 +5,13 @@
             -> checkpoint, state            what it saves, to go on to the last bit
     corpus  -> tokens                       the text
     model   -> causal, precision            what is trained, and in which precision its parts are
+    processes                               one process or several, and what they agree on
     parts                                   the record of all of these that a step is given
     loop    -> update, optim, signals       steps, and what is due between them
-    arms    -> children, plots              many runs, and their differences
+            -> progress                     what a person sees of them
+    arms    -> children, forks, plots       many runs, each a process, and their differences
+    errors                                  what ends a run in one sentence
 
-This room knows no loss. ``train/`` (next tokens) and ``rl/`` (rewards) each say what one step is;
-everything around a step is here, once.
+An arrow leads from a task to the files that do its parts. This room knows no loss: ``train/``
+(next tokens) and ``rl/`` (rewards) each say what one step is; everything around it is here, once.
 """

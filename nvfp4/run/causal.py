@@ -23,7 +23,7 @@ LEAK = 1e-4
 """Of the spread of the logits: more than this is sight, less is rounding. Weights are float32 and
 both sequences have one shape, so a causal model gives 0; measured: Llama, GPT-2, OPT and Mamba 0,
 Mixtral and Qwen3-MoE, whose kernels group the rows by their values, 1.4e-7. BERT and RoBERTa of two
-layers with fresh weights (deviation .02, the weakest attention there is) move by 2e-3 to 3e-3."""
+layers with fresh weights (deviation .02, so attention is nearly flat) move by 2e-3 to 3e-3."""
 
 
 def check_causal(model: Any, name: str) -> None:

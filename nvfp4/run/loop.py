@@ -147,7 +147,9 @@ def train(
             ) from error
         finally:
             if training is not None:
-                training.run.folder.release()  # a traceback, which a notebook keeps, keeps the run
+                # not left to the end of the process: a notebook keeps the last traceback, that
+                # keeps the run, and the run its lock
+                training.run.folder.release()
 
 
 class Loop:

@@ -150,7 +150,7 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: st
         raise TrainError(
             f"cannot export to {folder}: {reason}; make room and run again with --resume"
         ) from error
-    except BaseException:  # Ctrl-C: the next run may be of another --out
+    except BaseException:  # Ctrl-C: only a next export to this very folder would clean up
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 

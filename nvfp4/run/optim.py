@@ -1,12 +1,12 @@
 """AdamW with decay groups, and the learning rate as a pure function of the number of the update.
 
     update        0 ... warmup         ... steps - decay * steps         ... steps - 1
-    wsd           rises linearly        stays at the peak                 falls linearly to min_lr
-    cosine        rises linearly        falls as half a cosine to min_lr
+    wsd           rises linearly        stays at the peak           falls linearly towards min_lr
+    cosine        rises linearly        falls as half a cosine towards min_lr
 
 There is no scheduler with a state: a resumed run asks for the rate of its next update.
 transformers' schedules have rate 0 in their step 0 and the minimum in their last; ours are the
-steps between, so no update is wasted on a rate of 0.
+steps between. So no update is wasted on a rate of 0, and the last one is one step above min_lr.
 """
 
 from __future__ import annotations

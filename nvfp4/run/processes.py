@@ -21,7 +21,8 @@ import torch
 
 from nvfp4.run.errors import TrainError
 
-# seconds, and the objectives, which the command line names, take float64_device from here
+# Importing accelerate takes seconds, which ``nvfp4 --help`` is not to wait for: it lists the
+# objectives of reinforcement learning, and these take ``float64_device`` from here.
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -67,7 +68,7 @@ def accelerator_for(device: str) -> Accelerator:
         raise TrainError(
             f"device: {device} was asked for, but only {kind} is here; give --device auto or {kind}"
         )
-    # more is what another launcher, mpirun say, has started
+    # Fewer is an error. More is none: the accelerator also joins what mpirun has started.
     if accelerator.num_processes < launched:
         raise TrainError(
             f"device: {launched} processes were started, but on {kind} they do not find each "

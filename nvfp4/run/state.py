@@ -3,8 +3,8 @@
     model       parameters and persistent buffers, each once even if two names reach it
     optimizer   AdamW's moments and step counts, as ``exp_avg.<parameter>`` and so on
     random      torch's generators, as ``cpu.<rank>`` and ``cuda.<rank>``
-    noise       per converted layer, the number of backward passes it has finished, which is the
-                seed of its next noise
+    noise       per converted layer, the number of backward passes it has finished: its next noise
+                is a function of the layer's seed and of this number
 
 The first three are groups of tensors. The last is plain and stands in state.json, beside what the
 trainer says of itself. Moments are kept by the parameter's name and not by its place in the

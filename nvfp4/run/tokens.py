@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from nvfp4.run.corpus import Document
 from nvfp4.run.errors import TrainError
 
-if TYPE_CHECKING:  # loading it takes seconds, for which a command line that helps need not wait
+if TYPE_CHECKING:  # loading transformers takes seconds, for which ``--help`` need not wait
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BYTES = "bytes"

@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step), and the held-out windows.
 
-    tokens [n] -> count = (n - seq_len) div seq_len windows of seq_len + 1, one each seq_len tokens,
-                  from the epoch's own offset in [0, seq_len)
+    tokens [n] -> count = (n - seq_len) div seq_len windows of seq_len + 1 tokens; one begins every
+                  seq_len tokens, the first at the epoch's own offset in [0, seq_len)
     epoch e    -> a permutation of the windows, by sorting Philox words of (seed, e)
     step s     -> windows s * batch ... (s + 1) * batch - 1 of that order
                -> int64 [batch, seq_len + 1]
@@ -130,9 +130,10 @@ def held_out_windows(
 
 
 def _excerpts(documents: list[Document], limit: int) -> list[Document]:
+    # The most bytes of one document; rounded up, so that all shares together reach the limit.
     share = -(-limit // min(len(documents), MAX_DOCUMENT_SHARE))
 
-    # Rounded up, so that all shares together reach the limit.
+    # In the order of their draw, until the limit is used up.
     excerpts, left = [], limit
     for document in documents:
         # drops a split character

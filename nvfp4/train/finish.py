@@ -1,4 +1,4 @@
-"""The end of a pretraining: exact held-out score, text sample, export, result.json.
+"""The end of a pretraining: last held-out score, text sample, export, result.json.
 
 The held-out text is scored twice: as trained, and with the layers in BF16 (``disabled``). The
 second says what the weights know, the first what a deployment in NVFP4 would see; their difference
