@@ -9,6 +9,9 @@
     warmstart                   a new model learns the form of an answer first, from demonstrations
     compare -> report, plots    recipes x seeds with a control, and gates on what came out
     gvendi, prismatic           how diverse problems are, before any training
+    samples, vocabulary         the records that pass through a step; between text and token ids
+    spurious, norm_noise        rewards as controls; noise on the norms of the sampler
+    parts, folder, finish       the objects of a run, where it writes, how it ends
 
 A policy gradient is right for completions that the policy itself has drawn. Two implementations, or
 quantisation scales that depend on the other rows of a batch, make two policies of one set of

@@ -221,6 +221,7 @@ def _maximised(
         return coins(config.prompts, config.group, places, coin_seed, share).to(task)
     if config.reward == "format":
         return formatted(run.task, problems, texts, samples.truncated)
+    # A majority asks no verifier: rewards lie in [0, 1], so task >= 0 is every completion.
     if config.reward == "majority":
         return popular(run.task, texts, samples.groups, task >= 0)
     if config.reward == "incorrect":

@@ -61,7 +61,7 @@ def plan(config: RLConfig) -> list[Arm]:
     grid = [(recipe, seed, config.reward) for recipe in recipes for seed in seeds]
     if config.control:
         grid.append((recipes[-1], seeds[0], "random"))
-    # the slow ones first, so that the processes end together
+    # bf16 last: the quantised ones take longer, and begun first they end together with it
     return [_arm(config, *each) for each in sorted(grid, key=lambda each: each[0] == "bf16")]
 
 

@@ -7,7 +7,7 @@ Prismatic Synthesis (arXiv 2505.20161). For each example, the gradient of log P(
 
 From 1 (all gradients alike) to n (all orthogonal).
 
-The random matrix has P x 1024 signs, 60 GB as bits for a model of half a billion parameters, and
+The random matrix has P x 1024 signs, 64 GB as bits for a model of half a billion parameters, and
 making them anew for each example would take longer than its gradient. So a sign is a product of
 three:
 

@@ -8,9 +8,10 @@
                        score with gradient -> objective.loss -> backward
                    ->  clip the gradient, step unless it is NaN or Inf
 
-The sum of the updates does not depend on micro-batches or processes: every micro-batch divides its
-loss by the ``Totals`` of the whole update. With one update and one micro-batch, the policy before
-the update and the policy in the update are one forward, which then is made once.
+The gradient of an update does not depend on how micro-batches or processes split it, but for
+rounding and under the aggregation bnpo: every micro-batch divides its loss by the ``Totals`` of the
+whole update. With one update and one micro-batch, the policy before the update and the policy in
+the update are one forward, which then is made once.
 
 What lives when, since logits [S, T, V] are the largest thing in memory: the scores of one
 micro-batch with gradient, and nothing of the one before. ``scored`` drops logits as soon as the

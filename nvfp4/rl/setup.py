@@ -56,7 +56,8 @@ def prepare(config: RLConfig) -> RLRun:
         folder.claim(config)
     try:
         return _prepare(config, accelerator, report, folder, task, objective)
-    except BaseException:  # a traceback, which a notebook keeps, keeps the folder
+    except BaseException:
+        # a notebook keeps the traceback, and with it the folder and its lock
         folder.release()
         raise
 
@@ -74,8 +75,8 @@ def _prepare(
     assert config.max_new_tokens is not None
     main = accelerator.is_main_process
 
-    # Room for the longest prompt and completion, not found missing after a warm start, or when a
-    # later stage begins.
+    # Is there room for the longest prompt and completion? Asked now, and not after a warm start or
+    # when a later stage allows longer completions.
     text = Text(load_vocabulary(config.tokenizer), config.chat)
     needed = longest_prompt(task, text) + objective.longest_completion(config.max_new_tokens)
     if config.model is None:
