@@ -6,7 +6,9 @@
     tables     how rows look
 
     measure -> report                         ``nvfp4 bench all``: measured
-    devices -> roofline -> roofline_report    ``nvfp4 bench roofline``: predicted
+    devices, issue -> roofline                what a layer should cost: peaks, counted instructions
+             -> shares, published             quantising against a copy; others' figures, predicted
+             -> roofline_report               ``nvfp4 bench roofline``: predicted
 
 A number is measured, predicted or published, and its column says which. ``benchmarks/`` holds
 scripts that time with these parts and keep what came out.

@@ -54,8 +54,8 @@ class QuantiserCase(NamedTuple):
     def reads(self) -> int:
         """How often the input is read: once for the amax and once to quantise.
 
-        A row that has a scale of its own is still in the cache by then, and a rotating quantiser
-        finds the tensor's range afterwards, from its block scales: one reading each.
+        Once where a row has a scale of its own, as it is still in the cache by then, and for
+        ms_eden, which finds the tensor's range afterwards, from its block scales.
         """
         return 1 if self.quantizer.rotates or self.options.row_scaled else 2
 
