@@ -26,8 +26,9 @@ NVFP4_FN void sign_bits(uint64_t sign_seed, bool fixed, int round, uint32_t word
         philox<uint32_t>(sign_seed, static_cast<uint32_t>(round), 0u, kSignStream, word);
 }
 
-// Powers of two that pair up to 1/group over two rounds; fl(group^-1/2) for a last round of even
-// index.
+// The butterflies of a round make a vector sqrt(group) times as long. Rounds 0 and 1 undo that
+// together, by powers of two whose product is 1/group, so that nothing is rounded; a last round
+// without a partner, which has an even index, takes fl(group^-1/2).
 NVFP4_FN float round_scale(int round, int rounds, int log2_group) {
     const int even = log2_group / 2, odd = log2_group - even;
     if (round == rounds - 1 && round % 2 == 0) {

@@ -1,6 +1,7 @@
-// What the extensions take and offer, as a number: one more with each change that older Python code
-// could not use, or newer could not find. nvfp4/backends/native/extension.py compares it, since a
-// checkout may move on and its extensions stay.
+// The version of what the extensions take and offer. It rises with every change after which Python
+// code of one version would call what an extension of the other does not have.
+// nvfp4/backends/native/extension.py compares it, since a checkout may move on and its extensions
+// stay.
 #pragma once
 
 namespace nvfp4 {

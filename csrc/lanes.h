@@ -31,7 +31,7 @@
 
 #if defined(__CUDACC__)
 #define NVFP4_FN __host__ __device__ __forceinline__
-// without n: cicc ran for seven minutes where it stood above the trip count
+// without n: where n was above the trip count, cicc (nvcc's compiler) ran for seven minutes
 #define NVFP4_UNROLL(n) _Pragma("unroll")
 #define NVFP4_GPU_UNROLL _Pragma("unroll")
 #define NVFP4_ROLLED _Pragma("unroll 1")

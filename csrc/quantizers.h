@@ -249,6 +249,7 @@ struct MsEden {
     static NVFP4_FN Packed<F> pack(const F (&y)[kBlock], F amax, F& length) {
         constexpr float full_scale = 0x1.849d64p+2f;  // fl(6 / 0.988125), arXiv 2601.22813
         constexpr float factors[] = {1.0f, 0.875f, 1.125f, 1.25f, 1.375f, 1.5f};
+        // zeros below: 1 / amax and amax / 448 stay finite and not zero
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
         const F inverse = guarded_inverse(a);
 

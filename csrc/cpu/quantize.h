@@ -27,7 +27,8 @@
 
 NVFP4_BEGIN
 
-// Zeros for what a panel of fewer blocks leaves; all of it would be a twentieth of rtn.
+// Zeros for what a panel of fewer blocks leaves; clearing all of it took 0.02 to 0.05 cycles per
+// element, of rtn's 1.3.
 template <class V, int n>
 NVFP4_FN void clear_from(int first, V (&v)[n]) {
     for (int i = first; i < n; ++i) v[i] = V{};

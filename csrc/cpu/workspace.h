@@ -1,9 +1,9 @@
 // Memory for the packed operands of a product.
 //
-// Large pieces are whole huge pages: faults of small pages would cost as much as packing. Up to 16
-// MB are kept for the next product, four pieces at a time, since clearing fresh pages took a
-// twelfth of a product of 1024^3. Sizes are rounded to a power of two or three quarters of it, so
-// that layers of similar sizes share.
+// Pieces of 2 MB and more are whole huge pages; below that, clearing a huge page took longer (100
+// us) than the product. Pieces of up to 16 MB are kept for the next product, four of them: without
+// faults of fresh pages the three products of a 1024^3 layer took 9.5 ms instead of 10.8. Sizes are
+// rounded to a power of two or three quarters of it, so that layers of similar sizes share.
 #pragma once
 
 #include <sys/mman.h>

@@ -18,8 +18,8 @@ constexpr size_t kStack = 128 << 10;
 constexpr size_t kFence = 256;
 constexpr unsigned char kFenceByte = 0x5a;
 
-// Saves the callee-saved registers and the stack pointer, and takes on others: a hundred times
-// faster than swapcontext, which asks the kernel for the signal mask.
+// Saves the callee-saved registers and the stack pointer, and takes on others. swapcontext does so
+// too, but asks the kernel for the signal mask at every switch.
 #if defined(__x86_64__)
 using Context = void*;
 extern "C" void nvfp4_simt_switch(Context* from, Context to);
