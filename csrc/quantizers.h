@@ -55,9 +55,10 @@ struct RowScope {
 
 enum class Metric { mse, mae, abs_max };
 
-// Eight signed codes in a word, low nibble first, put in one after the other: ``sign`` begins with
-// the sign of the j-th, ``code`` ends in zero and the code of its magnitude. Turned left by one,
-// the two are a nibble with its sign last; finish_codes brings the sign of all eight to the front.
+// Eight signed codes in a word, low nibble first, put in one after the other. Of the j-th, the top
+// bit of ``sign`` is its sign, and the low four bits of ``code`` are zero and its magnitude's code.
+// Rotated left by one, both together are a nibble that ends in its sign; finish_codes moves the
+// signs of all eight to the front of their nibbles.
 // Where a vector has no select by bits, cpu/simd.h has words of its own.
 template <class U>
 NVFP4_FN U put_code(U word, U sign, U code, int j) {

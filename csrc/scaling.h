@@ -34,8 +34,9 @@ NVFP4_FN F base_scale(F amax, F scale) {
 }
 
 // leaf(0) + ... + leaf(15) in the fixed order: x[i] + x[i + 8], then x[i] + x[i + 4], and so on
-// with 2 and 1. Written from the last addition down, so that few sums are alive at a time. Of fewer
-// leaves, ``end`` of them or every n-th, it is the last or the first additions alone.
+// with 2 and 1. Written from the last addition down, so that few sums are alive at a time.
+// tree_sum<F, 1, end> adds leaves 0 ... end - 1: the last additions of the order alone.
+// tree_sum<F, n> adds leaves 0, n, 2 n, ...: the first ones alone.
 template <class F, int n = 1, int end = kBlock, class Leaf>
 NVFP4_FN F tree_sum(Leaf leaf, int i = 0) {
     if constexpr (n == end) {

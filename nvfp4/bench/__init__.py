@@ -6,8 +6,8 @@
     tables     how rows look
 
     measure -> report                         ``nvfp4 bench all``: measured
-    devices, issue -> roofline                what a layer should cost: peaks, counted instructions
-             -> shares, published             quantising against a copy; others' figures, predicted
+    devices, issue -> roofline                what a layer should cost, by peaks and instructions
+             -> shares, published             each way of quantising; others' figures beside ours
              -> roofline_report               ``nvfp4 bench roofline``: predicted
 
 A number is measured, predicted or published, and its column says which. ``benchmarks/`` holds

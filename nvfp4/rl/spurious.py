@@ -9,8 +9,8 @@ measured, and the verifier deserves no credit. ``--reward`` names them:
     majority    1 for the most frequent answer of the group                         ``popular``
     incorrect   1 for the most frequent wrong answer of the group                   ``popular``
 
-The paper's labels come from a strong model ahead of training; here they are those of the group at
-hand, which needs nothing from elsewhere.
+The paper labels all problems before training, by a majority of 64 answers of the initial model;
+here the label is that of the group at hand, so it moves with the policy and nothing is prepared.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
     Everything is written under a temporary name, flushed to the disk and renamed last.
     ``TrainError`` if it cannot be written (a full disk, say): what was half-written is removed and
-    the earlier checkpoints are as they were.
+    the checkpoints of earlier steps are as they were.
     """
     path = folder / f"step-{snapshot.state['step']:08d}"
     temporary = folder / f"{_TEMPORARY}{path.name}"

@@ -33,7 +33,7 @@ from nvfp4.run.files import write_json, write_text
 from nvfp4.run.options import ResumableConfig
 
 Found = tuple[Path, Snapshot] | None
-"""A checkpoint and its folder, or None: from the start."""
+"""Where a run begins: the folder of a checkpoint and what it holds; None: at the start."""
 
 
 class RunFolder:

@@ -25,7 +25,7 @@ from nvfp4.run.files import write_text
 Row = dict[str, Any]
 
 LAST = 20
-"""Steps whose mean is called the training loss: the batch of one step is too noisy to name."""
+"""Steps at the end whose mean is called the training loss; that of one batch is mostly noise."""
 
 
 class Log:

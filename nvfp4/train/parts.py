@@ -43,5 +43,5 @@ class PretrainRun(RunParts):
 
     @property
     def parts(self) -> int:
-        """Forward passes whose gradients make one update."""
+        """Forward passes of one process whose gradients make one update: parts of its batch."""
         return self.config.batch // (self.rows * self.accelerator.num_processes)

@@ -1,7 +1,7 @@
 """What is maximised: one small file for each published objective, over one loop.
 
     policy_gradient   grpo  dr_grpo  gspo  dapo  delta  prorl  brorl  microcoder
-    losses of own     rover  reasonmaxxer
+    other losses      rover  reasonmaxxer
     imitation         ssd  rejection_sampling
 
 The parts that they are made of, each with its formulas at its head:

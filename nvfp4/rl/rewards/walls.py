@@ -104,9 +104,9 @@ class Walls:
         kernel.prctl(kernel.NO_NEW_PRIVS, 1)
         kernel.prctl(kernel.DUMPABLE, 0)
 
-        # What may be read, opened now. nobody cannot read an interpreter in a folder of root's
-        # (pyenv and uv as root): bound into a root of its own it can; with Landlock alone, what a
-        # call may import has to be imported before (``zygote.UNREADABLE``).
+        # What may be read, opened now. The user ``nobody`` may not read an interpreter in a folder
+        # of root's (pyenv and uv as root). Bound into a root of its own, it may; with Landlock
+        # alone, what a call may import is imported before (``zygote.UNREADABLE``).
         if LANDLOCK not in self.without:
             self.version = landlock.abi(kernel.LIBC)
         if self.version:

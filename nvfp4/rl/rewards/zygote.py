@@ -44,7 +44,8 @@ UNREADABLE = (
     *("shutil", "logging", "bz2", "lzma", "sqlite3", "asyncio", "calendar", "pprint", "cmath"),
     *("array", "zlib", "struct", "numbers", "contextlib", "abc", "warnings", "signal"),
 )
-"""And these where a call could not import them: Python lies in a folder of root's (walls.py)."""
+"""Imported before any fork too where their files are unreadable to a call, which runs as the user
+``nobody``: where Python lies in a folder of root's and no bind mount shows it (walls.py)."""
 
 COMMAND = struct.Struct(">ci")
 """What to do (p, j, s, k), and the number that the keeper gave the process."""
