@@ -93,7 +93,7 @@ class Countdown(Task):
             target = evaluate(answer)[0]
             if 0 <= target <= self.largest:
                 break
-        else:  # below 1e-100 for any setting above: a small product or sum is common
+        else:  # below 1e-25 for any setting above: of nine numbers 7 % of the draws are below 10
             numbers = [1] * self.numbers
             answer = "*".join("1" * self.numbers)
             target = evaluate("1")[0]
