@@ -555,3 +555,10 @@ def test_public_methods_are_documented_and_typed(name: str) -> None:
             bare = [a.arg for a in arguments if a.annotation is None]
             assert not set(bare) - {"self", "cls"}, f"{where} has no types for {bare}"
             assert node.returns is not None, f"{where} does not say what it returns"
+
+
+def test_every_mutant_can_be_put_in() -> None:
+    """Its text stands exactly once: a fault that no longer fits would end ``make mutants``."""
+    from tools.mutants import misplaced
+
+    assert misplaced(ROOT) == []
