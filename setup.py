@@ -37,7 +37,7 @@ COMMON = [
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # of the loops that multiply: where the jump at a loop's end lies across 32 bytes, processors of
-# Skylake's kin decode it anew each time, and 1024^3 with AVX2 took 1.1 times as long
+# Skylake's kin decode it anew each time (benchmarks/NOTES.md has what that is worth)
 ALIGNED = "-falign-loops=32"
 PER_FILE = {
     # reassociation keeps eight elements waiting for each other's codes, which spills: rtn 1.8 ->
