@@ -143,7 +143,7 @@ def bench_all(
     findings.gates = check_all(place, quick)
     console.print(f"{len(findings.gates)} gates passed")
 
-    # How fast it does. Rows are shown as they come, so that an interruption is a known loss.
+    # Only now how fast it is. Rows are shown as they come: an interruption is a known loss.
     work = workload(place, quick, seconds, expected)
     try:
         for title, section in SECTIONS.items():

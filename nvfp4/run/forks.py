@@ -172,7 +172,7 @@ def _become(arguments: list[str]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        # what Python does at its end, but for the seconds that it frees modules
+        # what Python does at its end, except freeing all modules, which takes a second
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()

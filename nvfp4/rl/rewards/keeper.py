@@ -43,7 +43,7 @@ SLICE = 0.05  # seconds between looks at the clock
 TICK = 0.25  # seconds that one look counts for at most
 LONGEST_ANSWER = 1000  # characters of a reason
 MOST_RUNS = 100  # of programs, by one reward function in one call
-MOST_WISHES = 2 * MOST_RUNS  # the rest is told that it was too many; who goes on does not listen
+MOST_WISHES = 2 * MOST_RUNS  # beyond MOST_RUNS a wish is refused; who still asks is ended here
 
 Answer = dict[str, Any]
 
@@ -412,7 +412,7 @@ def give(channel: int, reply: Answer) -> bool:
     """Hand a reply to a process that waits for it; False if it does not take it."""
     try:
         data = json.dumps(reply).encode()
-    except RecursionError:  # it could be read, a little further up the stack
+    except RecursionError:  # nested so deeply that it could be parsed, but not written again here
         data = json.dumps({**reply, "result": None}).encode()
 
     # it has a second to take it: the channel is not to be left full

@@ -460,6 +460,6 @@ def _frame(call: RewardCall | ProgramTests) -> bytes:
 
 
 def _close(workers: list[_Worker], owner: int | None = None) -> None:
-    """End all of them; not in a fork of the ``owner``, which has use for them."""
+    """End all of them; a fork of the ``owner`` leaves them, since the owner still uses them."""
     while workers and owner in (None, os.getpid()):
         workers.pop().end()

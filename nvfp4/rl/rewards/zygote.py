@@ -122,7 +122,8 @@ def _begin(plan: Plan, settings: dict[str, Any], control: socket.socket) -> None
         if fd != control.fileno():
             with contextlib.suppress(OSError):
                 os.close(fd)
-    while (fd := os.open(os.devnull, os.O_RDWR)) < DESCRIPTORS:  # those of calls are not for us
+    # 0 to 4 are filled, so that nothing opened here gets a number that is a call's
+    while (fd := os.open(os.devnull, os.O_RDWR)) < DESCRIPTORS:
         pass
     os.close(fd)
 
@@ -187,7 +188,7 @@ def _serve(walls: Walls, control: socket.socket) -> None:
     """Start, kill and reap processes until the keeper is gone."""
     running: dict[int, int] = {}  # process id by number
 
-    # an ended process rings the bell, whose other end is waited for beside the keeper's
+    # a process that ends writes a byte into this pipe (SIGCHLD), which is polled like the keeper
     alarm, bell = os.pipe()
     for fd in (alarm, bell):
         os.set_blocking(fd, False)
@@ -245,7 +246,7 @@ def _child(walls: Walls, kind: bytes, fds: list[int]) -> None:
     """Put up the walls, then do the work; runs in the fork, does not return."""
     code = 1
     try:
-        # clear of where they go, then there
+        # first to numbers above 4, so that none is overwritten before its turn; then to 0 to 4
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTORS) for fd in fds]
         for target, fd in enumerate(high):
             os.dup2(fd, target)
