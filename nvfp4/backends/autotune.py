@@ -2,8 +2,8 @@
 
 Both the CUDA and the Triton backend quantise on Hopper and Blackwell, to the same codes. Which is
 faster depends on the card and on the quantiser, so the first use of each quantiser on each device
-times them on one matrix, for one orientation and for both, and keeps the order: a twentieth of a
-second, at a moment when kernels are compiled anyway.
+times them on one matrix, for one orientation and for both, and keeps the order. That takes five
+turns, or the turns that fit into ``SECONDS``, when kernels are compiled anyway.
 """
 
 from __future__ import annotations

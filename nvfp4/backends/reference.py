@@ -6,8 +6,8 @@
 
 The GEMM is an exact emulation of FP4 tensor cores: e2m1 * e4m3 needs 6 significant bits, so the
 product of two decoded elements is exact in float32 (by TF32 or BF16 tensor cores, too), and results
-differ from the FP4 GEMM's in the order of summation alone. The price is memory and speed: 4 bytes
-per element of both operands while it runs.
+differ from the FP4 GEMM's in the order and the rounding of the sum alone (docs/numerics.md). The
+price is memory and speed: 4 bytes per element of both operands while it runs.
 """
 
 from __future__ import annotations

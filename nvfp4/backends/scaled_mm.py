@@ -9,11 +9,12 @@ It only multiplies; quantising is left to the others.
 
 What is exact and what is not. float32 output, and every product with row scales, is the contraction
 alone, multiplied by the global scales afterwards in their order: the bits of the definition, up to
-the order of summation. 16-bit output hands both scales to cuBLASLt, which multiplies by fl(global_a
-* global_b). That saves a float32 matrix that would be written and read three times (predicted, not
-measured: on B200 longer than the GEMM itself at 4096^3); it costs one float32 rounding, 2^-16 of a
-BF16 one, and bits of results whose global_a * global_b lies below 2^-126. Nothing here has run on a
-GPU of its kind so far; what a card makes of it is checked at first use (``selfcheck.py``).
+the order and the rounding of the sum. 16-bit output hands both scales to cuBLASLt, which multiplies
+by fl(global_a * global_b). That saves a float32 matrix that would be written and read three times
+(predicted, not measured: on B200 longer than the GEMM itself at 4096^3); it costs one float32
+rounding, 2^-16 of a BF16 one, and bits of results whose global_a * global_b lies below 2^-126.
+Nothing here has run on a GPU of its kind so far; what a card makes of it is checked at first use
+(``selfcheck.py``).
 
 Where both scales may go inside. torch (all versions that have this function, 2.10 to 2.13) hands
 their product to cuBLASLt through one buffer of four bytes: ``get_user_alpha_ptr``, allocated once

@@ -154,7 +154,7 @@ def _exact(
 ) -> QTensor:
     """[rows, _CONTRACTION] of any codes; no two neighbouring blocks, rows or tiles of scales alike.
 
-    With block scales of 1/2, 1 and 2 a product is a multiple of 1/16 below 144, and a sum of them,
+    With block scales of 1/2, 1 and 2 a product is a multiple of 1/16 up to 144, and a sum of them,
     times both global scales, one of 1/128 below 2^16 (or 1/64 below 2^17): exact in float32 in any
     order, with the global scales applied in any way. Wrong places of scales, a missing global
     scale, zeros and leftovers of memory all show.
@@ -186,7 +186,7 @@ def _activated(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
 
 
 def _drawn(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[torch.Tensor]:
-    """Seeds of two states: a negative number for a large seed, and with the argument's rank."""
+    """Seeds of two states: a seed above 2^63 under the argument's rank, another under its own."""
     words = torch.tensor([[-(2**63) + 5, 2, 3, -1], [2**40 + 1, 7, 2**33, 6]], device="cpu").to(
         device
     )

@@ -5,9 +5,9 @@ themselves, its weight has scales of its own, and it draws the noise of layer e 
 seed fold_in(seed, layer of the stack).
 
     input      rows x [S, K], ordered by expert, and how many each expert got
-    forward    operands of every expert that has rows, then all products of fprop in one launch
-    backward   operands of every such expert, then all products of dgrad in one launch, then all
-               of wgrad
+    forward    operands of every expert that has rows, then all products of fprop in one call
+    backward   operands of every such expert, then all products of dgrad in one call, then all
+               of wgrad; a call (``ops.grouped_matmul``) is one launch where the hardware can
 
 An expert without rows is left out, and its weight gets a gradient of 0. One thing is asked of the
 device per forward: how many tokens each expert got, since the codes of one tensor share a scale and
@@ -129,7 +129,7 @@ def _forward(
 
 
 def _grouped(call: LayerCall, pairs: Sequence[Pair], dtype: torch.dtype) -> list[torch.Tensor]:
-    """All products of one GEMM in one launch."""
+    """All products of one GEMM in one call, which is one launch where the hardware can."""
     return grouped_matmul([a for a, _ in pairs], [b for _, b in pairs], dtype, backend=call.backend)
 
 
@@ -174,7 +174,7 @@ def _products(
     saved: Sequence[Matrix | None],
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """All of one GEMM: in one launch if it is quantised, else one by one as a layer would."""
+    """All of one GEMM: in one call if it is quantised, else one by one as a layer would."""
     quantized = [pair for pair in pairs if pair is not None]
     if len(quantized) == len(pairs):
         return _grouped(call, quantized, dtype)

@@ -94,8 +94,8 @@ class _LinearFunction(torch.autograd.Function):
         y, *codes = _forward(state, x, weight, bias, dtype, needs)
         ctx.save_for_backward(*codes, *inputs_to_save(state.specs, needs, weight, x))
 
-        # the backward belongs to the state as it is now, but for the noise: no saved tensor, since
-        # other backward passes may advance the counter before this one
+        # the backward takes recipe and backend as they are now, and noise as it will be then: other
+        # backward passes may advance the counter before this one, which a saved tensor forbids
         ctx.noise = state.noise.state
         ctx.capturable = state.noise.capturable
         ctx.key, ctx.backend, ctx.shards = state.key, state.backend, state.shards

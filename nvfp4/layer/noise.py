@@ -138,7 +138,6 @@ def gemm_seeds(state: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[
 
 def process() -> int:
     """The rank of this process, 0 where there is one alone."""
-    """The rank of this process, 0 where there is one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

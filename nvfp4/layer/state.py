@@ -63,7 +63,7 @@ class LinearState:
     def can_quantize_lazily(self, x: LazyActivation) -> bool:
         """Whether the next call can quantise x from its formula.
 
-        Not where something else had the values written already.
+        False where x's values exist already, because something else asked for them.
         """
         if self.shards is not None or x.is_written or is_traced(x):
             return False

@@ -19,9 +19,9 @@ operands, all in dgrad and wgrad, scale by their own part; they stay unbiased.
 
 Noise. Signs are equal on all processes. Rounding differs between processes, also where an operand
 is replicated (x^T in colwise, dy in rowwise): what it enters is a different shard of dw or dx on
-each process, so that no two copies of anything drift apart. They would where the result is
-replicated: layers of the last line round alike on all processes, and so must layers with a plain
-weight that ``parallelize_module`` left whole: ``nvfp4.share_noise``.
+each process, so that no two copies of anything drift apart. Where the result is replicated, copies
+would drift apart: so layers of the last line round alike on all processes, and layers with a plain
+weight that ``parallelize_module`` left whole are made to by ``nvfp4.share_noise``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What can compute in NVFP4, whatever the arguments of ``convert`` say.
 
 A linear layer can if it is an ``nn.Linear`` to the letter: another class, forward, parametrisation
-or dtype has arithmetic of its own, which a conversion would replace in silence. Of stacked experts
-the layout of transformers 5 can. What multiplies by weights and is neither is counted, so that the
-report does not keep silent about it.
+or dtype has arithmetic of its own, which a conversion would replace in silence. Stacked experts can
+if they have the layout of transformers 5. What multiplies by weights and is neither is counted, and
+the report names it.
 
 Each ``why_not_...`` gives the machine-readable reason, or None.
 """

@@ -107,13 +107,14 @@ def after_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> AfterStep:
     work is moved, and some is saved from two micro-batches on. The price is the codes between
     steps, 4.5 bits per weight. A skipped step (``GradScaler``) costs nothing.
 
-    Weights changed in between are noticed as in ``fixed_weights``: ``load_state_dict`` and other
-    in-place operations are, replaced memory is; writes through ``.data``, by a custom kernel or by
-    the step of another fused optimizer are not: call ``renew`` of what is returned, or
-    ``nvfp4.invalidate``, or hand each optimizer in. Layers converted later need a call of their
-    own. Operands with noise, torch.distributed and compiled graphs quantise in the forward as ever.
-    ``remove()``, or leaving ``with after_step(...):``, ends it. Raises TypeError for an optimizer
-    without step hooks, such as accelerate's wrapper: give the one inside.
+    Changes of a weight in between are noticed if torch counts them, as in ``fixed_weights``: by
+    ``load_state_dict`` and other in-place operations, or by giving it other memory. Writes through
+    ``.data``, by a custom kernel or by the step of another fused optimizer are not: call ``renew``
+    of what is returned, or ``nvfp4.invalidate``, or hand each optimizer in. Layers converted later
+    need a call of their own. Operands with noise, torch.distributed and compiled graphs quantise in
+    the forward as ever. ``remove()``, or leaving ``with after_step(...):``, ends it. Raises
+    TypeError for an optimizer without step hooks, such as accelerate's wrapper: give the one
+    inside.
     """
     if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(
         optimizer, "_optimizer_step_post_hooks"

@@ -75,7 +75,7 @@ Seed = int | DeviceSeed
 SeedKind = TypeVar("SeedKind", bound=Seed)
 
 try:
-    # a layer asks six times per step, and Python takes 8 us each time
+    # a layer asks six times per step, with two or three numbers; Python takes 10 us for each number
     from nvfp4._cpu import fold_in as _native_fold_in
 except ImportError:
     _native_fold_in = None

@@ -83,7 +83,7 @@ INSTRUCTIONS = {
 def emulated_dtypes() -> frozenset[torch.dtype]:
     """The 16-bit dtypes whose products torch emulates on this CPU.
 
-    None where torch cannot tell, or off x86-64.
+    Empty where torch cannot tell, or off x86-64.
     """
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if found.get("architecture") != "x86_64":
@@ -94,7 +94,7 @@ def emulated_dtypes() -> frozenset[torch.dtype]:
 
 
 EMULATED = emulated_dtypes()
-"""Asked once; a compiled graph was made for what it holds."""
+"""``emulated_dtypes`` at import: compiled graphs rely on it, so it does not change in a process."""
 
 
 def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
@@ -162,8 +162,7 @@ class CpuBackend(Backend):
         assert native is not None
         x = _readable(x)
 
-        # x^T is what a forward keeps: made first, it leaves no hole in the heap when the other one
-        # goes
+        # x^T, which a forward keeps, is allocated before x's codes, which it soon drops
         down, q_columns, _scratch_columns = self._prepare(_source(x.t()), x.t().shape, *columns)
         across, q_rows, _scratch_rows = self._prepare(_source(x), x.shape, *rows)
         native.quantize_both(across, down, self.isa)

@@ -1,9 +1,11 @@
 """The CUDA backend: C++ kernels for Hopper and Blackwell, equal to the reference to the last bit.
 
 It quantises and decodes; products are left to ``scaled_mm`` and Triton. The kernels
-(``csrc/cuda/``) work over raw memory and share their arithmetic with the CPU's. A gradient is read
-once for both of its orientations, a forward operand is quantised again from its codes, and on
-Blackwell the block scales are written once more in the order in which its tensor cores read them.
+(``csrc/cuda/``) work over raw memory and share their arithmetic with the CPU's. For the pairs of
+rules in ``fused.cu`` one kernel reads a gradient for both of its orientations (and one before it
+for the amax, if a rule wants one), others take two; a forward operand is quantised again from its
+codes, and on Blackwell the block scales are written once more in the order in which its tensor
+cores read them.
 
 Nothing here waits for the device, so everything can be captured in a CUDA graph; launches go to the
 current stream. A seed is a number, or the address of one on the device. No kernel here has run on a

@@ -1,8 +1,8 @@
 """For which GPUs, from which files and with which options the CUDA kernels are built.
 
 setup.py loads this file by its path, before the package can be imported and where there is no
-torch; ``cuda_build`` and the tests import it. So it uses the standard library alone, and reads no
-environment: what a user asks for is an argument.
+torch; ``tools/cuda_build.py`` and the tests import it. So it uses the standard library alone, and
+reads no environment: what a user asks for is an argument.
 
 By default the kernels are built for the GPUs of the machine, some compiler minutes each; on a
 machine without one, for every target that nvcc knows. A target is named as nvcc names it, without
@@ -65,7 +65,7 @@ def find_nvcc(cuda_home: str | None = None) -> str | None:
 def present_capabilities() -> tuple[str, ...]:
     """Compute capabilities of the GPUs here, as the driver tells them ("9.0"), each once.
 
-    None without a driver.
+    Empty without a driver.
     """
     words = _said("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     return tuple(dict.fromkeys(re.findall(r"^\s*(\d+\.\d)\s*$", words, re.MULTILINE)))

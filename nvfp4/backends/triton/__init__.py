@@ -6,6 +6,7 @@
 
 In each family ``kernels.py`` is what runs on the GPU, and ``launch.py`` says which tile it takes
 and launches it. ``arithmetic.py`` has the rounding and the random bits of all, ``operands.py`` what
-kernels are told of tensors, ``launch.py`` the way to a compiled kernel; ``backend.py`` says which
-case goes where. Start there, then read ``quantize/kernels.py``.
+kernels are told of tensors, ``launch.py`` the way to a compiled kernel, ``transpose.py`` one kernel
+that belongs to none of the three; ``backend.py`` says which case goes where. Start there, then read
+``quantize/kernels.py``.
 """

@@ -1,6 +1,8 @@
 """The Triton backend: one family of kernels for every NVIDIA GPU, with the reference's bits.
 
-    quantize, requantize, both orientations   quantize/      one or two launches after the amax
+    quantize, requantize, both orientations   quantize/      two launches; for both three with
+    ms_eden,
+                                                             four with its search
     an activation straight into codes         activation/    RMSNorm or SwiGLU is never written
     products                                  gemm/          FP4 tensor cores, or 16-bit ones on
                                                              operands decoded in registers or before

@@ -4,9 +4,9 @@
               the first arguments of every kernel that reads
     Target    from quantiser, options and shape: an empty QTensor to fill, the seeds, and scratch
 
-A Target lives through two or three launches: one finds the amax (as bits, in ``peak``), one makes
-codes and scales, and for rules that scale by what came out (``ms_eden``) ``finish`` makes the block
-scales last. Two Targets of one x share an allocation for their peaks.
+A Target lives through two launches: one finds the amax (as bits, in ``peak``), one makes codes and
+scales. Rules that scale by what came out (``ms_eden``) need no amax, and ``finish`` makes their
+block scales last. Two Targets of one x share an allocation for their peaks.
 
 Nothing here waits for the device, so all of it goes into a CUDA graph. All of it runs at every
 quantisation of every layer, so what does not change is remembered: the policy of a quantiser under

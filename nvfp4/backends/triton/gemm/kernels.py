@@ -27,7 +27,7 @@ import triton.language as tl
 from nvfp4.backends.triton.arithmetic import product
 
 BLOCK = tl.constexpr(16)
-"""Elements that share a block scale; ``formats.NVFP4.block_size``, which a kernel cannot import."""
+"""Elements that share a block scale: ``formats.NVFP4.block_size`` as a kernel's constant."""
 
 HALF = tl.constexpr(8)
 """Bytes of codes in a block."""

@@ -79,7 +79,8 @@ TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(64, 128, 128, 4, 4),
         GemmTile(16, 128, 256, 4, 4),
     ),
-    # 128 registers, so that two programs fit: one decodes while the other multiplies
+    # 128 registers, so that two programs fit: one decodes while the other multiplies (with a bias
+    # Triton 3.6 takes 130, and one fits)
     "wgmma": (GemmTile(128, 128, 64, 8, 3), GemmTile(64, 64, 64, 4, 4)),
     # 4 warps: with 8, each decodes more of what its neighbours decode too (2376 instead of 1386
     # issues a step)
@@ -91,7 +92,7 @@ Chosen by what they compile to (benchmarks/results/aot.json): none has been time
 """
 
 INSTRUCTIONS = {
-    # two names of the same, up to 3.7 and after
+    # two names of the same: Triton 3.6 writes scale_vec::4X, 3.9 block16
     "tcgen05": r"tcgen05\.mma\S*kind::mxf4nvf4\S*(block16|scale_vec::4X)",
     "mma_fp4": r"mma\.sync\S*kind::mxf4nvf4\S*scale_vec::4X\S*ue4m3",
     "wgmma": r"wgmma\.mma_async\S*f32\.f16\.f16",

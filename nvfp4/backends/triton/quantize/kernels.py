@@ -294,8 +294,10 @@ def quantize_both_kernel(
 ):  # fmt: skip
     """``quantize_kernel`` of x and of x^T.
 
-    Each orientation loads the tile in the order that suits it, which costs less than moving it
-    between threads: the memory is read once, the second load comes out of the cache.
+    Each orientation loads the tile in the order that suits it; memory is read once, the second load
+    comes out of the cache. Instructions counted for sm_100 say that this may not pay: for
+    ms_eden(1) 103 cycles per element, 94 of them in shared memory and shuffles through which the
+    second load goes, and 45 + 33 for a kernel per orientation (benchmarks/NOTES.md).
     """
     seed_low_rows, seed_high_rows = seed_halves(seed_low_rows, seed_high_rows)
     sign_low_rows, sign_high_rows = seed_halves(sign_low_rows, sign_high_rows)

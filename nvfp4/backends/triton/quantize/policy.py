@@ -86,8 +86,8 @@ def tile_down(policy: Policy, coded: bool = False) -> Tile:
     if policy.search or policy.rule in SEARCHES:
         return Tile(max(8, policy.tile), 128, True, 2, 1, 2 if policy.tile == 16 else 1)
     if policy.round_scales:
-        # with 128 columns, groups of 16 would take 168 registers, and sr of codes spill on sm_100;
-        # groups of 128 take half the rows if the source is coded, for the same reason
+        # with 128 columns, groups of 16 would take 168 registers, and sr of codes would spill on
+        # sm_100; groups of 128 take half the rows if the source is coded, for the same reason
         small = policy.group == 16
         return Tile(8 if coded and not small else 16, 64 if small else 128, True, 4, 1, 1)
     return Tile(32, 128, True, 4, 1, 2)
@@ -98,7 +98,7 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
     height, width = max(columns.group, 32), max(rows.group, 64)
     along, down = tile_along(rows), tile_down(columns)
 
-    # two groups of 128 go on twice the warps, or they would need 256 registers per thread; and so
+    # two groups of 128 go on twice the warps: 125 registers per thread and not all 255; and so
     # do two roundings by noise, which with the rotation of one of them spill 48 bytes per thread
     # where Triton 3.6 compiles for sm_90
     crowded = height == width == 128 or (rows.rule in NOISY and columns.rule in NOISY)
