@@ -38,7 +38,7 @@ class Backend(ABC):
 
     name: str
     operations: tuple[Operation, ...] = get_args(Operation)
-    """What it implements; the rest is left to "auto" where this backend is named."""
+    """What it implements. Named for another operation, it leaves that to "auto"."""
 
     scope: str = "it has no kernel for this operation"
     """Why not the other operations, in words."""

@@ -105,7 +105,7 @@ def _emulated(
     if x.device.type != "cpu" or weight.device.type != "cpu" or is_dtensor(x) or is_dtensor(weight):
         return None
 
-    # the dtype that F.linear would multiply in; where it would raise, it shall
+    # the dtype that F.linear would multiply in; None where it would raise, so that it does
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         if torch.float64 in (x.dtype, weight.dtype):

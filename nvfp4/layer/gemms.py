@@ -231,7 +231,8 @@ def product(
 ) -> torch.Tensor:
     """One GEMM of the backward in ``dtype``: in FP4, or dense.
 
-    Dense: dy @ saved in dy's dtype or, of codes that fprop used, in BF16 of what they stand for.
+    Dense: dy @ saved in dy's dtype. Where ``saved`` is fprop's codes, dy and what the codes stand
+    for are both rounded to BF16 first.
     """
     if operands is not None:
         return matmul(*operands, dtype, backend=call.backend)

@@ -148,8 +148,7 @@ def activation_amax_kernel(
             P_ROWS,
         )
 
-    # computed again from the transposed inputs, which are in the cache, rather than moved
-    # between threads
+    # loaded and computed again, in the order that the transpose wants; the inputs are in the cache
     if P_COLUMNS is not None:
         tile = load_activation_transposed(
             first, second, None, column_tile, row_tile, columns, rows, first_row, second_row,

@@ -34,7 +34,8 @@ was timed on a GPU.
 LOSS = 0.5
 """What decoding in registers is taken to cost, as a share of a BF16 GEMM of that shape.
 
-An estimate, like ``BALANCE``: a quarter of the warps fit.
+An estimate, like ``BALANCE``: with the largest tile a quarter (wgmma) or an eighth to a sixth (mma)
+of a multiprocessor's warps fit (benchmarks/results/aot.json).
 """
 
 TILE = (32, 128, 4)
