@@ -204,7 +204,8 @@ def parse(arguments: list[str]) -> Any:
 def _apart(arguments: list[str]) -> list[str]:
     """``--seeds 0,1,2`` as ``--seeds 0 1 2``, which is how tyro reads several numbers.
 
-    Lists of names may keep their commas: they are split where a config is checked.
+    So is ``--seeds 0, 1, 2``, which a shell takes apart at its spaces. Lists of names may keep
+    their commas: they are split where a config is checked.
     """
     apart: list[str] = []
     option = ""
@@ -215,7 +216,9 @@ def _apart(arguments: list[str]) -> list[str]:
         if option != "--seeds":
             apart.append(argument)
         else:
-            apart += [name, *value.split(",")] if equals else argument.split(",")
+            given = value if equals else argument
+            numbers = [number for number in given.split(",") if number.strip()]
+            apart += [*([name] if equals else []), *(numbers or [given])]
     return apart
 
 

@@ -98,7 +98,14 @@ def test_options_may_be_written_with_underscores_and_lists_with_spaces():
 
 
 @pytest.mark.parametrize(
-    "given", [["--seeds", "0,1,2"], ["--seeds=0,1,2"], ["--seeds", "0", "1,2"]]
+    "given",
+    [
+        ["--seeds", "0,1,2"],
+        ["--seeds=0,1,2"],
+        ["--seeds", "0", "1,2"],
+        ["--seeds", "0,", "1,", "2"],
+        ["--seeds", "0, 1, 2,"],
+    ],
 )
 @pytest.mark.parametrize("command", ["compare", "rl"])
 def test_seeds_may_be_written_with_commas_as_their_help_says(command, given):
