@@ -165,8 +165,8 @@ class RunFolder:
         if start is not None:
             self._check_fits(start[1], config, data_sha256, bound)
             if config.resume_from is not None:
-                self._take_over(start[0], config)
-            self._check_log(step)
+                self._take_over(start[0], config, step)
+            self._check_log(self.log, step)
 
         # From here on it is this run's.
         write_text(self.config, to_yaml(saved_config(config)))
@@ -226,16 +226,16 @@ class RunFolder:
                 f"restore them, start a new run, or give --allow-changes {field}"
             )
 
-    def _check_log(self, step: int) -> None:
-        """``TrainError`` if the log lacks the row of the checkpoint's step.
+    def _check_log(self, path: Path, step: int) -> None:
+        """``TrainError`` if this log lacks the row of the checkpoint's step.
 
-        The log had it when the checkpoint was saved, so somebody has cut or replaced the file.
+        It had it when the checkpoint was saved, so somebody has cut or replaced the file.
         """
-        rows = log.read(self.log)
+        rows = log.read(path)
         if not any(row["step"] == step for row in rows):
             last = f"ends at step {rows[-1]['step']}" if rows else "is missing or empty"
             raise TrainError(
-                f"out: {self.log} {last}, the checkpoint is of step {step}: the log is damaged; "
+                f"out: {path} {last}, the checkpoint is of step {step}: the log is damaged; "
                 "restore it or start "
                 f"again with --overwrite"
             )
@@ -260,10 +260,11 @@ class RunFolder:
             )
         return None, ["no checkpoint yet: starting from the beginning"] if config.resume else []
 
-    def _take_over(self, path: Path, config: ResumableConfig) -> None:
+    def _take_over(self, path: Path, config: ResumableConfig, step: int) -> None:
         """Go on from a named checkpoint, of this run or of another one.
 
-        Another run's log is copied, so that the new folder tells the whole story.
+        Another run's log is copied once it is known to reach ``step``, so that the new folder tells
+        the whole story.
         """
         source = path.resolve().parent.parent
         if source != self.root.resolve():
@@ -271,8 +272,8 @@ class RunFolder:
                 raise TrainError(
                     f"out: {self.root} holds another run than {path}; choose a new --out"
                 )
-            if (source / self.log.name).exists():
-                write_text(self.log, (source / self.log.name).read_text(encoding="utf-8"))
+            self._check_log(source / self.log.name, step)
+            write_text(self.log, (source / self.log.name).read_text(encoding="utf-8"))
         elif config.allow_changes and any(
             p.name > path.name for p in checkpoint.newest_first(self.checkpoints)
         ):

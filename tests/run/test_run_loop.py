@@ -175,5 +175,15 @@ def test_a_branch_that_is_refused_leaves_its_folder_as_it_was(config, tmp_path):
         fit(branch)
     assert os.listdir(branch.out) == [".lock"]
 
-    fit(dataclasses.replace(branch, allow_changes=("lr",)))
+    # nor does a log that ends too early come along; put right, it does
+    branch = dataclasses.replace(branch, allow_changes=("lr",))
+    earlier = RunFolder(config.out).log
+    whole = earlier.read_text()
+    earlier.write_text(whole.partition("\n")[0] + "\n")
+    with pytest.raises(TrainError, match="ends at step 0, the checkpoint is of step 8"):
+        fit(branch)
+    assert os.listdir(branch.out) == [".lock"]
+
+    earlier.write_text(whole)
+    fit(branch)
     assert [row["step"] for row in log.read(RunFolder(branch.out).log)] == list(range(10))
