@@ -59,9 +59,12 @@ def start_module(
             preexec_fn=end_with_parent(),
         )
     except OSError as error:
-        raise TrainError(
-            f"cannot start a process: {error.strerror or error}; free some memory or processes"
-        ) from error
+        raise TrainError(no_process(error)) from error
+
+
+def no_process(error: OSError) -> str:
+    """What is said where the kernel makes no process."""
+    return f"cannot start a process: {error.strerror or error}; free some memory or processes"
 
 
 def end_with_parent() -> Callable[[], None] | None:

@@ -26,10 +26,11 @@ import sys
 import threading
 import traceback
 import warnings
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from nvfp4.run.children import end_with_parent, start_module
+from nvfp4.run.children import end_with_parent, no_process, start_module
 
 CLI = "nvfp4.cli"
 """The module whose ``main`` a run is."""
@@ -38,8 +39,9 @@ CLI = "nvfp4.cli"
 class ForkServer:
     """Starts runs one after the other, each forked from a process that has imported ``modules``.
 
-    A context manager: leaving it ends the server, which waits for nothing. Only on Linux, and only
-    for runs on the CPU: what a driver of a GPU has begun does not survive a fork.
+    A context manager: leaving it ends the server, and tells a run that still lives to end; one that
+    was told before ends at once (``signals.py``). Only on Linux, and only for runs on the CPU: what
+    a driver of a GPU has begun does not survive a fork.
     """
 
     def __init__(self, *modules: str) -> None:
@@ -59,6 +61,7 @@ class ForkServer:
 
     def __exit__(self, *error: object) -> None:
         self.orders.close()
+        self.process.terminate()
         self.process.wait()
 
     def start(self, arguments: list[str]) -> ForkedRun:
@@ -135,17 +138,24 @@ class _Server:
 
         # No signal between fork and the note of the child's number: it would reach nobody.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        with warnings.catch_warnings():
-            # numpy's BLAS has threads, and sees to them at a fork itself
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.child = os.fork()
+        try:
+            with warnings.catch_warnings():
+                # numpy's BLAS has threads, and sees to them at a fork itself
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.child = os.fork()
+        except OSError as error:
+            print(f"nvfp4: error: {no_process(error)}", file=sys.stderr, flush=True)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            return 1
+
+        # The socket stays open in the run: whoever listens hears of its end, also where the server
+        # was killed.
         if self.child == 0:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if ask is not None:
                 ask()
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            self.orders.close()
             _become(arguments)
         if self.stopped:
             os.kill(self.child, signal.SIGTERM)
@@ -158,7 +168,8 @@ class _Server:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
         if self.child:
-            os.kill(self.child, number)
+            with suppress(ProcessLookupError):  # waited for, and its number not forgotten yet
+                os.kill(self.child, number)
 
 
 def _become(arguments: list[str]) -> NoReturn:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 
@@ -16,7 +19,7 @@ from nvfp4.run.arms import Arm, Display
 from nvfp4.run.children import start
 from nvfp4.run.fields import to_yaml
 from nvfp4.run.folder import RunFolder
-from nvfp4.run.forks import ForkServer
+from nvfp4.run.forks import ForkServer, _Server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux alone")
 
@@ -112,6 +115,39 @@ def test_kill_9_of_the_server_ends_its_run_which_saves(tmp_path, texts):
         assert gone(pid)
         assert len(checkpoint.newest_first(folder.checkpoints)) == 1
         assert own.start(["info"]).wait() == -signal.SIGKILL  # and no other run begins
+
+
+def test_leaving_ends_a_run_that_still_lives_which_saves(tmp_path, texts):
+    """As after a second Ctrl-C, when nobody waits for it any more."""
+    arguments, folder = endless(tmp_path, texts)
+    with ForkServer() as own:
+        run = own.start(arguments)
+        until(lambda: len(log.read(folder.log)) > 3, run)
+        pid = pid_of(folder)
+    assert gone(pid)
+    assert len(checkpoint.newest_first(folder.checkpoints)) == 1
+
+
+def test_where_no_process_can_be_made_the_server_says_so_and_lives(monkeypatch, capsys):
+    def full() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert _Server(theirs)._run(["info"]) == 1
+    assert "cannot start a process: Resource temporarily unavailable" in capsys.readouterr().err
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_sigterm_may_come_when_the_run_has_just_been_waited_for():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, subprocess.Popen(["true"]) as ended:
+        ended.wait()
+        server = _Server(theirs)
+        server.child = ended.pid
+        server._pass_on(signal.SIGTERM, None)
+    assert server.stopped
 
 
 def test_lines_of_a_run_go_where_ours_go(capfd):
