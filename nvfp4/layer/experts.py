@@ -156,6 +156,7 @@ def _backward(
         pairs, dense = [each.dgrad for each in operands], [rows for _, rows in groups]
         parts = _products(call, dense, pairs, [own.for_dx for own in saved], dtypes.dx)
         dx = torch.cat(parts)
+        del parts  # as large as dx, while dw is made
 
     # wgrad: an expert without rows keeps its zeros
     if needs.dw:
