@@ -62,6 +62,7 @@ NATIVE = (
     "portable and (quantize or decode or dequantize or input)",
 )
 TABLES = ("tests/backends/test_native.py", "-k", "tables or fold_in")
+SIGNS = ("tests/layer/test_linear.py", "-k", "signs_drawn")
 BIAS = ("tests/layer/test_linear.py", "-k", "bias")
 REFUSED = ("tests/quantizers/test_quantizers.py", "-k", "seed or option or refuse")
 PRINTS = ("tests/backends/test_native.py", "-k", "fingerprint")
@@ -214,7 +215,11 @@ MUTANTS = [
     ),
     *mutants(
         "nvfp4/layer/gemms.py",
-        LAYER,
+        SIGNS,
+        (
+            'call.quantizer("wgrad", LEFT, partner=x.rotation)',
+            'call.quantizer("wgrad", LEFT)',
+        ),
         (
             '(call.operand(dy.t(), "wgrad", LEFT, partner=x.rotation), x)',
             '(call.operand(dy.t(), "wgrad", LEFT), x)',
@@ -383,7 +388,9 @@ def verdict(mutant: Mutant, copy: Path, known: dict[str, str]) -> dict[str, Any]
 
     # Named by the first test that failed; without one (a crash, the limit) by the exit code.
     lines = log.read_text().splitlines()
-    failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    # A test's name may hold blanks: it ends where its reason begins.
+    said = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    failed = [words.split(" - ")[0] for words in said]
     by = failed[0] if failed else f"exit code {code}"
     row = {"file": mutant.file, "before": mutant.before, "after": mutant.after}
     return row | {"killed": code not in NOTHING_FAILED, "by": by}

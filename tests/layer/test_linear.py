@@ -922,6 +922,21 @@ def test_layer_used_twice_with_signs_drawn_in_the_forward(mode: bool | None) -> 
         assert 0.01 < error < 0.25
 
 
+def test_signs_drawn_in_the_forward_serve_a_first_layer_too() -> None:
+    """The same where x needs no gradient, so that dy^T is quantised alone: two forwards, then their
+    backward.
+
+    dw passes two sr operands, of 22.22e-3 each. Signs that do not meet give 2.
+    """
+    layer = make(CUSTOM, 128, 128, bias=False)
+    x, dy = torch.randn(2, 256, 128), torch.randn(2, 256, 128)
+    results = [layer(part) for part in x]
+    torch.stack(results).backward(dy)
+    exact = torch.einsum("ctn,ctk->nk", dy, x)
+    error = ((layer.weight.grad - exact).square().sum() / exact.square().sum()).item()  # type: ignore[operator]
+    assert 0.01 < error < 0.1
+
+
 @pytest.mark.parametrize("recipe", [*QUANTISED, CUSTOM], ids=str)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_is_bit_equal(recipe: str | Recipe, reentrant: bool) -> None:
