@@ -209,7 +209,9 @@ def tasks(out: Path) -> Iterator[tuple[str, RLConfig]]:
 
 def main() -> None:
     """Run what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", default="compare", choices=("compare", *STUDIES))
     parser.add_argument("--only", nargs="*", help="only these rows of objectives or tasks")
     parser.add_argument(

@@ -106,7 +106,7 @@ def quantisers() -> str:
 _QUANTISERS: tuple[tuple[str, str, dict[str, Any], str, str], ...] = (
     ("rtn", "rtn", {}, "no", "nearest, TransformerEngine's scales"),
     ("four_over_six", "four_over_six", {}, "no", "block maximum at 6 or at 4, whichever is closer"),
-    ("scale_search", "scale_search", {}, "no", "the best of ten neighbouring scales"),
+    ("scale_search", "scale_search", {}, "no", "the best of nine neighbouring scales"),
     ("sr", "sr", {}, "yes", "stochastic; scales rounded up, so nothing clips"),
     ("sr_te", "sr_te", {}, "slightly biased (clips)", "stochastic, NVIDIA's"),
     (

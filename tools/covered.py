@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--data",
         type=Path,
-        help="a folder for what is figures; the default is forgotten at the end",
+        help="a folder that keeps what was reached, for portions; else it is forgotten at the end",
     )
     options, pytest_options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
