@@ -6,7 +6,7 @@ what they share is here and is written once:
 
     ``log_probabilities``   log softmax(logits / temperature) in float32
     ``positions``           the place of a token behind the padding on its left
-    ``float64_attention``   sums that round to the same float32 whatever the shape of the batch
+    ``FLOAT64_ATTENTION``   sums that round to the same float32 whatever the shape of the batch
 
 ``score`` runs a model over [prompt | completion] (teacher forcing) and reads off, for each
 completion token, its log-probability under the distribution that the tokens before it give.
@@ -17,14 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from nvfp4.rl.samples import Samples, Scores
+from nvfp4.run.attention import register_attention
 
 FLOAT64_ATTENTION = "nvfp4_float64"
-"""Name of ``float64_attention`` in transformers, after ``register_float64_attention``."""
+"""Name of that attention in transformers, after ``register_float64_attention``."""
 
 
 def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -84,15 +82,8 @@ def score(
     )
 
 
-def float64_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' sdpa attention with sums in float64, rounded once.
+def register_float64_attention() -> str:
+    """Make sdpa attention with sums in float64 known to transformers; returns its name there.
 
     Kernels add in another order for one query over a cache than for all of them at once. In float32
     that moves last bits, and a last bit moves an FP4 code now and then. Measured over a cache with
@@ -101,13 +92,5 @@ def float64_attention(
     difference is some 2^-29 of float32's last bit, so nearly all results round to the same float32:
     on the CPU the gap was exactly 0.
     """
-    wide = query.double(), key.double(), value.double()
-    out, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
-    return out.to(query.dtype), weights
-
-
-def register_float64_attention() -> str:
-    """Make it known to transformers, as ``attn_implementation=`` of the name returned."""
-    AttentionInterface.register(FLOAT64_ATTENTION, float64_attention)
-    AttentionMaskInterface.register(FLOAT64_ATTENTION, sdpa_mask)
+    register_attention(FLOAT64_ATTENTION, torch.float64)
     return FLOAT64_ATTENTION

@@ -4,7 +4,7 @@
     folder  -> files, log                   where a run writes, and how nothing there is ever half
             -> checkpoint, state            what it saves, to go on to the last bit
     corpus  -> tokens                       the text
-    model   -> causal, precision            what is trained, and in which precision its parts are
+    model   -> causal, precision, attention what is trained, and in which precision its parts are
     processes                               one process or several, and what they agree on
     parts                                   the record of all of these that a step is given
     loop    -> update, optim, signals       steps, and what is due between them

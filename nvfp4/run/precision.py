@@ -15,12 +15,9 @@ one attention layer with 8 x 2 heads, 128 tokens and 64 columns took
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from nvfp4.backends.native.cpu import EMULATED
 from nvfp4.backends.registry import BackendUnavailable
@@ -28,10 +25,12 @@ from nvfp4.model.convert import convert
 from nvfp4.model.plain import dense_linears
 from nvfp4.model.selection import ConvertWarning
 from nvfp4.recipes import Recipe
+from nvfp4.run.attention import register_attention
 from nvfp4.run.errors import TrainError
 from nvfp4.run.options import QuantOptions
 
 NAME = "nvfp4_float32"
+"""Name in transformers of sdpa attention with float32 sums."""
 
 
 def quantize_model(
@@ -66,29 +65,6 @@ def quantize_model(
             raise TrainError(f"recipe {recipe.name}: {error}") from error
 
 
-def float32_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' sdpa attention on float32 copies of query, key and value.
-
-    query, key, value: [batch, heads, tokens, columns]; key and value may have fewer heads. The
-    result is rounded once, to the dtype of the query. A mask that is added is taken along in
-    float32.
-    """
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    with torch.autocast(query.device.type, enabled=False):  # it would round them again
-        out, weights = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), attention_mask, **options
-        )
-    return out.to(query.dtype), weights
-
-
 def without_emulation(model: PreTrainedModel, device: torch.device, dtype: str) -> list[str]:
     """Compute the high-precision parts of ``model`` with float32 sums where this CPU emulates BF16.
 
@@ -102,8 +78,7 @@ def without_emulation(model: PreTrainedModel, device: torch.device, dtype: str) 
     # Linears that were converted see to it themselves; these are the rest.
     linears = dense_linears(model)
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, float32_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        register_attention(NAME, torch.float32)
         model.set_attn_implementation(NAME)
     return [
         f"this processor has no BF16 instructions: {len(linears)} linears in high precision, and "

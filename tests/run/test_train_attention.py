@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import nvfp4
 from nvfp4.layer import dense
 from nvfp4.run import precision
-from nvfp4.run.precision import NAME, float32_attention, without_emulation
+from nvfp4.run.attention import attention_in
+from nvfp4.run.precision import NAME, without_emulation
 
 CPU = torch.device("cpu")
 
@@ -53,7 +54,7 @@ def test_attention_sums_in_float32_and_rounds_once(masked: bool) -> None:
         *wide, None if mask is None else mask.float(), is_causal=not masked
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, _ = float32_attention(module, q, k, v, mask)
+        got, _ = attention_in(torch.float32, module, q, k, v, mask)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, want.transpose(1, 2).bfloat16())
 
