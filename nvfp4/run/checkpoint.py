@@ -6,9 +6,10 @@
         <name>.safetensors  one file per group of tensors
 
 Saving: write under a hidden name, flush every file, rename, flush the folder, delete the old ones.
-A run that is killed in between leaves a hidden folder that the next save removes. Loading: compare
-every size and every hash with the manifest, then map the tensors. What is damaged is named, and
-``folder.py`` goes back to the checkpoint before it.
+A run that is killed in between leaves a hidden folder that the next save removes. A checkpoint of
+the same step steps aside before that rename; whatever ends the save then, the next look at the
+folder puts it back. Loading: compare every size and every hash with the manifest, then map the
+tensors. What is damaged is named, and ``folder.py`` goes back to the checkpoint before it.
 
 This file knows folders and bytes. What must be remembered is the matter of ``state.py``.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from nvfp4.run.files import sha256, sync, write_json
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-_TEMPORARY = ".unfinished-"
+_TEMPORARY, _ASIDE = ".unfinished-", ".aside-"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
     Everything is written under a temporary name, flushed to the disk and renamed last.
     ``TrainError`` if it cannot be written (a full disk, say): what was half-written is removed and
-    the checkpoints of earlier steps are as they were.
+    the checkpoints that were there, one of the same step too, are as they were.
     """
     path = folder / f"step-{snapshot.state['step']:08d}"
-    temporary = folder / f"{_TEMPORARY}{path.name}"
+    temporary, aside = folder / f"{_TEMPORARY}{path.name}", folder / f"{_ASIDE}{path.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.glob(f"{_TEMPORARY}*"):
+        for rest in [*folder.glob(f"{_TEMPORARY}*"), *_put_back(folder)]:
             shutil.rmtree(rest)
 
         temporary.mkdir()
@@ -65,7 +67,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
         # A folder cannot be renamed over another one, so the old one steps aside first.
         if path.exists():  # the same step again, after going back to an earlier checkpoint
-            path.rename(folder / f"{_TEMPORARY}replaced")
+            path.rename(aside)
         temporary.rename(path)
         sync(folder)
     except (OSError, SafetensorError, TrainError) as error:
@@ -80,7 +82,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
             f"cannot write checkpoint {path}: {error}; {intact}; make room and go on with --resume"
         ) from error
 
-    for old in [*folder.glob(f"{_TEMPORARY}*"), *newest_first(folder)[keep:]]:
+    for old in [*_put_back(folder), *newest_first(folder)[keep:]]:
         # a folder that cannot be deleted now is tried again after the next checkpoint
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -124,10 +126,11 @@ def load(path: Path, verify: bool = True) -> Snapshot:
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first; unfinished ones are not among them.
 
-    ``TrainError`` for a folder that cannot be listed, which would pass for a run without
-    checkpoints.
+    One that had stepped aside when a save ended is put back first. ``TrainError`` for a folder that
+    cannot be listed, which would pass for a run without checkpoints.
     """
     try:
+        _put_back(folder)
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -139,6 +142,19 @@ def newest_first(folder: Path) -> list[Path]:
         (p for p in (folder / name for name in names if name.startswith("step-")) if p.is_dir()),
         reverse=True,
     )
+
+
+def _put_back(folder: Path) -> list[Path]:
+    """Give checkpoints that stepped aside their names again; returns those whose name is taken."""
+    replaced = []
+    for aside in folder.glob(f"{_ASIDE}*"):
+        path = folder / aside.name.removeprefix(_ASIDE)
+        if path.exists():
+            replaced.append(aside)
+        else:
+            with suppress(OSError):  # the disk takes no change now: it stays aside, and whole
+                aside.rename(path)
+    return replaced
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:

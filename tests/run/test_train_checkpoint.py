@@ -111,6 +111,52 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(
     )
 
 
+@pytest.mark.parametrize("recovery", ["at once", "at the next look", "at the next save"])
+def test_the_checkpoint_that_another_of_its_step_should_replace_is_never_lost(
+    tmp_path, monkeypatch, recovery
+):
+    """The second of two renames fails: the old one has stepped aside and the new one cannot take
+    its place. Where the disk takes no rename at all after that, or the process is killed there, the
+    next look at the folder puts it back."""
+    checkpoint.save(tmp_path, snapshot(5, size=10), keep=5)
+    before = contents(tmp_path)
+    rename, renamed = Path.rename, []
+
+    def second_fails(path, target):
+        renamed.append(path)
+        if len(renamed) == 2 or (len(renamed) > 2 and recovery != "at once"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(TrainError, match=r"cannot write .*step-00000005: .*output error"):
+        checkpoint.save(tmp_path, snapshot(5, size=20), keep=5)
+    assert len(renamed) >= 2
+    monkeypatch.undo()
+    if recovery == "at once":
+        assert contents(tmp_path) == before
+    elif recovery == "at the next look":
+        assert checkpoint.newest_first(tmp_path) == [tmp_path / "step-00000005"]
+        assert contents(tmp_path) == before
+    else:
+        checkpoint.save(tmp_path, snapshot(6), keep=5)
+        assert {p.name for p in tmp_path.iterdir()} == {"step-00000005", "step-00000006"}
+    assert checkpoint.load(tmp_path / "step-00000005").tensors["model"]["w"].numel() == 10
+
+
+def test_a_replaced_checkpoint_that_was_not_deleted_goes_with_the_next_save(tmp_path):
+    """Killed after both renames: the new one has the name, and the old one's is not given back."""
+    checkpoint.save(tmp_path, snapshot(5, size=10), keep=5)
+    (tmp_path / "step-00000005").rename(tmp_path / ".aside-step-00000005")
+    checkpoint.save(tmp_path, snapshot(4), keep=5)  # puts it back
+    (tmp_path / "step-00000005").rename(tmp_path / ".aside-step-00000005")
+    (tmp_path / "step-00000005").mkdir()
+    checkpoint._write(tmp_path / "step-00000005", snapshot(5, size=20))
+    checkpoint.save(tmp_path, snapshot(6), keep=5)
+    assert {p.name for p in tmp_path.iterdir()} == {f"step-0000000{n}" for n in (4, 5, 6)}
+    assert checkpoint.load(tmp_path / "step-00000005").tensors["model"]["w"].numel() == 20
+
+
 def test_the_systems_own_size_limit_is_met_like_a_full_disk(tmp_path):
     """A real failing write(2) inside safetensors, not a patched one."""
     checkpoint.save(tmp_path, snapshot(1), keep=5)
