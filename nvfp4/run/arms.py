@@ -122,7 +122,7 @@ def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, A
     running: dict[Arm, Child] = {}
     with ExitStack() as stack:
         wish, _ = stack.enter_context(StopWish()), stack.enter_context(display)
-        begin = stack.enter_context(starter(waiting, display))
+        begin = stack.enter_context(starter(arms if waiting else [], display))
         stack.callback(_stop, running)  # whatever ends this: no run goes on alone
         while (waiting or running) and not wish.received:
             while waiting and len(running) < workers:
@@ -189,11 +189,12 @@ def publish(
 
 @contextmanager
 def starter(arms: list[Arm], display: Display) -> Iterator[Start]:
-    """What starts the runs that are left: a process each, or forks of one where that is safe.
+    """What starts the runs of a grid: a process each, or forks of one where that is safe.
 
     Forked where several follow each other on the CPU of a Linux machine (``forks.py``): measured
     there, imports are 6.5 s of a run and the end of Python 1.1 s. The four of ``nvfp4 compare``
-    then import once, and none of them takes an interpreter down.
+    then import once, and none of them takes an interpreter down. The grid decides and not what is
+    left of it, so that all its runs are alike, in what they count as their memory too.
     """
     devices = {arm.config.device for arm in arms}
     on_cpu = devices == {"cpu"} or (devices == {"auto"} and not torch.cuda.is_available())

@@ -178,8 +178,10 @@ def _become(arguments: list[str]) -> NoReturn:
     try:
         sys.argv[1:] = arguments
         code = importlib.import_module(CLI).main(arguments)
-    except SystemExit as end:  # argparse
-        code = end.code if isinstance(end.code, int) else 1
+    except SystemExit as end:  # as Python itself takes it: a number, nothing, or a last word
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

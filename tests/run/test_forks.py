@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from limits import HANG, until
 from training import environment, steps_of, tiny, write_texts
 
-from nvfp4.run import arms, checkpoint, log
+from nvfp4.run import arms, checkpoint, forks, log
 from nvfp4.run.arms import Arm, Display
 from nvfp4.run.children import start
 from nvfp4.run.fields import to_yaml
@@ -126,6 +127,38 @@ def test_leaving_ends_a_run_that_still_lives_which_saves(tmp_path, texts):
         pid = pid_of(folder)
     assert gone(pid)
     assert len(checkpoint.newest_first(folder.checkpoints)) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        (SystemExit("no such file"), 1, "no such file\n"),
+        (SystemExit(), 0, ""),
+        (SystemExit(3), 3, ""),
+    ],
+)
+def test_a_run_that_ends_python_ends_as_python_would(monkeypatch, capsys, end, code, words):
+    """A text is the last word and code 1; nothing is 0."""
+
+    def ends(arguments: list[str]) -> int:
+        raise end
+
+    class Over(BaseException):
+        """Instead of the end of this process."""
+
+    def over(code: int) -> None:
+        raise Over(code)
+
+    monkeypatch.setattr(sys, "argv", ["nvfp4"])
+    monkeypatch.setattr(forks, "CLI", "stand_in")
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(main=ends))
+    monkeypatch.setattr(forks.threading, "_shutdown", lambda: None)
+    monkeypatch.setattr(forks.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(os, "_exit", over)
+    with pytest.raises(Over) as ended:
+        forks._become([])
+    assert ended.value.args == (code,)
+    assert capsys.readouterr().err == words
 
 
 def test_where_no_process_can_be_made_the_server_says_so_and_lives(monkeypatch, capsys):
