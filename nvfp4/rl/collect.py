@@ -33,7 +33,7 @@ from nvfp4.rl.samples import RAW_REWARD, Samples, join
 from nvfp4.rl.spurious import coins, formatted, popular
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
-from nvfp4.run.processes import gathered
+from nvfp4.run.processes import gathered, stop_together
 
 TASK_REWARD = "task_reward"
 """Key of ``Samples.extra``: the verifier's word [S], whatever is maximised."""
@@ -66,7 +66,8 @@ def collect(run: RLRun, step: int) -> Collected:
     """Draw completions with the weights as they are, for step ``step`` (0 for the first).
 
     ``TrainError`` if ``max_batches`` rounds do not yield enough groups that the objective keeps, if
-    the reward of every completion failed, or if the model's log-probabilities are not finite.
+    the reward of every completion failed, or if the model's log-probabilities are not finite; in
+    all processes, also if it was one of them that could not go on.
     """
     config = run.config
     assert config.group is not None
@@ -84,35 +85,35 @@ def collect(run: RLRun, step: int) -> Collected:
     reasons: list[str | None] = []
     failures: Counter[str] = Counter()
     equal = drawn = rounds = 0
-    while len(problems) < needed and rounds < config.max_batches:
-        batch = _round(run, step, rounds, sigma, sampling)
-        rounds += 1
+    with stop_together(run.accelerator):
+        while len(problems) < needed and rounds < config.max_batches:
+            batch = _round(run, step, rounds, sigma, sampling)
+            rounds += 1
 
-        # what came, before anything is replaced
-        failures += batch.failures
-        spread = has_spread(batch.samples.rewards, batch.samples.groups)
-        equal += int((~spread).sum())
-        drawn += len(batch.samples)
+            # what came, before anything is replaced
+            failures += batch.failures
+            spread = has_spread(batch.samples.rewards, batch.samples.groups)
+            equal += int((~spread).sum())
+            drawn += len(batch.samples)
 
-        # the objective keeps by raw rewards, and only then puts its penalties on them
-        kept = run.objective.keep(batch.samples).nonzero()[:, 0][: needed - len(problems)]
-        shaped = replace(batch.samples, rewards=run.objective.shape_rewards(batch.samples))
-        parts.append(shaped.select(kept))
-        problems += [batch.problems[i] for i in kept.tolist()]
-        texts += [batch.texts[i] for i in kept.tolist()]
-        reasons += [batch.reasons[i] for i in kept.tolist()]
+            # the objective keeps by raw rewards, and only then puts its penalties on them
+            kept = run.objective.keep(batch.samples).nonzero()[:, 0][: needed - len(problems)]
+            shaped = replace(batch.samples, rewards=run.objective.shape_rewards(batch.samples))
+            parts.append(shaped.select(kept))
+            problems += [batch.problems[i] for i in kept.tolist()]
+            texts += [batch.texts[i] for i in kept.tolist()]
+            reasons += [batch.reasons[i] for i in kept.tolist()]
 
-    # what a user can put right: rewards that all fail, groups that all are alike
-    if len(problems) < needed and failures.total() >= drawn:
-        raise TrainError(f"step {step + 1}: {all_failed(failures, drawn)}")
-    if len(problems) < needed:
-        raise TrainError(
-            f"step {step + 1}: {rounds} rounds of {config.prompts} prompts gave {len(problems)} of "
-            f"{needed} completions that {config.objective} keeps; raise --max-batches or --group, "
-            f"or choose easier or harder problems"
-        )
+        # what a user can put right: rewards that all fail, groups that all are alike
+        if len(problems) < needed and failures.total() >= drawn:
+            raise TrainError(f"step {step + 1}: {all_failed(failures, drawn)}")
+        if len(problems) < needed:
+            raise TrainError(
+                f"step {step + 1}: {rounds} rounds of {config.prompts} prompts gave "
+                f"{len(problems)} of {needed} completions that {config.objective} keeps; raise "
+                f"--max-batches or --group, or choose easier or harder problems"
+            )
 
-    # Over all processes together, so that all of them stop or none does.
     equal, drawn = _of_all_processes(run, equal, drawn, failures, step)
     samples = join([part for part in parts if len(part)], run.stops.pad)
     return Collected(

@@ -31,7 +31,7 @@ from nvfp4.run.errors import TrainError
 from nvfp4.run.model import build_model
 from nvfp4.run.optim import adamw
 from nvfp4.run.precision import quantize_model, without_emulation
-from nvfp4.run.processes import accelerator_for
+from nvfp4.run.processes import accelerator_for, stop_together
 
 
 def prepare(config: RLConfig) -> RLRun:
@@ -52,8 +52,9 @@ def prepare(config: RLConfig) -> RLRun:
     _check_problems(task)
     if (walls := task.confinement()) is not None:
         report.say(walls)
-    if accelerator.is_main_process:
-        folder.claim(config)
+    with stop_together(accelerator):
+        if accelerator.is_main_process:
+            folder.claim(config)
     try:
         return _prepare(config, accelerator, report, folder, task, objective)
     except BaseException:
@@ -85,9 +86,9 @@ def _prepare(
 
     # A new model learns from demonstrations first, in the main process, while the others wait.
     if config.model is None and config.warm_steps:
-        if main:
-            warm_start(config, folder.base)
-        accelerator.wait_for_everyone()
+        with stop_together(accelerator):
+            if main:
+                warm_start(config, folder.base)
         source = str(folder.base)
     model = build_model(source, text, config.seed).eval()  # without dropout: the sampler has none
     check_context(getattr(model.config.get_text_config(), "max_position_embeddings", None), needed)

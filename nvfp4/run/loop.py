@@ -38,6 +38,7 @@ from nvfp4.run.processes import (
     machine,
     other_machine,
     process_group,
+    stop_together,
 )
 from nvfp4.run.signals import StopWish
 from nvfp4.run.state import Tensors
@@ -215,14 +216,15 @@ class Loop:
         run = self.parts
         path: list[Any] = [None]
         snapshot = None
-        if run.accelerator.is_main_process:
-            start, notes = run.folder.open(
-                self.config, self.training.data_sha256, self.training.bound
-            )
-            for note in notes:
-                run.report.say(note)
-            if start is not None:
-                path, snapshot = [start[0]], start[1]
+        with stop_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                start, notes = run.folder.open(
+                    self.config, self.training.data_sha256, self.training.bound
+                )
+                for note in notes:
+                    run.report.say(note)
+                if start is not None:
+                    path, snapshot = [start[0]], start[1]
         if run.accelerator.num_processes > 1:
             path = broadcast_object_list(path)
             if path[0] is not None and snapshot is None:
@@ -255,12 +257,12 @@ class Loop:
             "machine": machine(run.accelerator),
         }
         snapshot = state.capture(run.model, run.optimizer, run.accelerator, plain)
-        if run.accelerator.is_main_process:
-            snapshot.tensors.update(self.training.tensors())
-            for file in run.logs:
-                file.flush()  # no checkpoint is ahead of the logs
-            checkpoint.save(run.folder.checkpoints, snapshot, self.config.keep)
-        run.accelerator.wait_for_everyone()
+        with stop_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                snapshot.tensors.update(self.training.tensors())
+                for file in run.logs:
+                    file.flush()  # no checkpoint is ahead of the logs
+                checkpoint.save(run.folder.checkpoints, snapshot, self.config.keep)
 
 
 def due(step: int, every: int, steps: int) -> bool:

@@ -4,6 +4,7 @@
     deterministic     kernels that repeat themselves
     process_group     leave the group before Python ends
     agreed            one answer for all: a signal that any process got stops all of them
+    stop_together     one end for all: what one process refuses, none waits for
     machine           what the last bits of a sum depend on, for a note on resume
 
 ``torchrun`` starts processes and says so in the environment; ``Accelerator`` joins them. Every
@@ -40,9 +41,6 @@ class Alone:
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """What all have: the tensor."""
         return tensor
-
-    def wait_for_everyone(self) -> None:
-        """Nobody else is there."""
 
 
 Processes: TypeAlias = "Accelerator | Alone"
@@ -92,6 +90,27 @@ def gathered(accelerator: Processes, mine: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object
 
     return gather_object(mine)
+
+
+@contextmanager
+def stop_together(accelerator: Processes) -> Iterator[None]:
+    """A ``TrainError`` within, in any process, is raised in all of them.
+
+    For what one process may refuse and the others not. Without it they would go on to the next
+    exchange and wait there for the one that has ended. All processes must enter, and whatever they
+    exchange within, all must reach.
+    """
+    own: TrainError | None = None
+    try:
+        yield
+    except TrainError as error:
+        own = error
+    every = gathered(accelerator, [None if own is None else str(own)])
+    if own is not None:
+        raise own
+    first = next((reason for reason in every if reason is not None), None)
+    if first is not None:
+        raise TrainError(first)
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import children
 import pytest
@@ -25,7 +26,8 @@ from nvfp4.run import checkpoint, state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import to_yaml
-from nvfp4.run.processes import accelerator_for
+from nvfp4.run.loop import Loop
+from nvfp4.run.processes import accelerator_for, stop_together
 from nvfp4.train.loop import pretrain
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what auto means without a GPU")
@@ -129,6 +131,66 @@ def test_what_was_drawn_is_counted_over_processes_which_may_draw_unequally(monke
         TrainError, match=r"step 1: every reward of 32 completions failed, .*: x \(32 times\)"
     ):
         collecting._of_all_processes(run, 4, 8, Counter({"x": 8}), 0)
+
+
+OTHERS = SimpleNamespace(num_processes=2, is_main_process=False)
+
+
+def other_says(monkeypatch, reason: str | None) -> list[Any]:
+    """The exchange of two processes, of which the other one gives ``reason``; what ours gave."""
+    given: list[Any] = []
+
+    def gather_object(mine: list[Any]) -> list[Any]:
+        given.extend(mine)
+        return [reason, *mine]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gather_object)
+    return given
+
+
+def test_what_one_process_refuses_ends_all_of_them(monkeypatch):
+    """It raised in the one, and the others waited at the next exchange."""
+    given = other_says(monkeypatch, "out: full")
+    with pytest.raises(TrainError, match=r"^out: full$"), stop_together(OTHERS):
+        pass
+    with pytest.raises(TrainError, match=r"^mine$"), stop_together(OTHERS):
+        raise TrainError("mine")
+    assert given == [None, "mine"]  # told, so that the other one ends too
+    other_says(monkeypatch, None)
+    with stop_together(OTHERS):
+        pass
+
+
+def test_a_rollout_that_cannot_go_on_in_one_process_tells_the_others(monkeypatch):
+    """Log-probabilities that are not finite, say, or too few groups that teach something."""
+    given = other_says(monkeypatch, None)
+    config = SimpleNamespace(
+        group=2, prompts=4, steps=9, max_batches=3, aqn_stages=0, aqn_start=0.0, aqn_end=0.0
+    )
+    run = SimpleNamespace(accelerator=OTHERS, config=config, sampling=lambda: None)
+
+    def lost(*args: Any) -> None:
+        raise TrainError("the model's log-probabilities are NaN or Inf")
+
+    monkeypatch.setattr(collecting, "_round", lost)
+    with pytest.raises(TrainError, match="NaN or Inf"):
+        collecting.collect(run, 0)
+    assert given == ["the model's log-probabilities are NaN or Inf"]
+
+
+@pytest.mark.parametrize("place", ["_open_folder", "_save"])
+def test_a_folder_that_the_main_process_cannot_use_ends_the_others(monkeypatch, place):
+    """It alone opens the folder and saves."""
+    other_says(monkeypatch, "out: another process is training in it")
+    monkeypatch.setattr(state, "capture", lambda *args: Snapshot({}, {}))
+    monkeypatch.setattr("nvfp4.run.loop.machine", lambda accelerator: {})
+    monkeypatch.setattr("nvfp4.run.loop.saved_fields", lambda config: {})
+    loop = Loop.__new__(Loop)
+    loop.training = SimpleNamespace(data_sha256="", state=dict)
+    loop.parts = SimpleNamespace(accelerator=OTHERS, model=None, optimizer=None)
+    loop.config, loop.step, loop.bad_in_a_row = None, 1, 0
+    with pytest.raises(TrainError, match="another process is training"):
+        getattr(loop, place)()
 
 
 def test_only_the_main_process_copies_the_model_when_one_is_saved():
