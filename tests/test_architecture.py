@@ -90,10 +90,12 @@ SOURCES = [
 def of_each(cases: Iterable[Any]) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """A rule as one test over many cases, which names every case that breaks it. As a test for each
     case they were a quarter of all tests here, and pytest takes milliseconds to begin and end
-    one."""
+    one. A rule without a case would hold whatever the code is: it fails."""
+    cases = [*cases]
 
     def decorate(rule: Callable[[Any], None]) -> Callable[[], None]:
         def check() -> None:
+            assert cases, "no case that the rule could look at"
             broken = []
             for case in cases:
                 try:
@@ -316,6 +318,8 @@ def test_every_case_that_breaks_a_rule_is_named() -> None:
     with pytest.raises(ZeroDivisionError):
         of_each([0])(lambda case: 1 / case)()
     of_each([1])(lambda case: None)()
+    with pytest.raises(AssertionError, match="no case"):
+        of_each([])(lambda case: None)()
 
 
 def test_levels_are_counted() -> None:
