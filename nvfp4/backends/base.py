@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.numerics.rng import fold_in_there
+from nvfp4.numerics.rng import fold_in_tensor
 from nvfp4.quantizers.base import Options, Quantizer
 
 Operation = Literal[
@@ -152,11 +152,11 @@ class Backend(ABC):
         ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for;
         rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``.
         """
-        signs = fold_in_there(
+        signs = fold_in_tensor(
             words[0], words[1], words[2], torch.arange(gemms, device=words.device)
         )
         sides = torch.arange(1, 3, device=words.device)
-        rounding = fold_in_there(signs[:, None], sides, torch.where(words[3] < 0, rank, words[3]))
+        rounding = fold_in_tensor(signs[:, None], sides, torch.where(words[3] < 0, rank, words[3]))
         return torch.cat((signs[:, None], rounding), dim=1)
 
     def fingerprint(self, x: torch.Tensor) -> int | None:

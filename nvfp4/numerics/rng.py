@@ -133,7 +133,7 @@ def fold_in(seed: int, *data: int) -> int:
     return seed
 
 
-def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
+def fold_in_tensor(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
     """``fold_in`` on the device of the seed's bits, int64 of any shape; data: int64, broadcast."""
     for datum in data:
         low, high, _, _ = philox(DeviceSeed(seed), datum, FOLD_STREAM)
@@ -141,7 +141,7 @@ def fold_in_there(seed: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
     return seed
 
 
-def number(seed: Seed | None) -> int:
+def seed_on_host(seed: Seed | None) -> int:
     """The seed as a number, 0 for None; waits for the device if the seed lies on one."""
     return int(seed.bits) % _SEED_LIMIT if isinstance(seed, DeviceSeed) else seed or 0
 

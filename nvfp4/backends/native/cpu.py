@@ -33,7 +33,7 @@ from nvfp4.backends.native.extension import (
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.numerics.rng import number
+from nvfp4.numerics.rng import seed_on_host
 from nvfp4.numerics.torch_state import without_autocast
 from nvfp4.quantizers.base import Options, Quantizer
 
@@ -342,9 +342,9 @@ def _options(quantizer: Quantizer, options: Options) -> object:
     rotation = options.rotation or Rotation(16, fixed=True)
     return native.Options(
         *rule_numbers(quantizer, options),
-        number(options.seed),
+        seed_on_host(options.seed),
         0 if options.rotation is None else rotation.group,
         rotation.rounds,
-        number(rotation.sign_seed),
+        seed_on_host(rotation.sign_seed),
         rotation.fixed,
     )
