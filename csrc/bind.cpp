@@ -147,7 +147,8 @@ void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t ou
 struct Product {
     const char* name;
     void (*run)(const MatmulArgs&);
-    bool of_elements;  // as well as of codes
+    bool of_elements;                     // as well as of codes
+    void (*in_groups)(const MatmulArgs&);  // of codes, summed as tensor cores do; or null
 };
 
 // The products with instructions that this processor has and the process is not kept from, the
@@ -157,27 +158,30 @@ std::vector<Product> products() {
 #if defined(__x86_64__)
     const bool avx512 = kernels("").name == std::string("avx512");
     if (avx512 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({"avx512bf16", matmul_avx512bf16, false});
-    if (avx512) found.push_back({"avx512", matmul_avx512, true});
+        found.push_back({"avx512bf16", matmul_avx512bf16, false, nullptr});
+    if (avx512) found.push_back({"avx512", matmul_avx512, true, matmul_groups_avx512});
     const bool avx2 = avx512 || kernels("").name == std::string("avx2");  // with FMA
-    if (avx2 && __builtin_cpu_supports("f16c")) found.push_back({"avx2", matmul_avx2, true});
+    if (avx2 && __builtin_cpu_supports("f16c"))
+        found.push_back({"avx2", matmul_avx2, true, matmul_groups_avx2});
 #endif
     return found;
 }
 
-void multiply(const MatmulArgs& args, const std::string& isa) {
+void multiply(const MatmulArgs& args, const std::string& isa, bool in_groups = false) {
     const bool of_elements = args.a.codes.codes == nullptr;
-    for (const Product& p : products())
-        if ((isa.empty() || isa == p.name) && (p.of_elements || !of_elements)) {
+    for (const Product& p : products()) {
+        const auto run = in_groups ? p.in_groups : p.run;
+        if ((isa.empty() || isa == p.name) && (p.of_elements || !of_elements) && run) {
             py::gil_scoped_release release;
-            return p.run(args);
+            return run(args);
         }
+    }
     throw std::invalid_argument("there is no product for instruction set '" + isa +
                                 "' on this processor");
 }
 
 void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out,
-            int threads, const std::string& isa) {
+            int threads, const std::string& isa, bool in_groups) {
     require(a.row_bytes == b.row_bytes && a.row_bytes % 8 == 0,
             "operands contract different lengths");
     require(a.global_scale && b.global_scale && out && threads > 0, "missing scale or output");
@@ -190,7 +194,7 @@ void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int elemen
               element_of(element),
               reinterpret_cast<void*>(out),
               threads},
-             isa);
+             isa, in_groups);
 }
 
 // a [rows, depth], b [columns, depth], one stride of each being 1.

@@ -5,5 +5,5 @@
 #pragma once
 
 namespace nvfp4 {
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 }  // namespace nvfp4

@@ -88,6 +88,9 @@ extern const Kernels avx512_kernels;
 void matmul_avx2(const MatmulArgs&);
 void matmul_avx512(const MatmulArgs&);
 void matmul_avx512bf16(const MatmulArgs&);
+// of codes, summed as tensor cores do
+void matmul_groups_avx2(const MatmulArgs&);
+void matmul_groups_avx512(const MatmulArgs&);
 #endif
 
 }  // namespace nvfp4

@@ -13,6 +13,8 @@
 //     add(sum, x, y)  sum + x * y in every lane
 //     pack<rows>(factor, depth, cells, first, last)
 //     prefetch(a, b, rows)
+//     tile<rows>(a, b, steps, sums, stride)   a tile's sums over some steps: ``multiply_tile``, or
+//                                             another order of summation (matmul_groups.h)
 // Every sum runs along the contraction in the same order whatever the block, the tile or the number
 // of threads, so the result does not depend on them. Products of 4- and 16-bit floats are exact in
 // float32; those of float32 are fused into the sum.
@@ -127,7 +129,7 @@ void multiply_all(const MatmulArgs& args) {
                 const int64_t some = std::min<int64_t>(depth_at_once, steps - k);
                 for (int64_t n = n0; n < n1; ++n)
                     for (int64_t m = m0; m < m1; ++m)
-                        multiply_tile<Step, rows>(
+                        Step::template tile<rows>(
                             a + (m * steps + k) * rows, b + (n * steps + k) * columns, some,
                             sums + (m - m0) * rows * stride + (n - n0) * columns, stride);
             }
@@ -163,6 +165,12 @@ struct FusedStep {
     }
 #endif
     static NVFP4_FN Float spread(float x) { return splat<Float>(x); }
+
+    template <int rows>
+    static NVFP4_FN void tile(const float* a, const float* b, int64_t steps, float* sums,
+                              int64_t stride) {
+        multiply_tile<FusedStep, rows>(a, b, steps, sums, stride);
+    }
 
     // Both panels come from the L2 cache. Without prefetching, two cores with AVX-512 did 124
     // GFLOP/s of a 1536^3 product instead of 229.

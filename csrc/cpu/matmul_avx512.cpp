@@ -5,10 +5,13 @@
 // measure alike.
 #define NVFP4_TARGET avx512fma
 #define NVFP4_VECTOR_LANES 1
-#include "matmul.h"
+#include "matmul_groups.h"
 
 namespace nvfp4 {
 void matmul_avx512(const MatmulArgs& args) {
     avx512fma::multiply_all<avx512fma::FusedStep, 14, 8, 8, 256>(args);
+}
+void matmul_groups_avx512(const MatmulArgs& args) {
+    avx512fma::multiply_all<avx512fma::GroupedStep, 14, 8, 8, 256>(args);
 }
 }  // namespace nvfp4

@@ -38,6 +38,12 @@ struct PairStep {
         return (Float)_mm512_dpbf16_ps((__m512)sum, x, y);
     }
     static NVFP4_FN void prefetch(const uint32_t*, const uint32_t*, int) {}
+
+    template <int rows>
+    static NVFP4_FN void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums,
+                              int64_t stride) {
+        multiply_tile<PairStep, rows>(a, b, steps, sums, stride);
+    }
 };
 
 NVFP4_END

@@ -9,6 +9,7 @@ over loudly.
     native/      C++ for processors, CUDA C++ for Hopper and Blackwell
     triton/      one family of kernels for NVIDIA GPUs from sm_80 on
     scaled_mm    products through cuBLASLt, on Blackwell
+    tensor_core  products summed as FP4 tensor cores do, to study them elsewhere
 
 A backend sees matrices, quantisers and options (``base.py``); it knows no layer and no recipe.
 """

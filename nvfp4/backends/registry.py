@@ -4,6 +4,7 @@
     cuda        quantises on Hopper and Blackwell
     triton      everything, on NVIDIA GPUs from sm_80
     cpu         everything, on processors
+    tensor_core products summed as FP4 tensor cores do, anywhere, when named
     reference   everything, anywhere
 
 "auto" takes the first that can do the operation on the device: it runs there (``unavailable``),
@@ -30,6 +31,7 @@ from nvfp4.backends.native.cuda import CudaBackend
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.backends.scaled_mm import ScaledMmBackend
 from nvfp4.backends.selfcheck import find_fault
+from nvfp4.backends.tensor_core import TensorCoreBackend
 from nvfp4.backends.triton.backend import TritonBackend
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
@@ -39,6 +41,7 @@ _ORDER: tuple[Backend, ...] = (
     CudaBackend(),
     TritonBackend(),
     CpuBackend(),
+    TensorCoreBackend(),
     ReferenceBackend(),
 )
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}

@@ -561,6 +561,35 @@ def matmul(
         return acc * a.global_scale[:, None] * b.global_scale[None, :]
 
 
+def _add_towards_zero(a: np.float32, b: np.float32) -> np.float32:
+    """The float32 next to the exact a + b on the side of zero, or a + b itself."""
+    exact = Fraction(float(a)) + Fraction(float(b))
+    nearest = a + b
+    too_far = abs(Fraction(float(nearest))) > abs(exact)
+    return np.nextafter(nearest, ZERO) if too_far else nearest
+
+
+def matmul_of_tensor_cores(
+    a: Quantized,
+    b: Quantized,
+    a_block: tuple[int, int] = (1, 16),
+    b_block: tuple[int, int] = (1, 16),
+) -> Floats:
+    """``matmul`` summed in groups of 64: each group's exact sum rounded once, groups added in order
+    with rounding towards zero."""
+    left = _without_global(a.codes, a.block_scale, a_block).tolist()
+    right = _without_global(b.codes, b.block_scale, b_block).tolist()
+    acc = np.zeros((len(left), len(right)), F32)
+    for i, row in enumerate(left):
+        for j, column in enumerate(right):
+            terms = [p * q for p, q in zip(row, column, strict=True)]
+            for start in range(0, len(terms), 64):
+                group = F32(math.fsum(terms[start : start + 64]))
+                acc[i, j] = _add_towards_zero(acc[i, j], group)
+    with np.errstate(all="ignore"):
+        return acc * a.global_scale[:, None] * b.global_scale[None, :]
+
+
 def swizzle_offset(r: int, c: int, columns: int) -> int:
     """Where the scale of row r, block column c lies among the bytes cuBLAS and tcgen05 read."""
     tile = r // 128 * -(-columns // 4) + c // 4

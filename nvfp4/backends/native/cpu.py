@@ -27,17 +27,16 @@ from nvfp4.backends.native.extension import (
     RULES,
     code_matrix,
     contiguous,
-    load,
     rule_numbers,
 )
+from nvfp4.backends.native.products import MISSING as _MISSING
+from nvfp4.backends.native.products import PAIRS, multiply, native, products
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import seed_on_host
 from nvfp4.numerics.torch_state import without_autocast
 from nvfp4.quantizers.base import Options, Quantizer
-
-native, _MISSING = load("nvfp4._cpu", "native", "a C++17 compiler on PATH")
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -61,17 +60,6 @@ def use_instruction_set(isa: str = "") -> None:
         raise RuntimeError(f"there are no native CPU kernels to hold to {isa!r}: {_MISSING}")
     native.use(isa)
 
-
-def products() -> tuple[str, ...]:
-    """The instruction sets of native products that this process may use, the fastest first.
-
-    avx512bf16 multiplies codes alone.
-    """
-    return () if native is None else tuple(native.product_sets())
-
-
-PAIRS = "avx512bf16"
-"""The product for codes alone: one instruction multiplies and adds pairs of BF16."""
 
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
@@ -249,22 +237,7 @@ class CpuBackend(Backend):
         kernel = next((name for name in products() if self.isa in ("", name)), None)
         if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
             return self._emulated_matmul(a, b, out_dtype, bias)
-
-        a, b = contiguous(a), contiguous(b)
-        out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
-        pointer = 0 if bias is None else bias.data_ptr()
-        threads = torch.get_num_threads()
-        native.matmul(
-            code_matrix(native, a),
-            code_matrix(native, b),
-            pointer,
-            ELEMENTS[out_dtype],
-            out.data_ptr(),
-            threads,
-            kernel,
-        )
-        return out
+        return multiply(a, b, out_dtype, bias, kernel)
 
     def _emulated_matmul(
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
