@@ -23,7 +23,7 @@ from nvfp4.rl.report import ablate, ablation_table, gate_table, gates, run_table
 from nvfp4.rl.setup import from_base
 from nvfp4.rl.warmstart import warm_start
 from nvfp4.run import log
-from nvfp4.run.arms import Arm, publish, run_all
+from nvfp4.run.arms import Arm, SideBySide, publish, run_all
 from nvfp4.run.fields import saved_fields
 
 CURVES = ("reward", "entropy", "completions/mean_length", "mismatch/max", "fp4/codes_changed")
@@ -49,7 +49,9 @@ def compare(config: RLConfig) -> dict[str, Any]:
 
         # The ablation takes seconds and comes first: if it fails, no training is lost.
         ablation = ablate(config)
-        results = run_all(arms, config.workers or os.cpu_count() or 1, Bars())
+        workers = config.workers or os.cpu_count() or 1
+        share = SideBySide(workers, None if config.device == "cuda" else 1)
+        results = run_all(arms, share, Bars())
         report = comparison(config, arms, results, ablation)
         tables = [ablation_table(ablation), run_table(report), gate_table(report["gates"])]
         return publish(report, folder.root, draw_comparison, tables)

@@ -3,6 +3,7 @@
     Arm, Arm, ...           the grid: train/compare.py and rl/compare.py each ``plan`` their own
     run_all                 what is not finished yet, ``workers`` at a time; the first failure, or a
                             signal, stops them all
+    side_by_side            how many of them at a time, with how many threads each
     paired                  what a recipe costs, in pairs of runs that share seed and data
     publish                 compare.json, compare.png, tables
 
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -84,8 +86,8 @@ class Child(Protocol):
         """SIGTERM."""
 
 
-Start = Callable[[list[str]], Child]
-"""``nvfp4 ARGUMENTS`` as a child, given the arguments."""
+Start = Callable[[list[str], Path | None], Child]
+"""``nvfp4 ARGUMENTS`` as a child, given the arguments and where its lines go (None: as ours)."""
 
 
 class Display(nullcontext):
@@ -107,8 +109,71 @@ class Display(nullcontext):
         """A run has ended, well or not."""
 
 
-def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, Any]]:
-    """Do what is not finished, ``workers`` at a time; returns the results in the arms' order.
+class Lines(Display):
+    """The lines of runs side by side, each with its run's name in front, as they are written."""
+
+    own_lines = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: dict[Arm, int] = {}
+
+    def started(self, arm: Arm) -> None:
+        """A run begins; what its ``output`` holds of an earlier try has been shown."""
+        self._read[arm] = arm.output.stat().st_size if arm.output.exists() else 0
+        print(f"--- {arm.name} ---", flush=True)
+
+    def look(self, arm: Arm) -> None:
+        """Whole lines that have come since."""
+        try:
+            with open(arm.output, "rb") as file:
+                file.seek(self._read[arm])
+                fresh = file.read()
+        except FileNotFoundError:  # it has not begun to write
+            return
+
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._read[arm] += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            print(f"{arm.name}: {line}".rstrip(), flush=True)
+
+    def ended(self, arm: Arm) -> None:
+        """The rest of its lines."""
+        self.look(arm)
+        del self._read[arm]
+
+    def __exit__(self, *exception: object) -> None:
+        for arm in list(self._read):  # stopped: where each has saved
+            self.ended(arm)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """How runs share a machine: ``workers`` at a time, ``threads`` each (None: all there are)."""
+
+    workers: int
+    threads: int | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a run has to know of it."""
+        return {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+
+
+def side_by_side(arms: list[Arm], asked: int | None) -> SideBySide:
+    """``asked`` runs at a time, by default as many as there are cores; one at a time on a GPU.
+
+    The small models of a CPU leave a second thread waiting: measured with AVX2 on two cores, an
+    update of 0.9 M parameters takes 65 (bf16) and 91 ms (quartet2) on both cores, 109 and 148 ms on
+    one of them beside another run, and two runs then take a sixth less.
+    """
+    cores = torch.get_num_threads()
+    workers = asked or (min(cores, len(arms)) if _on_cpu(arms) else 1)
+    return SideBySide(workers, max(1, cores // workers) if workers > 1 and _on_cpu(arms) else None)
+
+
+def run_all(arms: list[Arm], share: SideBySide, display: Display) -> list[dict[str, Any]]:
+    """Do what is not finished, ``share.workers`` at a time; returns the results in the arms' order.
 
     The first failure stops them all: ``TrainError`` with the last words of that run.
     ``Interrupted`` after a signal, which all have obeyed.
@@ -122,10 +187,10 @@ def run_all(arms: list[Arm], workers: int, display: Display) -> list[dict[str, A
     running: dict[Arm, Child] = {}
     with ExitStack() as stack:
         wish, _ = stack.enter_context(StopWish()), stack.enter_context(display)
-        begin = stack.enter_context(starter(arms if waiting else [], display))
+        begin = stack.enter_context(starter(arms if waiting else [], share, display))
         stack.callback(_stop, running)  # whatever ends this: no run goes on alone
         while (waiting or running) and not wish.received:
-            while waiting and len(running) < workers:
+            while waiting and len(running) < share.workers:
                 arm = waiting.pop(0)
                 display.started(arm)
                 running[arm] = _start(arm, display, begin)
@@ -188,35 +253,57 @@ def publish(
 
 
 @contextmanager
-def starter(arms: list[Arm], display: Display) -> Iterator[Start]:
+def starter(arms: list[Arm], share: SideBySide, display: Display) -> Iterator[Start]:
     """What starts the runs of a grid: a process each, or forks of one where that is safe.
 
-    Forked where several follow each other on the CPU of a Linux machine (``forks.py``): measured
-    there, imports are 6.5 s of a run and the end of Python 1.1 s. The four of ``nvfp4 compare``
-    then import once, and none of them takes an interpreter down. The grid decides and not what is
-    left of it, so that all its runs are alike, in what they count as their memory too.
+    Forked where several pretrainings follow each other on the CPU of a Linux machine
+    (``forks.py``), from as many servers as there are workers: measured there, imports are 6.5 s of
+    a run and the end of Python 1.1 s. The four of ``nvfp4 compare`` then import once per worker,
+    and none of them takes an interpreter down. The grid decides and not what is left of it, so that
+    all its runs are alike, in what they count as their memory too.
     """
+    forked = all(arm.command == "pretrain" for arm in arms) and len(arms) > share.workers
+    if not (sys.platform == "linux" and _on_cpu(arms) and forked):
+        yield partial(_start_process, share.environment)
+        return
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(ForkServer(*TRAINERS, environment=share.environment))
+            for _ in range(share.workers)
+        ]
+        yield partial(_start_fork, servers, {})
+
+
+def _on_cpu(arms: list[Arm]) -> bool:
     devices = {arm.config.device for arm in arms}
-    on_cpu = devices == {"cpu"} or (devices == {"auto"} and not torch.cuda.is_available())
-    if sys.platform == "linux" and on_cpu and display.own_lines and len(arms) > 1:
-        with ForkServer(*TRAINERS) as server:
-            yield server.start
-    else:
-        yield start
+    return devices == {"cpu"} or (devices == {"auto"} and not torch.cuda.is_available())
+
+
+def _start_process(environment: dict[str, str], arguments: list[str], output: Path | None) -> Child:
+    if output is None:
+        return start(arguments, environment)
+    with open(output, "ab") as file:
+        return start(arguments, environment, file)
+
+
+def _start_fork(
+    servers: list[ForkServer],
+    last: dict[ForkServer, Child],
+    arguments: list[str],
+    output: Path | None,
+) -> Child:
+    """A run of the first server whose last one has ended; ``last`` keeps which that was."""
+    free = next(s for s in servers if s not in last or last[s].poll() is not None)
+    last[free] = free.start(arguments, output)
+    return last[free]
 
 
 def _start(arm: Arm, display: Display, begin: Start) -> Child:
     given = arm.folder.root / "given.yaml"
     write_text(given, to_yaml(arm.config))
-
-    # Workers side by side would start a thread per core each and wait for one another.
-    threads = {} if arm.config.device == "cuda" else {"OMP_NUM_THREADS": "1"}
     arguments = [arm.command, "--config", str(given), "--resume"]
-    if display.own_lines:
-        return begin(arguments)
     try:
-        with open(arm.output, "ab") as output:
-            return start(arguments, threads, output)
+        return begin(arguments, None if display.own_lines else arm.output)
     except OSError as error:
         raise TrainError(
             f"cannot write {error.filename}: {error.strerror}; make room and run the same again"

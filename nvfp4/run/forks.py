@@ -4,7 +4,7 @@ A fresh Python imports torch, transformers and accelerate for 6 seconds of two q
 trains, and takes another one to end. A comparison on a CPU pays that once:
 
     comparison        fork server                            run
-    start  ---------> imports, then for each order: fork --> a session of its own, nvfp4 ORDER
+    start  ---------> imports, then for each order: fork --> a session of its own, nvfp4 ARGUMENTS
     poll   <--------- exit code <--------------------------- its end
     terminate ------> SIGTERM -----------------------------> finishes the step, saves, ends
 
@@ -27,8 +27,9 @@ import threading
 import traceback
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nvfp4.run.children import end_with_parent, no_process, start_module
 
@@ -41,18 +42,20 @@ class ForkServer:
 
     A context manager: leaving it ends the server, and tells a run that still lives to end; one that
     was told before ends at once (``signals.py``). Only on Linux, and only for runs on the CPU: what
-    a driver of a GPU has begun does not survive a fork.
+    a driver of a GPU has begun does not survive a fork. environment: variables besides ours.
     """
 
-    def __init__(self, *modules: str) -> None:
-        self.modules = modules
+    def __init__(self, *modules: str, environment: dict[str, str] | None = None) -> None:
+        self.modules, self.environment = modules, environment
 
     def __enter__(self) -> ForkServer:
         orders, theirs = socket.socketpair()
         with theirs:
             arguments = [str(theirs.fileno()), *self.modules]
             try:
-                self.process = start_module(__name__, arguments, descriptors=(theirs.fileno(),))
+                self.process = start_module(
+                    __name__, arguments, self.environment, descriptors=(theirs.fileno(),)
+                )
             except BaseException:
                 orders.close()
                 raise
@@ -64,12 +67,13 @@ class ForkServer:
         self.process.terminate()
         self.process.wait()
 
-    def start(self, arguments: list[str]) -> ForkedRun:
-        """``nvfp4 ARGUMENTS`` in a session of its own; its lines go where ours go.
+    def start(self, arguments: list[str], output: Path | None = None) -> ForkedRun:
+        """``nvfp4 ARGUMENTS`` in a session of its own.
 
-        The run before must have ended.
+        output: the file at whose end it writes its lines; None: they go where ours go. The run
+        before must have ended.
         """
-        return ForkedRun(self, arguments)
+        return ForkedRun(self, {"arguments": arguments, "output": output and str(output)})
 
 
 class ForkedRun:
@@ -77,10 +81,10 @@ class ForkedRun:
 
     returncode: int | None = None
 
-    def __init__(self, server: ForkServer, arguments: list[str]) -> None:
+    def __init__(self, server: ForkServer, order: dict[str, Any]) -> None:
         self._server = server
         try:
-            server.orders.sendall(json.dumps(arguments).encode() + b"\n")
+            server.orders.sendall(json.dumps(order).encode() + b"\n")
         except OSError:  # the server is gone, and ``poll`` says so
             return
 
@@ -127,13 +131,13 @@ class _Server:
         signal.signal(signal.SIGTERM, self._pass_on)
         with self.orders.makefile("rb") as lines:
             for line in lines:
-                code = self._run(json.loads(line))
+                code = self._run(**json.loads(line))
                 try:
                     self.orders.sendall(b"%d\n" % code)
                 except OSError:
                     return
 
-    def _run(self, arguments: list[str]) -> int:
+    def _run(self, arguments: list[str], output: str | None = None) -> int:
         ask = end_with_parent()
 
         # No signal between fork and the note of the child's number: it would reach nobody.
@@ -156,6 +160,8 @@ class _Server:
             if ask is not None:
                 ask()
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            if output is not None:
+                _write_to(output)
             _become(arguments)
         if self.stopped:
             os.kill(self.child, signal.SIGTERM)
@@ -170,6 +176,17 @@ class _Server:
         if self.child:
             with suppress(ProcessLookupError):  # waited for, and its number not forgotten yet
                 os.kill(self.child, number)
+
+
+def _write_to(output: str) -> None:
+    """What this process prints goes to the end of that file; it ends if that cannot be."""
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        print(f"nvfp4: error: cannot write {output}: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(1)
+    for stream in (1, 2):
+        os.dup2(file, stream)
 
 
 def _become(arguments: list[str]) -> NoReturn:

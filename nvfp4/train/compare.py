@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from nvfp4.run import log
-from nvfp4.run.arms import Arm, Display, paired, publish, run_all
+from nvfp4.run.arms import Arm, Display, Lines, paired, publish, run_all, side_by_side
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import differences, read_config_file, to_fields
 from nvfp4.run.folder import RunFolder
@@ -44,7 +44,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             arm.folder.clear()
         for arm in arms:  # all refusals before the first run
             _check_run(arm)
-        report = comparison(config, arms, run_all(arms, 1, Display()))
+        share = side_by_side(arms, config.workers)
+        display = Display() if share.workers == 1 else Lines()
+        report = comparison(config, arms, run_all(arms, share, display))
+        report["side_by_side"] = dataclasses.asdict(share)
         return publish(report, folder.root, draw_over_seeds, [table(report)])
 
 
@@ -113,6 +116,7 @@ def draw_over_seeds(report: dict[str, Any], path: Path) -> None:
 def table(report: dict[str, Any]) -> Table:
     """The comparison as a rich table."""
     first = report["runs"][0]
+    share = report.get("side_by_side", {"workers": 1})
     shown = Table(
         title=(
             f"{first['parameters']:,} parameters, {first['steps']} steps; held out: "
@@ -122,6 +126,11 @@ def table(report: dict[str, Any]) -> Table:
             [
                 f"loss in nats per token (training: mean of the last {log.LAST} steps); gap % in "
                 "bits per byte",
+                *(
+                    [f"{share['workers']} runs at a time, {share['threads']} threads each"]
+                    if share["workers"] > 1
+                    else []
+                ),
                 *(
                     f"{recipe}: {gap['mean']:+.4f} ± {gap['standard_error']:.4f} nats over "
                     f"{gap['seeds']} seeds"

@@ -113,6 +113,9 @@ class CompareConfig(TrainConfig):
     seeds: Seeds = ()
     """Train each recipe once per seed (0,1,2), and say how sure the gaps are; empty: one run each,
     of --seed."""
+    workers: Free[Count | None] = None
+    """Runs at a time, which share the cores of the CPU; each run needs its own memory; None: one
+    per core, and one on a GPU."""
 
 
 Config = TypeVar("Config", bound=TrainConfig)

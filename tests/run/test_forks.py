@@ -16,7 +16,7 @@ from limits import HANG, until
 from training import environment, steps_of, tiny, write_texts
 
 from nvfp4.run import arms, checkpoint, forks, log
-from nvfp4.run.arms import Arm, Display
+from nvfp4.run.arms import Arm, Display, SideBySide
 from nvfp4.run.children import start
 from nvfp4.run.fields import to_yaml
 from nvfp4.run.folder import RunFolder
@@ -198,26 +198,38 @@ def test_a_server_that_cannot_import_says_so_and_is_a_failed_run(capfd):
     assert "no_such_module" in capfd.readouterr().err
 
 
+def test_lines_of_a_run_go_to_the_end_of_its_file(server, tmp_path):
+    output = tmp_path / "output.txt"
+    output.write_text("before\n")
+    assert server.start(["pretrain", "--steps", "x"], output).wait() == 2
+    said = output.read_text()
+    assert said.startswith("before\n")
+    assert "--steps" in said
+    assert server.start(["info"], tmp_path / "absent" / "output.txt").wait() == 1
+    assert server.start(["info"]).wait() == 0
+
+
 @pytest.mark.parametrize(
-    ("devices", "own_lines", "forks"),
+    ("devices", "workers", "command", "servers"),
     [
-        (("cpu", "cpu"), True, True),
-        (("cpu",), True, False),  # one alone gains nothing
-        (("cpu", "cpu"), False, False),  # side by side, with an output each
-        (("cuda", "cuda"), True, False),
+        (("cpu", "cpu"), 1, "pretrain", 1),
+        (("cpu",), 1, "pretrain", 0),  # one alone gains nothing
+        (("cpu", "cpu"), 2, "pretrain", 0),  # nor does one per worker
+        (("cpu", "cpu", "cpu"), 2, "pretrain", 2),
+        (("cuda", "cuda"), 1, "pretrain", 0),
+        (("cpu", "cpu"), 1, "rl", 0),
     ],
 )
 def test_runs_are_forked_where_several_follow_each_other_on_a_cpu(
-    tmp_path, texts, monkeypatch, devices, own_lines, forks
+    tmp_path, texts, monkeypatch, devices, workers, command, servers
 ):
     entered = []
     monkeypatch.setattr(ForkServer, "__enter__", lambda self: entered.append(self) or self)
     monkeypatch.setattr(ForkServer, "__exit__", lambda self, *error: None)
     grid = [
-        Arm(str(i), "pretrain", tiny(tmp_path, texts, device=device), RunFolder(str(tmp_path)))
+        Arm(str(i), command, tiny(tmp_path, texts, device=device), RunFolder(str(tmp_path)))
         for i, device in enumerate(devices)
     ]
-    display = Display()
-    display.own_lines = own_lines
-    with arms.starter(grid, display) as begin:
-        assert (begin is not start) == forks == bool(entered)
+    with arms.starter(grid, SideBySide(workers, 1), Display()):
+        assert len(entered) == servers
+    assert all(server.environment == {"OMP_NUM_THREADS": "1"} for server in entered)

@@ -33,12 +33,12 @@ def texts(tmp_path_factory):
 def config_of(out, texts, **changes) -> CompareConfig:
     base = tiny(out, texts)
     shared = {field.name: getattr(base, field.name) for field in dataclasses.fields(TrainConfig)}
-    return CompareConfig(**{**shared, "recipes": RECIPES, **changes})
+    return CompareConfig(**{**shared, "recipes": RECIPES, "workers": 1, **changes})
 
 
-def forking(waiting, display) -> contextlib.AbstractContextManager:
+def forking(arms, share, display) -> contextlib.AbstractContextManager:
     """In the place of ``starter``: runs of the tests' own fork server."""
-    return contextlib.nullcontext(lambda arguments: start_cli(*arguments))
+    return contextlib.nullcontext(lambda arguments, output: start_cli(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,56 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_the_same_command_goes_on(t
     assert "checkpoint saved" in said
     assert "run the same command again to go on" in said
     assert len(list((tmp_path / "out" / "quartet2" / "checkpoints").iterdir())) == 1
+
+
+def test_side_by_side_each_line_has_its_runs_name_and_no_loss_changes(
+    tmp_path, compared, texts, capsys
+):
+    """Two at a time, one thread each, from two fork servers: the losses of runs one by one."""
+    config = config_of(tmp_path / "out", texts, workers=2)
+    compare(config)
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert report["side_by_side"]["workers"] == 2
+    assert "2 runs at a time" in said
+    for run in report["runs"]:
+        steps = [line for line in said.splitlines() if line.startswith(f"{run['recipe']}: step ")]
+        assert f" 12/{run['steps']}" in steps[-1]
+        assert (tmp_path / "out" / run["recipe"] / "output.txt").read_text().count("step ") >= 3
+        alone = steps_of(compared[0] / run["recipe"])
+        assert steps_of(tmp_path / "out" / run["recipe"]) == alone
+
+
+def test_a_failure_side_by_side_names_its_run_and_stops_the_others(tmp_path, texts):
+    absent = (str(tmp_path / "absent"),)
+    config = config_of(
+        tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout, workers=2
+    )
+    with pytest.raises(TrainError, match=r"(bf16|rtn) ended with exit code 1: .*absent"):
+        compare(config)
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "device", "share"),
+    [
+        (8, None, "cpu", (3, 2)),
+        (2, None, "cpu", (2, 1)),
+        (1, None, "cpu", (1, None)),
+        (8, 1, "cpu", (1, None)),
+        (2, 5, "cpu", (5, 1)),
+        (8, None, "cuda", (1, None)),
+        (8, 2, "cuda", (2, None)),
+    ],
+)
+def test_cores_are_shared_by_the_runs(tmp_path, texts, monkeypatch, cores, asked, device, share):
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    grid = plan(resolve(config_of(tmp_path, texts)))
+    grid = [
+        dataclasses.replace(a, config=dataclasses.replace(a.config, device=device)) for a in grid
+    ]
+    found = arms.side_by_side(grid, asked)
+    assert (found.workers, found.threads) == share
 
 
 def test_run_configs_differ_in_recipe_and_folder_only(tmp_path, texts):
