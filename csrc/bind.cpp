@@ -14,6 +14,7 @@
 
 #include "bind_common.h"
 #include "cpu/kernels.h"
+#include "cpu/transpose_codes.h"
 #include "interface.h"
 #include "layout.h"
 #include "philox.h"
@@ -144,6 +145,18 @@ void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t ou
     k.decode(args);
 }
 
+// q: codes in 16x16 blocks. codes [columns, ceil(rows / 16) * 8], block_scale [Kp / 16, rows / 16].
+void transpose(const CodeMatrix& q, int64_t columns, uintptr_t codes, uintptr_t block_scale,
+               int threads) {
+    require_columns(q, columns);
+    require(q.scale_block_rows == kBlock && q.row_bytes % 8 == 0, "only tiles have a transpose");
+    require(columns > q.row_bytes * 2 - kBlock, "a whole block of columns would be left out");
+    require(codes && block_scale && threads > 0, "missing output");
+    py::gil_scoped_release release;
+    transpose_codes(q, columns, reinterpret_cast<uint8_t*>(codes),
+                    reinterpret_cast<uint8_t*>(block_scale), threads);
+}
+
 struct Product {
     const char* name;
     void (*run)(const MatmulArgs&);
@@ -255,6 +268,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("quantize", &quantize);
     m.def("quantize_both", &quantize_both);
     m.def("decode", &decode);
+    m.def("transpose", &transpose);
     m.def("fingerprint", &fingerprint);
     m.def("product_sets", [] {
         py::list names;

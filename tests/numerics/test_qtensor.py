@@ -13,9 +13,10 @@ from assertions import (
     assert_qtensor_equal,
 )
 
+from nvfp4.backends.registry import BACKENDS
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
-from nvfp4.ops import dequantize, quantize
+from nvfp4.ops import dequantize, quantize, transpose
 
 
 def random_qtensor(
@@ -138,13 +139,18 @@ def test_nan_global_scale_shows(rng: np.random.Generator) -> None:
     assert by_row[[0, 1, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize(("n", "k"), [(32, 48), (20, 40), (16, 5), (1, 16)])
-def test_transpose_keeps_every_value(n: int, k: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("n", "k"), [(32, 48), (20, 40), (16, 5), (1, 16), (330, 415)])
+def test_transpose_keeps_every_value(
+    n: int, k: int, backend: str, rng: np.random.Generator
+) -> None:
     """The same weight codes, read along the other axis: bytes as defined, and it decodes to the
     transposed matrix."""
+    if reason := BACKENDS[backend].unavailable(torch.device("cpu")):
+        pytest.skip(reason)
     x = rng.standard_normal((n, k)).astype(np.float32)
     q = quantize(torch.from_numpy(x), "rtn_2d")
-    t = q.transpose()
+    t = transpose(q, backend=backend)
     codes, scales = oracle.transpose_tiles(q.codes.numpy(), q.block_scale.numpy(), k)
     assert_codes_bitwise(t.codes, codes)
     assert_bytes_equal(t.block_scale, scales, "block_scale")
@@ -154,7 +160,7 @@ def test_transpose_keeps_every_value(n: int, k: int, rng: np.random.Generator) -
     assert_floats_bitwise(
         t.dequantize(), q.dequantize(), "the tensor itself, in its own order of axes"
     )
-    assert_qtensor_equal(t.transpose(), q, "twice")
+    assert_qtensor_equal(transpose(t, backend=backend), q, "twice")
 
 
 def test_transpose_refuses_what_it_cannot_share(rng: np.random.Generator) -> None:

@@ -2,6 +2,7 @@
 
     quantize, both orientations    x is read where it lies, with any strides of which one is 1
     requantize                     from codes, decoded in registers and never written
+    transpose                      of codes in 16x16 blocks, in squares of two by two
     matmul                         codes are decoded into packed panels; sums in float32; global
                                    scales, bias and the one rounding on the way out
     dense_product                  the same for float32, BF16 and FP16 operands, where torch would
@@ -32,6 +33,7 @@ from nvfp4.backends.native.extension import (
 from nvfp4.backends.native.products import MISSING as _MISSING
 from nvfp4.backends.native.products import PAIRS, multiply, native, products
 from nvfp4.backends.reference import reference_matmul
+from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import seed_on_host
@@ -204,6 +206,27 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
         return args, q, scratch
+
+    def transpose(self, q: QTensor) -> QTensor:
+        """In one call for unrotated 16x16 tiles; the rest, and its errors, are the base's."""
+        has_one = q.block == TILE_BLOCK and q.rotation is None and len(q.shape) == 2
+        if not has_one or q.codes.numel() == 0:
+            return super().transpose(q)
+        assert native is not None
+
+        # [K, Mp/2]: columns beyond K are cut, rows are filled up to 16 with zero codes
+        q = contiguous(q)
+        down, across = q.block_scale.shape
+        codes = torch.empty(q.contraction, down * 8, dtype=torch.uint8, device="cpu")
+        scales = torch.empty(across, down, dtype=torch.uint8, device="cpu")
+        native.transpose(
+            code_matrix(native, q),
+            q.contraction,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return QTensor(codes, scales, q.global_scale, q.block, q.shape, -1 - q.axis % 2)
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
         """A 64-bit hash of the bytes, on all threads; None for strided or empty x."""
