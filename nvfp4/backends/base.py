@@ -15,7 +15,7 @@ recipe. Codes and scales equal the reference's bit for bit, and ``selfcheck`` lo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -73,6 +73,13 @@ class Backend(ABC):
             return None
         known = quantizer.name in self.quantizers
         return None if known else f"it has no kernel for {quantizer.name}"
+
+    def prepare(self, run: Callable[[], object]) -> None:
+        """Do beforehand what the first call of ``run`` would wait for, such as compiling kernels.
+
+        ``run`` may be called, and what that returns is void.
+        """
+        del run  # nothing is made at first use
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:

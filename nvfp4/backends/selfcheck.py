@@ -1,10 +1,11 @@
 """What a backend has to show at its first use on a device: the reference's bits.
 
 A kernel built for another architecture may return zeros or what was in memory, without any error.
-So the first question for an operation (and quantiser) on a device runs a probe: a small fixed input
+So the first question for an operation (and rule) on a device runs a probe: a small fixed input
 through the backend and through the reference on the CPU, which must agree to the last bit.
 
-    quantize            an ordinary matrix, both orientations, from codes; ties, zeros, overflow
+    quantize            an ordinary matrix, both orientations, from codes; ties, zeros, overflow;
+                        in 16x16 blocks too, if the rule takes them: rtn vouches for rtn_2d
     matmul, grouped     operands whose products are exact in float32 in every order of summation
     activation          RMSNorm, SwiGLU, and their gradients
     dequantize, transpose, draw_seeds
@@ -46,6 +47,13 @@ _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
 """Codes of the exact elements beside a tie."""
 
 
+def head_of_family(quantizer: Quantizer) -> Quantizer:
+    """The quantiser that is checked for all with the same rule: rtn for rtn_2d, others for
+    themselves.
+    """
+    return RTN if quantizer.rule is RTN.rule else quantizer
+
+
 def find_fault(
     backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None
 ) -> str | None:
@@ -61,6 +69,7 @@ def find_fault(
     with without_dispatch_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
         want = probe(_REFERENCE, torch.device("cpu"), chosen)
         try:
+            backend.prepare(lambda: probe(backend, device, chosen))
             got = [tensor.cpu() for tensor in probe(backend, device, chosen)]
         except Exception as error:  # whatever a kernel raises here, the backend is of no use
             return f"its first {operation} failed: {error or type(error).__name__}{_lost(device)}"
@@ -97,6 +106,8 @@ def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
     rows, columns = backend.quantize_both(x, (quantizer, options), (quantizer, options))
     again = backend.requantize(_stored(_matrix(_COLUMNS, _ROWS), device), quantizer, options)
     made = [fresh, rows, columns, again]
+    if "block" in quantizer.options:
+        made.append(backend.quantize(x, quantizer, quantizer.check(seed=1, block=TILE_BLOCK)))
 
     # a matrix whose columns are contiguous is read by another kernel
     for edges in edge_cases(quantizer):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -103,6 +105,75 @@ def test_the_first_of_a_family_says_that_it_compiles(driver: Driver, monkeypatch
         monkeypatch.setattr(launch.dist, name, lambda value=value: value)
     put(ALIGNED, n=1)
     assert len(caplog.records) == 1
+
+
+def test_kernels_are_compiled_together(driver: Driver, monkeypatch, caplog) -> None:
+    """What a run would launch is compiled beforehand, by several threads, and nothing is launched;
+    one line says which kernels and another that they are done. The run then compiles nothing, and
+    says no more."""
+    late = type("Late", (), {"not_done": {1}})
+    monkeypatch.setattr(launch, "wait", lambda futures, timeout: late)
+    monkeypatch.setattr(launch, "_ANNOUNCED", set())
+    monkeypatch.setattr(launch, "_COMPILED_BEFOREHAND", set())
+    sizes = (32, 33, 1, 32)
+
+    def run() -> None:
+        for n in sizes:
+            put(ALIGNED, n=n)
+        put(ALIGNED, flag=1)
+
+    launch.compile_together(run)
+    assert driver.launches == []
+    assert len(fill.device_caches[0][0]) == 4
+    first, second = (record.getMessage() for record in caplog.records)
+    at_once = min(4, launch._cores())
+    assert first == (
+        f"nvfp4 compiles 4 Triton kernels, {at_once} at a time, once, then kept on disk: 4 x fill"
+    )
+    assert re.fullmatch(r"nvfp4 has compiled its 4 Triton kernels in \d+ s", second)
+
+    run()
+    assert len(driver.launches) == 5
+    assert len(fill.device_caches[0][0]) == 4
+    launch.compile_together(run)
+    assert len(driver.launches) == 10, "what is compiled is launched in a rehearsal too"
+    assert len(caplog.records) == 2
+
+
+def test_a_rehearsal_that_fails_is_left_to_the_run(driver: Driver, monkeypatch) -> None:
+    """Whatever a run makes of results that are void, and what does not compile."""
+
+    def run() -> None:
+        put(ALIGNED)
+        put(ALIGNED, n=33)
+        put(ALIGNED, tile=TILE._replace(columns=33))  # no power of two
+        raise RuntimeError("void")
+
+    launch.compile_together(run)
+    assert driver.launches == []
+    put(ALIGNED, n=33)
+    assert len(driver.launches) == 1
+    for _ in range(2):
+        with pytest.raises(triton.CompilationError):
+            put(ALIGNED, tile=TILE._replace(columns=33))
+
+
+def test_processes_begin_at_different_kernels(driver: Driver, monkeypatch) -> None:
+    """So that on one machine each finds on disk what the others have made; cores are shared."""
+    order = []
+    monkeypatch.setattr(launch, "_place", lambda: (1, 2))
+    monkeypatch.setattr(launch, "_cores", lambda: 2)
+    pools = []
+    monkeypatch.setattr(
+        launch, "ThreadPoolExecutor", lambda n: pools.append(n) or ThreadPoolExecutor(n)
+    )
+    fill.add_pre_run_hook(lambda *args, **options: order.append(args[2]))
+    try:
+        launch.compile_together(lambda: [put(ALIGNED, n=n) for n in (32, 33, 1, 2**40)])
+    finally:
+        fill.pre_run_hooks.clear()
+    assert order == [1, 2**40, 32, 33]
+    assert pools == [1]
 
 
 def test_sums_modulo_a_power_of_two_are_not_trapped(driver: Driver, monkeypatch) -> None:

@@ -20,6 +20,8 @@ reference's bits, and compilers say that all of them build for eight cards witho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nvfp4.backends.base import Backend
@@ -37,7 +39,7 @@ try:
     from nvfp4.backends.triton.arithmetic import INTERPRETED
     from nvfp4.backends.triton.gemm.decoded import contract, pays, scaled
     from nvfp4.backends.triton.gemm.launch import gemm, tensor_cores
-    from nvfp4.backends.triton.launch import launch
+    from nvfp4.backends.triton.launch import compile_together, launch
     from nvfp4.backends.triton.operands import Source, Target, coded_as, on, two_targets
     from nvfp4.backends.triton.quantize import kernels
     from nvfp4.backends.triton.quantize import launch as quantizing
@@ -73,6 +75,10 @@ class TritonBackend(Backend):
     def automatic(self, device: torch.device) -> bool:
         """Not under TRITON_INTERPRET=1, where kernels run on the CPU and only when named."""
         return not INTERPRETED
+
+    def prepare(self, run: Callable[[], object]) -> None:
+        """Compile the kernels that ``run`` launches, on several cores at a time."""
+        compile_together(run)
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
         """Two launches: amax and quantise, or for ms_eden quantise and finish."""

@@ -4,6 +4,8 @@
       first call of its kind    Triton compiles (seconds, then kept on disk) and launches
       later calls               our own key -> the compiled kernel -> launch
 
+    compile_together(run)       what ``run`` would launch, compiled on all cores beforehand
+
 Triton's own launch looks its kernel up by everything it could depend on, among others every global
 number that the source mentions: 6 to 12 us each, several times as long as the launch itself. With
 the key below, the host time of a quartet2 layer fell from about 14 to 5 times BF16's, under a
@@ -15,8 +17,13 @@ whether it is 1 or divides by 16.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,9 +65,33 @@ FAMILIES = {
 _ANNOUNCED: set[str] = set()
 _LOG = logging.getLogger("nvfp4")
 
+PATIENCE = 1.0
+"""Seconds of compiling before it is said: what lies on disk is loaded sooner, and in silence."""
+
 _COMPILED: dict[tuple[Any, ...], CompiledKernel] = {}
 _SPECIALISED: dict[Any, tuple[bool, ...]] = {}
 """By function, whether Triton specialises on the value of each parameter."""
+
+
+class Wanted(NamedTuple):
+    """What it takes to compile a kernel as a launch would."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    warps: int
+    stages: int
+
+
+class _Rehearsal(threading.local):
+    """Where launches of this thread are noted instead of being done; None: they are done."""
+
+    wanted: dict[tuple[Any, ...], Wanted] | None = None
+
+
+_REHEARSAL = _Rehearsal()
+_COMPILED_BEFOREHAND: set[tuple[Any, ...]] = set()
+"""Keys of kernels that ``compile_together`` has seen to."""
 
 
 def launch(
@@ -93,32 +124,119 @@ def launch(
         compiled[grid](*arguments, *constants)
         return
 
+    # a rehearsal launches nothing
+    if _REHEARSAL.wanted is not None:
+        wanted = Wanted(kernel, tuple(arguments), tuple(constants), warps, stages)
+        _REHEARSAL.wanted.setdefault(key, wanted)
+        return
+
     # compile, launch, keep; not one that is still being compiled
-    _announce(kernel)
+    if key not in _COMPILED_BEFOREHAND:
+        _announce(kernel)
     compiled = kernel[grid](*arguments, *constants, num_warps=warps, num_stages=stages, **EXACT)
     if isinstance(compiled, CompiledKernel):
         _COMPILED[key] = compiled
 
 
-def _announce(kernel: Any) -> None:
-    """Say in one line that a family of kernels is compiled: the first step would seem to hang.
+def compile_together(run: Callable[[], object]) -> None:
+    """Compile what ``run`` would launch and nobody has compiled yet, on several cores at a time.
 
-    At the level of warnings, so that it shows unless somebody set up logging otherwise; of several
-    processes the first alone says it.
+    ``run`` is called on this thread, and its launches are noted and not done, so its results are
+    void. Compiling takes 1.6 to 2.5 s per kernel, of which Python's part is a tenth; a recipe needs
+    31 to 53 of them. All that takes more than ``PATIENCE`` is said in a line, and when it is done.
+    What fails to compile is left to the launch that needs it, which raises.
     """
+    if not DIRECT or _REHEARSAL.wanted is not None:
+        return
+
+    # whoever compiles in threads already has a way of his own
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+    if active_mode.get() is not None:
+        return
+
+    wanted: dict[tuple[Any, ...], Wanted] = {}
+    _REHEARSAL.wanted = wanted
+    try:
+        run()
+    except Exception:  # on results that are void anything may go wrong; the real run tells
+        pass
+    finally:
+        _REHEARSAL.wanted = None
+    if len(wanted) < 2:
+        return
+
+    # processes of one machine begin at different places, and find on disk what the others made
+    rank, processes = _place()
+    kernels = [*wanted.values()]
+    start = rank * len(kernels) // processes
+    began, threads = time.perf_counter(), max(1, _cores() // processes)
+    with (
+        ThreadPoolExecutor(min(threads, len(kernels))) as pool,
+        AsyncCompileMode(pool, ignore_errors=True) as mode,
+    ):
+        for each in kernels[start:] + kernels[:start]:
+            each.kernel.run(
+                *each.arguments,
+                *each.constants,
+                grid=(1, 1, 1),
+                warmup=True,
+                num_warps=each.warps,
+                num_stages=each.stages,
+                **EXACT,
+            )
+        late = wait(mode.raw_futures, timeout=PATIENCE).not_done
+        if late:
+            counts = Counter(each.kernel.fn.__name__ for each in kernels)
+            names = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
+            what = f"{len(kernels)} Triton kernels, {min(threads, len(kernels))} at a time"
+            _say("nvfp4 compiles %s, once, then kept on disk: %s", what, names)
+    _COMPILED_BEFOREHAND.update(wanted)
+    if late:
+        seconds = time.perf_counter() - began
+        _say("nvfp4 has compiled its %d Triton kernels in %.0f s", len(kernels), seconds)
+
+
+def _place() -> tuple[int, int]:
+    """Which process this is, and of how many that may share this machine."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    processes = max(1, min(dist.get_world_size(), torch.cuda.device_count()))
+    return dist.get_rank() % processes, processes
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _say(message: str, *values: object) -> None:
+    """At the level of warnings, so that it shows unless somebody set up logging otherwise.
+
+    Of several processes the first alone says it: all compile, and one line is enough.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
+        _LOG.warning(message, *values)
+
+
+def _announce(kernel: Any) -> None:
+    """Say in one line that a family of kernels is compiled: the first step would seem to hang."""
     module = kernel.fn.__module__.removeprefix("nvfp4.backends.triton.")
     if module in _ANNOUNCED:
         return
     _ANNOUNCED.add(module)
 
-    # all processes compile; one line is enough
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-        return
     purpose = FAMILIES.get(module, module)
-    _LOG.warning(
+    _say(
         "nvfp4 compiles its Triton kernels for %s: seconds each at first use, then kept on disk",
         purpose,
     )
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the current stream of a GPU."""
+    handle: int = driver.active.get_current_stream(device.index)
+    return handle
 
 
 def key_of(kernel: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> tuple[Any, ...]:
