@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
+from nvfp4.backends.autotune import Road
 from nvfp4.backends.base import Operation
-from nvfp4.backends.registry import AUTO, can_run, candidates, measured, select
+from nvfp4.backends.registry import AUTO, can_run, candidates, measured, select, select_both
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.hadamard import Rotation
@@ -96,7 +97,8 @@ def quantize_with(
         matrix = matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])
 
     with without_dispatch_modes():
-        chosen = select(backend, "quantize", x.device, quantizer, options)
+        road: Road = "rows" if matrix.stride(1) == 1 else "columns"
+        chosen = select(backend, "quantize", x.device, quantizer, options, road)
         if amax is None:
             q = chosen.quantize(matrix, quantizer, options)
         else:
@@ -120,13 +122,12 @@ def quantize_both(
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
 
-    # one read takes one backend that has both quantisers
-    chosen = select(backend, "quantize", x.device, *rows)
-    if chosen is not select(backend, "quantize", x.device, *columns):
-        return quantize_with(x, *rows, backend=backend), quantize_with(
-            x.t(), *columns, backend=backend
-        )
     with without_dispatch_modes():
+        chosen = select_both(backend, x.device, rows, columns)
+        if chosen is None:
+            return quantize_with(x, *rows, backend=backend), quantize_with(
+                x.t(), *columns, backend=backend
+            )
         return chosen.quantize_both(x, rows, columns)
 
 
@@ -177,9 +178,8 @@ def requantize_with(
             f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}"
         )
     with without_dispatch_modes():
-        return select(backend, "quantize", q.device, quantizer, options).requantize(
-            q, quantizer, options
-        )
+        chosen = select(backend, "quantize", q.device, quantizer, options, "codes")
+        return chosen.requantize(q, quantizer, options)
 
 
 def transpose(q: QTensor, *, backend: str = AUTO) -> QTensor:
@@ -313,7 +313,7 @@ def explain(
     for backend, reason in candidates(operation, torch.device(device), chosen, checked):
         verdict = reason or ("available" if picked else "chosen")
         verdict = " ".join(verdict.split())  # what a compiler or a driver says has several lines
-        seconds = measured(backend, operation, torch.device(device), chosen)
+        seconds = measured(backend, operation, torch.device(device), chosen, checked)
         if reason is None and seconds is not None:
             verdict += f", measured {seconds * 1e6:.0f} us"
         picked = picked or reason is None
@@ -342,7 +342,7 @@ def _lead(q: QTensor) -> list[int]:
 # ``_from_schema`` takes.
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _HOW = (
-    "str quantizer, str backend='auto', int block_rows=1, bool row_scaled=False, str "
+    f"str quantizer, str backend='{AUTO}', int block_rows=1, bool row_scaled=False, str "
     "metric='mse', int group=0, "
     "int rounds=1, bool fixed=False, bool search=False, int? seed=None, int? sign_seed=None"
 )
@@ -470,7 +470,7 @@ def _matmul(
     b_global_scale: torch.Tensor,
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> torch.Tensor:
     """a b^T [M, N] of operands of equal contraction and rotation, for which the caller vouches."""
     columns = a_codes.shape[1] * 2
@@ -489,6 +489,6 @@ def _(
     b_global_scale,
     out_dtype,
     bias=None,
-    backend="auto",
+    backend=AUTO,
 ):
     return a_codes.new_empty(a_codes.shape[0], b_codes.shape[0], dtype=out_dtype)

@@ -1,57 +1,143 @@
-"""Which of the backends that give the same bits is the fastest here: measured once, not assumed.
+"""Which of the ways that give the same bits is the fastest here: measured once, not assumed.
 
 Both the CUDA and the Triton backend quantise on Hopper and Blackwell, to the same codes. Which is
-faster depends on the card and on the quantiser, so the first use of each quantiser on each device
-times them on one matrix, for one orientation and for both, and keeps the order. That takes five
-turns, or the turns that fit into ``SECONDS``, when kernels are compiled anyway.
+faster depends on the card, on the quantiser with its options, and on the road that the operand
+takes, so each of these is a race of its own, run when a call first asks:
+
+    rows       x [M, K] along K, contiguous rows
+    columns    x^T [K, M] along M, read where x lies
+    codes      requantize: what codes [M, K] stand for, along M
+    both       both orientations in one call, ``quantize_both``, against
+    two        one call for each, by the winners of rows and of columns: reading x twice may cost
+               less than one kernel that has registers for two rules
+
+A race is of BF16 [8192, 4096], 64 MiB: one of 16 MiB lies in the L2 cache of a card (50 to 126 MB)
+when the next one reads it. It takes five turns, or the turns that fit into ``SECONDS``, when
+kernels are compiled anyway; a card without room for the matrix holds none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 
 from nvfp4.backends.base import Backend
+from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.torch_state import without_dispatch_modes
-from nvfp4.quantizers.base import Quantizer
+from nvfp4.quantizers.base import Options, Quantizer
 
 Clock = Callable[[Callable[[], object], torch.device], float]
 """Seconds that a call takes on a device."""
 
-SHAPE = (2048, 4096)
+Road = Literal["rows", "columns", "codes"]
+BOTH, TWO = "both", "two"
+
+SHAPE = (8192, 4096)
 TURNS = 5
 
 SECONDS = 0.1
 """After so long measuring ends at the end of a turn."""
 
 MARGIN = 0.95
-"""A later backend wins only below this share of the earlier one's time: noise must not decide."""
+"""A later one wins only below this share of the earlier one's time: noise must not decide."""
+
+_ONE = 0x38
+"""1 as an E4M3 code: exponent 7, whose bias is 7."""
 
 _BUSY_BYTES = 64 << 20
 """Memory that is cleared eight times before a run: the device is busy while the host launches."""
 
 
-def autotune(
-    backends: Sequence[Backend], device: torch.device, quantizer: Quantizer, clock: Clock
+def race(
+    backends: Sequence[Backend],
+    device: torch.device,
+    road: Road,
+    quantizer: Quantizer,
+    options: Options,
+    clock: Clock,
 ) -> dict[str, float]:
-    """Seconds that each backend takes for one BF16 matrix and then for both orientations of it.
+    """Seconds that each backend takes on one road, by its name; {} without room for the matrix."""
 
-    By the backend's name; the least of its turns. Each runs once before, which compiles. Waits for
-    the device; draws no random number.
+    def run(backend: Backend, operand: torch.Tensor | QTensor) -> object:
+        if isinstance(operand, QTensor):
+            return backend.requantize(operand, quantizer, options)
+        return backend.quantize(operand, quantizer, options)
+
+    def entries() -> dict[str, Callable[[], object]]:
+        operand = _operand(road, device)
+        return {backend.name: partial(run, backend, operand) for backend in backends}
+
+    return _race({backend.name: backend for backend in backends}, entries, device, clock)
+
+
+def race_both(
+    backends: Sequence[Backend],
+    winners: tuple[Backend, Backend],
+    device: torch.device,
+    how: tuple[tuple[Quantizer, Options], tuple[Quantizer, Options]],
+    clock: Clock,
+) -> dict[str, float]:
+    """Seconds of ``quantize_both`` by the backend's name, and of two calls by the name "two".
+
+    winners: of rows and of columns. how: (rows, columns).
     """
-    options = quantizer.check(seed=1)
+    across, down = winners
+
+    def entries() -> dict[str, Callable[[], object]]:
+        x = _matrix(device)
+        one: dict[str, Callable[[], object]] = {
+            backend.name: partial(backend.quantize_both, x, *how) for backend in backends
+        }
+        return one | {TWO: lambda: (across.quantize(x, *how[0]), down.quantize(x.t(), *how[1]))}
+
+    return _race({backend.name: backend for backend in backends}, entries, device, clock)
+
+
+def fastest(names: Sequence[str], seconds: Mapping[str, float]) -> str | None:
+    """The fastest of those that were timed; an earlier name unless a later one clearly wins."""
+    best = None
+    for name in names:
+        if name in seconds and (best is None or seconds[name] < MARGIN * seconds[best]):
+            best = name
+    return best
+
+
+def fastest_first(backends: Sequence[Backend], seconds: Mapping[str, float]) -> list[Backend]:
+    """The backends with the fastest of those that were timed first, the others as they were."""
+    names = [backend.name for backend in backends]
+    best = fastest(names, seconds)
+    first = next((name for name in names if name in seconds), None)
+    if best == first:
+        return list(backends)
+
+    # it takes the place of the first that was timed, before those that were not
+    rest = [backend for backend in backends if backend.name != best]
+    rest.insert(names.index(str(first)), backends[names.index(str(best))])
+    return rest
+
+
+def _race(
+    backends: Mapping[str, Backend],
+    entries: Callable[[], Mapping[str, Callable[[], object]]],
+    device: torch.device,
+    clock: Clock,
+) -> dict[str, float]:
+    """The least seconds of each entry, in turns; each runs once before, which compiles.
+
+    Waits for the device; draws no random number.
+    """
     with without_dispatch_modes(), torch.no_grad():
-        x = torch.linspace(-3, 3, SHAPE[0] * SHAPE[1], device=device).view(SHAPE).to(torch.bfloat16)
-
-        def work(backend: Backend) -> Callable[[], object]:
-            how = (quantizer, options)
-            return lambda: (backend.quantize(x, *how), backend.quantize_both(x, how, how))
-
-        # compile
-        runs = {backend.name: work(backend) for backend in backends}
-        for run in runs.values():
-            run()
+        try:
+            runs = entries()
+            for name, run in runs.items():
+                if name in backends:
+                    backends[name].prepare(run)
+                run()
+        except torch.OutOfMemoryError:
+            return {}
 
         # take turns, so that a card that slows down slows all of them
         least, spent = dict.fromkeys(runs, float("inf")), 0.0
@@ -65,23 +151,24 @@ def autotune(
     return least
 
 
-def fastest_first(backends: Sequence[Backend], seconds: dict[str, float]) -> list[Backend]:
-    """The backends with the fastest of those that were timed first, the others as they were."""
-    runners = [backend for backend in backends if backend.name in seconds]
-    if not runners:
-        return list(backends)
+def _matrix(device: torch.device) -> torch.Tensor:
+    """BF16 ``SHAPE``, both signs; rows are equal, which no kernel can tell."""
+    row = torch.linspace(-3, 3, SHAPE[1], device=device).to(torch.bfloat16)
+    return row.repeat(SHAPE[0], 1)
 
-    best = runners[0]
-    for backend in runners[1:]:
-        if seconds[backend.name] < MARGIN * seconds[best.name]:
-            best = backend
-    if best is runners[0]:
-        return list(backends)
 
-    # it takes the place of the first that was timed, before those that were not
-    rest = [backend for backend in backends if backend is not best]
-    rest.insert(rest.index(runners[0]), best)
-    return rest
+def _operand(road: Road, device: torch.device) -> torch.Tensor | QTensor:
+    """What is quantised on a road."""
+    if road == "codes":
+        # every byte is two codes
+        q = QTensor.empty(SHAPE, device=device)
+        codes = torch.arange(256, device=device).to(torch.uint8)
+        q.codes.copy_(codes.repeat(q.codes.numel() // 256).view_as(q.codes))
+        q.block_scale.fill_(_ONE)
+        q.global_scale.fill_(1.0)
+        return q
+    x = _matrix(device)
+    return x if road == "rows" else x.t()
 
 
 def seconds_on_gpu(run: Callable[[], object], device: torch.device) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nvfp4.backends.registry import AUTO
 from nvfp4.layer.lazy_activation import rms_norm, swiglu
 from nvfp4.layer.linear import Linear
 from nvfp4.model.reclass import can_restore, reclass, restore
@@ -195,7 +196,7 @@ def _eps(module: nn.Module) -> Any:
 
 def _backend(*layers: nn.Linear) -> str:
     """The backend of the first converted layer among them."""
-    return next((layer.nvfp4.backend for layer in layers if isinstance(layer, Linear)), "auto")
+    return next((layer.nvfp4.backend for layer in layers if isinstance(layer, Linear)), AUTO)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[int] | None]]:

@@ -15,7 +15,8 @@ property tests check for every quantiser in the registry.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,15 @@ class Options:
     rotation: Rotation | None = None
     seed: Seed | None = None
     sign_seed: Seed | None = None
+
+    @cached_property
+    def kind(self) -> str:
+        """All of it but the seeds, as a key: what decides who can compute it, and how fast.
+
+        A string, whose hash is worked out once.
+        """
+        rotation = None if self.rotation is None else replace(self.rotation, sign_seed=None)
+        return repr(replace(self, rotation=rotation, seed=None, sign_seed=None))
 
 
 @dataclass(frozen=True)
@@ -178,9 +188,7 @@ class Quantizer:
                 f"{self.name} rotates by itself: use its group, rounds and sign_seed, not rotation="
             )
         sign_seed = options.seed if options.sign_seed is None else options.sign_seed
-        return Options(
-            **vars(options) | {"rotation": Rotation(options.group, options.rounds, sign_seed)}
-        )
+        return replace(options, rotation=Rotation(options.group, options.rounds, sign_seed))
 
     def quantize(self, x: torch.Tensor, options: Options) -> QTensor:
         """Quantise matrix x [M, K] (float32, float16, bfloat16; any strides) along its last axis.
