@@ -6,7 +6,7 @@
 
 A Target lives through two launches: one finds the amax (as bits, in ``peak``), one makes codes and
 scales. Rules that scale by what came out (``ms_eden``) need no amax, and ``finish`` makes their
-block scales last. Two Targets of one x share an allocation for their peaks.
+block scales last. Peaks have to begin as zeros, and are cleared many at a time (``zero_peak``).
 
 Nothing here waits for the device, so all of it goes into a CUDA graph. All of it runs at every
 quantisation of every layer, so what does not change is remembered: the policy of a quantiser under
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nvfp4.backends.triton.launch import launch
+from nvfp4.backends.triton.launch import current_stream, launch
 from nvfp4.backends.triton.quantize import kernels
 from nvfp4.backends.triton.quantize.policy import RULES, Coded, Policy
 from nvfp4.backends.triton.quantize.rules import scaled_by_amax
@@ -31,6 +31,7 @@ from nvfp4.numerics.hadamard import Rotation, round_scale
 from nvfp4.numerics.layout import reads_swizzled, swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed, Seed
+from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
 SCALES = (16, 64, 4)
@@ -38,6 +39,13 @@ SCALES = (16, 64, 4)
 
 PEAK_UNIT = 4
 """Peaks in 16 bytes: what Triton asks of an aligned pointer, without which it compiles anew."""
+
+CLEARED = 64
+"""Peaks that are cleared at a time.
+
+To clear one per operand was five of the nineteen launches of a quartet2 layer's forward and
+backward.
+"""
 
 SeedArguments = tuple[int, int] | tuple[torch.Tensor, None]
 """The halves of a seed, or where on the device it lies."""
@@ -78,7 +86,7 @@ def coded_as(q: QTensor) -> Coded:
 class Target:
     """The result [M, K] that kernels fill, and what they need beside it.
 
-    peak: int32 zeros, [1] or row-scaled [M], if there are some already. amax: float32 of that
+    peak: int32 zeros, one or row-scaled [M], if there are some already. amax: float32 of that
     shape, if it is known. single: whether this orientation is made alone.
     """
 
@@ -107,7 +115,7 @@ class Target:
         if amax is not None:
             peak = amax.contiguous().view(torch.int32)
         if peak is None:
-            peak = torch.zeros(self.q.global_scale.shape, dtype=torch.int32, device=device)
+            peak = zero_peak(device) if not options.row_scaled else _zeros(shape[0], device)
         self.peak = peak
 
         # rules that know a block's scale only when all blocks are done keep its length meanwhile
@@ -148,10 +156,16 @@ def two_targets(
 ) -> tuple[Target, Target]:
     """What x and x^T are quantised into.
 
-    The peaks of both are one allocation, cleared at once; each begins at 16 bytes.
+    Peaks of rows are one allocation for both, cleared at once; each begins at 16 bytes.
     """
-    # how many peaks each has
     shapes = (tuple(x.shape), (x.shape[1], x.shape[0]))
+    if not (rows[1].row_scaled or columns[1].row_scaled):
+        return (
+            Target(shapes[0], *rows, x.device, single=False),
+            Target(shapes[1], *columns, x.device, single=False),
+        )
+
+    # how many peaks each has
     across, down = (
         shape[0] if how[1].row_scaled else 1
         for shape, how in zip(shapes, (rows, columns), strict=True)
@@ -159,11 +173,38 @@ def two_targets(
 
     # the second begins at 16 bytes, whatever the number of the first
     start = -(-across // PEAK_UNIT) * PEAK_UNIT
-    peaks = torch.zeros(start + down, dtype=torch.int32, device=x.device)
+    peaks = _zeros(start + down, x.device)
     return (
         Target(shapes[0], *rows, x.device, peak=peaks[:across], single=False),
         Target(shapes[1], *columns, x.device, peak=peaks[start:], single=False),
     )
+
+
+def zero_peak(device: torch.device) -> torch.Tensor:
+    """An int32 zero on ``device`` for one Target, in order with the current stream.
+
+    Taken from a few that were cleared together on that stream, each used once. A CUDA graph clears
+    its own: at a replay what was cleared before the capture is no longer zero.
+    """
+    if is_capturing(device):
+        return _zeros(1, device)
+    stream = 0 if device.type != "cuda" else current_stream(device)
+    cleared = _CLEARED.setdefault((device, stream), [])
+    try:
+        return cleared.pop()
+    except IndexError:
+        first, *rest = _zeros(CLEARED * PEAK_UNIT, device).split(PEAK_UNIT)
+        cleared += rest
+        return first
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    """int32 zeros."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+_CLEARED: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+"""By device and stream, what ``zero_peak`` hands out next."""
 
 
 def programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
