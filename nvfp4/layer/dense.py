@@ -23,6 +23,7 @@ same bits.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -153,6 +154,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _gradients(ctx, dy)
+
+
+# torch binds the arguments of a ``forward`` without a context by its signature, for which it asks
+# ``inspect`` in every call unless it stands here
+_Product.forward.__signature__ = inspect.signature(_Product.forward)  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("nvfp4::dense_product", mutates_args=())
