@@ -5,5 +5,5 @@
 #pragma once
 
 namespace nvfp4 {
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 }  // namespace nvfp4

@@ -31,7 +31,7 @@ RULES = {
 """Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/operands.h."""
 
 
-INTERFACE = 3
+INTERFACE = 4
 """``kInterface`` in csrc/interface.h, as these sources have it."""
 
 
