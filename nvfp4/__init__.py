@@ -22,11 +22,12 @@ from nvfp4.layer.linear import Linear
 from nvfp4.model.convert import convert, revert
 from nvfp4.model.fuse import fuse, rms_norm_linear, swiglu_linear
 from nvfp4.model.health import health, observe
+from nvfp4.model.noise import load_noise_state, noise_state
 from nvfp4.model.plain import dense_linears
 from nvfp4.model.report import check, report
 from nvfp4.model.selection import ConvertWarning
 from nvfp4.model.switches import capturable, disabled, forward_precision, share_amax
-from nvfp4.model.weights import after_step, fixed_weights, invalidate, load_noise_state, noise_state
+from nvfp4.model.weights import after_step, fixed_weights, invalidate
 from nvfp4.numerics.hadamard import Rotation, rotate
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.ops import dequantize, explain, matmul, quantize

@@ -10,8 +10,9 @@ that tyro shows and changes.
 Exit codes: 0; 1 for what the user can put right (one sentence); 2 for a wrong option, by tyro;
 128 + n after signal n. A defect of ours keeps its traceback.
 
-Libraries of models are imported inside the runners: importing this file takes 3.3 s of CPU time, of
-which torch is 2.3, and a trainer with its model 7.4 to 8.2 (benchmarks/NOTES.md).
+What does the work of a command is looked up when the command runs (``LATE``): importing this file
+takes 3.3 s of CPU time, of which torch is 2.3, and a trainer with its model 7.4 to 8.2
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import importlib
 import os
 import signal
 import sys
@@ -30,13 +32,27 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nvfp4.rl.config import PRESETS, RENAMED, RLConfig
+from nvfp4.rl import gvendi, prismatic
+from nvfp4.rl.config import PRESETS, RLConfig
+from nvfp4.rl.folder import RENAMED
 from nvfp4.rl.gvendi import GVendiConfig
 from nvfp4.rl.prismatic import PrismaticConfig
 from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import from_fields, read_config_file
 from nvfp4.run.options import RunConfig
 from nvfp4.train.config import CompareConfig, PretrainConfig
+
+LATE = {
+    "pretrain": "nvfp4.train.loop:pretrain",
+    "compare": "nvfp4.train.compare:compare",
+    "rl": "nvfp4.rl.loop:rl",
+    "rl compare": "nvfp4.rl.compare:compare",
+    "bench all": "nvfp4.bench.report:bench_all",
+    "bench all fails": "nvfp4.bench.gates:WrongResults",
+    "bench roofline": "nvfp4.bench.roofline_report:report",
+}
+"""What does the work of a command, as module:name, imported when it runs: ``--help`` needs no
+trainer, and a trainer may come from anywhere."""
 
 DESCRIPTION = (
     "NVFP4 4-bit training of language models, on any machine. COMMAND --help lists every option."
@@ -283,39 +299,24 @@ def _refuse_renamed(names: Iterable[str]) -> None:
 
 
 def _pretrain(command: Pretrain) -> None:
-    from nvfp4.train.loop import pretrain
-
-    pretrain(_without_file(PretrainConfig, command))
+    _late("pretrain")(_without_file(PretrainConfig, command))
 
 
 def _compare(command: Compare) -> None:
-    from nvfp4.train.compare import compare
-
-    compare(_without_file(CompareConfig, command))
+    _late("compare")(_without_file(CompareConfig, command))
 
 
 def _rl(command: RL) -> None:
     config = _without_file(RLConfig, command)
-    if config.seeds or config.recipes:
-        from nvfp4.rl.compare import compare
-
-        compare(config)
-    else:
-        from nvfp4.rl.loop import rl
-
-        rl(config)
+    _late("rl compare" if config.seeds or config.recipes else "rl")(config)
 
 
 def _gvendi(command: GVendi) -> None:
-    from nvfp4.rl.gvendi import report
-
-    report(command)
+    gvendi.report(command)
 
 
 def _prismatic(command: Prismatic) -> None:
-    from nvfp4.rl.prismatic import report
-
-    report(command)
+    prismatic.report(command)
 
 
 def _info(command: Info) -> None:
@@ -329,12 +330,9 @@ def _bench(command: Bench) -> None:
 
 
 def _bench_all(command: Bench) -> None:
-    from nvfp4.bench.gates import WrongResults
-    from nvfp4.bench.report import bench_all
-
     try:
-        bench_all(command.report, command.device, command.quick, command.seconds)
-    except (ValueError, OSError, WrongResults) as error:
+        _late("bench all")(command.report, command.device, command.quick, command.seconds)
+    except (ValueError, OSError, _late("bench all fails")) as error:
         raise TrainError(str(error)) from error
     except KeyboardInterrupt as error:
         raise Interrupted(
@@ -344,11 +342,10 @@ def _bench_all(command: Bench) -> None:
 
 def _roofline(command: Bench) -> None:
     from nvfp4.bench.devices import find_device
-    from nvfp4.bench.roofline_report import report
     from nvfp4.recipes import Recipe
 
     try:
-        report(
+        _late("bench roofline")(
             Recipe.from_name(command.recipe),
             command.models,
             [find_device(name) for name in command.devices],
@@ -359,6 +356,12 @@ def _roofline(command: Bench) -> None:
         )
     except (ValueError, OSError) as error:
         raise TrainError(str(error)) from error
+
+
+def _late(name: str) -> Any:
+    """What ``LATE`` names, imported now."""
+    module, _, attribute = LATE[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _without_file(kind: type, command: Any) -> Any:

@@ -37,6 +37,11 @@ def test_help_lists_every_option_with_a_sentence_and_its_default(command, kind, 
         assert len(entry.group(1).split()) > 4, f"{option} has no description: {entry.group(0)}"
 
 
+@pytest.mark.parametrize("name", cli.LATE)
+def test_what_is_looked_up_late_is_there(name):
+    assert callable(cli._late(name))
+
+
 def test_help_names_the_commands(capsys):
     code, said = said_by(["--help"], capsys)
     assert code == 0

@@ -19,13 +19,16 @@ from torch import nn
 from nvfp4.backends.base import Backend
 from nvfp4.backends.registry import AUTO, BACKENDS
 from nvfp4.bench.timing import CPU
-from nvfp4.model.convert import convert
+from nvfp4.layer.linear import Linear
+from nvfp4.layer.noise import Noise
+from nvfp4.layer.state import LinearState
 from nvfp4.model.plain import dense_linears
+from nvfp4.model.reclass import reclass
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
-from nvfp4.recipes import Recipe
+from nvfp4.recipes import Recipe, as_recipe
 
 QUANTISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
@@ -158,5 +161,7 @@ def layer_for(
     if recipe == "bf16":
         dense_linears(layer)
     elif recipe != "float32":
-        convert(layer, recipe, backend=backend, seed=0, verbose=False)
+        # ``convert`` would have nothing to decide about one layer
+        reclass(layer, Linear)
+        layer.nvfp4 = LinearState(as_recipe(recipe), Noise(0, 0), backend)
     return layer

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from nvfp4.model.weights import load_noise_state, noise_state
+from nvfp4.model.noise import load_noise_state, noise_state
 
 
 class NoiseCallback(TrainerCallback, ExportableState):

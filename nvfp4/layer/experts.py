@@ -43,8 +43,8 @@ from nvfp4.layer.saved import (
     saved_specs,
     unpack,
 )
-from nvfp4.layer.state import STACKS, LinearState, output_dtype, refuse_second_derivative
-from nvfp4.layer.weight_cache import Codes
+from nvfp4.layer.state import LinearState, output_dtype, refuse_second_derivative
+from nvfp4.layer.weight_cache import STACKS, Codes
 from nvfp4.numerics.rng import fold_in, signed
 from nvfp4.numerics.torch_state import is_dtensor, without_autocast
 from nvfp4.ops import grouped_matmul

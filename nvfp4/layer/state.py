@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from nvfp4.backends.registry import AUTO
 from nvfp4.layer.call import LayerCall, noise_for_call
@@ -24,9 +23,6 @@ from nvfp4.layer.weight_cache import Codes, WeightCache
 from nvfp4.numerics.torch_state import autocast_dtype, is_traced
 from nvfp4.ops import INPUT_DTYPES
 from nvfp4.recipes import Recipe
-
-STACKS = ("gate_up_proj", "down_proj")
-"""Parameters of an experts module, as transformers 5 names them: [E, 2 I, H] and [E, H, I]."""
 
 
 @dataclass
@@ -102,14 +98,6 @@ class LinearState:
     def quantized(self, weight: torch.Tensor, call: LayerCall, amax: torch.Tensor | None) -> Codes:
         """The operands that fprop needs of a weight: one, or for stacked experts one each."""
         return (call.weight(weight, amax),)
-
-
-def is_converted(module: nn.Module) -> bool:
-    """Whether it is a converted layer, which has one state, or experts, with one per stack."""
-    state = vars(module).get("nvfp4")
-    if isinstance(state, dict):
-        return any(isinstance(of_stack, LinearState) for of_stack in state.values())
-    return isinstance(state, LinearState)
 
 
 def refuse_second_derivative() -> None:

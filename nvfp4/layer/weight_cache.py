@@ -46,6 +46,9 @@ Codes = tuple[QTensor, ...]
 Content = tuple[Any, ...] | None
 """What changes when a weight does; None where there is no telling."""
 
+STACKS = ("gate_up_proj", "down_proj")
+"""Weights of an experts module, as transformers 5 names them: [E, 2 I, H] and [E, H, I]."""
+
 
 class Mode(Enum):
     """By what a cache tells that its weight has not changed; see the head of the file."""

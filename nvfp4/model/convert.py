@@ -24,11 +24,11 @@ from nvfp4.layer.dense import DenseLinear
 from nvfp4.layer.experts import Experts, ExpertsState
 from nvfp4.layer.linear import Linear
 from nvfp4.layer.noise import Noise
-from nvfp4.layer.state import STACKS, LinearState
+from nvfp4.layer.state import LinearState
+from nvfp4.layer.weight_cache import STACKS
 from nvfp4.model.convertible import ALREADY
-from nvfp4.model.fuse import fuse
 from nvfp4.model.plain import slow_linears
-from nvfp4.model.reclass import can_restore, reclass, restore
+from nvfp4.model.reclass import can_restore, reclass, restore, unfuse
 from nvfp4.model.selection import ConversionPlan, ModuleFilter, Patterns, Recipes, Selection
 from nvfp4.model.weights import quantized_weights, states
 from nvfp4.numerics.rng import check_seed
@@ -142,7 +142,7 @@ def revert(model: nn.Module) -> nn.Module:
         )
 
     # so does this: it raises before it changes anything
-    fuse(model, False)
+    unfuse(model)
     for module in model.modules():
         vars(module).pop("nvfp4_kept", None)
     for module in converted:

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from nvfp4.layer.dense import DenseLinear
-from nvfp4.layer.state import STACKS, is_converted
+from nvfp4.layer.weight_cache import STACKS
 from nvfp4.numerics.torch_state import is_plain_parameter
 from nvfp4.ops import INPUT_DTYPES
+from nvfp4.recipes import Recipe
 
 ALREADY = "already_converted"
 
@@ -28,6 +29,13 @@ ALREADY = "already_converted"
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer of any kind."""
     return isinstance(module, nn.Linear)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether ``convert`` gave it a state, which has a recipe; experts have one per stack."""
+    state = vars(module).get("nvfp4")
+    states = state.values() if isinstance(state, dict) else (state,)
+    return any(isinstance(getattr(each, "recipe", None), Recipe) for each in states)
 
 
 def has_stacks(module: nn.Module) -> bool:

@@ -18,7 +18,6 @@ Where operators must be seen as they are (a compiler, a dispatch mode, a DTensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import nn
 from nvfp4.backends.registry import AUTO
 from nvfp4.layer.lazy_activation import rms_norm, swiglu
 from nvfp4.layer.linear import Linear
-from nvfp4.model.reclass import can_restore, reclass, restore
+from nvfp4.model.reclass import FusedModule, reclass, unfuse
 from nvfp4.numerics import activations
 from nvfp4.numerics.torch_state import is_dtensor, is_traced, without_autocast
 from nvfp4.ops import INPUT_DTYPES
@@ -85,7 +84,7 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
     that changes a norm's input in place before a layer has used the result.
     """
     if not on:
-        return _unfuse(model)
+        return unfuse(model)
 
     # each trial is made once for all modules that it holds for
     verdicts = {}
@@ -102,48 +101,6 @@ def fuse(model: nn.Module, on: bool = True) -> dict[str, str]:
             reclass(module, FusedMLP if widths is None else FusedNorm)
         verdicts[name] = reason or FUSED
     return verdicts
-
-
-def _unfuse(model: nn.Module) -> dict[str, str]:
-    """``fuse(model, False)``: all is checked before anything is changed."""
-    fused = {
-        name: module for name, module in model.named_modules() if isinstance(module, FusedModule)
-    }
-    # ``fully_shard`` on the module itself derives another class from it
-    for name, module in fused.items():
-        if not can_restore(module):
-            raise RuntimeError(
-                f"{name} has become a {type(module).__name__}: call nvfp4.fuse(model, False) "
-                "before fully_shard (or parametrize), or shard the blocks that hold the module"
-            )
-    for module in fused.values():
-        vars(module).pop("nvfp4_fused", None)
-        restore(module)
-    return dict.fromkeys(fused, "separated")
-
-
-@contextmanager
-def unfused(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the fused modules of ``model`` compute as they did before ``fuse``."""
-    # those that are off already stay so when the context ends
-    changed = [
-        module
-        for module in model.modules()
-        if isinstance(module, FusedModule) and module.nvfp4_fused
-    ]
-    for module in changed:
-        module.nvfp4_fused = False
-    try:
-        yield model
-    finally:
-        for module in changed:
-            module.nvfp4_fused = True
-
-
-class FusedModule(nn.Module):
-    """What fused modules have in common: ``nvfp4_fused`` is False while they compute as before."""
-
-    nvfp4_fused = True
 
 
 class FusedNorm(FusedModule):

@@ -9,6 +9,8 @@ and ``isinstance`` stay as they were, and no weight is copied. ``convert`` (of s
                                one for all such modules; copies and pickles make it again where
                                they are read
     restore(module)            the class is again what it was
+    unfuse(model)              so are those that ``fuse`` gave (``FusedModule``); for a while they
+                               can also compute as before (``without_fusion``)
 
 A class that ``reclass`` gave has ``original``, the class before. A class that is derived from it
 later, as ``fully_shard`` does with a module that it is called on, only inherits that, and cannot be
@@ -17,6 +19,8 @@ restored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -77,3 +81,45 @@ def _empty(kind: type[nn.Module], original: type[nn.Module]) -> nn.Module:
     """A module without attributes, which copy and pickle fill."""
     made = _mixed(kind, original)
     return made.__new__(made)
+
+
+class FusedModule(nn.Module):
+    """What fused modules have in common: ``nvfp4_fused`` is False while they compute as before."""
+
+    nvfp4_fused = True
+
+
+def unfuse(model: nn.Module) -> dict[str, str]:
+    """``fuse(model, False)``: all is checked before anything is changed."""
+    fused = {
+        name: module for name, module in model.named_modules() if isinstance(module, FusedModule)
+    }
+    # ``fully_shard`` on the module itself derives another class from it
+    for name, module in fused.items():
+        if not can_restore(module):
+            raise RuntimeError(
+                f"{name} has become a {type(module).__name__}: call nvfp4.fuse(model, False) "
+                "before fully_shard (or parametrize), or shard the blocks that hold the module"
+            )
+    for module in fused.values():
+        vars(module).pop("nvfp4_fused", None)
+        restore(module)
+    return dict.fromkeys(fused, "separated")
+
+
+@contextmanager
+def without_fusion(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the fused modules of ``model`` compute as they did before ``fuse``."""
+    # those that are off already stay so when the context ends
+    changed = [
+        module
+        for module in model.modules()
+        if isinstance(module, FusedModule) and module.nvfp4_fused
+    ]
+    for module in changed:
+        module.nvfp4_fused = False
+    try:
+        yield model
+    finally:
+        for module in changed:
+            module.nvfp4_fused = True

@@ -23,7 +23,7 @@ from torch import nn
 from nvfp4.backends.registry import AUTO, check_backend, select
 from nvfp4.layer.experts import Experts
 from nvfp4.layer.linear import Linear
-from nvfp4.layer.state import STACKS
+from nvfp4.layer.weight_cache import STACKS
 from nvfp4.model.convertible import not_linear
 from nvfp4.model.selection import Decision, ModuleFilter, Patterns, Recipes, Selection
 from nvfp4.model.weights import quantized_weights

@@ -24,15 +24,16 @@ from torch import nn
 from nvfp4.layer.linear import Linear, layers
 from nvfp4.layer.state import LinearState
 from nvfp4.layer.weight_cache import AmaxGroup
-from nvfp4.model.fuse import unfused
+from nvfp4.model.reclass import without_fusion
 from nvfp4.model.selection import ConvertWarning
 from nvfp4.model.weights import states
 from nvfp4.recipes import Recipe
 
 PRECISIONS = ("nvfp4", "bf16")
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Layers that inference engines fuse into one matrix, as Llama and its relatives name them."""
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Layers of one input, which inference engines make one matrix of, as Llama and its relatives name
+them."""
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     for state, _ in before:
         state.enabled = False
     try:
-        with unfused(model):
+        with without_fusion(model):
             yield model
     finally:
         for state, enabled in before:
@@ -135,7 +136,9 @@ def capturable(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def share_amax(model: nn.Module, groups: Sequence[Sequence[str]] = FUSED) -> list[tuple[str, ...]]:
+def share_amax(
+    model: nn.Module, groups: Sequence[Sequence[str]] = SHARED_INPUT
+) -> list[tuple[str, ...]]:
     """Scale weights that servers fuse, such as q, k and v, by the largest magnitude of all of them.
 
     Their global scales are then equal, as inference engines want them of a fused matrix, so that

@@ -1,4 +1,4 @@
-"""The quantised weights of a model: which there are, how long codes are kept, where noise stands.
+"""The quantised weights of a model: which there are, and how long codes are kept.
 
 A forward quantises a weight whenever it has changed (``layer/weight_cache.py``). Two functions say
 that it has not, and no result changes:
@@ -7,13 +7,12 @@ that it has not, and no result changes:
     after_step(optimizer, model)      for training: a step of the optimiser quantises what it
                                       changed, and no forward does
 
-``invalidate`` says that it has, after a write that leaves no trace. ``noise_state`` is what a
-checkpoint holds beside the ``state_dict``.
+``invalidate`` says that it has, after a write that leaves no trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -180,25 +179,3 @@ def _quantize_now(weights: list[WeightHandle]) -> None:
     for handle in weights:
         if not handle.weight.is_meta:
             handle.state.renew_codes(handle.weight)
-
-
-def noise_state(model: nn.Module) -> dict[str, int]:
-    """Finished backward passes of each layer, by name; a run resumes by it and ``state_dict``."""
-    return {name: state.noise.calls for name, state in states(model).items()}
-
-
-def load_noise_state(model: nn.Module, calls: Mapping[str, int]) -> None:
-    """Restore ``noise_state``.
-
-    Raises ValueError, and changes nothing, naming layers that are missing or unexpected.
-    """
-    # a layer with another counter would meet other noise than the run that was saved
-    here = states(model)
-    if here.keys() != calls.keys():
-        raise ValueError(
-            f"noise state does not fit the model: missing {sorted(here.keys() - calls.keys())}, "
-            f"unexpected {sorted(calls.keys() - here.keys())}; convert the model with the same "
-            "options first"
-        )
-    for name, state in here.items():
-        state.noise.calls = int(calls[name])

@@ -104,3 +104,11 @@ def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 def _kept(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS.
+
+    MPS has no float64.
+    """
+    return torch.device("cpu") if device.type == "mps" else device

@@ -259,13 +259,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 RL_RECIPES: dict[str, Recipe] = {**RECIPES, W4A16.name: W4A16}
 
-RENAMED = {
-    "truncated_reward": "what a completion keeps that the length limit cuts off is up to the "
-    "objective: give --objective-options truncated=scale truncated_scale=0 for what was the "
-    "default, nothing to keep all"
-}
-"""Options of earlier versions, and what to give instead."""
-
 NEW_MODEL_LR = 1e-4
 """Learning rate of a new, small model, whatever the objective: what its authors use is for models
 of billions."""

@@ -10,8 +10,15 @@ makes another.
 
 from __future__ import annotations
 
-from nvfp4.rl.config import RENAMED, RLConfig
 from nvfp4.run.folder import RunFolder
+from nvfp4.run.options import ResumableConfig
+
+RENAMED = {
+    "truncated_reward": "what a completion keeps that the length limit cuts off is up to the "
+    "objective: give --objective-options truncated=scale truncated_scale=0 for what was the "
+    "default, nothing to keep all"
+}
+"""Options of earlier versions, and what to give instead."""
 
 
 class RLFolder(RunFolder):
@@ -29,7 +36,7 @@ class RLFolder(RunFolder):
         self.logs = (self.log, self.completions)
         self.pictures = (self.plot,)
 
-    def claim(self, config: RLConfig) -> None:
+    def claim(self, config: ResumableConfig) -> None:
         """Keep the folder to this process; ``TrainError`` if the run could not begin in it.
 
         Done before a warm start, which takes minutes and replaces base/.

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nvfp4.run.processes import float64_device
+from nvfp4.numerics.torch_state import float64_device
 
 RAW_REWARD = "raw_reward"
 """Key of ``Samples.extra``: rewards [S] before the objective's penalties."""

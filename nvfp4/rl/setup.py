@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from nvfp4.model.convert import convert
 from nvfp4.rl.config import RL_RECIPES, RLConfig, make_objective, make_task, model_source
 from nvfp4.rl.folder import RLFolder
 from nvfp4.rl.objectives.base import Objective
@@ -30,7 +31,7 @@ from nvfp4.rl.warmstart import warm_start
 from nvfp4.run.errors import TrainError
 from nvfp4.run.model import build_model
 from nvfp4.run.optim import adamw
-from nvfp4.run.precision import quantize_model, without_emulation
+from nvfp4.run.precision import conversion, without_emulation
 from nvfp4.run.processes import accelerator_for, stop_together
 
 
@@ -99,8 +100,8 @@ def _prepare(
     sampler = model
     if config.sampler_recipe is not None:
         sampler = on_the_same_weights(model)
-        quantize_model(sampler, RL_RECIPES[config.sampler_recipe], config, config.seed, main)
-    quantize_model(model, RL_RECIPES[config.recipe], config, config.seed, main)
+        _convert(sampler, config.sampler_recipe, config, main)
+    _convert(model, config.recipe, config, main)
     for each in (model,) if sampler is model else (model, sampler):
         without_emulation(each, accelerator.device, config.dtype)
 
@@ -118,6 +119,12 @@ def _prepare(
         adamw(model, config),
     )
     return RLRun(*parts, task, objective, text, text.stops(model), sampler, reference)
+
+
+def _convert(model: PreTrainedModel, name: str, config: RLConfig, verbose: bool) -> None:
+    recipe = RL_RECIPES[name]
+    with conversion(recipe, config, verbose) as keywords:
+        convert(model, recipe, seed=config.seed, **keywords)
 
 
 def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """In which precision each part of a run's model computes.
 
-    quantize_model      the linears that the recipe converts: NVFP4
+    conversion          the linears that the recipe converts: NVFP4
     without_emulation   on a CPU without BF16 instructions the rest, the output embedding and
                         attention: float32 sums, rounded once
 
@@ -15,13 +15,15 @@ one attention layer with 8 x 2 heads, 128 tokens and 64 columns took
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from nvfp4.backends.native.cpu import EMULATED
 from nvfp4.backends.registry import BackendUnavailable
-from nvfp4.model.convert import convert
 from nvfp4.model.plain import dense_linears
 from nvfp4.model.selection import ConvertWarning
 from nvfp4.recipes import Recipe
@@ -33,34 +35,28 @@ NAME = "nvfp4_float32"
 """Name in transformers of sdpa attention with float32 sums."""
 
 
-def quantize_model(
-    model: PreTrainedModel, recipe: str | Recipe, options: QuantOptions, seed: int, verbose: bool
-) -> None:
-    """Convert the linears to a recipe, in place.
+@contextmanager
+def conversion(recipe: Recipe, options: QuantOptions, verbose: bool) -> Iterator[dict[str, Any]]:
+    """What a run tells ``convert``: its keywords but for ``seed``, to be called within.
 
-    verbose: say which are converted, and warn of those that cannot be. ``TrainError`` for options
-    that do not fit, and for a recipe that quantises and finds nothing to quantise.
+    verbose: say which linears are converted, and warn of those that cannot be. ``TrainError`` for
+    options that do not fit, and for a recipe that quantises and finds nothing to quantise.
     """
-    recipe = Recipe.from_name(recipe) if isinstance(recipe, str) else recipe
-
     # A recipe without quantisation keeps every layer, of which nobody needs to be warned.
     with warnings.catch_warnings():
         warnings.simplefilter(
             "default" if recipe.quantized and verbose else "ignore", ConvertWarning
         )
         try:
-            convert(
-                model,
-                recipe,
-                seed=seed,
-                include=options.include or None,
-                exclude=options.exclude or None,
-                keep_first=options.keep_first,
-                keep_last=options.keep_last,
-                backend=options.backend,
-                strict=recipe.quantized,  # a run that is called NVFP4 must be
-                verbose=verbose,
-            )
+            yield {
+                "include": options.include or None,
+                "exclude": options.exclude or None,
+                "keep_first": options.keep_first,
+                "keep_last": options.keep_last,
+                "backend": options.backend,
+                "strict": recipe.quantized,  # a run that is called NVFP4 must be
+                "verbose": verbose,
+            }
         except (ValueError, BackendUnavailable) as error:
             raise TrainError(f"recipe {recipe.name}: {error}") from error
 

@@ -16,16 +16,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 
 from nvfp4.run.errors import TrainError
-
-# Importing accelerate takes seconds, which ``nvfp4 --help`` is not to wait for: it lists the
-# objectives of reinforcement learning, and these take ``float64_device`` from here.
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class Alone:
@@ -43,7 +41,7 @@ class Alone:
         return tensor
 
 
-Processes: TypeAlias = "Accelerator | Alone"
+Processes: TypeAlias = Accelerator | Alone
 
 
 def accelerator_for(device: str) -> Accelerator:
@@ -53,8 +51,6 @@ def accelerator_for(device: str) -> Accelerator:
     else the CPU, since MPS cannot join them. ``TrainError`` if the device is not here, or if the
     processes that were started do not find each other: each would train alone, in one folder.
     """
-    from accelerate import Accelerator
-
     # MPS cannot join processes, so auto must not choose it under a launcher.
     launched = _launched()
     on_cpu = device == "cpu" or (
@@ -87,8 +83,6 @@ def gathered(accelerator: Processes, mine: list[Any]) -> list[Any]:
     """The objects of all processes, in the order of processes."""
     if accelerator.num_processes == 1:
         return mine
-    from accelerate.utils import gather_object
-
     return gather_object(mine)
 
 
@@ -111,14 +105,6 @@ def stop_together(accelerator: Processes) -> Iterator[None]:
     first = next((reason for reason in every if reason is not None), None)
     if first is not None:
         raise TrainError(first)
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Where float64 sums of values on ``device`` can be made: there, or on the CPU for MPS.
-
-    MPS has no float64.
-    """
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager
@@ -155,8 +141,6 @@ def process_group() -> Iterator[None]:
     if ours and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        from accelerate.state import AcceleratorState
-
         # else a later run in this process finds a dead group
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from nvfp4.model.weights import load_noise_state, noise_state
+from nvfp4.model.noise import load_noise_state, noise_state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
 from nvfp4.run.processes import Processes

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from nvfp4.run.processes import float64_device
+from nvfp4.numerics.torch_state import float64_device
 from nvfp4.train.data import IGNORED, HeldOut
 
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
+from nvfp4.model.convert import convert
 from nvfp4.numerics.rng import MODEL_BRANCH, fold_in
+from nvfp4.recipes import Recipe
 from nvfp4.run.corpus import load_corpus
 from nvfp4.run.errors import TrainError
 from nvfp4.run.folder import RunFolder
 from nvfp4.run.log import Row
 from nvfp4.run.model import build_model
 from nvfp4.run.optim import adamw
-from nvfp4.run.precision import quantize_model, without_emulation
+from nvfp4.run.precision import conversion, without_emulation
 from nvfp4.run.processes import accelerator_for
 from nvfp4.run.progress import Reporter, number, rate
 from nvfp4.run.tokens import load_tokenizer, pack
@@ -67,7 +69,9 @@ def prepare(config: PretrainConfig) -> PretrainRun:
     # The model, converted on the CPU, then moved and wrapped.
     source = sizes_of(config) if config.model is None else config.model
     model = build_model(source, tokenizer, config.seed, config.seq_len, config.recompute)
-    quantize_model(model, config.recipe, config, config.seed, main)
+    recipe = Recipe.from_name(config.recipe)
+    with conversion(recipe, config, main) as keywords:
+        convert(model, recipe, seed=config.seed, **keywords)
     for note in without_emulation(model, accelerator.device, config.dtype):
         report.say(note)
     forward = accelerator.prepare(model)

@@ -17,8 +17,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
+from nvfp4.numerics.torch_state import float64_device
 from nvfp4.run.log import Row
-from nvfp4.run.processes import float64_device
 from nvfp4.run.update import apply_gradients
 from nvfp4.train.parts import PretrainRun
 

@@ -26,6 +26,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from nvfp4.numerics.torch_state import float64_device
 from nvfp4.rl import learn as learning
 from nvfp4.rl import rollout as rollouts
 from nvfp4.rl import warmstart
@@ -47,7 +48,6 @@ from nvfp4.run.causal import check_causal
 from nvfp4.run.errors import Interrupted, TrainError
 from nvfp4.run.fields import to_yaml
 from nvfp4.run.model import build_model
-from nvfp4.run.processes import float64_device
 from nvfp4.run.tokens import ByteTokenizer
 from nvfp4.train import setup as pretraining
 from nvfp4.train import step as pretraining_step

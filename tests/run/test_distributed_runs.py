@@ -124,7 +124,7 @@ def test_what_was_drawn_is_counted_over_processes_which_may_draw_unequally(monke
     flat groups."""
     run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
     monkeypatch.setattr(
-        "accelerate.utils.gather_object", lambda mine: [*mine, (20, 24, Counter({"x": 24}))]
+        "nvfp4.run.processes.gather_object", lambda mine: [*mine, (20, 24, Counter({"x": 24}))]
     )
     assert collecting._of_all_processes(run, 4, 8, Counter(), 0) == (24, 32)
     with pytest.raises(
@@ -144,7 +144,7 @@ def other_says(monkeypatch, reason: str | None) -> list[Any]:
         given.extend(mine)
         return [reason, *mine]
 
-    monkeypatch.setattr("accelerate.utils.gather_object", gather_object)
+    monkeypatch.setattr("nvfp4.run.processes.gather_object", gather_object)
     return given
 
 
@@ -242,7 +242,7 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = SimpleNamespace(device=torch.device("mps"), num_processes=1)
-    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: alone)
+    monkeypatch.setattr("nvfp4.run.processes.Accelerator", lambda cpu: alone)
     with pytest.raises(
         TrainError, match="device: 2 processes were started, but on mps they do not find each other"
     ):

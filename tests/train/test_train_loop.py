@@ -261,7 +261,7 @@ def test_bits_per_byte_counts_bytes_not_tokens():
 
 
 def test_evaluating_changes_nothing(tmp_path, texts):
-    from nvfp4.model.weights import noise_state
+    from nvfp4.model.noise import noise_state
 
     run = run_of(tmp_path, texts, recipe="quartet2")
     step.update(run, 0, lr=1e-3)

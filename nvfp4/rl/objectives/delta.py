@@ -21,10 +21,10 @@ from typing import ClassVar
 
 import torch
 
+from nvfp4.numerics.torch_state import float64_device
 from nvfp4.rl.objectives.base import AllSum, Defaults, ScoredBy, one_process
 from nvfp4.rl.objectives.dapo import DAPO
 from nvfp4.rl.samples import Samples, Scores
-from nvfp4.run.processes import float64_device
 
 HIDDEN = "hidden"
 """Key of ``Samples.extra``: hidden states of the old policy, [S, T, D]."""
