@@ -34,7 +34,7 @@ from nvfp4.numerics.rng import Seed
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import get_quantizer
 
-Source = Literal["tensor", "codes", "decoded"]
+OperandSource = Literal["tensor", "codes", "decoded"]
 GEMMS = ("fprop", "dgrad", "wgrad")
 
 
@@ -52,12 +52,14 @@ class Operand:
 
     quantizer: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
-    source: Source = "tensor"
+    source: OperandSource = "tensor"
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
-            raise ValueError(f"source must be one of {get_args(Source)}, got {self.source!r}")
+        if self.source not in get_args(OperandSource):
+            raise ValueError(
+                f"source must be one of {get_args(OperandSource)}, got {self.source!r}"
+            )
 
         # so that == ignores their order
         object.__setattr__(self, "options", tuple(sorted(self.options)))
@@ -311,7 +313,7 @@ def _operand(plain: Mapping[str, Any]) -> Operand:
 def operand(
     quantizer: str | None,
     *,
-    source: Source = "tensor",
+    source: OperandSource = "tensor",
     rotation: Rotation | None = None,
     **options: Any,
 ) -> Operand:

@@ -49,7 +49,7 @@ def _rank(tensor: object) -> int | None:
 
 
 def why_not_linear(module: nn.Linear) -> str | None:
-    """Why a linear layer cannot be converted, in a word, or None; ``bypassed`` knows more."""
+    """Why a linear layer cannot be converted, in a word, or None; ``bypass_reasons`` knows more."""
     if is_converted(module):
         return ALREADY
     if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
@@ -112,7 +112,7 @@ def why_not_experts(module: nn.Module) -> str | None:
     return None if up.dtype in INPUT_DTYPES and down.dtype in INPUT_DTYPES else "dtype"
 
 
-def bypassed(model: nn.Module) -> dict[int, str]:
+def bypass_reasons(model: nn.Module) -> dict[int, str]:
     """Linears, by id, whose owner reads their weight and never calls them.
 
     In eval mode ``nn.TransformerEncoderLayer`` hands its weights to one fused kernel, if its batch

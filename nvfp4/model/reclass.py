@@ -33,7 +33,7 @@ def reclass(module: nn.Module, kind: type[nn.Module]) -> None:
     """
     now: type[nn.Module] = type(module)
     assert not can_restore(module), "restore it first: a class is changed once"
-    module.__class__ = kind if issubclass(kind, now) else _mixed(kind, now)
+    module.__class__ = kind if issubclass(kind, now) else _mix(kind, now)
 
 
 def restore(module: nn.Module) -> None:
@@ -50,7 +50,7 @@ _MIXED: dict[tuple[Any, Any], type[nn.Module]] = {}
 """The classes made so far: always the same one, so that copies and pickles find it."""
 
 
-def _mixed(kind: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+def _mix(kind: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of both, ``kind`` first."""
     if (kind, original) not in _MIXED:
         # under the module of the class before, where people look for it
@@ -79,7 +79,7 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
 
 def _empty(kind: type[nn.Module], original: type[nn.Module]) -> nn.Module:
     """A module without attributes, which copy and pickle fill."""
-    made = _mixed(kind, original)
+    made = _mix(kind, original)
     return made.__new__(made)
 
 

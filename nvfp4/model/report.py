@@ -169,10 +169,10 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, Linear):
             state = module.nvfp4
             backend = _backend(state.backend, module.weight.device)
-            rows.append(LayerReport(**_described(name, module, state.recipe, backend, None)))
+            rows.append(LayerReport(**_describe(name, module, state.recipe, backend, None)))
         elif isinstance(module, nn.Linear):
             reason = getattr(module, "nvfp4_kept", "not_converted")
-            rows.append(LayerReport(**_described(name, module, None, None, reason)))
+            rows.append(LayerReport(**_describe(name, module, None, None, reason)))
 
     # stacks of experts, each as the layer that one of them is
     for name, handle in quantized_weights(model).items():
@@ -180,7 +180,7 @@ def report(model: nn.Module) -> Report:
             _, outputs, inputs = handle.weight.shape
             one = nn.Linear(inputs, outputs, bias=False, device="meta")
             backend = _backend(handle.state.backend, handle.weight.device)
-            rows.append(LayerReport(**_described(name, one, handle.state.recipe, backend, None)))
+            rows.append(LayerReport(**_describe(name, one, handle.state.recipe, backend, None)))
     return Report(tuple(rows), not_linear(model))
 
 
@@ -214,7 +214,7 @@ def check(
     plan = selection.plan(model)
     plan.complain(strict)
 
-    rows = [_checked(decision, backend) for decision in plan.decisions]
+    rows = [_check_layer(decision, backend) for decision in plan.decisions]
     rows += [row for decision in plan.experts for row in _checked_experts(decision, backend)]
     return Check(tuple(rows), plan.not_linear)
 
@@ -227,7 +227,7 @@ def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[La
         one = nn.Linear(
             stack.shape[2], stack.shape[1], bias=False, device="meta", dtype=torch.bfloat16
         )
-        row = _checked(
+        row = _check_layer(
             Decision(one, (f"{decision.names[0]}.{name}",), decision.recipe, decision.reason),
             backend,
         )
@@ -235,13 +235,13 @@ def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[La
         yield replace(row, nvfp4_bytes=count * row.nvfp4_bytes, bf16_bytes=count * row.bf16_bytes)
 
 
-def _checked(decision: Decision[nn.Linear], backend: str) -> LayerCheck:
+def _check_layer(decision: Decision[nn.Linear], backend: str) -> LayerCheck:
     """The row of one layer: as it is if converted already, as it would be, or why not."""
     # a layer that is converted keeps what it has, whatever the arguments say
     module, recipe = decision.module, decision.recipe
     if isinstance(module, Linear):
         recipe, backend = module.nvfp4.recipe, module.nvfp4.backend
-    described = _described(
+    described = _describe(
         decision.names[0], module, recipe, None if recipe is None else backend, decision.reason
     )
     rows, columns = module.out_features, module.in_features
@@ -251,13 +251,14 @@ def _checked(decision: Decision[nn.Linear], backend: str) -> LayerCheck:
 
     # fprop contracts K, dgrad contracts N: each pads its own
     padded = (
-        _padded(recipe.fprop.right, columns) / columns + _padded(recipe.dgrad.left, rows) / rows
+        _padded_length(recipe.fprop.right, columns) / columns
+        + _padded_length(recipe.dgrad.left, rows) / rows
     ) / 2
     codes = _stored_bytes(recipe.fprop.right, rows, columns) if recipe.fprop.quantized else size
     return LayerCheck(**described, padding=padded - 1, nvfp4_bytes=codes, bf16_bytes=size)
 
 
-def _described(
+def _describe(
     name: str, layer: nn.Linear, recipe: Recipe | None, backend: str | None, reason: str | None
 ) -> dict[str, Any]:
     """The fields of a ``LayerReport``."""
@@ -274,7 +275,7 @@ def _described(
     }
 
 
-def _padded(spec: Operand, length: int) -> int:
+def _padded_length(spec: Operand, length: int) -> int:
     """How long a contraction of this length gets in NVFP4."""
     if spec.quantizer is None:
         return length
@@ -285,7 +286,7 @@ def _padded(spec: Operand, length: int) -> int:
 
 def _stored_bytes(spec: Operand, rows: int, columns: int) -> int:
     """Bytes of codes (two per byte), block scales and global scales of a matrix [rows, columns]."""
-    options, padded = spec.static_options, _padded(spec, columns)
+    options, padded = spec.static_options, _padded_length(spec, columns)
     scales = -(-rows // options.block[0]) * (padded // NVFP4.block_size)
     return rows * padded // 2 + scales + 4 * (rows if options.row_scaled else 1)
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from nvfp4.model.convertible import (
     ALREADY,
-    bypassed,
+    bypass_reasons,
     has_stacks,
     is_linear,
     not_linear,
@@ -50,7 +50,7 @@ Recipes = str | Recipe | Mapping[str, "str | Recipe"]
 Patterns = str | Sequence[str] | None
 
 
-Decided = TypeVar("Decided", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class ConvertWarning(UserWarning):
@@ -58,13 +58,13 @@ class ConvertWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Decision(Generic[Decided]):
+class Decision(Generic[Module]):
     """What happens to one module: either a recipe, or the reason to keep it; the other is None.
 
     names: all its paths.
     """
 
-    module: Decided
+    module: Module
     names: tuple[str, ...]
     recipe: Recipe | None
     reason: str | None
@@ -94,8 +94,10 @@ class ConversionPlan:
         by_recipe = f" ({counts})" if len(recipes) > 1 else ""
         if self.experts:
             done = sum(d.recipe is not None for d in self.experts)
-            blocks = f"; experts: converted {done}, {_kept(self.experts)}{blocks}"
-        return f"converted {recipes.total()}{by_recipe}, {_kept(self.decisions)}{extra}{blocks}"
+            blocks = f"; experts: converted {done}, {_count_kept(self.experts)}{blocks}"
+        return (
+            f"converted {recipes.total()}{by_recipe}, {_count_kept(self.decisions)}{extra}{blocks}"
+        )
 
     def complain(self, strict: bool, stacklevel: int = 3) -> None:
         """Warn of what is wrong with the arguments, or raise ValueError if strict.
@@ -209,7 +211,7 @@ class Selection:
             frozenset() if output is None else frozenset(map(id, output.modules())),
             ask is not None,
             frozenset(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)),
-            bypassed(model),
+            bypass_reasons(model),
         )
 
         # a decision about each
@@ -218,7 +220,10 @@ class Selection:
 
         # what the owner should hear
         unfit = not_linear(model, {id(d.module) for d in experts if d.recipe is not None})
-        complaints = [*self._unmatched(names), *_nothing_converted((*decisions, *experts), unfit)]
+        complaints = [
+            *self._unmatched_patterns(names),
+            *_nothing_converted((*decisions, *experts), unfit),
+        ]
         return ConversionPlan(
             decisions, tuple(facts.kept_blocks), unfit, tuple(complaints), experts
         )
@@ -295,7 +300,7 @@ class Selection:
             None,
         )
 
-    def _unmatched(self, names: list[str]) -> Iterator[str]:
+    def _unmatched_patterns(self, names: list[str]) -> Iterator[str]:
         """A complaint about each pattern that matches none of the names."""
         # a pattern with a typing error would otherwise convert less, or more, in silence
         recipes = tuple(pattern for pattern, _ in self.recipes if pattern is not None)
@@ -335,11 +340,11 @@ def _nothing_converted(decisions: Sequence[Decision[Any]], unfit: tuple[str, ...
     fine = {None, ALREADY, ON_PURPOSE}
     if not any(decision.reason in fine for decision in decisions):
         extra = f"; not_linear: {', '.join(unfit)}" if unfit else ""
-        here = f"the model has {len(decisions)} linear layers, {_kept(decisions)}{extra}"
+        here = f"the model has {len(decisions)} linear layers, {_count_kept(decisions)}{extra}"
         yield f"no layer was converted: {here}"
 
 
-def _kept(decisions: Sequence[Decision[Any]]) -> str:
+def _count_kept(decisions: Sequence[Decision[Any]]) -> str:
     """How many are kept, by reason: "kept 3 (excluded: 2, dtype: 1)"."""
     kept = Counter(decision.reason for decision in decisions if decision.reason is not None)
     detail = ", ".join(f"{reason}: {count}" for reason, count in kept.most_common())

@@ -30,10 +30,10 @@ from nvfp4.rl.objectives.advantages import has_spread
 from nvfp4.rl.parts import RLRun, all_failed
 from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.samples import RAW_REWARD, Samples, join
-from nvfp4.rl.spurious import coins, formatted, popular
+from nvfp4.rl.spurious import coin_rewards, format_rewards, majority_rewards
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
-from nvfp4.run.processes import gathered, stop_together
+from nvfp4.run.processes import gather_objects, stop_together
 
 TASK_REWARD = "task_reward"
 """Key of ``Samples.extra``: the verifier's word [S], whatever is maximised."""
@@ -141,7 +141,7 @@ def _of_all_processes(
     ``TrainError`` if the reward of every sample failed: a step would be taken on nothing, and so
     would all that follow.
     """
-    every = gathered(run.accelerator, [(equal, drawn, failures)])
+    every = gather_objects(run.accelerator, [(equal, drawn, failures)])
     equal, drawn = sum(each[0] for each in every), sum(each[1] for each in every)
     failed: Counter[str] = sum((each[2] for each in every), Counter())
     if failed.total() >= drawn:
@@ -187,7 +187,7 @@ def _round(run: RLRun, step: int, number: int, sigma: float, sampling: Sampling)
     # Numbers of groups that no other round of the step has.
     samples = replace(samples, groups=samples.groups + number * config.prompts)
     coin_seed = fold_in(config.seed, COIN_BRANCH, step, number) >> 1
-    raw = _maximised(run, problems, texts, samples, task, mine, coin_seed)
+    raw = _rewards_to_maximise(run, problems, texts, samples, task, mine, coin_seed)
     samples = replace(samples, rewards=raw, extra={TASK_REWARD: task, RAW_REWARD: raw})
     return Collected(
         samples=samples,
@@ -202,7 +202,7 @@ def _round(run: RLRun, step: int, number: int, sigma: float, sampling: Sampling)
     )
 
 
-def _maximised(
+def _rewards_to_maximise(
     run: RLRun,
     problems: list[Problem],
     texts: list[str],
@@ -219,12 +219,12 @@ def _maximised(
     assert config.group is not None
     if config.reward == "random":
         share = config.random_share
-        return coins(config.prompts, config.group, places, coin_seed, share).to(task)
+        return coin_rewards(config.prompts, config.group, places, coin_seed, share).to(task)
     if config.reward == "format":
-        return formatted(run.task, problems, texts, samples.truncated)
+        return format_rewards(run.task, problems, texts, samples.truncated)
     # A majority asks no verifier: rewards lie in [0, 1], so task >= 0 is every completion.
     if config.reward == "majority":
-        return popular(run.task, texts, samples.groups, task >= 0)
+        return majority_rewards(run.task, texts, samples.groups, task >= 0)
     if config.reward == "incorrect":
-        return popular(run.task, texts, samples.groups, task < 1)
+        return majority_rewards(run.task, texts, samples.groups, task < 1)
     return task

@@ -37,7 +37,7 @@ def compare(config: RLConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     folder = RLFolder(config.out)
-    with folder.held():
+    with folder.hold():
         if config.model is None and config.warm_steps:
             warm_start(config, folder.base)
             config = from_base(config, folder.base)

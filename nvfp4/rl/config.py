@@ -36,7 +36,7 @@ from nvfp4.rl.vocabulary import (
     task_lengths,
 )
 from nvfp4.run.errors import TrainError
-from nvfp4.run.fields import check_together, fill, refuse_idle, validated
+from nvfp4.run.fields import check_together, fill, refuse_idle, validate
 from nvfp4.run.options import (
     Count,
     CountOrZero,
@@ -270,7 +270,7 @@ EVALUATION = ("eval_every", "eval_problems", "eval_samples")
 def resolve(config: RLConfig) -> RLConfig:
     """The same config with every derived value filled in; ``TrainError`` names a wrong field."""
     # What names something is looked up, what cannot be together or cannot act is refused.
-    config = validated(config)
+    config = validate(config)
     _check_objective(config.objective)
     for name in (config.recipe, *config.recipes, config.sampler_recipe):
         if name is not None and name not in RL_RECIPES:

@@ -27,7 +27,7 @@ from nvfp4.rl.rollout import Sampling, rollout
 from nvfp4.rl.statistics import average, distinct_correct, pass_rates
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.run.errors import TrainError
-from nvfp4.run.processes import gathered, stop_together
+from nvfp4.run.processes import gather_objects, stop_together
 
 _SEED = fold_in(0, EVALUATION_BRANCH)  # not the run's: all runs see the same problems and draws
 _ROWS = 512  # completions drawn at a time where the config leaves it open
@@ -130,7 +130,7 @@ def _draw(run: RLRun, problems: list[Problem], size: int, sampling: Sampling) ->
         for numbers in blocks[rank::world]:
             drawn = _draw_block(run, problems, prompts, numbers, size, sampling, rows)
             mine.append((numbers, drawn))
-    every = gathered(run.accelerator, mine)
+    every = gather_objects(run.accelerator, mine)
 
     # back into the order of the problems
     places = np.argsort(np.concatenate([numbers for numbers, _ in every]))

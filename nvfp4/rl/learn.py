@@ -14,7 +14,7 @@ whole update. With one update and one micro-batch, the policy before the update 
 the update are one forward, which then is made once.
 
 What lives when, since logits [S, T, V] are the largest thing in memory: the scores of one
-micro-batch with gradient, and nothing of the one before. ``scored`` drops logits as soon as the
+micro-batch with gradient, and nothing of the one before. ``score_by`` drops logits as soon as the
 objective has remembered of them what it needs.
 """
 
@@ -77,23 +77,23 @@ def learn(run: RLRun, samples: Samples, sampled_at: float, lr: float, check: boo
             live = run.score(run.forward, samples, temperature)
             extra = run.objective.remember(samples, _detached(live), "old")
             samples = replace(samples, extra={**samples.extra, **extra})
-            # logits [S, T, V] are dropped, as ``scored`` drops them
+            # logits [S, T, V] are dropped, as ``score_by`` drops them
             old = replace(_detached(live), logits=None, prompt_logits=None)
         else:
-            samples, old = scored(run, run.model, samples, temperature, rows, "old")
+            samples, old = score_by(run, run.model, samples, temperature, rows, "old")
         if check:
             gap = _checked_gap(run, samples.select(slice(0, rows)), temperature, live)
 
     # The figures are at the temperature of sampling, the loss at its own.
     drawn = old
     if temperature != sampled_at:
-        drawn = scored(run, run.model, samples, sampled_at, rows, None)[1]
+        drawn = score_by(run, run.model, samples, sampled_at, rows, None)[1]
     samples = replace(samples, old_logprobs=old.logprobs)
 
     # The reference, once per rollout: it does not change within it.
     to_reference = None
     if run.reference is not None:
-        samples, scores = scored(run, run.reference, samples, temperature, rows, "reference")
+        samples, scores = score_by(run, run.reference, samples, temperature, rows, "reference")
         to_reference = scores.logprobs - old.logprobs
         samples = replace(samples, ref_logprobs=scores.logprobs)
 
@@ -117,7 +117,7 @@ def learn(run: RLRun, samples: Samples, sampled_at: float, lr: float, check: boo
     return learned
 
 
-def scored(
+def score_by(
     run: RLRun,
     model: torch.nn.Module,
     samples: Samples,

@@ -32,7 +32,7 @@ from nvfp4.rl.parts import RLRun
 from nvfp4.rl.samples import RAW_REWARD, Samples
 from nvfp4.rl.statistics import mismatch
 from nvfp4.run.log import Row
-from nvfp4.run.processes import gathered
+from nvfp4.run.processes import gather_objects
 
 REASONS = 5
 """Reasons of failed rewards that are written for each step."""
@@ -64,7 +64,7 @@ def codes_changed(before: Mapping[str, QTensor], after: Mapping[str, QTensor]) -
 
 def step_row(run: RLRun, collected: Collected, learned: Learned) -> Row:
     """All figures of a step over all processes, but for time, learning rate and codes."""
-    pieces = gathered(run.accelerator, [_vectors(collected.samples, learned)])
+    pieces = gather_objects(run.accelerator, [_vectors(collected.samples, learned)])
     data = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     lengths, truncated = data["lengths"], data["truncated"].bool()
     rewards = data["rewards"]
@@ -101,7 +101,7 @@ def step_row(run: RLRun, collected: Collected, learned: Learned) -> Row:
         row["kl"] = float((torch.expm1(d) - d).mean())
 
     # the objective's own; where it has a name of ours, ours is over whole groups and stays
-    described = gathered(run.accelerator, [run.objective.describe(learned.samples)])
+    described = gather_objects(run.accelerator, [run.objective.describe(learned.samples)])
     own = {**_mean(described), **learned.metrics}
     row |= {name: value for name, value in own.items() if name not in row}
     row["skipped"] = learned.skipped
@@ -144,7 +144,7 @@ def _rewards_by_function(run: RLRun, data: dict[str, torch.Tensor]) -> Row:
 
 def _failures(run: RLRun, mine: Counter[str]) -> Row:
     """How many rewards failed in the step, and the most frequent reasons if any did."""
-    every: Counter[str] = sum(gathered(run.accelerator, [mine]), Counter())
+    every: Counter[str] = sum(gather_objects(run.accelerator, [mine]), Counter())
     row: Row = {"rewards/failed": every.total()}
     if every:
         row["rewards/failures"] = dict(every.most_common(REASONS))
@@ -162,7 +162,7 @@ def _group_std(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 def _largest(run: RLRun, mine: float | None) -> float | None:
     """The largest over all processes, of those that looked."""
-    every = gathered(run.accelerator, [mine])
+    every = gather_objects(run.accelerator, [mine])
     return max((each for each in every if each is not None), default=None)
 
 

@@ -68,7 +68,7 @@ class Bars(Display):
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
-    def started(self, arm: Arm) -> None:
+    def on_start(self, arm: Arm) -> None:
         """A run begins."""
         self._tasks[arm] = self._bars.add_task(arm.name, total=arm.config.steps, now="starting")
         if not self.console.is_terminal:
@@ -84,7 +84,7 @@ class Bars(Display):
             )
             self._bars.update(self._tasks[arm], completed=row["step"], now=now)
 
-    def ended(self, arm: Arm) -> None:
+    def on_end(self, arm: Arm) -> None:
         """Its bar goes, a line stays."""
         self._bars.remove_task(self._tasks.pop(arm))
         result = arm.result()

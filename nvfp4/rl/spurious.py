@@ -4,10 +4,10 @@ Spurious Rewards (arXiv 2506.10947) found that some models improve under them al
 ones, since any reward sharpens what a model already prefers: then it is the model's prior that is
 measured, and the verifier deserves no credit. ``--reward`` names them:
 
-    random      1 with probability --random-share, whatever the completion says     ``coins``
-    format      1 for what looks like an answer, right or wrong                     ``formatted``
-    majority    1 for the most frequent answer of the group                         ``popular``
-    incorrect   1 for the most frequent wrong answer of the group                   ``popular``
+    random      1 with probability --random-share, whatever it says     ``coin_rewards``
+    format      1 for what looks like an answer, right or wrong         ``format_rewards``
+    majority    1 for the most frequent answer of the group             ``majority_rewards``
+    incorrect   1 for the most frequent wrong answer of the group       ``majority_rewards``
 
 The paper labels all problems before training, by a majority of 64 answers of the initial model;
 here the label is that of the group at hand, so it moves with the policy and nothing is prepared.
@@ -23,7 +23,7 @@ import torch
 from nvfp4.rl.tasks.base import Problem, Task
 
 
-def coins(
+def coin_rewards(
     prompts: int,
     size: int,
     numbers: Sequence[int],
@@ -40,7 +40,7 @@ def coins(
     return (drawn < share)[list(numbers)].flatten().float()
 
 
-def formatted(
+def format_rewards(
     task: Task,
     problems: Sequence[Problem],
     texts: Sequence[str],
@@ -51,7 +51,7 @@ def formatted(
     return torch.tensor(well, dtype=torch.float32, device=truncated.device) * ~truncated
 
 
-def popular(
+def majority_rewards(
     task: Task,
     texts: Sequence[str],
     groups: torch.Tensor,

@@ -36,7 +36,7 @@ from nvfp4.run import checkpoint
 from nvfp4.run.checkpoint import DamagedCheckpoint
 from nvfp4.run.errors import Interrupted
 from nvfp4.run.files import write_json
-from nvfp4.run.folder import Found, RunFolder
+from nvfp4.run.folder import ResumePoint, RunFolder
 from nvfp4.run.log import Row
 from nvfp4.run.loop import Loop, Training
 from nvfp4.run.model import build_model, export
@@ -114,7 +114,9 @@ class WarmStart(Training):
         began = time.perf_counter()
         # by the number of the step alone, so a resumed run draws the same demonstrations
         seed = fold_in(config.seed, WARM_START_BRANCH, step)
-        batch = demonstrated(self.task, self.text, config.warm_batch, config.warm_noise, seed)
+        batch = draw_demonstrations(
+            self.task, self.text, config.warm_batch, config.warm_noise, seed
+        )
         check_fits(run.model, batch.ids.shape[1])
 
         # The same road as in reinforcement learning: ``score``, backward, clip, AdamW.
@@ -140,7 +142,7 @@ class WarmStart(Training):
         export(self.run.model, self.text, self.run.folder.export, "fp32")
         return {}
 
-    def stopped(self, step: int) -> str:
+    def stop_message(self, step: int) -> str:
         """What ``Interrupted`` says after a signal."""
         return (
             f"stopped at update {step} of the warm start, checkpoint saved; the same command "
@@ -162,7 +164,7 @@ class WarmFolder(RunFolder):
 
     def open(
         self, config: ResumableConfig, data_sha256: str, bound: frozenset[str] = frozenset()
-    ) -> tuple[Found, list[str]]:
+    ) -> tuple[ResumePoint, list[str]]:
         """The newest checkpoint that an equal warm start has saved, if there is one."""
         notes = []
         for path in checkpoint.newest_first(self.checkpoints):
@@ -176,7 +178,7 @@ class WarmFolder(RunFolder):
         return None, notes
 
 
-def demonstrated(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:
+def draw_demonstrations(task: Task, text: Text, count: int, noise: float, seed: int) -> Samples:
     """``count`` problems with an answer each, of which a share ``noise`` is corrupted.
 
     Each is corrupted or not by a draw of its own, so the share holds on average.

@@ -4,7 +4,7 @@
     run_all                 what is not finished yet, ``workers`` at a time; the first failure, or a
                             signal, stops them all
     side_by_side            how many of them at a time, with how many threads each
-    paired                  what a recipe costs, in pairs of runs that share seed and data
+    paired_gaps             what a recipe costs, in pairs of runs that share seed and data
     publish                 compare.json, compare.png, tables
 
 A run in a process of its own has its own peak memory and its own crash. A signal to the parent
@@ -12,7 +12,7 @@ stops all of them, each with a checkpoint, and the same command goes on; so does
 (``children.py``).
 
 Runs of one seed have the same initial weights and the same batches. What these do to a loss is
-common to both runs of a pair and cancels in their difference; ``paired`` therefore takes the
+common to both runs of a pair and cancels in their difference; ``paired_gaps`` therefore takes the
 standard error of the differences.
 """
 
@@ -98,14 +98,14 @@ class Display(nullcontext):
 
     own_lines: ClassVar[bool] = True
 
-    def started(self, arm: Arm) -> None:
+    def on_start(self, arm: Arm) -> None:
         """A run begins."""
         print(f"--- {arm.name} ---", flush=True)
 
     def look(self, arm: Arm) -> None:
         """A run goes on."""
 
-    def ended(self, arm: Arm) -> None:
+    def on_end(self, arm: Arm) -> None:
         """A run has ended, well or not."""
 
 
@@ -118,7 +118,7 @@ class Lines(Display):
         super().__init__()
         self._read: dict[Arm, int] = {}
 
-    def started(self, arm: Arm) -> None:
+    def on_start(self, arm: Arm) -> None:
         """A run begins; what its ``output`` holds of an earlier try has been shown."""
         self._read[arm] = arm.output.stat().st_size if arm.output.exists() else 0
         print(f"--- {arm.name} ---", flush=True)
@@ -137,14 +137,14 @@ class Lines(Display):
         for line in whole.decode(errors="replace").splitlines():
             print(f"{arm.name}: {line}".rstrip(), flush=True)
 
-    def ended(self, arm: Arm) -> None:
+    def on_end(self, arm: Arm) -> None:
         """The rest of its lines."""
         self.look(arm)
         del self._read[arm]
 
     def __exit__(self, *exception: object) -> None:
         for arm in list(self._read):  # stopped: where each has saved
-            self.ended(arm)
+            self.on_end(arm)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def run_all(arms: list[Arm], share: SideBySide, display: Display) -> list[dict[s
         while (waiting or running) and not wish.received:
             while waiting and len(running) < share.workers:
                 arm = waiting.pop(0)
-                display.started(arm)
+                display.on_start(arm)
                 running[arm] = _start(arm, display, begin)
             time.sleep(POLL)
 
@@ -202,7 +202,7 @@ def run_all(arms: list[Arm], share: SideBySide, display: Display) -> list[dict[s
                 code = child.poll()
                 if code is not None:
                     del running[arm]
-                    display.ended(arm)
+                    display.on_end(arm)
                     if code != 0 or arm.result() is None:
                         raise TrainError(_why(arm, code, display))
         if wish.received:
@@ -210,7 +210,7 @@ def run_all(arms: list[Arm], share: SideBySide, display: Display) -> list[dict[s
     return [result for arm in arms if (result := arm.result()) is not None]
 
 
-def paired(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dict[str, float]]:
+def paired_gaps(values: dict[tuple[str, int], float], baseline: str) -> dict[str, dict[str, float]]:
     """What each recipe has more than ``baseline``, in pairs of runs of the same seed.
 
     values: of (recipe, seed). Returns for each recipe but the baseline its mean difference, the

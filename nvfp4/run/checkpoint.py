@@ -112,13 +112,13 @@ def load(path: Path, verify: bool = True) -> Snapshot:
             _read_json(path, STATE), {Path(name).stem: load_file(path / name) for name in groups}
         )
     except (OSError, SafetensorError) as error:
-        raise _damaged(
+        raise _damage(
             path, f"it cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from error
 
     # A manifest that is JSON and of another shape fails in one of these ways.
     except (AttributeError, KeyError, TypeError) as error:
-        raise _damaged(
+        raise _damage(
             path, f"{MANIFEST} does not list files with their sizes and hashes"
         ) from error
 
@@ -180,13 +180,11 @@ def _check_file(path: Path, name: str, expected: dict[str, Any], verify: bool) -
     """
     file = path / name
     if not file.is_file():
-        raise _damaged(path, f"{name} is missing")
+        raise _damage(path, f"{name} is missing")
     if file.stat().st_size != expected["bytes"]:
-        raise _damaged(
-            path, f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        )
+        raise _damage(path, f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
     if verify and sha256(file) != expected["sha256"]:
-        raise _damaged(path, f"the content of {name} does not match its SHA-256")
+        raise _damage(path, f"the content of {name} does not match its SHA-256")
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -200,15 +198,15 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         reason = (
             "is missing" if isinstance(error, FileNotFoundError) else "is cut off or not readable"
         )
-        raise _damaged(path, f"{name} {reason}") from error
+        raise _damage(path, f"{name} {reason}") from error
 
     # Valid JSON of another shape is as damaged as none.
     if not isinstance(value, dict):
-        raise _damaged(path, f"{name} is not what was written")
+        raise _damage(path, f"{name} is not what was written")
     return value
 
 
-def _damaged(path: Path, reason: str) -> TrainError:
+def _damage(path: Path, reason: str) -> TrainError:
     others = [p for p in newest_first(path.parent) if p != path]
     advice = (
         f"go on from another with --resume-from, e.g. {others[0]}"

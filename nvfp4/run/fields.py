@@ -72,17 +72,17 @@ def from_fields(kind: type[Config], fields: dict[str, Any], origin: str) -> Conf
     wrong.
     """
     try:
-        return _validated(kind, fields)
+        return _validate(kind, fields)
     except TrainError as error:
         raise TrainError(f"{origin}: {error}") from None
 
 
-def validated(config: Config) -> Config:
+def validate(config: Config) -> Config:
     """The same config with its types and ranges checked, as those of a file are.
 
     Python itself checks nothing when somebody writes ``PretrainConfig(steps="many")``.
     """
-    return _validated(type(config), dataclasses.asdict(config))
+    return _validate(type(config), dataclasses.asdict(config))
 
 
 def to_fields(config: RunConfig) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def check_together(config: RunConfig) -> None:
         )
 
 
-def _validated(kind: type[Config], fields: dict[str, Any]) -> Config:
+def _validate(kind: type[Config], fields: dict[str, Any]) -> Config:
     try:
         config = pydantic.TypeAdapter(kind).validate_python(fields)
     except pydantic.ValidationError as error:

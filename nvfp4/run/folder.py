@@ -32,7 +32,7 @@ from nvfp4.run.fields import differences, read_config_file, saved_config, to_yam
 from nvfp4.run.files import write_json, write_text
 from nvfp4.run.options import ResumableConfig
 
-Found = tuple[Path, Snapshot] | None
+ResumePoint = tuple[Path, Snapshot] | None
 """Where a run begins: the folder of a checkpoint and what it holds; None: at the start."""
 
 
@@ -132,7 +132,7 @@ class RunFolder:
             lock.close()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the lock within this context."""
         self.lock()
         try:
@@ -142,7 +142,7 @@ class RunFolder:
 
     def open(
         self, config: ResumableConfig, data_sha256: str, bound: frozenset[str] = frozenset()
-    ) -> tuple[Found, list[str]]:
+    ) -> tuple[ResumePoint, list[str]]:
         """Make the folder ready; returns the checkpoint to go on from and notes for the user.
 
         The checkpoint is None where the run begins at the start. data_sha256: of the text or the
@@ -240,7 +240,7 @@ class RunFolder:
                 f"again with --overwrite"
             )
 
-    def _find(self, config: ResumableConfig) -> tuple[Found, list[str]]:
+    def _find(self, config: ResumableConfig) -> tuple[ResumePoint, list[str]]:
         if config.resume_from is not None:
             path = Path(config.resume_from).expanduser()
             return (path, checkpoint.load(path)), [f"resuming from {path}"]

@@ -90,11 +90,11 @@ class ForkedRun:
 
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that killed it; None while it runs."""
-        return self._ended(socket.MSG_DONTWAIT)
+        return self._exit_code(socket.MSG_DONTWAIT)
 
     def wait(self) -> int:
         """The same, when it has ended."""
-        code = self._ended(0)
+        code = self._exit_code(0)
         assert code is not None
         return code
 
@@ -103,7 +103,7 @@ class ForkedRun:
         if self.returncode is None:
             self._server.process.terminate()
 
-    def _ended(self, flags: int) -> int | None:
+    def _exit_code(self, flags: int) -> int | None:
         if self.returncode is not None:
             return self.returncode
         try:

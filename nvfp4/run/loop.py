@@ -33,11 +33,11 @@ from nvfp4.run.log import Log, Row
 from nvfp4.run.options import ResumableConfig
 from nvfp4.run.parts import RunParts
 from nvfp4.run.processes import (
-    agreed,
     deterministic,
     machine,
     other_machine,
     process_group,
+    signal_of_any,
     stop_together,
 )
 from nvfp4.run.signals import StopWish
@@ -98,7 +98,7 @@ class Training(ABC):
     def close(self) -> None:  # noqa: B027 - most have nothing to let go of
         """Called once after the last step, however that ended."""
 
-    def stopped(self, step: int) -> str:
+    def stop_message(self, step: int) -> str:
         """What ``Interrupted`` says after a signal."""
         return (
             f"stopped at step {step}, checkpoint saved; go on with: nvfp4 {self.command} --config "
@@ -180,11 +180,11 @@ class Loop:
                     self.one_step()
 
                     # A signal may reach one process alone, but saving needs all of them.
-                    signal_number = agreed(run.accelerator, wish.received)
+                    signal_number = signal_of_any(run.accelerator, wish.received)
                     if signal_number or due(self.step, config.save_every, config.steps):
                         self._save()
                     if signal_number and self.step < config.steps:
-                        raise Interrupted(signal_number, self.training.stopped(self.step))
+                        raise Interrupted(signal_number, self.training.stop_message(self.step))
         finally:
             run.report.close()
             self.training.close()

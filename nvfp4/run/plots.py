@@ -86,7 +86,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
         scored = run["held_out"]
         axes.plot(
             scored["step"],
-            _scored(run),
+            _held_out_losses(run),
             "o",
             color=colour,
             markersize=4.5,
@@ -97,10 +97,10 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
         texts.append((f"{run['recipe']}  {run['val_bpb']:.3f}", colour))
 
     # The axis shows what the curves settle at, not the fall of the first steps.
-    settled = [_curve(run)[1][_settled(run) :] for run in report["runs"]]
+    settled = [_curve(run)[1][_settling_step(run) :] for run in report["runs"]]
     # a quantile, so that a single lucky batch does not flatten the curves
     low = float(np.nanquantile(np.concatenate(settled), 0.005))
-    high = max(float(smooth(_curve(run)[1])[_settled(run)]) for run in report["runs"])
+    high = max(float(smooth(_curve(run)[1])[_settling_step(run)]) for run in report["runs"])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axes.set_ylabel("loss, nats per token")
     axes.set_title(
@@ -127,7 +127,7 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
         # the same batches in the same order, so the batch's own noise cancels
         gap = smooth(raw - _curve(base)[1])
         axes.plot(steps, gap, color=colour, linewidth=1.6)
-        scored = _scored(run) - _scored(base)
+        scored = _held_out_losses(run) - _held_out_losses(base)
         axes.plot(
             run["held_out"]["step"],
             scored,
@@ -136,7 +136,7 @@ def _draw_gaps(axes: Axes, report: dict[str, Any]) -> None:
             markersize=4.5,
             markeredgecolor="white",
         )
-        extremes += [*gap[_settled(run) :], *scored[1:][np.isfinite(scored[1:])]]
+        extremes += [*gap[_settling_step(run) :], *scored[1:][np.isfinite(scored[1:])]]
         ends.append(float(gap[-1]))
         texts.append((f"{run['recipe']}  {run['gap_percent']:+.2f} %", colour))
 
@@ -160,7 +160,7 @@ def _curve(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(run["curve"]["step"]), np.array(run["curve"]["loss"], dtype=np.float64)
 
 
-def _scored(run: dict[str, Any]) -> np.ndarray:
+def _held_out_losses(run: dict[str, Any]) -> np.ndarray:
     return np.array(run["held_out"]["val_loss"], dtype=np.float64)
 
 
@@ -172,7 +172,7 @@ def _colours(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _settled(run: dict[str, Any]) -> int:
+def _settling_step(run: dict[str, Any]) -> int:
     """Where the steep fall of the first steps is over: the axis begins to matter there."""
     return len(run["curve"]["step"]) // 12
 

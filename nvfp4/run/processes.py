@@ -3,7 +3,7 @@
     accelerator_for   join the processes that torchrun started, or be the only one
     deterministic     kernels that repeat themselves
     process_group     leave the group before Python ends
-    agreed            one answer for all: a signal that any process got stops all of them
+    signal_of_any     one answer for all: a signal that any process got stops all of them
     stop_together     one end for all: what one process refuses, none waits for
     machine           what the last bits of a sum depend on, for a note on resume
 
@@ -52,7 +52,7 @@ def accelerator_for(device: str) -> Accelerator:
     processes that were started do not find each other: each would train alone, in one folder.
     """
     # MPS cannot join processes, so auto must not choose it under a launcher.
-    launched = _launched()
+    launched = _launched_processes()
     on_cpu = device == "cpu" or (
         device == "auto" and launched > 1 and not torch.cuda.is_available()
     )
@@ -72,14 +72,14 @@ def accelerator_for(device: str) -> Accelerator:
     return accelerator
 
 
-def agreed(accelerator: Processes, received: int) -> int:
+def signal_of_any(accelerator: Processes, received: int) -> int:
     """The largest of all processes' numbers: a signal that any got stops all at the same step."""
     if accelerator.num_processes == 1:
         return received
     return int(accelerator.gather(torch.tensor([received], device=accelerator.device)).max())
 
 
-def gathered(accelerator: Processes, mine: list[Any]) -> list[Any]:
+def gather_objects(accelerator: Processes, mine: list[Any]) -> list[Any]:
     """The objects of all processes, in the order of processes."""
     if accelerator.num_processes == 1:
         return mine
@@ -99,7 +99,7 @@ def stop_together(accelerator: Processes) -> Iterator[None]:
         yield
     except TrainError as error:
         own = error
-    every = gathered(accelerator, [None if own is None else str(own)])
+    every = gather_objects(accelerator, [None if own is None else str(own)])
     if own is not None:
         raise own
     first = next((reason for reason in every if reason is not None), None)
@@ -173,7 +173,7 @@ def other_machine(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     ]
 
 
-def _launched() -> int:
+def _launched_processes() -> int:
     """Processes that a launcher (torchrun, accelerate) says it has started, 1 without one."""
     if "LOCAL_RANK" not in os.environ:
         return 1

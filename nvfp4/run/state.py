@@ -53,7 +53,7 @@ def capture(
         return Snapshot(state, {})
     moments = {
         f"{key}.{name}": value.cpu()
-        for name, parameter in _trained(model).items()
+        for name, parameter in _trainable(model).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     weights = {name: tensor.detach().cpu() for name, tensor in _weights(model).items()}
@@ -94,7 +94,7 @@ def _restore_weights(
         kind, _, name = key.partition(".")
         # not the mapped file, which is deleted one day
         moments.setdefault(name, {})[kind] = value.clone()
-    names = {parameter: name for name, parameter in _trained(model).items()}
+    names = {parameter: name for name, parameter in _trainable(model).items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     states = {i: moments[name] for i, name in enumerate(order) if name in moments}
@@ -108,7 +108,7 @@ def _random() -> Tensors:
     return states
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }

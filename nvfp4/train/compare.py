@@ -1,9 +1,9 @@
 """The same run once per recipe and seed, and what the recipes cost.
 
-    plan      a run per recipe, or per recipe and seed where several are asked for
-    gap       held-out loss minus that of bf16 in the run of the same seed: same initial weights,
-              same batches
-    paired    the mean gap over seeds, and its standard error
+    plan          a run per recipe, or per recipe and seed where several are asked for
+    gap           held-out loss minus that of bf16 in the run of the same seed: same initial
+                  weights, same batches
+    paired_gaps   the mean gap over seeds, and its standard error
 
 ``run/arms.py`` does the runs; what came out is compare.json, compare.png and a table.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from nvfp4.run import log
-from nvfp4.run.arms import Arm, Display, Lines, paired, publish, run_all, side_by_side
+from nvfp4.run.arms import Arm, Display, Lines, paired_gaps, publish, run_all, side_by_side
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import differences, read_config_file, to_fields
 from nvfp4.run.folder import RunFolder
@@ -38,7 +38,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     folder = RunFolder(config.out)
-    with folder.held():
+    with folder.hold():
         arms = plan(config)
         for arm in arms if config.overwrite else ():
             arm.folder.clear()
@@ -101,7 +101,7 @@ def comparison(
     # With two seeds or more the spread of the pairs says how sure a gap is.
     if len(config.seeds) > 1:
         losses = {(run["recipe"], run["seed"]): run["val_loss"] for run in runs}
-        report["paired"] = paired(losses, baseline)
+        report["paired"] = paired_gaps(losses, baseline)
     return report
 
 

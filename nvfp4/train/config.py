@@ -21,7 +21,7 @@ from pydantic import Field
 
 from nvfp4.recipes import RECIPES
 from nvfp4.run.errors import TrainError
-from nvfp4.run.fields import check_together, fill, refuse_idle, validated
+from nvfp4.run.fields import check_together, fill, refuse_idle, validate
 from nvfp4.run.options import (
     Count,
     CountOrZero,
@@ -127,7 +127,7 @@ def resolve(config: Config) -> Config:
     width, heads, kv_heads, ffn and lr follow from depth. With ``model`` given its own config
     decides the sizes, so they must be left open. ``TrainError`` naming each field that is wrong.
     """
-    config = validated(config)
+    config = validate(config)
     _check(config)
 
     # An evaluation has 2048 tokens per forward, a fixed number, since the loss of most recipes

@@ -33,7 +33,7 @@ MAX_DOCUMENT_SHARE = 16
 
 
 @lru_cache(maxsize=2)
-def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+def shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
     """A permutation of range(count), int64, by sorting Philox words.
 
     The same on every machine and with every version of a library, as no library's shuffle promises.
@@ -73,7 +73,7 @@ class TrainWindows:
             here = sequences // self.count == epoch
             offset = fold_in(self.seed, int(epoch), self.count) % self.seq_len
             starts[here] = (
-                shuffled(self.seed, int(epoch), self.count)[sequences[here] % self.count]
+                shuffle(self.seed, int(epoch), self.count)[sequences[here] % self.count]
                 * self.seq_len
                 + offset
             )

@@ -13,7 +13,12 @@ from rl_policy import TablePolicy, gradient, prepared, train
 
 from nvfp4.rl.objectives.base import RESET_REFERENCE
 from nvfp4.rl.objectives.controllers import EntropyClip, ResetCriterion, TemperatureStages
-from nvfp4.rl.objectives.lengths import cosine_penalty, ends_in_loop, overlong_penalty, staged
+from nvfp4.rl.objectives.lengths import (
+    cosine_penalty,
+    ends_in_loop,
+    overlong_penalty,
+    value_at_stage,
+)
 from nvfp4.rl.objectives.microcoder import MicroCoder
 from nvfp4.rl.objectives.prorl import ProRL, ProRLv2
 from nvfp4.rl.samples import Samples
@@ -55,7 +60,14 @@ def test_loops_are_found() -> None:
 def test_length_stages() -> None:
     """The configured limit before the first stage; each stage from its step on; ProRL counts the
     steps it observes."""
-    assert [staged(step, (2, 4), (16, 32), 8) for step in range(6)] == [8, 8, 16, 16, 32, 32]
+    assert [value_at_stage(step, (2, 4), (16, 32), 8) for step in range(6)] == [
+        8,
+        8,
+        16,
+        16,
+        32,
+        32,
+    ]
     objective = ProRL(length_stages=(16, 32), length_stage_steps=(2, 4))
     found = []
     for _ in range(6):

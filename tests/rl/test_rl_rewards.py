@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nvfp4.rl.rewards.sandbox import Limits, RewardCall, Sandbox, compile_reward
-from nvfp4.rl.rewards.verdict import Verdict, checked
+from nvfp4.rl.rewards.verdict import Verdict, to_verdict
 from nvfp4.rl.tasks.base import Problem, Task
 from nvfp4.rl.tasks.registry import load_task
 from nvfp4.run.errors import TrainError
@@ -383,6 +383,6 @@ def test_a_task_that_raises_scores_0() -> None:
 def test_checked_takes_numbers_only() -> None:
     """Also those of numpy; a string that looks like one is none."""
     for value in (1, 1.0, True, np.float32(1), np.int64(1), np.bool_(True)):
-        assert checked(value) == Verdict(1.0)
+        assert to_verdict(value) == Verdict(1.0)
     for value in ("1", None, [1], np.ones(1), 1j):
-        assert "got a" in str(checked(value).reason)
+        assert "got a" in str(to_verdict(value).reason)

@@ -11,7 +11,7 @@ from nvfp4.rl.collect import TASK_REWARD, collect
 from nvfp4.rl.config import resolve
 from nvfp4.rl.samples import RAW_REWARD
 from nvfp4.rl.setup import prepare
-from nvfp4.rl.spurious import coins, formatted, popular
+from nvfp4.rl.spurious import coin_rewards, format_rewards, majority_rewards
 from nvfp4.rl.tasks.base import Problem
 from nvfp4.rl.tasks.registry import load_task
 
@@ -19,12 +19,12 @@ from nvfp4.rl.tasks.registry import load_task
 def test_coins_fall_with_their_probability() -> None:
     """Of 20,000 coins; 0 and 1 are never and always; a prompt has its coins whoever holds it."""
     for share in (0.0, 0.1, 0.5, 1.0):
-        found = coins(2500, 8, range(2500), 7, share)
+        found = coin_rewards(2500, 8, range(2500), 7, share)
         assert found.unique().tolist() == ([share] if share in (0.0, 1.0) else [0.0, 1.0])
         assert abs(float(found.mean()) - share) <= 4 * (share * (1 - share) / 20_000) ** 0.5
-    whole = coins(6, 4, range(6), 3, 0.5).view(6, 4)
-    assert torch.equal(coins(6, 4, [1, 3, 5], 3, 0.5).view(3, 4), whole[1::2])
-    assert not torch.equal(coins(6, 4, range(6), 4, 0.5).view(6, 4), whole)
+    whole = coin_rewards(6, 4, range(6), 3, 0.5).view(6, 4)
+    assert torch.equal(coin_rewards(6, 4, [1, 3, 5], 3, 0.5).view(3, 4), whole[1::2])
+    assert not torch.equal(coin_rewards(6, 4, range(6), 4, 0.5).view(6, 4), whole)
 
 
 def test_popular_answers() -> None:
@@ -34,9 +34,9 @@ def test_popular_answers() -> None:
     texts = ["12", "12", "13", "", "", " 7 ", "8", "7", "8", "9"]
     groups = torch.tensor([4, 4, 4, 4, 4, 1, 1, 1, 1, 2])
     every = torch.ones(10, dtype=torch.bool)
-    assert popular(task, texts, groups, every).tolist() == [1, 1, 0, 0, 0, 1, 0, 1, 0, 1]
+    assert majority_rewards(task, texts, groups, every).tolist() == [1, 1, 0, 0, 0, 1, 0, 1, 0, 1]
     wrong = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 0], dtype=torch.bool)
-    assert popular(task, texts, groups, wrong).tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0, 0]
+    assert majority_rewards(task, texts, groups, wrong).tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_what_looks_like_an_answer(name: str, good: list[str], bad: list[str]) -
     assert [task.well_formed(problem, text) for text in good] == [True] * len(good)
     assert [task.well_formed(problem, text) for text in bad] == [False] * len(bad)
     cut = torch.tensor([True] + [False] * (len(good) - 1))
-    found = formatted(task, [problem] * len(good), good, cut)
+    found = format_rewards(task, [problem] * len(good), good, cut)
     assert found.tolist() == [0.0] + [1.0] * (len(good) - 1)
 
 

@@ -290,7 +290,7 @@ def test_seeds_are_compared_in_pairs(tmp_path, texts):
 
 
 def test_one_seed_alone_says_nothing_about_its_error_and_one_without_a_partner_does_not_count():
-    found = arms.paired(
+    found = arms.paired_gaps(
         {("bf16", 0): 1.0, ("rtn", 0): 1.5, ("rtn", 1): 9.0, ("sr", 1): 2.0}, "bf16"
     )
     assert found.keys() == {"rtn"}

@@ -24,7 +24,7 @@ from nvfp4.run.tokens import (
     pack,
 )
 from nvfp4.train.config import PretrainConfig
-from nvfp4.train.data import IGNORED, TrainWindows, held_out_windows, shuffled
+from nvfp4.train.data import IGNORED, TrainWindows, held_out_windows, shuffle
 
 
 @pytest.fixture
@@ -240,12 +240,10 @@ def test_the_hash_notices_every_byte_and_every_name(texts):
 
 def test_the_permutation_is_the_one_it_always_was():
     """Written down once: a change here would silently change every run and break every resume."""
-    assert shuffled(0, 0, 10).tolist() == [8, 9, 2, 7, 1, 0, 3, 5, 6, 4]
-    assert sorted(shuffled(7, 3, 1000).tolist()) == list(range(1000))
+    assert shuffle(0, 0, 10).tolist() == [8, 9, 2, 7, 1, 0, 3, 5, 6, 4]
+    assert sorted(shuffle(7, 3, 1000).tolist()) == list(range(1000))
     assert (
-        shuffled(7, 3, 1000).tolist()
-        != shuffled(7, 4, 1000).tolist()
-        != shuffled(8, 4, 1000).tolist()
+        shuffle(7, 3, 1000).tolist() != shuffle(7, 4, 1000).tolist() != shuffle(8, 4, 1000).tolist()
     )
 
 
@@ -255,7 +253,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     forwards = [windows.batch_at(step) for step in range(60)]
     fresh = TrainWindows(tokens, seq_len=7, batch=6, seed=3)
     for step in reversed(range(60)):  # another order, other caches
-        shuffled.cache_clear()
+        shuffle.cache_clear()
         assert torch.equal(fresh.batch_at(step), forwards[step])
     other = TrainWindows(tokens, seq_len=7, batch=6, seed=4)
     assert not torch.equal(other.batch_at(0), forwards[0])

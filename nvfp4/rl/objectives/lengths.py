@@ -2,7 +2,7 @@
 
     overlong_penalty   DAPO     0 until the last share of the limit, then linear to -1
     cosine_penalty     ProRL    -(1 - cos(pi length / limit)) / 2
-    staged             ProRL    a length limit that changes at given steps
+    value_at_stage     ProRL    a length limit that changes at given steps
     ends_in_loop       MicroCoder: the last tokens repeat those before them
     excused            MicroCoder: cut completions that are not to blame
     distinct_grams     how different the completions of a group are
@@ -100,7 +100,7 @@ def distinct_grams(
     return torch.where(share > 0, share, 1.0)[member].float()
 
 
-def staged(step: int, starts: Sequence[int], values: Sequence[int], before: int) -> int:
+def value_at_stage(step: int, starts: Sequence[int], values: Sequence[int], before: int) -> int:
     """The value of the latest stage that has begun; ``before`` ahead of the first."""
     reached = [value for start, value in zip(starts, values, strict=True) if start <= step]
     return reached[-1] if reached else before

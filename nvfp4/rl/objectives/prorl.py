@@ -27,7 +27,7 @@ from nvfp4.rl.objectives.base import RESET_REFERENCE, Defaults, StepPlan
 from nvfp4.rl.objectives.controllers import EntropyClip, ResetCriterion
 from nvfp4.rl.objectives.corrections import Correction
 from nvfp4.rl.objectives.divergence import Estimator, Importance
-from nvfp4.rl.objectives.lengths import cosine_penalty, staged
+from nvfp4.rl.objectives.lengths import cosine_penalty, value_at_stage
 from nvfp4.rl.objectives.policy_gradient import Advantage, PolicyGradient
 from nvfp4.rl.objectives.token_loss import Aggregation, Ratio
 from nvfp4.rl.samples import Samples
@@ -139,7 +139,7 @@ class ProRL(PolicyGradient):
 
     def max_new_tokens(self, configured: int) -> int:
         """The limit of the present stage."""
-        return staged(self._steps, self.length_stage_steps, self.length_stages, configured)
+        return value_at_stage(self._steps, self.length_stage_steps, self.length_stages, configured)
 
     @property
     def reads_evaluations(self) -> bool:

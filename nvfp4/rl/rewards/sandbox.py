@@ -39,7 +39,7 @@ from typing import Any
 from nvfp4.rl.rewards import calls
 from nvfp4.rl.rewards.filter import build_filter
 from nvfp4.rl.rewards.keeper import SLICE, Clock
-from nvfp4.rl.rewards.verdict import Verdict, checked
+from nvfp4.rl.rewards.verdict import Verdict, to_verdict
 from nvfp4.rl.rewards.walls import ALL, FILTER, sufficient
 from nvfp4.run.errors import TrainError
 
@@ -426,7 +426,7 @@ class _Round:
             if "reason" in answer:
                 self.verdicts[index] = Verdict(0.0, answer["reason"])
             else:
-                self.verdicts[index] = checked(answer["value"])
+                self.verdicts[index] = to_verdict(answer["value"])
             free.append(one)
         return free
 

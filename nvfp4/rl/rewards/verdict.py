@@ -1,8 +1,8 @@
 """What a verifier says of a completion: a reward, and why it is 0 where it is not a proper one.
 
 A reward is a number in [0, 1]. What a reward function returns is foreign: it may be a text, NaN or
-7. All of that is a verdict of 0 with a reason (``checked``), counted and logged, and the training
-goes on.
+7. All of that is a verdict of 0 with a reason (``to_verdict``), counted and logged, and the
+training goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Verdict:
     reason: str | None = None
 
 
-def checked(value: object) -> Verdict:
+def to_verdict(value: object) -> Verdict:
     """The verdict of what a reward function returned: 0 with the reason if it is no reward."""
     wanted = "the reward must be a number in [0, 1]"
     if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nvfp4.rl.rewards.verdict import Verdict, checked
+from nvfp4.rl.rewards.verdict import Verdict, to_verdict
 from nvfp4.run.errors import TrainError
 
 HELD_OUT = 1 / 8
@@ -148,7 +148,7 @@ class Task(ABC):
 
     def _verdict(self, problem: Problem, completion: str) -> Verdict:
         try:
-            return checked(self.reward(problem, completion))
+            return to_verdict(self.reward(problem, completion))
         except (Exception, SystemExit) as error:  # a user's class may raise anything
             return Verdict(0.0, f"{type(error).__name__}: {error}"[:200])
 

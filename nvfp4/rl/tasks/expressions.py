@@ -48,13 +48,13 @@ class _Parser:
         self.numbers: list[int] = []
 
     def sum(self, depth: int) -> Fraction:
-        value = self.product(depth)
+        value = self.term(depth)
         while sign := self.take("+-"):
-            right = self.product(depth)
+            right = self.term(depth)
             value = value + right if sign == "+" else value - right
         return value
 
-    def product(self, depth: int) -> Fraction:
+    def term(self, depth: int) -> Fraction:
         value = self.atom(depth)
         while sign := self.take("*/"):
             right = self.atom(depth)
