@@ -258,11 +258,13 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", &use);
     py::class_<CodeMatrix>(m, "CodeMatrix").def(py::init(&code_matrix));
     py::class_<Source>(m, "Source").def(py::init(&source_of)).def(py::init(&codes_source));
+    py::class_<Trials>(m, "Trials").def(py::init(&trials_of));
     py::class_<CpuOptions>(m, "Options")
         .def(py::init([](int rule, int metric, bool tiles, bool row_scaled, bool search,
-                         uint64_t seed, int group, int rounds, uint64_t sign_seed, bool fixed) {
-            return checked_options(rule, metric, tiles, row_scaled, search, group, rounds, fixed,
-                                   seed, sign_seed);
+                         const Trials& trials, uint64_t seed, int group, int rounds,
+                         uint64_t sign_seed, bool fixed) {
+            return checked_options(rule, metric, tiles, row_scaled, search, trials, group, rounds,
+                                   fixed, seed, sign_seed);
         }));
     py::class_<QuantizeArgs>(m, "QuantizeArgs").def(py::init(&quantize_args));
     m.def("quantize", &quantize);

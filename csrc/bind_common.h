@@ -11,7 +11,9 @@
 // A refusal is std::invalid_argument, which pybind11 makes a ValueError of.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 #include "formats.h"
 #include "operands.h"
@@ -68,12 +70,25 @@ struct Options {
     bool is_eden() const { return method.rule == Rule::ms_eden; }
 };
 
+// Steps of scale_search, or c and fl(1 / c) of ms_eden; none for rules that try nothing.
+inline Trials trials_of(const std::vector<float>& value, const std::vector<float>& inverse) {
+    require(value.size() == inverse.size() && value.size() <= static_cast<size_t>(Trials::most),
+            "a search tries at most 16 scales");
+    Trials trials{static_cast<int>(value.size()), {}, {}};
+    std::copy(value.begin(), value.end(), trials.value);
+    std::copy(inverse.begin(), inverse.end(), trials.inverse);
+    return trials;
+}
+
 template <class Seed>
 Options<Seed> checked_options(int rule, int metric, bool tiles, bool row_scaled, bool search,
-                              int group, int rounds, bool fixed, Seed seed, Seed sign_seed) {
+                              const Trials& trials, int group, int rounds, bool fixed, Seed seed,
+                              Seed sign_seed) {
     require(rule >= 0 && rule <= 5 && metric >= 0 && metric <= 2, "unknown rule or metric");
-    const Method method{static_cast<Rule>(rule), metric, tiles, row_scaled, search};
+    const Method method{static_cast<Rule>(rule), metric, tiles, row_scaled, search, trials};
     const Options<Seed> options{method, group, rounds, fixed, seed, sign_seed};
+    const bool searches = method.rule == Rule::scale_search || (options.is_eden() && search);
+    require(!searches || method.trials.count > 0, "a search has to try something");
 
     require(group == 0 || group == 16 || group == 32 || group == 64 || group == 128,
             "group must be 0, 16, 32, 64 or 128");

@@ -132,6 +132,7 @@ PYBIND11_MODULE(NVFP4_MODULE, m) {
         .def(py::init([](uint64_t value, uintptr_t at) {
             return cuda::Seed{reinterpret_cast<const uint64_t*>(at), value};
         }));
+    py::class_<Trials>(m, "Trials", py::module_local()).def(py::init(&trials_of));
     py::class_<CudaOptions>(m, "Options", py::module_local())
         .def(py::init(&checked_options<cuda::Seed>));
     py::class_<cuda::Operand>(m, "Operand", py::module_local()).def(py::init(&operand_of));

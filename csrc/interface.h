@@ -5,5 +5,5 @@
 #pragma once
 
 namespace nvfp4 {
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 }  // namespace nvfp4

@@ -31,13 +31,22 @@ enum class Rule : int {
     ms_eden = 5
 };
 
+// What a search tries, in the order of trial: scale_search steps from a scale byte, as floats;
+// ms_eden c and fl(1 / c).
+struct Trials {
+    static constexpr int most = 16;
+    int count;
+    float value[most], inverse[most];
+};
+
 // How a matrix is quantised, but for its rotation and its seeds.
 struct Method {
     Rule rule;
     int metric;       // of four_over_six: mse, mae, abs_max
     bool tiles;       // one block scale per 16x16 elements instead of per 1x16
     bool row_scaled;  // one global scale per row instead of per tensor
-    bool search;      // ms_eden: the best of six factors
+    bool search;      // ms_eden: the best of several factors
+    Trials trials;    // of scale_search, and of ms_eden with search
 };
 
 }  // namespace nvfp4

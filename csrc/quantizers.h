@@ -13,11 +13,12 @@
 // the whole tile: x[0..n-1], sixteen vectors for the first rows, then the others'.
 //
 //     rtn, sr, sr_te                 Plain: one scale, rounded; codes to nearest or by noise
-//     four_over_six, scale_search    Searched: the best of two or of nine scales
+//     four_over_six, scale_search    Searched: the best of two scales, or of those that are given
 //     ms_eden                        MsEden: codes first, then the scale that makes them unbiased
 #pragma once
 
 #include "codec.h"
+#include "operands.h"
 #include "philox.h"
 #include "rounding.h"
 #include "scaling.h"
@@ -36,9 +37,10 @@ struct Packed {
 // What a rule knows beside its elements.
 template <class F>
 struct Given {
-    F encode;        // S, per tensor or per row
-    F global_scale;  // fl(1 / S)
-    const F* noise;  // sixteen centred uniforms, or null for deterministic rules
+    F encode;              // S, per tensor or per row
+    F global_scale;        // fl(1 / S)
+    const F* noise;        // sixteen centred uniforms, or null for deterministic rules
+    const Trials* trials;  // what scale_search tries
 };
 
 // A block of its own in every lane.
@@ -196,7 +198,8 @@ struct FourOverSix : Searched<Scope> {
     }
 };
 
-// The scale that the largest asks for, two codes below it and six above: the least squared error.
+// Neighbours of the scale that the largest asks for, as many as there are trials: the least squared
+// error. Steps are read where the caller has them: on GPUs, among the arguments of the kernel.
 template <class Scope>
 struct ScaleSearch : Searched<Scope> {
     template <class F, int n>
@@ -205,10 +208,13 @@ struct ScaleSearch : Searched<Scope> {
         const F base = Searched<Scope>::prepare(x, given.encode, scaled);
         const Rounded<F> first = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
 
+        // no error is infinite, so that the first trial wins
         Rounded<F> best = first;
-        F best_error = candidate_error<Scope, Metric::mse>(scaled, first.value);
-        for (int step = -2; step <= 6; step += step == -1 ? 2 : 1) {  // all but 0
-            const Int<F> code = neighbour<F>(first.code, step);
+        F best_error = splat<F>(from_bits(kInfinityBits));
+        const Trials& trials = *given.trials;
+        NVFP4_ROLLED
+        for (int i = 0; i < trials.count; ++i) {
+            const Int<F> code = neighbour<F>(first.code, trials.value[i]);
             const F value = decode<E4M3, F>(code);
             const F error = candidate_error<Scope, Metric::mse>(scaled, value);
             const auto better = error < best_error;
@@ -220,8 +226,8 @@ struct ScaleSearch : Searched<Scope> {
 
     // code + step within [1, 126]; a zero scale stays zero.
     template <class F>
-    static NVFP4_FN Int<F> neighbour(Int<F> code, int step) {
-        const F moved = to_float(code) + static_cast<float>(step);
+    static NVFP4_FN Int<F> neighbour(Int<F> code, float step) {
+        const F moved = to_float(code) + step;
         const F kept = larger(smaller(moved, splat<F>(E4M3::largest_code)), splat<F>(1.0f));
         return select(code == 0u, code, truncate(kept));
     }
@@ -243,30 +249,31 @@ using Largest = FourOverSix<Scope, Metric::abs_max>;
 
 // MS-EDEN on a rotated block: codes of v = c y / amax, and ``length``, the block scale r as a
 // float. r is what makes <y, decoded> = <y, y>; it is rounded by noise once the tensor's largest is
-// known. ``search`` tries six c's and keeps the one of least squared error, the first at equality.
+// known. ``search`` tries several c's and keeps the one of least squared error, the first at
+// equality.
 template <bool search>
 struct MsEden {
     template <class F>
-    static NVFP4_FN Packed<F> pack(const F (&y)[kBlock], F amax, F& length) {
+    static NVFP4_FN Packed<F> pack(const F (&y)[kBlock], F amax, const Trials& trials, F& length) {
         constexpr float full_scale = 0x1.849d64p+2f;  // fl(6 / 0.988125), arXiv 2601.22813
-        constexpr float factors[] = {1.0f, 0.875f, 1.125f, 1.25f, 1.375f, 1.5f};
         // zeros below: 1 / amax and amax / 448 stay finite and not zero
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
         const F inverse = guarded_inverse(a);
 
-        // |y| / amax on c, and on smaller and larger ones
+        // |y| / amax on c, or on each of several
         F unit[kBlock];
         NVFP4_UNROLL(16)
         for (int i = 0; i < kBlock; ++i) unit[i] = magnitude(y[i]) * inverse;
-        F best_c = splat<F>(full_scale);
-        F best_t = candidate_length(unit, full_scale);
-        if constexpr (search) {
-            F best_error = error(unit, full_scale, best_t);
-            // factors that a loop indexes would lie in memory
-            NVFP4_GPU_UNROLL
-            for (int k = 1; k < 6; ++k) {
-                const float c = full_scale / factors[k];
-                const F t = candidate_length(unit, c);
+        F best_c = splat<F>(full_scale), best_t = splat<F>(0.0f);
+        if constexpr (!search) {
+            best_t = candidate_length(unit, full_scale, 1.0f / full_scale);
+        } else {
+            // no error of finite elements is infinite, so that the first trial wins
+            F best_error = splat<F>(from_bits(kInfinityBits));
+            NVFP4_ROLLED
+            for (int i = 0; i < trials.count; ++i) {
+                const float c = trials.value[i];
+                const F t = candidate_length(unit, c, trials.inverse[i]);
                 const F candidate = error(unit, c, t);
                 const auto better = candidate < best_error;
                 best_c = select(better, splat<F>(c), best_c);
@@ -289,7 +296,7 @@ struct MsEden {
 
     // t = fl(<v, v> / <v, q>) * fl(1 / c)
     template <class F>
-    static NVFP4_FN F candidate_length(const F (&unit)[kBlock], float c) {
+    static NVFP4_FN F candidate_length(const F (&unit)[kBlock], float c, float inverse) {
         const F numerator = tree_sum<F>([&](int i) {
             const F v = unit[i] * c;
             return v * v;
@@ -297,7 +304,7 @@ struct MsEden {
         const F denominator =
             tree_sum<F>([&](int i) { return (unit[i] * c) * rounded(unit[i], c); });
         const F correction = select(denominator == 0.0f, splat<F>(1.0f), numerator / denominator);
-        return correction * (1.0f / c);
+        return correction * inverse;
     }
 
     template <class F>

@@ -57,7 +57,7 @@ def quantize(
     (``quantizers/registry.py``). seed: for stochastic ones, in [0, 2^64): same seed, same codes, on
     every backend. sign_seed: for ms_eden, the seed of its rotation, equal for both operands of a
     GEMM; defaults to ``seed``. options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae",
-    "abs_max"), rounds, search, group, rotation.
+    "abs_max"), candidates of scale_search, rounds, search and its factors, group, rotation.
 
     Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the rotation group). NaN
     or Inf anywhere makes the global scale NaN (of that row when row-scaled); empty input gives
@@ -342,9 +342,9 @@ def _lead(q: QTensor) -> list[int]:
 # ``_from_schema`` takes.
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _HOW = (
-    f"str quantizer, str backend='{AUTO}', int block_rows=1, bool row_scaled=False, str "
-    "metric='mse', int group=0, "
-    "int rounds=1, bool fixed=False, bool search=False, int? seed=None, int? sign_seed=None"
+    f"str quantizer, str backend='{AUTO}', int block_rows=1, bool row_scaled=False, "
+    "str metric='mse', int group=0, int rounds=1, bool fixed=False, bool search=False, "
+    "int? seed=None, int? sign_seed=None, int[]? candidates=None, float[]? factors=None"
 )
 
 
@@ -359,6 +359,8 @@ def _from_schema(
     search: bool = False,
     seed: int | None = None,
     sign_seed: int | None = None,
+    candidates: Sequence[int] | None = None,
+    factors: Sequence[float] | None = None,
 ) -> tuple[Quantizer, Options]:
     """A quantiser and its options from the arguments of an operator; group 0: no rotation."""
     quantizer = get_quantizer(name)
@@ -380,6 +382,10 @@ def _from_schema(
         }
     if "metric" in quantizer.options:
         how["metric"] = metric
+    if candidates is not None:
+        how["candidates"] = tuple(candidates)
+    if factors is not None:
+        how["factors"] = tuple(factors)
     block = (block_rows, NVFP4.block_size)
     return quantizer, quantizer.check(block=block, row_scaled=row_scaled, seed=unsigned, **how)
 

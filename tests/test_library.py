@@ -21,6 +21,8 @@ CASES = [
     (("sr_te",), {"seed": 3, "group": 16, "fixed": True}),
     (("four_over_six",), {"metric": "mae"}),
     (("ms_eden",), {"group": 128, "rounds": 2, "search": True, "seed": 5, "sign_seed": -7}),
+    (("scale_search",), {"candidates": [0, -1, 5]}),
+    (("ms_eden",), {"group": 16, "search": True, "factors": [1.5, 1.0], "seed": 5}),
 ]
 
 
@@ -38,6 +40,9 @@ def test_quantize_equals_ops() -> None:
         X, "ms_eden", group=64, rounds=3, seed=signed(2**63 + 5), sign_seed=signed(9)
     )
     want = ops.quantize(X, "ms_eden", group=64, rounds=3, seed=2**63 + 5, sign_seed=9)
+    assert all(torch.equal(a, b) for a, b in zip(got, want.tensors, strict=True))
+    got = library.quantize(X, "scale_search", candidates=[5, 0])
+    want = ops.quantize(X, "scale_search", candidates=(5, 0))
     assert all(torch.equal(a, b) for a, b in zip(got, want.tensors, strict=True))
 
 

@@ -44,6 +44,8 @@ def _expected(op: Op) -> tuple[Any, ...]:
         "metric": "mse",
         "rounds": 1,
         "search": False,
+        "candidates": (0, -2, -1, 1, 2, 3, 4, 5, 6),
+        "factors": (1, 0.875, 1.125, 1.25, 1.375, 1.5),
         "group": 128,
     }
     options |= op.options
@@ -87,14 +89,15 @@ CUSTOM = Recipe(
     "mine",
     Gemm(
         operand("four_over_six", metric="mae", row_scaled=True),
-        operand("scale_search", block=(16, 16)),
+        operand("scale_search", block=(16, 16), candidates=(0, -1, 5)),
     ),
     Gemm(
         operand("sr", rotation=Rotation(32, 2)),
         operand("rtn", source="decoded", rotation=Rotation(32, 2)),
     ),
     Gemm(
-        operand("ms_eden", rounds=3, group=64, search=True), operand("ms_eden", rounds=3, group=64)
+        operand("ms_eden", rounds=3, group=64, search=True, factors=(1.0, 1.25)),
+        operand("ms_eden", rounds=3, group=64),
     ),
 )
 

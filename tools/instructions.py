@@ -27,7 +27,6 @@ from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.bench.issue import COUNTS, LANES, UNITS, Counted, table_of
 from nvfp4.bench.tables import Row
 from nvfp4.numerics.formats import NVFP4
-from nvfp4.quantizers.ms_eden import SEARCH_FACTORS
 from tools import sass
 from tools.aot import CARDS, compile_variant, machine_code, occupancy, resources
 from tools.machine_code import show
@@ -57,8 +56,8 @@ def elements_of(variant: KernelVariant) -> float:
 def trips_of(variant: KernelVariant) -> tuple[float, ...]:
     """How often each loop of this kernel goes round: a search over the factors of MS-EDEN."""
     policies = [variant.constants.get(name) for name in ("P", "P_ROWS", "P_COLUMNS")]
-    searches = [each for each in policies if each is not None and each.search]
-    return (len(SEARCH_FACTORS) - 1.0,) * len(searches)
+    searches = [len(each.scales) for each in policies if each is not None]
+    return tuple(count - 1.0 for count in searches if count > 1)
 
 
 def count(variant: KernelVariant, capability: int) -> Counted:

@@ -200,7 +200,7 @@ MUTANTS = [
         "nvfp4/numerics/scaling.py",
         VECTORS,
         ("SEARCH_FACTORS = (1.0, 0.875,", "SEARCH_FACTORS = (1.0, 0.9375,"),
-        ("BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)", "BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5)"),
+        ("BYTE_STEPS = (0, -2, -1, 1, 2, 3, 4, 5, 6)", "BYTE_STEPS = (0, -2, -1, 1, 2, 3, 4, 5)"),
     ),
     *mutants(
         "nvfp4/quantizers/ms_eden.py",

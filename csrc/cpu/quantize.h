@@ -200,7 +200,7 @@ private:
     NVFP4_FN Given<Float> given_at(int64_t row) const {
         const Float scale =
             args.row_scaled ? load(&encode[static_cast<size_t>(row)]) : splat<Float>(encode[0]);
-        return {scale, 1.0f / scale, nullptr};
+        return {scale, 1.0f / scale, nullptr, &args.trials};
     }
 
     // Zeros for the rows that are not finite.
@@ -235,7 +235,7 @@ struct EdenPass final : Pass {
                 auto& x = block(panel, b, part);
                 const Float largest = block_amax(x);
                 most = larger_bits(most, bits(largest));
-                const Packed<Float> packed = MsEden<search>::pack(x, largest, length[b]);
+                const Packed<Float> packed = MsEden<search>::pack(x, largest, args.trials, length[b]);
                 codes[2 * b] = packed.low;
                 codes[2 * b + 1] = packed.high;
                 furthest = larger_bits(furthest, bits(length[b]));

@@ -136,7 +136,8 @@ NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t bloc
     const uint32_t amax = !operand.row_scaled ? operand.peak[0] : stored ? operand.peak[line] : 0u;
     const uint32_t peak = amax & 0x7fffffffu;  // a caller's own amax may have its sign set
     const bool finite = peak < kInfinityBits;
-    Given<float> given{encode_scale(finite ? from_bits(peak) : 0.0f, Rule::cap), 0.0f, nullptr};
+    Given<float> given{encode_scale(finite ? from_bits(peak) : 0.0f, Rule::cap), 0.0f, nullptr,
+                       &operand.trials};
     given.global_scale = 1.0f / given.encode;
     if (!finite) {
         NVFP4_UNROLL(64)
@@ -174,7 +175,7 @@ NVFP4_DEVICE void store_eden(const Operand& operand, int64_t line, int64_t block
     for (int h = 0; h < Policy::held; ++h) {
         const float amax = block_amax(x[h]);
         float length;
-        store_codes(operand, line, block + h, MsEden<Policy::search>::pack(x[h], amax, length));
+        store_codes(operand, line, block + h, MsEden<Policy::search>::pack(x[h], amax, operand.trials, length));
         if (inside(operand, line, block + h))
             operand.lengths[line * (operand.padded / kBlock) + block + h] = length;
         peak = larger_bits(peak, bits(amax) < kInfinityBits ? bits(length) : kNanBits);

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from nvfp4.bench.devices import Device
 from nvfp4.bench.issue import Counted, counted
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
+from nvfp4.numerics.scaling import BYTE_STEPS, SEARCH_FACTORS
 from nvfp4.recipes import GEMMS, RECIPES, Operand, Recipe
 
 BF16_BITS = 16.0
@@ -353,8 +354,12 @@ def rule_label(operand: Operand) -> str:
     elif rotation is not None:
         turn = "nvidia" if rotation.fixed else f"{rotation.group}x{rotation.rounds}"
         words.append(f"rotation={turn}")
+    if options.candidates != BYTE_STEPS:
+        words.append(f"candidates={options.candidates}")
     if options.search:
         words.append("search=True")
+    if options.factors != SEARCH_FACTORS:
+        words.append(f"factors={options.factors}")
     return "_".join(words)
 
 

@@ -10,7 +10,8 @@ which is at most 6 where the block scale is not rounded down.
 
 Sums over blocks are ``tree_sum``: one order of additions, which every backend follows, since the
 last bit of an error decides between candidate scales. The constants of the two searches stand here
-because the reference and the kernels both read them.
+because the reference and the kernels both read them; what a search tries is an option of its
+quantiser, of which they are the defaults and the limits.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ import torch.nn.functional as F
 
 from nvfp4.numerics.formats import E2M1, FLOAT32_MAX, SIXTH
 
-BYTE_STEPS = (-2, -1, 1, 2, 3, 4, 5, 6)
-"""scale_search: steps from byte(s0), in the order of trial.
+MOST_TRIALS = 16
+"""How many scales a search may try per block."""
+
+BYTE_STEPS = (0, -2, -1, 1, 2, 3, 4, 5, 6)
+"""scale_search: steps from byte(s0), in the order of trial, unless it is given others.
 
 The steps from -4 to 9 take less than 0.001 % more off the MSE on N(0, 1).
 """
+
+FURTHEST_STEP = 8
+"""scale_search: the largest step there may be, eight bytes being a factor of 2."""
 
 _FULL_SCALE = float.fromhex("0x1.849d64p+2")
 """fl(6 / 0.988125), where the maximum of a block lands.
@@ -35,8 +42,12 @@ _FULL_SCALE = float.fromhex("0x1.849d64p+2")
 SEARCH_FACTORS = (1.0, 0.875, 1.125, 1.25, 1.375, 1.5)
 """ms_eden: k of its formula, in the order of trial: above 1 the maximum lands lower on the grid.
 
-Without a search k is the first.
+The ``factors`` of its search unless others are given; without a search k is 1.
 """
+
+FACTOR_RANGE = (0.5, 2.0)
+FACTOR_UNIT = 1 / 64
+"""ms_eden: factors are multiples of this in that range, so that each is a float32 number."""
 
 SMALLEST_AMAX = 2.0**-120
 """ms_eden: blocks below are zeros: keeps 1/a and a/448 finite and non-zero in float32."""

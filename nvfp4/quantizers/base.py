@@ -26,7 +26,17 @@ from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, Seed, check_seed, uniform
-from nvfp4.numerics.scaling import from_blocks, tensor_amax, to_blocks
+from nvfp4.numerics.scaling import (
+    BYTE_STEPS,
+    FACTOR_RANGE,
+    FACTOR_UNIT,
+    FURTHEST_STEP,
+    MOST_TRIALS,
+    SEARCH_FACTORS,
+    from_blocks,
+    tensor_amax,
+    to_blocks,
+)
 
 METRICS = ("mse", "mae", "abs_max")
 
@@ -41,14 +51,14 @@ class Claims:
     |dequantised - x| as a multiple of the block maximum (None: none claimed). These two hold for
     blocks whose scale is a normal E4M3 number (the block's amax over the tensor's amax above
     2^-14 or so). relative_mse: mean squared error over mean square on N(0, 1), and by how much it
-    may be off at 2048 x 2048.
+    may be off at 2048 x 2048 (None: not measured for these options).
     """
 
     deterministic: bool
     unbiased: bool
     idempotent: bool
     max_error: float | None
-    relative_mse: float
+    relative_mse: float | None
     relative_mse_tolerance: float
 
 
@@ -57,9 +67,10 @@ class Options:
     """Everything a rule may read; a quantiser names those it takes, the others keep their defaults.
 
     block: (1, 16) or (16, 16). row_scaled: a global scale per row. metric: of METRICS. rounds,
-    group: of a rotation that the rule asks for. search: more candidate scales. rotation: of an
-    operand whose rule does not rotate by itself. seed: of rounding. sign_seed: of that rotation,
-    the seed if None.
+    group: of a rotation that the rule asks for. search: more candidate scales. candidates: of
+    scale_search, steps from the scale byte that the maximum asks for; factors: of ms_eden's search;
+    both in the order of trial, the first of equals wins. rotation: of an operand whose rule does
+    not rotate by itself. seed: of rounding. sign_seed: of that rotation, the seed if None.
     """
 
     block: tuple[int, int] = ROW_BLOCK
@@ -67,6 +78,8 @@ class Options:
     metric: str = "mse"
     rounds: int = 1
     search: bool = False
+    candidates: tuple[int, ...] = BYTE_STEPS
+    factors: tuple[float, ...] = SEARCH_FACTORS
     group: int = 128
     rotation: Rotation | None = None
     seed: Seed | None = None
@@ -170,6 +183,10 @@ class Quantizer:
             )
         if checked.metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {checked.metric!r}")
+        check_candidates(checked.candidates)
+        check_factors(checked.factors)
+        if checked.factors != SEARCH_FACTORS and not checked.search:
+            raise ValueError(f"factors={checked.factors} are of a search: pass search=True as well")
 
         return self._check_seeds(checked)
 
@@ -221,6 +238,35 @@ class Quantizer:
         return QTensor(
             codes, scale_codes, poisoned.view(-1), options.block, tuple(x.shape), -1, rotation
         )
+
+
+def check_candidates(candidates: object) -> None:
+    """ValueError unless these are steps that scale_search may try."""
+    fits = isinstance(candidates, tuple) and all(
+        type(step) is int and -FURTHEST_STEP <= step <= FURTHEST_STEP for step in candidates
+    )
+    what = f"different integers from {-FURTHEST_STEP} to {FURTHEST_STEP}"
+    _check_trials("candidates", candidates, fits, what, "steps from the nearest scale byte")
+
+
+def check_factors(factors: object) -> None:
+    """ValueError unless these are factors that a search of ms_eden may try."""
+    low, high = FACTOR_RANGE
+    fits = isinstance(factors, tuple) and all(
+        type(k) in (int, float) and low <= k <= high and k % FACTOR_UNIT == 0 for k in factors
+    )
+    what = f"different multiples of {FACTOR_UNIT} from {low} to {high}"
+    _check_trials("factors", factors, fits, what, "by which the maximum lands lower on the grid")
+
+
+def _check_trials(name: str, trials: object, fits: bool, what: str, meaning: str) -> None:
+    """ValueError for what is no tuple, or not of ``what``, or too long, or has something twice."""
+    if fits and isinstance(trials, tuple) and 1 <= len(set(trials)) == len(trials) <= MOST_TRIALS:
+        return
+    raise ValueError(
+        f"{name} must be a tuple of 1 to {MOST_TRIALS} {what}, {meaning}, in the order of trial; "
+        f"got {trials!r}"
+    )
 
 
 def _empty(padded: torch.Tensor, shape: tuple[int, ...], options: Options) -> QTensor:

@@ -58,9 +58,13 @@ CASES = [
     ("scale_search", {}),
     ("scale_search", {"block": (16, 16)}),
     ("scale_search", {"row_scaled": True}),
+    ("scale_search", {"candidates": (5, -8, 0, 8)}),
+    ("scale_search", {"candidates": (0, 5), "block": (16, 16)}),
     *(("ms_eden", {"rounds": r, "group": g}) for r in (1, 2, 3) for g in (16, 32, 64, 128)),
     ("ms_eden", {"rounds": 2, "search": True}),
     ("ms_eden", {"rounds": 3, "group": 32, "search": True}),
+    ("ms_eden", {"group": 16, "search": True, "factors": (1.5, 1.25, 1.0)}),
+    ("ms_eden", {"rounds": 2, "search": True, "factors": (1.0625,)}),
 ]
 SHAPES = [
     (1, 1),
@@ -431,7 +435,8 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
     """The binding refuses what would read or write out of bounds."""
     x = torch.randn(4, 32)
     source = native.Source(x.data_ptr(), 0, 4, 32, 32, 1)
-    options = native.Options(0, 0, False, False, False, 0, 0, 1, 0, True)
+    nothing = native.Trials([], [])
+    options = native.Options(0, 0, False, False, False, nothing, 0, 0, 1, 0, True)
     with pytest.raises(ValueError, match="padded_columns"):
         native.QuantizeArgs(source, options, 48, 1, 1, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="stride"):
@@ -443,7 +448,7 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
     with pytest.raises(ValueError, match="scratch"):
         native.QuantizeArgs(
             source,
-            native.Options(5, 0, False, False, False, 0, 16, 1, 0, False),
+            native.Options(5, 0, False, False, False, nothing, 0, 16, 1, 0, False),
             32,
             1,
             1,
@@ -452,6 +457,12 @@ def test_bad_arguments_raise_and_touch_nothing() -> None:
             0,
             1,
         )
+    for rule, search in ((4, False), (5, True)):
+        with pytest.raises(ValueError, match="has to try something"):
+            native.Options(rule, 0, False, False, search, nothing, 0, 16, 1, 0, False)
+    for values, inverses in (([0.0] * 17, [0.0] * 17), ([0.0], [])):
+        with pytest.raises(ValueError, match="at most 16"):
+            native.Trials(values, inverses)
     args = native.QuantizeArgs(source, options, 32, 1, 1, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="one matrix and its transpose"):
         native.quantize_both(args, args, "")

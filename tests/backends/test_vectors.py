@@ -1,4 +1,4 @@
-"""The package computes every worked case bit for bit: 2 files, 23 cases, up to 26 rules each.
+"""The package computes every worked case bit for bit: 3 files, 23 or 15 cases, up to 26 rules each.
 
 Their names: docs/numerics.md, section 9.
 
@@ -44,7 +44,9 @@ def test_package_agrees_with_the_worked_cases(
     vectors = oracle.vectors(path)
     common = {"seed": vectors.seed, "sign_seed": vectors.sign_seed, "backend": backend}
     cases = [case for case in vectors.cases if rule in vectors.rules(case)]
-    assert len(cases) >= 21, "NaN and Inf cases have no rotation; every other case has every rule"
+    assert len(cases) >= len(vectors.cases) - 2, (
+        "NaN and Inf cases have no rotation; every other case has every rule"
+    )
     for case in cases:
         x = torch.from_numpy(vectors.x(case)).to(device)
         if rule.startswith("rotate_"):
@@ -66,7 +68,7 @@ def test_package_agrees_with_the_worked_cases(
         assert_qtensor_equal(q, vectors.want(case, rule), f"{case} {rule}")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES[:2], ids=lambda path: path.stem)
 def test_package_agrees_with_the_worked_seeds_and_offsets(path: Path) -> None:
     """fold_in over three data, and the swizzled offset of every scale of a 200 x 7 matrix."""
     arrays = oracle.vectors(path).arrays

@@ -19,8 +19,7 @@ from nvfp4.bench.issue import (
     cycles,
     table_of,
 )
-from nvfp4.quantizers.ms_eden import SEARCH_FACTORS
-from nvfp4.quantizers.scale_search import BYTE_STEPS
+from nvfp4.numerics.scaling import BYTE_STEPS, SEARCH_FACTORS
 from tools import instructions, sass
 from tools.instructions import COUNTED
 from tools.quantize_variants import roofline_variants
@@ -194,7 +193,7 @@ def test_few_warps_do_not_fill_a_scheduler() -> None:
     [
         ("quantize_kernel: rtn of bfloat16", 0),
         ("quantize_kernel: four_over_six of bfloat16", 2),
-        ("quantize_kernel: scale_search of bfloat16", 1 + len(BYTE_STEPS)),
+        ("quantize_kernel: scale_search of bfloat16", len(BYTE_STEPS)),
         ("quantize_kernel: ms_eden_rounds=1 of bfloat16", 1),
         # the first factor, and a loop over the others: as often as the launch has it go round
         ("quantize_kernel: ms_eden_rounds=2_search=True of bfloat16", len(SEARCH_FACTORS)),

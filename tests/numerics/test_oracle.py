@@ -24,10 +24,10 @@ CASES = [
 ]
 
 
-def test_both_vector_files_are_there_and_hold_every_rule() -> None:
+def test_the_vector_files_are_there_and_hold_every_rule() -> None:
     """An empty glob would make every parametrised test below pass by not existing."""
-    assert len(FILES) == 2
-    assert len(CASES) == 46
+    assert len(FILES) == 3
+    assert len(CASES) == 23 + 23 + 15
     rules = {
         rule
         for vectors in map(oracle.vectors, FILES)
@@ -67,7 +67,7 @@ def test_oracle_agrees_with_the_worked_case(path: Path, case: str) -> None:
             )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES[:2], ids=lambda path: path.stem)
 def test_oracle_agrees_with_the_worked_seeds_and_offsets(path: Path) -> None:
     """fold_in over three data, and the swizzled offset of every scale of a 200 x 7 matrix."""
     arrays = oracle.vectors(path).arrays

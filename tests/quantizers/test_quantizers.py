@@ -32,6 +32,7 @@ from nvfp4.numerics.hadamard import Rotation, nvidia_rotate, rotate
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.scaling import spread
 from nvfp4.ops import quantize
+from nvfp4.quantizers import ms_eden, scale_search
 from nvfp4.quantizers.base import METRICS, Claims, Options, Quantizer
 from nvfp4.quantizers.registry import QUANTIZERS
 
@@ -47,6 +48,8 @@ def variants(quantizer: Quantizer) -> list[dict[str, Any]]:
         "metric": list(METRICS),
         "rounds": [2, 3],
         "search": [True],
+        "candidates": [(0, -1, 5)],
+        "factors": [],  # with search=True alone
         "group": [16, 32, 64],
     }
     assert quantizer.options <= values.keys(), (
@@ -58,6 +61,8 @@ def variants(quantizer: Quantizer) -> list[dict[str, Any]]:
         found += [{"block": (16, 16), "metric": metric} for metric in METRICS[1:]]
     if {"rounds", "search"} <= quantizer.options:
         found.append({"rounds": 2, "search": True})
+    if {"search", "factors"} <= quantizer.options:
+        found.append({"rounds": 2, "search": True, "factors": (1.0, 0.9375, 1.5)})
     default = vars(quantizer.check(**SEEDS))
     return [
         options
@@ -563,7 +568,21 @@ def normal_matrix(i: int) -> tuple[torch.Tensor, float]:
     return x, x.square().sum(dtype=torch.float64).item()
 
 
-@every_variant
+CLAIMED = [p for p in ALL if claims(*p.values).relative_mse is not None]
+CLAIMED += [
+    pytest.param(name, options, id=label(name, options))
+    for name, options in [
+        *(("scale_search", {"candidates": steps}) for steps in scale_search.RELATIVE_MSE),
+        *(
+            ("ms_eden", {"rounds": 2, "search": True, "factors": factors})
+            for factors in ms_eden.RELATIVE_MSE
+        ),
+    ]
+    if [name, options] not in [list(p.values) for p in ALL]
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CLAIMED)
 def test_claim_relative_mse(name: str, options: dict[str, Any]) -> None:
     """On N(0, 1), mean of four 2048 x 2048 tensors, within the tolerance that the claim states for
     this size.
@@ -577,6 +596,7 @@ def test_claim_relative_mse(name: str, options: dict[str, Any]) -> None:
         x, energy = normal_matrix(i)
         error = quantize(x, name, **options, seed=i).dequantize().sub_(x)
         measured.append(error.square_().sum(dtype=torch.float64).item() / energy)
+    assert claim.relative_mse is not None
     assert_within(
         float(np.mean(measured)),
         claim.relative_mse,
@@ -635,6 +655,57 @@ def test_chosen_scales_are_the_best_of_their_candidates(rng: np.random.Generator
             )
 
 
+def block_errors(x: npt.NDArray[np.float32], **options: Any) -> npt.NDArray[np.float64]:
+    """Squared error of each block of scale_search, in double, in units of the largest's square."""
+    q = quantize(torch.from_numpy(x), "scale_search", **options)
+    height, width = q.block
+    padded = oracle._pad(x, height, 16).astype(np.float64)
+    error = np.zeros_like(padded)
+    error[: x.shape[0], : x.shape[1]] = q.dequantize().double().numpy() - x
+    blocks = (padded.shape[0] // height, height, padded.shape[1] // width, width)
+    return np.square(error.reshape(blocks)).sum(axis=(1, 3)) / max(np.abs(padded).max(), 1e-30) ** 2
+
+
+steps_tried = st.lists(st.integers(-8, 8), min_size=1, max_size=16, unique=True).map(tuple)
+ORDINARY = matrices(kinds=[normal, heavy, ties, deep_blocks, constant], max_rows=20, max_columns=70)
+
+
+@pytest.mark.parametrize("block", [(1, 16), (16, 16)], ids=str)
+@given(x=ORDINARY, steps=steps_tried, data=st.data())
+def test_more_candidates_are_never_worse(
+    block: tuple[int, int], x: npt.NDArray[np.float32], steps: tuple[int, ...], data: st.DataObject
+) -> None:
+    """Leaving some out never helps a block, and their order changes no error, only which of equals
+    wins.
+
+    Errors are chosen among in float32 and compared here in double, from what is stored: 256 terms
+    of 2^-24 each, and three roundings of the decoded values.
+    """
+    if x.size == 0:
+        return
+    some = tuple(data.draw(st.lists(st.sampled_from(steps), min_size=1, unique=True)))
+    shuffled = tuple(data.draw(st.permutations(steps)))
+    every = block_errors(x, block=block, candidates=steps)
+    slack = 1e-12 + 2**-14 * every
+    assert (every <= block_errors(x, block=block, candidates=some) + slack).all()
+    assert (np.abs(every - block_errors(x, block=block, candidates=shuffled)) <= slack).all()
+
+
+@pytest.mark.parametrize(("steps", "byte"), [((0, 4), 0x78), ((4, 0), 0x7C), ((-1, 4, 0), 0x7C)])
+def test_of_equal_candidates_the_first_wins(steps: tuple[int, ...], byte: int) -> None:
+    """One element per block is met by scales of 256 and 384 alike: the maximum at 6, and at 4."""
+    q = quantize(torch.eye(1, 16), "scale_search", candidates=steps)
+    assert q.block_scale.item() == byte
+
+
+@pytest.mark.parametrize(("step", "scales"), [(8, [126, 10, 0, 0]), (-8, [112, 1, 0, 0])])
+def test_steps_beyond_either_end_stop_there(step: int, scales: list[int]) -> None:
+    """The largest scale there is, and the smallest that is not zero; a zero scale stays zero."""
+    x = torch.zeros(1, 64)
+    x[0, 0], x[0, 16], x[0, 32] = 1, 2.0**-16, 2.0**-30  # scales of 256, of byte 2, of 0
+    assert quantize(x, "scale_search", candidates=(step,)).block_scale.tolist() == [scales]
+
+
 @every_variant
 def test_scale_underflow_decodes_to_zero(name: str, options: dict[str, Any]) -> None:
     """A block 2^-60 below its tensor has scale 0 (or, rounded up, the smallest scale) and no effect
@@ -670,6 +741,16 @@ def test_wrong_input_is_refused() -> None:
         quantize(x, "rtn", block=(16, 16), row_scaled=True)
     with pytest.raises(ValueError, match="metric must be one of"):
         quantize(x, "four_over_six", metric="mad")
+    with pytest.raises(ValueError, match="rtn does not take candidates"):
+        quantize(x, "rtn", candidates=(0,))
+    for wrong in ((), (0, 0), (9,), (-9,), (0.5,), (True,), [0, 5], tuple(range(-8, 9)), None):
+        with pytest.raises(ValueError, match="candidates must be a tuple of 1 to 16 different int"):
+            quantize(x, "scale_search", candidates=wrong)
+    for wrong in ((), (1, 1.0), (0.25,), (1.01,), ("1",), (float("nan"),), [1.0], (1 + 1j,)):
+        with pytest.raises(ValueError, match="factors must be a tuple of 1 to 16 different mult"):
+            quantize(x, "ms_eden", search=True, factors=wrong, seed=0)
+    with pytest.raises(ValueError, match=r"factors=.*pass search=True"):
+        quantize(x, "ms_eden", factors=(1.0, 1.25), seed=0)
     for name in ("sr", "rtn"):  # also where no noise is drawn
         with pytest.raises(ValueError, match="seed must be an integer"):
             quantize(x, name, seed=-1)

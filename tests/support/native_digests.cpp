@@ -121,7 +121,18 @@ struct Case {
     int metric;
     bool tiles, row_scaled, search;
     RotationSpec rotation;
+    std::vector<float> trials = {};  // steps of a scale, or factors
 };
+
+Trials trials_of(const Case& c) {
+    Trials trials{static_cast<int>(c.trials.size()), {}, {}};
+    for (size_t i = 0; i < c.trials.size(); ++i) {
+        const float scale = 0x1.849d64p+2f / c.trials[i];
+        trials.value[i] = c.rule == Rule::ms_eden ? scale : c.trials[i];
+        trials.inverse[i] = 1.0f / scale;
+    }
+    return trials;
+}
 
 const Case kCases[] = {
     {"rtn", Rule::rtn, 0, false, false, false, {}},
@@ -138,11 +149,18 @@ const Case kCases[] = {
     {"four_over_six mse tiles", Rule::four_over_six, 0, true, false, false, {}},
     {"four_over_six mae tiles", Rule::four_over_six, 1, true, false, false, {}},
     {"four_over_six abs_max tiles", Rule::four_over_six, 2, true, false, false, {}},
-    {"scale_search", Rule::scale_search, 0, false, false, false, {}},
-    {"scale_search tiles", Rule::scale_search, 0, true, false, false, {32, 1, 3, false}},
+    {"scale_search", Rule::scale_search, 0, false, false, false, {}, {0, -2, -1, 1, 2, 3, 4, 5, 6}},
+    {"scale_search tiles", Rule::scale_search, 0, true, false, false, {32, 1, 3, false}, {5, 0, -8}},
     {"ms_eden 1", Rule::ms_eden, 0, false, false, false, {128, 1, 4, false}},
     {"ms_eden 3 of 32", Rule::ms_eden, 0, false, false, false, {32, 3, 4, false}},
-    {"ms_eden 2 search", Rule::ms_eden, 0, false, false, true, {128, 2, 4, false}},
+    {"ms_eden 2 search",
+     Rule::ms_eden,
+     0,
+     false,
+     false,
+     true,
+     {128, 2, 4, false},
+     {1.0f, 0.875f, 1.125f, 1.25f, 1.375f, 1.5f}},
 };
 
 struct Shape {
@@ -164,6 +182,7 @@ QuantizeArgs args_of(const Case& c, const Source& source, uint64_t seed, Result&
     args.tiles = c.tiles;
     args.row_scaled = c.row_scaled;
     args.search = c.search;
+    args.trials = trials_of(c);
     args.seed = seed;
     args.padded_columns = padded(source.columns, c);
     args.threads = 1;

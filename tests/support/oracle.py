@@ -329,10 +329,14 @@ def _four_over_six(b: Block, metric: str) -> tuple[Bytes, int]:
     return _best_scale(b, [e4m3_nearest(b.base), e4m3_nearest(F32(1.5) * b.base)], metric)
 
 
-def _scale_search(b: Block) -> tuple[Bytes, int]:
+CANDIDATES = (0, -2, -1, 1, 2, 3, 4, 5, 6)
+
+
+def _scale_search(b: Block, candidates: tuple[int, ...]) -> tuple[Bytes, int]:
+    """Bytes at these steps from s0, within 1 to 126; where s0 is 0 there is nothing to try."""
     s0 = e4m3_nearest(b.base)
-    steps = (-2, -1, 1, 2, 3, 4, 5, 6) if s0 != 0 else ()
-    return _best_scale(b, [s0] + [min(max(s0 + k, 1), 126) for k in steps], "mse")
+    tried = [0] if s0 == 0 else [min(max(s0 + k, 1), 126) for k in candidates]
+    return _best_scale(b, tried, "mse")
 
 
 CAP = {"rtn": 448, "sr": 448, "sr_te": 448, "four_over_six": 256, "scale_search": 256}
@@ -388,13 +392,12 @@ def _poisoned(rows: int, kp: int, scale_rows: int, scales: int) -> Quantized:
 
 
 def _ms_eden(
-    x: Floats, rounds: int, search: bool, group: int, seed: int, sign_seed: int
+    x: Floats, rounds: int, factors: tuple[float, ...], group: int, seed: int, sign_seed: int
 ) -> Quantized:
     y = rotate(x, sign_seed, rounds=rounds, group=group)
     rows, kp = y.shape
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return _poisoned(rows, kp, rows, 1)
-    factors = EDEN_FACTORS if search else EDEN_FACTORS[:1]
     blocks = [_eden_block(row[c : c + 16], factors) for row in y for c in range(0, kp, 16)]
     largest = max((b.r for b in blocks), default=ZERO)
     global_scale = ONE if largest == 0 else largest / F32(448)
@@ -477,6 +480,8 @@ def quantize(
     metric: str = "mse",
     rounds: int = 1,
     search: bool = False,
+    candidates: tuple[int, ...] = CANDIDATES,
+    factors: tuple[float, ...] = EDEN_FACTORS,
     group: int = 128,
     seed: int = 0,
     sign_seed: int = 0,
@@ -484,8 +489,8 @@ def quantize(
     """codes, block_scale and global_scale of x [M, K] float32, contracted along its last axis.
 
     ``name`` is rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden. ``metric`` belongs
-    to four_over_six; ``rounds``, ``search``, ``group`` and ``sign_seed`` to ms_eden, which takes
-    neither ``block`` nor ``row_scaled``.
+    to four_over_six; ``candidates`` to scale_search; ``rounds``, ``search`` and its ``factors``,
+    ``group`` and ``sign_seed`` to ms_eden, which takes neither ``block`` nor ``row_scaled``.
     """
     assert x.dtype == F32
     assert x.ndim == 2
@@ -497,13 +502,13 @@ def quantize(
         "sr": _sr,
         "sr_te": _sr_te,
         "four_over_six": functools.partial(_four_over_six, metric=metric),
-        "scale_search": _scale_search,
+        "scale_search": functools.partial(_scale_search, candidates=candidates),
     }
     with np.errstate(all="ignore"):
         if name == "ms_eden":
             assert block == (1, 16)
             assert not row_scaled
-            return _ms_eden(x, rounds, search, group, seed, sign_seed)
+            return _ms_eden(x, rounds, factors if search else (1.0,), group, seed, sign_seed)
         if row_scaled:
             return _row_scaled(x, rules[name], CAP[name], seed)
         return _blocked(x, rules[name], CAP[name], block, seed)
@@ -606,6 +611,9 @@ def swizzle(block_scale: Bytes) -> Bytes:
     return out
 
 
+_SIXTY_FOURTHS = (128, 32, 61, 64, 67, 70, 73, 76, 79, 82, 85, 88, 91, 94, 97, 100)
+MANY_FACTORS = tuple(n / 64 for n in _SIXTY_FOURTHS)
+
 WORKED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "rtn_2d": ("rtn_2d", {}),
@@ -626,6 +634,19 @@ WORKED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ms_eden_2_search": ("ms_eden", {"rounds": 2, "search": True}),
     "ms_eden_g32": ("ms_eden", {"group": 32}),
     "ms_eden_g16_2": ("ms_eden", {"group": 16, "rounds": 2}),
+    "scale_search_3": ("scale_search", {"candidates": (0, -1, 5)}),
+    "scale_search_late": ("scale_search", {"candidates": (5, 4, -1, 0)}),
+    "scale_search_up": ("scale_search", {"candidates": (4,)}),
+    "scale_search_wide": (
+        "scale_search",
+        {"candidates": (8, -8, 7, -7, 6, -6, 5, -5, 4, -4, 3, -3, 2, -2, 1, -1)},
+    ),
+    "scale_search_2_2d": ("scale_search", {"candidates": (0, 5), "block": (16, 16)}),
+    "scale_search_3_row": ("scale_search", {"candidates": (0, -1, 5), "row_scaled": True}),
+    "ms_eden_2_search_3": ("ms_eden", {"rounds": 2, "search": True, "factors": (1.0, 1.25, 1.5)}),
+    "ms_eden_search_late": ("ms_eden", {"group": 32, "search": True, "factors": (1.5, 1.25, 1.0)}),
+    "ms_eden_search_one": ("ms_eden", {"group": 16, "search": True, "factors": (1.0625,)}),
+    "ms_eden_search_many": ("ms_eden", {"group": 64, "search": True, "factors": MANY_FACTORS}),
 }
 """Rule name in the vector files -> quantiser and options. The files also hold rotate_1, _2, _3,
 nvidia_rotate, sr_transposed and requantised_transposed (four_over_six, decoded, transposed, ms_eden

@@ -337,7 +337,7 @@ def _options(quantizer: Quantizer, options: Options) -> object:
     # a group of 0 says that nothing is rotated; the rest is then not read
     rotation = options.rotation or Rotation(16, fixed=True)
     return native.Options(
-        *rule_numbers(quantizer, options),
+        *rule_numbers(native, quantizer, options),
         seed_on_host(options.seed),
         0 if options.rotation is None else rotation.group,
         rotation.rounds,

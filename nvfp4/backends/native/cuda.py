@@ -238,7 +238,7 @@ def _options(native: ModuleType, quantizer: Quantizer, options: Options) -> obje
     """What the kernels are told of a method and its seeds."""
     rotation = options.rotation
     return native.Options(
-        *rule_numbers(quantizer, options),
+        *rule_numbers(native, quantizer, options),
         0 if rotation is None else rotation.group,
         1 if rotation is None else rotation.rounds,
         rotation is not None and rotation.fixed,

@@ -8,6 +8,7 @@ in one place for each kind, with ``INTERFACE`` to refuse an extension of other s
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ import torch
 from nvfp4.backends.native.cuda_targets import MISSING_FILE
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.scaling import element_scale
 from nvfp4.quantizers.base import METRICS, Options, Quantizer
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,7 +33,7 @@ RULES = {
 """Numbers of ``enum class Rule`` and ``enum class Element`` in csrc/operands.h."""
 
 
-INTERFACE = 4
+INTERFACE = 5
 """``kInterface`` in csrc/interface.h, as these sources have it."""
 
 
@@ -76,16 +78,28 @@ def why_not_built(kind: str, folder: Path) -> str:
         return ""
 
 
-def rule_numbers(quantizer: Quantizer, options: Options) -> tuple[int, int, bool, bool, bool]:
-    """What both extensions are told of a method first: rule, metric, tiles, rows, search."""
-    tiles = options.block == TILE_BLOCK
-    return (
-        RULES[quantizer.name],
-        METRICS.index(options.metric),
-        tiles,
-        options.row_scaled,
-        options.search,
-    )
+def rule_numbers(
+    native: ModuleType, quantizer: Quantizer, options: Options
+) -> tuple[int, int, bool, bool, bool, object]:
+    """What an extension is told of a method first: rule, metric, tiles, rows, search, trials."""
+    rule, tiles = RULES[quantizer.name], options.block == TILE_BLOCK
+    factors = options.factors if options.search else ()
+    trials = _trials(native, rule, options.candidates, factors)
+    metric = METRICS.index(options.metric)
+    return rule, metric, tiles, options.row_scaled, options.search, trials
+
+
+@lru_cache(maxsize=64)
+def _trials(
+    native: ModuleType, rule: int, candidates: tuple[int, ...], factors: tuple[float, ...]
+) -> object:
+    """What a rule tries: steps of a scale byte, or scales of the elements with their inverses."""
+    values: list[tuple[float, float]] = []
+    if rule == RULES["scale_search"]:
+        values = [(step, 0.0) for step in candidates]
+    elif rule == RULES["ms_eden"]:
+        values = [element_scale(factor) for factor in factors]
+    return native.Trials([value for value, _ in values], [inverse for _, inverse in values])
 
 
 def contiguous(q: QTensor) -> QTensor:

@@ -31,6 +31,7 @@ from nvfp4.numerics.hadamard import Rotation, round_scale
 from nvfp4.numerics.layout import reads_swizzled, swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed, Seed
+from nvfp4.numerics.scaling import element_scale
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
@@ -248,7 +249,7 @@ def policy_of(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
     rotation = options.rotation
     rotated = None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
     what = (quantizer.name, options.block, options.row_scaled, options.metric, options.search)
-    key = (*what, rotated, by_card)
+    key = (*what, options.candidates, options.factors, rotated, by_card)
     policy = _POLICIES.get(key)
     if policy is None:
         policy = _POLICIES[key] = _make_policy(quantizer, options, by_card)
@@ -261,6 +262,9 @@ def _make_policy(quantizer: Quantizer, options: Options, by_card: bool) -> Polic
     rotation = options.rotation or Rotation(16, fixed=True)
     rounds = rotation.rounds if options.rotation is not None else 0
     scales = tuple(round_scale(i, rounds, rotation.group) for i in range(rounds))
+
+    # nothing to try for other rules, again so that equal kernels are equal
+    factors = () if not quantizer.rotates else options.factors if options.search else (1.0,)
     return Policy(
         RULES[quantizer.name],
         options.block[0],
@@ -271,6 +275,8 @@ def _make_policy(quantizer: Quantizer, options: Options, by_card: bool) -> Polic
         scales,
         rounds > 0 and rotation.fixed,
         by_card,
+        options.candidates if quantizer.name == "scale_search" else (),
+        tuple(element_scale(factor) for factor in factors),
     )
 
 

@@ -3,7 +3,7 @@
     plain       rtn, sr, sr_te                 one candidate scale per block
     searched    four_over_six, scale_search    the candidate whose block decodes closest wins
     ms_eden     ms_eden                        the scale that repairs the block's length; with a
-                                               search the best of six
+                                               search the best of several
 
 Each takes float32 blocks x [m, rows, k, 16] (rows is 1, or 16 for 16x16 blocks) and their amax
 [m, k], and gives back the codes of x, shaped like it, and the scales [m, k]: E4M3 bytes as int32,
@@ -41,17 +41,10 @@ from nvfp4.backends.triton.arithmetic import (
 from nvfp4.backends.triton.quantize.policy import SEARCHES
 from nvfp4.numerics.formats import E4M3 as _E4M3
 from nvfp4.numerics.formats import SEARCH_CAP
-from nvfp4.numerics.scaling import BYTE_STEPS as _BYTE_STEPS
-from nvfp4.numerics.scaling import SEARCH_FACTORS, element_scale
 from nvfp4.numerics.scaling import SMALLEST_AMAX as _SMALLEST_AMAX
 
 SMALLEST_AMAX = tl.constexpr(_SMALLEST_AMAX)
-BYTE_STEPS = tl.constexpr(_BYTE_STEPS)
-STEP_COUNT = tl.constexpr(len(_BYTE_STEPS))
-FACTOR_COUNT = tl.constexpr(len(SEARCH_FACTORS))
-
-ELEMENT_SCALES = tl.constexpr(tuple(element_scale(factor) for factor in SEARCH_FACTORS))
-"""(c, fl(1 / c)) of each factor of ms_eden, the first without a search."""
+LARGEST_BYTE = tl.constexpr(len(_E4M3.grid) - 1)
 
 
 @triton.constexpr_function
@@ -138,6 +131,13 @@ def candidate_error(scaled, scale, P: tl.constexpr):
 
 
 @triton.jit
+def neighbour(first, step):
+    """Scale bytes [m, k] a step from ``first``, within [1, 126]; a zero scale stays zero."""
+    moved = tl.minimum(tl.maximum(first + step, 1), LARGEST_BYTE)
+    return tl.where(first == 0, 0, moved)
+
+
+@triton.jit
 def searched(x, amax, encode, P: tl.constexpr):
     """four_over_six, scale_search: (codes, scale bytes) on the scale of the smallest error.
 
@@ -148,18 +148,17 @@ def searched(x, amax, encode, P: tl.constexpr):
     size = from_bits(magnitude_bits(scaled))
     base = base_scale(amax, encode)
     first, value = nearest(tl.minimum(base, E4M3[2]), E4M3)
-    best, best_error = first, candidate_error(size, value, P)
 
     if P.rule == "four_over_six":
         # the maximum at 4 instead of 6
-        byte, value = nearest(tl.minimum(1.5 * base, E4M3[2]), E4M3)
-        error = candidate_error(size, value, P)
-        best = tl.where(error < best_error, byte, best)
+        byte, four = nearest(tl.minimum(1.5 * base, E4M3[2]), E4M3)
+        better = candidate_error(size, four, P) < candidate_error(size, value, P)
+        best = tl.where(better, byte, first)
     else:
-        # neighbouring bytes, from 1 to 126; a zero scale stays zero
-        for step in tl.static_range(STEP_COUNT):
-            moved = tl.minimum(tl.maximum(first + BYTE_STEPS[step], 1), 126)
-            byte = tl.where(first == 0, 0, moved)
+        best = neighbour(first, P.steps[0])
+        best_error = candidate_error(size, decode(best, E4M3), P)
+        for i in tl.static_range(1, len(P.steps)):
+            byte = neighbour(first, P.steps[i])
             error = candidate_error(size, decode(byte, E4M3), P)
             best = tl.where(error < best_error, byte, best)
             best_error = tl.where(error < best_error, error, best_error)
@@ -168,12 +167,12 @@ def searched(x, amax, encode, P: tl.constexpr):
 
 
 @triton.jit
-def element_scale_of(k):
-    """(c, fl(1 / c)) of factor k, known only at run time: a constant tuple takes no such index."""
-    c, inverse = ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1]
-    for j in tl.static_range(1, FACTOR_COUNT):
-        c = tl.where(k == j, ELEMENT_SCALES[j][0], c)
-        inverse = tl.where(k == j, ELEMENT_SCALES[j][1], inverse)
+def element_scale_of(k, P: tl.constexpr):
+    """(c, fl(1 / c)) number k, known only at run time: a constant tuple takes no such index."""
+    c, inverse = P.scales[0][0], P.scales[0][1]
+    for j in tl.static_range(1, len(P.scales)):
+        c = tl.where(k == j, P.scales[j][0], c)
+        inverse = tl.where(k == j, P.scales[j][1], inverse)
     return c, inverse
 
 
@@ -206,14 +205,14 @@ def ms_eden(y, amax, P: tl.constexpr):
     unit = y * over_elements(guarded_reciprocal(amax))
     size = from_bits(magnitude_bits(unit))
 
-    best_length = candidate_length(size, ELEMENT_SCALES[0][0], ELEMENT_SCALES[0][1], P)
-    best_scale = tl.full(amax.shape, ELEMENT_SCALES[0][0], tl.float32)
-    if P.search:
-        best_error = length_error(size, best_length, ELEMENT_SCALES[0][0], P)
+    best_length = candidate_length(size, P.scales[0][0], P.scales[0][1], P)
+    best_scale = tl.full(amax.shape, P.scales[0][0], tl.float32)
+    if len(P.scales) > 1:
+        best_error = length_error(size, best_length, P.scales[0][0], P)
 
         # a real loop: unrolled, it needs more registers than there are
-        for k in tl.range(1, FACTOR_COUNT):
-            c, inverse = element_scale_of(k)
+        for k in tl.range(1, len(P.scales)):
+            c, inverse = element_scale_of(k, P)
             length = candidate_length(size, c, inverse, P)
             error = length_error(size, length, c, P)
             better = error < best_error
