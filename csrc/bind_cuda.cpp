@@ -5,6 +5,7 @@
 // are launched. Built without CUDA, over simt.h, the same module runs the same kernels on the
 // processor (tests only).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bind_common.h"
 #include "cuda/kernels.h"
