@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -122,16 +123,49 @@ void quantize(const QuantizeArgs& args, const std::string& isa) {
     k.quantize(args);
 }
 
-void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down, const std::string& isa) {
+void require_transposes(const QuantizeArgs& across, const QuantizeArgs& down) {
     const Source &a = across.source, &b = down.source;
     require(a.element == b.element && a.element != Element::codes && a.data == b.data &&
                 a.rows == b.columns && a.columns == b.rows &&
                 (a.rows == 1 || a.row_stride == b.column_stride) &&
                 (a.columns == 1 || a.column_stride == b.row_stride),
             "the two sources must be one matrix and its transpose");
+}
+
+void quantize_both(const QuantizeArgs& across, const QuantizeArgs& down, const std::string& isa) {
+    require_transposes(across, down);
     const Kernels& k = kernels(isa);
     py::gil_scoped_release release;
     k.quantize_both(across, down);
+}
+
+// Many matrices, which experts have: one after the other on all threads or, where they are more
+// than the threads, several at a time on a thread each. No result depends on which.
+template <class Work>
+void for_many(size_t count, int threads, Work work) {
+    const bool apart = threads > 1 && count >= 2 * static_cast<size_t>(threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (apart)
+    for (size_t i = 0; i < count; ++i) work(i, apart ? 1 : threads);
+}
+
+// A matrix, or a matrix and its transpose.
+struct ManyArgs {
+    QuantizeArgs across;
+    std::optional<QuantizeArgs> down;
+};
+
+void quantize_many(const std::vector<ManyArgs>& matrices, int threads, const std::string& isa) {
+    for (const ManyArgs& matrix : matrices)
+        if (matrix.down) require_transposes(matrix.across, *matrix.down);
+    const Kernels& k = kernels(isa);
+    py::gil_scoped_release release;
+    for_many(matrices.size(), threads, [&](size_t i, int own_threads) {
+        ManyArgs own = matrices[i];
+        own.across.threads = own_threads;
+        if (!own.down) return k.quantize(own.across);
+        own.down->threads = own_threads;
+        k.quantize_both(own.across, *own.down);
+    });
 }
 
 void decode(const CodeMatrix& matrix, int64_t columns, int element, uintptr_t out, int threads,
@@ -180,34 +214,52 @@ std::vector<Product> products() {
     return found;
 }
 
-void multiply(const MatmulArgs& args, const std::string& isa, bool in_groups = false) {
-    const bool of_elements = args.a.codes.codes == nullptr;
+using Run = void (*)(const MatmulArgs&);
+
+Run product_for(bool of_elements, const std::string& isa, bool in_groups = false) {
     for (const Product& p : products()) {
-        const auto run = in_groups ? p.in_groups : p.run;
-        if ((isa.empty() || isa == p.name) && (p.of_elements || !of_elements) && run) {
-            py::gil_scoped_release release;
-            return run(args);
-        }
+        const Run run = in_groups ? p.in_groups : p.run;
+        if ((isa.empty() || isa == p.name) && (p.of_elements || !of_elements) && run) return run;
     }
     throw std::invalid_argument("there is no product for instruction set '" + isa +
                                 "' on this processor");
 }
 
-void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out,
-            int threads, const std::string& isa, bool in_groups) {
+void multiply(const MatmulArgs& args, const std::string& isa, bool in_groups = false) {
+    const Run run = product_for(args.a.codes.codes == nullptr, isa, in_groups);
+    py::gil_scoped_release release;
+    run(args);
+}
+
+MatmulArgs matmul_args(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element,
+                       uintptr_t out, int threads) {
     require(a.row_bytes == b.row_bytes && a.row_bytes % 8 == 0,
             "operands contract different lengths");
     require(a.global_scale && b.global_scale && out && threads > 0, "missing scale or output");
-    multiply({{a, {}},
-              {b, {}},
-              a.rows,
-              b.rows,
-              a.row_bytes * 2,
-              reinterpret_cast<const float*>(bias),
-              element_of(element),
-              reinterpret_cast<void*>(out),
-              threads},
-             isa, in_groups);
+    return {{a, {}},
+            {b, {}},
+            a.rows,
+            b.rows,
+            a.row_bytes * 2,
+            reinterpret_cast<const float*>(bias),
+            element_of(element),
+            reinterpret_cast<void*>(out),
+            threads};
+}
+
+void matmul(const CodeMatrix& a, const CodeMatrix& b, uintptr_t bias, int element, uintptr_t out,
+            int threads, const std::string& isa, bool in_groups) {
+    multiply(matmul_args(a, b, bias, element, out, threads), isa, in_groups);
+}
+
+void matmul_many(const std::vector<MatmulArgs>& products, int threads, const std::string& isa) {
+    const Run run = product_for(false, isa);
+    py::gil_scoped_release release;
+    for_many(products.size(), threads, [&](size_t i, int own_threads) {
+        MatmulArgs own = products[i];
+        own.threads = own_threads;
+        run(own);
+    });
 }
 
 // a [rows, depth], b [columns, depth], one stride of each being 1.
@@ -269,6 +321,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<QuantizeArgs>(m, "QuantizeArgs").def(py::init(&quantize_args));
     m.def("quantize", &quantize);
     m.def("quantize_both", &quantize_both);
+    py::class_<ManyArgs>(m, "ManyArgs")
+        .def(py::init([](const QuantizeArgs& across) { return ManyArgs{across, {}}; }))
+        .def(py::init([](const QuantizeArgs& across, const QuantizeArgs& down) {
+            return ManyArgs{across, down};
+        }));
+    m.def("quantize_many", &quantize_many);
     m.def("decode", &decode);
     m.def("transpose", &transpose);
     m.def("fingerprint", &fingerprint);
@@ -277,7 +335,9 @@ PYBIND11_MODULE(_cpu, m) {
         for (const Product& p : products()) names.append(p.name);
         return names;
     });
+    py::class_<MatmulArgs>(m, "MatmulArgs").def(py::init(&matmul_args));
     m.def("matmul", &matmul);
+    m.def("matmul_many", &matmul_many);
     m.def("dense_matmul", &dense_matmul);
     m.def("fold_in", &fold_in);
     m.def("swizzled_offset", &swizzled_offset);

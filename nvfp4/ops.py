@@ -83,7 +83,7 @@ def quantize_with(
     amax: of a larger tensor that x is a part of, to be scaled by; see
     ``Backend.quantize_with_amax``.
     """
-    x = _checked_input(x)
+    x = checked_input(x)
     if not -x.dim() <= axis < x.dim():
         raise ValueError(
             f"axis must be in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}, got "
@@ -118,7 +118,7 @@ def quantize_both(
     Equal to two calls of ``quantize_with``; a backend may read x only once. x: a matrix, float32,
     bfloat16 or float16, any strides.
     """
-    x = _checked_input(x)
+    x = checked_input(x)
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
 
@@ -225,34 +225,6 @@ def matmul(
     return y if y.shape == shape else y.view(shape)
 
 
-def grouped_matmul(
-    a: Sequence[QTensor],
-    b: Sequence[QTensor],
-    out_dtype: torch.dtype = torch.float32,
-    *,
-    backend: str = AUTO,
-) -> list[torch.Tensor]:
-    """a[e] @ b[e]^T of every group e, each as ``matmul`` defines it.
-
-    Where the hardware can, in one launch. a, b: matrices, each with scales of its own, such as the
-    tokens and the weight of every expert (fprop, dgrad: a differs in rows from group to group) or
-    dy^T and x^T of its tokens (wgrad: both differ in their contraction). A group may be empty.
-    Raises what ``matmul`` raises; ValueError if the numbers of groups differ.
-    """
-    # every pair, before the first is multiplied
-    if len(a) != len(b):
-        raise ValueError(f"a has {len(a)} groups and b {len(b)}")
-    for left, right in zip(a, b, strict=True):
-        _check_product(left, right, out_dtype)
-    devices = {q.device for q in a}
-    if len(devices) > 1:
-        raise ValueError(f"groups are on different devices: {', '.join(map(str, devices))}")
-    if not a:
-        return []
-    with without_dispatch_modes(), without_autocast(a[0].device):
-        return select(backend, "grouped_matmul", a[0].device).grouped_matmul(a, b, out_dtype)
-
-
 def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
     """ValueError or TypeError if a product of these operands has no meaning."""
     if (a.contraction, a.padded_contraction) != (b.contraction, b.padded_contraction):
@@ -321,7 +293,7 @@ def explain(
     return "\n".join(lines)
 
 
-def _checked_input(x: torch.Tensor) -> torch.Tensor:
+def checked_input(x: torch.Tensor) -> torch.Tensor:
     """x, detached and in memory; TypeError for what cannot be quantised."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")

@@ -5,6 +5,7 @@
     requantize(q [M, K])           -> what q stands for, transposed, along M
     quantize_activation(a)         -> RMSNorm or SwiGLU, quantised
     dequantize(q), matmul(a, b)    -> matrices
+    grouped_...                    -> the same of matrices in groups (``numerics/groups.py``)
     unavailable, refuses           -> why not, in words that a person reads (``nvfp4.explain``)
 
 Whatever a backend leaves out it inherits from here, in terms of ``quantize`` and ``decode``:
@@ -15,7 +16,7 @@ recipe. Codes and scales equal the reference's bit for bit, and ``selfcheck`` lo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -24,12 +25,20 @@ import torch.nn.functional as F
 
 from nvfp4.numerics.activations import Activation
 from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.groups import GroupedQTensor, Groups, of_group, rotation_of
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import fold_in_tensor
 from nvfp4.quantizers.base import Options, Quantizer
 
 Operation = Literal[
-    "quantize", "dequantize", "matmul", "grouped_matmul", "activation", "draw_seeds", "transpose"
+    "quantize",
+    "dequantize",
+    "matmul",
+    "grouped_quantize",
+    "grouped_matmul",
+    "activation",
+    "draw_seeds",
+    "transpose",
 ]
 
 
@@ -69,7 +78,8 @@ class Backend(ABC):
         """None if it implements the operation for this quantiser and these options, or why not."""
         if operation not in self.operations:
             return self.scope
-        if operation != "quantize" or quantizer is None or self.quantizers is None:
+        quantizes = operation in ("quantize", "grouped_quantize")
+        if not quantizes or quantizer is None or self.quantizers is None:
             return None
         known = quantizer.name in self.quantizers
         return None if known else f"it has no kernel for {quantizer.name}"
@@ -157,14 +167,15 @@ class Backend(ABC):
 
         Of each GEMM those for signs, for the left and for the right operand. words:
         ``Noise.state``, int64 [4] (seed, layer, calls, rank) on a device, which nothing waits for;
-        rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``.
+        rank: counts where words[3] is negative. Equal to ``noise.gemm_seeds``. Words [E, 4] are
+        those of E layers: [E, gemms, 3].
         """
-        signs = fold_in_tensor(
-            words[0], words[1], words[2], torch.arange(gemms, device=words.device)
-        )
+        seed, layer, calls, own = words[..., None].unbind(-2)
+        signs = fold_in_tensor(seed, layer, calls, torch.arange(gemms, device=words.device))
         sides = torch.arange(1, 3, device=words.device)
-        rounding = fold_in_tensor(signs[:, None], sides, torch.where(words[3] < 0, rank, words[3]))
-        return torch.cat((signs[:, None], rounding), dim=1)
+        own = torch.where(own < 0, rank, own)[..., None]
+        rounding = fold_in_tensor(signs[..., None], sides, own)
+        return torch.cat((signs[..., None], rounding), dim=-1)
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
         """A number that changes whenever the bytes of x do.
@@ -204,8 +215,127 @@ class Backend(ABC):
         fl(fl(acc * a.global_scale) * b.global_scale) (+ bias [b.rows]), then one cast.
         """
 
+    def grouped_quantize(
+        self,
+        x: torch.Tensor,
+        groups: Groups | None,
+        quantizer: Quantizer,
+        options: Options,
+        transposed: bool = False,
+        amax: torch.Tensor | None = None,
+    ) -> GroupedQTensor:
+        """``quantize`` of every group: of its rows of x [S, K], or of its matrix of x [E, R, K].
+
+        groups: of the rows, None for a stack. transposed: quantise the transpose of each. amax:
+        float32 [E], what to scale each group by; see ``quantize_with_amax``. Seeds in ``options``
+        are int64 [E]. One by one here, which reads the offsets; a backend may do it in one launch,
+        from offsets that only the device knows.
+        """
+        q = self._grouped_result(x, groups, options, transposed)
+        for e, part, own in self._grouped_parts(x, groups, options):
+            part = part.t() if transposed else part
+            if amax is None or part.numel() == 0:
+                q.group(e).overwrite(self.quantize(part, quantizer, own))
+            else:
+                given = amax[e : e + 1]
+                q.group(e).overwrite(self.quantize_with_amax(part, quantizer, own, given))
+        return q
+
+    def grouped_quantize_both(
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        rows: tuple[Quantizer, Options],
+        columns: tuple[Quantizer, Options],
+    ) -> tuple[GroupedQTensor, GroupedQTensor]:
+        """``quantize_both`` of every group: x [S, K] along K, and x^T along each group's rows."""
+        return (
+            self.grouped_quantize(x, groups, *rows),
+            self.grouped_quantize(x, groups, *columns, transposed=True),
+        )
+
+    def grouped_requantize(
+        self, q: GroupedQTensor, quantizer: Quantizer, options: Options
+    ) -> GroupedQTensor:
+        """``requantize`` of every group [m_e, K], to [K, m_e]; q is ragged in its rows or not."""
+        result = q.empty_transpose(options.block, options.row_scaled, options.rotation)
+        for e, own in enumerate(q.each()):
+            made = self.requantize(own, quantizer, options_of(options, e))
+            result.group(e).overwrite(made)
+        return result
+
+    def grouped_transpose(self, q: GroupedQTensor) -> GroupedQTensor:
+        """``transpose`` of every group: of a stack at once, of ragged rows one by one."""
+        if q.groups is None:
+            return q.transpose()
+        result = q.empty_transpose(q.block, False, None)
+        for e, own in enumerate(q.each()):
+            exchanged = self.transpose(own)
+            result.group(e).overwrite(exchanged)
+        return result
+
     def grouped_matmul(
-        self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """``matmul`` of every pair; a backend may do it in one launch."""
-        return [self.matmul(left, right, out_dtype) for left, right in zip(a, b, strict=True)]
+        self,
+        a: GroupedQTensor,
+        b: GroupedQTensor,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``matmul`` of every group: [S, N] if a's rows are ragged, else [E, a.rows, b.rows].
+
+        bias: [E, b.rows]. A group whose contraction is empty gives zeros.
+        """
+        y = grouped_output(a, b, out_dtype)
+        parts = iter(y) if a.ragged != "rows" else a.groups.split(y)  # type: ignore[union-attr]
+        for e, (part, left, right) in enumerate(zip(parts, a.each(), b.each(), strict=True)):
+            part.copy_(self.matmul(left, right, out_dtype, None if bias is None else bias[e]))
+        return y
+
+    def grouped_sum(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """The sum of the rows of x [S, N] of every group, float32 [E, N]; 0 for none."""
+        return torch.stack([part.sum(0, dtype=torch.float32) for part in groups.split(x)])
+
+    def _grouped_result(
+        self, x: torch.Tensor, groups: Groups | None, options: Options, transposed: bool
+    ) -> GroupedQTensor:
+        """What ``grouped_quantize`` fills."""
+        rows, columns = x.shape[-2:]
+        if transposed:
+            rows, columns = columns, rows
+        ragged = None if groups is None else "contraction" if transposed else "rows"
+        return GroupedQTensor.empty(
+            rows,
+            columns,
+            x.shape[0] if groups is None else groups,
+            ragged,  # type: ignore[arg-type]
+            options.block,
+            options.row_scaled,
+            options.rotation,
+            x.device,
+        )
+
+    def _grouped_parts(
+        self, x: torch.Tensor, groups: Groups | None, options: Options
+    ) -> Iterator[tuple[int, torch.Tensor, Options]]:
+        """(group, its matrix, its options), on the host."""
+        parts = iter(x) if groups is None else groups.split(x)
+        for e, part in enumerate(parts):
+            yield e, part, options_of(options, e)
+
+
+def options_of(options: Options, group: int) -> Options:
+    """The options of one group: its seeds, of seeds int64 [E]."""
+    if options.seed is None and options.rotation is None:
+        return options
+    return replace(
+        options,
+        seed=of_group(options.seed, group),
+        sign_seed=of_group(options.sign_seed, group),
+        rotation=rotation_of(options.rotation, group),
+    )
+
+
+def grouped_output(a: GroupedQTensor, b: GroupedQTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for the product of all groups: [S, N], or [E, a.rows, b.rows]."""
+    shape = (a.rows, b.rows) if a.ragged == "rows" else (a.count, a.rows, b.rows)
+    return torch.empty(shape, dtype=dtype, device=a.device)

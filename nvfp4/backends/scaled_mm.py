@@ -31,7 +31,7 @@ outside of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,8 @@ import torch.nn.functional as F
 
 from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import apply_globals, reference_matmul
-from nvfp4.numerics.formats import NVFP4
+from nvfp4.numerics.formats import NVFP4, ROW_BLOCK
+from nvfp4.numerics.groups import GroupedQTensor, Groups
 from nvfp4.numerics.layout import SWIZZLED_MAJORS, TILE_COLUMNS, TILE_ROWS, swizzle
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.scaling import spread
@@ -113,7 +114,7 @@ class ScaledMmBackend(Backend):
     ) -> None:
         self._mm = scaled_mm or getattr(F, "scaled_mm", None)
         self._grouped_mm = scaled_grouped_mm or getattr(F, "scaled_grouped_mm", None)
-        self._swizzled: WeakKeyDictionary[QTensor, tuple[int, torch.Tensor]] = WeakKeyDictionary()
+        self._swizzled: WeakKeyDictionary[object, tuple[int, torch.Tensor]] = WeakKeyDictionary()
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why not: a torch before 2.10, another device, or a GPU without FP4 units."""
@@ -185,63 +186,71 @@ class ScaledMmBackend(Backend):
         return y[:, : b.rows].contiguous()
 
     def grouped_matmul(
-        self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """One launch where torch's grouped GEMM takes the groups, else one per pair."""
-        if not self._fits_grouped(a, b, out_dtype):
-            return super().grouped_matmul(a, b, out_dtype)
+        self,
+        a: GroupedQTensor,
+        b: GroupedQTensor,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One launch of torch's grouped GEMM where it takes the groups, else one per group."""
+        if not self._fits_grouped(a, b, out_dtype, bias):
+            return super().grouped_matmul(a, b, out_dtype, bias)
         assert self._grouped_mm is not None
+        assert a.groups is not None
 
-        # known here: no one waits for the device
-        ends = torch.tensor([q.rows for q in a]).cumsum(0).to(torch.int32)
-        blocks = -(-a[0].padded_contraction // NVFP4.block_size // TILE_COLUMNS) * TILE_COLUMNS
-        y = self._grouped_mm(
-            torch.cat([_codes(q).view(torch.uint8) for q in a]).view(torch.float4_e2m1fn_x2),
-            torch.stack([_codes(q).view(torch.uint8) for q in b])
-            .view(torch.float4_e2m1fn_x2)
-            .transpose(1, 2),
-            # each group's scales are swizzled by themselves and start at a tile: over all of M they
-            # would be others'
-            [
-                torch.cat([self._scale(q) for q in a]).view(-1, blocks),
-                torch.cat([q.global_scale for q in a]),
-            ],
+        # codes of all rows as they lie, where each group ends, and scales of each group in tiles of
+        # its own: nobody waits for the device
+        blocks = -(-a.padded_contraction // NVFP4.block_size // TILE_COLUMNS) * TILE_COLUMNS
+        return self._grouped_mm(
+            _filled(a.codes).view(torch.float4_e2m1fn_x2),
+            _filled(b.codes).view(torch.float4_e2m1fn_x2).transpose(1, 2),
+            [_scales_in_tiles(a.block_scale, a.groups).view(-1, blocks), a.global_scale],
             _recipe(True),
-            [torch.stack([self._scale(q) for q in b]), torch.cat([q.global_scale for q in b])],
+            [self._stacked_scale(b), b.global_scale],
             _recipe(True),
             _swizzles(True),
             _swizzles(True),
-            offs=ends.to(a[0].device, non_blocking=True),
+            offs=a.groups.offsets[1:],
             output_dtype=torch.bfloat16,
         )
-        return list(y.split([q.rows for q in a]))
 
     def _fits_grouped(
-        self, a: Sequence[QTensor], b: Sequence[QTensor], out_dtype: torch.dtype
+        self,
+        a: GroupedQTensor,
+        b: GroupedQTensor,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None,
     ) -> bool:
         """Whether torch's grouped GEMM takes it.
 
-        It takes BF16 output, a's that differ in rows alone and b's that are alike, on its hardware.
+        It takes BF16 output, a's that differ in rows alone and b's that are alike, no bias, on its
+        hardware. An empty group among others is its own affair: the self-check has one.
         """
-        if self._grouped_mm is None or len(a) < 2 or out_dtype != torch.bfloat16:
+        if self._grouped_mm is None or a.count < 2 or out_dtype != torch.bfloat16:
             return False
 
         # stand-ins of tests run elsewhere
-        device = a[0].device
+        device = a.device
         if (
             device.type == "cuda"
             and torch.cuda.get_device_capability(device)[0] not in GROUPED_MAJORS
         ):
             return False
+        plain = not a.row_scaled and not b.row_scaled and a.block == ROW_BLOCK and bias is None
+        fits = a.ragged == "rows" and b.ragged is None and b.rows % COLUMN_UNIT == 0
+        return plain and fits and a.rows > 0 and a.padded_contraction > 0
 
-        return (
-            len({(q.rows, q.padded_contraction) for q in b}) == 1
-            and b[0].rows % COLUMN_UNIT == 0
-            and all(
-                _may_scale_inside(left, right, out_dtype) for left, right in zip(a, b, strict=True)
-            )
-            and all(q.codes.numel() > 0 for q in (*a, *b))
-        )
+    def _stacked_scale(self, q: GroupedQTensor) -> torch.Tensor:
+        """Block scales of a stack, each group's swizzled by itself: [E, bytes]; kept as for one."""
+        kept = None if is_capturing(q.device) else self._swizzled.get(q)
+        if kept is None or kept[0] != q.block_scale._version:
+            scale = q.block_scale.repeat_interleave(q.block[0], dim=1)[:, : q.rows]
+            tiles = F.pad(scale, (0, 0, 0, -q.rows % TILE_ROWS)).flatten(0, 1)
+            made = swizzle(tiles).view(q.count, -1).view(torch.float8_e4m3fn)
+            if is_capturing(q.device) or q.block_scale.is_inference():
+                return made
+            kept = self._swizzled[q] = (q.block_scale._version, made)
+        return kept[1]
 
     def _scales(self, q: QTensor, with_global: bool) -> list[torch.Tensor]:
         """The scales of an operand as torch lists them, coarser ones last."""
@@ -299,10 +308,34 @@ def _codes(q: QTensor, row_unit: int = 1) -> torch.Tensor:
     The scales of what is filled up are 0, or never read. The swizzled scales need no filling: they
     come in tiles of 4 columns and 128 rows, and both units divide those.
     """
-    width = q.codes.shape[1]
-    padding = (0, -width % (CONTRACTION_UNIT // 2), 0, -q.rows % row_unit)
-    codes = F.pad(q.codes, padding) if any(padding) else q.codes.contiguous()
-    return codes.view(torch.float4_e2m1fn_x2)
+    return _filled(q.codes, -q.rows % row_unit).view(torch.float4_e2m1fn_x2)
+
+
+def _filled(codes: torch.Tensor, rows: int = 0) -> torch.Tensor:
+    """Codes [..., M, Kp/2] with whole units of the contraction, and so many rows more."""
+    padding = (0, -codes.shape[-1] % (CONTRACTION_UNIT // 2), 0, rows)
+    return F.pad(codes, padding) if any(padding) else codes.contiguous()
+
+
+def _scales_in_tiles(block_scale: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Block scales [S, C] swizzled, each group from a tile of 128 rows on, the rest 0.
+
+    Where a group begins among the tiles is worked out on the device; there may be a tile of nothing
+    for every group at the end.
+    """
+    sizes = groups.offsets.diff()
+    tiled = (sizes + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    ends = tiled.cumsum(0)
+    rows = (groups.rows // TILE_ROWS + groups.count) * TILE_ROWS
+
+    # of each row in tiles its group, and its row there
+    row = torch.arange(rows, device=block_scale.device)
+    group = torch.searchsorted(ends, row, right=True).clamp_(max=groups.count - 1)
+    within = row - (ends - tiled)[group]
+    inside = within < sizes[group]
+    source = torch.where(inside, groups.offsets[group] + within, 0)
+    tiles = torch.where(inside[:, None], block_scale[source], 0)
+    return swizzle(tiles).view(torch.float8_e4m3fn)
 
 
 def _recipe(with_global: bool) -> list[F.ScalingType]:

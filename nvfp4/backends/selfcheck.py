@@ -7,6 +7,7 @@ through the backend and through the reference on the CPU, which must agree to th
     quantize            an ordinary matrix, both orientations, from codes; ties, zeros, overflow;
                         in 16x16 blocks too, if the rule takes them: rtn vouches for rtn_2d
     matmul, grouped     operands whose products are exact in float32 in every order of summation
+    grouped_quantize    ragged rows, one group of none, both orientations, from codes
     activation          RMSNorm, SwiGLU, and their gradients
     dequantize, transpose, draw_seeds
 
@@ -17,6 +18,8 @@ changes no random number of the program that it runs in.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nvfp4.backends.base import Backend, Operation
@@ -24,7 +27,9 @@ from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.numerics.activations import RMSNorm, SwiGLU
 from nvfp4.numerics.codec import e4m3_encode
 from nvfp4.numerics.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
+from nvfp4.numerics.groups import GroupedQTensor, Groups
 from nvfp4.numerics.qtensor import QTensor
+from nvfp4.numerics.rng import DeviceSeed
 from nvfp4.numerics.torch_state import without_autocast, without_dispatch_modes
 from nvfp4.quantizers.base import Quantizer
 from nvfp4.quantizers.rtn import RTN
@@ -39,8 +44,8 @@ Neither side is a multiple of what a library asks for (32 codes of the contracti
 columns).
 """
 
-_HEIGHTS = (5, 130, 16)
-"""Rows of the groups of a grouped GEMM."""
+_HEIGHTS = (5, 130, 0, 16)
+"""Rows of the groups of a grouped GEMM; an expert may get none."""
 
 _GRID = torch.tensor(E2M1.grid, device="cpu")
 _FILLING = (0, 6, 5, 6, 2, 6, 5, 2, 6, 6, 2, 5, 6, 2)
@@ -140,19 +145,59 @@ def _multiplied(backend: Backend, device: torch.device, quantizer: Quantizer) ->
 def _multiplied_in_groups(
     backend: Backend, device: torch.device, quantizer: Quantizer
 ) -> list[torch.Tensor]:
-    """Groups of unequal height, one of them beyond a tile of scales; 32 columns suit every path."""
+    """Groups of unequal height, one of them beyond a tile of scales; 32 columns suit every path.
+
+    Then groups of unequal contraction, as wgrad has them.
+    """
+    scales = (1.5, 1.25, 3.0, 2.0)
     a = [
         _exact(device, rows, scale, 40503 + rows)
-        for rows, scale in zip(_HEIGHTS, (1.5, 1.25, 3), strict=True)
+        for rows, scale in zip(_HEIGHTS, scales, strict=True)
     ]
     b = [
         _exact(device, 32, scale, 48271 + rows)
-        for rows, scale in zip(_HEIGHTS, (1.25, 3, 1.5), strict=True)
+        for rows, scale in zip(_HEIGHTS, scales[::-1], strict=True)
     ]
-    return [
-        *backend.grouped_matmul(a, b, torch.bfloat16),
-        *backend.grouped_matmul(a, b, torch.float32),
+    left, right = GroupedQTensor.of(a, "rows"), GroupedQTensor.of(b, None)
+    made = [backend.grouped_matmul(left, right, d) for d in (torch.bfloat16, torch.float32)]
+
+    # the first columns of the same codes; both are by the same groups
+    across, down = (
+        GroupedQTensor.of(
+            [_narrow(q, columns) for q, columns in zip(b, _HEIGHTS, strict=True)], "contraction"
+        )
+        for _ in range(2)
+    )
+    down = replace(down, groups=across.groups)
+    return [*made, backend.grouped_matmul(across, down, torch.float32)]
+
+
+def _narrow(q: QTensor, columns: int) -> QTensor:
+    """The first columns of q; what pads them to whole blocks is any codes on either side."""
+    blocks = -(-columns // NVFP4.block_size)
+    codes = q.codes[:, : blocks * NVFP4.block_size // 2].contiguous()
+    scale = q.block_scale[:, :blocks].contiguous()
+    return replace(q, codes=codes, block_scale=scale, shape=(q.rows, columns))
+
+
+def _quantized_in_groups(
+    backend: Backend, device: torch.device, quantizer: Quantizer
+) -> list[torch.Tensor]:
+    """Codes and scales of every group; what lies between groups is nobody's."""
+    seeds = DeviceSeed((torch.arange(3, device="cpu") + 5).to(device))
+    options = quantizer.check(seed=seeds)
+    x = _matrix(21, _COLUMNS).to(device).to(torch.bfloat16)
+    groups = Groups.of((5, 0, 16), device)
+    stored = GroupedQTensor.of(
+        [_stored(part, device) for part in groups.split(_matrix(21, _COLUMNS))], "rows"
+    )
+    made = [
+        backend.grouped_quantize(x, groups, quantizer, options),
+        backend.grouped_quantize(x, groups, quantizer, options, transposed=True),
+        backend.grouped_quantize(x.view(3, 7, _COLUMNS), None, quantizer, options),
+        backend.grouped_requantize(stored, quantizer, options),
     ]
+    return [tensor for q in made for own in q.each() for tensor in own.tensors]
 
 
 def _exact(
@@ -284,6 +329,7 @@ _PROBES = {
     "quantize": _quantized,
     "dequantize": _dequantized,
     "matmul": _multiplied,
+    "grouped_quantize": _quantized_in_groups,
     "grouped_matmul": _multiplied_in_groups,
     "activation": _activated,
     "draw_seeds": _drawn,

@@ -3,6 +3,7 @@
     LayerCall.quantizer(gemm, side)     the recipe's quantiser, with the seeds of this call
     LayerCall.operand(x, gemm, side)    x [rows, contraction] -> QTensor
     LayerCall.weight(w)                 fprop's operand of w [N, K]
+    dense_fprop, dense_product          the GEMMs that the recipe does not quantise
 
 Noise comes from the state of the layer, read on the host (``HostNoise``) or left on its device
 (``DeviceNoise``). Where this process holds a part of an operand (``Shards``), and codes depend on
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from nvfp4.backends.registry import AUTO
+from nvfp4.layer.dense import affine, times
 from nvfp4.layer.noise import RIGHT, GemmSeeds, HostNoise, process
 from nvfp4.layer.saved import Matrix
 from nvfp4.layer.sharding import Shards, amax_of_parts
@@ -30,7 +32,7 @@ from nvfp4.recipes import GEMMS, Recipe
 class DeviceNoise:
     """``Noise.state`` on its device; the seeds of one call are made there when first asked for.
 
-    state: int64 [4]. backend: of the layer.
+    state: int64 [4], or [E, 4] of E layers, whose seeds are then int64 [E]. backend: of the layer.
     """
 
     def __init__(self, state: torch.Tensor, backend: str) -> None:
@@ -42,9 +44,11 @@ class DeviceNoise:
     def seeds(self, gemm: str) -> GemmSeeds:
         """The seeds of one GEMM, the same objects each time: both operands must see equal signs."""
         if gemm not in self._seeds:
-            # one launch makes the seeds of all three GEMMs, [3, 3]
+            # one launch makes the seeds of all three GEMMs, [3, 3] or [3, 3, E]
             if self._table is None:
-                self._table = draw_seeds(self._state, process(), len(GEMMS), backend=self._backend)
+                table = draw_seeds(self._state, process(), len(GEMMS), backend=self._backend)
+                many = table.dim() == 3  # of E layers: side by side for each GEMM and use
+                self._table = table.permute(1, 2, 0).contiguous() if many else table
             sign_seed, left, right = map(DeviceSeed, self._table[GEMMS.index(gemm)].unbind())
             self._seeds[gemm] = sign_seed, (left, right)
         return self._seeds[gemm]
@@ -132,6 +136,25 @@ class LayerCall(NamedTuple):
         part = dequantize(x, backend=self.backend).t() if isinstance(x, QTensor) else x
         amax = amax_of_parts(part, shards.mesh.get_group(), options.row_scaled)
         return quantize_with_amax(part, quantizer, options, amax, backend=self.backend)
+
+
+def dense_fprop(
+    call: LayerCall, x: torch.Tensor, w: Matrix, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """x w^T + bias in ``dtype``, not quantised; w: itself, or its codes, which are decoded."""
+    w = dequantize(w, dtype, backend=call.backend) if isinstance(w, QTensor) else w.to(dtype)
+    return affine(x.to(dtype), w, None if bias is None else bias.to(dtype))
+
+
+def dense_product(dy: torch.Tensor, saved: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """dy @ saved in dy's dtype, rounded to ``dtype``: a GEMM of the backward, not quantised.
+
+    Where ``saved`` is fprop's codes, dy and what the codes stand for are both rounded to BF16
+    first.
+    """
+    if isinstance(saved, QTensor):
+        return times(dy.to(torch.bfloat16), dequantize(saved, torch.bfloat16)).to(dtype)
+    return times(dy, saved.to(dy.dtype)).to(dtype)
 
 
 def quantize_with_amax(

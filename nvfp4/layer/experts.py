@@ -1,247 +1,162 @@
-"""Stacked experts: a mixture-of-experts block keeps all experts' weights in two tensors [E, N, K].
+"""Stacked experts: a mixture-of-experts block of transformers whose GEMMs run in NVFP4.
 
-Every expert computes as an ``nvfp4.Linear`` of its own, bit for bit: its tokens are quantised by
-themselves, its weight has scales of its own, and it draws the noise of layer e in a model with the
-seed fold_in(seed, layer of the stack).
+    hidden_states [T, H], k experts for each token
+    rows of tokens, ordered by expert      x [T k, H], and where each expert's begin: ``Groups``
+    gate_up_proj [E, 2 I, H], the gate     [T k, I]
+    down_proj [E, H, I]                    [T k, H]
+    weighted sum of each token's rows      [T, H]
 
-    input      rows x [S, K], ordered by expert, and how many each expert got
-    forward    operands of every expert that has rows, then all products of fprop in one call
-    backward   operands of every such expert, then all products of dgrad in one call, then all
-               of wgrad; a call (``ops.grouped_matmul``) is one launch where the hardware can
-
-An expert without rows is left out, and its weight gets a gradient of 0. One thing is asked of the
-device per forward: how many tokens each expert got, since the codes of one tensor share a scale and
-the rows must be cut on the host.
+Both stacks of weights are ``stacks.grouped_linear``: every expert as a linear layer of its own, bit
+for bit, all experts in one call. The order of the rows, and where each expert's begin, is worked
+out where they are: no host waits for a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvfp4.grouped_ops import grouped_quantize
+from nvfp4.layer import stacks
 from nvfp4.layer.call import LayerCall
-from nvfp4.layer.gemms import (
-    Pair,
-    backward_operands,
-    dense_fprop,
-    forward_operands,
-    product,
-)
-from nvfp4.layer.noise import CALLS, HostNoise
-from nvfp4.layer.saved import (
-    NO_GRADIENTS,
-    Dtypes,
-    Matrix,
-    Needs,
-    Saved,
-    inputs_to_save,
-    pack,
-    saved_specs,
-    unpack,
-)
+from nvfp4.layer.noise import CALLS, RIGHT, HostNoise
+from nvfp4.layer.saved import NO_GRADIENTS, Dtypes, Needs, inputs_to_save
 from nvfp4.layer.state import LinearState, output_dtype, refuse_second_derivative
 from nvfp4.layer.weight_cache import STACKS, Codes
-from nvfp4.numerics.rng import fold_in, signed
+from nvfp4.numerics.groups import GroupedQTensor, Groups
 from nvfp4.numerics.torch_state import is_dtensor, without_autocast
-from nvfp4.ops import grouped_matmul
 
 
-def expert_call(call: LayerCall, expert: int) -> LayerCall:
-    """The call of one expert, from the call of its stack."""
-    assert isinstance(call.noise, HostNoise), "experts read on the host how many tokens they got"
-    seed, layer, calls, rank = call.noise
-    return call._replace(
-        noise=HostNoise((signed(fold_in(seed % 2**64, layer)), expert, calls, rank))
-    )
-
-
+@dataclass
 class ExpertsState(LinearState):
-    """What one stack knows beside its weights; noise.calls counts backward passes of the stack."""
+    """What one stack knows beside its weights; noise.calls counts backward passes of the stack.
+
+    transposed: whether the parameter is [E, K, N], as in GPT-OSS.
+    """
+
+    transposed: bool = False
+
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        """The parameter as [E, N, K]."""
+        return weight.mT if self.transposed else weight
 
     def quantized(self, weight: torch.Tensor, call: LayerCall, amax: torch.Tensor | None) -> Codes:
-        """One operand per expert."""
-        return tuple(expert_call(call, e).weight(matrix) for e, matrix in enumerate(weight))
+        """One operand for all experts; weight: the parameter."""
+        how = call.quantizer("fprop", RIGHT)
+        return (grouped_quantize(self.matrices(weight), None, *how, backend=call.backend),)
+
+    def operand(self, weight: torch.Tensor, call: LayerCall) -> stacks.Stack:
+        """fprop's operand of the parameter: codes, from an earlier call if they are there."""
+        if not self.recipe.fprop.right.quantized:
+            return self.matrices(weight)
+        codes = self.kept_codes(weight, call) or self.quantized(weight, call, None)
+        return cast(GroupedQTensor, codes[0])
+
+    def of_experts(self, call: LayerCall, experts: range, device: torch.device) -> LayerCall:
+        """The call of a stack with the noise of its experts."""
+        noise = cast(HostNoise, call.noise)
+        return call._replace(noise=stacks.ExpertNoise(noise, experts, device, call.backend))
 
 
 def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], state: ExpertsState
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: Groups,
+    state: ExpertsState,
+    bias: torch.Tensor | None = None,
+    experts: range | None = None,
 ) -> torch.Tensor:
-    """y [S, N], the rows of each expert times its matrix transposed, differentiable.
+    """y [S, N], the rows of each expert times its matrix transposed, plus its bias, differentiable.
 
-    x: [S, K], rows ordered by expert. weight: [E, N, K]. sizes: rows of every expert, adding up to
-    S; 0 is fine, and such an expert's weight gets a gradient of 0. Raises ValueError if they do not
-    fit, TypeError for wrong dtypes.
+    x: [S, K], rows ordered by expert. weight: [E, N, K], or [E, K, N] if the state says so. groups:
+    of the rows; an expert may have none, and gets gradients of 0. bias: [E, N] or None. experts:
+    the numbers of these E in the whole stack, where this is a part of it. Raises ValueError if they
+    do not fit, TypeError for wrong dtypes.
     """
-    experts, _, inputs = weight.shape
-    if x.dim() != 2 or x.shape[1] != inputs or len(sizes) != experts or sum(sizes) != x.shape[0]:
+    count, outputs, inputs = state.matrices(weight).shape
+    if x.dim() != 2 or x.shape[1] != inputs or groups.count != count or groups.rows != x.shape[0]:
         raise ValueError(
-            f"x {tuple(x.shape)} and sizes {list(sizes)} do not fit weights {tuple(weight.shape)}"
+            f"x {tuple(x.shape)} and {groups.count} groups of {groups.rows} rows do not fit "
+            f"weights [{count}, {outputs}, {inputs}]"
         )
+    if bias is not None and tuple(bias.shape) != (count, outputs):
+        raise ValueError(f"bias must be [{count}, {outputs}], got {tuple(bias.shape)}")
     dtype = output_dtype(x, weight)
 
     # nothing to multiply, but a graph to hang on
     if x.shape[0] == 0:
-        return F.linear(x, weight[0]).to(dtype)
+        return F.linear(x, state.matrices(weight)[0], None if bias is None else bias[0]).to(dtype)
 
+    call = StackCall(state, groups, experts or range(count), dtype)
     if torch.is_grad_enabled():
-        return _GroupedFunction.apply(x, weight, tuple(sizes), state, dtype)
-    return _forward(state, x, weight, sizes, dtype, NO_GRADIENTS)[0]
+        return _GroupedFunction.apply(x, weight, bias, call)
+    call_of_experts = state.of_experts(state.call(), call.experts, weight.device)
+    w = state.operand(weight, call_of_experts)
+    return stacks.forward(call_of_experts, x, w, groups, bias, dtype, NO_GRADIENTS)[0]
 
 
-def _groups(x: torch.Tensor, sizes: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-    """(expert, its rows) of every expert that has some."""
-    return [(e, rows) for e, rows in enumerate(x.split(list(sizes))) if rows.shape[0]]
+class StackCall(NamedTuple):
+    """One call of a stack but for its tensors. dtype: of y."""
 
-
-def _forward(
-    state: ExpertsState,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-    needs: Needs,
-) -> list[torch.Tensor]:
-    """y, then the packed codes of every expert with rows, equally many of each."""
-    call = state.call()
-    kept = state.kept_codes(weight, call)
-
-    # the operands of each expert; where fprop is dense, the product as well
-    pairs: list[Pair] = []
-    dense: list[torch.Tensor] = []
-    saved: list[torch.Tensor] = []
-    for e, rows in _groups(x, sizes):
-        codes = None if kept is None else kept[e]
-        operands, own = forward_operands(
-            expert_call(call, e), rows, weight[e], needs, w_codes=codes
-        )
-        saved += pack(own)
-        if operands.x is None or operands.w is None:
-            w = weight[e] if operands.w is None else operands.w
-            dense.append(dense_fprop(call, rows, w, None, dtype))
-        else:
-            pairs.append((operands.x, operands.w))
-
-    return [torch.cat(dense or _grouped(call, pairs, dtype)), *saved]
-
-
-def _grouped(call: LayerCall, pairs: Sequence[Pair], dtype: torch.dtype) -> list[torch.Tensor]:
-    """All products of one GEMM in one call, which is one launch where the hardware can."""
-    return grouped_matmul([a for a, _ in pairs], [b for _, b in pairs], dtype, backend=call.backend)
-
-
-def _backward(
-    call: LayerCall,
-    dy: torch.Tensor,
-    sizes: Sequence[int],
-    saved: Sequence[Saved],
-    needs: Needs,
-    shape: torch.Size,
-    dtypes: Dtypes,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dx [S, K], dw [E, N, K]); saved: of every expert with rows. shape: of the weight."""
-    # every expert's operands, quantised by themselves
-    groups = _groups(dy, sizes)
-    operands = [
-        backward_operands(expert_call(call, e), rows, own, needs)
-        for (e, rows), own in zip(groups, saved, strict=True)
-    ]
-
-    # dgrad: the rows of all experts, in their order
-    dx = dw = None
-    if needs.dx:
-        pairs, dense = [each.dgrad for each in operands], [rows for _, rows in groups]
-        parts = _products(call, dense, pairs, [own.for_dx for own in saved], dtypes.dx)
-        dx = torch.cat(parts)
-        del parts  # as large as dx, while dw is made
-
-    # wgrad: an expert without rows keeps its zeros
-    if needs.dw:
-        pairs, dense = [each.wgrad for each in operands], [rows.t() for _, rows in groups]
-        parts = _products(call, dense, pairs, [own.for_dw for own in saved], dtypes.dw)
-        dw = torch.zeros(shape, dtype=dtypes.dw, device=dy.device)
-        for (e, _), part in zip(groups, parts, strict=True):
-            dw[e] = part
-    return dx, dw
-
-
-def _products(
-    call: LayerCall,
-    dense: Sequence[torch.Tensor],
-    pairs: Sequence[Pair | None],
-    saved: Sequence[Matrix | None],
-    dtype: torch.dtype,
-) -> list[torch.Tensor]:
-    """All of one GEMM: in one call if it is quantised, else one by one as a layer would."""
-    quantized = [pair for pair in pairs if pair is not None]
-    if len(quantized) == len(pairs):
-        return _grouped(call, quantized, dtype)
-    return [product(call, rows, None, own, dtype) for rows, own in zip(dense, saved, strict=True)]
+    state: ExpertsState
+    groups: Groups
+    experts: range
+    dtype: torch.dtype
 
 
 class _GroupedFunction(torch.autograd.Function):
-    """y = x w[e]^T of every expert e; see ``grouped_linear``."""
+    """y = x w[e]^T + bias[e] of every expert e; see ``grouped_linear``."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        sizes: tuple[int, ...],
-        state: ExpertsState,
-        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        of: StackCall,
     ) -> torch.Tensor:
-        needs = Needs(*ctx.needs_input_grad[:2])
-        y, *codes = _forward(state, x, weight, sizes, dtype, needs)
-        ctx.save_for_backward(*codes, *inputs_to_save(state.specs, needs, weight, x))
+        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        ctx.dtypes = Dtypes(x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        state = of.state
+        call = state.of_experts(state.call(), of.experts, weight.device)
+        w = state.operand(weight, call)
+        y, for_dw = stacks.forward(call, x, w, of.groups, bias, of.dtype, ctx.needs)
+
+        # codes, each as what it is and as tensors; then weight and x where they are needed whole
+        for_dx = w if ctx.needs.dx and state.specs.for_dx is not None else None
+        ctx.packed, tensors = stacks.pack(for_dx, for_dw)
+        whole = inputs_to_save(state.specs, ctx.needs, weight, x)
+        ctx.save_for_backward(of.groups.offsets, *tensors, *whole)
 
         # noise is no saved tensor: see ``linear.py``
         ctx.noise, ctx.key, ctx.backend = state.noise.state, state.key, state.backend
-        ctx.sizes, ctx.needs, ctx.shape = sizes, needs, weight.shape
-        ctx.dtypes = Dtypes(x.dtype, weight.dtype)
+        ctx.state, ctx.experts, ctx.rows = state, of.experts, of.groups.rows
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
+        offsets, *tensors = ctx.saved_tensors
+        groups, state = Groups(offsets, ctx.rows), ctx.state
+        for_dx, for_dw = stacks.unpack(ctx.packed, tensors, groups)
+
+        # what was saved whole is left over, in the order of ``inputs_to_save``
+        if ctx.needs.dx and for_dx is None:
+            for_dx = state.matrices(tensors.pop(0))
+        if ctx.needs.dw and for_dw is None:
+            for_dw = tensors.pop(0)
+
         call = LayerCall.of(ctx.key, ctx.backend, ctx.noise, capturable=False)
-        saved = _unpack(call, ctx.saved_tensors, ctx.sizes, ctx.needs, ctx.shape)
+        call = state.of_experts(call, ctx.experts, dy.device)
         with without_autocast(dy.device):
-            dx, dw = _backward(call, dy, ctx.sizes, saved, ctx.needs, ctx.shape, ctx.dtypes)
+            dx, dw, db = stacks.backward(call, dy, groups, for_dx, for_dw, ctx.needs, ctx.dtypes)
         ctx.noise[CALLS].add_(1)
-        return dx, dw, None, None, None
-
-
-def _unpack(
-    call: LayerCall,
-    tensors: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    needs: Needs,
-    shape: torch.Size,
-) -> list[Saved]:
-    """What was saved of every expert with rows.
-
-    tensors: codes, expert by expert, then weight [E, N, K] and x [S, K] if they are saved whole.
-    """
-    _, n, k = shape
-    specs = saved_specs(call.recipe)
-    rest = iter(tensors)
-
-    # the codes of each expert that got rows; others saved nothing
-    active = [(e, size) for e, size in enumerate(sizes) if size]
-    saved = [unpack(rest, call.recipe, needs, (size, k, n), on_device=False) for _, size in active]
-
-    # what was saved whole is cut up
-    if needs.dx and specs.for_dx is None:
-        weight = next(rest)
-        saved = [own._replace(for_dx=weight[e]) for own, (e, _) in zip(saved, active, strict=True)]
-    if needs.dw and specs.for_dw is None:
-        groups = _groups(next(rest), sizes)
-        saved = [own._replace(for_dw=rows) for own, (_, rows) in zip(saved, groups, strict=True)]
-    return saved
+        return dx, None if dw is None else state.matrices(dw), db, None
 
 
 class Experts(nn.Module):
@@ -284,19 +199,18 @@ class Experts(nn.Module):
                 "or convert without experts=True)"
             )
 
-        # one row per token and expert it goes to, ordered by expert: x [T k, H]; ``tolist`` is the
-        # one time that the host waits for the device
+        # one row per token and expert it goes to, ordered by expert: x [T k, H]; where each begins
+        # is found on the device
         tokens, per_token = hidden_states.shape[0], top_k_index.shape[-1]
         experts = top_k_index.reshape(-1)
         order = experts.argsort(stable=True)
-        sizes = experts.bincount(minlength=self.gate_up_proj.shape[0]).tolist()
+        numbers = torch.arange(self.gate_up_proj.shape[0] + 1, device=order.device)
+        offsets = torch.searchsorted(experts[order], numbers, out_int32=True)
+        groups = Groups(offsets, len(order))
         x = hidden_states[order // per_token]
 
         # both matrices of every expert
-        inner = self._apply_gate(
-            grouped_linear(x, self.gate_up_proj, sizes, self.nvfp4["gate_up_proj"])
-        )
-        y = grouped_linear(inner, self.down_proj, sizes, self.nvfp4["down_proj"])
+        y = self._linear(self._apply_gate(self._linear(x, groups, STACKS[0])), groups, STACKS[1])
 
         # back in the order of the tokens, and the weighted sum of each token's rows
         weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -304,6 +218,11 @@ class Experts(nn.Module):
             0, order, torch.arange(len(order), device=order.device)
         )
         return weighted[back].view(tokens, per_token, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _linear(self, x: torch.Tensor, groups: Groups, name: str) -> torch.Tensor:
+        """The rows of each expert through the stack of that name."""
+        bias = getattr(self, f"{name}_bias", None)
+        return grouped_linear(x, getattr(self, name), groups, self.nvfp4[name], bias)
 
     def extra_repr(self) -> str:
         """Sizes, recipe and backend."""

@@ -27,14 +27,13 @@ from typing import NamedTuple, cast
 
 import torch
 
-from nvfp4.layer.call import DeviceNoise, LayerCall
-from nvfp4.layer.dense import affine, times
+from nvfp4.layer.call import DeviceNoise, LayerCall, dense_fprop, dense_product
 from nvfp4.layer.lazy_activation import LazyActivation
 from nvfp4.layer.noise import LEFT, RIGHT
 from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, empty, pack, saved_specs, unpack
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.torch_state import without_autocast
-from nvfp4.ops import dequantize, matmul, quantize_both, transpose
+from nvfp4.ops import matmul, quantize_both, transpose
 from nvfp4.recipes import Recipe
 
 Pair = tuple[QTensor, QTensor]
@@ -162,14 +161,6 @@ def _x_operands(call: LayerCall, x: torch.Tensor, both: bool) -> tuple[QTensor, 
     return quantize_both(x, rows, columns, backend=call.backend)
 
 
-def dense_fprop(
-    call: LayerCall, x: torch.Tensor, w: Matrix, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """x w^T + bias in ``dtype``; w: itself, or its codes, which are decoded."""
-    w = dequantize(w, dtype, backend=call.backend) if isinstance(w, QTensor) else w.to(dtype)
-    return affine(x.to(dtype), w, None if bias is None else bias.to(dtype))
-
-
 class BackwardOperands(NamedTuple):
     """dgrad's (dy, w^T) and wgrad's (dy^T, x^T); None where it is not needed or not quantised."""
 
@@ -229,16 +220,10 @@ def product(
     saved: Matrix | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One GEMM of the backward in ``dtype``: in FP4, or dense.
-
-    Dense: dy @ saved in dy's dtype. Where ``saved`` is fprop's codes, dy and what the codes stand
-    for are both rounded to BF16 first.
-    """
+    """One GEMM of the backward in ``dtype``: in FP4, or ``call.dense_product``."""
     if operands is not None:
         return matmul(*operands, dtype, backend=call.backend)
-    if isinstance(saved, QTensor):
-        return times(dy.to(torch.bfloat16), dequantize(saved, torch.bfloat16)).to(dtype)
-    return times(dy, cast(torch.Tensor, saved).to(dy.dtype)).to(dtype)
+    return dense_product(dy, cast(Matrix, saved), dtype)
 
 
 @torch.library.custom_op("nvfp4::linear_fprop", mutates_args=())

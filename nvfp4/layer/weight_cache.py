@@ -2,8 +2,8 @@
 
 A forward multiplies by w [N, K] in FP4. To quantise w costs several passes over it, to see that it
 has not changed at most one, so each layer has a ``WeightCache`` with one entry: the codes (one
-QTensor, or one per expert of a stack), the key that they hold for, and the point of the CUDA stream
-after which they are in memory.
+QTensor, or one GroupedQTensor of a stack), the key that they hold for, and the point of the CUDA
+stream after which they are in memory.
 
     mode         a weight counts as unchanged while          who sets it
     BYTES        a 64-bit fingerprint of its bytes stays     the default; where the backend has none
@@ -35,13 +35,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.scaling import magnitude
 from nvfp4.numerics.torch_state import is_capturing, is_traced
 from nvfp4.ops import fingerprint
 
-Codes = tuple[QTensor, ...]
-"""fprop's operand of a weight: one QTensor, or for stacked experts one each."""
+Codes = tuple[Any, ...]
+"""fprop's operand of a weight: one QTensor, or for stacked experts one GroupedQTensor of all."""
 
 Content = tuple[Any, ...] | None
 """What changes when a weight does; None where there is no telling."""

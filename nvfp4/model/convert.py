@@ -60,10 +60,10 @@ def convert(
     numbered blocks left alone at either end of each outermost stack, a count or, if a float below
     1, a share rounded up. backend: "auto" or a name. seed: of all noise, in [0, 2^64); by default
     the one given to ``torch.manual_seed``. experts: convert stacked experts too, as transformers 5
-    keeps them in Mixtral, Qwen3-MoE and others (see ``experts.py``); they go by the name of the
-    module that holds them, and ``filter_fn`` is not asked about them. strict: raise ValueError
-    where there would be a warning. verbose: print a one-line summary, and one line more if linears
-    that are left are slow here.
+    keeps them in Mixtral, Qwen3-MoE, GPT-OSS and others (see ``experts.py``); they go by the name
+    of the module that holds them, and ``filter_fn`` is not asked about them. strict: raise
+    ValueError where there would be a warning. verbose: print a one-line summary, and one line more
+    if linears that are left are slow here.
 
     Kept as they are, with the reason in ``nvfp4.report``: the output embedding, layers tied to an
     embedding, subclasses of nn.Linear, parametrised layers, LoRA adapters, weights that are tensor
@@ -118,8 +118,12 @@ def _carry_out(plan: ConversionPlan, seed: int, index: int, backend: str) -> Non
     for of_experts in plan.experts:
         if of_experts.recipe is not None:
             stacks = {}
+            transposed = bool(getattr(of_experts.module, "is_transposed", False))
             for name in STACKS:
-                stacks[name] = ExpertsState(of_experts.recipe, Noise(seed, index), backend)
+                noise = Noise(seed, index)
+                stacks[name] = ExpertsState(
+                    of_experts.recipe, noise, backend, transposed=transposed
+                )
                 index += 1
             of_experts.module.nvfp4 = stacks  # type: ignore[assignment]
             reclass(of_experts.module, Experts)

@@ -78,14 +78,15 @@ def why_not_linear(module: nn.Linear) -> str | None:
 def why_not_experts(module: nn.Module) -> str | None:
     """Why a module with stacked experts cannot be converted, in a word, or None.
 
-    What can: the layout of transformers' ``use_experts_implementation`` with a gate, without
-    biases, not transposed.
+    What can: the layouts of transformers' ``use_experts_implementation`` with a gate, with and
+    without biases, transposed or not, without a norm of its own.
     """
     stacks = [getattr(module, name, None) for name in STACKS]
     if is_converted(module):
         return ALREADY
 
-    # the layout: up [E, 2 I, H] and down [E, H, I], with act(gate) * up between them
+    # the layout: up [E, 2 I, H] and down [E, H, I], or [E, H, 2 I] and [E, I, H], with a gate
+    # between them
     up, down = stacks
     if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter):
         return "experts_layout"
@@ -93,11 +94,13 @@ def why_not_experts(module: nn.Module) -> str | None:
         return "experts_layout"
     if not callable(getattr(module, "_apply_gate", None)) or not getattr(module, "has_gate", False):
         return "experts_without_gate"
-    fit = up.shape[0] == down.shape[0] and up.shape[2] == down.shape[1]
-    if not fit or getattr(module, "is_transposed", True):
+    hidden = (1, 2) if getattr(module, "is_transposed", False) else (2, 1)
+    if up.shape[0] != down.shape[0] or up.shape[hidden[0]] != down.shape[hidden[1]]:
         return "experts_layout"
-    if getattr(module, "has_bias", True) or getattr(module, "has_post_expert_norm", False):
-        return "experts_bias_or_norm"
+    if getattr(module, "has_post_expert_norm", False):
+        return "experts_norm"
+    if getattr(module, "has_bias", False) and not all(_is_bias(module, name) for name in STACKS):
+        return "experts_bias"
 
     # what was done to this one
     if "forward" in vars(module):
@@ -110,6 +113,13 @@ def why_not_experts(module: nn.Module) -> str | None:
     ):
         return "tensor_subclass"
     return None if up.dtype in INPUT_DTYPES and down.dtype in INPUT_DTYPES else "dtype"
+
+
+def _is_bias(module: nn.Module, stack: str) -> bool:
+    """Whether the stack of that name has a bias [E, N] beside it."""
+    bias, weight = getattr(module, f"{stack}_bias", None), getattr(module, stack)
+    outputs = weight.shape[2 if getattr(module, "is_transposed", False) else 1]
+    return isinstance(bias, nn.Parameter) and bias.shape == (weight.shape[0], outputs)
 
 
 def bypass_reasons(model: nn.Module) -> dict[int, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from nvfp4.backends.registry import AUTO, check_backend, select
-from nvfp4.layer.experts import Experts
+from nvfp4.layer.experts import Experts, ExpertsState
 from nvfp4.layer.linear import Linear
 from nvfp4.layer.weight_cache import STACKS
 from nvfp4.model.convertible import not_linear
@@ -177,7 +177,7 @@ def report(model: nn.Module) -> Report:
     # stacks of experts, each as the layer that one of them is
     for name, handle in quantized_weights(model).items():
         if isinstance(handle.owner, Experts):
-            _, outputs, inputs = handle.weight.shape
+            _, outputs, inputs = cast(ExpertsState, handle.state).matrices(handle.weight).shape
             one = nn.Linear(inputs, outputs, bias=False, device="meta")
             backend = _backend(handle.state.backend, handle.weight.device)
             rows.append(LayerReport(**_describe(name, one, handle.state.recipe, backend, None)))
@@ -222,8 +222,9 @@ def check(
 def _checked_experts(decision: Decision[nn.Module], backend: str) -> Iterator[LayerCheck]:
     """A row for each stack: the size of one expert, the bytes of all."""
     for name in STACKS:
-        # [E, N, K]: a layer of N x K stands for each of them
+        # [E, N, K], or transposed: a layer of N x K stands for each of them
         stack = getattr(decision.module, name)
+        stack = stack.mT if getattr(decision.module, "is_transposed", False) else stack
         one = nn.Linear(
             stack.shape[2], stack.shape[1], bias=False, device="meta", dtype=torch.bfloat16
         )

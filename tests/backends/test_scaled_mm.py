@@ -29,6 +29,7 @@ from nvfp4.backends.scaled_mm import ScaledMmBackend, SharedAlpha
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.layer.experts import ExpertsState, grouped_linear
 from nvfp4.layer.noise import Noise
+from nvfp4.numerics.groups import GroupedQTensor, Groups
 from nvfp4.numerics.layout import swizzle
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.scaling import spread
@@ -318,32 +319,21 @@ def groups(
     ]
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_grouped_products_are_the_single_ones(native, rng):
-    """Ragged groups, one of them empty; in one launch where nothing is (BF16), by turns elsewhere,
-    to the same bits."""
+@pytest.mark.parametrize("tall", [1, 16], ids=["rows", "tiles"])
+def test_grouped_products_are_the_single_ones(tall, rng):
+    """Ragged groups, two of them empty; in one launch (BF16), by turns elsewhere: the same bits."""
     backend: Backend = Here()
-    a, b = groups(rng, [5, 130, 16] if native else [5, 0, 130], 32, 64)
+    heights = [0, 5, 130, 0, 16]
+    a = [exact_operand(rng, rows, 72) for rows in heights]
+    b = [exact_operand(rng, 32, 72, block=(tall, 16)) for _ in heights]
     for q in (*a, *b):
         q.global_scale.fill_(1.25)  # exact in any order, so that BF16 can be compared bit for bit
+    left, right = GroupedQTensor.of(a, "rows"), GroupedQTensor.of(b, None)
     for dtype in (torch.bfloat16, torch.float32):
-        got = backend.grouped_matmul(a, b, dtype)
-        for y, left, right in zip(got, a, b, strict=True):
-            assert torch.equal(y, ReferenceBackend().matmul(left, right, dtype))
-    assert backend._grouped_mm.calls == native
-
-
-def test_grouped_products_through_the_door(backend, device, rng):
-    """Every backend: fprop's groups, ragged in rows, and wgrad's, ragged in the contraction."""
-    a, b = groups(rng, [3, 0, 20], 24, 48)
-    got = ops.grouped_matmul([q.to(device) for q in a], [q.to(device) for q in b], backend=backend)
-    for y, left, right in zip(got, a, b, strict=True):
-        assert_floats_bitwise(y, oracle_matmul(left, right), "y") if left.rows else None
-        assert y.shape == (left.rows, 24)
-    a, b = ([exact_operand(rng, rows, k) for k in (16, 80, 33)] for rows in (8, 5))
-    got = ops.grouped_matmul([q.to(device) for q in a], [q.to(device) for q in b], backend=backend)
-    for y, left, right in zip(got, a, b, strict=True):
-        assert_floats_bitwise(y, oracle_matmul(left, right), "y")
+        got = backend.grouped_matmul(left, right, dtype)
+        for e, y in enumerate(got.split(heights)):
+            assert torch.equal(y, ReferenceBackend().matmul(a[e], b[e], dtype))
+    assert backend._grouped_mm.calls == 1
 
 
 def test_experts_run_in_one_launch(monkeypatch):
@@ -361,25 +351,15 @@ def test_experts_run_in_one_launch(monkeypatch):
     for name in ("here", "reference"):
         w, leaf = (tensor.clone().requires_grad_() for tensor in (weight, x))
         y = grouped_linear(
-            leaf, w, (7, 1, 140), ExpertsState(RECIPES["quartet2"], Noise(1, 0), name)
+            leaf, w, Groups.of((7, 1, 140)), ExpertsState(RECIPES["quartet2"], Noise(1, 0), name)
         )
         y.backward(dy)
         made[name] = (y.detach(), leaf.grad, w.grad)
     assert backend._grouped_mm.calls == 2 + 1, "and the self-check's"
-    assert backend._mm.calls == 3 + 3, "three of wgrad, three in float32 of the self-check"
+    assert backend._mm.calls == 3 + 3 + 3, "three of wgrad, six in float32 of the self-check"
     for got, want in zip(made["here"], made["reference"], strict=True):
         want, step = want.double(), torch.finfo(torch.bfloat16).eps * want.double().abs()
         assert ((got.double() - want).abs() <= step + 1e-6 * want.abs().max()).all()
-
-
-def test_grouped_mistakes_are_named(rng):
-    """The group counts, a contraction that differs in one group; no group at all is no mistake."""
-    a, b = groups(rng, [3, 4], 8, 32)
-    with pytest.raises(ValueError, match="a has 2 groups and b 1"):
-        ops.grouped_matmul(a, b[:1])
-    with pytest.raises(ValueError, match="contract different lengths"):
-        ops.grouped_matmul(a, [b[0], exact_operand(rng, 8, 48)])
-    assert ops.grouped_matmul([], []) == []
 
 
 def test_the_probe_is_exact_in_any_order():

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import nvfp4
-from nvfp4.layer.call import LayerCall
-from nvfp4.layer.experts import Experts, ExpertsState, expert_call, grouped_linear
+from nvfp4.layer.experts import Experts, ExpertsState, grouped_linear
 from nvfp4.layer.noise import HostNoise, Noise, gemm_seeds
+from nvfp4.layer.stacks import ExpertNoise
 from nvfp4.model.weights import quantized_weights
+from nvfp4.numerics.groups import Groups
 from nvfp4.numerics.rng import fold_in
 from nvfp4.recipes import RECIPES, Recipe
 
@@ -56,7 +57,7 @@ def test_a_stack_is_its_experts(recipe, dtype):
     x = torch.randn(sum(SIZES), 32, dtype=dtype, requires_grad=True)
     dy = torch.randn(sum(SIZES), 48, dtype=dtype)
     state = ExpertsState(spec, Noise(SEED, LAYER, calls=2))
-    y = grouped_linear(x, weight, SIZES, state)
+    y = grouped_linear(x, weight, Groups.of(SIZES), state)
     y.backward(dy)
     assert state.noise.calls == 3
     start = 0
@@ -79,12 +80,31 @@ def test_noise_is_nobodys_twice():
     seen = set()
     for layer in range(4):
         for calls in range(4):
-            call = LayerCall(RECIPES["quartet2"], "auto", HostNoise((3, layer, calls, 0)))
-            words = [expert_call(call, e).noise for e in range(4)]
-            if layer < 2:
-                words = [call.noise]  # layers 0 and 1 are ordinary, 2 and 3 stacks
-            seen |= {gemm_seeds(w, gemm)[0] for w in words for gemm in ("fprop", "dgrad", "wgrad")}
+            noise = HostNoise((3, layer, calls, 0))
+            for gemm in ("fprop", "dgrad", "wgrad"):
+                if layer < 2:
+                    seen.add(
+                        gemm_seeds(noise, gemm)[0]
+                    )  # layers 0 and 1 are ordinary, 2 and 3 stacks
+                else:
+                    of_experts = ExpertNoise(noise, range(4), torch.device("cpu"), "auto")
+                    seen |= {bits % 2**64 for bits in of_experts.seeds(gemm)[0].bits.tolist()}
     assert len(seen) == 3 * (2 * 4 + 2 * 4 * 4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_seeds_of_experts_are_those_of_layers(backend):
+    """Expert e is layer e of a model with the seed fold_in(seed, layer), also where a part of the
+    experts is here: signs and both sides, by the extension and by torch."""
+    noise = HostNoise((2**63 + 5 - 2**64, 7, 3, 2))
+    made = ExpertNoise(noise, range(4, 7), torch.device("cpu"), backend)
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        sign, sides = made.seeds(gemm)
+        for place, e in enumerate(range(4, 7)):
+            want = gemm_seeds((fold_in(2**63 + 5, 7), e, 3, 2), gemm)
+            got = [int(seed.bits[place]) % 2**64 for seed in (sign, *sides)]
+            assert got == [want[0], *want[1]]
+        assert made.seeds(gemm)[0] is sign, "both operands are to see equal signs"
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
@@ -96,7 +116,7 @@ def test_only_what_is_needed(frozen):
         weight, x = torch.randn(4, 48, 32), torch.randn(sum(SIZES), 32)
         weight.requires_grad_(w_needs), x.requires_grad_(x_needs)
         grouped_linear(
-            x, weight, SIZES, ExpertsState(RECIPES["quartet2"], Noise(SEED, LAYER))
+            x, weight, Groups.of(SIZES), ExpertsState(RECIPES["quartet2"], Noise(SEED, LAYER))
         ).sum().backward()
         return x.grad, weight.grad
 
@@ -112,13 +132,15 @@ def test_wrong_sizes_and_dtypes_are_named():
     weight, x = torch.randn(2, 16, 32), torch.randn(6, 32)
     for sizes in ([3, 2], [2, 2, 2]):
         with pytest.raises(ValueError, match="do not fit"):
-            grouped_linear(x, weight, sizes, state)
+            grouped_linear(x, weight, Groups.of(sizes), state)
     with pytest.raises(TypeError, match="float64"):
-        grouped_linear(x.double(), weight.double(), [3, 3], state)
+        grouped_linear(x.double(), weight.double(), Groups.of([3, 3]), state)
     x.requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(grouped_linear(x, weight, [3, 3], state).sum(), x, create_graph=True)
-    assert grouped_linear(x[:0], weight, [0, 0], state).shape == (0, 16)
+        torch.autograd.grad(
+            grouped_linear(x, weight, Groups.of([3, 3]), state).sum(), x, create_graph=True
+        )
+    assert grouped_linear(x[:0], weight, Groups.of([0, 0]), state).shape == (0, 16)
 
 
 def model_of(kind: str, layers: int = 2, **options) -> nn.Module:
@@ -304,10 +326,15 @@ def test_reports_and_summary(capsys):
     )
     assert stack.nvfp4_bytes == 4 * (32 * 48 // 2 + 32 * 3 + 4)
     assert not stacks_of(other)
-    other.model.layers[0].mlp.experts.has_bias = True
-    with pytest.warns(nvfp4.ConvertWarning, match="experts_bias_or_norm"):
-        nvfp4.convert(other, seed=5, experts=True)
-    assert len(stacks_of(other)) == 1
+    for attribute, reason in (
+        ("has_bias", "experts_bias"),
+        ("has_post_expert_norm", "experts_norm"),
+    ):
+        other = model_of("qwen3_moe")
+        setattr(other.model.layers[0].mlp.experts, attribute, True)
+        with pytest.warns(nvfp4.ConvertWarning, match=reason):
+            nvfp4.convert(other, seed=5, experts=True)
+        assert len(stacks_of(other)) == 1
 
 
 def test_forward_precision_and_fixed_weights_know_experts():
@@ -326,7 +353,8 @@ def test_forward_precision_and_fixed_weights_know_experts():
             for handle in quantized_weights(model).values()
             if isinstance(handle.owner, Experts)
         ]
-        assert all(len(state.cache.entry.codes) == 4 for state in held)
+        assert held
+        assert all(state.cache.entry.codes[0].count == 4 for state in held)
 
 
 def test_after_step_covers_experts():

@@ -161,6 +161,8 @@ class ScaledGroupedMm:
         together = scale_a[0].reshape(-1)
         for e, end in enumerate(offs.tolist()):
             rows = end - start
+            if rows == 0:
+                continue
             scale = together[row * up(k // 8, 4) :][: up(rows, 128) * up(k // 8, 4)]
             if self.one.mistake == "scales over all groups":
                 scale = together[: up(rows, 128) * up(k // 8, 4)]
