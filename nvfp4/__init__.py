@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.extras import installed_version, what_to_install
 from nvfp4.layer.linear import Linear
+from nvfp4.model.amax import amax_state, load_amax_state
 from nvfp4.model.convert import convert, revert
 from nvfp4.model.fuse import fuse, rms_norm_linear, swiglu_linear
 from nvfp4.model.health import health, observe
@@ -51,6 +52,7 @@ __all__ = [
     "Recipe",
     "Rotation",
     "after_step",
+    "amax_state",
     "capturable",
     "check",
     "convert",
@@ -65,6 +67,7 @@ __all__ = [
     "health",
     "info",
     "invalidate",
+    "load_amax_state",
     "load_noise_state",
     "matmul",
     "noise_state",

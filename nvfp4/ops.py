@@ -98,7 +98,7 @@ def quantize_with(
 
     with without_dispatch_modes():
         road: Road = "rows" if matrix.stride(1) == 1 else "columns"
-        chosen = select(backend, "quantize", x.device, quantizer, options, road)
+        chosen = select(backend, _operation(options), x.device, quantizer, options, road)
         if amax is None:
             q = chosen.quantize(matrix, quantizer, options)
         else:
@@ -178,7 +178,7 @@ def requantize_with(
             f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}"
         )
     with without_dispatch_modes():
-        chosen = select(backend, "quantize", q.device, quantizer, options, "codes")
+        chosen = select(backend, _operation(options), q.device, quantizer, options, "codes")
         return chosen.requantize(q, quantizer, options)
 
 
@@ -266,6 +266,11 @@ def draw_seeds(words: torch.Tensor, rank: int, gemms: int, *, backend: str = AUT
     """The seeds of one call of a layer, made where its words are; see ``Backend.draw_seeds``."""
     with without_dispatch_modes():
         return select(backend, "draw_seeds", words.device).draw_seeds(words, rank, gemms)
+
+
+def _operation(options: Options) -> Operation:
+    """What quantising under these options asks of a backend."""
+    return "quantize" if options.held is None else "quantize_held"
 
 
 def explain(

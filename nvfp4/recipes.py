@@ -16,6 +16,9 @@ x are needed in a second orientation, and ``source`` says where that comes from:
     decoded    what fprop's codes stand for, quantised again: the backward then differentiates what
                the forward computed, and only 4-bit codes are kept between the two
 
+An operand that is scaled by its largest magnitude may take that of the call before
+(``delayed_amax``), times a head-room: its codes then come out of one pass instead of two.
+
 Rules between the fields are checked when a recipe is made, so that a layer may rely on them. A
 recipe knows no seed: signs and rounding are drawn anew in every call (``layer/noise.py``).
 """
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
@@ -46,14 +49,16 @@ class Operand:
     options. source: "tensor", the high-precision tensor itself; "codes", the codes and tile scales
     that fprop used, transposed (16x16 blocks only, unrotated); "decoded", what fprop's codes stand
     for (x-hat, w-hat), which is quantised again, or used in BF16 when ``quantizer`` is None.
-    rotation: applied before quantising; its sign_seed is filled in at run time. Raises ValueError
-    or TypeError for what the quantiser does not take.
+    rotation: applied before quantising; its sign_seed is filled in at run time. delayed_amax: scale
+    by the amax of the call before (``layer/delayed_amax.py``). Raises ValueError or TypeError for
+    what the quantiser does not take.
     """
 
     quantizer: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
     source: OperandSource = "tensor"
     rotation: Rotation | None = None
+    delayed_amax: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in get_args(OperandSource):
@@ -74,8 +79,24 @@ class Operand:
                 raise ValueError(
                     f"an operand without its own quantizer takes no options or rotation: {self}"
                 )
+            self._check_delay()
             return
         self.checked(seed=0)
+        self._check_delay()
+
+    def _check_delay(self) -> None:
+        if self.delayed_amax and not self.can_delay:
+            raise ValueError(
+                "delayed_amax needs an operand that one amax scales as a whole, which ms_eden, "
+                f"row-scaled and high-precision ones are not: {self}"
+            )
+
+    @property
+    def can_delay(self) -> bool:
+        """Whether one amax of the whole tensor scales it, so that an earlier one can."""
+        if self.quantizer is None:
+            return False
+        return not self.rule.rotates and not self.static_options.row_scaled
 
     def checked(
         self, seed: int | None, rotation: Rotation | None = None, sign_seed: int | None = None
@@ -158,7 +179,8 @@ class Operand:
         rotation = "" if self.rotation is None else f"rot{self.rotation.group} "
         taken = f"({options})" if options else ""
         decoded = " of decoded" if self.source == "decoded" else ""
-        return f"{rotation}{self.quantizer}{taken}{decoded}"
+        delayed = ", amax of the call before" if self.delayed_amax else ""
+        return f"{rotation}{self.quantizer}{taken}{decoded}{delayed}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +214,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for gemm in GEMMS:
             self._check_gemm(gemm, getattr(self, gemm))
+        if self.fprop.right.delayed_amax:
+            raise ValueError(
+                f"{self.name}: fprop.right is the weight, whose codes are kept, shared and "
+                "exported, so they follow from it alone: delayed_amax is for the other operands"
+            )
 
         # what the backward takes from the forward has to be there, in a form that it can use
         for gemm, operand, saved in (
@@ -248,12 +275,37 @@ class Recipe:
         wgrad = Gemm(self.wgrad.left, _of_tensor(self.wgrad.right, self.fprop.left))
         return Recipe(f"{self.name}+bf16_forward", Gemm(), dgrad, wgrad)
 
+    @cached_property
+    def delays_amax(self) -> bool:
+        """Whether any operand is scaled by the amax of the call before."""
+        return any(
+            side.delayed_amax
+            for g in GEMMS
+            for side in (getattr(self, g).left, getattr(self, g).right)
+        )
+
+    def with_delayed_amax(self) -> Recipe:
+        """This recipe with ``delayed_amax`` on every operand that can have it, but the weight's.
+
+        ValueError if there is none: gradients of ms_eden and row-scaled activations need no amax of
+        a whole tensor.
+        """
+        gemms = {
+            name: Gemm(_delayed(gemm.left), gemm.right if name == "fprop" else _delayed(gemm.right))
+            for name, gemm in ((name, getattr(self, name)) for name in GEMMS)
+        }
+        made = Recipe(self.name + DELAYED, **gemms)
+        if not made.delays_amax:
+            raise ValueError(f"{self.name}: no operand is scaled by one amax that could be delayed")
+        return made
+
     @classmethod
     def from_name(cls, name: str) -> Recipe:
-        """The named recipe; ValueError lists the known names."""
-        if name not in RECIPES:
+        """The named recipe, "+delayed_amax" behind it: with that; ValueError lists the names."""
+        known = name.removesuffix(DELAYED)
+        if known not in RECIPES:
             raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-        return RECIPES[name]
+        return RECIPES[name] if name in RECIPES else RECIPES[known].with_delayed_amax()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, ready for JSON or YAML."""
@@ -264,6 +316,9 @@ class Recipe:
                     key: list(value) if isinstance(value, tuple) else value
                     for key, value in plain[gemm][side]["options"]
                 }
+                # what an earlier version wrote, as long as it says everything
+                if not plain[gemm][side]["delayed_amax"]:
+                    del plain[gemm][side]["delayed_amax"]
         return plain
 
     @classmethod
@@ -293,11 +348,22 @@ class Recipe:
         )
 
 
+DELAYED = "+delayed_amax"
+"""Behind a recipe's name: ``Recipe.with_delayed_amax``."""
+
+
+def _delayed(spec: Operand) -> Operand:
+    """An operand with ``delayed_amax``, or as it is where that has no meaning."""
+    return replace(spec, delayed_amax=True) if spec.can_delay else spec
+
+
 def _of_tensor(spec: Operand, forward: Operand) -> Operand:
     """An operand of the backward that does without the forward's codes: quantised as they were."""
     if spec.source == "codes":  # 16x16 tiles: the transpose has the same codes and scales
         return Operand(forward.quantizer, forward.options)
-    return Operand(spec.quantizer, spec.options, rotation=spec.rotation)
+    return Operand(
+        spec.quantizer, spec.options, rotation=spec.rotation, delayed_amax=spec.delayed_amax
+    )
 
 
 def _operand(plain: Mapping[str, Any]) -> Operand:

@@ -25,6 +25,7 @@ def _effective(spec: Operand) -> tuple[Any, ...]:
         return (None, spec.source)
     options = vars(spec.checked(seed=0)).copy()
     rotation = options.pop("rotation")
+    assert options.pop("held") is None
     turn = rotation and (rotation.group, rotation.rounds, rotation.fixed)
     name = "rtn" if spec.quantizer == "rtn_2d" else spec.quantizer
     return (

@@ -48,6 +48,7 @@ KERNEL_MODULES = (
     "tools.quantize_variants",
     "tools.activation_variants",
     "nvfp4.backends.triton.transpose",
+    "nvfp4.backends.triton.held",
     "nvfp4.backends.triton.gemm.decoded",
 )
 """Modules with ``kernel_variants(capability, few) -> list[KernelVariant]``."""

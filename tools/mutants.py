@@ -217,8 +217,8 @@ MUTANTS = [
         "nvfp4/layer/gemms.py",
         SIGNS,
         (
-            'call.quantizer("wgrad", LEFT, partner=x.rotation)',
-            'call.quantizer("wgrad", LEFT)',
+            'call.quantizer("wgrad", LEFT, dy.t(), partner=x.rotation)',
+            'call.quantizer("wgrad", LEFT, dy.t())',
         ),
         (
             '(call.operand(dy.t(), "wgrad", LEFT, partner=x.rotation), x)',

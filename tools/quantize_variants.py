@@ -42,6 +42,7 @@ ELEMENTS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _POINTERS = {
     "x_scale": "*u8",
     "x_global": "*fp32",
+    "seen": "*i32",
     "peak": "*i32",
     "codes": "*i32",
     "block_scale": "*u8",
@@ -86,7 +87,26 @@ def policies(capability: int) -> dict[str, Policy]:
         label = "_".join([name, *(f"{key}={_label(value)}" for key, value in settings.items())])
         checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **settings)
         table[label] = policy_of(QUANTIZERS[name], checked, converts(capability))
+
+    # scaled by the amax of an earlier call
+    table |= {f"{label}{HELD}": table[label]._replace(held=True) for label in DELAYED}
     return table
+
+
+HELD = "_held"
+"""Behind the label of a policy whose amax is held."""
+
+DELAYED = (
+    "rtn",
+    "rtn_2d",
+    "rtn_rotation=nvidia",
+    "sr_te",
+    "sr_te_rotation=nvidia",
+    "sr_rotation=16x1",
+    "four_over_six",
+    "scale_search",
+)
+"""Policies of which recipes may delay the amax, as ``Recipe.with_delayed_amax`` has them."""
 
 
 def _label(value: object) -> str:
@@ -134,9 +154,15 @@ def kernel_variants(capability: int, few: bool) -> list[KernelVariant]:
     if not few:
         variants += (
             v
-            for v in _both(table)
+            for v in _both(table, (*BOTH, *BOTH_HELD))
             if v.name.endswith("of bfloat16") and v.kernel is kernels.quantize_both_kernel
         )
+        for label in (f"{label}{HELD}" for label in DELAYED):
+            variants += (
+                v
+                for v in _single(label, table[label], "bfloat16")
+                if v.kernel is kernels.quantize_kernel
+            )
     variants += list(_scales())[:1]
     variants += list(_decoding())[:1]
     variants += (v for v in _seeds(table) if v.kernel is not kernels.amax_kernel)
@@ -158,7 +184,7 @@ def all_variants() -> Iterator[KernelVariant]:
             "row_scaled_codes",
         ):
             yield from _single(label, policy, source)
-    yield from _both(table)
+    yield from _both(table, (*BOTH, *BOTH_HELD))
     yield from _scales()
     yield from _decoding()
     yield from _seeds(table)
@@ -229,6 +255,8 @@ def _single(
     constants: dict[str, Any] = {"P": policy, "CODED": coded, "T": tile} | (
         {} if swizzled else {"swizzled": None}
     )
+    if not policy.held:
+        constants |= {"seen": None}
 
     # A contiguous axis has stride 1, which Triton specialises on.
     constants |= {"stride_row" if down else "stride_column": 1}
@@ -243,7 +271,7 @@ def _single(
         pointers |= dict.fromkeys(("seed_low", "sign_low"), "*i64")
         constants |= dict.fromkeys(("seed_high", "sign_high"))
     for kernel in (kernels.amax_kernel, kernels.quantize_kernel):
-        if kernel is kernels.quantize_kernel or scaled_by_amax(policy.rule):
+        if kernel is kernels.quantize_kernel or _looks(policy):
             seeds = ", seeds in memory" if in_memory else ""
             order = ", swizzled" if swizzled else ""
             name = f"{label} of {source}{seeds}{order}"
@@ -261,6 +289,19 @@ BOTH = (
 )
 """Rules of x and of x^T that ``kernel_variants`` and ``all_variants`` list."""
 
+BOTH_HELD = (
+    ("rtn_held", "rtn_rotation=nvidia_held"),
+    ("sr_te_held", "sr_te_rotation=nvidia_held"),
+    ("four_over_six_held", "rtn_rotation=nvidia_held"),
+    ("sr_rotation=16x1_held", "sr_rotation=16x1_held"),
+)
+"""The same with held amaxes, for x and dy of the recipes that scale both orientations by them."""
+
+
+def _looks(policy: Policy) -> bool:
+    """Whether a launch before the quantising one looks for the amax."""
+    return scaled_by_amax(policy.rule) and not policy.held
+
 
 def _both(
     table: dict[str, Policy], pairs: Sequence[tuple[str, str]] = BOTH
@@ -268,7 +309,7 @@ def _both(
     for (left, right), (dtype, element) in product(pairs, ELEMENTS.items()):
         rows, columns = table[left], table[right]
         tiles = tiles_of_both(rows, columns)
-        constants = {
+        constants: dict[str, Any] = {
             "P_ROWS": rows,
             "P_COLUMNS": columns,
             "T_ROWS": tiles[0],
@@ -284,14 +325,14 @@ def _both(
             }
             if not scaled_by_amax(policy.rule):
                 pointers[f"block_scale_{side}"] = "*fp32"
+            if policy.held:
+                pointers[f"seen_{side}"] = _POINTERS["seen"]
+            else:
+                constants[f"seen_{side}"] = None
 
         # No amax where both rules find their scales themselves.
         for kernel in (kernels.amax_both_kernel, kernels.quantize_both_kernel):
-            if (
-                kernel is kernels.quantize_both_kernel
-                or scaled_by_amax(rows.rule)
-                or scaled_by_amax(columns.rule)
-            ):
+            if kernel is kernels.quantize_both_kernel or _looks(rows) or _looks(columns):
                 name = f"{left} and {right}^T of {dtype}"
                 yield _variant(
                     name, kernel, tiles[0].warps, pointers, constants | {"stride_column": 1}

@@ -28,10 +28,12 @@ from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.groups import GroupedQTensor, Groups, of_group, rotation_of
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import fold_in_tensor
+from nvfp4.numerics.scaling import with_headroom
 from nvfp4.quantizers.base import Options, Quantizer
 
 Operation = Literal[
     "quantize",
+    "quantize_held",
     "dequantize",
     "matmul",
     "grouped_quantize",
@@ -40,6 +42,9 @@ Operation = Literal[
     "draw_seeds",
     "transpose",
 ]
+"""What is asked for; "quantize_held": ``quantize`` and its kin where ``Options`` hold an amax."""
+
+QUANTISING = ("quantize", "quantize_held", "grouped_quantize")
 
 
 class Backend(ABC):
@@ -78,8 +83,7 @@ class Backend(ABC):
         """None if it implements the operation for this quantiser and these options, or why not."""
         if operation not in self.operations:
             return self.scope
-        quantizes = operation in ("quantize", "grouped_quantize")
-        if not quantizes or quantizer is None or self.quantizers is None:
+        if operation not in QUANTISING or quantizer is None or self.quantizers is None:
             return None
         known = quantizer.name in self.quantizers
         return None if known else f"it has no kernel for {quantizer.name}"
@@ -93,7 +97,11 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
-        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along K."""
+        """Quantise matrix x [M, K] (float32, float16, bfloat16, any strides) along K.
+
+        By ``options.held`` instead of x's own amax, if there is one and the operation
+        "quantize_held" is among this backend's.
+        """
 
     def quantize_with_amax(
         self, x: torch.Tensor, quantizer: Quantizer, options: Options, amax: torch.Tensor
@@ -176,6 +184,19 @@ class Backend(ABC):
         own = torch.where(own < 0, rank, own)[..., None]
         rounding = fold_in_tensor(signs[..., None], sides, own)
         return torch.cat((signs[..., None], rounding), dim=-1)
+
+    def turn_amax(self, table: torch.Tensor) -> None:
+        """At the end of a call, hold for the next what this one has seen; in place, no waiting.
+
+        table: float32 [3, n] of ``layer.delayed_amax``: held, seen, exceeded.
+        """
+        held, seen, exceeded = table.unbind()
+
+        # NaN, Inf and a call that saw only zeros leave what was held
+        useful = seen.isfinite() & (seen > 0)
+        exceeded += useful & (seen > held)
+        held.copy_(torch.where(useful, with_headroom(seen), held))
+        seen.zero_()
 
     def fingerprint(self, x: torch.Tensor) -> int | None:
         """A number that changes whenever the bytes of x do.

@@ -138,9 +138,16 @@ def select_both(
 ) -> Backend | None:
     """The backend whose ``quantize_both`` makes both orientations; None: two calls are better.
 
-    Two where no backend has both quantisers, and where a GPU was faster at two. Raises and warns as
-    ``select``.
+    Two where no backend has both quantisers, and where a GPU was faster at two; with a held amax
+    nothing is timed. Raises and warns as ``select``.
     """
+    if rows[1].held is not None or columns[1].held is not None:
+        across, down = (
+            select(name, "quantize" if how[1].held is None else "quantize_held", device, *how)
+            for how in (rows, columns)
+        )
+        return across if across is down else None
+
     how = (rows[0].name, rows[1].kind, columns[0].name, columns[1].kind)
     key = (name, "quantize", device, BOTH, *how)
     kept = _CHOSEN.get(key)

@@ -4,7 +4,7 @@ A kernel built for another architecture may return zeros or what was in memory, 
 So the first question for an operation (and rule) on a device runs a probe: a small fixed input
 through the backend and through the reference on the CPU, which must agree to the last bit.
 
-    quantize            an ordinary matrix, both orientations, from codes; ties, zeros, overflow;
+    quantize, _held     an ordinary matrix, both orientations, from codes; ties, zeros, overflow;
                         in 16x16 blocks too, if the rule takes them: rtn vouches for rtn_2d
     matmul, grouped     operands whose products are exact in float32 in every order of summation
     grouped_quantize    ragged rows, one group of none, both orientations, from codes
@@ -31,7 +31,7 @@ from nvfp4.numerics.groups import GroupedQTensor, Groups
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed
 from nvfp4.numerics.torch_state import without_autocast, without_dispatch_modes
-from nvfp4.quantizers.base import Quantizer
+from nvfp4.quantizers.base import HeldAmax, Quantizer
 from nvfp4.quantizers.rtn import RTN
 
 _REFERENCE = ReferenceBackend()
@@ -119,6 +119,37 @@ def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
         for x in (edges.to(device), edges.to(device).t().contiguous().t()):
             made += [backend.quantize(y, quantizer, options) for y in (x, x.to(torch.bfloat16))]
     return [tensor for q in made for tensor in q.tensors]
+
+
+def _quantized_held(
+    backend: Backend, device: torch.device, quantizer: Quantizer
+) -> list[torch.Tensor]:
+    """By an amax that the matrix exceeds, one that a NaN is in, and what is noted of both."""
+    options = quantizer.check(seed=1)
+    table = torch.zeros(3, len(_MAGNITUDES), dtype=torch.float32, device=device)
+    table[0] = torch.tensor(_MAGNITUDES, dtype=torch.float32).to(device)
+
+    # one column of the table each: x, x and x^T, codes, and x with a NaN
+    how = [
+        (quantizer, options.holding(HeldAmax(table[0, i : i + 1], table[1, i : i + 1])))
+        for i in range(len(_MAGNITUDES))
+    ]
+    x = _matrix().to(device)
+    spoilt = x.clone()
+    spoilt[3, 21] = float("nan")
+    made = [backend.quantize(x, *how[0]), *backend.quantize_both(x, how[1], how[2])]
+    made.append(backend.requantize(_stored(_matrix(_COLUMNS, _ROWS), device), *how[3]))
+    made.append(backend.quantize(spoilt, *how[4]))
+
+    seen = table[1, :-1].clone()
+    backend.turn_amax(table)
+    values = [tensor for q in made for tensor in q.tensors]
+    values[-1] = values[-1].isnan()
+    return [*values, seen, table]
+
+
+_MAGNITUDES = (100.0, 7.0, 1000.0, 64.0, 20.0)
+"""Held amaxes of the probe, whose matrix has magnitudes up to 64."""
 
 
 def _dequantized(
@@ -327,6 +358,7 @@ def _noise(rows: int, columns: int, multiplier: int) -> torch.Tensor:
 
 _PROBES = {
     "quantize": _quantized,
+    "quantize_held": _quantized_held,
     "dequantize": _dequantized,
     "matmul": _multiplied,
     "grouped_quantize": _quantized_in_groups,

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from nvfp4.model.amax import amax_state, load_amax_state
 from nvfp4.model.noise import load_noise_state, noise_state
 
 
@@ -41,8 +42,17 @@ class NoiseCallback(TrainerCallback, ExportableState):
         calls = stored.get(type(self).__name__, self.state())["attributes"]["calls"]
         if calls:
             load_noise_state(kwargs["model"], calls)
+            if amaxes := stored[type(self).__name__]["attributes"].get("amaxes"):
+                load_amax_state(kwargs["model"], amaxes)
 
     def state(self) -> dict[str, Any]:
-        """What trainer_state.json keeps: the backward passes finished by each converted layer."""
-        calls = {} if self.model is None else noise_state(self.model)
-        return {"args": {}, "attributes": {"calls": calls}}
+        """What trainer_state.json keeps: the backward passes finished by each converted layer.
+
+        And what it holds of its last call, if its recipe delays amaxes.
+        """
+        attributes: dict[str, Any] = {
+            "calls": {} if self.model is None else noise_state(self.model)
+        }
+        if self.model is not None and (amaxes := amax_state(self.model)):
+            attributes["amaxes"] = amaxes
+        return {"args": {}, "attributes": attributes}

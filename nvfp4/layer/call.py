@@ -12,11 +12,14 @@ the whole, the processes agree on its largest magnitude first.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from nvfp4.backends.registry import AUTO
+from nvfp4.backends.registry import AUTO, select
+from nvfp4.layer.delayed_amax import DelayedAmax
 from nvfp4.layer.dense import affine, times
 from nvfp4.layer.noise import RIGHT, GemmSeeds, HostNoise, process
 from nvfp4.layer.saved import Matrix
@@ -24,6 +27,8 @@ from nvfp4.layer.sharding import Shards, amax_of_parts
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed
+from nvfp4.numerics.scaling import magnitude
+from nvfp4.numerics.torch_state import without_dispatch_modes
 from nvfp4.ops import dequantize, draw_seeds, quantize_with, requantize_with
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.recipes import GEMMS, Recipe
@@ -63,12 +68,18 @@ def noise_for_call(state: torch.Tensor, capturable: bool, backend: str) -> CallN
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer: recipe, backend, noise; shards: which operands are a part of a whole."""
+    """One call of a layer: recipe, backend, noise; shards: which operands are a part of a whole.
+
+    amax: of the call before, where the recipe scales by that. records: whether this call has a
+    backward, so that what it sees is held for the next.
+    """
 
     recipe: Recipe
     backend: str
     noise: CallNoise
     shards: Shards | None = None
+    amax: DelayedAmax | None = None
+    records: bool = False
 
     @classmethod
     def of(
@@ -78,31 +89,40 @@ class LayerCall(NamedTuple):
         state: torch.Tensor,
         capturable: bool,
         shards: Shards | None = None,
+        amax: DelayedAmax | None = None,
     ) -> LayerCall:
         """The call under the recipe with this ``Recipe.key``, with the noise of ``Noise.state``."""
-        return cls(
-            Recipe.from_key(key), backend, noise_for_call(state, capturable, backend), shards
-        )
+        noise = noise_for_call(state, capturable, backend)
+        return cls(Recipe.from_key(key), backend, noise, shards, amax)
+
+    def recording(self) -> LayerCall:
+        """This call, as one that has a backward."""
+        return self if self.amax is None or self.records else self._replace(records=True)
 
     def quantizer(
-        self, gemm: str, side: int, partner: Rotation | None = None
+        self, gemm: str, side: int, x: Matrix | None = None, partner: Rotation | None = None
     ) -> tuple[Quantizer, Options]:
-        """The quantiser of an operand, with the seeds of this call in its options.
+        """The quantiser of operand x, with the seeds of this call in its options.
 
-        partner: the rotation of the other operand if an earlier call made that one; its signs are
-        used again.
+        x: as in ``operand``; None for one that is not written, which has no delayed amax. partner:
+        the rotation of the other operand if an earlier call made that one; its signs are used
+        again.
         """
         pair = getattr(self.recipe, gemm)
         spec = pair.right if side == RIGHT else pair.left
 
         # nearest rounding without a rotation reads no seed
-        if spec.options_without_noise is not None:
-            return spec.rule, spec.options_without_noise
+        options = spec.options_without_noise
+        if options is None:
+            sign_seed, seeds = self.noise.seeds(gemm)
+            if partner is not None and partner.sign_seed is not None:
+                sign_seed = partner.sign_seed
+            options = spec.options_for(seeds[side], sign_seed)
 
-        sign_seed, seeds = self.noise.seeds(gemm)
-        if partner is not None and partner.sign_seed is not None:
-            sign_seed = partner.sign_seed
-        return spec.rule, spec.options_for(seeds[side], sign_seed)
+        if spec.delayed_amax and self.amax is not None and x is not None:
+            own = partial(self._own_amax, x, gemm, side, options)
+            options = options.holding(self.amax.of(gemm, side, own, self.records))
+        return spec.rule, options
 
     def operand(self, x: Matrix, gemm: str, side: int, partner: Rotation | None = None) -> QTensor:
         """Matrix x [rows, contraction] (any strides) as the recipe's operand of a GEMM.
@@ -110,11 +130,13 @@ class LayerCall(NamedTuple):
         A QTensor stands for the transpose of what it decodes to: x-hat^T or w-hat^T, which is
         quantised again. partner: as in ``quantizer``.
         """
-        quantizer, options = self.quantizer(gemm, side, partner)
+        quantizer, options = self.quantizer(gemm, side, x, partner)
 
-        # one part of a matrix that is spread over processes asks the others for its scale
-        if self.shards is not None and self.shards.needs_amax(gemm, side, options):
-            return self._part(x, self.shards, quantizer, options)
+        # one part of a matrix that is spread over processes asks the others for its scale, unless
+        # that was held
+        shards = self.shards if options.held is None else None
+        if shards is not None and shards.needs_amax(gemm, side, options):
+            return self._part(x, shards, quantizer, options)
 
         if isinstance(x, QTensor):
             return requantize_with(x, quantizer, options, backend=self.backend)
@@ -128,12 +150,43 @@ class LayerCall(NamedTuple):
         if amax is None:
             return self.operand(weight, "fprop", RIGHT)
         return quantize_with_amax(
-            weight, *self.quantizer("fprop", RIGHT), amax, backend=self.backend
+            weight, *self.quantizer("fprop", RIGHT, weight), amax, backend=self.backend
         )
+
+    def end(self) -> None:
+        """At the end of the backward: what this call has seen scales the next."""
+        if self.amax is None:
+            return
+        if self.shards is not None:
+            self.amax.agree(self.recipe, self.shards)
+        table = self.amax.table
+        with without_dispatch_modes():
+            select(self.backend, "quantize_held", table.device).turn_amax(table)
+
+    def _own_amax(self, x: Matrix, gemm: str, side: int, options: Options) -> torch.Tensor:
+        """The amax of operand x after its rotation, float32 [1]; 0 if that is not finite.
+
+        Of a part of a matrix, where that needs one, the amax of the whole.
+        """
+        values = self._values(x)
+        if options.rotation is not None:
+            padding = (0, -values.shape[1] % options.rotation.group)
+            padded = F.pad(values.to(torch.float32), padding).contiguous()
+            values = options.rotation.apply(padded) if padded.numel() else padded
+
+        if self.shards is not None and self.shards.needs_amax(gemm, side, options):
+            amax = amax_of_parts(values, self.shards.mesh.get_group())
+        else:
+            amax = magnitude(values)
+        return torch.where(amax.isfinite(), amax, 0.0)
+
+    def _values(self, x: Matrix) -> torch.Tensor:
+        """x itself, or the transpose of what it decodes to."""
+        return dequantize(x, backend=self.backend).t() if isinstance(x, QTensor) else x.detach()
 
     def _part(self, x: Matrix, shards: Shards, quantizer: Quantizer, options: Options) -> QTensor:
         """This process's part x of an operand, with the codes of the whole; a collective call."""
-        part = dequantize(x, backend=self.backend).t() if isinstance(x, QTensor) else x
+        part = self._values(x)
         amax = amax_of_parts(part, shards.mesh.get_group(), options.row_scaled)
         return quantize_with_amax(part, quantizer, options, amax, backend=self.backend)
 

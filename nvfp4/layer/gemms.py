@@ -17,7 +17,9 @@ otherwise take for uninitialised, and reorder. So a traced layer calls these, wh
 bits. Each has a fake that gives shapes for [M, K] x [N, K], and is tested with
 ``torch.library.opcheck``. A recipe travels as ``Recipe.key`` and noise as ``Noise.state``, int64
 [4]; nothing else tells one layer from another, so equal blocks share one compiled graph. The weight
-is quantised in every such call: codes are kept in eager mode alone.
+is quantised in every such call: codes are kept in eager mode alone. Two more,
+``nvfp4::linear_fprop_delayed`` and ``nvfp4::linear_backward_delayed``, do the same under a recipe
+with delayed amaxes, and return the table as it is afterwards.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import NamedTuple, cast
 import torch
 
 from nvfp4.layer.call import DeviceNoise, LayerCall, dense_fprop, dense_product
+from nvfp4.layer.delayed_amax import DelayedAmax
 from nvfp4.layer.lazy_activation import LazyActivation
 from nvfp4.layer.noise import LEFT, RIGHT
 from nvfp4.layer.saved import Dtypes, Matrix, Needs, Saved, empty, pack, saved_specs, unpack
@@ -97,6 +100,7 @@ def backward(
         if needs.db:
             db = dy.sum(0, dtype=torch.float32)
             gradients.append(db.to(cast(torch.dtype, dtypes.db)))
+    call.end()
     return gradients
 
 
@@ -122,6 +126,8 @@ def forward_operands(
     """
     recipe = call.recipe
     specs = saved_specs(recipe)
+    if needs.dx or needs.dw:
+        call = call.recording()
 
     # w, unless its codes are there from an earlier call
     if not recipe.fprop.right.quantized:
@@ -151,13 +157,13 @@ def _x_operands(call: LayerCall, x: torch.Tensor, both: bool) -> tuple[QTensor, 
     """fprop's operand of x and, if ``both`` and in one read, wgrad's operand x^T."""
     # never written, x is computed in the kernel that quantises it
     if isinstance(x, LazyActivation):
-        columns = call.quantizer("wgrad", RIGHT) if both else None
-        return x.operands(call.quantizer("fprop", LEFT), columns, call.backend)
+        columns = call.quantizer("wgrad", RIGHT, None) if both else None
+        return x.operands(call.quantizer("fprop", LEFT, None), columns, call.backend)
 
     # parts of a whole are quantised one orientation at a time; the caller does the other
     if not both or call.shards is not None:
         return call.operand(x, "fprop", LEFT), None
-    rows, columns = call.quantizer("fprop", LEFT), call.quantizer("wgrad", RIGHT)
+    rows, columns = call.quantizer("fprop", LEFT, x), call.quantizer("wgrad", RIGHT, x.t())
     return quantize_both(x, rows, columns, backend=call.backend)
 
 
@@ -176,15 +182,15 @@ def backward_operands(
     An x^T that the forward quantised keeps the signs of that call, and dy^T has to meet it under
     the same ones.
     """
-    recipe = call.recipe
+    recipe, call = call.recipe, call.recording()
     w = _w_operand(call, saved.for_dx) if needs.dx and recipe.dgrad.quantized else None
     x = _x_transposed(call, saved.for_dw) if needs.dw and recipe.wgrad.quantized else None
 
     # dy along N for dgrad and along the tokens for wgrad, from one read
     if w is not None and x is not None and call.shards is None:
         rows, columns = (
-            call.quantizer("dgrad", LEFT),
-            call.quantizer("wgrad", LEFT, partner=x.rotation),
+            call.quantizer("dgrad", LEFT, dy),
+            call.quantizer("wgrad", LEFT, dy.t(), partner=x.rotation),
         )
         dy_rows, dy_columns = quantize_both(dy, rows, columns, backend=call.backend)
         return BackwardOperands((dy_rows, w), (dy_columns, x))
@@ -249,6 +255,18 @@ def forward_operator(
 
 @forward_operator.register_fake
 def _(x, weight, bias, noise, recipe, backend, dtype, needs, w_amax=None, capturable=False):
+    return _empty_forward(x, weight, recipe, dtype, needs, capturable)
+
+
+def _empty_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    recipe: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    capturable: bool,
+) -> list[torch.Tensor]:
+    """The results of a forward operator without values."""
     # shapes alone: what the forward will save follows from the recipe and from needs
     (m, k), n = x.shape, weight.shape[0]
     codes = empty(Recipe.from_key(recipe), Needs(*needs), (m, k, n), x.device, capturable)
@@ -278,11 +296,105 @@ def backward_operator(
 def _(
     dy, saved, noise, recipe, backend, needs, features, x_dtype, w_dtype, b_dtype, capturable=False
 ):
+    return _empty_gradients(dy, needs, features, (x_dtype, w_dtype, b_dtype))
+
+
+def _empty_gradients(
+    dy: torch.Tensor, needs: list[bool], features: int, dtypes: Sequence[torch.dtype | None]
+) -> list[torch.Tensor]:
+    """The results of a backward operator without values."""
     # in the order of Needs
     (m, n), k = dy.shape, features
-    gradients = ((m, k), x_dtype), ((n, k), w_dtype), ((n,), b_dtype)
+    gradients = zip(((m, k), (n, k), (n,)), dtypes, strict=True)
     return [
         dy.new_empty(shape, dtype=dtype)
         for need, (shape, dtype) in zip(needs, gradients, strict=True)
         if need
     ]
+
+
+@torch.library.custom_op("nvfp4::linear_fprop_delayed", mutates_args=())
+def delayed_forward_operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    noise: torch.Tensor,
+    recipe: str,
+    backend: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+    table: torch.Tensor,
+    known: torch.Tensor,
+    w_amax: torch.Tensor | None = None,
+    capturable: bool = False,
+) -> list[torch.Tensor]:
+    """``forward_operator`` under a recipe with delayed amaxes, then what these have become.
+
+    table, known: ``DelayedAmax``, which is not changed here: functionalisation knows no operator
+    that changes an argument and returns a list.
+    """
+    amax = DelayedAmax(table.clone(), known.clone())
+    call = LayerCall.of(recipe, backend, noise, capturable, amax=amax)
+    return [*forward(call, x, weight, bias, dtype, Needs(*needs), w_amax), *amax]
+
+
+@delayed_forward_operator.register_fake
+def _(
+    x,
+    weight,
+    bias,
+    noise,
+    recipe,
+    backend,
+    dtype,
+    needs,
+    table,
+    known,
+    w_amax=None,
+    capturable=False,
+):
+    made = _empty_forward(x, weight, recipe, dtype, needs, capturable)
+    return [*made, torch.empty_like(table), torch.empty_like(known)]
+
+
+@torch.library.custom_op("nvfp4::linear_backward_delayed", mutates_args=())
+def delayed_backward_operator(
+    dy: torch.Tensor,
+    saved: list[torch.Tensor],
+    noise: torch.Tensor,
+    recipe: str,
+    backend: str,
+    needs: list[bool],
+    features: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    b_dtype: torch.dtype | None,
+    table: torch.Tensor,
+    known: torch.Tensor,
+    capturable: bool = False,
+) -> list[torch.Tensor]:
+    """``backward_operator`` that ends a call with delayed amaxes, then what these have become."""
+    amax = DelayedAmax(table.clone(), known.clone())
+    call = LayerCall.of(recipe, backend, noise, capturable, amax=amax)
+    dtypes = Dtypes(x_dtype, w_dtype, b_dtype)
+    return [*backward(call, dy, saved, Needs(*needs), features, dtypes), *amax]
+
+
+@delayed_backward_operator.register_fake
+def _(
+    dy,
+    saved,
+    noise,
+    recipe,
+    backend,
+    needs,
+    features,
+    x_dtype,
+    w_dtype,
+    b_dtype,
+    table,
+    known,
+    capturable=False,
+):
+    made = _empty_gradients(dy, needs, features, (x_dtype, w_dtype, b_dtype))
+    return [*made, torch.empty_like(table), torch.empty_like(known)]

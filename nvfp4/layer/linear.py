@@ -56,13 +56,17 @@ def _forward(
         )
 
     # somebody watches: the operator
+    amax = state.delayed_amax(x.device)
     if is_traced(x):
         _check_whole(state.shards)
         how = (noise.state, state.key, state.backend, dtype, list(needs))
+        if amax is not None:
+            given = (*amax, state.weight_amax(), noise.capturable)
+            return amax.take(gemms.delayed_forward_operator(x, weight, bias, *how, *given))
         return gemms.forward_operator(x, weight, bias, *how, state.weight_amax(), noise.capturable)
 
     # nobody does: the same function, with the weight's codes if they are kept
-    call = state.call()
+    call = state.call(amax)
     kept = state.kept_codes(weight, call)
     if kept is not None:
         return gemms.forward(call, x, weight, bias, dtype, needs, w_codes=kept[0])
@@ -98,6 +102,7 @@ class _LinearFunction(torch.autograd.Function):
         # backward passes may advance the counter before this one, which a saved tensor forbids
         ctx.noise = state.noise.state
         ctx.capturable = state.noise.capturable
+        ctx.amax = state.delayed_amax(x.device)
         ctx.key, ctx.backend, ctx.shards = state.key, state.backend, state.shards
         ctx.needs, ctx.features = needs, x.shape[1]
         ctx.dtypes = Dtypes(x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -112,9 +117,14 @@ class _LinearFunction(torch.autograd.Function):
         if is_traced(dy):
             _check_whole(ctx.shards)
             how = (ctx.noise, ctx.key, ctx.backend, list(needs), ctx.features)
-            gradients = gemms.backward_operator(dy, list(saved), *how, *dtypes, ctx.capturable)
+            if ctx.amax is not None:
+                how = (*how, *dtypes, *ctx.amax, ctx.capturable)
+                gradients = ctx.amax.take(gemms.delayed_backward_operator(dy, list(saved), *how))
+            else:
+                gradients = gemms.backward_operator(dy, list(saved), *how, *dtypes, ctx.capturable)
         else:
-            call = LayerCall.of(ctx.key, ctx.backend, ctx.noise, ctx.capturable, ctx.shards)
+            given = (ctx.capturable, ctx.shards, ctx.amax)
+            call = LayerCall.of(ctx.key, ctx.backend, ctx.noise, *given)
             gradients = gemms.backward(call, dy, saved, needs, ctx.features, dtypes)
 
         # here, and not in the forward: a recomputed forward has to meet the same noise
@@ -172,10 +182,18 @@ class Linear(nn.Linear):
         # which of them need the amax of the whole
         where = layout(x, self.weight)
         self.nvfp4.noise.rank = where.noise_rank
+        self.nvfp4.delayed_amax(x.device)  # of the layer, not of the part
         state = replace(self.nvfp4, shards=where.shards)
         return where.whole(
             _linear(*where.local(x, self.weight, self.bias), state), self.out_features
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        """As ``nn.Module``; what the layer holds of earlier calls moves along with the weight."""
+        super()._apply(fn, recurse)
+        if self.weight.device.type != "meta":
+            self.nvfp4.delayed_amax(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         """Sizes, bias, recipe and backend."""

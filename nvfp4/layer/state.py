@@ -15,6 +15,7 @@ import torch
 
 from nvfp4.backends.registry import AUTO
 from nvfp4.layer.call import LayerCall, noise_for_call
+from nvfp4.layer.delayed_amax import DelayedAmax
 from nvfp4.layer.lazy_activation import LazyActivation
 from nvfp4.layer.noise import Noise
 from nvfp4.layer.saved import saved_specs
@@ -32,7 +33,8 @@ class LinearState:
     recipe, backend: what runs, and where. noise: its seed, index and call counter; the counter
     alone changes in training. enabled: False makes it an ``nn.Linear``. full_recipe: the recipe to
     come back to while ``forward_precision`` keeps the forward in BF16. shards: set for one call if
-    operands are one process's part of a whole. cache: the codes of its weight.
+    operands are one process's part of a whole. cache: the codes of its weight. amax: what its
+    operands are scaled by, where the recipe takes that from the call before.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class LinearState:
     full_recipe: Recipe | None = None
     shards: Shards | None = field(default=None, repr=False, compare=False)
     cache: WeightCache = field(default_factory=WeightCache, repr=False, compare=False)
+    amax: DelayedAmax | None = field(default=None, repr=False, compare=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -51,17 +54,32 @@ class LinearState:
             self.key = value.key
             self.specs = saved_specs(value)
 
-    def call(self) -> LayerCall:
-        """The next call of this layer."""
+    def call(self, amax: DelayedAmax | None = None) -> LayerCall:
+        """The next call of this layer. amax: ``delayed_amax`` where its operands lie."""
         noise = noise_for_call(self.noise.state, self.noise.capturable, self.backend)
-        return LayerCall(self.recipe, self.backend, noise, self.shards)
+        return LayerCall(self.recipe, self.backend, noise, self.shards, amax)
+
+    def delayed_amax(self, device: torch.device) -> DelayedAmax | None:
+        """What operands on ``device`` are scaled by; None where each looks for its own amax.
+
+        Begins, or moves there, what is not there yet.
+        """
+        if not self.recipe.delays_amax:
+            return None
+        amax = self.amax
+        if amax is None or amax.table.device != device:
+            amax = self.amax = DelayedAmax.new(device) if amax is None else amax.on(device)
+        return amax
 
     def can_quantize_lazily(self, x: LazyActivation) -> bool:
         """Whether the next call can quantise x from its formula.
 
-        False where x's values exist already, because something else asked for them.
+        False where x's values exist already, because something else asked for them, and where an
+        operand has a delayed amax, for which there is no such kernel.
         """
         if self.shards is not None or x.is_written or is_traced(x):
+            return False
+        if self.recipe.fprop.left.delayed_amax or self.recipe.wgrad.right.delayed_amax:
             return False
         return self.recipe.fprop.quantized and self.specs.for_dw is not None
 

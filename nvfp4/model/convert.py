@@ -108,7 +108,10 @@ def _carry_out(plan: ConversionPlan, seed: int, index: int, backend: str) -> Non
             if isinstance(module, DenseLinear):
                 restore(module)
             reclass(module, Linear)
-            module.nvfp4 = LinearState(decision.recipe, Noise(seed, index), backend)  # type: ignore[assignment]
+            state = LinearState(decision.recipe, Noise(seed, index), backend)
+            if module.weight.device.type != "meta":
+                state.delayed_amax(module.weight.device)
+            module.nvfp4 = state  # type: ignore[assignment]
             vars(module).pop("nvfp4_kept", None)
             index += 1
         elif decision.reason != ALREADY:
@@ -171,7 +174,8 @@ def _separate_noise(model: nn.Module) -> Sequence[str]:
             index = _next_index(model)
             noise = copy.deepcopy(noise)
             noise.layer = index
-            handle.put(replace(handle.state, noise=noise, cache=copy.copy(handle.state.cache)))
+            cache, amax = copy.copy(handle.state.cache), copy.deepcopy(handle.state.amax)
+            handle.put(replace(handle.state, noise=noise, cache=cache, amax=amax))
             renamed.append(name)
         seen.add((noise.seed, noise.layer))
     return renamed

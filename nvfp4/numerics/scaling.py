@@ -49,6 +49,12 @@ FACTOR_RANGE = (0.5, 2.0)
 FACTOR_UNIT = 1 / 64
 """ms_eden: factors are multiples of this in that range, so that each is a float32 number."""
 
+HEADROOM = 1.75
+"""A held amax is this many times what was seen: 448 / 256.
+
+So a tensor may grow by as much before its largest block scale leaves the cap.
+"""
+
 SMALLEST_AMAX = 2.0**-120
 """ms_eden: blocks below are zeros: keeps 1/a and a/448 finite and non-zero in float32."""
 
@@ -103,6 +109,11 @@ def encode_scale(amax: torch.Tensor, cap: float) -> torch.Tensor:
     # below about 2^-116 the quotient is Inf: the largest float32 instead, so that 0 stays 0
     scale = torch.div(E2M1.max * cap, amax).clamp_(max=FLOAT32_MAX)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def with_headroom(amax: torch.Tensor) -> torch.Tensor:
+    """What is held for the next time of an amax: fl(1.75 amax), at most FLT_MAX."""
+    return (amax * HEADROOM).clamp(max=FLOAT32_MAX)
 
 
 def base_scale(block_amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from nvfp4.numerics.formats import E2M1, E4M3, SEARCH_CAP, TILE_BLOCK
 from nvfp4.numerics.rounding import nearest
-from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax, tree_sum
+from nvfp4.numerics.scaling import base_scale, encode_scale, tree_sum
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 
 
@@ -60,7 +60,7 @@ def best_candidate(
 def search_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x S, base, global scale) with the cap that leaves room to enlarge a block scale."""
     block_amax = blocks.amax()
-    encode = encode_scale(tensor_amax(block_amax, blocks.options.row_scaled), SEARCH_CAP)
+    encode = encode_scale(blocks.scaled_by(block_amax), SEARCH_CAP)
     return blocks.values * encode[..., None], base_scale(block_amax, encode), 1 / encode
 
 

@@ -20,7 +20,7 @@ import torch
 
 from nvfp4.numerics.formats import E2M1, E4M3, FLOAT32_MAX, ROW_BLOCK, TILE_BLOCK
 from nvfp4.numerics.rounding import nearest
-from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax
+from nvfp4.numerics.scaling import base_scale, encode_scale
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 
 
@@ -39,7 +39,7 @@ def scaled_elements(
 def nearest_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
     """(block scales rounded to nearest, global scale) with cap 448."""
     block_amax = blocks.amax()
-    encode = encode_scale(tensor_amax(block_amax, blocks.options.row_scaled), E4M3.max)
+    encode = encode_scale(blocks.scaled_by(block_amax), E4M3.max)
     return nearest(base_scale(block_amax, encode), E4M3), 1 / encode
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from nvfp4.numerics.formats import E2M1, E4M3, TILE_BLOCK
 from nvfp4.numerics.rounding import stochastic, up
-from nvfp4.numerics.scaling import base_scale, encode_scale, tensor_amax
+from nvfp4.numerics.scaling import base_scale, encode_scale
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
 from nvfp4.quantizers.rtn import nearest_scales, scaled_elements
 
@@ -25,7 +25,7 @@ from nvfp4.quantizers.rtn import nearest_scales, scaled_elements
 def rule(blocks: Blocks) -> Quantized:
     """Block scale rounded up, stochastic codes."""
     block_amax = blocks.amax()
-    encode = encode_scale(tensor_amax(block_amax, blocks.options.row_scaled), E4M3.max)
+    encode = encode_scale(blocks.scaled_by(block_amax), E4M3.max)
 
     # up, so that no element is clipped
     block_scale, global_scale = up(base_scale(block_amax, encode), E4M3), 1 / encode

@@ -122,9 +122,8 @@ def _prepare(
 
 
 def _convert(model: PreTrainedModel, name: str, config: RLConfig, verbose: bool) -> None:
-    recipe = RL_RECIPES[name]
-    with conversion(recipe, config, verbose) as keywords:
-        convert(model, recipe, seed=config.seed, **keywords)
+    with conversion(RL_RECIPES[name], config, verbose) as keywords:
+        convert(model, seed=config.seed, **keywords)
 
 
 def on_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:

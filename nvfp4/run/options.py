@@ -151,6 +151,9 @@ class QuantOptions:
     """Linears whose names match one of these globs stay in high precision."""
     backend: str = "auto"
     """Backend of the NVFP4 layers; auto: the fastest that runs here."""
+    delayed_amax: bool = False
+    """Scale activations and gradients by their largest magnitude of the call before, so that they
+    are read once."""
 
 
 @dataclass(frozen=True, kw_only=True)

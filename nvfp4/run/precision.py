@@ -39,6 +39,8 @@ NAME = "nvfp4_float32"
 def conversion(recipe: Recipe, options: QuantOptions, verbose: bool) -> Iterator[dict[str, Any]]:
     """What a run tells ``convert``: its keywords but for ``seed``, to be called within.
 
+    The recipe is among them, with delayed amaxes if ``options`` ask for these.
+
     verbose: say which linears are converted, and warn of those that cannot be. ``TrainError`` for
     options that do not fit, and for a recipe that quantises and finds nothing to quantise.
     """
@@ -48,7 +50,10 @@ def conversion(recipe: Recipe, options: QuantOptions, verbose: bool) -> Iterator
             "default" if recipe.quantized and verbose else "ignore", ConvertWarning
         )
         try:
+            if options.delayed_amax and recipe.quantized:
+                recipe = recipe.with_delayed_amax()
             yield {
+                "recipe": recipe,
                 "include": options.include or None,
                 "exclude": options.exclude or None,
                 "keep_first": options.keep_first,

@@ -5,8 +5,10 @@
     random      torch's generators, as ``cpu.<rank>`` and ``cuda.<rank>``
     noise       per converted layer, the number of backward passes it has finished: its next noise
                 is a function of the layer's seed and of this number
+    amax        where amaxes are delayed, what each converted layer holds of its last call: a list
+                with an entry per process, since each scales by what it saw itself
 
-The first three are groups of tensors. The last is plain and stands in state.json, beside what the
+The first three are groups of tensors. The others are plain and stand in state.json, beside what the
 trainer says of itself. Moments are kept by the parameter's name and not by its place in the
 optimiser, so a checkpoint does not depend on the order of ``named_parameters``.
 """
@@ -19,6 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from nvfp4.model.amax import amax_state, load_amax_state
 from nvfp4.model.noise import load_noise_state, noise_state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
@@ -49,6 +52,9 @@ def capture(
 
     # Weights and moments are the same in every process, so the main one's suffice.
     state = {**state, "noise": noise_state(model)}
+    amaxes = [amax_state(model)]
+    if amaxes[0]:
+        state["amax"] = amaxes if accelerator.num_processes == 1 else gather_object(amaxes)
     if not accelerator.is_main_process:
         return Snapshot(state, {})
     moments = {
@@ -68,6 +74,10 @@ def restore(
 
     # A warm start of an earlier version saved neither noise nor random states; it used none.
     load_noise_state(model, snapshot.state.get("noise", {}))
+    # a process that the saved run did not have begins with what the first one held
+    amaxes = snapshot.state.get("amax", [{}])
+    place = accelerator.process_index
+    load_amax_state(model, amaxes[place if place < len(amaxes) else 0])
     own = {
         k.partition(".")[0]: v
         for k, v in snapshot.tensors.get("random", {}).items()

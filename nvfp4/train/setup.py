@@ -69,9 +69,8 @@ def prepare(config: PretrainConfig) -> PretrainRun:
     # The model, converted on the CPU, then moved and wrapped.
     source = sizes_of(config) if config.model is None else config.model
     model = build_model(source, tokenizer, config.seed, config.seq_len, config.recompute)
-    recipe = Recipe.from_name(config.recipe)
-    with conversion(recipe, config, main) as keywords:
-        convert(model, recipe, seed=config.seed, **keywords)
+    with conversion(Recipe.from_name(config.recipe), config, main) as keywords:
+        convert(model, seed=config.seed, **keywords)
     for note in without_emulation(model, accelerator.device, config.dtype):
         report.say(note)
     forward = accelerator.prepare(model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from launches_nothing import Driver
+from launches_nothing import Driver, ToIR
 
 triton = pytest.importorskip("triton")
 
@@ -21,7 +21,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from nvfp4.backends.triton import launch  # noqa: E402
+import nvfp4  # noqa: E402
+from nvfp4.backends import registry  # noqa: E402
+from nvfp4.backends.registry import BACKENDS  # noqa: E402
+from nvfp4.backends.triton import backend as backend_module  # noqa: E402
+from nvfp4.backends.triton import held, launch, operands  # noqa: E402
+from nvfp4.backends.triton import transpose as transpose_module  # noqa: E402
+from nvfp4.backends.triton.backend import TritonBackend  # noqa: E402
+from nvfp4.backends.triton.gemm import launch as gemm  # noqa: E402
+from nvfp4.backends.triton.quantize import launch as quantizing  # noqa: E402
 from nvfp4.backends.triton.quantize.policy import Tile  # noqa: E402
 from tools import aot  # noqa: E402
 
@@ -264,3 +272,42 @@ def test_constants_come_last(capability: int) -> None:
     }.values():
         constant = [parameter.is_constexpr for parameter in kernel.params]
         assert [group for group, _ in itertools.groupby(constant)] == [False, True], kernel.__name__
+
+
+def launched_by_a_layer(recipe: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels of a layer's third forward and backward, in order.
+
+    A card without FP4 units whose kernels are only lowered stands in for the GPU; the first two
+    calls look for amaxes of their own, and compile.
+    """
+    monkeypatch.setattr(triton.compiler, "compile", ToIR(driver))
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(TritonBackend, "automatic", lambda self, device: True)
+    monkeypatch.setattr(registry, "BACKENDS", {"triton": BACKENDS["triton"]})
+    monkeypatch.setattr(registry, "find_fault", lambda *what: None)
+    monkeypatch.setattr(registry, "_FAULTS", {})
+    layer = nvfp4.convert(torch.nn.Linear(64, 48), recipe, backend="triton", verbose=False)
+    names: list[str] = []
+    plain = launch.launch
+
+    def named(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel.fn.__name__)
+        plain(kernel, *args, **kwargs)
+
+    for module in (operands, quantizing, gemm, held, transpose_module, backend_module):
+        monkeypatch.setattr(module, "launch", named)
+    for _ in range(3):
+        names.clear()
+        x = torch.randn(32, 64, requires_grad=True)
+        layer(x).sum().backward()
+    return names
+
+
+def test_a_delayed_amax_costs_no_launch(driver: Driver, monkeypatch) -> None:
+    """Both orientations of x and of dy are read once instead of twice, and the call ends in one
+    launch. The weight looks for its own."""
+    kernels = launched_by_a_layer("nvidia", driver, monkeypatch)
+    assert kernels.count("amax_both_kernel") == 2
+    delayed = launched_by_a_layer("nvidia+delayed_amax", driver, monkeypatch)
+    assert sorted([*delayed, *["amax_both_kernel"] * 2]) == sorted([*kernels, "turn_kernel"])
+    assert delayed[-1] == "turn_kernel"

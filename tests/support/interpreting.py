@@ -29,7 +29,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILES = ("tests/backends/test_triton.py", "tests/backends/test_triton_fused.py")
+FILES = (
+    "tests/backends/test_triton.py",
+    "tests/backends/test_triton_fused.py",
+    "tests/backends/test_held_amax.py",
+)
 interpreted = pytest.mark.interpreted
 
 

@@ -427,22 +427,39 @@ def _element_noise(seed: int, numbers: list[int]) -> Floats:
     return np.array([uniform(seed, STREAM_ELEMENTS, n) for n in numbers], F32)
 
 
-def _blocked(x: Floats, rule: Rule, cap: int, block: tuple[int, int], seed: int) -> Quantized:
+def held_after(held: np.float32, seen: np.float32) -> np.float32:
+    """What the next call is scaled by: fl(1.75 seen), at most FLT_MAX, if that is of any use."""
+    useful = np.isfinite(seen) and seen > 0
+    return np.minimum(seen * F32(1.75), FLT_MAX) if useful else held
+
+
+def _blocked(
+    x: Floats,
+    rule: Rule,
+    cap: int,
+    block: tuple[int, int],
+    seed: int,
+    held: np.float32 | None = None,
+) -> Quantized:
     """One tensor scale, then the rule on each block; rows added to fill a last tile are not
-    stored."""
+    stored. With a held amax only blocks that are not finite are zeros, and NaN is all the same."""
     rows = x.shape[0]
     y = _pad(x, block[0], 16)
-    if not np.isfinite(y).all():
+    finite = np.isfinite(y).all()
+    if held is None and not finite:
         return _poisoned(rows, y.shape[1], y.shape[0] // block[0], 1)
-    scale = encode_scale(amax(y), cap)
+    scale = encode_scale(amax(y) if held is None else held, cap)
     global_scale = ONE / scale
     codes = np.zeros(y.shape, np.uint8)
     block_scale = np.zeros((y.shape[0] // block[0], y.shape[1] // 16), np.uint8)
     for r, c, u in _tiles(y, block, seed):
+        if not np.isfinite(y[r, c]).all():
+            continue
         values, byte = rule(Block(y[r, c].ravel(), u, scale, global_scale))
         codes[r, c] = values.reshape(block)
         block_scale[r.start // block[0], c.start // 16] = byte
-    return Quantized(pack(codes[:rows]), block_scale, np.array([global_scale], F32))
+    poisoned = global_scale if finite else F32(np.nan)
+    return Quantized(pack(codes[:rows]), block_scale, np.array([poisoned], F32))
 
 
 def _row_scaled(x: Floats, rule: Rule, cap: int, seed: int) -> Quantized:
@@ -485,12 +502,14 @@ def quantize(
     group: int = 128,
     seed: int = 0,
     sign_seed: int = 0,
+    held: float | None = None,
 ) -> Quantized:
     """codes, block_scale and global_scale of x [M, K] float32, contracted along its last axis.
 
     ``name`` is rtn, rtn_2d, sr, sr_te, four_over_six, scale_search or ms_eden. ``metric`` belongs
     to four_over_six; ``candidates`` to scale_search; ``rounds``, ``search`` and its ``factors``,
     ``group`` and ``sign_seed`` to ms_eden, which takes neither ``block`` nor ``row_scaled``.
+    ``held``: an amax that x is scaled by instead of its own.
     """
     assert x.dtype == F32
     assert x.ndim == 2
@@ -508,10 +527,12 @@ def quantize(
         if name == "ms_eden":
             assert block == (1, 16)
             assert not row_scaled
+            assert held is None
             return _ms_eden(x, rounds, factors if search else (1.0,), group, seed, sign_seed)
         if row_scaled:
             return _row_scaled(x, rules[name], CAP[name], seed)
-        return _blocked(x, rules[name], CAP[name], block, seed)
+        given = None if held is None else F32(held)
+        return _blocked(x, rules[name], CAP[name], block, seed, given)
 
 
 def decode(

@@ -8,6 +8,7 @@
                                                              operands decoded in registers or before
     transposes of 16x16 codes                 transpose.py   one launch
     seeds of a layer's call                   quantize/      one launch
+    the end of a call with held amaxes        held.py        one launch
 
 This file says which case goes where: empty matrices, rotated codes and other ranks go to the
 reference's definition, everything else is launched. Nothing here waits for the device, so all of it
@@ -39,6 +40,7 @@ try:
     from nvfp4.backends.triton.arithmetic import INTERPRETED
     from nvfp4.backends.triton.gemm.decoded import contract, pays, scaled
     from nvfp4.backends.triton.gemm.launch import gemm, tensor_cores
+    from nvfp4.backends.triton.held import turn
     from nvfp4.backends.triton.launch import compile_together, launch
     from nvfp4.backends.triton.operands import Source, Target, coded_as, on, two_targets
     from nvfp4.backends.triton.quantize import kernels
@@ -49,6 +51,10 @@ try:
 except ImportError as error:
     _MISSING = f"triton does not load: {error}; install triton>=3.6"
     INTERPRETED = False
+
+
+OLDEST_MAJOR = 8
+"""Compute capability 8.0: the first with BF16 in its tensor cores."""
 
 
 class TritonBackend(Backend):
@@ -70,6 +76,11 @@ class TritonBackend(Backend):
             return f"it runs on cuda, not on {device.type}"
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "there is no NVIDIA GPU that torch can use"
+
+        # without BF16, and none that anything here was compiled for
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < OLDEST_MAJOR:
+            return f"it runs from sm_{OLDEST_MAJOR}0 on, this GPU is sm_{major}{minor}"
         return None
 
     def automatic(self, device: torch.device) -> bool:
@@ -81,7 +92,7 @@ class TritonBackend(Backend):
         compile_together(run)
 
     def quantize(self, x: torch.Tensor, quantizer: Quantizer, options: Options) -> QTensor:
-        """Two launches: amax and quantise, or for ms_eden quantise and finish."""
+        """Two launches: amax and quantise, for ms_eden quantise and finish; by a held amax one."""
         if x.numel() == 0:
             return quantizer.quantize(x, options)
         target = Target(tuple(x.shape), quantizer, options, x.device)
@@ -154,6 +165,11 @@ class TritonBackend(Backend):
         with on(words.device):
             launch(kernels.seeds_kernel, 1, (words, seeds, rank), constants, warps=1)
         return seeds
+
+    def turn_amax(self, table: torch.Tensor) -> None:
+        """One launch."""
+        with on(table.device):
+            turn(table)
 
     def decode(
         self, q: QTensor, columns: int, dtype: torch.dtype, with_global: bool

@@ -59,6 +59,7 @@ FAMILIES = {
     "gemm.kernels": "products",
     "gemm.decoded": "what follows a product",
     "transpose": "transposes",
+    "held": "held amaxes",
 }
 """What the kernels of a module are for, in words."""
 

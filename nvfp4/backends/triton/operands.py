@@ -88,7 +88,8 @@ class Target:
     """The result [M, K] that kernels fill, and what they need beside it.
 
     peak: int32 zeros, one or row-scaled [M], if there are some already. amax: float32 of that
-    shape, if it is known. single: whether this orientation is made alone.
+    shape, if it is known; one that ``options`` hold is. single: whether this orientation is made
+    alone.
     """
 
     def __init__(
@@ -112,11 +113,23 @@ class Target:
 
         # the largest magnitude, as bits: integers order like magnitudes, so that programs agree by
         # an atomic maximum; a known amax is read as it is, without a copy
+        if peak is None and amax is None:
+            peak = zero_peak(device) if not options.row_scaled else _zeros(shape[0], device)
+
+        # a held one leaves these zeros to the global scale, which programs raise: the first to its
+        # value, any that meets a NaN to NaN
+        self.seen: torch.Tensor | None = None
+        held = options.held
+        if held is not None and self.scaled_by_amax:
+            assert peak is not None
+            self.q = replace(self.q, global_scale=peak[:1].view(torch.float32))
+            self.seen = None if held.seen is None else held.seen.view(torch.int32)
+            amax = held.amax
+
         self.amax_known = amax is not None
         if amax is not None:
             peak = amax.contiguous().view(torch.int32)
-        if peak is None:
-            peak = zero_peak(device) if not options.row_scaled else _zeros(shape[0], device)
+        assert peak is not None
         self.peak = peak
 
         # rules that know a block's scale only when all blocks are done keep its length meanwhile
@@ -249,7 +262,8 @@ def policy_of(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:
     rotation = options.rotation
     rotated = None if rotation is None else (rotation.group, rotation.rounds, rotation.fixed)
     what = (quantizer.name, options.block, options.row_scaled, options.metric, options.search)
-    key = (*what, options.candidates, options.factors, rotated, by_card)
+    held = options.held is not None
+    key = (*what, options.candidates, options.factors, rotated, by_card, held)
     policy = _POLICIES.get(key)
     if policy is None:
         policy = _POLICIES[key] = _make_policy(quantizer, options, by_card)
@@ -277,6 +291,7 @@ def _make_policy(quantizer: Quantizer, options: Options, by_card: bool) -> Polic
         by_card,
         options.candidates if quantizer.name == "scale_search" else (),
         tuple(element_scale(factor) for factor in factors),
+        options.held is not None,
     )
 
 

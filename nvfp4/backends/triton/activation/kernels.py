@@ -187,7 +187,7 @@ def activation_quantize_kernel(
         first, second, rstd, row_tile, column_tile, rows, columns, first_row, second_row, T_ROWS, F
     )  # fmt: skip
     quantize_tile(
-        tile, row_tile, column_tile, rows, peak_rows, codes_rows, block_scale_rows,
+        tile, row_tile, column_tile, rows, None, peak_rows, codes_rows, block_scale_rows,
         global_scale_rows, None,
         padded_rows, seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows, P_ROWS
     )  # fmt: skip
@@ -198,10 +198,9 @@ def activation_quantize_kernel(
             T_COLUMNS, F
         )  # fmt: skip
         quantize_tile(
-            tile, column_tile, row_tile, columns, peak_columns, codes_columns, block_scale_columns,
-            global_scale_columns, None, padded_columns, seed_low_columns, seed_high_columns,
-            sign_low_columns,
-            sign_high_columns, P_COLUMNS
+            tile, column_tile, row_tile, columns, None, peak_columns, codes_columns,
+            block_scale_columns, global_scale_columns, None, padded_columns, seed_low_columns,
+            seed_high_columns, sign_low_columns, sign_high_columns, P_COLUMNS
         )  # fmt: skip
 
 

@@ -25,11 +25,12 @@ import triton
 import triton.language as tl
 
 from nvfp4.backends.triton.arithmetic import product
+from nvfp4.numerics.formats import NVFP4
 
-BLOCK = tl.constexpr(16)
-"""Elements that share a block scale: ``formats.NVFP4.block_size`` as a kernel's constant."""
+BLOCK = tl.constexpr(NVFP4.block_size)
+"""Elements that share a block scale, as a kernel's constant."""
 
-HALF = tl.constexpr(8)
+HALF = tl.constexpr(NVFP4.block_size // 2)
 """Bytes of codes in a block."""
 
 UNSCALE = tl.constexpr(2.0**14)

@@ -147,6 +147,33 @@ def store_global(global_scale, value, finite, row, row_tile, column_tile, rows, 
 
 
 @triton.jit
+def finite_blocks(x, seen):
+    """Whether all is finite, [1, 1], and each block [m, k] of x; ``seen`` is raised, unless None.
+
+    For a held amax: nobody has looked at x before, so this pass finds what is not finite.
+    """
+    largest = tl.max(tl.max(magnitude_bits(x), axis=3), axis=1)
+    of_tile = tl.max(tl.max(largest, axis=1), axis=0)
+    if seen is not None:
+        raise_peak(seen, of_tile)
+    return tl.full((1, 1), 0, tl.int32) + of_tile < INFINITY_BITS, largest < INFINITY_BITS
+
+
+@triton.jit
+def raise_global(global_scale, value, finite, row_tile, column_tile):
+    """Store the global scale [1], which starts at 0, NaN if any tile is not finite.
+
+    The first program has the value, those with a NaN or Inf raise it to NaN, in any order: as bits
+    a NaN is above every scale.
+    """
+    number = tl.reshape(tl.where(finite, bits(value), NAN_BITS), (1,))
+    place = global_scale.to(tl.pointer_type(tl.int32)) + tl.arange(0, 1)
+    first = tl.arange(0, 1) == row_tile + column_tile
+    says = first | (tl.reshape(finite, (1,)) == 0)
+    tl.atomic_max(place, number, mask=says, sem="relaxed")
+
+
+@triton.jit
 def store_scales(block_scale, scales, row_tile, block, scale_rows, row_blocks):
     """Store block scales [m, C/16] of row tile ``row_tile``, inside of [scale_rows, row_blocks]."""
     row = positions(row_tile, scales.shape[0])
@@ -157,10 +184,12 @@ def store_scales(block_scale, scales, row_tile, block, scale_rows, row_blocks):
 
 @triton.jit
 def quantize_tile(
-    x, row_tile, column_tile, rows, peak, codes, block_scale, global_scale, swizzled, padded,
+    x, row_tile, column_tile, rows, seen, peak, codes, block_scale, global_scale, swizzled, padded,
     seed_low, seed_high, sign_low, sign_high, P: tl.constexpr
 ):  # fmt: skip
     """Rotate, scale, round and store tile x [R, C].
+
+    With a held amax, which ``peak`` then is, ``seen`` is raised to the tile's own.
 
     ms_eden: ``block_scale`` is float32 scratch for r, ``peak`` becomes its largest,
     ``finish_kernel`` does the rest.
@@ -179,8 +208,11 @@ def quantize_tile(
         largest = tl.where(amax < INFINITY_BITS, bits(scale), NAN_BITS)
         raise_peak(peak, tl.max(tl.max(largest, axis=1), axis=0))
     else:
-        # one NaN or Inf anywhere makes every code 0 and the global scale NaN (of its row alone)
+        # one NaN or Inf anywhere makes every code 0 and the global scale NaN (of its row alone);
+        # with a held amax the codes of its block
         finite, encode, global_value = global_scales(peak, row, rows, P)
+        if P.held:
+            all_finite, finite = finite_blocks(x, seen)
         x = tl.where(over_elements(finite), x, 0.0)
         amax = from_bits(tl.max(tl.max(magnitude_bits(x), axis=3), axis=1))
 
@@ -192,7 +224,10 @@ def quantize_tile(
                 noise = element_noise(row, block, padded, seed_low, seed_high, P.tile)
             chosen, scale = plain(x, amax, encode, global_value, noise, P)
 
-        store_global(global_scale, global_value, finite, row, row_tile, column_tile, rows, P)
+        if P.held:
+            raise_global(global_scale, global_value, all_finite, row_tile, column_tile)
+        else:
+            store_global(global_scale, global_value, finite, row, row_tile, column_tile, rows, P)
         if swizzled is not None:
             store_swizzled(swizzled, scale, row, block, rows, row_blocks, P.tile)
 
@@ -220,15 +255,16 @@ def amax_kernel(
 
 @triton.jit(do_not_specialize=SEEDS)
 def quantize_kernel(
-    x, x_scale, x_global, rows, columns, stride_row, stride_column, peak, codes, block_scale,
-    global_scale, swizzled,
+    x, x_scale, x_global, rows, columns, stride_row, stride_column, seen, peak, codes,
+    block_scale, global_scale, swizzled,
     padded, seed_low, seed_high, sign_low, sign_high,
     P: tl.constexpr, CODED: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """Codes and scales of the operand [rows, columns], by its amax; one program per tile.
 
-    x .. stride_column: a ``Source``. peak .. global_scale: ``Target.stored``. swizzled: bytes, or
-    None. padded: Kp. seed_high, sign_high: None where the low half points to a seed.
+    x .. stride_column: a ``Source``. seen: see ``quantize_tile``, or None. peak .. global_scale:
+    ``Target.stored``. swizzled: bytes, or None. padded: Kp. seed_high, sign_high: None where the
+    low half points to a seed.
     """
     seed_low, seed_high = seed_halves(seed_low, seed_high)
     sign_low, sign_high = seed_halves(sign_low, sign_high)
@@ -238,8 +274,8 @@ def quantize_kernel(
         CODED, T
     )  # fmt: skip
     quantize_tile(
-        tile, row_tile, column_tile, rows, peak, codes, block_scale, global_scale, swizzled, padded,
-        seed_low, seed_high, sign_low, sign_high, P
+        tile, row_tile, column_tile, rows, seen, peak, codes, block_scale, global_scale, swizzled,
+        padded, seed_low, seed_high, sign_low, sign_high, P
     )  # fmt: skip
 
 
@@ -256,7 +292,7 @@ def amax_both_kernel(
     sign_low_columns, sign_high_columns = seed_halves(sign_low_columns, sign_high_columns)
 
     # which of these are compiled at all, the policies decide
-    if scaled_by_amax(P_ROWS.rule):
+    if scaled_by_amax(P_ROWS.rule) and not P_ROWS.held:
         tile = load_dense(
             x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS
         )
@@ -271,7 +307,7 @@ def amax_both_kernel(
         )
 
     # tile and strides change places: the transpose is the same memory, read the other way
-    if scaled_by_amax(P_COLUMNS.rule):
+    if scaled_by_amax(P_COLUMNS.rule) and not P_COLUMNS.held:
         tile = load_dense(
             x, column_tile, row_tile, columns, rows, stride_column, stride_row, T_COLUMNS
         )
@@ -285,10 +321,10 @@ def amax_both_kernel(
 @triton.jit(do_not_specialize=BOTH_SEEDS)
 def quantize_both_kernel(
     x, rows, columns, stride_row, stride_column,
-    peak_rows, codes_rows, block_scale_rows, global_scale_rows, padded_rows,
+    seen_rows, peak_rows, codes_rows, block_scale_rows, global_scale_rows, padded_rows,
     seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows,
-    peak_columns, codes_columns, block_scale_columns, global_scale_columns, padded_columns,
-    seed_low_columns, seed_high_columns, sign_low_columns, sign_high_columns,
+    seen_columns, peak_columns, codes_columns, block_scale_columns, global_scale_columns,
+    padded_columns, seed_low_columns, seed_high_columns, sign_low_columns, sign_high_columns,
     P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr,
     T_ROWS: tl.constexpr, T_COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -308,17 +344,16 @@ def quantize_both_kernel(
     # no swizzled scales: a GEMM that reads them (``scaled_mm``) makes them from the block scales
     tile = load_dense(x, row_tile, column_tile, rows, columns, stride_row, stride_column, T_ROWS)
     quantize_tile(
-        tile, row_tile, column_tile, rows, peak_rows, codes_rows, block_scale_rows,
+        tile, row_tile, column_tile, rows, seen_rows, peak_rows, codes_rows, block_scale_rows,
         global_scale_rows, None,
         padded_rows, seed_low_rows, seed_high_rows, sign_low_rows, sign_high_rows, P_ROWS
     )  # fmt: skip
 
     tile = load_dense(x, column_tile, row_tile, columns, rows, stride_column, stride_row, T_COLUMNS)
     quantize_tile(
-        tile, column_tile, row_tile, columns, peak_columns, codes_columns, block_scale_columns,
-        global_scale_columns, None, padded_columns, seed_low_columns, seed_high_columns,
-        sign_low_columns,
-        sign_high_columns, P_COLUMNS
+        tile, column_tile, row_tile, columns, seen_columns, peak_columns, codes_columns,
+        block_scale_columns, global_scale_columns, None, padded_columns, seed_low_columns,
+        seed_high_columns, sign_low_columns, sign_high_columns, P_COLUMNS
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@
     both orientations    amax_both_kernel -> quantize_both_kernel -> finish, finish
     decoding             decode_kernel
 
-The first launch is left out where the rule needs no amax (ms_eden) or the caller has it; finish is
-a launch for ms_eden alone. Both orientations together read x twice, not four times.
+The first launch is left out where the rule needs no amax (ms_eden) or the caller has it; with a
+held one the second looks for the matrix's own as well, so that x is read once. finish is a launch
+for ms_eden alone. Both orientations together read x twice, not four times.
 
 Every launch is one program per tile [R, C] of the operand; ``policy.py`` says which tile.
 """
@@ -43,7 +44,14 @@ def quantize(source: Source, coded: Coded | None, target: Target) -> QTensor:
 
         # rules that finish later have no scales to swizzle yet
         swizzled = target.q.swizzled_scale if target.scaled_by_amax else None
-        operands = (*target.stored, swizzled, target.padded, *target.seed, *target.signs)
+        operands = (
+            target.seen,
+            *target.stored,
+            swizzled,
+            target.padded,
+            *target.seed,
+            *target.signs,
+        )
         launch(kernels.quantize_kernel, count, (*source, *operands), constants, warps=tile.warps)
         return target.finish()
 
@@ -58,13 +66,15 @@ def quantize_both(x: torch.Tensor, across: Target, down: Target) -> tuple[QTenso
 
     with on(x.device):
         # without a rule that wants one, x is read once
-        if across.scaled_by_amax or down.scaled_by_amax:
+        if any(target.scaled_by_amax and not target.amax_known for target in (across, down)):
             peaks = (across.peak, *across.signs, down.peak, *down.signs)
             launch(
                 kernels.amax_both_kernel, count, (*matrix, *peaks), constants, warps=tiles[0].warps
             )
 
-        operands = [v for t in (across, down) for v in (*t.stored, t.padded, *t.seed, *t.signs)]
+        operands = [
+            v for t in (across, down) for v in (t.seen, *t.stored, t.padded, *t.seed, *t.signs)
+        ]
         launch(
             kernels.quantize_both_kernel,
             count,

@@ -30,8 +30,8 @@ class Policy(NamedTuple):
     tile: rows of a block. round_scales: the scale of each round of the rotation (none: no
     rotation). fixed: NVIDIA's rotation. converts: whether the card rounds to E2M1 by itself (sm_100
     and later), to the same bits. steps: of the scale byte, that scale_search tries. scales: (c,
-    fl(1 / c)) that ms_eden tries, one without a search. The rest as in ``Options``. No seed is part
-    of it.
+    fl(1 / c)) that ms_eden tries, one without a search. held: whether the amax is held from an
+    earlier call. The rest as in ``Options``. No seed is part of it.
     """
 
     rule: str
@@ -45,6 +45,7 @@ class Policy(NamedTuple):
     converts: bool = False
     steps: tuple[int, ...] = ()
     scales: tuple[tuple[float, float], ...] = ()
+    held: bool = False
 
 
 class Tile(NamedTuple):
