@@ -14,7 +14,7 @@ recipes with one scale per activation tensor, the rows of a forward decide about
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,15 +101,11 @@ def evaluate(run: RLRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
 
 def _sampling(run: RLRun) -> Sampling:
     """How the completions of an evaluation are drawn."""
-    config = run.config
-    assert config.temperature is not None
-    assert config.max_new_tokens is not None
-    assert config.top_k is not None
-    assert config.top_p is not None
-    length = run.objective.longest_completion(config.max_new_tokens)
-    if config.eval_temperature is not None:
-        return Sampling(length, config.eval_temperature)
-    return Sampling(length, config.temperature, config.top_k, config.top_p)
+    drawn, temperature = run.configured, run.config.eval_temperature
+    length = run.objective.longest_completion(drawn.max_new_tokens)
+    if temperature is not None:
+        return Sampling(length, temperature)
+    return replace(drawn, max_new_tokens=length)
 
 
 def _draw(run: RLRun, problems: list[Problem], size: int, sampling: Sampling) -> _Drawn:

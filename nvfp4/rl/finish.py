@@ -12,6 +12,7 @@ from typing import Any
 from nvfp4.rl.evaluate import evaluate
 from nvfp4.rl.parts import RLRun
 from nvfp4.rl.plots import draw_run
+from nvfp4.rl.statistics import pass_keys
 from nvfp4.run import log
 from nvfp4.run.fields import saved_fields
 from nvfp4.run.model import export
@@ -45,12 +46,9 @@ def finish(run: RLRun) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     """One line of a result."""
     before, after = result["before"], result["after"]
-    last = max(
-        (key for key in after if key.count("/") == 1 and "@" in key),
-        key=lambda key: int(key.split("@")[1]),
-    )
 
     # The largest k that was estimated: it tells whether a run only sharpens what was known.
+    last = pass_keys(after)[-1]
     name = last.removeprefix("eval/")
     return (
         f"{result['recipe']}: held-out pass@1 {before['eval/pass@1']:.3f} -> "

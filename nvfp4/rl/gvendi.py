@@ -46,16 +46,11 @@ _HELD = 2**28  # bytes of gradients held between two projections
 
 
 @dataclass(frozen=True, kw_only=True)
-class GVendiConfig:
-    """Measure how diverse the problems of tasks are, as a model sees them, before training."""
+class GradientOptions:
+    """Whose gradients are looked at, of which text, and how they are projected."""
 
     model: str
     """Folder of a local Hugging Face causal LM, e.g. the export/ or base/ of a run."""
-    tasks: tuple[str, ...]
-    """Names, .jsonl files or classes, as --task of nvfp4 rl takes them; each is measured, and all
-    together."""
-    count: int = 128
-    """Problems of each task."""
     seed: int = 0
     """Seed of the problems and of the projection."""
     dimensions: int = DIMENSIONS
@@ -66,6 +61,22 @@ class GVendiConfig:
     """Put prompts through the tokenizer's chat template."""
     device: Device = "auto"
     """Device of model and gradients; auto: the first accelerator, else the CPU."""
+
+    def load(self) -> tuple[Any, Text]:
+        """The model on its device, and its texts; ``TrainError`` if something is not there."""
+        model = load_on(self.model, self.device)
+        return model, Text(load_vocabulary(self.vocabulary or self.model), self.chat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GVendiConfig(GradientOptions):
+    """Measure how diverse the problems of tasks are, as a model sees them, before training."""
+
+    tasks: tuple[str, ...]
+    """Names, .jsonl files or classes, as --task of nvfp4 rl takes them; each is measured, and all
+    together."""
+    count: int = 128
+    """Problems of each task."""
     out: str | None = None
     """Keep the figures in this JSON file."""
 
@@ -79,8 +90,7 @@ def measure(config: GVendiConfig) -> dict[str, float]:
     if not config.tasks or config.count < 1:
         got = f"{config.tasks} and {config.count}"
         raise TrainError(f"tasks, count: expected at least one of each, got {got}")
-    model = load_on(config.model, config.device)
-    text = Text(load_vocabulary(config.vocabulary or config.model), config.chat)
+    model, text = config.load()
 
     # each task by itself, then all together
     features = {}

@@ -11,7 +11,7 @@ Models, optimiser, objective and logs change while it trains; nothing else does.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,15 +50,22 @@ class RLRun(RunParts):
 
     def sampling(self) -> Sampling:
         """How the next completions are drawn in training; the objective may have a say."""
-        config, objective = self.config, self.objective
-        assert config.temperature is not None
+        drawn = self.configured
+        return replace(
+            drawn,
+            max_new_tokens=self.objective.max_new_tokens(drawn.max_new_tokens),
+            temperature=self.objective.temperature(drawn.temperature),
+        )
+
+    @property
+    def configured(self) -> Sampling:
+        """How completions are drawn by the resolved config alone."""
+        config = self.config
         assert config.max_new_tokens is not None
-        length = objective.max_new_tokens(config.max_new_tokens)
+        assert config.temperature is not None
         assert config.top_k is not None
         assert config.top_p is not None
-        return Sampling(
-            length, objective.temperature(config.temperature), config.top_k, config.top_p
-        )
+        return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
 
     def score(self, forward: Any, samples: Samples, temperature: float) -> Scores:
         """``score`` with what the objective asks for."""

@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 
 from nvfp4.numerics.rng import CANDIDATE_BRANCH, fold_in
-from nvfp4.rl.gvendi import DIMENSIONS, Device, draw_problems, features_of, g_vendi, load_on
+from nvfp4.rl.gvendi import GradientOptions, draw_problems, features_of, g_vendi
 from nvfp4.rl.tasks.base import Problem
-from nvfp4.rl.vocabulary import Text, load_vocabulary
 from nvfp4.run.errors import TrainError
 from nvfp4.run.files import write_text
 
@@ -33,11 +32,9 @@ _ITERATIONS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrismaticConfig:
+class PrismaticConfig(GradientOptions):
     """Grow a set of problems where it is sparse."""
 
-    model: str
-    """Folder of a local Hugging Face causal LM, whose gradients are looked at."""
     pool: str
     """Task of the problems that are there: what --task of nvfp4 rl takes."""
     candidates: str
@@ -58,14 +55,6 @@ class PrismaticConfig:
     """Share of the clusters, those with the fewest members, whose candidates are kept."""
     seed: int = 0
     """Seed of the problems, the projection and the clusters."""
-    dimensions: int = DIMENSIONS
-    """Of the projected gradients, a multiple of 128."""
-    vocabulary: str | None = None
-    """symbols, bytes, or the folder of a tokenizer; None: the model's own."""
-    chat: bool = False
-    """Put prompts through the tokenizer's chat template."""
-    device: Device = "auto"
-    """Device of model and gradients; auto: the first accelerator, else the CPU."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +74,7 @@ class Grown:
 def grow(config: PrismaticConfig) -> Grown:
     """Do the rounds; ``TrainError`` for what does not load, or if nothing new is sparse."""
     _check(config)
-    model = load_on(config.model, config.device)
-    text = Text(load_vocabulary(config.vocabulary or config.model), config.chat)
+    model, text = config.load()
 
     def directions(name: str, problems: Sequence[Problem]) -> torch.Tensor:
         """Gradients of length 1, float64 [len(problems), D]."""

@@ -18,14 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from nvfp4.model.amax import amax_state, load_amax_state
 from nvfp4.model.noise import load_noise_state, noise_state
 from nvfp4.run.checkpoint import Snapshot
 from nvfp4.run.errors import TrainError
-from nvfp4.run.processes import Processes
+from nvfp4.run.processes import Processes, gather_objects
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,8 +41,7 @@ def capture(
     snapshot of the main process is the one to save. The others return no weights and no moments,
     since a copy per process would take the memory of as many models on one machine.
     """
-    own = [_random()]
-    everybody = own if accelerator.num_processes == 1 else gather_object(own)
+    everybody = gather_objects(accelerator, [_random()])
     random = {
         f"{device}.{rank}": value
         for rank, states in enumerate(everybody)
@@ -52,9 +50,9 @@ def capture(
 
     # Weights and moments are the same in every process, so the main one's suffice.
     state = {**state, "noise": noise_state(model)}
-    amaxes = [amax_state(model)]
-    if amaxes[0]:
-        state["amax"] = amaxes if accelerator.num_processes == 1 else gather_object(amaxes)
+    amaxes = amax_state(model)
+    if amaxes:
+        state["amax"] = gather_objects(accelerator, [amaxes])
     if not accelerator.is_main_process:
         return Snapshot(state, {})
     moments = {
