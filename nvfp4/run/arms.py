@@ -260,7 +260,9 @@ def starter(arms: list[Arm], share: SideBySide, display: Display) -> Iterator[St
     (``forks.py``), from as many servers as there are workers: measured there, imports are 6.5 s of
     a run and the end of Python 1.1 s. The four of ``nvfp4 compare`` then import once per worker,
     and none of them takes an interpreter down. The grid decides and not what is left of it, so that
-    all its runs are alike, in what they count as their memory too.
+    all its runs are alike in what they count as memory: a fork counts the pages of libraries that
+    it has touched itself (.33 GiB at the peak of a tiny run), a process of its own all that it
+    read while it imported (.45).
     """
     forked = all(arm.command == "pretrain" for arm in arms) and len(arms) > share.workers
     if not (sys.platform == "linux" and _on_cpu(arms) and forked):

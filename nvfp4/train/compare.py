@@ -125,7 +125,7 @@ def table(report: dict[str, Any]) -> Table:
         caption="\n".join(
             [
                 f"loss in nats per token (training: mean of the last {log.LAST} steps); gap % in "
-                "bits per byte",
+                "bits per byte; peak GiB: resident, and comparable among these runs alone",
                 *(
                     [f"{share['workers']} runs at a time, {share['threads']} threads each"]
                     if share["workers"] > 1
