@@ -414,14 +414,18 @@ def _requantised(quantizer: str, rotation: Rotation | None = None, **options: An
     return Gemm(operand(quantizer, rotation=rotation, **options), right)
 
 
-def _both(quantizer: str) -> Gemm:
+def _both(quantizer: str, **options: Any) -> Gemm:
     """The same quantiser on both sides, each from its tensor."""
-    return Gemm(operand(quantizer), operand(quantizer))
+    return Gemm(operand(quantizer, **options), operand(quantizer, **options))
 
 
 _TETRAJET = _requantised("sr", _RANDOM_ROT16)
 _QUARTET = _requantised("ms_eden")
 _SEARCH_EDEN = _requantised("ms_eden", rounds=2, search=True)
+
+# the best three of each: benchmarks/bench_searches.py
+_THREE_SCALES = _both("scale_search", candidates=(0, -1, 5))
+_THREE_FACTORS = _requantised("ms_eden", rounds=2, search=True, factors=(1.0, 0.9375, 1.5))
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -438,6 +442,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("tetrajet2", _both("rtn"), _TETRAJET, _TETRAJET),
         Recipe("quartet2", _both("four_over_six"), _QUARTET, _QUARTET),
         Recipe("search_eden", _both("scale_search"), _SEARCH_EDEN, _SEARCH_EDEN),
+        Recipe("search_eden_3", _THREE_SCALES, _THREE_FACTORS, _THREE_FACTORS),
         Recipe(
             "rl",
             Gemm(operand("four_over_six", row_scaled=True), operand("four_over_six")),
@@ -449,7 +454,7 @@ RECIPES: dict[str, Recipe] = {
 """The recipes by name.
 
 Sources: nvidia, arXiv 2509.25149; four_over_six, 2512.02010; tetrajet2, 2510.27527; quartet2,
-2601.22813; search_eden and rl are ours.
+2601.22813; search_eden, search_eden_3 and rl are ours.
 """
 
 W4A16 = Recipe("w4a16", Gemm(operand(None), operand("four_over_six")), _DEQUANTISED, Gemm())

@@ -57,7 +57,7 @@ def trips_of(variant: KernelVariant) -> tuple[float, ...]:
     """How often each loop of this kernel goes round: a search over the factors of MS-EDEN."""
     policies = [variant.constants.get(name) for name in ("P", "P_ROWS", "P_COLUMNS")]
     searches = [len(each.scales) for each in policies if each is not None]
-    return tuple(count - 1.0 for count in searches if count > 1)
+    return tuple(count - 1.0 for count in searches if count > 2)  # once round is no loop
 
 
 def count(variant: KernelVariant, capability: int) -> Counted:

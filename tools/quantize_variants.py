@@ -55,6 +55,10 @@ _POINTERS = {
 _FIXED = Rotation(16, fixed=True)
 
 
+CANDIDATES = ((0, -1, 4, 5), (0, -1, 5), (0, 5))
+FACTORS = ((1.0, 0.9375, 1.4375, 1.5625), (1.0, 0.9375, 1.5), (1.0, 1.5))
+
+
 def policies(capability: int) -> dict[str, Policy]:
     """Compiled for on a card: every rule with each of its options, and the recipes' rotations."""
     options: list[tuple[str, dict[str, Any]]] = [("rtn_2d", {})]
@@ -80,8 +84,22 @@ def policies(capability: int) -> dict[str, Policy]:
     options += [("ms_eden", {"rounds": rounds}) for rounds in (1, 2, 3)]
     options += [("ms_eden", {"group": group}) for group in (16, 32, 64)]
     options.append(("ms_eden", {"rounds": 2, "search": True}))
+    return _labelled(options, capability)
 
-    # Options are checked as a recipe's are, so that no policy is listed that none can have.
+
+def searches(capability: int) -> dict[str, Policy]:
+    """Of fewer scales to choose among the best sets, by their number."""
+    options: list[tuple[str, dict[str, Any]]] = []
+    options += [("scale_search", {"candidates": steps}) for steps in CANDIDATES]
+    options += [("ms_eden", {"rounds": 2, "search": True, "factors": k}) for k in FACTORS]
+    return _labelled(options, capability)
+
+
+def _labelled(options: list[tuple[str, dict[str, Any]]], capability: int) -> dict[str, Policy]:
+    """Policies by quantiser and options.
+
+    Checked as a recipe's are, so that no policy is listed that none can have.
+    """
     table = {}
     for name, settings in options:
         label = "_".join([name, *(f"{key}={_label(value)}" for key, value in settings.items())])
@@ -207,6 +225,9 @@ ROOFLINE_SINGLE = (
     ("four_over_six_block=tile", "bfloat16"),
     ("four_over_six_row_scaled=True", "bfloat16"),
     ("sr_rotation=16x1", "codes"),
+    *((f"scale_search_candidates={steps}", "bfloat16") for steps in CANDIDATES),
+    *((f"ms_eden_rounds=2_search=True_factors={k}", "bfloat16") for k in FACTORS),
+    *((f"ms_eden_rounds=2_search=True_factors={FACTORS[1]}", f) for f in ("bfloat16^T", "codes")),
 )
 """Rules and sources of one orientation, as a layer's forward and backward have them."""
 
@@ -223,7 +244,7 @@ ROOFLINE_BOTH = (
 
 def roofline_variants(capability: int) -> list[KernelVariant]:
     """What layers launch on BF16 in the named recipes, but for products of codes."""
-    table = policies(capability)
+    table = policies(capability) | searches(capability)
     variants: list[KernelVariant] = []
     for label, source in ROOFLINE_SINGLE:
         variants += _single(label, table[label], source)

@@ -104,7 +104,12 @@ def split_half_bias(draw: Product, data: Callable[[], tuple[torch.Tensor, torch.
     return float((even * odd).sum() / ref.square().sum())
 
 
-ROUNDS_AND_SEARCH = [{}, {"rounds": 2}, {"rounds": 3}, {"rounds": 2, "search": True}]
+ROUNDS_AND_SEARCH: list[dict[str, Any]] = [{}, {"rounds": 2}, {"rounds": 3}]
+ROUNDS_AND_SEARCH += [
+    {"rounds": 2, "search": True},
+    {"rounds": 2, "search": True, "factors": (1.0, 0.9375, 1.5)},
+    {"rounds": 2, "search": True, "factors": (1.0, 1.5)},
+]
 CLAIMS_UNBIASED = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
     for name, quantizer in QUANTIZERS.items()

@@ -46,6 +46,9 @@ _EDEN_2, _EDEN_2_HAT = (
     Op("ms_eden", {"rounds": 2, "search": True}),
     Op("ms_eden", {"rounds": 2, "search": True}, "hat"),
 )
+_SEARCH_3 = Op("scale_search", {"candidates": (0, -1, 5)})
+_OF_THREE = {"rounds": 2, "search": True, "factors": (1.0, 0.9375, 1.5)}
+_EDEN_3, _EDEN_3_HAT = Op("ms_eden", _OF_THREE), Op("ms_eden", _OF_THREE, "hat")
 _DENSE, _DENSE_HAT = Op(None), Op(None, source="hat")
 
 TABLE: dict[str, dict[str, tuple[Op, Op]]] = {
@@ -71,6 +74,11 @@ TABLE: dict[str, dict[str, tuple[Op, Op]]] = {
         "fprop": (_SEARCH, _SEARCH),
         "dgrad": (_EDEN_2, _EDEN_2_HAT),
         "wgrad": (_EDEN_2, _EDEN_2_HAT),
+    },
+    "search_eden_3": {
+        "fprop": (_SEARCH_3, _SEARCH_3),
+        "dgrad": (_EDEN_3, _EDEN_3_HAT),
+        "wgrad": (_EDEN_3, _EDEN_3_HAT),
     },
     "rl": {"fprop": (_FOS_ROW, _FOS), "dgrad": (_DENSE, _DENSE_HAT), "wgrad": (_DENSE, _DENSE_HAT)},
 }
