@@ -16,6 +16,7 @@ looked for among sixteenths. ``--keep searches`` keeps the table that docs/recip
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ DRAWS = 512
 Set = tuple[float, ...]
 
 
+@cache
 def data(kind: str, side: int, seed: int = 0) -> torch.Tensor:
     """[side, side] of N(0, 1) ("normal") or of Student's t with 3 degrees of freedom ("t3")."""
     x = torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed))
