@@ -103,6 +103,10 @@ def quantize_with(
             q = chosen.quantize(matrix, quantizer, options)
         else:
             q = chosen.quantize_with_amax(matrix, quantizer, options, amax)
+
+    # of a matrix along its last axis it is that already
+    if matrix is x:
+        return q
     return QTensor(*q.tensors, q.block, tuple(x.shape), axis, q.rotation, q.swizzled_scale)
 
 
@@ -178,7 +182,7 @@ def requantize_with(
             f"q must be a matrix quantised along its last axis, got shape {q.shape}, axis {q.axis}"
         )
     with without_dispatch_modes():
-        chosen = select(backend, _operation(options), q.device, quantizer, options, "codes")
+        chosen = select(backend, _operation(options), q.codes.device, quantizer, options, "codes")
         return chosen.requantize(q, quantizer, options)
 
 
@@ -217,29 +221,28 @@ def matmul(
         raise ValueError(
             f"bias must be [{b.rows}] on {b.device}, got {tuple(bias.shape)} on {bias.device}"
         )
-    with without_dispatch_modes(), without_autocast(a.device):
-        y = select(backend, "matmul", a.device).matmul(a, b, out_dtype, bias)
+    device = a.codes.device
+    with without_dispatch_modes(), without_autocast(device):
+        y = select(backend, "matmul", device).matmul(a, b, out_dtype, bias)
 
-    # a view out of an autograd function could not be changed in place
-    shape = (*_lead(a), *_lead(b))
+    # of matrices as it is: a view out of an autograd function could not be changed in place
+    shape = y.shape if len(a.shape) == 2 == len(b.shape) else (*_lead(a), *_lead(b))
     return y if y.shape == shape else y.view(shape)
 
 
 def _check_product(a: QTensor, b: QTensor, out_dtype: torch.dtype) -> None:
     """ValueError or TypeError if a product of these operands has no meaning."""
-    if (a.contraction, a.padded_contraction) != (b.contraction, b.padded_contraction):
+    if a.shape[a.axis] != b.shape[b.axis] or a.codes.shape[1] != b.codes.shape[1]:
         raise ValueError(
             f"operands contract different lengths: {a.contraction} (padded "
-            f"{a.padded_contraction}) and "
-            f"{b.contraction} (padded {b.padded_contraction})"
+            f"{a.padded_contraction}) and {b.contraction} (padded {b.padded_contraction})"
         )
-    if a.rotation != b.rotation:
+    if a.rotation is not b.rotation and a.rotation != b.rotation:
         raise ValueError(
             f"operands were rotated differently, so their product is meaningless: {a.rotation} "
-            f"and {b.rotation}; "
-            f"quantise both with the same group, rounds and sign_seed"
+            f"and {b.rotation}; quantise both with the same group, rounds and sign_seed"
         )
-    if a.device != b.device:
+    if a.codes.device != b.codes.device:
         raise ValueError(f"operands are on different devices: {a.device} and {b.device}")
     if out_dtype not in INPUT_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")

@@ -66,12 +66,15 @@ def stand_in(real: Backend, name: str, operations: tuple[Operation, ...], wrong:
 
 
 class NoDriver:
-    """Triton's driver for a card that is not there: it loads and launches nothing."""
+    """Triton's driver for a card that is not there: it loads and launches nothing.
+
+    launched: how often it was asked to.
+    """
 
     def __init__(self, capability: int, multiprocessors: int) -> None:
         self.capability, self.multiprocessors = capability, multiprocessors
         self.utils, self.launcher_cls = self, self.launcher
-        self.loaded = 0
+        self.loaded = self.launched = 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         sizes = {"max_shared_mem": SHARED_MEMORY, "max_num_regs": REGISTERS, "warpSize": 32}
@@ -85,7 +88,10 @@ class NoDriver:
         pass
 
     def launcher(self, source: Any, metadata: Any) -> Any:
-        return lambda *arguments: None
+        return self.launch
+
+    def launch(self, *arguments: Any) -> None:
+        self.launched += 1
 
     def get_current_device(self) -> int:
         return 0
@@ -102,7 +108,7 @@ class NoDriver:
         return kind
 
 
-def launch_nothing(capability: int, multiprocessors: int) -> None:
+def launch_nothing(capability: int, multiprocessors: int) -> NoDriver:
     """Let the Triton backend compile for that card on this machine.
 
     What it returns is whatever memory held.
@@ -113,9 +119,10 @@ def launch_nothing(capability: int, multiprocessors: int) -> None:
     from nvfp4.backends.triton import backend, operands
     from nvfp4.backends.triton.gemm import launch as gemm
 
-    triton.runtime.driver.set_active(NoDriver(capability, multiprocessors))
+    driver = NoDriver(capability, multiprocessors)
+    triton.runtime.driver.set_active(driver)
     kind = gemm.family(capability)
-    gemm._device = lambda device: (kind, multiprocessors)
+    gemm._device = lambda device, native=True: (kind, multiprocessors)
     backend.tensor_cores = gemm.tensor_cores = lambda device: kind
     operands.card_converts = lambda device: operands.converts(capability)
 
@@ -123,3 +130,29 @@ def launch_nothing(capability: int, multiprocessors: int) -> None:
         return None
 
     registry.BACKENDS["triton"].unavailable = here  # type: ignore[method-assign]
+    return driver
+
+
+def compile_nothing(driver: NoDriver) -> None:
+    """Neither does Triton compile, from now on: what the host does per launch is all that is left.
+
+    Kernels are kept and launched as compiled ones are, and self-checks, which would find nothing
+    right, are passed.
+    """
+    import triton
+    from triton.compiler import CompiledKernel
+
+    from nvfp4.backends import registry
+
+    class Uncompiled(CompiledKernel):
+        """What launching needs of a kernel, and a module that is never unloaded."""
+
+        def __init__(self, source: Any, target: Any = None, options: Any = None) -> None:
+            self.src, self.module, self.function = source, driver, 1
+            self.name, self.packed_metadata, self._run = source.name, None, driver.launch
+
+        def __del__(self) -> None:
+            pass
+
+    triton.compiler.compile = Uncompiled
+    registry.find_fault = lambda *question: None  # type: ignore[assignment]

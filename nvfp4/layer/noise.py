@@ -116,17 +116,21 @@ class Noise:
 class HostNoise(tuple[int, int, int, int]):
     """``Noise.state`` as integers, for one call."""
 
-    __slots__ = ()
-
     def seeds(self, gemm: str) -> GemmSeeds:
         """The seeds of one GEMM; RuntimeError where a CUDA graph would repeat them for ever."""
+        # both operands ask
+        kept: GemmSeeds | None = vars(self).get(gemm)
+        if kept is not None:
+            return kept
+
         if is_capturing():
             raise RuntimeError(
                 "a CUDA graph would replay this layer with the same noise for ever: call "
                 "nvfp4.capturable(model) before the capture, and before its warm-up; every replay "
                 "then draws its own"
             )
-        return gemm_seeds(self, gemm)
+        seeds = vars(self)[gemm] = gemm_seeds(self, gemm)
+        return seeds
 
 
 def gemm_seeds(state: tuple[int, int, int, int], gemm: str) -> tuple[int, tuple[int, int]]:

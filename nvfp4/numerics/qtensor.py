@@ -71,7 +71,20 @@ class QTensor:
         scale_shape = ((rows + block[0] - 1) // block[0], padded // NVFP4.block_size)
         block_scale = torch.empty(scale_shape, dtype=torch.uint8, device=device)
         global_scale = torch.empty(rows if row_scaled else 1, dtype=torch.float32, device=device)
-        return cls(codes, block_scale, global_scale, block, tuple(shape), -1, rotation)
+
+        # a frozen dataclass sets its eight fields one by one, which takes three times as long
+        q = object.__new__(cls)
+        vars(q).update(
+            codes=codes,
+            block_scale=block_scale,
+            global_scale=global_scale,
+            block=block,
+            shape=tuple(shape),
+            axis=-1,
+            rotation=rotation,
+            swizzled_scale=None,
+        )
+        return q
 
     @property
     def rows(self) -> int:

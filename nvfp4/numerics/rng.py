@@ -86,6 +86,9 @@ def check_seed(seed: SeedKind, name: str = "seed") -> SeedKind:
 
     Otherwise raise ``ValueError``, which names the argument.
     """
+    # what a layer asks, ten times per step
+    if type(seed) is int and 0 <= seed < _SEED_LIMIT:  # type: ignore[operator]
+        return seed
     if isinstance(seed, DeviceSeed):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:

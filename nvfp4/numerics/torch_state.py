@@ -42,7 +42,7 @@ def without_dispatch_modes() -> AbstractContextManager[object]:
 
     Nobody should count or replay those. To a mode that records, the results are constants.
     """
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else _NOTHING
 
 
 def is_capturing(device: torch.device | None = None) -> bool:
@@ -72,19 +72,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
     None, too, for devices that autocast does not know.
     """
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
-        device.type
-    ):
+    kind = device.type
+    if not _knows_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(kind)
+
+
+_knows_autocast = lru_cache(maxsize=None)(torch.amp.is_autocast_available)
+_NOTHING = nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off within; nothing where it is off already or unknown to the device."""
     return (
-        nullcontext()
-        if autocast_dtype(device) is None
-        else torch.autocast(device.type, enabled=False)
+        _NOTHING if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
     )
 
 

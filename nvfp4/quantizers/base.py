@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -118,8 +118,14 @@ class Options:
 
         A string, whose hash is worked out once. A held amax is no part of it either.
         """
-        rotation = None if self.rotation is None else replace(self.rotation, sign_seed=None)
-        return repr(replace(self, rotation=rotation, seed=None, sign_seed=None, held=None))
+        turn = self.rotation
+        rotation = None if turn is None else (turn.group, turn.rounds, turn.fixed)
+        return _as_text((*[getattr(self, name) for name in _KIND], rotation))
+
+
+_NO_KIND = {"rotation", "seed", "sign_seed", "held"}
+_KIND = tuple(f.name for f in fields(Options) if f.name not in _NO_KIND)
+_as_text = lru_cache(maxsize=1024)(repr)
 
 
 @dataclass(frozen=True)

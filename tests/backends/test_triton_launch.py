@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +35,10 @@ from nvfp4.backends.triton.backend import TritonBackend  # noqa: E402
 from nvfp4.backends.triton.gemm import launch as gemm  # noqa: E402
 from nvfp4.backends.triton.quantize import launch as quantizing  # noqa: E402
 from nvfp4.backends.triton.quantize.policy import Tile  # noqa: E402
+from nvfp4.recipes import RECIPES  # noqa: E402
 from tools import aot  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 TARGET = GPUTarget("cuda", 90, 32)
 MEMORY = torch.zeros(64, dtype=torch.uint8)
 START = -MEMORY.data_ptr() % 16
@@ -80,17 +86,25 @@ def put(
     launch.launch(fill, 3, (x, None, n, seed), (tile, flag), warps=warps)
 
 
-def test_a_kept_kernel_is_launched_as_triton_would(driver: Driver) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_kept_kernel_is_launched_as_triton_would(driver: Driver, hooked: bool) -> None:
     """The second launch goes past Triton's look-up, with everything that the first one had: grid,
-    stream, function, metadata, hooks and arguments."""
+    stream, function, metadata and arguments, and for whoever listens hooks and what they read."""
     look_ups = []
+    hook = triton.knobs.runtime.launch_exit_hook
+    if hooked:
+        hook.add(print)
     fill.add_pre_run_hook(lambda *args, **options: look_ups.append(args))
     try:
         put(ALIGNED)
         put(ALIGNED)
     finally:
         fill.pre_run_hooks.clear()
+        hook.remove(print)
     first, second = driver.launches
+    if not hooked:  # nobody asks for what hooks would see
+        assert second[6:9] == (None, None, None)
+        first = (*first[:6], None, None, None, *first[9:])
     assert len(look_ups) == 1
     # what hooks would see
     plain = [[v.get() if hasattr(v, "extras") else v for v in call] for call in (first, second)]
@@ -311,3 +325,38 @@ def test_a_delayed_amax_costs_no_launch(driver: Driver, monkeypatch) -> None:
     delayed = launched_by_a_layer("nvidia+delayed_amax", driver, monkeypatch)
     assert sorted([*delayed, *["amax_both_kernel"] * 2]) == sorted([*kernels, "turn_kernel"])
     assert delayed[-1] == "turn_kernel"
+
+
+LAUNCHES = {
+    "rtn": (5, 11),
+    "nvidia": (5, 10),
+    "four_over_six": (5, 10),
+    "tetrajet2": (5, 13),
+    "quartet2": (5, 14),
+    "rl": (5, 7),
+}
+"""At most, of a forward, and of forward and backward: amax and codes of an operand are two, codes
+and scales of ms_eden too, its search one more; of one read for both orientations all but the scales
+are shared; a product, and codes transposed, are one each."""
+OTHERS = 5, 15
+
+
+def test_a_layer_launches_no_more() -> None:
+    """Of every recipe that quantises, a small layer with operands whose peaks are cleared already.
+
+    In a process of its own, in which Triton compiles nothing; the counts are printed.
+    """
+    recipes = [name for name, recipe in RECIPES.items() if recipe.quantized]
+    command = [sys.executable, "-m", "benchmarks.bench_overhead", "--counts"]
+    child = subprocess.run(
+        [*command, "--recipes", ",".join(recipes)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    rows = json.loads(child.stdout.splitlines()[-1])
+    counted = {(recipe, call): of_triton for recipe, call, of_triton, _ in rows}
+    for (recipe, call), count in counted.items():
+        print(f"{recipe:14} {call:20} {count:3}")
+    for recipe in recipes:
+        got = [counted[recipe, call] for call in ("forward", "forward + backward")]
+        most = LAUNCHES.get(recipe, OTHERS)
+        assert all(0 < n <= limit for n, limit in zip(got, most, strict=True)), (recipe, got, most)

@@ -186,7 +186,7 @@ class CpuBackend(NativeGroups):
 
         # the first K columns of the codes, read as rows
         q = contiguous(q)
-        shape = (q.contraction, q.rows)
+        shape = (q.shape[q.axis], q.codes.shape[0])
         transposed = QTensor.empty(
             shape, options.block, options.row_scaled, options.rotation, "cpu"
         )
@@ -230,7 +230,7 @@ class CpuBackend(NativeGroups):
         args = native.QuantizeArgs(
             source,
             _options(quantizer, options),
-            q.padded_contraction,
+            q.codes.shape[1] * 2,
             q.codes.data_ptr(),
             q.block_scale.data_ptr(),
             q.global_scale.data_ptr(),
@@ -394,17 +394,21 @@ def _source(x: torch.Tensor) -> object:
     return native.Source(x.data_ptr(), ELEMENTS[x.dtype], *x.shape, *x.stride())
 
 
+_UNROTATED = Rotation(16, fixed=True)
+
+
 def _options(quantizer: Quantizer, options: Options) -> object:
     """What the kernels are told of a method and its seeds."""
     assert native is not None
 
     # a group of 0 says that nothing is rotated; the rest is then not read
-    rotation = options.rotation or Rotation(16, fixed=True)
+    rotation = options.rotation or _UNROTATED
+    seed, sign = options.seed, rotation.sign_seed
     return native.Options(
         *rule_numbers(native, quantizer, options),
-        seed_on_host(options.seed),
+        seed if type(seed) is int else seed_on_host(seed),
         0 if options.rotation is None else rotation.group,
         rotation.rounds,
-        seed_on_host(rotation.sign_seed),
+        sign if type(sign) is int else seed_on_host(sign),
         rotation.fixed,
     )

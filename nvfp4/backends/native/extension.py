@@ -82,6 +82,21 @@ def rule_numbers(
     native: ModuleType, quantizer: Quantizer, options: Options
 ) -> tuple[int, int, bool, bool, bool, object]:
     """What an extension is told of a method first: rule, metric, tiles, rows, search, trials."""
+    key = (native, quantizer.name, options.kind)
+    numbers = _NUMBERS.get(key)
+    if numbers is None:
+        numbers = _NUMBERS[key] = _rule_numbers(native, quantizer, options)
+    return numbers
+
+
+_NUMBERS: dict[tuple[ModuleType, str, str], tuple[int, int, bool, bool, bool, object]] = {}
+"""What ``rule_numbers`` gave, by all that it depends on: five times per step of a layer."""
+
+
+def _rule_numbers(
+    native: ModuleType, quantizer: Quantizer, options: Options
+) -> tuple[int, int, bool, bool, bool, object]:
+    """``rule_numbers``, worked out."""
     rule, tiles = RULES[quantizer.name], options.block == TILE_BLOCK
     factors = options.factors if options.search else ()
     trials = _trials(native, rule, options.candidates, factors)
@@ -104,7 +119,8 @@ def _trials(
 
 def contiguous(q: QTensor) -> QTensor:
     """q over plain memory; whoever takes pointers from it has to keep it alive."""
-    if all(t.is_contiguous() for t in q.tensors):
+    # one after the other: to loop over them took five times as long, and each product asks twice
+    if q.codes.is_contiguous() and q.block_scale.is_contiguous() and q.global_scale.is_contiguous():
         return q
 
     # swizzled scales stay behind: no kernel here reads them
@@ -115,13 +131,13 @@ def contiguous(q: QTensor) -> QTensor:
 def code_matrix(native: ModuleType | None, q: QTensor, with_global: bool = True) -> object:
     """What the kernels are told of q, which must be ``contiguous``."""
     assert native is not None
+    codes, block_scale, global_scale = q.codes, q.block_scale, q.global_scale
     return native.CodeMatrix(
-        q.codes.data_ptr(),
-        q.block_scale.data_ptr(),
-        q.global_scale.data_ptr() if with_global else 0,
-        q.rows,
-        q.codes.shape[1],
-        q.block_scale.shape[1],
+        codes.data_ptr(),
+        block_scale.data_ptr(),
+        global_scale.data_ptr() if with_global else 0,
+        *codes.shape,
+        block_scale.shape[1],
         q.block[0],
-        q.row_scaled,
+        global_scale.numel() != 1,
     )

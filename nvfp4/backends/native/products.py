@@ -39,7 +39,7 @@ def multiply(
     """The product of codes by one of ``products``; neither operand may be empty."""
     assert native is not None
     a, b = contiguous(a), contiguous(b)
-    out = torch.empty(a.rows, b.rows, dtype=out_dtype, device="cpu")
+    out = torch.empty(a.codes.shape[0], b.codes.shape[0], dtype=out_dtype, device="cpu")
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     native.matmul(
         code_matrix(native, a),

@@ -41,8 +41,8 @@ try:
     from nvfp4.backends.triton.gemm.decoded import contract, pays, scaled
     from nvfp4.backends.triton.gemm.launch import gemm, tensor_cores
     from nvfp4.backends.triton.held import turn
-    from nvfp4.backends.triton.launch import compile_together, launch
-    from nvfp4.backends.triton.operands import Source, Target, coded_as, on, two_targets
+    from nvfp4.backends.triton.launch import compile_together, launch, on
+    from nvfp4.backends.triton.operands import Source, Target, coded_as, two_targets
     from nvfp4.backends.triton.quantize import kernels
     from nvfp4.backends.triton.quantize import launch as quantizing
     from nvfp4.backends.triton.transpose import transpose

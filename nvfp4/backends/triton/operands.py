@@ -15,7 +15,6 @@ its options, and what the card can do.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -293,13 +292,3 @@ def _make_policy(quantizer: Quantizer, options: Options, by_card: bool) -> Polic
         tuple(element_scale(factor) for factor in factors),
         options.held is not None,
     )
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device; make that the one the tensors are on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _ALREADY
-    return torch.cuda.device(device)
-
-
-_ALREADY = nullcontext()

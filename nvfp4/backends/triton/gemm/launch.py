@@ -21,7 +21,7 @@ import torch
 
 from nvfp4.backends.triton.arithmetic import INTERPRETED
 from nvfp4.backends.triton.gemm.kernels import gemm_kernel
-from nvfp4.backends.triton.launch import launch, version
+from nvfp4.backends.triton.launch import launch, on, version
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.qtensor import QTensor
@@ -184,13 +184,14 @@ def gemm(
         native = kind in ("tcgen05", "mma_fp4")
 
     tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias)]
-    arguments = (*tensors, out, a.rows, b.rows, a.padded_contraction // NVFP4.block_size)
+    rows, columns = out.shape
+    arguments = (*tensors, out, rows, columns, a.codes.shape[1] * 2 // NVFP4.block_size)
     scaling = (a.block[0], b.block[0], a.row_scaled, b.row_scaled)
     constants = (*scaling, native, tile.m, tile.n, tile.k, GROUP)
-    programs = -(-a.rows // tile.m) * -(-b.rows // tile.n)
-    with torch.cuda.device_of(a.codes):
+    programs = -(-rows // tile.m) * -(-columns // tile.n)
+    with on(out.device):
         launch(gemm_kernel, programs, arguments, constants, warps=tile.warps, stages=tile.stages)
-    return out.to(out_dtype)
+    return out if out.dtype == out_dtype else out.to(out_dtype)
 
 
 def _readable(t: torch.Tensor) -> torch.Tensor:
@@ -198,6 +199,8 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
 
     A view of a file may begin anywhere.
     """
+    if t.is_contiguous() and t.data_ptr() % 16 == 0:
+        return t
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4.backends.triton.launch import launch
-from nvfp4.backends.triton.operands import Source, Target, coded_as, on, programs
+from nvfp4.backends.triton.launch import launch, on
+from nvfp4.backends.triton.operands import Source, Target, coded_as, programs
 from nvfp4.backends.triton.quantize import kernels
 from nvfp4.backends.triton.quantize.policy import Coded, tile_along, tile_down, tiles_of_both
 from nvfp4.numerics.qtensor import QTensor
