@@ -57,7 +57,8 @@ def quantize(
     (``quantizers/registry.py``). seed: for stochastic ones, in [0, 2^64): same seed, same codes, on
     every backend. sign_seed: for ms_eden, the seed of its rotation, equal for both operands of a
     GEMM; defaults to ``seed``. options: block=(1, 16) | (16, 16), row_scaled, metric ("mse", "mae",
-    "abs_max"), candidates of scale_search, rounds, search and its factors, group, rotation.
+    "abs_max"), candidates of scale_search, rounds, search and its factors, group, summation,
+    rotation.
 
     Returns a ``QTensor``; the axis is zero-padded to a multiple of 16 (of the rotation group). NaN
     or Inf anywhere makes the global scale NaN (of that row when row-scaled); empty input gives
@@ -324,7 +325,8 @@ _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _HOW = (
     f"str quantizer, str backend='{AUTO}', int block_rows=1, bool row_scaled=False, "
     "str metric='mse', int group=0, int rounds=1, bool fixed=False, bool search=False, "
-    "int? seed=None, int? sign_seed=None, int[]? candidates=None, float[]? factors=None"
+    "int? seed=None, int? sign_seed=None, int[]? candidates=None, float[]? factors=None, "
+    "str summation='butterflies'"
 )
 
 
@@ -341,6 +343,7 @@ def _from_schema(
     sign_seed: int | None = None,
     candidates: Sequence[int] | None = None,
     factors: Sequence[float] | None = None,
+    summation: str = "butterflies",
 ) -> tuple[Quantizer, Options]:
     """A quantiser and its options from the arguments of an operator; group 0: no rotation."""
     quantizer = get_quantizer(name)
@@ -353,6 +356,7 @@ def _from_schema(
             "rounds": rounds,
             "search": search,
             "sign_seed": unsigned_sign,
+            "summation": summation,
         }
     else:
         how = {

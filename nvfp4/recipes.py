@@ -26,7 +26,7 @@ recipe knows no seed: signs and rounding are drawn anew in every call (``layer/n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
@@ -300,13 +300,34 @@ class Recipe:
             raise ValueError(f"{self.name}: no operand is scaled by one amax that could be delayed")
         return made
 
+    def with_tensor_core_sums(self) -> Recipe:
+        """This recipe with ms_eden rotations that may sum on tensor cores (docs/numerics.md).
+
+        ValueError where there is none.
+        """
+        pairs = {name: getattr(self, name) for name in GEMMS}
+        gemms = {
+            name: Gemm(_on_tensor_cores(gemm.left), _on_tensor_cores(gemm.right))
+            for name, gemm in pairs.items()
+        }
+        if gemms == pairs:
+            raise ValueError(f"{self.name} has no rotation that tensor cores could sum")
+        return Recipe(self.name + TENSOR_CORE, **gemms)
+
     @classmethod
     def from_name(cls, name: str) -> Recipe:
-        """The named recipe, "+delayed_amax" behind it: with that; ValueError lists the names."""
-        known = name.removesuffix(DELAYED)
-        if known not in RECIPES:
-            raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-        return RECIPES[name] if name in RECIPES else RECIPES[known].with_delayed_amax()
+        """The named recipe, "+delayed_amax" or "+tensor_core" behind it; ValueError lists them."""
+        known, *additions = name.split("+")
+        changes = [_ADDITIONS.get(f"+{each}") for each in additions]
+        if known not in RECIPES or None in changes or len(set(additions)) < len(additions):
+            raise ValueError(
+                f"unknown recipe {name!r}; known: {', '.join(RECIPES)}; behind a name: "
+                f"{', '.join(_ADDITIONS)}"
+            )
+        recipe = RECIPES[known]
+        for change in filter(None, changes):
+            recipe = change(recipe)
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, ready for JSON or YAML."""
@@ -352,6 +373,14 @@ class Recipe:
 DELAYED = "+delayed_amax"
 """Behind a recipe's name: ``Recipe.with_delayed_amax``."""
 
+TENSOR_CORE = "+tensor_core"
+"""Behind a recipe's name: ``Recipe.with_tensor_core_sums``."""
+
+_ADDITIONS: dict[str, Callable[[Recipe], Recipe]] = {
+    DELAYED: Recipe.with_delayed_amax,
+    TENSOR_CORE: Recipe.with_tensor_core_sums,
+}
+
 
 def _delayed(spec: Operand) -> Operand:
     """An operand with ``delayed_amax``, or as it is where that has no meaning."""
@@ -365,6 +394,14 @@ def _of_tensor(spec: Operand, forward: Operand) -> Operand:
     return Operand(
         spec.quantizer, spec.options, rotation=spec.rotation, delayed_amax=spec.delayed_amax
     )
+
+
+def _on_tensor_cores(spec: Operand) -> Operand:
+    """An operand whose rotation may sum on tensor cores, if it is one that its quantiser makes."""
+    if spec.quantizer is None or "summation" not in spec.rule.options:
+        return spec
+    options = {**dict(spec.options), "summation": "tensor_core"}
+    return replace(spec, options=tuple(options.items()))
 
 
 def _operand(plain: Mapping[str, Any]) -> Operand:

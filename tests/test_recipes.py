@@ -9,8 +9,10 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from layer_oracle import GEMMS, TABLE, Op
 
+import nvfp4
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.recipes import RECIPES, Gemm, Operand, Recipe, as_recipe, operand
 
@@ -48,6 +50,7 @@ def _expected(op: Op) -> tuple[Any, ...]:
         "candidates": (0, -2, -1, 1, 2, 3, 4, 5, 6),
         "factors": (1, 0.875, 1.125, 1.25, 1.375, 1.5),
         "group": 128,
+        "summation": "butterflies",
     }
     options |= op.options
     name, turn = op.quantizer, None
@@ -288,3 +291,56 @@ def test_str_shows_every_gemm() -> None:
     assert all(word in text for word in ("rtn_2d", "sr_te", "same codes", "rot16 rtn"))
     assert "rounds=2, search=True) of decoded" in str(RECIPES["search_eden"])
     assert "bf16 of decoded" in str(RECIPES["rl"])
+
+
+def test_a_name_that_allows_tensor_cores() -> None:
+    """Of quartet2 and search_eden every ms_eden operand; of others there is nothing to allow."""
+    recipe = Recipe.from_name("quartet2+tensor_core")
+    assert recipe == RECIPES["quartet2"].with_tensor_core_sums()
+    assert recipe.name == "quartet2+tensor_core"
+    assert recipe.fprop == RECIPES["quartet2"].fprop
+    backward = [o for gemm in (recipe.dgrad, recipe.wgrad) for o in (gemm.left, gemm.right)]
+    assert [o.static_options.summation for o in backward] == ["tensor_core"] * 4
+    assert [o.source for o in backward] == ["tensor", "decoded"] * 2
+    assert "summation=tensor_core" in str(recipe)
+    for back in (
+        Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))),
+        Recipe.from_key(recipe.key),
+    ):
+        assert back == recipe
+
+    options = Recipe.from_name("search_eden+tensor_core").wgrad.left.static_options
+    assert (options.rounds, options.search, options.summation) == (2, True, "tensor_core")
+    # it goes with the other word behind a name
+    both = Recipe.from_name("quartet2+delayed_amax+tensor_core")
+    assert both.fprop == Recipe.from_name("quartet2+delayed_amax").fprop
+    assert both.wgrad == recipe.wgrad
+    with pytest.raises(ValueError, match=r"unknown recipe 'quartet2[+]tensor_core[+]t"):
+        Recipe.from_name("quartet2+tensor_core+tensor_core")
+    with pytest.raises(ValueError, match="nvidia has no rotation that tensor cores could sum"):
+        Recipe.from_name("nvidia+tensor_core")
+    with pytest.raises(ValueError, match=r"unknown recipe 'quartet3\+tensor_core'; known: bf16"):
+        Recipe.from_name("quartet3+tensor_core")
+    with pytest.raises(ValueError, match="summation must be one of"):
+        operand("ms_eden", summation="tensor")
+    with pytest.raises(ValueError, match="sr does not take summation"):
+        operand("sr", summation="tensor_core")
+
+
+def test_a_layer_whose_recipe_allows_tensor_cores() -> None:
+    """Where no kernel has them it computes what the plain recipe does, and its checkpoint, which
+    holds plain names, goes from one to the other."""
+
+    def trained(recipe: str, start: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        layer = torch.nn.Sequential(torch.nn.Linear(160, 32, dtype=torch.bfloat16))
+        nvfp4.convert(layer, recipe, seed=3, verbose=False)
+        layer.load_state_dict(start)
+        x = torch.linspace(-3, 3, 40 * 160).view(40, 160).to(torch.bfloat16).requires_grad_()
+        layer(x).square().sum().backward()
+        assert list(layer.state_dict()) == list(start)
+        return [x.grad, *(p.grad for p in layer.parameters())]
+
+    start = torch.nn.Sequential(torch.nn.Linear(160, 32, dtype=torch.bfloat16)).state_dict()
+    plain, allowed = (trained(name, start) for name in ("quartet2", "quartet2+tensor_core"))
+    for a, b in zip(plain, allowed, strict=True):
+        assert torch.equal(a, b)

@@ -41,6 +41,10 @@ from nvfp4.numerics.scaling import (
 
 METRICS = ("mse", "mae", "abs_max")
 
+SUMMATIONS = ("butterflies", "tensor_core")
+"""How a rotation may add up: in the order of the definition, or sixteen at once as tensor cores do,
+which may change a code in ten thousand by a step, where a backend has kernels for it."""
+
 
 @dataclass(frozen=True)
 class Claims:
@@ -89,8 +93,9 @@ class Options:
     group: of a rotation that the rule asks for. search: more candidate scales. candidates: of
     scale_search, steps from the scale byte that the maximum asks for; factors: of ms_eden's search;
     both in the order of trial, the first of equals wins. rotation: of an operand whose rule does
-    not rotate by itself. seed: of rounding. sign_seed: of that rotation, the seed if None. held: of
-    one call, for rules that scale by the amax of a whole tensor; no option of ``check``.
+    not rotate by itself. seed: of rounding. sign_seed: of that rotation, the seed if None.
+    summation: of SUMMATIONS, for a rule that rotates. held: of one call, for rules that scale by
+    the amax of a whole tensor; no option of ``check``.
     """
 
     block: tuple[int, int] = ROW_BLOCK
@@ -104,6 +109,7 @@ class Options:
     rotation: Rotation | None = None
     seed: Seed | None = None
     sign_seed: Seed | None = None
+    summation: str = "butterflies"
     held: HeldAmax | None = None
 
     def holding(self, held: HeldAmax) -> Options:
@@ -227,6 +233,8 @@ class Quantizer:
         check_factors(checked.factors)
         if checked.factors != SEARCH_FACTORS and not checked.search:
             raise ValueError(f"factors={checked.factors} are of a search: pass search=True as well")
+        if checked.summation not in SUMMATIONS:
+            raise ValueError(f"summation must be one of {SUMMATIONS}, got {checked.summation!r}")
 
         return self._check_seeds(checked)
 

@@ -118,5 +118,9 @@ def claims(options: Options) -> Claims:
 
 
 MS_EDEN = Quantizer(
-    "ms_eden", rule, claims, frozenset({"rounds", "search", "factors", "group"}), rotates=True
+    "ms_eden",
+    rule,
+    claims,
+    frozenset({"rounds", "search", "factors", "group", "summation"}),
+    rotates=True,
 )

@@ -19,7 +19,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field
 
-from nvfp4.recipes import RECIPES
+from nvfp4.recipes import RECIPES, Recipe
 from nvfp4.run.errors import TrainError
 from nvfp4.run.fields import check_together, fill, refuse_idle, validate
 from nvfp4.run.options import (
@@ -206,9 +206,11 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_recipe(field: str, name: str) -> None:
-    if name not in RECIPES:
+    try:
+        Recipe.from_name(name)
+    except ValueError:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         raise TrainError(
             f"{field}: expected one of {', '.join(RECIPES)}, got {name!r}"
             + (f"; did you mean {close[0]}?" if close else "")
-        )
+        ) from None
