@@ -56,7 +56,8 @@ using CudaOptions = Options<cuda::Seed>;
 
 cuda::Operand operand_of(const CudaOptions& options, int64_t lines, int64_t padded, uintptr_t codes,
                          uintptr_t block_scale, uintptr_t global_scale, uintptr_t peak,
-                         bool knows_peak, uintptr_t lengths, uintptr_t swizzled) {
+                         bool knows_peak, uintptr_t lengths, uintptr_t swizzled,
+                         bool tensor_core) {
     require(!options.method.tiles || options.group <= kBlock,
             "16x16 blocks are not rotated in groups beyond 16");
     require(lines > 0 && padded > 0 && padded == options.padded(padded),
@@ -73,6 +74,7 @@ cuda::Operand operand_of(const CudaOptions& options, int64_t lines, int64_t padd
     operand.fixed = options.fixed;
     operand.group = options.group;
     operand.rounds = options.rounds;
+    operand.tensor_core = tensor_core;
     operand.seed = options.seed;
     operand.sign_seed = options.sign_seed;
     operand.padded = padded;
@@ -150,5 +152,6 @@ PYBIND11_MODULE(NVFP4_MODULE, m) {
     });
 #if defined(NVFP4_SIMT)
     m.def("set_order", &nvfp4::simt::set_order);
+    m.def("set_tensor_core", &nvfp4::simt::set_tensor_core);
 #endif
 }

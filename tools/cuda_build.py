@@ -115,6 +115,8 @@ def shared_bytes(kernel: str) -> int:
     width = 4 if "<unsigned int" in kernel else 2
     if kernel.startswith("amax"):
         rows = TILE_ROWS if kernel.endswith("true>") else FLAT_ROWS
+    elif kernel.startswith("mma_eden"):
+        rows = TILE_ROWS
     elif kernel.startswith("quantize"):
         is_flat = kernel.endswith("None>") and "Eden" not in kernel
         rows = FLAT_ROWS if is_flat else TILE_ROWS

@@ -21,7 +21,7 @@ __device__ __forceinline__ uint32_t convert_eight(const float* x, float multipli
         "cvt.rn.satfinite.e2m1x2.f32 c, %6, %5;\n"
         "cvt.rn.satfinite.e2m1x2.f32 d, %8, %7;\n"
         "mov.b32 %0, {a, b, c, d};\n"
-        "}"
+        "\t}"
         : "=r"(word)
         : "f"(x[0] * multiplier), "f"(x[1] * multiplier), "f"(x[2] * multiplier),
           "f"(x[3] * multiplier), "f"(x[4] * multiplier), "f"(x[5] * multiplier),

@@ -35,6 +35,7 @@ struct Operand : Method {
     bool knows_peak;    // what ``peak`` points to is the amax already
     bool fixed;         // NVIDIA's rotation
     int group, rounds;  // 0: no rotation
+    bool tensor_core;   // its sums may be those of tensor cores, where a kernel has them
     Seed seed, sign_seed;
     int64_t padded;        // Kp
     uint8_t* codes;        // [lines, Kp / 2]

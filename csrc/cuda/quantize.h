@@ -356,4 +356,9 @@ Variant eden_variant(const Operand& operand, bool down, bool wide);
 Variant fused_variant(const Operand& rows, const Operand& columns, bool wide);
 Variant eden_pair_variant(bool search, bool wide);
 
+// MS-EDEN on tensor cores (mma_eden.cu), which takes shared memory of its own size.
+Variant mma_eden_variant(const Matrix& m, const Operand& operand, bool down);
+Variant mma_eden_pair_variant(const Matrix& m, const Operand& rows, const Operand& columns);
+int mma_shared_bytes();
+
 }  // namespace nvfp4::cuda

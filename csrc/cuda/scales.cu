@@ -169,7 +169,20 @@ Variant single_variant(const Operand& operand, bool down, bool wide) {
     }
 }
 
+// Whether tensor cores rotate, where the operand allows it; false: nothing was launched.
+bool launch_mma(const Matrix& m, const Variant& variant, const Operand& rows,
+                const Operand& columns, void* stream) {
+    if (variant.kernel == nullptr) return false;
+    const int64_t blocks = ceil_div(m.rows, kTile) * ceil_div(m.columns, kTile);
+    launch(variant.kernel, blocks, kThreads, mma_shared_bytes(), stream, m, rows, columns);
+    return true;
+}
+
 void launch_single(const Matrix& m, const Operand& operand, bool down, void* stream) {
+    if (launch_mma(m, mma_eden_variant(m, operand, down), operand, operand, stream)) {
+        finish(operand, stream);
+        return;
+    }
     const bool wide = is_wide(m);
     const Variant variant = single_variant(operand, down, wide);
     launch_tiles(m, variant.kernel, variant.rows, operand, operand, wide, stream);
@@ -197,6 +210,11 @@ void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns,
     prepare(columns, stream);
     launch_amax(m, rows, columns, wants_amax(rows), wants_amax(columns), wide, stream);
 
+    if (launch_mma(m, mma_eden_pair_variant(m, rows, columns), rows, columns, stream)) {
+        finish(rows, stream);
+        finish(columns, stream);
+        return;
+    }
     const Variant variant = fused_variant(rows, columns, wide);
     if (variant.kernel == nullptr) {
         launch_single(m, rows, false, stream);

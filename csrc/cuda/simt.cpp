@@ -1,6 +1,6 @@
 // Fibres for simt.h: one machine per thread of the process, which resumes the fibres of a warp in
 // turns until all wait for the same, then the warps of a block, then goes on to the next block.
-#include "simt.h"
+#include "simt_mma.h"
 
 #include <ucontext.h>
 
@@ -71,7 +71,7 @@ struct Fibre {
 
 struct Machine {
     std::vector<Fibre> fibres;
-    std::vector<uint32_t> mail;  // two slots a thread: a lane may be one shuffle ahead of another
+    std::vector<uint32_t> mail;  // two boxes a thread: a lane may be one shuffle ahead of another
     std::vector<unsigned char> shared;
     const std::function<void()>* body = nullptr;
     Context scheduler;
@@ -143,14 +143,26 @@ void wait_for_others(Wait kind) {
     go(fibre.context, machine.scheduler);
 }
 
-uint32_t exchange(uint32_t value, int distance) {
+Mail gather(const uint32_t* words, int count, int kind) {
     const int thread = machine.running;
     Fibre& fibre = machine.fibres[static_cast<size_t>(thread)];
     const int slot = fibre.shuffles++ % 2;
-    machine.mail[static_cast<size_t>(2 * thread + slot)] = value;
-    fibre.distance = distance;
+    const auto box = [&](int of) { return machine.mail.data() + kMail * (2 * of + slot); };
+    memcpy(box(thread), words, sizeof *words * static_cast<size_t>(count));
+    fibre.distance = kind;
     wait_for_others(Wait::shuffle);
-    return machine.mail[static_cast<size_t>(2 * (thread ^ distance) + slot)];
+    return {box(thread / kWarp * kWarp)};
+}
+
+uint32_t exchange(uint32_t value, int distance) {
+    return gather(&value, 1, distance).word(machine.running % kWarp ^ distance, 0);
+}
+
+void set_tensor_core(int fraction_bits, int length) {
+    const bool ordered = fraction_bits == 0 && length == 0;
+    if (!ordered && (fraction_bits < 1 || fraction_bits > 40 || length < 1 || 16 % length != 0))
+        throw std::invalid_argument("fraction_bits must be 1 to 40, and length divide 16");
+    tensor_core = {fraction_bits, length};
 }
 
 unsigned char* shared_memory() { return machine.shared.data() + kFence; }
@@ -164,7 +176,7 @@ void run(const std::function<void()>& body, int64_t blocks, int threads, int sha
     machine.error.clear();
     if (machine.fibres.size() != static_cast<size_t>(threads))
         machine.fibres = std::vector<Fibre>(static_cast<size_t>(threads));
-    machine.mail.assign(static_cast<size_t>(2 * threads), 0);
+    machine.mail.assign(static_cast<size_t>(2 * kMail * threads), 0);
     const size_t bytes = static_cast<size_t>(shared_bytes);
     blockDim.x = static_cast<unsigned>(threads);
     gridDim.x = static_cast<unsigned>(blocks);

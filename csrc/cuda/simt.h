@@ -24,10 +24,23 @@ enum class Wait { none, barrier, shuffle, done };
 // Suspends the running thread until all that it waits for have come to the same place.
 void wait_for_others(Wait kind);
 
+// Words that the lanes of a warp brought to one place, at most kMail of each.
+constexpr int kMail = 8;
+struct Mail {
+    const uint32_t* first;
+    uint32_t word(int lane, int number) const { return first[2 * kMail * lane + number]; }
+};
+
+// What all lanes bring, once all have; ``kind`` has to be the same for all.
+Mail gather(const uint32_t* words, int count, int kind);
+
 // The value that the lane ``distance`` away (exclusive or) brought to the same shuffle.
 uint32_t exchange(uint32_t value, int distance);
 
 unsigned char* shared_memory();
+
+// How sixteen products of a tensor core are added: see simt_mma.h.
+void set_tensor_core(int fraction_bits, int length);
 
 // Even: in ascending order; odd: descending, both of blocks and of warps.
 void set_order(int order);

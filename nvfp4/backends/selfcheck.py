@@ -26,6 +26,7 @@ from nvfp4.backends.base import Backend, Operation
 from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.numerics.activations import RMSNorm, SwiGLU
 from nvfp4.numerics.codec import e4m3_encode
+from nvfp4.numerics.codec import pack as pack_codes
 from nvfp4.numerics.formats import E2M1, E4M3, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
 from nvfp4.numerics.groups import GroupedQTensor, Groups
 from nvfp4.numerics.qtensor import QTensor
@@ -114,6 +115,9 @@ def _quantized(backend: Backend, device: torch.device, quantizer: Quantizer) -> 
     if "block" in quantizer.options:
         made.append(backend.quantize(x, quantizer, quantizer.check(seed=1, block=TILE_BLOCK)))
 
+    if "summation" in quantizer.options:
+        made += _summed(backend, device, quantizer)
+
     # a matrix whose columns are contiguous is read by another kernel
     for edges in edge_cases(quantizer):
         for x in (edges.to(device), edges.to(device).t().contiguous().t()):
@@ -150,6 +154,33 @@ def _quantized_held(
 
 _MAGNITUDES = (100.0, 7.0, 1000.0, 64.0, 20.0)
 """Held amaxes of the probe, whose matrix has magnitudes up to 64."""
+
+
+def _summed(backend: Backend, device: torch.device, quantizer: Quantizer) -> list[QTensor]:
+    """Rotated by tensor cores, where it has kernels for it: of BF16 and of codes.
+
+    Elements are integers below 128, but for one half in each group of a row or column, so that
+    every sum is exact in whatever order and width it is made, and none of them is zero, whose sign
+    would tell an order.
+    """
+    options = quantizer.check(seed=1, summation="tensor_core")
+    x = (_noise(_COLUMNS, _COLUMNS, 40503) >> 8) - 128.0
+    x += 0.5 * torch.eye(_COLUMNS, device="cpu")
+    x = x.to(device, torch.bfloat16)
+
+    # the same in codes: 1, 2, 3, 4 and 6 with signs, and one 1/2 per row and column
+    whole = torch.tensor((2, 4, 5, 6, 7), device="cpu")
+    codes = whole[_noise(_COLUMNS, _COLUMNS, 48271) % len(whole)] | (x.cpu() < 0).long() * 8
+    codes = torch.where(torch.eye(_COLUMNS, device="cpu") > 0, 1, codes).to(torch.uint8)
+    one = torch.full((_COLUMNS, _COLUMNS // NVFP4.block_size), 0x38, dtype=torch.uint8)
+    shape = (_COLUMNS, _COLUMNS)
+    scale = torch.tensor([0.25], device=device)
+    q = QTensor(pack_codes(codes).to(device), one.to(device), scale, ROW_BLOCK, shape)
+    return [
+        backend.quantize(x, quantizer, options),
+        *backend.quantize_both(x, (quantizer, options), (quantizer, options)),
+        backend.requantize(q, quantizer, options),
+    ]
 
 
 def _dequantized(

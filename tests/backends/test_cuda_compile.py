@@ -25,7 +25,8 @@ Capabilities")."""
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("source", "target", "count"), [("eden", "sm_100a", 12), ("scales", "sm_90a", 8)]
+    ("source", "target", "count"),
+    [("eden", "sm_100a", 12), ("scales", "sm_90a", 8), ("mma_eden", "sm_100a", 4)],
 )
 def test_kernels_compile_and_fit(source: str, target: str, count: int) -> None:
     """No spill, no fused product, no approximate quotient, no flushed subnormal; two blocks of 256
@@ -36,7 +37,7 @@ def test_kernels_compile_and_fit(source: str, target: str, count: int) -> None:
     for row in rows:
         assert 0 < row.registers <= 128
         assert row.shared_bytes <= SHARED_LIMIT
-        if row.kernel.startswith("quantize"):
+        if row.kernel.startswith(("quantize", "mma_eden")):
             assert (row.converts > 0) == (target != "sm_90a")
 
 
@@ -94,6 +95,7 @@ def test_shared_memory_is_counted_as_it_is_asked_for() -> None:
         == 32 * 128 * 2 + 608
     )
     assert shared_bytes("amax_kernel<unsigned short, true, false>") == 32 * 128 * 2 + 608
+    assert shared_bytes("mma_eden_kernel<false, true, true>") == 128 * 128 * 2 + 608
     assert shared_bytes("decode_kernel") == 0
 
 

@@ -231,6 +231,7 @@ class _Target:
             amax is not None,
             0 if self.lengths is None else self.lengths.data_ptr(),
             0 if self.q.swizzled_scale is None else self.q.swizzled_scale.data_ptr(),
+            options.summation == "tensor_core",
         )
 
 
