@@ -234,6 +234,20 @@ def shares() -> str:
     return _table(("", *cards), ((f"`{path}`", *cells) for path, cells in rows.items()))
 
 
+def searches() -> str:
+    """What a search among fewer scales gives and costs."""
+    rows = []
+    for row in _read("searches")["rows"]:
+        shown = f"`{row['quantiser']}`" + (f" {row['tries']}" if row["tries"] else "")
+        errors = (f"{row[f'{kind} x 1e-3']:.2f}" for kind in ("normal", "t3"))
+        cycles = (row[f"{card} cycles"] for card in ("H200", "B200", "RTX 5090"))
+        counted = ("-" if each is None else f"{each:.0f}" for each in cycles)
+        bias = "-" if row["bias^2"] is None else f"{1e5 * row['bias^2']:.1f}"
+        rows.append((shown, *errors, *counted, f"{row['ns per element']:.2f}", bias))
+    columns = ("tries", "N(0, 1)", "t(3)", "H200", "B200", "RTX 5090", "ns", "bias^2, x 1e-5")
+    return _table(columns, rows)
+
+
 def predicted() -> str:
     """Predicted speed-ups over BF16 of every recipe, for the block of a model of 7 B parameters."""
     rows = _read("roofline")["recipes"]
@@ -263,6 +277,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         objectives,
         published,
         shares,
+        searches,
         predicted,
     )
 }
