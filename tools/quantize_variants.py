@@ -54,9 +54,9 @@ _POINTERS = {
 }
 _FIXED = Rotation(16, fixed=True)
 
-
 CANDIDATES = ((0, -1, 4, 5), (0, -1, 5), (0, 5))
 FACTORS = ((1.0, 0.9375, 1.4375, 1.5625), (1.0, 0.9375, 1.5), (1.0, 1.5))
+"""What a search tries beside the default: of four, three and two the best."""
 
 
 def policies(capability: int) -> dict[str, Policy]:
@@ -84,7 +84,11 @@ def policies(capability: int) -> dict[str, Policy]:
     options += [("ms_eden", {"rounds": rounds}) for rounds in (1, 2, 3)]
     options += [("ms_eden", {"group": group}) for group in (16, 32, 64)]
     options.append(("ms_eden", {"rounds": 2, "search": True}))
-    return _labelled(options, capability)
+    table = _labelled(options, capability)
+
+    # scaled by the amax of an earlier call
+    table |= {f"{label}{HELD}": table[label]._replace(held=True) for label in DELAYED}
+    return table
 
 
 def searches(capability: int) -> dict[str, Policy]:
@@ -105,9 +109,6 @@ def _labelled(options: list[tuple[str, dict[str, Any]]], capability: int) -> dic
         label = "_".join([name, *(f"{key}={_label(value)}" for key, value in settings.items())])
         checked = QUANTIZERS[name].check(seed=0, sign_seed=0, **settings)
         table[label] = policy_of(QUANTIZERS[name], checked, converts(capability))
-
-    # scaled by the amax of an earlier call
-    table |= {f"{label}{HELD}": table[label]._replace(held=True) for label in DELAYED}
     return table
 
 
