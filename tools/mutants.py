@@ -228,9 +228,13 @@ MUTANTS = [
     *mutants(
         "nvfp4/backends/triton/arithmetic.py",
         TRITON,
-        ("draw.to(tl.float32) + 0.5", "draw.to(tl.float32)"),
-        ("b + 0x7FFF + ((b >> 16) & 1)", "b + 0x8000"),
+        ("half = 0x7FFF + ((b >> 16) & 1)", "half = 0x8000"),
         ("tl.where(n.to(tl.float32) < steps, n + 1, n)", "n + 1"),
+    ),
+    *mutants(
+        "nvfp4/backends/triton/noise.py",
+        TRITON,
+        ("2.0**6 - 2.0**-18", "2.0**6"),
     ),
     *mutants(
         "nvfp4/backends/triton/quantize/rules.py",

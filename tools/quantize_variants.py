@@ -27,6 +27,7 @@ from nvfp4.backends.triton.quantize.policy import (
     Policy,
     tile_along,
     tile_down,
+    tile_of_peak,
     tiles_of_both,
 )
 from nvfp4.backends.triton.quantize.rules import scaled_by_amax
@@ -53,6 +54,10 @@ _POINTERS = {
     "seeds": "*i64",
 }
 _FIXED = Rotation(16, fixed=True)
+
+SIDE = 8192
+"""Rows and columns of the operand that variants are compiled for."""
+
 
 CANDIDATES = ((0, -1, 4, 5), (0, -1, 5), (0, 5))
 FACTORS = ((1.0, 0.9375, 1.4375, 1.5625), (1.0, 0.9375, 1.5), (1.0, 1.5))
@@ -297,7 +302,13 @@ def _single(
             seeds = ", seeds in memory" if in_memory else ""
             order = ", swizzled" if swizzled else ""
             name = f"{label} of {source}{seeds}{order}"
-            yield _variant(name, kernel, tile.warps, pointers, constants)
+            how: dict[str, Any] = {"T": tile.of(policy, SIDE, SIDE)}
+            if kernel is kernels.amax_kernel:
+                how = {"T": tile}
+                if coded is None and policy.is_bare:  # read along memory, whichever way it lies
+                    bits = int(source.removesuffix("^T")[-2:])
+                    how = {"T": tile_of_peak(policy, tile, bits), "stride_column": 1}
+            yield _variant(name, kernel, tile.warps, pointers, constants | how)
 
 
 BOTH = (
@@ -362,11 +373,11 @@ def _both(
 
 
 def _scales() -> Iterator[KernelVariant]:
-    rows, columns, warps = SCALES
     for swizzled in (False, True):
-        constants = {"R": rows, "C": columns} | ({} if swizzled else {"swizzled": None})
+        constants = {"ALIGNED": True, "T": SCALES}
+        constants |= {} if swizzled else {"swizzled": None}
         name = f"ms_eden, {'swizzled' if swizzled else 'row-major'} scales"
-        yield _variant(name, kernels.finish_kernel, warps, {}, constants)
+        yield _variant(name, kernels.finish_kernel, SCALES.warps, {}, constants)
 
 
 def _seeds(table: dict[str, Policy]) -> Iterator[KernelVariant]:

@@ -201,7 +201,8 @@ class Counted:
     """One kernel compiled for one card.
 
     counts: instructions per element, by unit; beside them "shared_lines" and "global_lines".
-    elements: of a thread. registers: of a thread. warps: resident on a multiprocessor.
+    elements: of a thread. registers: of a thread. warps: resident on a multiprocessor. source:
+    a hash of what was compiled.
     """
 
     kernel: str
@@ -210,6 +211,7 @@ class Counted:
     registers: int
     warps: int
     counts: Mapping[str, float]
+    source: str = ""
 
     @property
     def instructions(self) -> float:

@@ -159,6 +159,51 @@ def test_quantize_both_equals_two_references(rows: tuple, columns: tuple) -> Non
             )
 
 
+@interpreted
+@pytest.mark.skipif(ON_GPU, reason="the card at hand decides how often it reads")
+@pytest.mark.parametrize(
+    "columns",
+    [("ms_eden", {"group": 16}), ("rtn", {"rotation": Rotation(16, fixed=True)})],
+    ids=str,
+)
+def test_quantize_both_by_two_kernels(columns: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data-centre cards have it, with the same bits: x is read once per orientation."""
+    from nvfp4.backends.triton.quantize import kernels, launch
+
+    launched = []
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel)
+        launch_one(kernel, *args, **kwargs)
+
+    launch_one = launch.launch
+    monkeypatch.setattr(launch, "launch", run)
+    monkeypatch.setattr(launch, "capability_of", lambda device: 90)
+    rows = (QUANTIZERS["ms_eden"], QUANTIZERS["ms_eden"].check(seed=1, sign_seed=2))
+    other = (
+        QUANTIZERS[columns[0]],
+        QUANTIZERS[columns[0]].check(seed=3, sign_seed=4, **columns[1]),
+    )
+    x = data((33, 70), "normal", torch.bfloat16, 5)
+    got = BACKEND.quantize_both(x, rows, other)
+    for a, b in zip(got, ReferenceBackend().quantize_both(x, rows, other), strict=True):
+        assert_same(a, b, columns[0])
+    assert kernels.quantize_both_kernel not in launched
+    assert launched.count(kernels.quantize_kernel) == 2
+
+
+@interpreted
+def test_several_tiles_per_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large matrices have it: the last program's tiles lie half outside."""
+    from nvfp4.backends.triton.quantize import policy
+
+    monkeypatch.setattr(policy, "MANY", 1)
+    rng = random.Random(3)
+    for name in ("rtn", "sr", "four_over_six", "ms_eden"):
+        for kind in ("normal", "nan"):
+            check_quantize(name, {}, data((75, 270), kind, torch.bfloat16, 1), rng, kind)
+
+
 SAVED = [("rtn", {}), ("rtn_2d", {}), ("four_over_six", {"row_scaled": True})]
 AGAIN = [
     ("ms_eden", {"rounds": 2}, (1, 1)),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nvfp4.backends.triton.quantize.policy import TURNS
 from nvfp4.bench import issue, published
 from nvfp4.bench.issue import (
     ARCHITECTURES,
@@ -232,25 +233,48 @@ def test_every_counted_kernel_exists() -> None:
 def test_a_run_of_some_kernels_keeps_the_others(tmp_path: Path) -> None:
     """New counts replace old ones; what is no longer listed goes."""
     path = tmp_path / "counts.json"
-    old, other = (Counted(name, 90, 8.0, 32, 64, dict.fromkeys(COUNTED, 1.0)) for name in "ab")
-    gone = replace(old, kernel="gone")
-    path.write_text(instructions.as_json([old, other, gone]))
+    old, other = (
+        Counted(name, 90, 8.0, 32, 64, dict.fromkeys(COUNTED, 1.0), name) for name in "ab"
+    )
+    gone, stale = replace(old, kernel="gone"), replace(old, kernel="c", source="another")
+    path.write_text(instructions.as_json([old, other, gone, stale]))
     new = replace(old, registers=40)
-    kept = instructions.joined(path, [new], [("b", 90), ("c", 90), ("a", 90)])
+    kept = instructions.joined(path, [new], {("b", 90): "b", ("c", 90): "c", ("a", 90): "a"})
     assert kept == [other, new]
     assert table_of(json.loads(instructions.as_json(kept)))["a", 90] == new
-    assert instructions.joined(tmp_path / "absent.json", [new], [("a", 90)]) == [new]
+    assert instructions.joined(tmp_path / "absent.json", [new], {("a", 90): "a"}) == [new]
+
+
+def test_a_source_is_what_is_compiled(monkeypatch) -> None:
+    """A function far down, a constant, and the tile are part of it; another kernel's are not."""
+    from nvfp4.backends.triton.quantize import rules
+
+    variants = {each.name: each for each in roofline_variants(100)}
+    rtn = variants["quantize_kernel: rtn of bfloat16"]
+    finish = variants["finish_kernel: ms_eden, row-major scales"]
+    before = [instructions.source_of(each) for each in (rtn, finish)]
+    monkeypatch.setattr(rules, "FLOAT32_MAX", type(rules.FLOAT32_MAX)(1.0))
+    after = [instructions.source_of(each) for each in (rtn, finish)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+    smaller = rtn.constants["T"]._replace(warps=2)
+    other = replace(rtn, constants=rtn.constants | {"T": smaller})
+    assert instructions.source_of(other) != after[0]
 
 
 def test_trips_and_elements_come_from_the_launch() -> None:
-    """A search goes round once per factor but the first; a tile is shared out among its threads."""
+    """A search goes round once per factor but the first, within a loop over a program's tiles; a
+    tile is shared out among its threads."""
     variants = {each.name: each for each in roofline_variants(100)}
     searched = variants["quantize_kernel: ms_eden_rounds=2_search=True of bfloat16"]
-    assert instructions.trips_of(searched) == (len(SEARCH_FACTORS) - 1,)
-    assert instructions.elements_of(searched) == 16 * 128 / (4 * 32)
+    assert instructions.trips_of(searched) == (TURNS, len(SEARCH_FACTORS) - 1)
+    assert instructions.elements_of(searched) == TURNS * 16 * 128 / (4 * 32)
     plain = variants["quantize_kernel: rtn of bfloat16"]
-    assert instructions.trips_of(plain) == ()
-    assert instructions.elements_of(plain) == 16 * 256 / (4 * 32)
+    assert instructions.trips_of(plain) == (TURNS,)
+    assert instructions.elements_of(plain) == TURNS * 16 * 256 / (4 * 32)
+    down = variants["quantize_kernel: ms_eden_rounds=1 of bfloat16^T"]
+    assert instructions.trips_of(down) == ()
+    assert instructions.elements_of(down) == 16 * 128 / 32
     scales = variants["finish_kernel: ms_eden, row-major scales"]
     assert instructions.elements_of(scales) == 16 * 64 * 16 / (4 * 32)
 

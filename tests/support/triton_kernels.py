@@ -4,14 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from nvfp4.backends.triton.arithmetic import uniform
+from nvfp4.backends.triton.noise import draw
 from nvfp4.backends.triton.operands import halves
 
 
 @triton.jit(do_not_specialize=("low", "high"))
 def _draw_kernel(index, out, low, high, COUNT: tl.constexpr):
     i = tl.arange(0, COUNT)
-    tl.store(out + i, uniform(low, high, tl.load(index + i), 1))
+    tl.store(out + i, draw(low, high, tl.load(index + i), 1) * 2.0)
 
 
 def draws(index: torch.Tensor, seed: int) -> torch.Tensor:

@@ -5,8 +5,8 @@
     gemm/          two sets of codes   -> their product
 
 In each family ``kernels.py`` is what runs on the GPU, and ``launch.py`` says which tile it takes
-and launches it. ``arithmetic.py`` has the rounding and the random bits of all, ``operands.py`` what
-kernels are told of tensors, ``launch.py`` the way to a compiled kernel, ``transpose.py`` one kernel
-that belongs to none of the three; ``backend.py`` says which case goes where. Start there, then read
-``quantize/kernels.py``.
+and launches it. ``arithmetic.py`` has the rounding of all and ``noise.py`` their random bits,
+``operands.py`` what kernels are told of tensors, ``launch.py`` the way to a compiled kernel,
+``transpose.py`` one kernel that belongs to none of the three; ``backend.py`` says which case goes
+where. Start there, then read ``quantize/kernels.py``.
 """

@@ -1,7 +1,7 @@
-"""The arithmetic of the kernels: twin of ``rng``, ``rounding``, ``codec`` and ``scaling``.
+"""The arithmetic of the kernels: twin of ``rounding``, ``codec`` and ``scaling``.
 
-    philox, uniforms            counter int64 [...]  -> u = (k + 1/2) / 2^16, float32
-    nearest, up, stochastic     0 <= a <= max        -> code, int32, without its sign
+    nearest, up, drawn_code     0 <= a <= max        -> code, int32, without its sign
+    nearest_value, drawn_value  0 <= a <= 6          -> E2M1's value, float32
     decode, decode_element      code, int32          -> float32, exact
     encode_scale, reciprocal    amax                 -> float32
     tree_sum                    [m, rows, k, 16]     -> [m, k], in the one order of additions
@@ -12,13 +12,11 @@ three roundings come from one sentence: in a binade of exponent e the grid is a 
 values below it: value / step, plus 2^m per binade from the smallest normal's up to its own.
 
 Why the bits equal the reference's:
-- Integers wherever a float could surprise. FP8 types do not compile below sm_89, and whether a
-  maximum of floats keeps a NaN depends on the compiler; as integers, magnitudes order alike.
+- Integers wherever a float could surprise: FP8 types do not compile below sm_89. Magnitudes order
+  like their bits, NaN above all; the maximum of floats used here is the one that keeps a NaN.
 - Divisions are ``div_rn``, since ``/`` is approximate on GPUs.
 - Sums are explicit trees: ``tl.sum`` leaves its order open, except between two elements.
 - A product that is added to something is ``product``, which no compiler fuses with the sum.
-- Integers wrap around on purpose, as Philox is sums and products modulo 2^32. Under TRITON_DEBUG=1
-  Triton would trap each of them; ``launch`` tells it not to look (``sanitize_overflow``).
 """
 
 import triton
@@ -29,9 +27,6 @@ from nvfp4.numerics.formats import E4M3 as _E4M3
 from nvfp4.numerics.formats import FLOAT32_MAX as _FLOAT32_MAX
 from nvfp4.numerics.formats import SIXTH as _SIXTH
 from nvfp4.numerics.formats import ElementFormat
-from nvfp4.numerics.rng import FOLD_STREAM as _FOLD_STREAM
-from nvfp4.numerics.rng import MULTIPLIERS, WEYL
-from nvfp4.numerics.rng import ROUNDS as _ROUNDS
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether this process interprets its kernels, on CPU tensors; decided when they are defined."""
@@ -49,13 +44,14 @@ SIXTH = tl.constexpr(_SIXTH)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 NAN_BITS = tl.constexpr(0x7FC00000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all bits but the sign
+CODE_BASE = tl.constexpr(0x4A800000)
+"""What ``nearest_code`` adds: the bits of 2^22."""
+CODE_BASES = tl.constexpr(0x4A800000 * 0x11111111 & 0xFFFFFFFF)
+"""What eight of them come to, each four bits before the last."""
 
-_M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
-_W0, _W1 = (tl.constexpr(w) for w in WEYL)
-_PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
-FOLD_STREAM = tl.constexpr(_FOLD_STREAM)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
-_FUSES = tl.constexpr(
+FUSES = tl.constexpr(
     not INTERPRETED and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
 )
 """Whether this Triton needs ``product`` spelt out; 3.7.1, 3.8.0 and 3.9.0 fuse nothing."""
@@ -69,7 +65,7 @@ def product(a, b):
     FFMA2 of that and add.rn.f32x2, even under --fmad=false: one rounding where there should be two.
     A product spelt out in assembly stays alone.
     """
-    if _FUSES:
+    if FUSES:
         return tl.inline_asm_elementwise(
             "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -102,69 +98,96 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def philox(seed_low, seed_high, index, STREAM: tl.constexpr):
-    """Four uint32 words of Philox4x32-10 at counter ``index`` (int64) of a stream.
+def widened(x):
+    """x as float32, exact. Two BF16 in a register become two float32 by one instruction each.
 
-    The seed comes as its two halves, int32, and is the key; the counter is (index, stream, 0).
+    The compiler's own way takes two for the upper one.
     """
-    k0, k1 = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
-    c0, c1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    c2, c3 = tl.full(index.shape, STREAM, tl.uint32), tl.full(index.shape, 0, tl.uint32)
-
-    # a round: two 32 x 32 -> 64 bit products, whose halves change places
-    for _ in tl.static_range(_PHILOX_ROUNDS):
-        high0, low0 = tl.umulhi(c0, _M0), c0 * _M0
-        high1, low1 = tl.umulhi(c2, _M1), c2 * _M1
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _W0, k1 + _W1
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def seed_halves(low, high):
-    """The two int32 of a seed.
-
-    They are the arguments themselves or, where ``high`` is None, the halves of the int64 that
-    ``low`` points to: a captured CUDA graph reads its seeds from memory.
-    """
-    if high is None:
-        seed = tl.load(low)
-        return seed.to(tl.int32), (seed >> 32).to(tl.int32)
+    if x.dtype == tl.bfloat16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        return low, high
+        return x.to(tl.float32)
 
 
 @triton.jit
-def fold_in(low, high, datum):
-    """Halves of a new seed, from a seed's halves and ``datum`` (int64): twin of ``rng.fold_in``."""
-    w0, w1, _, _ = philox(low, high, datum, FOLD_STREAM)
-    return w0.to(tl.int32, bitcast=True), w1.to(tl.int32, bitcast=True)
+def anew(x):
+    """uint32 x, of which the compiler does not know that it is the same in every turn.
+
+    What follows from it is then worked out anew in each, and does not stay in registers.
+    """
+    if _INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.uint32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
-def centred_uniform(draw):
-    """u = (k + 1/2) / 2^16 of 16 random bits k; both operations are exact."""
-    STEP: tl.constexpr = 2.0**-16
-    return product(draw.to(tl.float32) + 0.5, STEP)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def uniforms(seed_low, seed_high, counter, STREAM: tl.constexpr):
-    """The eight centred uniforms of each counter [...], [..., 2, 2, 2]: word 0, low half first."""
-    w0, w1, w2, w3 = philox(seed_low, seed_high, counter, STREAM)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2, 2], row-major 0, 1, 2, 3
-    draws = tl.join(words & 0xFFFF, words >> 16)
-    return centred_uniform(draws)
+def largest_bits(x, axis: tl.constexpr):
+    """Bits of the largest magnitude of float32 x along an axis; a NaN is above everything.
+
+    One instruction per element, ``max.NaN`` of magnitudes: by integers it is two. The interpreter
+    runs a reduction of its own element by element, so it takes the integers.
+    """
+    if _INTERPRETED:
+        return tl.max(magnitude_bits(x), axis=axis)
+    else:
+        return bits(tl.reduce(from_bits(magnitude_bits(x)), axis, _larger))
+
+
+_LARGER_NUMBERS = tl.constexpr("max.NaN.bf16x2 $0, $1, $2;")
+_LARGER_MAGNITUDES = tl.constexpr(
+    """{
+    .reg .b32 a, b;
+    abs.bf16x2 a, $1;
+    abs.bf16x2 b, $2;
+    max.NaN.bf16x2 $0, a, b;
+    }"""
+)
 
 
 @triton.jit
-def uniform(seed_low, seed_high, index, STREAM: tl.constexpr):
-    """The centred uniform of draw number ``index`` (int64): counter index / 8, half index % 8."""
-    # neighbours share a counter, and each computes all of it: a block scale is one in 16 elements
-    w0, w1, w2, w3 = philox(seed_low, seed_high, index >> 3, STREAM)
-    which = (index >> 1) & 3
-    word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-    return centred_uniform(tl.where((index & 1) == 0, word & 0xFFFF, word >> 16))
+def _larger_pairs(a, b, SIGNED: tl.constexpr):
+    """The larger of BF16 a and b, NaN above all: two at once. SIGNED: of their magnitudes."""
+    return tl.inline_asm_elementwise(
+        _LARGER_MAGNITUDES if SIGNED else _LARGER_NUMBERS,
+        "=r,r,r",
+        [a, b],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def largest_of_rows(x, ROWS: tl.constexpr):
+    """Bits of the largest magnitudes of x [R, C], as [ROWS, C]: over rows ROWS apart.
+
+    BF16 two at a time, before it is float32; the interpreter knows no pairs.
+    """
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    if x.dtype == tl.bfloat16 and not _INTERPRETED:
+        for s in tl.static_range(log2(R // ROWS)):
+            pairs = tl.permute(tl.reshape(x, (2, R >> (s + 1), C)), (1, 2, 0))
+            a, b = tl.split(pairs)
+            x = _larger_pairs(a, b, s == 0)
+        return magnitude_bits(widened(x))
+    else:
+        return largest_bits(tl.reshape(x.to(tl.float32), (R // ROWS, ROWS, C)), 0)
 
 
 @triton.jit
@@ -193,6 +216,60 @@ def nearest(a, F: tl.constexpr):
     # E4M3 has 7 bits without its sign, E2M1 fewer; the difference is exact
     total = a + magic
     return bits(total) & 0x7F, total - magic
+
+
+@triton.jit
+def nearest_value(a):
+    """E2M1's value nearest to 0 <= a < 7, ties to the even code.
+
+    2^22 times the power of two below a, but of 1 at least, has the lattice step for its last place:
+    so the sum rounds. The difference is exact.
+    """
+    SHIFT: tl.constexpr = 22 << 23
+    ONE: tl.constexpr = 127 << 23
+    magic = from_bits(tl.maximum((bits(a) & INFINITY_BITS) + SHIFT, ONE + SHIFT))
+    return (a + magic) - magic
+
+
+@triton.jit
+def nearest_code(x):
+    """(E2M1's code nearest to min(|x|, 6), 0..7) + ``CODE_BASE``, int32.
+
+    The code of a is 2a below 2, a + 2 up to 4 and a / 2 + 4 beyond: everywhere the smallest of the
+    three, and rounding changes no order. A sum with 2^22, 2^23 or 2^24 rounds to multiples of 1/2,
+    1 or 2, and counts them in its last bits. Three integer minima on Hopper, where the power of two
+    below a takes as many instructions before anything is rounded.
+    """
+    size = from_bits(magnitude_bits(x))
+    halves, ones, twos = bits(size + 4194304.0), bits(size + 8388608.0), bits(size + 16777216.0)
+    code = tl.minimum(tl.minimum(halves, ones + (2 - (1 << 23))), twos + (4 - (2 << 23)))
+    return tl.minimum(code, CODE_BASE + 7)
+
+
+@triton.jit
+def _add_down(a, b):
+    """a + b of positive float32, rounded towards zero."""
+    if _INTERPRETED:
+        total = a + b
+        return tl.where(total - b > a, from_bits(bits(total) - 1), total)
+    else:
+        return tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def drawn_value(a, k):
+    """step floor(fl(a / step + u)), 0 <= a <= 6: one of E2M1's neighbours of a. k: u / 2.
+
+    A power of two changes no rounding, so that all is done in units of 1: fl(a + u step), and what
+    lies below the step cut off by a sum rounded towards zero. No conversion.
+    """
+    # the power of two is two steps; the product has 17 bits, so it is exact
+    power = from_bits(_binade(a, E2M1))
+    total = a + product(k, power)
+    magic = power * 4194304.0
+    return _add_down(total, magic) - magic
 
 
 @triton.jit
@@ -243,10 +320,15 @@ def up(a, F: tl.constexpr):
 
 
 @triton.jit
-def stochastic(a, u, F: tl.constexpr):
-    """Code of floor(a / step + u), one of the two neighbours of 0 <= a <= max; u in (0, 1)."""
+def drawn_code(a, k, F: tl.constexpr):
+    """Code of floor(fl(a / step + u)), one of the two neighbours of 0 <= a <= max; k: u / 2.
+
+    As ``drawn_value``.
+    """
     binade = _binade(a, F)
-    return _on_lattice((_in_steps(a, binade, F) + u).to(tl.int32), binade, F)
+    total = a + product(k, from_bits(binade - ((F[0] - 1) << 23)))
+    magic = binade + ((23 - F[0]) << 23)
+    return _on_lattice(bits(_add_down(total, from_bits(magic))) - magic, binade, F)
 
 
 @triton.jit
@@ -279,11 +361,14 @@ def decode_element(code):
 def round_to_bf16(x):
     """x rounded to the nearest BF16 (ties to even), as float32; NaN stays NaN.
 
-    By hand, since the cast of Triton's interpreter truncates.
+    Interpreted by hand, since the cast of Triton's interpreter truncates.
     """
-    b = bits(x)
-    rounded = (b + 0x7FFF + ((b >> 16) & 1)) & -65536  # half of the last place, ties by its parity
-    return from_bits(tl.where((b & MAGNITUDE) > INFINITY_BITS, NAN_BITS, rounded))
+    if _INTERPRETED:
+        b = bits(x)
+        half = 0x7FFF + ((b >> 16) & 1)  # of the last place, ties by its parity
+        return from_bits(tl.where((b & MAGNITUDE) > INFINITY_BITS, NAN_BITS, (b + half) & -65536))
+    else:
+        return widened(x.to(tl.bfloat16))
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import torch
 
 from nvfp4.backends.triton.launch import current_stream, launch
 from nvfp4.backends.triton.quantize import kernels
-from nvfp4.backends.triton.quantize.policy import RULES, Coded, Policy
+from nvfp4.backends.triton.quantize.policy import RULES, Coded, Policy, Tile
 from nvfp4.backends.triton.quantize.rules import scaled_by_amax
 from nvfp4.numerics.formats import NVFP4
 from nvfp4.numerics.hadamard import Rotation, round_scale
@@ -34,8 +34,11 @@ from nvfp4.numerics.scaling import element_scale
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
-SCALES = (16, 64, 4)
-"""Rows, columns and warps of kernels on block scales."""
+SCALES = Tile(16, 64, False, 4, 2, 4)
+"""Of kernels on block scales: a thread takes eight, the draws of a counter."""
+
+DRAWS = 8
+"""Of a counter of Philox."""
 
 PEAK_UNIT = 4
 """Peaks in 16 bytes: what Triton asks of an aligned pointer, without which it compiles anew."""
@@ -70,6 +73,13 @@ class Source(NamedTuple):
     def dense(cls, x: torch.Tensor) -> Source:
         """Matrix x [M, K], float32, float16 or bfloat16, any strides."""
         return cls(x, None, None, *x.shape, *x.stride())
+
+    def along_memory(self) -> Source:
+        """The same elements with rows that are contiguous, if rows or columns are."""
+        if self.stride_row != 1 or self.stride_column == 1:
+            return self
+        shape, strides = (self.columns, self.rows), (self.stride_column, self.stride_row)
+        return Source(self.x, self.scale, self.global_scale, *shape, *strides)
 
     @classmethod
     def transposed_codes(cls, q: QTensor) -> Source:
@@ -156,11 +166,11 @@ class Target:
         """The result; for rules that scale by what came out, their scales are made now."""
         if not self.scaled_by_amax:
             shape = self.scale.shape
-            rows, columns, warps = SCALES
             results = (self.q.block_scale, self.q.global_scale, self.q.swizzled_scale)
             arguments = (self.scale, self.peak, self.codes, *results, *shape, *self.seed)
             count = programs(shape, SCALES)
-            launch(kernels.finish_kernel, count, arguments, (rows, columns), warps=warps)
+            constants = (shape[1] % DRAWS == 0, SCALES)
+            launch(kernels.finish_kernel, count, arguments, constants, warps=SCALES.warps)
         return self.q
 
 
@@ -221,11 +231,12 @@ _CLEARED: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 
 
 def programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
-    """How many programs a matrix takes, one per tile of [tile[0], tile[1]].
+    """How many programs a matrix takes, one per tile of [tile[0], tile[1]], or per its turns.
 
     All lie on the first axis of the grid, which alone takes 2^31 of them.
     """
-    return -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
+    turns = tile.turns if isinstance(tile, Tile) else 1
+    return -(-shape[0] // (tile[0] * turns)) * -(-shape[1] // tile[1])
 
 
 def seed_arguments(seed: Seed | None) -> SeedArguments:
@@ -245,12 +256,18 @@ def converts(capability: int) -> bool:
 
 
 @lru_cache(maxsize=64)
+def capability_of(device: torch.device) -> int:
+    """Compute capability of the card at hand (90, 120, ...); 0 of a processor."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=64)
 def card_converts(device: torch.device) -> bool:
     """``converts`` of the card at hand; no processor does."""
-    if device.type != "cuda":
-        return False
-    major, minor = torch.cuda.get_device_capability(device)
-    return converts(10 * major + minor)
+    return converts(capability_of(device))
 
 
 def policy_of(quantizer: Quantizer, options: Options, by_card: bool) -> Policy:

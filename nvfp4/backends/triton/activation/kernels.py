@@ -35,14 +35,15 @@ from nvfp4.backends.triton.activation.arithmetic import (
     sigmoid,
     silu,
 )
-from nvfp4.backends.triton.arithmetic import magnitude_bits, product, seed_halves
+from nvfp4.backends.triton.arithmetic import magnitude_bits, product
+from nvfp4.backends.triton.noise import seed_halves
 from nvfp4.backends.triton.quantize.kernels import (
     BOTH_SEEDS,
     find_peak,
     quantize_tile,
-    raise_peak,
     tile_of,
 )
+from nvfp4.backends.triton.quantize.scales import raise_peak
 from nvfp4.backends.triton.quantize.tiles import load_dense, positions, rotate
 
 
@@ -94,6 +95,7 @@ def rms_kernel(
                     normalized(tile, scale[:, None], gain[None, :], F),
                     sign_low_rows,
                     sign_high_rows,
+                    False,
                     P_ROWS,
                 )
                 largest = tl.maximum(largest, tl.max(magnitude_bits(tile), axis=1))

@@ -8,6 +8,8 @@ Tiles are chosen by what they compile to: registers and spills for eight cards, 
 reports them. A larger tile reads memory in longer runs, until it spills. None was timed on a GPU.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 RULES = {
@@ -22,6 +24,15 @@ SEARCHES = ("four_over_six", "scale_search")
 
 NOISY = ("sr", "sr_te")
 """The rules that draw a number for each element."""
+
+
+TURNS = 4
+MANY = 1 << 22
+"""Tiles per program from so many elements on: 256 to 2048 programs are left."""
+
+
+READ_TWICE = (80, 90, 100, 103)
+"""Compute capabilities of cards whose memory outruns their instructions: data-centre cards."""
 
 
 class Policy(NamedTuple):
@@ -47,13 +58,19 @@ class Policy(NamedTuple):
     scales: tuple[tuple[float, float], ...] = ()
     held: bool = False
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the amax is that of the elements, whichever way they lie."""
+        return not self.round_scales and not self.row_scaled
+
 
 class Tile(NamedTuple):
     """What one program computes, [rows, columns], and how it reads them.
 
     down: memory runs down the columns, otherwise along the rows. run: neighbours in memory that
     stay together. pieces: how many such runs, one after the other along a row, a thread holds (1:
-    as the compiler likes). warps: of 32 threads that share the tile.
+    as the compiler likes). warps: of 32 threads that share the tile. turns: how many tiles, one
+    below the other, a program takes.
     """
 
     rows: int
@@ -62,6 +79,18 @@ class Tile(NamedTuple):
     run: int
     pieces: int
     warps: int
+    turns: int = 1
+
+    def of(self, policy: Policy, rows: int, columns: int) -> Tile:
+        """The same with as many turns as suit an operand of this size.
+
+        A program works out once what all its tiles share: a quarter of the instructions of rtn.
+        Scales of rows are shared by nobody, a small matrix needs its programs side by side, and a
+        tile that is read down its columns has elements enough: 64 per thread, and 247 registers
+        with turns for 172 without.
+        """
+        many = rows * columns >= MANY and not self.down and not policy.row_scaled
+        return self._replace(turns=TURNS) if many else self
 
 
 class Coded(NamedTuple):
@@ -74,13 +103,24 @@ class Coded(NamedTuple):
 def tile_along(policy: Policy) -> Tile:
     """The tile of operands whose rows are contiguous.
 
-    A thread reads 16 bytes of BF16 at once and holds whole blocks, a quarter of a rotation group of
-    128, or one block alone where candidates are compared.
+    A thread reads 16 bytes of BF16 at once and holds whole blocks, one after the other a quarter of
+    a rotation group of 128, or one block alone where candidates are compared.
     """
     if policy.search or policy.rule in SEARCHES:
         return Tile(16, 128, False, 8, 2, 4)
     wide = policy.group == 128 and bool(policy.round_scales)
-    return Tile(16, 256, False, 32, 4, 4) if wide else Tile(16, 256, False, 8, 2, 4)
+    return Tile(16, 256, False, 8, 4 if wide else 2, 4)
+
+
+def tile_of_peak(policy: Policy, tile: Tile, bits: int) -> Tile:
+    """The tile in which a matrix of so many bits per element is looked over for its amax.
+
+    tile: the one that it is rounded in. Where nothing turns it and it has one amax, a thread may
+    read 256 bytes at once: one maximum across threads for all of them.
+    """
+    if not policy.is_bare:
+        return tile
+    return Tile(1024 // bits, 256, False, 8, 1, 4)
 
 
 def tile_down(policy: Policy, coded: bool = False) -> Tile:
@@ -96,6 +136,18 @@ def tile_down(policy: Policy, coded: bool = False) -> Tile:
         small = policy.group == 16
         return Tile(8 if coded and not small else 16, 64 if small else 128, True, 4, 1, 1)
     return Tile(32, 128, True, 4, 1, 2)
+
+
+def reads_once(rows: Policy, columns: Policy, capability: int) -> bool:
+    """Whether x and x^T are rounded by one kernel that reads x once, and not by one each.
+
+    By instructions counted (``nvfp4/bench/instructions.json``), to which a test holds it: the one
+    kernel shares nothing but the reading, and for ms_eden the second orientation of its tile comes
+    through shared memory: 86 cycles per element on sm_100 for 27 + 37. Where memory is slow, as on
+    an RTX 5090, one reading is worth more than they are.
+    """
+    slow = "ms_eden" in (rows.rule, columns.rule)
+    return not (slow and capability in READ_TWICE)
 
 
 def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:

@@ -6,15 +6,16 @@
                                                search the best of several
 
 Each takes float32 blocks x [m, rows, k, 16] (rows is 1, or 16 for 16x16 blocks) and their amax
-[m, k], and gives back the codes of x, shaped like it, and the scales [m, k]: E4M3 bytes as int32,
-or the lengths r as float32 for ms_eden.
+[m, k], and gives back x in units of its scale, which ``store_codes`` rounds to codes (to nearest;
+drawn values are on the grid already), and the scales [m, k]: E4M3 bytes as int32, or the lengths r
+as float32 for ms_eden.
 
 What differs between quantisers, options and cards is decided while a kernel is compiled: ``Policy``
 (P) is a constant tuple, so a kernel holds the instructions of its own rule alone. ``Tile`` and
 ``Coded`` are the other two constants of every kernel here.
 
-On cards that convert to E2M1 themselves (``P.converts``) a rule hands on values instead of codes,
-and ``store_codes`` has the hardware round and pack them at once. Both roads give the same bits.
+Cards that convert to E2M1 themselves (``P.converts``) round and pack in one instruction, others by
+sums and minima. Both roads give the same bits.
 """
 
 import triton
@@ -24,17 +25,22 @@ from nvfp4.backends.triton.arithmetic import (
     E2M1,
     E4M3,
     FLOAT32_MAX,
+    FUSES,
+    MAGNITUDE,
     SIXTH,
+    bits,
     converted_value,
     decode,
+    drawn_value,
     from_bits,
     guarded_reciprocal,
+    largest_bits,
     magnitude_bits,
     nearest,
+    nearest_value,
     over_elements,
     product,
     reciprocal,
-    stochastic,
     tree_sum,
     up,
 )
@@ -60,15 +66,15 @@ def scaled_by_amax(rule: str) -> bool:
 
 
 @triton.jit
-def base_scale(amax, encode):
-    """fl(amax * fl(S * fl(1/6))), at most FLT_MAX."""
-    return tl.minimum(amax * (encode * SIXTH), FLOAT32_MAX)
+def block_bits(x):
+    """Bits of the largest magnitude of each block of x [m, rows, k, 16]: [m, k]."""
+    return tl.max(largest_bits(x, 3), axis=1)
 
 
 @triton.jit
-def signed(code, x):
-    """A magnitude's code with the sign of x."""
-    return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+def base_scale(amax, encode):
+    """fl(amax * fl(S * fl(1/6))), at most FLT_MAX."""
+    return tl.minimum(amax * (encode * SIXTH), FLOAT32_MAX)
 
 
 @triton.jit
@@ -78,28 +84,25 @@ def clamped(x):
 
 
 @triton.jit
-def nearest_codes(x, P: tl.constexpr):
-    """Signed codes of x rounded to nearest; x itself where ``store_codes`` lets hardware round."""
-    if P.converts:
-        return x
-    else:
-        code, _ = nearest(clamped(x), E2M1)
-        return signed(code, x)
+def with_sign(a, x):
+    """a >= 0 with the sign of x, also that of zero: E2M1 has a -0."""
+    return from_bits(bits(a) | (bits(x) & ~MAGNITUDE))
 
 
 @triton.jit
-def nearest_value(a, P: tl.constexpr):
-    """Grid value nearest to a >= 0, at most 6."""
+def grid_value(a, P: tl.constexpr, CLAMPED: tl.constexpr):
+    """E2M1's value nearest to a >= 0, at most 6. CLAMPED: a may be 7 or more."""
     if P.converts:
         return converted_value(a)
+    elif CLAMPED:
+        return nearest_value(tl.minimum(a, E2M1[2]))
     else:
-        _, value = nearest(tl.minimum(a, E2M1[2]), E2M1)
-        return value
+        return nearest_value(a)
 
 
 @triton.jit
 def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
-    """rtn, sr, sr_te: (codes, scale bytes). noise: uniforms like x; rtn reads none."""
+    """rtn, sr, sr_te: (values, scale bytes). noise: u / 2 like x; rtn reads none."""
     base = tl.minimum(base_scale(amax, encode), E4M3[2])
 
     # sr rounds its scale up, so that no element exceeds 6 and none is clipped: that is unbiased
@@ -112,22 +115,22 @@ def plain(x, amax, encode, global_scale, noise, P: tl.constexpr):
     multiplier = tl.minimum(reciprocal(decode(byte, E4M3) * global_scale), FLOAT32_MAX)
     scaled = x * over_elements(multiplier)
     if P.rule == "rtn":
-        return nearest_codes(scaled, P), byte
+        return scaled, byte
     else:
-        return signed(stochastic(clamped(scaled), noise, E2M1), scaled), byte
+        return with_sign(drawn_value(clamped(scaled), noise), scaled), byte
 
 
 @triton.jit
 def candidate_error(scaled, scale, P: tl.constexpr):
     """Error [m, k] of blocks |x| S on a candidate scale [m, k]; signs change no error."""
-    value = nearest_value(scaled * over_elements(guarded_reciprocal(scale)), P)
+    value = grid_value(scaled * over_elements(guarded_reciprocal(scale)), P, True)
     error = scaled - product(value, over_elements(scale))  # the product is exact
     if P.metric == "mse":
         return tree_sum(product(error, error))
     elif P.metric == "mae":
         return tree_sum(from_bits(magnitude_bits(error)))
     else:
-        return from_bits(tl.max(tl.max(magnitude_bits(error), axis=3), axis=1))
+        return from_bits(block_bits(error))
 
 
 @triton.jit
@@ -139,10 +142,10 @@ def neighbour(first, step):
 
 @triton.jit
 def searched(x, amax, encode, P: tl.constexpr):
-    """four_over_six, scale_search: (codes, scale bytes) on the scale of the smallest error.
+    """four_over_six, scale_search: (values, scale bytes) on the scale of the smallest error.
 
-    The first of equals wins. Only errors are compared in the loop; the codes are made once, from
-    the winner.
+    The first of equals wins. Only errors are compared in the loop; codes are made once, from the
+    winner.
     """
     scaled = x * over_elements(encode)
     size = from_bits(magnitude_bits(scaled))
@@ -163,7 +166,7 @@ def searched(x, amax, encode, P: tl.constexpr):
             best = tl.where(error < best_error, byte, best)
             best_error = tl.where(error < best_error, error, best_error)
 
-    return nearest_codes(scaled * over_elements(guarded_reciprocal(decode(best, E4M3))), P), best
+    return scaled * over_elements(guarded_reciprocal(decode(best, E4M3))), best
 
 
 @triton.jit
@@ -177,48 +180,57 @@ def element_scale_of(k, P: tl.constexpr):
 
 
 @triton.jit
-def candidate_length(size, c, inverse, P: tl.constexpr):
-    """t = fl(fl(<v, v> / <v, q>) fl(1 / c)), [m, k], of blocks |z| that c scales to v.
+def scaled_size(unit, c, P: tl.constexpr):
+    """|unit| c: by the product that becomes codes, unless an older Triton spills for it."""
+    if FUSES and P.converts:
+        return from_bits(magnitude_bits(unit)) * c
+    else:
+        return from_bits(magnitude_bits(unit * c))
+
+
+@triton.jit
+def candidate_length(unit, c, inverse, P: tl.constexpr):
+    """t = fl(fl(<v, v> / <v, q>) fl(1 / c)), [m, k], of blocks z that c scales to v; by magnitudes.
 
     With q = e2m1(v), the vector q t has the projection on z that z itself has.
     """
-    v = size * c
-    q = nearest_value(v, P)
+    BEYOND: tl.constexpr = len(P.scales) > 1 or P.scales[0][0] >= 6.99  # v, as 7 rounds to 8
+    v = scaled_size(unit, c, P)
+    q = grid_value(v, P, BEYOND)
     numerator, denominator = tree_sum(product(v, v)), tree_sum(product(v, q))
     correction = tl.where(denominator == 0.0, 1.0, tl.math.div_rn(numerator, denominator))
     return correction * inverse
 
 
 @triton.jit
-def length_error(size, length, c, P: tl.constexpr):
-    """Sum of (|z| - q t)^2, [m, k], of blocks |z| that c scales to the elements."""
-    q = nearest_value(size * c, P)
-    error = size - product(q, over_elements(length))
+def length_error(unit, length, c, P: tl.constexpr):
+    """Sum of (|z| - q t)^2, [m, k], of blocks z that c scales to the elements."""
+    q = grid_value(scaled_size(unit, c, P), P, True)
+    error = from_bits(magnitude_bits(unit)) - product(q, over_elements(length))
     return tree_sum(product(error, error))
 
 
 @triton.jit
 def ms_eden(y, amax, P: tl.constexpr):
-    """(codes, block scales r as float32) of rotated blocks y."""
+    """(values, block scales r as float32) of rotated blocks y."""
     # z = y / amax; blocks below 2^-120 count as zeros
     amax = tl.where(amax < SMALLEST_AMAX, 0.0, amax)
     unit = y * over_elements(guarded_reciprocal(amax))
-    size = from_bits(magnitude_bits(unit))
 
-    best_length = candidate_length(size, P.scales[0][0], P.scales[0][1], P)
+    best_length = candidate_length(unit, P.scales[0][0], P.scales[0][1], P)
     best_scale = tl.full(amax.shape, P.scales[0][0], tl.float32)
     if len(P.scales) > 1:
-        best_error = length_error(size, best_length, P.scales[0][0], P)
+        best_error = length_error(unit, best_length, P.scales[0][0], P)
 
         # a real loop: unrolled, it needs more registers than there are
         for k in tl.range(1, len(P.scales)):
             c, inverse = element_scale_of(k, P)
-            length = candidate_length(size, c, inverse, P)
-            error = length_error(size, length, c, P)
+            length = candidate_length(unit, c, inverse, P)
+            error = length_error(unit, length, c, P)
             better = error < best_error
             best_scale = tl.where(better, c, best_scale)
             best_length = tl.where(better, length, best_length)
             best_error = tl.where(better, error, best_error)
 
     # r = amax t; ``finish_kernel`` rounds it to E4M3 once the largest r of all is known
-    return nearest_codes(unit * over_elements(best_scale), P), amax * best_length
+    return unit * over_elements(best_scale), amax * best_length

@@ -20,15 +20,20 @@ import triton
 import triton.language as tl
 
 from nvfp4.backends.triton.arithmetic import (
+    CODE_BASES,
+    anew,
     bits,
     decode_element,
     decode_scale,
     from_bits,
     log2,
-    philox,
+    magnitude_bits,
+    nearest_code,
     round_to_bf16,
-    uniforms,
+    widened,
 )
+from nvfp4.backends.triton.noise import draws, philox
+from nvfp4.backends.triton.quantize.policy import NOISY
 from nvfp4.numerics.hadamard import NVIDIA_SIGNS
 from nvfp4.numerics.rng import ELEMENT_STREAM as _ELEMENT_STREAM
 from nvfp4.numerics.rng import SIGN_STREAM as _SIGN_STREAM
@@ -61,8 +66,8 @@ def load_rows(x, row_tile, column_tile, rows, columns, stride_row, stride_column
     column = (piece * T.run)[:, None, :, None] + tl.arange(0, T.run)[None, None, None, :]
 
     pointers = x + row * stride_row + column * stride_column
-    values = tl.load(pointers, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
-    return tl.reshape(tl.permute(values, (1, 2, 0, 3)), (T.rows, T.columns))
+    values = tl.load(pointers, mask=(row < rows) & (column < columns), other=0.0)
+    return tl.reshape(tl.permute(widened(values), (1, 2, 0, 3)), (T.rows, T.columns))
 
 
 @triton.jit
@@ -128,10 +133,8 @@ def load_columns(
     """Tile [R, C] of a matrix whose columns are contiguous in memory, zero outside of it."""
     row = runs(row_tile, T.rows, T.run)
     start = block_starts(column_tile, T.columns)
-    blocks = load_blocks(x + row * stride_row, row < rows, start, columns, stride_column, 1).to(
-        tl.float32
-    )
-    return tl.reshape(tl.permute(blocks, (1, 0, 2)), (T.rows, T.columns))
+    blocks = load_blocks(x + row * stride_row, row < rows, start, columns, stride_column, 1)
+    return tl.reshape(tl.permute(blocks.to(tl.float32), (1, 0, 2)), (T.rows, T.columns))
 
 
 @triton.jit
@@ -231,7 +234,7 @@ def partners(pairs):
 
 
 @triton.jit
-def butterflies(y, GROUP: tl.constexpr):
+def butterflies(y, GROUP: tl.constexpr, PAIRED: tl.constexpr):
     """Unnormalised Walsh-Hadamard transform of the last axis of y [n, GROUP].
 
     Strides 1, 2, ..., GROUP/2, each (a, b) -> (a + b, a - b). On tensor cores it was not worth it:
@@ -240,51 +243,86 @@ def butterflies(y, GROUP: tl.constexpr):
     """
     N: tl.constexpr = y.shape[0]
 
-    # the sign bit of the second of a pair, flipped by xor: `-x` is 0 - x in Triton 3.6
-    minus = (tl.arange(0, 2) << 31)[None, None, :, None]
+    # the second of a pair is negated: within a thread by the sum itself, across threads by xor
+    # (`-x` is 0 - x in Triton 3.6), or by a product, which leaves Hopper's integer pipe alone.
+    # Blackwell adds two at once (PAIRED), but not behind products
+    second = tl.arange(0, 2)[None, None, :, None]
     for s in tl.static_range(log2(GROUP)):
         pairs = tl.reshape(y, (N, GROUP >> (s + 1), 2, 1 << s))
-        y = tl.reshape(partners(pairs) + from_bits(bits(pairs) ^ minus), (N, GROUP))
+        if PAIRED:
+            negated = from_bits(bits(pairs) ^ (second << 31))
+        else:
+            negated = pairs * (1 - 2 * second).to(tl.float32)
+        y = tl.reshape(partners(pairs) + negated, (N, GROUP))
     return y
 
 
 @triton.jit
-def sign_bits(sign_low, sign_high, ROUND: tl.constexpr, P: tl.constexpr):
-    """Signs of one round, int32 [GROUP]: 1 means minus."""
-    j = tl.arange(0, P.group)
+def sign_bits(sign_low, sign_high, ROUND: tl.constexpr, P: tl.constexpr, AGAIN: tl.constexpr):
+    """Signs of one round, int32 [GROUP], in the sign bit: set means minus."""
     if P.fixed:
-        return (FIXED_SIGNS >> j) & 1
+        return (FIXED_SIGNS >> tl.arange(0, P.group)) << 31
     else:
         # bit j of the 128 that one counter gives; groups below 128 use the first
+        WORDS: tl.constexpr = max(P.group // 32, 1)
         w0, w1, w2, w3 = philox(sign_low, sign_high, tl.full((1,), ROUND, tl.int64), SIGN_STREAM)
-        word = tl.where(j < 64, tl.where(j < 32, w0, w1), tl.where(j < 96, w2, w3))
-        return ((word >> (j & 31).to(tl.uint32)) & 1).to(tl.int32)
+        which = tl.arange(0, WORDS)
+        word = tl.where(which < 2, tl.where(which < 1, w0, w1), tl.where(which < 3, w2, w3))
+
+        # all 32 of a word by one shift each, so that a thread that has a word's elements takes one
+        if AGAIN:
+            word = anew(word)
+        shift = (31 - tl.arange(0, P.group // WORDS)).to(tl.uint32)
+        signs = (word[:, None] << shift[None, :]) & 0x80000000
+        return tl.reshape(signs, (P.group,)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def rotate(x, sign_low, sign_high, P: tl.constexpr):
+def rotate(
+    x, sign_low, sign_high, NARROW: tl.constexpr, P: tl.constexpr, AGAIN: tl.constexpr = False
+):
     """Tile [R, C] with each row rotated in groups, as the policy says; without rounds, x itself.
 
-    C is a multiple of the group.
+    C is a multiple of the group. NARROW: whether x came as BF16. AGAIN: whether this is in a loop.
     """
-    R: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    y = tl.reshape(x, (R * C // P.group, P.group))
+    y = turned(x, sign_low, sign_high, NARROW, P, AGAIN)
+    return tl.reshape(scaled_turn(y, P), x.shape)
+
+
+@triton.jit
+def turned(
+    x, sign_low, sign_high, NARROW: tl.constexpr, P: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """Groups [n, g] of x rotated but for ``scaled_turn``."""
+    y = tl.reshape(x, (x.shape[0] * x.shape[1] // P.group, P.group))
 
     # NVIDIA's rotation rounds what goes in and what comes out to BF16
-    if P.fixed:
+    if P.fixed and not NARROW:
         y = round_to_bf16(y)
     for i in tl.static_range(len(P.round_scales)):
-        signs = sign_bits(sign_low, sign_high, i, P)
-        y = butterflies(from_bits(bits(y) ^ (signs << 31)[None, :]), P.group) * P.round_scales[i]
+        if i > 0:
+            y = y * P.round_scales[i - 1]
+        signs = sign_bits(sign_low, sign_high, i, P, AGAIN)
+        y = butterflies(from_bits(bits(y) ^ signs[None, :]), P.group, P.converts)
+    return y
+
+
+@triton.jit
+def scaled_turn(y, P: tl.constexpr):
+    """The end of a rotation: the scale of its last round, and NVIDIA's rounding.
+
+    Neither changes an order: the largest magnitude before it becomes the largest after it.
+    """
+    if len(P.round_scales) > 0:
+        y = y * P.round_scales[len(P.round_scales) - 1]
     if P.fixed:
         y = round_to_bf16(y)
-    return tl.reshape(y, (R, C))
+    return y
 
 
 @triton.jit
 def element_noise(row, block, padded, seed_low, seed_high, TR: tl.constexpr):
-    """Uniforms of the element stream for blocks [R/TR, TR, C/16, 16].
+    """u / 2 of the element stream for blocks [R/TR, TR, C/16, 16].
 
     row [R], block [C/16]: indices in the whole matrix, so the noise of an element does not depend
     on the tile. Draw n = row * padded + column; a counter holds eight, so a block takes two.
@@ -296,46 +334,83 @@ def element_noise(row, block, padded, seed_low, seed_high, TR: tl.constexpr):
         + (block * 2)[None, :, None]
         + tl.arange(0, 2)[None, None, :]
     )
-    return tl.reshape(uniforms(seed_low, seed_high, counter, ELEMENT_STREAM), (R // TR, TR, K, 16))
+    return tl.reshape(draws(seed_low, seed_high, counter, ELEMENT_STREAM), (R // TR, TR, K, 16))
 
 
 @triton.jit
-def pack_words(codes):
-    """Codes 0..15 (int32) of a tile [R, C] as words [R, C/8], the first in the lowest nibble."""
-    R: tl.constexpr = codes.shape[0]
-    C: tl.constexpr = codes.shape[1]
-
-    # pairs of nibbles to bytes, of bytes to halves, of halves to words
-    low, high = tl.split(tl.reshape(codes, (R, C // 2, 2)))
-    low, high = tl.split(tl.reshape(low | (high << 4), (R, C // 4, 2)))
-    low, high = tl.split(tl.reshape(low | (high << 8), (R, C // 8, 2)))
-    return low | (high << 16)
-
-
-@triton.jit
-def converted_words(x):
-    """``pack_words`` of the codes nearest to float32 x [R, C], by the hardware of sm_100 and later.
-
-    PTX ISA, cvt to .e2m1x2 (from 8.6 on): .rn rounds to nearest, ties to even; .satfinite takes all
-    beyond 6 to 6; the sign stays, also that of zero, as E2M1 has a -0; NaN becomes +6, but no rule
-    keeps codes of NaN. The first operand becomes the upper half of the byte.
-
-    Instructions of a whole kernel on sm_100, by integers and by this: rtn 800 and 544,
-    four_over_six 944 and 624, scale_search 2368 and 1472 (registers 204 and 72), ms_eden(1) 1960
-    and 1576. ``cvt.rs``, which rounds stochastically, is left out: no public text says which random
-    bits serve which element.
-    """
-    R: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-
-    # the eight elements of a word, each a tensor [R, C/8] of its own
-    even, odd = tl.split(tl.reshape(x, (R, C // 8, 2, 2, 2)))
+def eight(x):
+    """The eight elements of each word of x [R, C], each a tensor [R, C/8] of its own."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     x0, x4 = tl.split(x0)
     x1, x5 = tl.split(x1)
     x2, x6 = tl.split(x2)
     x3, x7 = tl.split(x3)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def behind(word, x):
+    """The sign and the next three bits of x behind ``word``, uint32: one funnel shift."""
+    return (word << 4) | (x.to(tl.uint32, bitcast=True) >> 28)
+
+
+@triton.jit
+def sign_word(x0, x1, x2, x3, x4, x5, x6, x7):
+    """Signs of eight tensors where words of codes have theirs, the first in the lowest nibble."""
+    word = behind(behind(behind(x7.to(tl.uint32, bitcast=True) >> 28, x6), x5), x4)
+    word = behind(behind(behind(behind(word, x3), x2), x1), x0)
+    return (word & 0x88888888).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def rounded_words(x):
+    """Words [R, C/8] of the codes nearest to float32 x [R, C], the first in the lowest nibble.
+
+    Magnitudes are summed up as they are, bases included, which go at the end.
+    """
+    x0, x1, x2, x3, x4, x5, x6, x7 = eight(x)
+    low, high = (
+        nearest_code(x0) + (nearest_code(x1) << 4),
+        nearest_code(x4) + (nearest_code(x5) << 4),
+    )
+    low += (nearest_code(x2) << 8) + (nearest_code(x3) << 12)
+    high += (nearest_code(x6) << 8) + (nearest_code(x7) << 12)
+    return (low + (high << 16) - CODE_BASES) | sign_word(x0, x1, x2, x3, x4, x5, x6, x7)
+
+
+@triton.jit
+def value_word(word, v):
+    """The code of a value v of E2M1's grid before those of ``word``, without its sign.
+
+    Times 2^-126 it is a subnormal whose mantissa begins with the code.
+    """
+    FIRST: tl.constexpr = 2.0**-126
+    return (word << 4) + (bits(from_bits(magnitude_bits(v)) * FIRST) >> 22)
+
+
+@triton.jit
+def exact_words(v):
+    """Words [R, C/8] of the codes of float32 v [R, C], which are values of E2M1's grid."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = eight(v)
+    word = value_word(value_word(value_word(value_word(0, x7), x6), x5), x4)
+    word = value_word(value_word(value_word(value_word(word, x3), x2), x1), x0)
+    return word | sign_word(x0, x1, x2, x3, x4, x5, x6, x7)
+
+
+@triton.jit
+def converted_words(x):
+    """``rounded_words``, and ``exact_words``, by the hardware of sm_100 and later.
+
+    PTX ISA, cvt to .e2m1x2 (from 8.6 on): .rn rounds to nearest, ties to even; .satfinite takes all
+    beyond 6 to 6; the sign stays, also that of zero, as E2M1 has a -0; NaN becomes +6, but no rule
+    keeps codes of NaN. The first operand becomes the upper half of the byte.
+
+    ``cvt.rs``, which rounds stochastically, is left out: no public text says which random bits
+    serve which element.
+    """
+    x0, x1, x2, x3, x4, x5, x6, x7 = eight(x)
     return tl.inline_asm_elementwise(
         """{
         .reg .b8 a, b, c, d;
@@ -353,17 +428,38 @@ def converted_words(x):
     )
 
 
-@triton.jit
-def store_codes(codes, values, row, column_tile, rows, padded):
-    """Pack codes [R, C] and store what lies inside of [rows, padded].
+@triton.constexpr_function
+def on_grid(rule: str) -> bool:
+    """Whether the values that a rule hands on are E2M1's already."""
+    return rule in NOISY
 
-    codes: pointer to int32, eight codes each. values: the codes, or float32 for the hardware to
-    round to them. The words of a row end with ``padded``, a multiple of 16.
+
+@triton.jit
+def store_codes(codes, values, keep, row, column_tile, rows, padded, P: tl.constexpr):
+    """Round values [R, C] to codes, eight per word, and store those inside of [rows, padded].
+
+    codes: pointer to int32. keep: where it is false, [R, 1] or [1, 1], codes are 0. The words of a
+    row end with ``padded``, a multiple of 16.
     """
     word = positions(column_tile, values.shape[1] // 8)
     inside = (row[:, None] < rows) & (word[None, :] < padded // 8)
-    words = converted_words(values) if values.dtype.is_floating() else pack_words(values)
+    if P.converts:
+        words = converted_words(values)
+    elif on_grid(P.rule):
+        words = exact_words(values)
+    else:
+        words = rounded_words(values)
+    words = tl.where(keep, words, 0)
     tl.store(codes + row[:, None] * (padded // 8) + word[None, :], words, mask=inside)
+
+
+@triton.jit
+def store_scales(block_scale, scales, row_tile, block, scale_rows, row_blocks):
+    """Store block scales [m, C/16] of row tile ``row_tile``, inside of [scale_rows, row_blocks]."""
+    row = positions(row_tile, scales.shape[0])
+    inside = (row[:, None] < scale_rows) & (block[None, :] < row_blocks)
+    pointers = block_scale + row[:, None] * row_blocks + block[None, :]
+    tl.store(pointers, scales.to(block_scale.dtype.element_ty), mask=inside)
 
 
 @triton.jit
