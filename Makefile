@@ -147,7 +147,8 @@ cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and
 	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m tools.cuda_build --json benchmarks/results/cuda.json
 
-$(VENV)/.docs: $(READY)
+# what the book shows is read from sources and kept results: no compiler is needed
+$(VENV)/.docs: $(VENV)/.packages
 	$(ONLY_PYTHON) -e '.[train,rl,data,dev,docs]'
 	@touch $@
 
@@ -157,7 +158,7 @@ docs: $(VENV)/.docs ## the book as a site in build/site: strict, a broken link f
 
 # As an index would have it: the wheel from the sdist, in an environment of its own; tried with the core dependencies alone.
 BUILT := build/package
-package: $(READY) ## sdist and wheel in build/package/dist: built, checked, installed in a clean venv, and tried
+package: $(TOOLS) ## sdist and wheel in build/package/dist: built, checked, installed in a clean venv, and tried
 	$(PIP) 'build>=1.2' 'twine>=6'
 	rm -rf $(BUILT) && $(BIN)/python -m build --outdir $(BUILT)/dist .
 	$(BIN)/python -m twine check --strict $(BUILT)/dist/*
