@@ -176,24 +176,24 @@ MUTANTS = [
         VECTORS,
         ("uniform(self._seed(), ELEMENT_STREAM,", "uniform(self._seed(), BLOCK_SCALE_STREAM,"),
         ('poisoned = torch.where(finite, global_scale, float("nan"))', "poisoned = global_scale"),
-    ),
-    *mutants(
-        "nvfp4/quantizers/rtn.py",
-        VECTORS,
         (
             "(1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)",
             "1 / (block_scale * global_scale)",
         ),
     ),
     *mutants(
+        "nvfp4/numerics/rounding.py",
+        VECTORS,
+        ("better = error < best_error", "better = error <= best_error"),
+    ),
+    *mutants(
         "nvfp4/quantizers/sr.py",
         VECTORS,
-        ("up(base_scale(block_amax, encode), E4M3)", "nearest_scales(blocks)[0]"),
+        ("up(base_scale(block_amax, encode), E4M3)", "blocks.nearest_scales()[0]"),
     ),
     *mutants(
         "nvfp4/quantizers/four_over_six.py",
         VECTORS,
-        ("better = error < best_error", "better = error <= best_error"),
         ("nearest(1.5 * base, E4M3)", "nearest(1.25 * base, E4M3)"),
     ),
     *mutants(

@@ -6,6 +6,8 @@ step = 2^(max(e, min_exponent) - mantissa_bits),
     nearest       round(a / step) * step             ties to even
     up            ceil(a / step) * step
     stochastic    floor(a / step + u) * step         u uniform in (0, 1)
+    best_candidate                                   of several scales, nearest under the one that
+                                                     errs least
 
 For E2M1 the step is .5 below 2, 1 below 4 and 2 up to 6. It doubles exactly where the grid
 coarsens, so that rounding to an even multiple of the step is rounding to an even code. a / step and
@@ -15,9 +17,12 @@ its grid too. Magnitudes saturate at ``fmt.max``, signs survive (also of -0), Na
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from nvfp4.numerics.formats import ElementFormat
+from nvfp4.numerics.formats import E2M1, ElementFormat
+from nvfp4.numerics.scaling import tree_sum
 
 _MANTISSA_BITS = 23  # of float32 (IEEE 754)
 _BIAS = 127
@@ -58,3 +63,36 @@ def _step(magnitude: torch.Tensor, fmt: ElementFormat) -> torch.Tensor:
     exponent = magnitude.view(torch.int32) >> _MANTISSA_BITS
     exponent.clamp_(min=fmt.min_exponent + _BIAS).sub_(fmt.mantissa_bits)
     return exponent.bitwise_left_shift_(_MANTISSA_BITS).view(torch.float32)
+
+
+def block_error(error: torch.Tensor, metric: str) -> torch.Tensor:
+    """Error of each block [m, k] from the errors of its elements [m, k, size]."""
+    if metric == "mse":
+        return tree_sum(error * error)
+    return tree_sum(error.abs()) if metric == "mae" else error.abs().amax(dim=-1)
+
+
+def best_candidate(
+    scaled: torch.Tensor, candidates: Iterable[torch.Tensor], metric: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes' values, block scale) of the candidate scale with the smallest error.
+
+    scaled: x S, [m, k, size]; candidates: scales on the E4M3 grid [m, k]. The earlier one wins a
+    tie. A zero scale gives signed zero codes.
+    """
+
+    def attempt(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        values = nearest(scaled * inverse[..., None], E2M1)
+        return values, block_error(scaled - values * scale[..., None], metric)
+
+    # strictly smaller wins
+    first, *others = candidates
+    best_scale, (best_values, best_error) = first, attempt(first)
+    for scale in others:
+        values, error = attempt(scale)
+        better = error < best_error
+        best_values = torch.where(better[..., None], values, best_values)
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return best_values, best_scale

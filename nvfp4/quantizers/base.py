@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 
 from nvfp4.numerics.codec import e2m1_encode, e4m3_encode, pack
-from nvfp4.numerics.formats import NVFP4, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.formats import E4M3, FLOAT32_MAX, NVFP4, ROW_BLOCK, SEARCH_CAP, TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import BLOCK_SCALE_STREAM, ELEMENT_STREAM, Seed, check_seed, uniform
+from nvfp4.numerics.rounding import nearest
 from nvfp4.numerics.scaling import (
     BYTE_STEPS,
     FACTOR_RANGE,
@@ -34,6 +35,8 @@ from nvfp4.numerics.scaling import (
     FURTHEST_STEP,
     MOST_TRIALS,
     SEARCH_FACTORS,
+    base_scale,
+    encode_scale,
     from_blocks,
     tensor_amax,
     to_blocks,
@@ -155,6 +158,27 @@ class Blocks:
         if held is not None:
             return held.amax.view(1, 1)
         return tensor_amax(block_amax, self.options.row_scaled)
+
+    def nearest_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(block scales rounded to nearest, global scale) with cap 448."""
+        block_amax = self.amax()
+        encode = encode_scale(self.scaled_by(block_amax), E4M3.max)
+        return nearest(base_scale(block_amax, encode), E4M3), 1 / encode
+
+    def search_scales(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x S, base, global scale) with the cap that leaves room to enlarge a block scale."""
+        block_amax = self.amax()
+        encode = encode_scale(self.scaled_by(block_amax), SEARCH_CAP)
+        return self.values * encode[..., None], base_scale(block_amax, encode), 1 / encode
+
+    def scaled(self, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+        """x * m, the elements before they are rounded; m = min(1 / (s * global_scale), FLT_MAX).
+
+        A non-zero block whose scale underflowed to 0 keeps m = FLT_MAX and so codes of +-6; it
+        decodes to 0.
+        """
+        multiplier = (1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)
+        return self.values * multiplier[..., None]
 
     def element_noise(self) -> torch.Tensor:
         """Uniforms of the element stream, blocked like the values; draw n = row * Kp + column."""

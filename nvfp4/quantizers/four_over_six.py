@@ -14,59 +14,14 @@ with the maximum at 4 no step is wider than 1. It takes 16 % off rtn's squared e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-
-from nvfp4.numerics.formats import E2M1, E4M3, SEARCH_CAP, TILE_BLOCK
-from nvfp4.numerics.rounding import nearest
-from nvfp4.numerics.scaling import base_scale, encode_scale, tree_sum
+from nvfp4.numerics.formats import E4M3, TILE_BLOCK
+from nvfp4.numerics.rounding import best_candidate, nearest
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-
-
-def block_error(error: torch.Tensor, metric: str) -> torch.Tensor:
-    """Error of each block [m, k] from the errors of its elements [m, k, size]."""
-    if metric == "mse":
-        return tree_sum(error * error)
-    return tree_sum(error.abs()) if metric == "mae" else error.abs().amax(dim=-1)
-
-
-def best_candidate(
-    scaled: torch.Tensor, candidates: Iterable[torch.Tensor], metric: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes' values, block scale) of the candidate scale with the smallest error.
-
-    scaled: x S, [m, k, size]; candidates: scales on the E4M3 grid [m, k]. The earlier one wins a
-    tie. A zero scale gives signed zero codes.
-    """
-
-    def attempt(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)
-        values = nearest(scaled * inverse[..., None], E2M1)
-        return values, block_error(scaled - values * scale[..., None], metric)
-
-    # strictly smaller wins
-    first, *others = candidates
-    best_scale, (best_values, best_error) = first, attempt(first)
-    for scale in others:
-        values, error = attempt(scale)
-        better = error < best_error
-        best_values = torch.where(better[..., None], values, best_values)
-        best_scale = torch.where(better, scale, best_scale)
-        best_error = torch.where(better, error, best_error)
-    return best_values, best_scale
-
-
-def search_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x S, base, global scale) with the cap that leaves room to enlarge a block scale."""
-    block_amax = blocks.amax()
-    encode = encode_scale(blocks.scaled_by(block_amax), SEARCH_CAP)
-    return blocks.values * encode[..., None], base_scale(block_amax, encode), 1 / encode
 
 
 def rule(blocks: Blocks) -> Quantized:
     """The better of the scales that map the block maximum to 6 and to 4."""
-    scaled, base, global_scale = search_scales(blocks)
+    scaled, base, global_scale = blocks.search_scales()
     candidates = (nearest(base, E4M3), nearest(1.5 * base, E4M3))
     values, block_scale = best_candidate(scaled, candidates, blocks.options.metric)
     return values, block_scale, global_scale

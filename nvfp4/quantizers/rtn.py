@@ -16,41 +16,16 @@ NVFP4", arXiv 2509.25149.
 
 from __future__ import annotations
 
-import torch
-
-from nvfp4.numerics.formats import E2M1, E4M3, FLOAT32_MAX, ROW_BLOCK, TILE_BLOCK
+from nvfp4.numerics.formats import E2M1, ROW_BLOCK, TILE_BLOCK
 from nvfp4.numerics.rounding import nearest
-from nvfp4.numerics.scaling import base_scale, encode_scale
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-
-
-def scaled_elements(
-    blocks: Blocks, block_scale: torch.Tensor, global_scale: torch.Tensor
-) -> torch.Tensor:
-    """x * m, the elements before they are rounded; m = min(1 / (s * global_scale), FLT_MAX).
-
-    A non-zero block whose scale underflowed to 0 keeps m = FLT_MAX and so codes of +-6; it decodes
-    to 0.
-    """
-    multiplier = (1 / (block_scale * global_scale)).clamp_(max=FLOAT32_MAX)
-    return blocks.values * multiplier[..., None]
-
-
-def nearest_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """(block scales rounded to nearest, global scale) with cap 448."""
-    block_amax = blocks.amax()
-    encode = encode_scale(blocks.scaled_by(block_amax), E4M3.max)
-    return nearest(base_scale(block_amax, encode), E4M3), 1 / encode
 
 
 def rule(blocks: Blocks) -> Quantized:
     """Nearest block scale, nearest codes."""
-    block_scale, global_scale = nearest_scales(blocks)
-    return (
-        nearest(scaled_elements(blocks, block_scale, global_scale), E2M1),
-        block_scale,
-        global_scale,
-    )
+    block_scale, global_scale = blocks.nearest_scales()
+    codes = nearest(blocks.scaled(block_scale, global_scale), E2M1)
+    return codes, block_scale, global_scale
 
 
 def claims(options: Options) -> Claims:

@@ -23,10 +23,9 @@ import torch
 
 from nvfp4.numerics.codec import e4m3_decode, e4m3_encode
 from nvfp4.numerics.formats import E4M3, TILE_BLOCK
-from nvfp4.numerics.rounding import nearest
+from nvfp4.numerics.rounding import best_candidate, nearest
 from nvfp4.numerics.scaling import BYTE_STEPS
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-from nvfp4.quantizers.four_over_six import best_candidate, search_scales
 
 _LARGEST_BYTE = len(E4M3.grid) - 1
 
@@ -42,7 +41,7 @@ def _candidates(first: torch.Tensor, steps: tuple[int, ...]) -> Iterator[torch.T
 
 def rule(blocks: Blocks) -> Quantized:
     """The best of the neighbours of s0 that are tried."""
-    scaled, base, global_scale = search_scales(blocks)
+    scaled, base, global_scale = blocks.search_scales()
     candidates = _candidates(nearest(base, E4M3), blocks.options.candidates)
     values, block_scale = best_candidate(scaled, candidates, "mse")
     return values, block_scale, global_scale

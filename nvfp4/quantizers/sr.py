@@ -19,7 +19,6 @@ from nvfp4.numerics.formats import E2M1, E4M3, TILE_BLOCK
 from nvfp4.numerics.rounding import stochastic, up
 from nvfp4.numerics.scaling import base_scale, encode_scale
 from nvfp4.quantizers.base import Blocks, Claims, Options, Quantized, Quantizer
-from nvfp4.quantizers.rtn import nearest_scales, scaled_elements
 
 
 def rule(blocks: Blocks) -> Quantized:
@@ -29,14 +28,14 @@ def rule(blocks: Blocks) -> Quantized:
 
     # up, so that no element is clipped
     block_scale, global_scale = up(base_scale(block_amax, encode), E4M3), 1 / encode
-    scaled = scaled_elements(blocks, block_scale, global_scale)
+    scaled = blocks.scaled(block_scale, global_scale)
     return stochastic(scaled, E2M1, blocks.element_noise()), block_scale, global_scale
 
 
 def rule_te(blocks: Blocks) -> Quantized:
     """Nearest block scale, stochastic codes."""
-    block_scale, global_scale = nearest_scales(blocks)
-    scaled = scaled_elements(blocks, block_scale, global_scale)
+    block_scale, global_scale = blocks.nearest_scales()
+    scaled = blocks.scaled(block_scale, global_scale)
     return stochastic(scaled, E2M1, blocks.element_noise()), block_scale, global_scale
 
 

@@ -9,12 +9,14 @@ import torch
 
 from nvfp4.backends import registry
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.selfcheck import _GRID, edge_cases, find_fault
+from nvfp4.backends.registry import find_fault
+from nvfp4.backends.selfcheck import _GRID, edge_cases
+from nvfp4.numerics import rounding
 from nvfp4.numerics.formats import E2M1, ElementFormat
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rounding import nearest
 from nvfp4.numerics.scaling import element_scale
-from nvfp4.quantizers import four_over_six, ms_eden, rtn
+from nvfp4.quantizers import ms_eden, rtn
 from nvfp4.quantizers.base import Options, Quantizer
 from nvfp4.quantizers.registry import QUANTIZERS
 
@@ -38,7 +40,7 @@ class Converts(ReferenceBackend):
             return self.convert(values)
 
         with pytest.MonkeyPatch.context() as patched:
-            for module in (rtn, four_over_six, ms_eden):
+            for module in (rtn, rounding, ms_eden):
                 patched.setattr(module, "nearest", rounded)
             return super().quantize(x, quantizer, options)
 

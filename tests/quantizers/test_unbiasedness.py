@@ -32,7 +32,6 @@ from nvfp4.numerics.scaling import from_blocks, to_blocks
 from nvfp4.ops import matmul, quantize
 from nvfp4.quantizers.base import Blocks
 from nvfp4.quantizers.registry import QUANTIZERS
-from nvfp4.quantizers.rtn import scaled_elements
 
 DRAWS = 512
 ROWS, K = 256, 512
@@ -83,9 +82,7 @@ def four_over_six_sr(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Tensor:
         q = quantize(x, "four_over_six")
         blocks = Blocks(to_blocks(x, q.block), x.shape[0], QUANTIZERS["sr"].check(seed=seed))
         scale = e4m3_decode(q.block_scale)
-        values = stochastic(
-            scaled_elements(blocks, scale, q.global_scale), E2M1, blocks.element_noise()
-        )
+        values = stochastic(blocks.scaled(scale, q.global_scale), E2M1, blocks.element_noise())
         return from_blocks(values * scale[..., None], q.block, x.shape[0]) * q.global_scale
 
     seed = fold_in(USER_SEED, n)
