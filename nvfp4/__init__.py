@@ -16,6 +16,7 @@ is imported when its name is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import nvfp4.backends.builtin  # noqa: F401 - they enter the table of the registry
 from nvfp4.backends.registry import BackendUnavailable
 from nvfp4.extras import installed_version, what_to_install
 from nvfp4.layer.linear import Linear

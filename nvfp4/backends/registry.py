@@ -1,11 +1,7 @@
-"""The backends in order of preference, and the choice among them.
+"""The backends by name, and the choice among them.
 
-    scaled_mm   GEMMs on Blackwell, through cuBLASLt
-    cuda        quantises on Hopper and Blackwell
-    triton      everything, on NVIDIA GPUs from sm_80
-    cpu         everything, on processors
-    tensor_core products summed as FP4 tensor cores do, anywhere, when named
-    reference   everything, anywhere
+``BACKENDS`` has them in order of preference. The choice knows what a backend is and none of them by
+name: ``builtin.py`` lists those of this package, and a later one is another entry.
 
 "auto" takes the first that can do the operation on the device: it runs there (``unavailable``),
 implements the operation for this quantiser and these options (``refuses``), may be chosen without
@@ -29,35 +25,34 @@ from typing import Any
 
 import torch
 
-from nvfp4.backends import autotune
+from nvfp4.backends import autotune, selfcheck
 from nvfp4.backends.autotune import BOTH, TWO, Clock, Road, fastest, fastest_first, seconds_on_gpu
 from nvfp4.backends.base import Backend, Operation
-from nvfp4.backends.native.cpu import CpuBackend
-from nvfp4.backends.native.cuda import CudaBackend
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.scaled_mm import ScaledMmBackend
-from nvfp4.backends.selfcheck import find_fault, head_of_family
-from nvfp4.backends.tensor_core import TensorCoreBackend
-from nvfp4.backends.triton.backend import TritonBackend
+from nvfp4.backends.selfcheck import head_of_family
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
-_ORDER: tuple[Backend, ...] = (
-    ScaledMmBackend(),
-    CudaBackend(),
-    TritonBackend(),
-    CpuBackend(),
-    TensorCoreBackend(),
-    ReferenceBackend(),
-)
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ORDER}
-"""Fastest first, unless measuring says otherwise; the reference comes last and refuses nothing."""
+BACKENDS: dict[str, Backend] = {}
+"""Fastest first, unless measuring says otherwise; the reference comes last and refuses nothing.
+
+Filled by ``builtin.py``, which the package imports first of all.
+"""
+
+_REFERENCE = ReferenceBackend()
 
 AUTO = "auto"
 
 
 class BackendUnavailable(RuntimeError):
     """The backend asked for cannot do this on this machine; the message says why and what can."""
+
+
+def find_fault(
+    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None
+) -> str | None:
+    """None if ``backend`` gives the reference's bits on ``device``; see ``selfcheck.py``."""
+    return selfcheck.find_fault(_REFERENCE, backend, operation, device, quantizer)
 
 
 def check_backend(name: str, device: torch.device | None = None) -> str:

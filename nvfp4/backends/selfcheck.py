@@ -23,7 +23,6 @@ from dataclasses import replace
 import torch
 
 from nvfp4.backends.base import Backend, Operation
-from nvfp4.backends.reference import ReferenceBackend
 from nvfp4.numerics.activations import RMSNorm, SwiGLU
 from nvfp4.numerics.codec import e4m3_encode
 from nvfp4.numerics.codec import pack as pack_codes
@@ -35,7 +34,6 @@ from nvfp4.numerics.torch_state import without_autocast, without_dispatch_modes
 from nvfp4.quantizers.base import HeldAmax, Quantizer
 from nvfp4.quantizers.rtn import RTN
 
-_REFERENCE = ReferenceBackend()
 _ROWS, _COLUMNS = 16, 128  # one tile high, one rotation group of any quantiser wide
 _INPUTS, _OUTPUTS = 136, 152
 _CONTRACTION = 208
@@ -61,11 +59,16 @@ def head_of_family(quantizer: Quantizer) -> Quantizer:
 
 
 def find_fault(
-    backend: Backend, operation: Operation, device: torch.device, quantizer: Quantizer | None
+    judge: Backend,
+    backend: Backend,
+    operation: Operation,
+    device: torch.device,
+    quantizer: Quantizer | None,
 ) -> str | None:
-    """None if ``backend`` gives the reference's bits on ``device``, otherwise what went wrong.
+    """None if ``backend`` gives the judge's bits on ``device``, otherwise what went wrong.
 
-    quantizer: what to quantise by; rtn if None. Waits for the device; draws no random number.
+    judge: the reference, by which ``registry.find_fault`` goes. quantizer: what to quantise by; rtn
+    if None. Waits for the device; draws no random number.
     """
     probe = _PROBES[operation]
     chosen = quantizer or RTN
@@ -73,7 +76,7 @@ def find_fault(
     # the first use may lie under anything: a dispatch mode that counts or replays operators must
     # not see these
     with without_dispatch_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
-        want = probe(_REFERENCE, torch.device("cpu"), chosen)
+        want = probe(judge, torch.device("cpu"), chosen)
         try:
             backend.prepare(lambda: probe(backend, device, chosen))
             got = [tensor.cpu() for tensor in probe(backend, device, chosen)]
@@ -313,7 +316,7 @@ def _drawn(backend: Backend, device: torch.device, quantizer: Quantizer) -> list
 
 def _stored(x: torch.Tensor, device: torch.device) -> QTensor:
     """The reference's quantisation of x, on ``device``."""
-    q = _REFERENCE.quantize(x, RTN, RTN.check())
+    q = RTN.quantize(x, RTN.check())
     codes, block_scale, global_scale = (tensor.to(device) for tensor in q.tensors)
     return QTensor(codes, block_scale, global_scale, *q.record)
 

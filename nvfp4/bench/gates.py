@@ -20,7 +20,7 @@ from torch import nn
 
 from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.selfcheck import find_fault
+from nvfp4.backends.registry import find_fault
 from nvfp4.bench.cases import (
     KINDS,
     QUANTISERS,

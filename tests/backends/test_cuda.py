@@ -24,8 +24,7 @@ from test_native import BOTH, CASES, DTYPES, KINDS, assert_same, data, same
 from nvfp4.backends.native import cuda
 from nvfp4.backends.native.cuda import CudaBackend, _Target
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.registry import BACKENDS
-from nvfp4.backends.selfcheck import find_fault
+from nvfp4.backends.registry import BACKENDS, find_fault
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.layout import swizzle
 from nvfp4.numerics.qtensor import QTensor

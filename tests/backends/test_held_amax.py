@@ -15,8 +15,7 @@ from interpreting import interpreted
 
 from nvfp4.backends.native.cpu import instruction_sets
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.registry import BACKENDS, why_not
-from nvfp4.backends.selfcheck import find_fault
+from nvfp4.backends.registry import BACKENDS, find_fault, why_not
 from nvfp4.numerics.hadamard import Rotation
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import HeldAmax, Options

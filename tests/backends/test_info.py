@@ -66,6 +66,14 @@ def test_info_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["torch"] == facts["triton"] == "not installed"
 
 
+def test_the_backends_stand_in_their_order_whoever_asks_first() -> None:
+    """Also for who imports the registry and nothing else: an empty table would skip most tests."""
+    names = ["scaled_mm", "cuda", "triton", "cpu", "tensor_core", "reference"]
+    assert list(BACKENDS) == names
+    code = "from nvfp4.backends.registry import BACKENDS; print(*BACKENDS)"
+    assert _python("-c", code).stdout.split() == names
+
+
 def test_info_is_a_function() -> None:
     """``nvfp4.info`` is one, and no module can take its name."""
     importlib.import_module("nvfp4.backends.machine")

@@ -25,8 +25,8 @@ from nvfp4.backends import registry
 from nvfp4.backends import scaled_mm as scaled_mm_module
 from nvfp4.backends.base import Backend
 from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.backends.registry import find_fault
 from nvfp4.backends.scaled_mm import ScaledMmBackend, SharedAlpha
-from nvfp4.backends.selfcheck import find_fault
 from nvfp4.layer.experts import ExpertsState, grouped_linear
 from nvfp4.layer.noise import Noise
 from nvfp4.numerics.groups import GroupedQTensor, Groups
