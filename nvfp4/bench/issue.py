@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = Path(__file__).parent / "instructions.json"
+MMA_COUNTS = Path(__file__).parent / "mma_instructions.json"
 OTHERS = Path(__file__).parent / "published.json"
 
 SCHEDULERS = 4
@@ -247,6 +248,6 @@ def counted() -> dict[tuple[str, int], Counted]:
     """What was counted of our kernels, and of those that published figures are of."""
     return {
         key: entry
-        for path in (COUNTS, OTHERS)
+        for path in (COUNTS, MMA_COUNTS, OTHERS)
         for key, entry in table_of(json.loads(path.read_text())).items()
     }

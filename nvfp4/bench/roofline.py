@@ -269,6 +269,8 @@ def both(
 
     bits = BF16_BITS + sum(CODE_BITS + _scale_bits(each, traffic) for each in (rows, columns))
     name = f"quantize_both_kernel: {label}" if traffic.kernels == "ours" else ""
+    if name and _sums_on_tensor_cores(rows) and _sums_on_tensor_cores(columns):
+        name = "mma_eden_kernel: both of bfloat16"
     again = BF16_BITS if looks else 0.0
     yield _mover(f"round both {tensor}", gemm, elements, bits, name, again)
     for each in (rows, columns):
@@ -292,10 +294,19 @@ def alone(
 
     bits = read + CODE_BITS + _scale_bits(operand, traffic)
     name = _rounding_kernel(operand, label, down, traffic.kernels)
+    if traffic.kernels == "ours" and _sums_on_tensor_cores(operand):
+        name = f"mma_eden_kernel: {source}"
     what = "rotate and round" if operand.quantizer == "ms_eden" else "round"
     yield _mover(f"{what} {tensor}", gemm, elements, bits, name, read if looks else 0.0)
     if operand.quantizer == "ms_eden":
         yield _finish(tensor, gemm, elements, traffic)
+
+
+def _sums_on_tensor_cores(operand: Operand) -> bool:
+    """Whether its rotation is one that csrc/cuda/mma_eden.cu sums on tensor cores."""
+    options = operand.static_options
+    whole_groups = options.rounds == 1 and options.group == 128 and not options.search
+    return options.summation == "tensor_core" and whole_groups
 
 
 def _rounding_kernel(operand: Operand, label: str, down: bool, kernels: str) -> str:

@@ -21,7 +21,7 @@ from nvfp4.bench.devices import (
     gpu_at_hand,
     this_cpu,
 )
-from nvfp4.bench.issue import Counted
+from nvfp4.bench.issue import Counted, counted
 from nvfp4.bench.roofline import (
     MODELS,
     OURS,
@@ -37,7 +37,8 @@ from nvfp4.bench.roofline import (
     step_seconds,
 )
 from nvfp4.cli import main
-from nvfp4.recipes import RECIPES
+from nvfp4.recipes import RECIPES, Recipe
+from tools import mma_counts
 from tools.quantize_variants import roofline_variants
 
 TOKENS, LAYER = 1024, Layer(512, 2048)
@@ -176,6 +177,33 @@ def test_every_launch_of_a_recipe_is_a_kernel_that_exists(name, device):
     for kernel in layer_kernels(RECIPES[name], LAYER, TOKENS, OURS, device.decodes):
         assert kernel.counted in listed | {""}
         assert bool(kernel.counted) != bool(kernel.flops)
+
+
+def test_rotations_on_tensor_cores_are_counted():
+    """On every architecture; the C++ kernels' names are those of the tool, and both orientations
+    take less than half of what Triton's exact kernel takes on a B200."""
+    allowed, plain = Recipe.from_name("quartet2+tensor_core"), RECIPES["quartet2"]
+    names = {f"mma_eden_kernel: {label}" for label in mma_counts.KERNELS.values()}
+    for card in DEVICES.values():
+        kernels = layer_kernels(allowed, LAYER, TOKENS, OURS, card.decodes)
+        on_tensor_cores = [k for k in kernels if k.counted.startswith("mma_eden")]
+        assert {k.counted for k in on_tensor_cores} == {
+            "mma_eden_kernel: both of bfloat16",
+            "mma_eden_kernel: codes",
+        }
+        assert card.capability is None or all(k.counts(card) for k in on_tensor_cores)
+        assert len(kernels) == len(layer_kernels(plain, LAYER, TOKENS, OURS, card.decodes))
+        assert {name for name, capability in counted() if "mma_eden" in name} == names
+
+    pair = "quantize_both_kernel: ms_eden_rounds=1 and ms_eden_rounds=1^T of bfloat16"
+    ours, exact = counted()["mma_eden_kernel: both of bfloat16", 100], counted()[pair, 100]
+    assert ours.busiest()[1] < exact.busiest()[1] / 2
+    # a second round, and a search, stay what they are
+    searched = Recipe.from_name("search_eden+tensor_core")
+    assert not any(
+        kernel.counted.startswith("mma_eden")
+        for kernel in layer_kernels(searched, LAYER, TOKENS, OURS)
+    )
 
 
 def test_cards_without_fp4_units_decode():
