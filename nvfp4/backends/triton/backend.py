@@ -181,11 +181,12 @@ class TritonBackend(Backend):
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """By ``gemm``, or decoded in memory first where ``gemm.decoded.pays`` says so."""
-        if a.codes.numel() == 0 or b.codes.numel() == 0:
+        left, right = a.codes, b.codes
+        if left.numel() == 0 or right.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 
         # large operands on a card without FP4: decoded once, for the vendor's GEMM
-        if pays(a.rows, b.rows, a.padded_contraction, tensor_cores(a.device)):
+        if pays(left.shape[0], right.shape[0], left.shape[1] * 2, tensor_cores(left.device)):
             return self.matmul_decoded(a, b, out_dtype, bias)
         return gemm(a, b, out_dtype, bias)
 
