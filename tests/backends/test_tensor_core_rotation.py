@@ -21,6 +21,7 @@ from test_native import KINDS, data
 
 from nvfp4.backends.native.cuda import CudaBackend
 from nvfp4.backends.reference import ReferenceBackend
+from nvfp4.backends.registry import BACKENDS
 from nvfp4.backends.selfcheck import find_fault
 from nvfp4.numerics.codec import unpack
 from nvfp4.numerics.qtensor import QTensor
@@ -155,6 +156,33 @@ def test_few_codes_of_codes_differ(kernels: CudaBackend) -> None:
     want = MS_EDEN.quantize(q.dequantize().t(), how)
     assert (values(got) != values(want)).float().mean().item() <= SHARE
     assert (got.block_scale != want.block_scale).float().mean().item() <= SHARE
+
+
+@pytest.mark.cuda
+def test_few_codes_differ_on_a_card() -> None:
+    """Its own tensor cores, on every road."""
+    place, backend = torch.device("cuda"), BACKENDS["cuda"]
+    reason = backend.unavailable(place)
+    if reason is not None:
+        pytest.skip(f"the CUDA backend: {reason}")
+    rng, rule = random.Random(2), QUANTIZERS["four_over_six"]
+    for kind in ("normal", "rows", "wide"):
+        x = data((1024, 2048), kind, torch.bfloat16, 3)
+        pair = [(MS_EDEN, options(rng)) for _ in range(2)]
+        made = [
+            backend.quantize(x.to(place), *pair[0]),
+            backend.quantize(x.to(place).t(), *pair[1]),
+            *backend.quantize_both(x.to(place), *pair),
+        ]
+        rows, columns = ReferenceBackend().quantize_both(x, *pair)
+        wanted = [rows, columns, rows, columns]
+        if kind == "normal":
+            q = rule.quantize(x, rule.check())
+            made.append(backend.requantize(q.to(place), *pair[0]))
+            wanted.append(ReferenceBackend().requantize(q, *pair[0]))
+        for got, want in zip(made, wanted, strict=True):
+            share = (values(got.to("cpu")) != values(want)).float().mean().item()
+            assert share <= SHARE, f"{kind}: {share}"
 
 
 @pytest.mark.parametrize(
