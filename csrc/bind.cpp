@@ -340,5 +340,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("matmul_many", &matmul_many);
     m.def("dense_matmul", &dense_matmul);
     m.def("fold_in", &fold_in);
-    m.def("swizzled_offset", &swizzled_offset);
+    m.def("swizzled_offset", &swizzled_offset<int64_t>);
 }

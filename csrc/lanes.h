@@ -43,6 +43,12 @@
 #define NVFP4_ROLLED
 #endif
 
+// Kernels for GPUs, compiled by nvcc or for the host driver (cuda/simt.h), have their own ways to
+// the same bits.
+#if defined(__CUDACC__) || defined(NVFP4_SIMT)
+#define NVFP4_GPU 1
+#endif
+
 NVFP4_BEGIN
 
 template <class F>
@@ -87,7 +93,13 @@ NVFP4_FN uint32_t select(bool mask, uint32_t a, uint32_t b) { return mask ? a : 
 NVFP4_FN float smaller(float a, float b) { return a < b ? a : b; }
 NVFP4_FN float larger(float a, float b) { return a > b ? a : b; }
 NVFP4_FN uint32_t larger_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
-NVFP4_FN float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
+NVFP4_FN float magnitude(float x) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(x);  // costs nothing: it becomes part of the instruction that takes it
+#else
+    return from_bits(bits(x) & 0x7fffffffu);
+#endif
+}
 // 0 <= x < 2^31
 NVFP4_FN uint32_t truncate(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }
 // n < 2^31
@@ -97,7 +109,15 @@ NVFP4_FN uint32_t rotate_left(uint32_t x, int n) { return x << n | x >> (32 - n)
 NVFP4_FN float smaller_magnitude(float x, float limit) { return smaller(magnitude(x), limit); }
 
 // c - a b of a product that is exact in float32, so that a fused operation gives the same.
-NVFP4_FN float less_product(float c, float a, float b) { return c - a * b; }
+NVFP4_FN float less_product(float c, float a, float b) {
+#if defined(__CUDA_ARCH__)
+    float d;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(-a), "f"(b), "f"(c));
+    return d;
+#else
+    return c - a * b;
+#endif
+}
 
 // By 0 <= x < 8: ``low`` below 2, ``middle`` from 2 on, ``high`` from 4 on.
 NVFP4_FN float by_magnitude(float x, float low, float middle, float high) {

@@ -22,7 +22,7 @@
 #include "philox.h"
 #include "rounding.h"
 #include "scaling.h"
-#if defined(__CUDACC__)
+#if defined(NVFP4_GPU)
 #include "cuda/e2m1.h"
 #endif
 
@@ -92,8 +92,8 @@ NVFP4_FN Packed<F> pack_codes(const F (&x)[kBlock], F multiplier, Round round) {
 
 template <class F>
 NVFP4_FN Packed<F> pack_nearest(const F (&x)[kBlock], F multiplier) {
-#if defined(NVFP4_CONVERTS)
-    return {cuda::convert_eight(x, multiplier), cuda::convert_eight(x + 8, multiplier)};
+#if defined(NVFP4_GPU)
+    return {cuda::nearest_eight(x, multiplier), cuda::nearest_eight(x + 8, multiplier)};
 #else
     return pack_codes(x, multiplier, [](F a, int) { return e2m1_nearest(a); });
 #endif
@@ -121,7 +121,12 @@ struct Plain {
 
     template <class F, int n>
     static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
-        const F base = smaller(base_scale(scope_amax<Scope>(x), given.encode), splat<F>(E4M3::max));
+        return by_amax(scope_amax<Scope>(x), given);
+    }
+
+    template <class F>
+    static NVFP4_FN Rounded<F> by_amax(F amax, const Given<F>& given) {
+        const F base = smaller(base_scale(amax, given.encode), splat<F>(E4M3::max));
         return rounding == Rounding::stochastic_up ? up<E4M3>(base) : nearest<E4M3>(base);
     }
 
@@ -190,11 +195,19 @@ struct FourOverSix : Searched<Scope> {
     static NVFP4_FN Rounded<F> choose(const F (&x)[n], const Given<F>& given) {
         F scaled[n];
         const F base = Searched<Scope>::prepare(x, given.encode, scaled);
-        const Rounded<F> six = nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
-        const Rounded<F> four = nearest<E4M3>(smaller(base * 1.5f, splat<F>(E4M3::max)));
+        const Rounded<F> six = at_six(base), four = at_four(base);
         const auto better = candidate_error<Scope, metric>(scaled, four.value) <
                             candidate_error<Scope, metric>(scaled, six.value);
         return {select(better, four.code, six.code), select(better, four.value, six.value)};
+    }
+
+    template <class F>
+    static NVFP4_FN Rounded<F> at_six(F base) {
+        return nearest<E4M3>(smaller(base, splat<F>(E4M3::max)));
+    }
+    template <class F>
+    static NVFP4_FN Rounded<F> at_four(F base) {
+        return nearest<E4M3>(smaller(base * 1.5f, splat<F>(E4M3::max)));
     }
 };
 
@@ -253,9 +266,10 @@ using Largest = FourOverSix<Scope, Metric::abs_max>;
 // equality.
 template <bool search>
 struct MsEden {
+    static constexpr float full_scale = 0x1.849d64p+2f;  // fl(6 / 0.988125), arXiv 2601.22813
+
     template <class F>
     static NVFP4_FN Packed<F> pack(const F (&y)[kBlock], F amax, const Trials& trials, F& length) {
-        constexpr float full_scale = 0x1.849d64p+2f;  // fl(6 / 0.988125), arXiv 2601.22813
         // zeros below: 1 / amax and amax / 448 stay finite and not zero
         const F a = select(amax < 0x1p-120f, splat<F>(0.0f), amax);
         const F inverse = guarded_inverse(a);

@@ -8,16 +8,26 @@
 
 #include "formats.h"
 #include "lanes.h"
+#if defined(NVFP4_GPU)
+#include "cuda/words.h"
+#endif
 
 NVFP4_BEGIN
 
 // Largest |x|; as integers, so that NaN is larger than anything.
 template <class F, int n>
 NVFP4_FN F block_amax(const F (&x)[n]) {
+#if defined(NVFP4_GPU)
+    F most = x[0];
+    NVFP4_UNROLL(16)
+    for (int i = 1; i < n; ++i) most = larger_magnitude(most, x[i]);
+    return magnitude(most);
+#else
     Int<F> largest = bits(x[0]) & 0x7fffffffu;
     NVFP4_UNROLL(16)
     for (int i = 1; i < n; ++i) largest = larger_bits(largest, bits(x[i]) & 0x7fffffffu);
     return from_bits(largest);
+#endif
 }
 
 // S = min(fl(6 cap / amax), FLT_MAX), 1 where amax is 0.

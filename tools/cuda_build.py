@@ -37,8 +37,16 @@ from tools.machine_code import (
 FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = tuple(f"sm_{target}" for target in TARGETS)
 
-TILE_COLUMNS, FLAT_ROWS, TILE_ROWS, BESIDE = 128, 32, 128, 608
+TILE_COLUMNS, FLAT_ROWS, TILE_ROWS, BESIDE = 128, 32, 128, 632
 """Of tile.h and quantize.h: elements of a tile, and bytes beside it; a test holds them equal."""
+
+OWN_SHARED = {
+    "rows_kernel": 12,
+    "flat_amax_kernel": 32,
+    "mma_eden_kernel": 2 * TILE_ROWS * TILE_COLUMNS + 608,
+}
+"""Bytes of shared memory of kernels whose tile is not tile.h's: the scales of a tensor, a word per
+warp, a tile of another order with signs and factors."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,11 @@ def kernels_of(
 def shared_bytes(kernel: str) -> int:
     """Dynamic shared memory that a launch asks for, by the demangled name of the kernel."""
     width = 4 if "<unsigned int" in kernel else 2
+    for name, size in OWN_SHARED.items():
+        if kernel.startswith(name):
+            return size
     if kernel.startswith("amax"):
         rows = TILE_ROWS if kernel.endswith("true>") else FLAT_ROWS
-    elif kernel.startswith("mma_eden"):
-        rows = TILE_ROWS
     elif kernel.startswith("quantize"):
         is_flat = kernel.endswith("None>") and "Eden" not in kernel
         rows = FLAT_ROWS if is_flat else TILE_ROWS
@@ -148,10 +157,8 @@ def _demangled(names: list[str]) -> list[str]:
         text = text.replace(noise, "")
 
     # The long argument lists say nothing that the template arguments do not.
-    lines = text.splitlines()
-    return [
-        re.sub(r"\((Matrix|Operand|CodeMatrix).*", "", line).replace("> >", ">>") for line in lines
-    ]
+    arguments = r"\((Matrix|Operand|CodeMatrix|Rows|Chunk).*"
+    return [re.sub(arguments, "", line).replace("> >", ">>") for line in text.splitlines()]
 
 
 def reports(

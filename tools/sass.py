@@ -164,17 +164,22 @@ def blocks(instructions: Sequence[Instruction]) -> list[Block]:
 
 def executed(
     instructions: Sequence[Instruction],
-    trips: Sequence[float] = (),
+    trips: Sequence[float] | Callable[[list[Instruction]], float] = (),
     cold: Callable[[Block], bool] = lambda block: False,
 ) -> list[tuple[Instruction, float]]:
     """Each instruction with how often a warp runs it.
 
-    trips: of each loop, by the address at which it begins. Raises ValueError where the code has
-    another number of loops.
+    trips: of each loop, by the address at which it begins, or by what is in it. Raises ValueError
+    where the code has another number of loops.
     """
     graph = blocks(instructions)
     hot = _reached(graph, lambda block: block.calls or cold(block))
     loops = _loops(graph, hot)
+    if callable(trips):
+        within = (
+            [each for i in sorted(body) for each in graph[i].instructions] for _, body in loops
+        )
+        trips = [trips(body) for body in within]
     if len(loops) != len(trips):
         where = ", ".join(f"{graph[header].start:#x}" for header, _ in loops) or "none"
         raise ValueError(f"{len(trips)} loops were expected; the code has {len(loops)}: {where}")

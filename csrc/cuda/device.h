@@ -1,6 +1,7 @@
 // The words that kernels are written in: CUDA's own, or where another compiler reads this, those of
 // simt.h, under which the same sources run whole blocks on a processor.
 //
+//     multiprocessors  of a device
 //     launch(kernel, blocks, threads, shared_bytes, stream, arguments...)
 //     OnDevice     the current device for as long as it lives
 //     zero, raise  memory cleared in a stream; a maximum over blocks
@@ -55,6 +56,12 @@ private:
     bool moved_ = false;
 };
 
+inline int64_t multiprocessors(int device) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 // On the current device, in ``stream``.
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void* stream,
@@ -73,6 +80,16 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
 #endif
 
 namespace nvfp4 {
+
+constexpr int kThreads = 256;  // of a block
+
+// What one access of memory moves at most, and half of it.
+struct alignas(16) Chunk {
+    uint32_t word[4];
+};
+struct alignas(8) Pair {
+    uint32_t low, high;
+};
 
 // Raises what several blocks raise. Most find it high enough already, and reads do not queue at an
 // address as atomics do: from 16 to 65 thousand blocks come here.

@@ -12,17 +12,11 @@
 #pragma once
 
 #include "../layout.h"
-#include "../quantizers.h"
+#include "amax.h"
+#include "blocks.h"
 #include "rotate.h"
 
 namespace nvfp4::cuda {
-
-NVFP4_DEVICE uint32_t warp_max(uint32_t x, int lanes = 32) {
-    NVFP4_UNROLL(64)
-    for (int distance = 1; distance < lanes; distance *= 2)
-        x = larger_bits(x, __shfl_xor_sync(~0u, x, distance));
-    return x;
-}
 
 // A 16x16 tile of which sixteen neighbouring lanes hold a line each; the twin of RowScope.
 struct LaneScope {
@@ -91,22 +85,6 @@ struct IsEden : std::false_type {};
 template <bool search>
 struct IsEden<Eden<search>> : std::true_type {};
 
-// Sixteen uniforms of the block; draw n = line * Kp + column.
-NVFP4_DEVICE void element_noise(const Operand& operand, int64_t line, int64_t block,
-                                float (&u)[kBlock]) {
-    const uint64_t seed = value_of(operand.seed);
-    const uint64_t counter = static_cast<uint64_t>(line * (operand.padded / 8) + block * 2);
-    NVFP4_UNROLL(64)
-    for (int half = 0; half < 2; ++half) {
-        uint32_t word[4];
-        philox<uint32_t>(seed, static_cast<uint32_t>(counter + half),
-                         static_cast<uint32_t>((counter + half) >> 32), kElementStream, word);
-        NVFP4_UNROLL(64)
-        for (int j = 0; j < 4; ++j)
-            centred_uniforms(word[j], u[8 * half + 2 * j], u[8 * half + 2 * j + 1]);
-    }
-}
-
 NVFP4_DEVICE bool inside(const Operand& operand, int64_t line, int64_t block) {
     return line < operand.lines && block * kBlock < operand.padded;
 }
@@ -125,46 +103,39 @@ NVFP4_DEVICE void store_swizzled(const Operand& operand, int64_t line, int64_t b
             static_cast<uint8_t>(byte);
 }
 
-// Codes and scales of a block; ``line`` and ``block`` are those of the operand.
+// What one thread finds for all of a block of threads: the signs of an operand's rotation, and the
+// scales of the tensor where the rule wants them.
+struct Ahead {
+    Signs signs;
+    Scales scales;
+};
+
+// Codes and scales of a block; ``line`` and ``block`` are those of the operand, ``tensor`` its
+// scales where they are not its rows'.
 template <class Policy>
 NVFP4_DEVICE void store_block(const Operand& operand, int64_t line, int64_t block,
-                              float (&x)[kBlock]) {
+                              float (&x)[kBlock], const Scales& tensor, const Noise& noise) {
     using Rule = typename Policy::Rule;
     const bool stored = inside(operand, line, block);
-
-    // scales from the amax; of what is not finite they are those of zeros
-    const uint32_t amax = !operand.row_scaled ? operand.peak[0] : stored ? operand.peak[line] : 0u;
-    const uint32_t peak = amax & 0x7fffffffu;  // a caller's own amax may have its sign set
-    const bool finite = peak < kInfinityBits;
-    Given<float> given{encode_scale(finite ? from_bits(peak) : 0.0f, Rule::cap), 0.0f, nullptr,
-                       &operand.trials};
-    given.global_scale = 1.0f / given.encode;
-    if (!finite) {
-        NVFP4_UNROLL(64)
-        for (int i = 0; i < kBlock; ++i) x[i] = 0.0f;
-    }
+    const Scales scales =
+        operand.row_scaled ? scales_of(stored ? operand.peak[line] : 0u, Rule::cap) : tensor;
 
     // outside of the operand too, since the lanes of a tile take part in each other's sums
-    const Rounded<float> scale = Rule::choose(x, given);
-    float noise[kBlock];
-    if constexpr (Rule::noisy) {
-        element_noise(operand, line, block, noise);
-        given.noise = noise;
-    }
-    store_codes(operand, line, block, Rule::pack(x, scale.value, given));
+    const auto counter = static_cast<uint64_t>(line * (operand.padded / 8) + block * 2);
+    const Made made = make_block<Rule>(x, block_amax(x), scales, operand.trials, noise, counter);
+    store_codes(operand, line, block, made.codes);
 
     // one thread per block scale, one per global scale
     if (!stored) return;
     if (!operand.tiles)
         operand.block_scale[line * (operand.padded / kBlock) + block] =
-            static_cast<uint8_t>(scale.code);
+            static_cast<uint8_t>(made.scale);
     else if (line % kBlock == 0)
         operand.block_scale[line / kBlock * (operand.padded / kBlock) + block] =
-            static_cast<uint8_t>(scale.code);
-    store_swizzled(operand, line, block, scale.code);
+            static_cast<uint8_t>(made.scale);
+    store_swizzled(operand, line, block, made.scale);
     if (block == 0 && (operand.row_scaled || line == 0))
-        operand.global_scale[operand.row_scaled ? line : 0] =
-            finite ? given.global_scale : from_bits(kNanBits);
+        operand.global_scale[operand.row_scaled ? line : 0] = scales.stored();
 }
 
 // Codes and lengths r; what is not finite makes the peak NaN, and finish_kernel clears up.
@@ -175,7 +146,8 @@ NVFP4_DEVICE void store_eden(const Operand& operand, int64_t line, int64_t block
     for (int h = 0; h < Policy::held; ++h) {
         const float amax = block_amax(x[h]);
         float length;
-        store_codes(operand, line, block + h, MsEden<Policy::search>::pack(x[h], amax, operand.trials, length));
+        store_codes(operand, line, block + h,
+                    make_eden<Policy::search>(x[h], amax, operand.trials, length));
         if (inside(operand, line, block + h))
             operand.lengths[line * (operand.padded / kBlock) + block + h] = length;
         peak = larger_bits(peak, bits(amax) < kInfinityBits ? bits(length) : kNanBits);
@@ -186,20 +158,22 @@ NVFP4_DEVICE void store_eden(const Operand& operand, int64_t line, int64_t block
 // operand.
 template <class Policy, bool down, int lines, class Stored>
 NVFP4_DEVICE void quantize_lines(const Operand& operand, const Stored* tile, const float* factor,
-                                 const Signs& signs, int64_t line, int64_t block) {
+                                 const Ahead& ahead, int64_t line, int64_t block) {
     constexpr int held = Policy::held, slots = lines * kTileBlocks / held;
     static_assert(slots % kThreads == 0, "every thread has the same number of blocks");
+    const Noise noise{value_of(operand.seed)};
     uint32_t peak = 0;
     NVFP4_ROLLED
     for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kThreads) {
         const Place place = Policy::place(slot);
         float x[held][kBlock];
         read_blocks<down>(tile, factor, place.line, place.block, x);
-        rotate(x, place.block, operand, signs);
+        rotate(x, place.block, operand, ahead.signs);
         if constexpr (IsEden<Policy>::value)
             store_eden<Policy>(operand, line + place.line, block + place.block, x, peak);
         else
-            store_block<Policy>(operand, line + place.line, block + place.block, x[0]);
+            store_block<Policy>(operand, line + place.line, block + place.block, x[0], ahead.scales,
+                                noise);
     }
     if constexpr (IsEden<Policy>::value) {
         peak = warp_max(peak);
@@ -207,18 +181,25 @@ NVFP4_DEVICE void quantize_lines(const Operand& operand, const Stored* tile, con
     }
 }
 
-// Row and column of the matrix at which this block's tile begins.
+// Row and column of the matrix at which this block's tile begins. The last tile comes first: of it,
+// what the amax read is still in L2.
 struct Corner {
     int64_t row, column;
 };
 
 template <int rows>
 NVFP4_DEVICE Corner corner_of(const Matrix& m) {
-    const int64_t across = ceil_div(m.columns, kTile), tile = blockIdx.x;
+    const int64_t across = ceil_div(m.columns, kTile), tile = gridDim.x - 1 - blockIdx.x;
     return {tile / across * rows, tile % across * kTile};
 }
 
 struct None {};  // the policy of an orientation that is not wanted
+struct Any {};   // of one whose amax alone is wanted
+
+template <class Policy>
+struct HasCap : std::false_type {};
+template <template <class> class RuleOf, bool tiled>
+struct HasCap<Scaled<RuleOf, tiled>> : std::true_type {};
 
 // Whether a policy takes more than 80 registers per thread: MS-EDEN, and where lanes exchange sums.
 template <class Policy>
@@ -239,7 +220,7 @@ constexpr int kResident = Many<Rows>::value || Many<Columns>::value ? 2 : 3;
 
 // Shared memory: what kernels have beside their tile.
 struct Beside {
-    Signs rows, columns;
+    Ahead rows, columns;
     float factor[kTile];  // global scales of the rows of a coded matrix
 };
 
@@ -248,17 +229,28 @@ constexpr int kSharedBytes(int rows) {
     return rows * kTile * static_cast<int>(sizeof(Stored)) + static_cast<int>(sizeof(Beside));
 }
 
+// By the first threads of a warp that begins at ``first``.
+template <class Policy>
+NVFP4_DEVICE void prepare_operand(const Operand& operand, int first, Ahead& ahead) {
+    const int thread = static_cast<int>(threadIdx.x) - first;
+    prepare_signs(operand, thread, ahead.signs);
+    if constexpr (HasCap<Policy>::value)
+        if (thread == kMaxRounds && !operand.row_scaled)
+            ahead.scales = scales_of(operand.peak[0], Policy::Rule::cap);
+}
+
 // Loads the tile and what belongs to it; returns the factors of its rows, or null.
-template <bool wants_rows, bool wants_columns, int height, class Stored>
+template <class Rows, class Columns, int height, class Stored>
 NVFP4_DEVICE const float* prepare_tile(const Matrix& m, const Operand& rows, const Operand& columns,
                                        Corner corner, Stored* tile, Beside& beside) {
     const int thread = static_cast<int>(threadIdx.x);
+    constexpr bool wants_columns = !std::is_same<Columns, None>::value;
     const bool coded = wants_columns && sizeof(Stored) == 2 && m.element == Element::codes;
     load_tile<Stored, height>(m, corner.row, corner.column, tile);
 
-    // signs by the first two warps, factors by the first four
-    if (wants_rows) prepare_signs(rows, thread, beside.rows);
-    if (wants_columns) prepare_signs(columns, thread - 32, beside.columns);
+    // the operands' by a warp each, factors by the first four
+    if constexpr (!std::is_same<Rows, None>::value) prepare_operand<Rows>(rows, 0, beside.rows);
+    if constexpr (wants_columns) prepare_operand<Columns>(columns, 32, beside.columns);
     if (coded && thread < kTile && corner.row + thread < m.rows)
         beside.factor[thread] = m.coded.global_scale[m.coded.row_scaled ? corner.row + thread : 0];
     else if (coded && thread < kTile)
@@ -280,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Rows, Columns>)
     auto& beside = *reinterpret_cast<Beside*>(tile + height * kTile);
     const Corner corner = corner_of<height>(m);
     const float* factor =
-        prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
+        prepare_tile<Rows, Columns, height>(m, rows, columns, corner, tile, beside);
 
     if constexpr (wants_rows)
         quantize_lines<Rows, false, height>(rows, tile, factor, beside.rows, corner.row,
@@ -321,12 +313,15 @@ __global__ void __launch_bounds__(kThreads)
     auto* tile = reinterpret_cast<Stored*>(memory);
     auto& beside = *reinterpret_cast<Beside*>(tile + height * kTile);
     const Corner corner = corner_of<height>(m);
+    using Rows = std::conditional_t<wants_rows, Any, None>;
+    using Columns = std::conditional_t<wants_columns, Any, None>;
     const float* factor =
-        prepare_tile<wants_rows, wants_columns, height>(m, rows, columns, corner, tile, beside);
+        prepare_tile<Rows, Columns, height>(m, rows, columns, corner, tile, beside);
 
-    if constexpr (wants_rows) find_peak<false, height>(rows, tile, factor, beside.rows, corner.row);
+    if constexpr (wants_rows)
+        find_peak<false, height>(rows, tile, factor, beside.rows.signs, corner.row);
     if constexpr (wants_columns)
-        find_peak<true, kTile>(columns, tile, factor, beside.columns, corner.column);
+        find_peak<true, kTile>(columns, tile, factor, beside.columns.signs, corner.column);
 }
 
 using TileKernel = void (*)(Matrix, Operand, Operand);
@@ -355,6 +350,10 @@ Variant searched_variant(const Operand& operand, bool down, bool wide);
 Variant eden_variant(const Operand& operand, bool down, bool wide);
 Variant fused_variant(const Operand& rows, const Operand& columns, bool wide);
 Variant eden_pair_variant(bool search, bool wide);
+
+// MS-EDEN of BF16 in groups of 128 (eden128.cu).
+Variant eden128_variant(const Matrix& m, const Operand& operand, bool down);
+Variant eden128_pair_variant(const Matrix& m, const Operand& rows, const Operand& columns);
 
 // MS-EDEN on tensor cores (mma_eden.cu), which takes shared memory of its own size.
 Variant mma_eden_variant(const Matrix& m, const Operand& operand, bool down);

@@ -8,17 +8,17 @@
 
 #include "../codec.h"
 #include "../hadamard.h"
+#include "blocks.h"
 #include "tile.h"
 
 namespace nvfp4::cuda {
 
 typedef uint32_t Signs[kMaxRounds][4];  // bits of each round, set: minus
 
-NVFP4_DEVICE uint64_t value_of(const Seed& seed) { return seed.at ? *seed.at : seed.value; }
-
-// The sign bits of every round into shared memory, by the first threads; a barrier has to follow.
-NVFP4_DEVICE void prepare_signs(const Operand& operand, int thread, Signs& signs) {
-    if (thread < 0 || thread >= operand.rounds || operand.group == 0) return;
+// The sign bits of every round from ``first`` on into shared memory, by the first threads; a barrier
+// has to follow.
+NVFP4_DEVICE void prepare_signs(const Operand& operand, int thread, Signs& signs, int first = 0) {
+    if (thread < first || thread >= operand.rounds || operand.group == 0) return;
     sign_bits(value_of(operand.sign_seed), operand.fixed, thread, signs[thread]);
 }
 

@@ -2,43 +2,96 @@
 // decoding.
 //
 //     prepare   peaks and swizzled scales to zero
-//     amax      for rules that scale from it, of one or both orientations in one read
+//     amax      for rules that scale from it: as memory lies where nothing is rotated (amax.h), of
+//               tiles else, of one or both orientations in one read
 //     quantise  one kernel for both orientations where there is one (fused_variant), else two
 //     finish    MS-EDEN: the global scale from the largest r, then the block scales
+#include <algorithm>
+
 #include "quantize.h"
+#include "rows.h"
 
 namespace nvfp4::cuda {
 namespace {
 
-// The block scales of ms_eden, once the largest r is known: eight per thread, which share a Philox
-// counter. Codes that were written before anything was known to be not finite are cleared.
+// What ms_eden's block scales are made of, once the largest r is known.
+struct Finish {
+    float global_scale;
+    bool finite;
+    NVFP4_FN explicit Finish(uint32_t peak) : finite(peak < kInfinityBits) {
+        const float longest = from_bits(finite ? peak : 0u);
+        global_scale = longest == 0.0f ? 1.0f : longest / E4M3::max;
+    }
+
+    // Draw number i of eight, which share a Philox counter.
+    NVFP4_FN uint32_t scale(float length, const uint32_t (&word)[4], int i) const {
+        const float u = centred_uniform<float>(i % 2 == 0 ? word[i / 2] << 7 : word[i / 2] >> 9);
+        const float share = smaller(length / global_scale, E4M3::max);
+        return stochastic<E4M3>(share, u).code;
+    }
+};
+
+NVFP4_DEVICE void draw_eight(const Operand& operand, int64_t index, uint32_t (&word)[4]) {
+    philox<uint32_t>(value_of(operand.seed), static_cast<uint32_t>(index),
+                     static_cast<uint32_t>(index >> 32), kBlockScaleStream, word);
+}
+
+// Eight block scales per thread. Codes that were written before anything was known to be not finite
+// are cleared.
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Operand operand) {
     const int64_t row_blocks = operand.padded / kBlock, count = operand.lines * row_blocks;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    const int64_t first = index * 8;
-    const uint32_t peak = operand.peak[0];
-    const bool finite = peak < kInfinityBits;
-    const float longest = from_bits(finite ? peak : 0u);
-    const float global_scale = longest == 0.0f ? 1.0f : longest / E4M3::max;
-
-    if (index == 0) operand.global_scale[0] = finite ? global_scale : from_bits(kNanBits);
+    const Finish finish(operand.peak[0]);
+    if (index == 0)
+        operand.global_scale[0] = finish.finite ? finish.global_scale : from_bits(kNanBits);
 
     uint32_t word[4];
-    philox<uint32_t>(value_of(operand.seed), static_cast<uint32_t>(index),
-                     static_cast<uint32_t>(index >> 32), kBlockScaleStream, word);
+    draw_eight(operand, index, word);
     NVFP4_UNROLL(64)
     for (int i = 0; i < 8; ++i) {
-        const int64_t n = first + i;
+        const int64_t n = index * 8 + i;
         if (n >= count) return;
-        const float u = centred_uniform<float>(i % 2 == 0 ? word[i / 2] << 7 : word[i / 2] >> 9);
-        uint32_t byte = 0;
-        if (finite)
-            byte = stochastic<E4M3>(smaller(operand.lengths[n] / global_scale, E4M3::max), u).code;
-        else
-            *reinterpret_cast<Pair*>(operand.codes + n * 8) = {0u, 0u};
+        const uint32_t byte = finish.finite ? finish.scale(operand.lengths[n], word, i) : 0u;
+        if (!finish.finite) *reinterpret_cast<Pair*>(operand.codes + n * 8) = {0u, 0u};
         operand.block_scale[n] = static_cast<uint8_t>(byte);
         store_swizzled(operand, n / row_blocks, n % row_blocks, byte);
     }
+}
+
+// The same where the eight lie in one row, as in groups of 128 they always do: two loads, one store,
+// and two of four scales that are neighbours as tensor cores read them, too. eights: in all rows,
+// across: in a row.
+__global__ void __launch_bounds__(kThreads)
+    finish_eights_kernel(const Operand operand, uint32_t eights, uint32_t across,
+                         Divider by_across) {
+    const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+    if (index >= eights) return;
+    const Chunk* at =
+        reinterpret_cast<const Chunk*>(operand.lengths) + 2 * static_cast<size_t>(index);
+    const Chunk length[2] = {at[0], at[1]};
+    const Finish finish(operand.peak[0]);
+    if (index == 0)
+        operand.global_scale[0] = finish.finite ? finish.global_scale : from_bits(kNanBits);
+
+    uint32_t word[4], four[2] = {0u, 0u};
+    draw_eight(operand, index, word);
+    NVFP4_UNROLL(64)
+    for (int i = 0; i < 8; ++i)
+        four[i / 4] |= finish.scale(from_bits(length[i / 4].word[i % 4]), word, i) << (i % 4 * 8);
+    if (!finish.finite) four[0] = four[1] = 0u;
+    reinterpret_cast<Pair*>(operand.block_scale)[index] = {four[0], four[1]};
+    if (operand.swizzled != nullptr) {
+        const uint32_t row = by_across.of(index), column = 8 * (index - row * across);
+        NVFP4_UNROLL(2)
+        for (int i = 0; i < 2; ++i)
+            *reinterpret_cast<uint32_t*>(
+                operand.swizzled + swizzled_offset<uint32_t>(row, column + 4 * i, 8 * across)) =
+                four[i];
+    }
+    if (finish.finite) return;
+    NVFP4_UNROLL(4)
+    for (int i = 0; i < 4; ++i)
+        reinterpret_cast<Chunk*>(operand.codes)[4 * static_cast<size_t>(index) + i] = {};
 }
 
 NVFP4_DEVICE uint16_t to_half(float x, Element element) {
@@ -110,6 +163,11 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Whether a tile holds the elements in 32 bits.
+bool is_wide(const Matrix& m) {
+    return m.element == Element::float32 || m.element == Element::float16;
+}
+
 // Whether the peak has to be found before anything is quantised.
 bool wants_amax(const Operand& operand) {
     return operand.rule != Rule::ms_eden && !operand.knows_peak;
@@ -129,9 +187,54 @@ TileKernel amax_kernel_of(bool rows, bool columns) {
                            : &amax_kernel<Stored, false, true>;
 }
 
+// Whether rows are whole pieces of so many elements that begin on 16 bytes.
+bool has_whole_rows(const Matrix& m, int64_t elements) {
+    const bool known = m.element == Element::bfloat16 || m.element == Element::float32;
+    return known && m.aligned && m.columns % elements == 0;
+}
+
+// Elements in 16 bytes.
+int64_t per_chunk(const Matrix& m) { return is_wide(m) ? 4 : 8; }
+
+// Whether the amax of an operand, either way round, is that of memory as it lies.
+bool is_flat(const Matrix& m, const Operand& operand) {
+    return operand.group == 0 && !operand.row_scaled && m.row_stride == m.columns &&
+           has_whole_rows(m, per_chunk(m));
+}
+
+void launch_flat_amax(const Matrix& m, uint32_t* first, uint32_t* second, int device,
+                      void* stream) {
+    const int64_t count = m.rows * (m.columns / per_chunk(m));
+    const int64_t blocks = std::min(ceil_div(count, kThreads), 4 * multiprocessors(device));
+    launch(is_wide(m) ? &flat_amax_kernel<uint32_t> : &flat_amax_kernel<uint16_t>, blocks, kThreads,
+           kWarps * static_cast<int>(sizeof(uint32_t)), stream, static_cast<const Chunk*>(m.data),
+           count, first, second);
+}
+
+void launch_lines_amax(const Matrix& m, uint32_t* peak, void* stream) {
+    const int64_t per = per_chunk(m);
+    launch(is_wide(m) ? &lines_amax_kernel<uint32_t> : &lines_amax_kernel<uint16_t>,
+           ceil_div(m.rows, kWarps), kThreads, 0, stream, static_cast<const Chunk*>(m.data), m.rows,
+           m.columns / per, m.row_stride / per, peak);
+}
+
 void launch_amax(const Matrix& m, const Operand& rows, const Operand& columns, bool wants_rows,
-                 bool wants_columns, bool wide, void* stream) {
+                 bool wants_columns, int device, void* stream) {
+    // what memory as it lies can tell
+    const bool flat_rows = wants_rows && is_flat(m, rows);
+    const bool flat_columns = wants_columns && is_flat(m, columns);
+    if (flat_rows || flat_columns)
+        launch_flat_amax(m, flat_rows ? rows.peak : nullptr, flat_columns ? columns.peak : nullptr,
+                         device, stream);
+    const bool by_row =
+        wants_rows && rows.row_scaled && rows.group == 0 && has_whole_rows(m, per_chunk(m));
+    if (by_row) launch_lines_amax(m, rows.peak, stream);
+    wants_rows = wants_rows && !flat_rows && !by_row;
+    wants_columns = wants_columns && !flat_columns;
+
+    // the others by tiles
     if (!wants_rows && !wants_columns) return;
+    const bool wide = is_wide(m);
     const TileKernel kernel = wide ? amax_kernel_of<uint32_t>(wants_rows, wants_columns)
                                    : amax_kernel_of<uint16_t>(wants_rows, wants_columns);
     launch_tiles(m, kernel, wants_columns ? kTile : kFlatRows, rows, columns, wide, stream);
@@ -149,15 +252,22 @@ void prepare(const Operand& operand, void* stream) {
              static_cast<size_t>(512 * ceil_div(operand.lines, 128) * ceil_div(blocks, 4)), stream);
 }
 
-void finish(const Operand& operand, void* stream) {
-    if (operand.rule != Rule::ms_eden) return;
-    launch(&finish_kernel, ceil_div(operand.lines * (operand.padded / kBlock), 8 * kThreads),
-           kThreads, 0, stream, operand);
+bool begins_on(size_t bytes, const void* at) {
+    return reinterpret_cast<uintptr_t>(at) % bytes == 0;
 }
 
-// Whether a tile holds the elements in 32 bits.
-bool is_wide(const Matrix& m) {
-    return m.element == Element::float32 || m.element == Element::float16;
+void finish(const Operand& operand, void* stream) {
+    if (operand.rule != Rule::ms_eden) return;
+    const int64_t across = operand.padded / kBlock, eights = ceil_div(operand.lines * across, 8);
+    const bool aligned = begins_on(16, operand.lengths) && begins_on(8, operand.block_scale) &&
+                         begins_on(4, operand.swizzled) && begins_on(16, operand.codes);
+    if (aligned && across % 8 == 0 && eights <= (1 << 27)) {
+        const auto in_row = static_cast<uint32_t>(across / 8);
+        launch(&finish_eights_kernel, ceil_div(eights, kThreads), kThreads, 0, stream, operand,
+               static_cast<uint32_t>(eights), in_row, divider(in_row));
+    } else {
+        launch(&finish_kernel, ceil_div(eights, kThreads), kThreads, 0, stream, operand);
+    }
 }
 
 Variant single_variant(const Operand& operand, bool down, bool wide) {
@@ -178,13 +288,37 @@ bool launch_mma(const Matrix& m, const Variant& variant, const Operand& rows,
     return true;
 }
 
+// The kernel that needs no tile; null where there is none.
+RowsKernel rows_kernel_for(const Matrix& m, const Operand& operand) {
+    constexpr int64_t most = 1 << 30;  // offsets in 32 bits
+    if (operand.tiles || operand.group != 0 || !has_whole_rows(m, kBlock)) return nullptr;
+    if (m.rows * (m.columns / kBlock) > most) return nullptr;
+    switch (operand.rule) {
+        case Rule::ms_eden: return nullptr;
+        case Rule::four_over_six:
+        case Rule::scale_search: return searched_rows(operand, is_wide(m));
+        default: return plain_rows(operand, is_wide(m));
+    }
+}
+
 void launch_single(const Matrix& m, const Operand& operand, bool down, void* stream) {
     if (launch_mma(m, mma_eden_variant(m, operand, down), operand, operand, stream)) {
         finish(operand, stream);
         return;
     }
+    const RowsKernel straight = down ? nullptr : rows_kernel_for(m, operand);
+    if (straight != nullptr) {
+        const auto across = static_cast<uint32_t>(m.columns / kBlock);
+        const Rows rows{m.data, m.row_stride, static_cast<uint32_t>(m.rows) * across, across,
+                        divider(across)};
+        launch(straight, ceil_div(rows.blocks, kHeld * kThreads), kThreads,
+               static_cast<int>(sizeof(Scales)), stream, rows, operand);
+        return;
+    }
+
     const bool wide = is_wide(m);
-    const Variant variant = single_variant(operand, down, wide);
+    const Variant usual = eden128_variant(m, operand, down);
+    const Variant variant = usual.kernel ? usual : single_variant(operand, down, wide);
     launch_tiles(m, variant.kernel, variant.rows, operand, operand, wide, stream);
     finish(operand, stream);
 }
@@ -194,7 +328,7 @@ void launch_single(const Matrix& m, const Operand& operand, bool down, void* str
 void quantize(const Matrix& m, const Operand& operand, bool down, int device, void* stream) {
     const OnDevice here(device);
     prepare(operand, stream);
-    if (wants_amax(operand)) launch_amax(m, operand, operand, !down, down, is_wide(m), stream);
+    if (wants_amax(operand)) launch_amax(m, operand, operand, !down, down, device, stream);
     launch_single(m, operand, down, stream);
 }
 
@@ -208,14 +342,15 @@ void quantize_both(const Matrix& m, const Operand& rows, const Operand& columns,
     const bool wide = is_wide(m);
     prepare(rows, stream);
     prepare(columns, stream);
-    launch_amax(m, rows, columns, wants_amax(rows), wants_amax(columns), wide, stream);
+    launch_amax(m, rows, columns, wants_amax(rows), wants_amax(columns), device, stream);
 
     if (launch_mma(m, mma_eden_pair_variant(m, rows, columns), rows, columns, stream)) {
         finish(rows, stream);
         finish(columns, stream);
         return;
     }
-    const Variant variant = fused_variant(rows, columns, wide);
+    const Variant usual = eden128_pair_variant(m, rows, columns);
+    const Variant variant = usual.kernel ? usual : fused_variant(rows, columns, wide);
     if (variant.kernel == nullptr) {
         launch_single(m, rows, false, stream);
         launch_single(m, columns, true, stream);

@@ -1,5 +1,6 @@
 // Rules that compare scales: four_over_six by three metrics, scale_search; in 1x16 or 16x16 blocks.
 #include "quantize.h"
+#include "rows.h"
 
 namespace nvfp4::cuda {
 namespace {
@@ -20,6 +21,16 @@ Variant choose(const Operand& operand, bool down, bool wide) {
 
 Variant searched_variant(const Operand& operand, bool down, bool wide) {
     return operand.tiles ? choose<true>(operand, down, wide) : choose<false>(operand, down, wide);
+}
+
+RowsKernel searched_rows(const Operand& operand, bool wide) {
+    if (operand.rule == Rule::scale_search) return rows_kernel_of<ScaleSearch<RowScope>>(wide);
+    if (operand.rule != Rule::four_over_six) return nullptr;
+    switch (operand.metric) {
+        case 0: return rows_kernel_of<Squares<RowScope>>(wide);
+        case 1: return rows_kernel_of<Magnitudes<RowScope>>(wide);
+        default: return rows_kernel_of<Largest<RowScope>>(wide);
+    }
 }
 
 }  // namespace nvfp4::cuda

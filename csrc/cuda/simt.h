@@ -76,6 +76,9 @@ struct OnDevice {
     ~OnDevice() {}
 };
 
+// Few, so that a grid goes over small matrices more than once.
+inline int64_t multiprocessors(int) { return 1; }
+
 template <class... P>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, void*,
             P... arguments) {

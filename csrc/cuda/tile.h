@@ -14,18 +14,9 @@
 
 namespace nvfp4::cuda {
 
-constexpr int kThreads = 256;  // of a block
 constexpr int kTile = 128;     // columns, and rows where it is read downwards: the largest group
 constexpr int kFlatRows = 32;  // of a tile that is only read along its rows
 constexpr int kTileBlocks = kTile / kBlock;
-
-struct alignas(16) Chunk {
-    uint32_t word[4];
-};
-
-struct alignas(8) Pair {
-    uint32_t low, high;
-};
 
 // Elements in 16 bytes.
 template <class Stored>
@@ -124,6 +115,10 @@ NVFP4_DEVICE Chunk load_chunk<uint32_t>(const Matrix& m, int64_t row, int64_t co
     return chunk;
 }
 
+// What a tile holds as it lies in memory.
+template <class Stored>
+constexpr Element kOf = sizeof(Stored) == 2 ? Element::bfloat16 : Element::float32;
+
 // Rows [row, row + rows) and columns [column, column + 128) of the matrix.
 template <class Stored, int rows>
 NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored* tile) {
@@ -145,6 +140,32 @@ NVFP4_DEVICE void load_tile(const Matrix& m, int64_t row, int64_t column, Stored
 
     // four loads per thread are under way at once
     constexpr int together = count < at_once * kThreads ? count / kThreads : at_once;
+    const bool whole = m.aligned && row + rows <= m.rows && column + kTile <= m.columns;
+    if (whole && m.element == kOf<Stored>) {
+        // a thread stays in its column of chunks, so that of tile_offset a constant alone changes
+        constexpr int apart = kThreads / chunks;
+        const int r = thread / chunks, c = thread % chunks * kPerChunk<Stored>;
+        const int offset = tile_offset<Stored>(r, c);
+        const Stored* at =
+            static_cast<const Stored*>(m.data) + (row + r) * m.row_stride + (column + c);
+        const int64_t step = apart * m.row_stride;
+        NVFP4_UNROLL(4)
+        for (int first = 0; first < count / kThreads; first += together) {
+            Chunk chunk[together];
+            NVFP4_UNROLL(4)
+            for (int i = 0; i < together; ++i, at += step)
+                chunk[i] = *reinterpret_cast<const Chunk*>(at);
+            NVFP4_UNROLL(4)
+            for (int i = 0; i < together; ++i) {
+                const int below = (first + i) * apart;
+                *reinterpret_cast<Chunk*>(tile + below * kTile +
+                                          (offset ^ (below / 16 & 7) * kPerChunk<Stored>)) =
+                    chunk[i];
+            }
+        }
+        return;
+    }
+
     NVFP4_ROLLED
     for (int first = thread; first < count; first += together * kThreads) {
         Chunk chunk[together];

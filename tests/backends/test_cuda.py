@@ -290,6 +290,35 @@ def test_strides_of_neither_kind(kernels, place) -> None:
             check_quantize(kernels, place, "rtn", {}, view, rng, f"strides {view.stride()}")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("rtn", {"row_scaled": scaled}) for scaled in (False, True)),
+        *((name, {}) for name in ("sr", "sr_te", "scale_search")),
+        *(("four_over_six", {"metric": metric}) for metric in ("mse", "mae", "abs_max")),
+        ("four_over_six", {"row_scaled": True}),
+    ],
+    ids=lambda v: str(v),
+)
+def test_rows_of_whole_blocks(kernels, place, name: str, options: dict, monkeypatch) -> None:
+    """What is read without a tile: rows that begin on 16 bytes and end with a block, in fewer and
+    in more blocks of threads than a grid has, with gaps between them, and not finite."""
+    monkeypatch.setattr(cuda, "reads_swizzled", lambda device: True)
+    rng = random.Random(f"{name}{options}")
+    quantizer = QUANTIZERS[name]
+    for rows, columns in ((1, 16), (37, 48), (3, 2080), (515, 32)):
+        for kind in KINDS:
+            dtype = rng.choice((torch.bfloat16, torch.float32))
+            whole = data((rows, columns + 16), kind, dtype, rng.randrange(2**31))
+            for x in (whole[:, 16:], whole[:, :columns].clone()):
+                checked = quantizer.check(seed=rng.randrange(2**64), **options)
+                got = kernels.quantize(x.to(place), quantizer, checked)
+                want = quantizer.quantize(x, checked)
+                assert_same(got.to("cpu"), want, f"{name} {tuple(x.shape)} {dtype} {kind}")
+                assert got.swizzled_scale is not None
+                assert torch.equal(got.swizzled_scale.cpu(), swizzle(want.block_scale))
+
+
 @pytest.mark.parametrize("row_scaled", [False, True])
 def test_a_supplied_amax_is_used(kernels, place, row_scaled: bool) -> None:
     """The scales of a tensor with one larger element come out if its amax is given, and none is

@@ -26,7 +26,7 @@ Capabilities")."""
 @needs_nvcc
 @pytest.mark.parametrize(
     ("source", "target", "count"),
-    [("eden", "sm_100a", 12), ("scales", "sm_90a", 8), ("mma_eden", "sm_100a", 4)],
+    [("eden", "sm_100a", 12), ("scales", "sm_90a", 13), ("mma_eden", "sm_100a", 4)],
 )
 def test_kernels_compile_and_fit(source: str, target: str, count: int) -> None:
     """No spill, no fused product, no approximate quotient, no flushed subnormal; two blocks of 256
@@ -88,13 +88,13 @@ def test_shared_memory_is_counted_as_it_is_asked_for() -> None:
     assert (sizes["kTile"], sizes["kFlatRows"]) == (cuda_build.TILE_ROWS, cuda_build.FLAT_ROWS)
     assert (
         shared_bytes("quantize_kernel<unsigned int, Eden<false>, Eden<false>>")
-        == 128 * 128 * 4 + 608
+        == 128 * 128 * 4 + 632
     )
     assert (
         shared_bytes("quantize_kernel<unsigned short, Scaled<Nearest, false>, None>")
-        == 32 * 128 * 2 + 608
+        == 32 * 128 * 2 + 632
     )
-    assert shared_bytes("amax_kernel<unsigned short, true, false>") == 32 * 128 * 2 + 608
+    assert shared_bytes("amax_kernel<unsigned short, true, false>") == 32 * 128 * 2 + 632
     assert shared_bytes("mma_eden_kernel<false, true, true>") == 128 * 128 * 2 + 608
     assert shared_bytes("decode_kernel") == 0
 

@@ -19,7 +19,7 @@ import pybind11
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("plain", "searched", "eden", "fused", "scales", "mma_eden")
+KERNELS = ("plain", "searched", "eden", "eden128", "fused", "scales", "mma_eden")
 SOURCES = ["bind_cuda.cpp", "cuda/simt.cpp", *(f"cuda/{name}.cu" for name in KERNELS)]
 NAME = "nvfp4_cuda_on_host"
 FLAGS = [

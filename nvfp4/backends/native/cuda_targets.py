@@ -21,7 +21,7 @@ from typing import NamedTuple
 TARGETS = ("90a", "100a", "103a", "120a", "121a")
 """Hopper (H100, H200), B200, B300, RTX 50 and RTX PRO Blackwell, GB10."""
 
-SOURCES = ("plain", "searched", "eden", "fused", "scales", "mma_eden")
+SOURCES = ("plain", "searched", "eden", "eden128", "mma_eden", "fused", "scales")
 """Files of csrc/cuda/, without their ``.cu``."""
 
 OF_A_LIBRARY = (
