@@ -162,7 +162,8 @@ def round_tile(
     else:
         # one NaN or Inf anywhere makes every code 0 (of its row alone); with a held amax the codes
         # of its block
-        amax, largest = block_bits(x), None
+        amax = block_bits(x)
+        largest = tl.max(amax, axis=1)  # nobody reads it, but Triton 3.6 cannot return None
         if P.held:
             all_finite, finite = finite_blocks(amax, seen)
             raise_global(global_scale, global_value, all_finite, row_tile, column_tile)
