@@ -20,6 +20,7 @@ which only the reference is left. ``nvfp4.explain`` gives every reason.
 from __future__ import annotations
 
 import warnings
+from collections import UserDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,20 @@ from nvfp4.backends.selfcheck import head_of_family
 from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
-BACKENDS: dict[str, Backend] = {}
+
+class BackendTable(UserDict[str, Backend]):
+    """Backends by name; whoever changes it has every choice made anew."""
+
+    def __setitem__(self, name: str, backend: Backend) -> None:
+        super().__setitem__(name, backend)
+        _forget_choices()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        _forget_choices()
+
+
+BACKENDS = BackendTable()
 """Fastest first, unless measuring says otherwise; the reference comes last and refuses nothing.
 
 Filled by ``builtin.py``, which the package imports first of all.
@@ -270,9 +284,15 @@ _CHOSEN: dict[tuple[object, ...], tuple[object, object, Any]] = {}
 """Answers of ``select`` and ``select_both``, with the tables of that time.
 
 A small layer asks nine times per step, and asking every backend took a sixth of such a step on a
-CPU (32 x 64 -> 64, quartet2: 1274 -> 1069 us); on a GPU each question goes to the driver too. Tests
-exchange the tables; then it is asked again.
+CPU (32 x 64 -> 64, quartet2: 1274 -> 1069 us); on a GPU each question goes to the driver too. When
+a table changes, or is another one, as in tests, it is asked again.
 """
+
+
+def _forget_choices() -> None:
+    """Make every choice anew, and time again: a backend came, went, or is another of that name."""
+    _CHOSEN.clear()
+    _SECONDS.clear()
 
 
 def _in_order(

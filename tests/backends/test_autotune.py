@@ -263,3 +263,24 @@ def test_an_answer_is_looked_up(stage) -> None:
         assert ask(seed=1) > 0
     finally:
         registry.BACKENDS = tables
+
+
+def test_a_backend_that_comes_or_goes_is_noticed() -> None:
+    """In the table as it is: "auto" sees a faster one at once, and no name outlives its backend."""
+    rule, table = QUANTIZERS["rtn"], registry.BackendTable()
+
+    def ask(name: str = "auto") -> object:
+        return registry.select(name, "quantize", CPU, rule, rule.check())
+
+    kept, registry.BACKENDS = registry.BACKENDS, table
+    try:
+        table.update({"slow": Stub("slow"), "reference": REFERENCE})
+        assert ask() is ask("slow") is table["slow"]
+        table["slow"] = Stub("slow")
+        assert ask() is ask("slow") is table["slow"]
+        del table["slow"]
+        assert ask() is REFERENCE
+        with pytest.raises(ValueError, match="unknown backend 'slow'"):
+            ask("slow")
+    finally:
+        registry.BACKENDS = kept
