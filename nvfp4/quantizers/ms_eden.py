@@ -23,9 +23,10 @@ smallest error.
 What is and is not unbiased (per operand, over signs and rounding, |bias|^2 / |x|^2): one round
 leaves up to 1e-2 on groups with 2 active entries (e0 + 0.1 e1 becomes (101/102, 101/510) whatever
 the signs) and about 1e-3 on average there; two rounds 3e-6 on average and 1.6e-4 at worst (with
-search 2e-5 and 4.3e-4); three below 1e-7; dense rows below 1e-6 always. Sparse groups are what
-masked losses give wgrad. The product of two ms_eden operands under the same signs carries E[eA
-eB^T] as well: +0.5 to 0.8 % for parallel rows, nothing measurable for uncorrelated ones.
+search 2e-5 and 4.3e-4, less with fewer factors); three below 1e-7; dense rows below 1e-6 always.
+Sparse groups are what masked losses give wgrad. The product of two ms_eden operands under the same
+signs carries E[eA eB^T] as well: +0.5 to 0.8 % for parallel rows, nothing measurable for
+uncorrelated ones.
 """
 
 from __future__ import annotations
