@@ -105,6 +105,28 @@ def test_the_layers_call_counters_are_what_makes_it_exact(tmp_path, texts, monke
     assert [a[step] == b[step] for step in range(1, 7)] == [True] * 4 + [False] * 2
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_delayed_amaxes_are_kept_in_checkpoints(tmp_path, texts, monkeypatch, kept):
+    """With them a resumed run is exact; without them its first step looks for its own."""
+    options = {"recipe": "rtn", "delayed_amax": True, "steps": 6, "save_every": 4}
+    whole = tiny(tmp_path / "whole", texts, **options)
+    pretrain(whole)
+    saved = json.loads(
+        (tmp_path / "whole" / "checkpoints" / "step-00000004" / "state.json").read_text()
+    )
+    (amaxes,) = saved["amax"]
+    assert amaxes.keys() == saved["noise"].keys()
+    assert all(held["held"][0] > 0 and held["known"][0] == 1 for held in amaxes.values())
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
+    if not kept:
+        monkeypatch.setattr("nvfp4.run.state.load_amax_state", lambda model, amaxes: None)
+    pretrain(dataclasses.replace(whole, out=str(tmp_path / "again"), resume=True))
+    a, b = steps_of(tmp_path / "whole"), steps_of(tmp_path / "again")
+    assert [a[step] == b[step] for step in range(1, 7)] == [True] * 4 + [kept] * 2
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, texts, name, code):
     config = tiny(tmp_path / "run", texts, save_every=0)
