@@ -39,7 +39,7 @@ from nvfp4.recipes import RECIPES, W4A16, Recipe
 if TYPE_CHECKING:  # what __getattr__ imports on first use
     from nvfp4.backends.machine import info
     from nvfp4.integrations.transformers import NVFP4TrainingConfig
-    from nvfp4.model.distributed import fp4_all_gather, share_noise
+    from nvfp4.model.distributed import expert_parallel, fp4_all_gather, share_noise
 
 __all__ = [
     "QUANTIZERS",
@@ -60,6 +60,7 @@ __all__ = [
     "dense_linears",
     "dequantize",
     "disabled",
+    "expert_parallel",
     "explain",
     "fixed_weights",
     "forward_precision",
@@ -89,6 +90,7 @@ def __getattr__(name: str) -> Any:
         # so that `python -m nvfp4.backends.machine` does not find itself imported already
         "info": "nvfp4.backends.machine",
         # these take a part of a second to import, and transformers takes several
+        "expert_parallel": "nvfp4.model.distributed",
         "fp4_all_gather": "nvfp4.model.distributed",
         "share_noise": "nvfp4.model.distributed",
         "NVFP4TrainingConfig": "nvfp4.integrations.transformers",

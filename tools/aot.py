@@ -49,6 +49,7 @@ KERNEL_MODULES = (
     "tools.activation_variants",
     "nvfp4.backends.triton.transpose",
     "nvfp4.backends.triton.held",
+    "nvfp4.backends.triton.swizzled",
     "nvfp4.backends.triton.gemm.decoded",
 )
 """Modules with ``kernel_variants(capability, few) -> list[KernelVariant]``."""

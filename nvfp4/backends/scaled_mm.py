@@ -1,7 +1,8 @@
 """The cuBLASLt backend: NVFP4 GEMMs through ``torch.nn.functional.scaled_mm``, on Blackwell.
 
     codes a [M, Kp/2], b [N, Kp/2]   filled up to 32 codes and (b) 16 rows with zeros
-    block scales                     swizzled: those that the quantiser wrote, or made here and kept
+    block scales                     swizzled: those that the quantiser wrote, or made here by one
+                                     kernel and kept
     global scales                    inside (16-bit output, one each) or afterwards, by a kernel
     -> y [M, N]
 
@@ -50,8 +51,10 @@ from nvfp4.quantizers.base import Options, Quantizer
 
 try:
     from nvfp4.backends.triton.gemm.decoded import scaled
+    from nvfp4.backends.triton.launch import on
+    from nvfp4.backends.triton.swizzled import swizzled_scale
 except ImportError:  # there is no Triton
-    scaled = None  # type: ignore[assignment]
+    scaled = swizzled_scale = None  # type: ignore[assignment]
 
 GROUPED_MAJORS = (10,)
 """Those that ``scaled_grouped_mm`` accepts for FP4 (and 9, which has no FP4)."""
@@ -153,7 +156,9 @@ class ScaledMmBackend(Backend):
         if _may_scale_inside(a, b, out_dtype) and (bias is None or bias.dtype == out_dtype):
             with ALPHA.lent(a.device) as lent:
                 if lent:
-                    bias = None if bias is None else F.pad(bias, (0, -b.rows % COLUMN_UNIT))
+                    ragged = -b.rows % COLUMN_UNIT
+                    if bias is not None and ragged:  # a pad of nothing is a copy
+                        bias = F.pad(bias, (0, ragged))
                     return self._product(a, b, out_dtype, bias, inside=True)
 
         # the contraction alone, and then the bits of the definition
@@ -268,11 +273,23 @@ class ScaledMmBackend(Backend):
         capturing = is_capturing(q.device)
         kept = None if capturing else self._swizzled.get(q)
         if kept is None or kept[0] != q.block_scale._version:
-            made = swizzle(spread(q.block_scale, q.block, q.rows)).view(torch.float8_e4m3fn)
+            made = _swizzled(q).view(torch.float8_e4m3fn)
             if capturing or q.block_scale.is_inference():
                 return made
             kept = self._swizzled[q] = (q.block_scale._version, made)
         return kept[1]
+
+
+def _swizzled(q: QTensor) -> torch.Tensor:
+    """q's block scales, one per row and block, swizzled: by a kernel of Triton's, or by PyTorch."""
+    if launches(q.device) and swizzled_scale is not None:
+        return swizzled_scale(q)
+    return swizzle(spread(q.block_scale, q.block, q.rows))
+
+
+def launches(device: torch.device) -> bool:
+    """Whether kernels of Triton's can follow on a device; not where stand-ins of tests run."""
+    return device.type == "cuda"
 
 
 def _ready_scale(q: QTensor) -> torch.Tensor | None:
@@ -291,8 +308,8 @@ def _finished(
     y: torch.Tensor, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Global scales in their order, bias, one cast: one kernel of Triton's, or four of torch's."""
-    if y.device.type == "cuda" and scaled is not None:
-        with torch.cuda.device(y.device):
+    if launches(y.device) and scaled is not None:
+        with on(y.device):
             return scaled(y, a, b, out_dtype, bias)
     return apply_globals(y, a, b, out_dtype, bias)
 

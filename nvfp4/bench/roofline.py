@@ -174,8 +174,8 @@ def layer_kernels(
     """All kernels of a forward and backward: of each GEMM first those that make its operands.
 
     x [tokens, inputs], y [tokens, outputs] and their gradients are BF16. decodes: for a card
-    without FP4 units, whose GEMMs read BF16 that the codes are decoded to, and write float32 for
-    the global scales to be applied.
+    without FP4 units, whose GEMMs read BF16 that the codes are decoded to, and apply the global
+    scales themselves (``backends/cublaslt.py``).
     """
     m, k, n = tokens, layer.inputs, layer.outputs
     tensors = {"x": m * k, "w": n * k, "dy": m * n}
@@ -198,16 +198,14 @@ def layer_kernels(
             read += elements * (stored if operand.quantized else BF16_BITS)
 
         made, quantized = outputs[gemm], spec.quantized
-        flops, written = 2.0 * m * k * n, FLOAT_BITS if quantized and decodes else BF16_BITS
-        moved = (read + written * made) / 8
-        # torch multiplies the two global scales, and copies the product, before each FP4 product
-        launches = 3 if quantized and not decodes else 1
+        flops, moved = 2.0 * m * k * n, (read + BF16_BITS * made) / 8
+        # the two global scales are multiplied before each product; torch copies that for FP4 ones
+        launches = 1 if not quantized else 2 if decodes else 3
         kernels.append(
             Kernel(f"{gemm} GEMM", gemm, flops, moved, quantized and not decodes, launches=launches)
         )
-        if quantized and decodes:
-            what, bits = f"scale the result of {gemm}", FLOAT_BITS + BF16_BITS
-            kernels.append(_mover(what, gemm, made, bits, "scale_kernel: bf16"))
+    if recipe.delays_amax:
+        kernels.append(Kernel("end of the call", "wgrad", 0.0, 0.0))
     return kernels
 
 
@@ -256,13 +254,20 @@ def _mover(
     return Kernel(what, gemm, 0.0, moved, again=cached, counted=name, elements=elements)
 
 
+def _looks(operand: Operand) -> bool:
+    """Whether a pass before the rounding one looks for the amax.
+
+    A delayed one is noted by the pass that rounds, from maxima that it has: taken to cost nothing.
+    """
+    return operand.quantizer != "ms_eden" and not operand.delayed_amax
+
+
 def both(
     rows: Operand, columns: Operand, tensor: str, gemm: str, elements: int, traffic: Traffic
 ) -> Iterator[Kernel]:
     """Kernels that read a tensor once for both of its copies."""
     label = f"{rule_label(rows)} and {rule_label(columns)}^T of bfloat16"
-    scaled = any(each.quantizer != "ms_eden" for each in (rows, columns))
-    looks = scaled and tensor in traffic.amax
+    looks = any(map(_looks, (rows, columns))) and tensor in traffic.amax
     if looks:
         name = f"amax_both_kernel: {label}" if traffic.kernels == "ours" else ""
         yield _mover(f"amax of both {tensor}", gemm, elements, BF16_BITS, name)
@@ -287,7 +292,7 @@ def alone(
     down = gemm == "wgrad" or (gemm == "dgrad" and tensor == "w")
     source = "codes" if coded else "bfloat16^T" if down else "bfloat16"
     label = f"{rule_label(operand)} of {source}"
-    looks = operand.quantizer != "ms_eden" and tensor in traffic.amax
+    looks = _looks(operand) and tensor in traffic.amax
     if looks:
         name = f"amax_kernel: {label}" if traffic.kernels == "ours" else ""
         yield _mover(f"amax of {tensor}", gemm, elements, read, name)

@@ -5,6 +5,8 @@
     fp4_all_gather(model)                   weights travel as codes, a quarter of the bytes
     parallelize_module(model, mesh, plan)   tensor parallelism, see ``layer/tensor_parallel.py``
     share_noise(model, mesh)                what it left whole rounds alike on all processes
+    expert_parallel(model, mesh)            a part of the experts on each process, see
+                                            ``layer/expert_parallel.py``
 
 Weights under FSDP2 are DTensors outside of forward and plain tensors inside, so a converted layer
 notices nothing. Quantised weights are not kept between calls while torch.distributed runs: gathered
@@ -31,11 +33,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard
 
 from nvfp4.layer.call import quantize_with_amax
+from nvfp4.layer.experts import Experts
 from nvfp4.layer.linear import Linear, layers
 from nvfp4.layer.sharding import GatheredWeight, amax_of_parts
 from nvfp4.layer.state import LinearState
+from nvfp4.layer.weight_cache import STACKS
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.qtensor import QTensor
 
@@ -72,6 +77,55 @@ def share_noise(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for layer in layers(model).values():
         layer.nvfp4.noise.rank = first
     return model
+
+
+def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
+    """Spread converted experts over the processes of ``mesh``: each keeps its part of every stack.
+
+    Outputs and gradients are those of one process that holds all experts and all tokens, those of
+    process 0 first, to the bit; tokens travel as FP4 codes where the recipe allows
+    (``layer/expert_parallel.py``). mesh: of one dimension; call it on all its processes, with equal
+    weights, after ``convert`` and before an optimizer is made. Parameters become DTensors
+    [E, ...] sharded over experts, so ``state_dict``, DCP and optimizers work, and the number of
+    processes may change on loading. A gradient of an expert sums what all processes' losses send
+    it: where DDP averages the others, divide each loss by the number of processes instead, and keep
+    DDP from the experts. Each forward and backward is a collective call.
+
+    Returns the names of the modules. ValueError, with nothing changed, if the mesh has another
+    dimension, experts are not a multiple of the processes or spread already, or the processes
+    converted with different seeds.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension, got {mesh}: say mesh['ep']")
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Experts)}
+
+    # all is checked before anything is changed
+    for name, module in found.items():
+        stack = getattr(module, STACKS[0])
+        if isinstance(stack, DTensor):
+            raise ValueError(f"{name} is spread over processes already: {stack.placements}")
+        if stack.shape[0] % mesh.size():
+            raise ValueError(
+                f"{name} has {stack.shape[0]} experts, which {mesh.size()} processes cannot share "
+                "alike: take a number of processes that divides it"
+            )
+    seeds: list[Any] = [None] * mesh.size()
+    own = [state.noise.seed for module in found.values() for state in module.nvfp4.values()]
+    dist.all_gather_object(seeds, own, mesh.get_group())
+    if any(other != seeds[0] for other in seeds):
+        raise ValueError(
+            "the processes converted with different seeds: give convert one seed= on all of them"
+        )
+
+    # of every stack and every bias this process's experts, in memory of their own
+    for module in found.values():
+        for parameter in [f"{stack}{end}" for stack in STACKS for end in ("", "_bias")]:
+            whole = getattr(module, parameter, None)
+            if isinstance(whole, nn.Parameter):
+                part = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+                spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+                setattr(module, parameter, nn.Parameter(spread, whole.requires_grad))
+    return list(found)
 
 
 def fp4_all_gather(model: nn.Module, enabled: bool = True) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from nvfp4.backends.triton.gemm.decoded import pays  # noqa: E402
+from nvfp4.backends.triton.gemm.decoded import DECODING, ISSUE_SHARE, pays  # noqa: E402
 from nvfp4.backends.triton.gemm.launch import TILES, choose_tile, family, kernel_variants  # noqa: E402
 from tools import aot, machine_code  # noqa: E402
 from tools.quantize_variants import kernel_variants as quantizers  # noqa: E402
@@ -181,13 +181,24 @@ def test_families_and_tiles(monkeypatch):
 
 
 def test_where_operands_are_decoded_first():
-    """Large cubes on cards without FP4; never few tokens, and never where FP4 is native."""
-    assert pays(8192, 8192, 8192, "wgmma")
-    assert pays(4096, 4096, 4096, "wgmma")
-    assert not pays(2048, 2048, 2048, "wgmma")
-    assert not pays(16, 8192, 8192, "wgmma")
-    assert not pays(8192, 8192, 512, "mma")
-    assert not any(pays(16384, 16384, 16384, kind) for kind in ("tcgen05", "mma_fp4"))
+    """Large cubes on cards without FP4, and larger ones in two passes; never few tokens, and never
+    where FP4 is native."""
+    assert pays(4096, 4096, 4096, "wgmma", one_pass=True)
+    assert not pays(4096, 4096, 4096, "wgmma", one_pass=False)
+    assert pays(8192, 8192, 8192, "wgmma", one_pass=False)
+    assert not pays(2048, 2048, 2048, "wgmma", one_pass=True)
+    assert not pays(16, 8192, 8192, "wgmma", one_pass=True)
+    assert not pays(8192, 8192, 512, "mma", one_pass=False)
+    assert not any(pays(16384, 16384, 16384, kind, True) for kind in ("tcgen05", "mma_fp4"))
+
+
+def test_the_loss_of_decoding_in_registers_is_between_its_bounds():
+    """All of the products hidden behind the decoding of another program, or none of them."""
+    for card in DECODING.values():
+        vendor = card.tensor / card.share
+        hidden = card.issue / ISSUE_SHARE / vendor - 1
+        assert max(hidden, 0) < card.loss < (card.issue / ISSUE_SHARE + card.tensor) / vendor - 1
+    assert 0.4 < DECODING["wgmma"].loss < 0.5
 
 
 def test_the_newest_disassembler_reads_what_an_older_triton_made(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from nvfp4.backends.triton.backend import TritonBackend  # noqa: E402
 from nvfp4.backends.triton.gemm import launch as gemm  # noqa: E402
 from nvfp4.backends.triton.quantize import launch as quantizing  # noqa: E402
 from nvfp4.backends.triton.quantize.policy import Tile  # noqa: E402
+from nvfp4.quantizers.base import HeldAmax  # noqa: E402
+from nvfp4.quantizers.registry import QUANTIZERS  # noqa: E402
 from nvfp4.recipes import RECIPES  # noqa: E402
 from tools import aot  # noqa: E402
 
@@ -360,3 +363,19 @@ def test_a_layer_launches_no_more() -> None:
         got = [counted[recipe, call] for call in ("forward", "forward + backward")]
         most = LAUNCHES.get(recipe, OTHERS)
         assert all(0 < n <= limit for n, limit in zip(got, most, strict=True)), (recipe, got, most)
+
+
+def test_results_share_no_memory() -> None:
+    """Peaks are cleared many at a time, and one of them may become the global scale of a result: an
+    operator of torch may return no two tensors of one memory."""
+    from nvfp4.backends.triton.operands import Target, zero_peak
+
+    rule = QUANTIZERS["rtn"]
+    held = replace(rule.check(), held=HeldAmax(torch.ones(1)))
+    kinds = (rule.check(), rule.check(row_scaled=True), held)
+    targets = [Target((16, 32), rule, options, torch.device("cpu")) for options in kinds * 2]
+    tensors = [tensor for target in targets for tensor in target.q.tensors]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    peaks = [zero_peak(torch.device("cpu")) for _ in range(200)]
+    assert len({peak.data_ptr() for peak in peaks}) == 200
+    assert all(peak.data_ptr() % 16 == 0 and not peak.any() for peak in peaks)

@@ -207,18 +207,28 @@ def test_rotations_on_tensor_cores_are_counted():
 
 
 def test_cards_without_fp4_units_decode():
-    """Both operands to BF16, a product in float32, and a pass that applies the global scales."""
+    """Both operands to BF16, and a product that applies the global scales and leaves BF16."""
     kernels = layer_kernels(RECIPES["quartet2"], LAYER, TOKENS, OURS, decodes=True)
     names = [kernel.name for kernel in kernels if kernel.gemm == "fprop"]
-    assert names[-4:-1] == ["round w", "decode w", "fprop GEMM"]
-    assert names[-1] == "scale the result of fprop"
+    assert names[-3:] == ["round w", "decode w", "fprop GEMM"]
     product = kernels[[kernel.name for kernel in kernels].index("fprop GEMM")]
     x, w, y = (ELEMENTS[name] for name in ("x", "w", "dy"))
-    assert (product.fp4, product.bytes) == (False, 2 * (x + w) + 4 * y)
-    scaling = kernels[[kernel.name for kernel in kernels].index(names[-1])]
-    assert scaling.bytes == (4 + 2) * y
+    assert (product.fp4, product.bytes) == (False, 2 * (x + w + y))
     dense = layer_kernels(RECIPES["bf16"], LAYER, TOKENS, OURS, decodes=True)
     assert [kernel.name for kernel in dense] == ["fprop GEMM", "dgrad GEMM", "wgrad GEMM"]
+
+
+def test_a_delayed_amax_is_a_pass_less():
+    """Of x and of dy, not of w; the call ends with a launch that moves nothing to speak of."""
+    nvidia = RECIPES["nvidia"]
+    kernels, delayed = (
+        layer_kernels(recipe, LAYER, TOKENS) for recipe in (nvidia, nvidia.with_delayed_amax())
+    )
+    gone = {kernel.name for kernel in kernels} - {kernel.name for kernel in delayed}
+    assert gone == {"amax of both x", "amax of both dy"}
+    assert delayed[-1].name == "end of the call"
+    assert [each.name for each in delayed[:-1]] == [k.name for k in kernels if k.name not in gone]
+    assert delayed[-1].seconds(DEVICES["B200"]) == DEVICES["B200"].launch
 
 
 def test_labels_name_rules_as_the_counting_tool_does():

@@ -74,6 +74,83 @@ def test_a_stack_is_its_experts(recipe, dtype):
         start += size
 
 
+@pytest.mark.parametrize("recipe", ["quartet2", "nvidia", "rl", "dense forward"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_biases_and_transposed_stacks(recipe, transposed):
+    """[E, N] beside [E, N, K] or [E, K, N]: output and all gradients are those of layers with
+    biases; of an expert without rows, zeros."""
+    spec = (
+        RECIPES["quartet2"].with_dense_forward() if recipe == "dense forward" else RECIPES[recipe]
+    )
+    weight, bias = torch.randn(4, 48, 32, requires_grad=True), torch.randn(4, 48)
+    bias.requires_grad_()
+    x, dy = torch.randn(sum(SIZES), 32, requires_grad=True), torch.randn(sum(SIZES), 48)
+    state = ExpertsState(spec, Noise(SEED, LAYER), transposed=transposed)
+    kept = weight.detach().mT.contiguous().requires_grad_() if transposed else weight
+    y = grouped_linear(x, kept, Groups.of(SIZES), state, bias)
+    y.backward(dy)
+    dw = kept.grad.mT if transposed else kept.grad
+    start = 0
+    matrices = kept.mT if transposed else kept  # dense products sum by how a matrix lies
+    for e, (layer, size) in enumerate(zip(own_layers(matrices, spec), SIZES, strict=True)):
+        layer.bias = nn.Parameter(bias.detach()[e].clone())
+        rows = slice(start, start + size)
+        start += size
+        if size == 0:
+            assert not dw[e].any()
+            assert not bias.grad[e].any()
+            continue
+        part = x.detach()[rows].clone().requires_grad_()
+        own = layer(part)
+        own.backward(dy[rows])
+        assert torch.equal(y[rows], own), f"y of expert {e}"
+        assert torch.equal(x.grad[rows], part.grad), f"dx of expert {e}"
+        assert torch.equal(dw[e], layer.weight.grad), f"dw of expert {e}"
+        assert torch.equal(bias.grad[e], layer.bias.grad), f"db of expert {e}"
+    with pytest.raises(ValueError, match=r"bias must be \[4, 48\]"):
+        grouped_linear(x, kept, Groups.of(SIZES), state, bias[:, :5])
+
+
+def test_autocast_and_frozen_biases():
+    """Under autocast y has its dtype and gradients the parameters'; frozen, a bias gets none."""
+    weight, x = torch.randn(2, 16, 32, requires_grad=True), torch.randn(6, 32, requires_grad=True)
+    bias = torch.randn(2, 16)
+    state = ExpertsState(RECIPES["quartet2"], Noise(SEED, LAYER))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped_linear(x, weight, Groups.of((2, 4)), state, bias)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+    assert bias.grad is None
+    with torch.no_grad():
+        state.noise.calls = 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(grouped_linear(x, weight, Groups.of((2, 4)), state, bias), y)
+
+
+def test_what_is_not_finite_poisons_one_expert():
+    """A NaN in one expert's rows: its rows, dw and db, and no bit of any other expert's."""
+    results = []
+    for bad in (False, True):
+        torch.manual_seed(0)
+        weight, bias = torch.randn(4, 48, 32), torch.randn(4, 48)
+        x = torch.randn(sum(SIZES), 32)
+        if bad:
+            x[7, 3] = float("nan")  # of expert 2
+        for leaf in (weight, bias, x):
+            leaf.requires_grad_()
+        state = ExpertsState(RECIPES["search_eden"], Noise(SEED, LAYER))
+        y = grouped_linear(x, weight, Groups.of(SIZES), state, bias)
+        y.backward(torch.ones_like(y))
+        results.append((y.detach(), weight.grad))
+    (clean_y, clean_dw), (y, dw) = results
+    assert y[5:22].isnan().all()
+    assert dw[2].isnan().all()
+    assert torch.equal(y[:5], clean_y[:5])
+    assert torch.equal(y[22:], clean_y[22:])
+    assert torch.equal(dw[[0, 1, 3]], clean_dw[[0, 1, 3]])
+
+
 def test_noise_is_nobodys_twice():
     """Over layers, experts, calls and GEMMs: all sign seeds differ, those of ordinary layers among
     them."""
@@ -155,7 +232,11 @@ def model_of(kind: str, layers: int = 2, **options) -> nn.Module:
         "max_position_embeddings": 64,
     }
     torch.manual_seed(0)
-    if kind == "mixtral":
+    if kind == "gpt_oss":
+        config = transformers.GptOssConfig(
+            **common, intermediate_size=48, num_local_experts=4, head_dim=16, **options
+        )
+    elif kind == "mixtral":
         config = transformers.MixtralConfig(
             **common, intermediate_size=48, num_local_experts=4, **options
         )
@@ -188,7 +269,7 @@ def stacks_of(model: nn.Module) -> list[Experts]:
     return [module for module in model.modules() if isinstance(module, Experts)]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_models_train(kind):
     """Every block's experts are converted, all stacks get gradients, and the loss goes where BF16's
     goes."""
@@ -237,10 +318,11 @@ def test_a_block_is_eager_in_other_arithmetic():
     assert 0.01 < error < 0.35, "three quantised products, each within 15 %"
 
 
-def test_identity_of_a_model():
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_identity_of_a_model(kind):
     """Parameters, keys, class and output of the plain model come back; a converted one is still of
     its old class."""
-    model = model_of("mixtral")
+    model = model_of(kind)
     parameters, keys, kinds = (
         list(model.parameters()),
         list(model.state_dict()),

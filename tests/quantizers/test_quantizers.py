@@ -50,6 +50,7 @@ def variants(quantizer: Quantizer) -> list[dict[str, Any]]:
         "search": [True],
         "candidates": [(0, -1, 5)],
         "factors": [],  # with search=True alone
+        "summation": [],  # processors compute butterflies either way; see tests/test_recipes.py
         "group": [16, 32, 64],
     }
     assert quantizer.options <= values.keys(), (

@@ -33,6 +33,7 @@ FILES = (
     "tests/backends/test_triton.py",
     "tests/backends/test_triton_fused.py",
     "tests/backends/test_held_amax.py",
+    "tests/backends/test_triton_swizzled.py",
 )
 interpreted = pytest.mark.interpreted
 

@@ -26,6 +26,7 @@ from collections.abc import Callable
 import torch
 
 from nvfp4.backends.base import Backend
+from nvfp4.backends.cublaslt import BLAS_LT
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.backends.triton.quantize.policy import RULES
 from nvfp4.numerics.activations import Activation
@@ -38,7 +39,7 @@ try:
 
     from nvfp4.backends.triton.activation import launch as activations
     from nvfp4.backends.triton.arithmetic import INTERPRETED
-    from nvfp4.backends.triton.gemm.decoded import contract, pays, scaled
+    from nvfp4.backends.triton.gemm.decoded import DECODING, contract, in_one_pass, pays, scaled
     from nvfp4.backends.triton.gemm.launch import gemm, tensor_cores
     from nvfp4.backends.triton.held import turn
     from nvfp4.backends.triton.launch import compile_together, launch, on
@@ -181,11 +182,16 @@ class TritonBackend(Backend):
         self, a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """By ``gemm``, or decoded in memory first where ``gemm.decoded.pays`` says so."""
-        if a.codes.numel() == 0 or b.codes.numel() == 0:
+        left, right = a.codes, b.codes
+        if left.numel() == 0 or right.numel() == 0:
             return reference_matmul(a.decode_blocks(), b.decode_blocks(), a, b, out_dtype, bias)
 
         # large operands on a card without FP4: decoded once, for the vendor's GEMM
-        if pays(a.rows, b.rows, a.padded_contraction, tensor_cores(a.device)):
+        kind = tensor_cores(left.device)
+        one_pass = (
+            kind in DECODING and in_one_pass(a, b, out_dtype, bias) and BLAS_LT.usable(a.device)
+        )
+        if pays(left.shape[0], right.shape[0], left.shape[1] * 2, kind, one_pass):
             return self.matmul_decoded(a, b, out_dtype, bias)
         return gemm(a, b, out_dtype, bias)
 
@@ -194,9 +200,15 @@ class TritonBackend(Backend):
     ) -> torch.Tensor:
         """``matmul`` of operands decoded in memory.
 
-        Takes 2 bytes per element of them and 4 per element of the product for its duration;
+        Takes 2 bytes per element of them and, in two passes, 4 per element of the product for its
+        duration;
         ``gemm`` decodes in registers, as often as a tile of the product needs an element.
         """
         with on(a.device):
-            y = contract(self.decode_blocks(a), self.decode_blocks(b))
-            return scaled(y, a, b, out_dtype, bias)
+            left, right = self.decode_blocks(a), self.decode_blocks(b)
+            if in_one_pass(a, b, out_dtype, bias):
+                alpha = a.global_scale * b.global_scale
+                y = BLAS_LT.product_or_none(left, right, alpha, bias, out_dtype)
+                if y is not None:
+                    return y
+            return scaled(contract(left, right), a, b, out_dtype, bias)

@@ -61,6 +61,7 @@ FAMILIES = {
     "gemm.decoded": "what follows a product",
     "transpose": "transposes",
     "held": "held amaxes",
+    "swizzled": "swizzled scales",
 }
 """What the kernels of a module are for, in words."""
 

@@ -118,17 +118,20 @@ class Target:
         # what it fills; codes are stored eight at a time, as int32 [M, Kp/8]
         self.q = QTensor.empty(shape, options.block, options.row_scaled, options.rotation, device)
         self.codes = self.q.codes.view(torch.int32)
-        self.padded = self.q.padded_contraction
+        self.padded = self.q.codes.shape[1] * 2
 
         # the largest magnitude, as bits: integers order like magnitudes, so that programs agree by
         # an atomic maximum; a known amax is read as it is, without a copy
+        held = options.held
         if peak is None and amax is None:
-            peak = zero_peak(device) if not options.row_scaled else _zeros(shape[0], device)
+            # a result shares its memory with no other: an operator of torch may not return both
+            own = options.row_scaled or held is not None
+            count = shape[0] if options.row_scaled else 1
+            peak = _zeros(count, device) if own else zero_peak(device)
 
         # a held one leaves these zeros to the global scale, which programs raise: the first to its
         # value, any that meets a NaN to NaN
         self.seen: torch.Tensor | None = None
-        held = options.held
         if held is not None and self.scaled_by_amax:
             assert peak is not None
             self.q = replace(self.q, global_scale=peak[:1].view(torch.float32))
@@ -241,7 +244,9 @@ def programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
 
 def seed_arguments(seed: Seed | None) -> SeedArguments:
     """A seed as two arguments of a kernel: its halves, or where on the device it lies."""
-    return (seed.bits, None) if isinstance(seed, DeviceSeed) else halves(seed or 0)
+    if seed is None:
+        return 0, 0
+    return (seed.bits, None) if isinstance(seed, DeviceSeed) else halves(seed)
 
 
 def halves(seed: int) -> tuple[int, int]:

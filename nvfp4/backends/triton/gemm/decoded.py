@@ -1,17 +1,21 @@
 """The GEMM of large operands on GPUs without FP4: decoded once to BF16, for the vendor's GEMM.
 
-    codes a, b  ->  BF16 [M, Kp], [N, Kp], exact  ->  cuBLAS, sums in float32  ->  y [M, N] float32
-    y           ->  fl(fl(y a_global) b_global) + bias, one cast  ->  out [M, N]
+    codes a, b  ->  BF16 [M, Kp], [N, Kp], exact  ->  cuBLAS, sums in float32
+    one pass    16-bit y [M, N]: cuBLASLt scales the sums by fl(a_global b_global), adds the bias
+                and rounds (``cublaslt.py``)
+    two passes  y in float32, then fl(fl(y a_global) b_global) + bias, one cast: for float32
+                results, scales per row, a bias of another dtype, and where cuBLASLt may not
 
 ``gemm`` decodes an element as often as a tile of the product needs it. Beyond some size decoding
-once and moving 2 bytes per element is cheaper; ``pays`` says from when, by an estimate (about
-3,300^3 on an H100). The price is memory for the duration: 2 bytes per element of the operands, 4
-per element of the product.
+once and moving 2 bytes per element is cheaper; ``pays`` says from when, by counts of instructions:
+on an H100 cubes from 2,600 up in one pass, from 4,200 up in two. The price is memory for the
+duration: 2 bytes per element of the operands, in two passes 4 per element of the product.
 """
 
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,35 +28,73 @@ from nvfp4.backends.triton.quantize.tiles import load_global, positions
 from nvfp4.backends.triton.variants import KernelVariant
 from nvfp4.numerics.qtensor import QTensor
 
-BALANCE = {"wgmma": 250, "mma": 150}
-"""BF16 operations that cuBLAS makes in the time of a byte of memory.
 
-700 TFLOP/s and 2.8 TB/s on an H100, 250 TFLOP/s and 1.7 TB/s on an A100; estimates, as nothing here
-was timed on a GPU.
-"""
+class Decoding(NamedTuple):
+    """What decoding in registers costs on a kind of tensor cores, and what the vendor's GEMM does.
 
-LOSS = 0.5
-"""What decoding in registers is taken to cost, as a share of a BF16 GEMM of that shape.
+    issue: cycles of a scheduler that the instructions of one step of the contraction take, for the
+    largest of ``TILES``, counted in its machine code. tensor: cycles of its products at the peak.
+    rate: FLOP/s of the vendor's GEMM; share: of the peak; bandwidth: bytes/s, of an H100 (wgmma)
+    and an A100 (mma). These three are estimates, as nothing here was timed on a GPU.
+    """
 
-An estimate, like ``BALANCE``: with the largest tile a quarter (wgmma) or an eighth to a sixth (mma)
-of a multiprocessor's warps fit (benchmarks/results/aot.json).
-"""
+    issue: float
+    tensor: float
+    rate: float
+    share: float
+    bandwidth: float
+
+    @property
+    def loss(self) -> float:
+        """What decoding in registers takes more than the vendor's GEMM, as a share of that.
+
+        A program waits for its products a few instructions after it asked for them; another one on
+        the multiprocessor may decode meanwhile. Half of the products are taken to be hidden so:
+        between 0.1 (all of them) and 0.8 (none) on an H100.
+        """
+        return (self.issue / ISSUE_SHARE + self.tensor / 2) / (self.tensor / self.share) - 1
+
+
+ISSUE_SHARE = 0.9
+"""Of a scheduler's cycles that instructions fill, as in ``bench/devices.py``."""
+
+DECODING = {
+    # 350 instructions per thread in a step of 128x128x64, two warps per scheduler; of mma's 1386
+    # there is one
+    "wgmma": Decoding(700, 512, 700e12, 0.71, 2.8e12),
+    "mma": Decoding(1386, 1024, 250e12, 0.8, 1.7e12),
+}
+"""The kinds that decode; FP4's do not."""
+
+LAUNCHES = 3
+"""More than ``gemm`` has: two decode, and one multiplies the scales, or applies them."""
+
+LAUNCH = 3e-6
+"""Seconds of one, as in ``bench/devices.py``."""
 
 TILE = (32, 128, 4)
 """Rows, columns and warps of a program of ``scale_kernel``."""
 
 
-def pays(rows: int, columns: int, contraction: int, kind: str) -> bool:
+def pays(rows: int, columns: int, contraction: int, kind: str, one_pass: bool) -> bool:
     """Whether decoding first takes less time than decoding in registers loses.
 
-    kind: of tensor cores; False for kinds that ``BALANCE`` does not list, such as FP4's. Decoding
-    reads 0.56 bytes and writes 2 per element of both operands, and moves 8 more per element of the
-    product, whose scales are applied apart. On an H100 it pays for cubes from 3,300 up.
+    kind: of tensor cores; False for kinds that ``DECODING`` does not list, such as FP4's. Decoding
+    reads 0.56 bytes and writes 2 per element of both operands; unless ``one_pass``, 8 more are
+    moved per element of the product, whose scales are applied apart.
     """
-    if kind not in BALANCE:
+    if kind not in DECODING:
         return False
-    moved = 2.56 * contraction * (rows + columns) + 8 * rows * columns
-    return moved * BALANCE[kind] < LOSS * 2 * rows * columns * contraction
+    card = DECODING[kind]
+    moved = 2.56 * contraction * (rows + columns) + (0 if one_pass else 8 * rows * columns)
+    lost = card.loss * 2 * rows * columns * contraction / card.rate
+    return moved / card.bandwidth + LAUNCHES * LAUNCH < lost
+
+
+def in_one_pass(a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None) -> bool:
+    """Whether cuBLASLt could apply scales and bias of this product: one each, a coarse result."""
+    scaled_alike = not a.row_scaled and not b.row_scaled and out_dtype != torch.float32
+    return scaled_alike and (bias is None or bias.dtype == out_dtype)
 
 
 def contract(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -167,29 +167,28 @@ def gemm(
     ValueError for other dtypes or shapes that do not fit.
     """
     _check(a, b, out_dtype, bias)
-    kind, multiprocessors = _device(a.device, native is not False)
+    (rows, row_bytes), columns, device = a.codes.shape, b.codes.shape[0], a.codes.device
+    kind, multiprocessors = _device(device, native is not False)
 
     # the interpreter's casts to BF16 truncate: under it the kernel writes float32, torch casts
-    out = torch.empty(
-        a.rows, b.rows, dtype=torch.float32 if INTERPRETED else out_dtype, device=a.device
-    )
-    if out.numel() == 0:
+    dtype = torch.float32 if INTERPRETED else out_dtype
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    if rows == 0 or columns == 0:
         return out.to(out_dtype)
 
     # the tile, unless the caller names one
     if tile is None:
         widest = 256 if bias is None or out_dtype != torch.float32 else WIDEST_WITH_BIAS
-        tile = choose_tile(a.rows, b.rows, kind, multiprocessors, widest)
+        tile = choose_tile(rows, columns, kind, multiprocessors, widest)
     if native is None:
         native = kind in ("tcgen05", "mma_fp4")
 
     tensors = [t if t is None else _readable(t) for t in (*a.tensors, *b.tensors, bias)]
-    rows, columns = out.shape
-    arguments = (*tensors, out, rows, columns, a.codes.shape[1] * 2 // NVFP4.block_size)
+    arguments = (*tensors, out, rows, columns, row_bytes * 2 // NVFP4.block_size)
     scaling = (a.block[0], b.block[0], a.row_scaled, b.row_scaled)
     constants = (*scaling, native, tile.m, tile.n, tile.k, GROUP)
     programs = -(-rows // tile.m) * -(-columns // tile.n)
-    with on(out.device):
+    with on(device):
         launch(gemm_kernel, programs, arguments, constants, warps=tile.warps, stages=tile.stages)
     return out if out.dtype == out_dtype else out.to(out_dtype)
 
@@ -208,7 +207,7 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
 def _check(a: QTensor, b: QTensor, out_dtype: torch.dtype, bias: torch.Tensor | None) -> None:
     if out_dtype not in TYPES:
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
-    if a.padded_contraction != b.padded_contraction:
+    if a.codes.shape[1] != b.codes.shape[1]:
         raise ValueError(
             f"a contracts {a.padded_contraction} columns and b {b.padded_contraction}; they must "
             "be equal"
