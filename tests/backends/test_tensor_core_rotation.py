@@ -21,8 +21,7 @@ from test_native import KINDS, data
 
 from nvfp4.backends.native.cuda import CudaBackend
 from nvfp4.backends.reference import ReferenceBackend
-from nvfp4.backends.registry import BACKENDS
-from nvfp4.backends.selfcheck import find_fault
+from nvfp4.backends.registry import BACKENDS, find_fault
 from nvfp4.numerics.codec import unpack
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.quantizers.base import Options
