@@ -379,3 +379,24 @@ def test_results_share_no_memory() -> None:
     peaks = [zero_peak(torch.device("cpu")) for _ in range(200)]
     assert len({peak.data_ptr() for peak in peaks}) == 200
     assert all(peak.data_ptr() % 16 == 0 and not peak.any() for peak in peaks)
+
+
+def test_peaks_of_other_streams_are_cleared_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is captured there clears its own, and keeps no memory beyond a call; on the
+    default stream many are cleared at a time."""
+    from nvfp4.backends.triton import operands
+
+    card, counts, stream = torch.device("cuda", 0), list[int](), [7]
+    monkeypatch.setattr(operands, "_CLEARED", {})
+    monkeypatch.setattr(operands, "current_stream", lambda device: stream[0])
+    monkeypatch.setattr(
+        operands, "_zeros", lambda n, device: counts.append(n) or torch.zeros(n, dtype=torch.int32)
+    )
+    for _ in range(3):
+        operands.zero_peak(card)
+    assert counts == [1, 1, 1]
+    assert operands._CLEARED == {}
+    stream[0] = 0
+    for _ in range(operands.CLEARED + 1):
+        operands.zero_peak(card)
+    assert counts[3:] == [operands.CLEARED * operands.PEAK_UNIT] * 2

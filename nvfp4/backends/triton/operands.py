@@ -31,7 +31,6 @@ from nvfp4.numerics.layout import reads_swizzled, swizzled_bytes
 from nvfp4.numerics.qtensor import QTensor
 from nvfp4.numerics.rng import DeviceSeed, Seed
 from nvfp4.numerics.scaling import element_scale
-from nvfp4.numerics.torch_state import is_capturing
 from nvfp4.quantizers.base import Options, Quantizer
 
 SCALES = Tile(16, 64, False, 4, 2, 4)
@@ -42,6 +41,9 @@ DRAWS = 8
 
 PEAK_UNIT = 4
 """Peaks in 16 bytes: what Triton asks of an aligned pointer, without which it compiles anew."""
+
+DEFAULT_STREAM = 0
+"""The handle of a device's default stream, on which nothing can be captured."""
 
 CLEARED = 64
 """Peaks that are cleared at a time.
@@ -209,13 +211,13 @@ def two_targets(
 def zero_peak(device: torch.device) -> torch.Tensor:
     """An int32 zero on ``device`` for one Target, in order with the current stream.
 
-    Taken from a few that were cleared together on that stream, each used once. A CUDA graph clears
-    its own: at a replay what was cleared before the capture is no longer zero.
+    Taken from a few that were cleared together, each used once, while the default stream is the
+    current one. Any other may be captured into a CUDA graph, which has to clear its own at every
+    replay, or warmed up by torch.compile, whose graphs refuse memory that outlives a call.
     """
-    if is_capturing(device):
+    if device.type == "cuda" and current_stream(device) != DEFAULT_STREAM:
         return _zeros(1, device)
-    stream = 0 if device.type != "cuda" else current_stream(device)
-    cleared = _CLEARED.setdefault((device, stream), [])
+    cleared = _CLEARED.setdefault(device, [])
     try:
         return cleared.pop()
     except IndexError:
@@ -229,8 +231,8 @@ def _zeros(count: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-_CLEARED: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
-"""By device and stream, what ``zero_peak`` hands out next."""
+_CLEARED: dict[torch.device, list[torch.Tensor]] = {}
+"""By device, what ``zero_peak`` hands out next."""
 
 
 def programs(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
