@@ -234,6 +234,25 @@ def shares() -> str:
     return _table(("", *cards), ((f"`{path}`", *cells) for path, cells in rows.items()))
 
 
+def changed() -> str:
+    """Paths before and after their kernels were changed by counts: share, bound, instructions."""
+    cards = ("H100", "H200", "B200", "RTX 5090")
+    before, after = (
+        {(row["path"], row["card"]): row for row in _read(name)["quantising"]}
+        for name in ("roofline_before", "roofline")
+    )
+    lines = []
+    for path in dict.fromkeys(path for path, _ in before):
+        cells = [f"`{path}`"]
+        for card in cards:
+            old, new = before[path, card], after[path, card]
+            shares = f"{old['of a copy']} -> **{new['of a copy']}** ({new['its amax read too']})"
+            counts = f"{old['instructions per element']} -> {new['instructions per element']}"
+            cells.append(f"{shares} {new['bound by']}, {counts}")
+        lines.append(cells)
+    return _table(("", *cards), lines)
+
+
 def searches() -> str:
     """What a search among fewer scales gives and costs."""
     rows = []
@@ -277,6 +296,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         objectives,
         published,
         shares,
+        changed,
         searches,
         predicted,
     )

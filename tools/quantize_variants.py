@@ -302,13 +302,14 @@ def _single(
             seeds = ", seeds in memory" if in_memory else ""
             order = ", swizzled" if swizzled else ""
             name = f"{label} of {source}{seeds}{order}"
-            how: dict[str, Any] = {"T": tile.of(policy, SIDE, SIDE)}
+            how: dict[str, Any] = constants | {"T": tile.of(policy, SIDE, SIDE)}
             if kernel is kernels.amax_kernel:
-                how = {"T": tile}
+                how = constants | {"T": tile}
                 if coded is None and policy.is_bare:  # read along memory, whichever way it lies
                     bits = int(source.removesuffix("^T")[-2:])
-                    how = {"T": tile_of_peak(policy, tile, bits), "stride_column": 1}
-            yield _variant(name, kernel, tile.warps, pointers, constants | how)
+                    how |= {"T": tile_of_peak(policy, tile, bits), "stride_column": 1}
+                    how.pop("stride_row", None)
+            yield _variant(name, kernel, tile.warps, pointers, how)
 
 
 BOTH = (

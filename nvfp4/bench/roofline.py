@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nvfp4.backends.triton.quantize.policy import reads_once
 from nvfp4.bench.devices import Device
 from nvfp4.bench.issue import Counted, counted
 from nvfp4.numerics.formats import NVFP4, TILE_BLOCK
@@ -119,7 +120,8 @@ class Kernel:
     """One kernel; without FLOPs it moves data.
 
     gemm: "fprop", "dgrad" or "wgrad", for which it runs. fp4: whether its FLOPs are NVFP4's. again:
-    of ``bytes``, those that the kernel before it read too. counted: its name in instructions.json,
+    of ``bytes``, those that the kernel before it read too; backwards: whether it begins where that
+    ended, so that a part of them is still there. counted: its name in instructions.json,
     of ``elements``; "" for what is not ours to count. launches: with the small ones around it.
     """
 
@@ -129,6 +131,7 @@ class Kernel:
     bytes: float
     fp4: bool = False
     again: float = 0.0
+    backwards: bool = False
     counted: str = ""
     elements: float = 0.0
     launches: int = 1
@@ -142,9 +145,11 @@ class Kernel:
     def terms(self, device: Device) -> dict[str, float]:
         """Seconds by what takes them: memory, tensor cores, and pipes of the multiprocessors.
 
-        What was read just before is free if it fills at most half of the L2 cache.
+        What was read just before is free if it fills at most half of the L2 cache; backwards, half
+        of that cache is free of anything larger.
         """
-        cached = self.again if self.again <= device.l2 / 2 else 0.0
+        half = device.l2 / 2
+        cached = min(self.again, half) if self.backwards or self.again <= half else 0.0
         counts = self.counts(device)
         uncounted = self.counted and counts is None and device.capability is not None
         memory = UNCOUNTED if uncounted else MEMORY
@@ -169,13 +174,19 @@ class Kernel:
 
 
 def layer_kernels(
-    recipe: Recipe, layer: Layer, tokens: int, traffic: Traffic = OURS, decodes: bool = False
+    recipe: Recipe,
+    layer: Layer,
+    tokens: int,
+    traffic: Traffic = OURS,
+    decodes: bool = False,
+    capability: int | None = None,
 ) -> list[Kernel]:
     """All kernels of a forward and backward: of each GEMM first those that make its operands.
 
     x [tokens, inputs], y [tokens, outputs] and their gradients are BF16. decodes: for a card
     without FP4 units, whose GEMMs read BF16 that the codes are decoded to, and apply the global
-    scales themselves (``backends/cublaslt.py``).
+    scales themselves (``backends/cublaslt.py``). capability: of the card, which decides what reads
+    x once.
     """
     m, k, n = tokens, layer.inputs, layer.outputs
     tensors = {"x": m * k, "w": n * k, "dy": m * n}
@@ -190,7 +201,7 @@ def layer_kernels(
         read = 0.0
         for operand, name in zip((spec.left, spec.right), sides[gemm], strict=True):
             elements = tensors[name]
-            kernels += _operand_kernels(recipe, operand, name, gemm, elements, traffic)
+            kernels += _operand_kernels(recipe, operand, name, gemm, elements, traffic, capability)
             if decodes and operand.quantized:
                 coder = operand if operand.quantizer is not None else _forward(recipe, name)
                 kernels.append(decode(coder, name, gemm, elements, with_global=False))
@@ -210,13 +221,19 @@ def layer_kernels(
 
 
 def _operand_kernels(
-    recipe: Recipe, operand: Operand, tensor: str, gemm: str, elements: int, traffic: Traffic
+    recipe: Recipe,
+    operand: Operand,
+    tensor: str,
+    gemm: str,
+    elements: int,
+    traffic: Traffic,
+    capability: int | None,
 ) -> Iterator[Kernel]:
     """What makes one operand, or both copies of its tensor if they are made at once."""
     pair = _made_at_once(recipe, tensor) if traffic.shared_reads else None
     if pair is not None and operand.source == "tensor" and tensor != "w":
         if gemm != "wgrad":
-            yield from both(*pair, tensor, gemm, elements, traffic)
+            yield from both(*pair, tensor, gemm, elements, traffic, capability)
         return
     if operand.source == "codes":
         what = f"transpose codes of {tensor}"
@@ -244,14 +261,22 @@ def _made_at_once(recipe: Recipe, tensor: str) -> tuple[Operand, Operand] | None
 
 
 def _mover(
-    what: str, gemm: str, elements: int, bits: float, name: str, again: float = 0.0
+    what: str,
+    gemm: str,
+    elements: int,
+    bits: float,
+    name: str,
+    again: float = 0.0,
+    backwards: bool = False,
 ) -> Kernel:
     """A kernel without FLOPs. bits: per element, and of them ``again`` that were read just before.
 
     name: in instructions.json.
     """
     moved, cached = bits * elements / 8, again * elements / 8
-    return Kernel(what, gemm, 0.0, moved, again=cached, counted=name, elements=elements)
+    return Kernel(
+        what, gemm, 0.0, moved, again=cached, backwards=backwards, counted=name, elements=elements
+    )
 
 
 def _looks(operand: Operand) -> bool:
@@ -263,33 +288,65 @@ def _looks(operand: Operand) -> bool:
 
 
 def both(
-    rows: Operand, columns: Operand, tensor: str, gemm: str, elements: int, traffic: Traffic
+    rows: Operand,
+    columns: Operand,
+    tensor: str,
+    gemm: str,
+    elements: int,
+    traffic: Traffic,
+    capability: int | None = None,
 ) -> Iterator[Kernel]:
-    """Kernels that read a tensor once for both of its copies."""
+    """Kernels that read a tensor once for both copies, or twice where ours are quicker so."""
+    ours = traffic.kernels == "ours"
+    rules = str(rows.quantizer), str(columns.quantizer)
+    on_tensor_cores = _sums_on_tensor_cores(rows) and _sums_on_tensor_cores(columns)
+    apart = capability is not None and not reads_once(*rules, capability)
+    if ours and apart and not on_tensor_cores:
+        yield from alone(rows, tensor, gemm, elements, traffic, down=False)
+        yield from alone(columns, tensor, gemm, elements, traffic, down=True)
+        return
+
     label = f"{rule_label(rows)} and {rule_label(columns)}^T of bfloat16"
     looks = any(map(_looks, (rows, columns))) and tensor in traffic.amax
     if looks:
-        name = f"amax_both_kernel: {label}" if traffic.kernels == "ours" else ""
+        name = f"amax_both_kernel: {label}" if ours else ""
+        if ours and all(_is_bare(each) for each in (rows, columns)):
+            name = f"amax_kernel: {rule_label(rows)} of bfloat16"
         yield _mover(f"amax of both {tensor}", gemm, elements, BF16_BITS, name)
 
     bits = BF16_BITS + sum(CODE_BITS + _scale_bits(each, traffic) for each in (rows, columns))
-    name = f"quantize_both_kernel: {label}" if traffic.kernels == "ours" else ""
-    if name and _sums_on_tensor_cores(rows) and _sums_on_tensor_cores(columns):
+    name = f"quantize_both_kernel: {label}" if ours else ""
+    if ours and on_tensor_cores:
         name = "mma_eden_kernel: both of bfloat16"
     again = BF16_BITS if looks else 0.0
-    yield _mover(f"round both {tensor}", gemm, elements, bits, name, again)
+    yield _mover(f"round both {tensor}", gemm, elements, bits, name, again, ours)
     for each in (rows, columns):
         if each.quantizer == "ms_eden":
             yield _finish(tensor, gemm, elements, traffic)
 
 
+def _is_bare(operand: Operand) -> bool:
+    """Whether its amax is that of the tensor's elements."""
+    options = operand.static_options
+    return operand.quantizer != "ms_eden" and options.rotation is None and not options.row_scaled
+
+
 def alone(
-    operand: Operand, tensor: str, gemm: str, elements: int, traffic: Traffic
+    operand: Operand,
+    tensor: str,
+    gemm: str,
+    elements: int,
+    traffic: Traffic,
+    down: bool | None = None,
 ) -> Iterator[Kernel]:
-    """Kernels that make one copy of a tensor, of BF16 or of codes."""
+    """Kernels that make one copy of a tensor, of BF16 or of codes.
+
+    down: whether the contraction runs down the tensor's columns; None: as the GEMM has it.
+    """
     coded = operand.source == "decoded"
     read = CODED_BITS if coded else BF16_BITS
-    down = gemm == "wgrad" or (gemm == "dgrad" and tensor == "w")
+    if down is None:
+        down = gemm == "wgrad" or (gemm == "dgrad" and tensor == "w")
     source = "codes" if coded else "bfloat16^T" if down else "bfloat16"
     label = f"{rule_label(operand)} of {source}"
     looks = _looks(operand) and tensor in traffic.amax
@@ -302,7 +359,8 @@ def alone(
     if traffic.kernels == "ours" and _sums_on_tensor_cores(operand):
         name = f"mma_eden_kernel: {source}"
     what = "rotate and round" if operand.quantizer == "ms_eden" else "round"
-    yield _mover(f"{what} {tensor}", gemm, elements, bits, name, read if looks else 0.0)
+    again, backwards = read if looks else 0.0, traffic.kernels == "ours"
+    yield _mover(f"{what} {tensor}", gemm, elements, bits, name, again, backwards)
     if operand.quantizer == "ms_eden":
         yield _finish(tensor, gemm, elements, traffic)
 
@@ -389,7 +447,7 @@ def step_seconds(
     """
     total = dict.fromkeys((*GEMMS, QUANTISE, HOST), 0.0)
     for layer in layers:
-        kernels = layer_kernels(recipe, layer, tokens, traffic, device.decodes)
+        kernels = layer_kernels(recipe, layer, tokens, traffic, device.decodes, device.capability)
         busy = 0.0
         for kernel in kernels:
             seconds = kernel.seconds(device)

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from nvfp4.backends.triton.quantize.policy import READ_TWICE
 from nvfp4.bench.cases import Shape, layer_for, matrix
 from nvfp4.bench.devices import Device, gpu_at_hand
 from nvfp4.bench.measure import LayerCase
@@ -30,6 +31,7 @@ from nvfp4.bench.published import rows as published_rows
 from nvfp4.bench.roofline import (
     HOST,
     MODELS,
+    OURS,
     PREDICTED,
     QUANTISE,
     UNCOUNTED,
@@ -147,11 +149,10 @@ def report(
     # The largest layer alone by kernel: all of them would be a page of rows.
     layer = max(MODELS[models[-1]], key=lambda layer: layer.inputs * layer.outputs)
     about = f"{recipe.name}, {models[-1]}: {layer.inputs} -> {layer.outputs}, {tokens} tokens"
-    for decodes in (False, True):
-        alike = [device for device in devices if device.decodes == decodes]
-        if alike:
-            kernels = _kernels(recipe, layer, tokens, alike)
-            console.print(terminal(f"{about}; times {PREDICTED}", kernels))
+    for kind in sorted({_kind(device) for device in devices}):
+        alike = [device for device in devices if _kind(device) == kind]
+        kernels = _kernels(recipe, layer, tokens, alike)
+        console.print(terminal(f"{about}; times {PREDICTED}", kernels))
 
     # Then whole blocks, and beside them what was measured here and what others have published.
     about = f"{recipe.name}: ms of a forward and backward of one block, {tokens} tokens"
@@ -202,7 +203,7 @@ def _recipes(model: str, tokens: int, devices: Sequence[Device]) -> list[Row]:
 
 def _counted(recipe: Recipe, layers: Sequence[Layer], device: Device) -> bool:
     """Whether instructions are known of all that a recipe launches on a card."""
-    kernels = layer_kernels(recipe, layers[0], 1, decodes=device.decodes)
+    kernels = layer_kernels(recipe, layers[0], 1, OURS, device.decodes, device.capability)
     return not any(UNCOUNTED in kernel.terms(device) for kernel in kernels)
 
 
@@ -228,8 +229,14 @@ def _peaks(devices: Sequence[Device]) -> list[Row]:
     ]
 
 
+def _kind(device: Device) -> tuple[bool, bool]:
+    """What decides which kernels a device launches: FP4 units, and whether it reads x twice."""
+    return device.decodes, device.capability in READ_TWICE
+
+
 def _kernels(recipe: Recipe, layer: Layer, tokens: int, devices: Sequence[Device]) -> list[Row]:
-    """What devices launch that all have FP4 units, or none has."""
+    """What devices of one kind launch."""
+    first = devices[0]
     return [
         {
             "kernel": kernel.name,
@@ -238,7 +245,7 @@ def _kernels(recipe: Recipe, layer: Layer, tokens: int, devices: Sequence[Device
             "MB": kernel.bytes / 1e6,
             **{f"{device.name} ms": _with_bound(kernel, device) for device in devices},
         }
-        for kernel in layer_kernels(recipe, layer, tokens, decodes=devices[0].decodes)
+        for kernel in layer_kernels(recipe, layer, tokens, OURS, first.decodes, first.capability)
     ]
 
 

@@ -55,6 +55,8 @@ class Share:
     """One path on one card. seconds: predicted, launches included. bound: its longest kernel's.
 
     instructions: per element, of all its kernels; None if one of them was not counted.
+    twice_seconds: of a copy that reads the source twice if the rule needs an amax first, as
+    ``on_gpu`` measures.
     """
 
     path: str
@@ -63,25 +65,32 @@ class Share:
     copy_seconds: float
     bound: str
     instructions: float | None
+    twice_seconds: float
 
     @property
     def of_copy(self) -> float:
         """Share of the time that a copy would take."""
         return self.copy_seconds / self.seconds
 
+    @property
+    def of_moved(self) -> float:
+        """Share of the time that a copy would take of what has to be moved, an amax's read too."""
+        return self.twice_seconds / self.seconds
+
     def row(self) -> Row:
         """A line of the table."""
         line: Row = {"path": self.path, "card": self.card, "us": 1e6 * self.seconds}
-        line |= {"of a copy": f"{self.of_copy:.0%}", "bound by": self.bound}
+        line |= {"of a copy": f"{self.of_copy:.0%}", "its amax read too": f"{self.of_moved:.0%}"}
+        line["bound by"] = self.bound
         known = self.instructions is not None
         return line | {"instructions per element": f"{self.instructions:.1f}" if known else "-"}
 
 
-def kernels(path: str, elements: int) -> list[Kernel]:
-    """What a path launches, on one operand of so many elements."""
+def kernels(path: str, elements: int, capability: int | None = None) -> list[Kernel]:
+    """What a path launches on a card, on one operand of so many elements."""
     operands = PATHS[path]
     if len(operands) == 2:
-        return list(both(*operands, "x", "fprop", elements, OURS))
+        return list(both(*operands, "x", "fprop", elements, OURS, capability))
     (only,) = operands
     if only.quantizer is None:
         return [decode(_RTN, "x", "fprop", elements, with_global=False)]
@@ -104,12 +113,13 @@ def shares(devices: Sequence[Device], side: int = SIDE) -> Iterator[Share]:
         for device in devices:
             if device.capability is None:
                 continue
-            launched = kernels(path, elements)
+            launched = kernels(path, elements, device.capability)
             counts = [kernel.counts(device) for kernel in launched]
             known = [each.instructions for each in counts if each is not None]
             seconds = [kernel.seconds(device) for kernel in launched]
             longest = launched[seconds.index(max(seconds))]
             moved = bits_to_move(path) * elements / 8
+            looked = sum(each.bytes for each in launched if each.name.startswith("amax"))
             yield Share(
                 path,
                 device.name,
@@ -117,4 +127,5 @@ def shares(devices: Sequence[Device], side: int = SIDE) -> Iterator[Share]:
                 moved / device.memory_rate + device.launch,
                 longest.bound(device),
                 sum(known) if len(known) == len(launched) else None,
+                (moved + looked) / device.memory_rate + device.launch,
             )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from nvfp4.backends.triton.quantize.policy import reads_once
 from nvfp4.bench import devices, issue, published
 from nvfp4.bench.devices import DEVICES
 from nvfp4.bench.published import NEAR, OVERHEADS, figures, others, rows
@@ -81,6 +82,10 @@ def test_shares_of_a_copy_by_hand() -> None:
         "fix scales of x",
         "fix scales of x",
     ]
+    assert [kernel.name for kernel in kernels("both: ms_eden(1)", 256, 90)] == [
+        "rotate and round x",
+        "fix scales of x",
+    ] * 2
     assert [kernel.name for kernel in kernels("codes to BF16", 256)] == ["decode x"]
     cards = [DEVICES["H200"], DEVICES["B200"]]
     found = list(shares(cards))
@@ -89,11 +94,32 @@ def test_shares_of_a_copy_by_hand() -> None:
     ]
     for each in found:
         assert 0 < each.of_copy <= 1
+        assert each.of_moved >= each.of_copy  # beyond 1 where an amax leaves its reading in L2
         assert each.card != "B200" or each.bound != UNCOUNTED
     plain = next(each for each in found if (each.path, each.card) == ("rtn", "B200"))
     amax, rounding = (kernel.seconds(DEVICES["B200"]) for kernel in kernels("rtn", SIDE**2))
     assert plain.seconds == amax + rounding
     assert plain.bound == kernels("rtn", SIDE**2)[1].bound(DEVICES["B200"])
+
+
+@pytest.mark.parametrize("name", ["B200", "RTX 5090", "H200"])
+def test_the_quicker_of_one_reading_and_two(name: str, monkeypatch) -> None:
+    """What ``reads_once`` says of each pair of rules is what instructions and bytes say."""
+    card, elements = DEVICES[name], SIDE**2
+    for path, operands in PATHS.items():
+        if len(operands) == 2:
+            seconds = {}
+            for once in (True, False):
+                monkeypatch.setattr("nvfp4.bench.roofline.reads_once", lambda *_, o=once: o)
+                made = kernels(path, elements, card.capability)
+                if any(UNCOUNTED in each.terms(card) for each in made):
+                    break
+                seconds[once] = sum(each.seconds(card) for each in made)
+            monkeypatch.undo()
+            if len(seconds) == 2:
+                rules = [str(each.quantizer) for each in operands]
+                quicker = reads_once(*rules, card.capability)
+                assert seconds[quicker] <= seconds[not quicker] * 1.05, (path, seconds)
 
 
 def test_counts_of_others_are_theirs() -> None:

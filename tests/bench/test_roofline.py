@@ -115,6 +115,9 @@ def test_seconds_by_hand():
         "what fills half of L2 is read from there"
     )
     assert again.seconds(machine(l2=1.9e12)) == 3 / 0.5 + 1
+    back = replace(again, backwards=True)
+    assert back.seconds(machine(l2=1e12)) == 2.5 / 0.5 + 1, "half of L2, from its end"
+    assert back.seconds(machine(l2=3e12)) == 2 / 0.5 + 1
 
 
 def card(**changes) -> Device:
@@ -164,7 +167,7 @@ COUNTED_WHOLLY = ["rtn", "nvidia", "quartet2", "search_eden"]
 def test_every_launch_of_a_recipe_is_counted(name, device):
     """No kernel is bound by bytes because nobody looked at its instructions."""
     card = DEVICES[device]
-    for kernel in layer_kernels(RECIPES[name], LAYER, TOKENS, OURS, card.decodes):
+    for kernel in layer_kernels(RECIPES[name], LAYER, TOKENS, OURS, card.decodes, card.capability):
         assert roofline.UNCOUNTED not in kernel.terms(card), kernel.counted
         assert bool(kernel.counts(card)) == bool(kernel.counted)
 
@@ -174,7 +177,9 @@ def test_every_launch_of_a_recipe_is_counted(name, device):
 def test_every_launch_of_a_recipe_is_a_kernel_that_exists(name, device):
     """Counted or not, the counting tool lists it under this name."""
     listed = {variant.name for variant in roofline_variants(device.capability)}
-    for kernel in layer_kernels(RECIPES[name], LAYER, TOKENS, OURS, device.decodes):
+    for kernel in layer_kernels(
+        RECIPES[name], LAYER, TOKENS, OURS, device.decodes, device.capability
+    ):
         assert kernel.counted in listed | {""}
         assert bool(kernel.counted) != bool(kernel.flops)
 
@@ -247,7 +252,7 @@ def test_the_host_waits_for_nobody():
     """Where a layer's kernels take less than their launches, the rest of these is lost."""
     recipe, device, layer = RECIPES["quartet2"], DEVICES["B200"], [Layer(256, 256)]
     parts = step_seconds(recipe, layer, 16, device)
-    kernels = layer_kernels(recipe, layer[0], 16)
+    kernels = layer_kernels(recipe, layer[0], 16, OURS, False, device.capability)
     assert sum(parts.values()) == pytest.approx(host_seconds(recipe, kernels))
     launches = sum(kernel.launches for kernel in kernels)
     assert host_seconds(recipe, kernels) == pytest.approx(117e-6 + 10e-6 * launches)
@@ -338,9 +343,9 @@ def test_measured_beside_predicted(small, monkeypatch, capsys, tmp_path):
     converted.
     """
     seen = []
-    convert = cases.convert
+    as_recipe = cases.as_recipe
     monkeypatch.setattr(
-        cases, "convert", lambda *a, **k: seen.append(a[1].name) or convert(*a, **k)
+        cases, "as_recipe", lambda given: seen.append(given.name) or as_recipe(given)
     )
     cpu = Device(**{**vars(machine(launch=1e-9)), "name": "CPU"})
     path = tmp_path / "r.json"
@@ -378,7 +383,8 @@ def test_the_command(small, capsys, tmp_path):
     ]
     assert main(["bench", "roofline", *options]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("predicted, not measured") == 4
+    # the two cards launch different kernels, so that each has a table of them
+    assert said.count("predicted, not measured") == 5
     assert "fix scales of dy" in said
     assert "Others' figures: " in said
     assert "bound by" in said

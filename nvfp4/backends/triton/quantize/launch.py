@@ -78,7 +78,7 @@ def _find_peak(source: Source, coded: Coded | None, target: Target, tile: Tile) 
 
 def quantize_both(x: torch.Tensor, across: Target, down: Target) -> tuple[QTensor, QTensor]:
     """x [M, K] along K and along M; each launch reads x once for both, where that is quicker."""
-    if not reads_once(across.policy, down.policy, capability_of(x.device)):
+    if not reads_once(across.policy.rule, down.policy.rule, capability_of(x.device)):
         rows = quantize(Source.dense(x), None, across)
         return rows, quantize(Source.dense(x.t()), None, down)
 

@@ -89,8 +89,9 @@ class Tile(NamedTuple):
         tile that is read down its columns has elements enough: 64 per thread, and 247 registers
         with turns for 172 without.
         """
-        many = rows * columns >= MANY and not self.down and not policy.row_scaled
-        return self._replace(turns=TURNS) if many else self
+        crowded = policy.rule == "scale_search" and not policy.converts  # 255 registers for 72
+        shared = not (self.down or policy.row_scaled or crowded)
+        return self._replace(turns=TURNS) if shared and rows * columns >= MANY else self
 
 
 class Coded(NamedTuple):
@@ -138,16 +139,15 @@ def tile_down(policy: Policy, coded: bool = False) -> Tile:
     return Tile(32, 128, True, 4, 1, 2)
 
 
-def reads_once(rows: Policy, columns: Policy, capability: int) -> bool:
-    """Whether x and x^T are rounded by one kernel that reads x once, and not by one each.
+def reads_once(rows: str, columns: str, capability: int) -> bool:
+    """Whether x and x^T are rounded by one kernel that reads x once, and not by one each; by rules.
 
     By instructions counted (``nvfp4/bench/instructions.json``), to which a test holds it: the one
     kernel shares nothing but the reading, and for ms_eden the second orientation of its tile comes
     through shared memory: 86 cycles per element on sm_100 for 27 + 37. Where memory is slow, as on
     an RTX 5090, one reading is worth more than they are.
     """
-    slow = "ms_eden" in (rows.rule, columns.rule)
-    return not (slow and capability in READ_TWICE)
+    return not ("ms_eden" in (rows, columns) and capability in READ_TWICE)
 
 
 def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
