@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,7 @@ def count(capability: int) -> list[Counted]:
     listings, registers = compiled(capability)
     rows = []
     for name, entry in ENTRIES.items():
-        ran = sass.executed(
-            sass.parse(listings[name]), lambda body, name=name: trips(name, body), is_cold
-        )
+        ran = sass.executed(sass.parse(listings[name]), partial(trips, name), is_cold)
         elements = entry.elements * (AMAX_TRIPS if name == "amax" else 1)
         per_thread = sass.counts(ran)
         share = occupancy(registers[name], entry.shared, WARPS, CARDS[capability])
