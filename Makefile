@@ -146,6 +146,9 @@ roofline: $(READY) ## count the instructions of the Triton kernels for each card
 cuda: $(READY) ## build the CUDA kernels for five kinds of GPU, none needed, and say what they take
 	NVFP4_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m tools.cuda_build --json benchmarks/results/cuda.json
+	$(BIN)/python -m tools.cuda_counts --json nvfp4/bench/cuda_instructions.json \
+		--shares benchmarks/results/cuda_shares.json
+	$(BIN)/python docs/figures.py --write
 
 # what the book shows is read from sources and kept results: no compiler is needed
 $(VENV)/.docs: $(VENV)/.packages

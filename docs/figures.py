@@ -253,6 +253,26 @@ def changed() -> str:
     return _table(("", *cards), lines)
 
 
+def cuda_shares() -> str:
+    """Predicted shares of the C++ kernels, before and now, and their instructions per element."""
+    found = _read("cuda_shares")
+    cards = ("H100", "H200", "B200", "RTX 5090")
+    cells: dict[tuple[str, str, str], dict[str, Any]] = {
+        (row["path"], row["card"], row["kernels"]): row for row in found
+    }
+    rows = []
+    for path in dict.fromkeys(row["path"] for row in found):
+        line = [f"`{path}`"]
+        for card in cards:
+            before, now = cells[path, card, "before"], cells[path, card, "rows"]
+            line.append(
+                f"{before['of its bytes']} -> {now['of its bytes']} {now['bound by']}, "
+                f"{before['instructions per element']} -> {now['instructions per element']}"
+            )
+        rows.append(line)
+    return _table(("", *cards), rows)
+
+
 def searches() -> str:
     """What a search among fewer scales gives and costs."""
     rows = []
@@ -297,6 +317,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         published,
         shares,
         changed,
+        cuda_shares,
         searches,
         predicted,
     )

@@ -7,6 +7,7 @@
 
 The entries of cuda_counts.cu are the kernels as an operand of many whole tiles runs them. ``--json
 PATH`` keeps the table; "before" in it, the kernels that had a tile for every operand, stays.
+``--shares PATH`` keeps what follows of it for each card.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4.backends.native.cuda_targets import FLAGS, find_nvcc
-from nvfp4.bench.cuda_shares import COUNTS
+from nvfp4.bench.cuda_shares import BEFORE, COUNTS, NOW, shares
+from nvfp4.bench.devices import DEVICES
 from nvfp4.bench.issue import Counted
 from tools import sass
 from tools.aot import CARDS, occupancy
 from tools.cuda_build import BESIDE, OWN_SHARED, TILE_COLUMNS, TILE_ROWS
-from tools.instructions import CAPABILITIES, COLUMNS, COUNTED, DIGITS, shown
+from tools.instructions import CAPABILITIES, COUNTED, DIGITS, shown
 from tools.machine_code import inspected, show, toolkits_cuobjdump
 
 SOURCE = Path(__file__).with_suffix(".cu")
+COLUMNS = ("kernel", "capability", "elements", "registers", "warps", "counts")
 WARPS = 8
 TILE = TILE_ROWS * TILE_COLUMNS // (32 * WARPS)
 """Elements per thread of a tile that is read downwards as well."""
@@ -146,8 +149,8 @@ def as_json(rows: Sequence[Counted], kept: dict[str, Any]) -> str:
 
     def line(row: Counted) -> str:
         counts = [float(f"{row.counts[unit]:.{DIGITS}g}") for unit in COUNTED]
-        fields = {key: value for key, value in asdict(row).items() if key != "counts"}
-        return "  " + json.dumps([*fields.values(), counts])
+        fields = asdict(row) | {"counts": counts}
+        return "  " + json.dumps([fields[column] for column in COLUMNS])
 
     release = subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True)
     version = re.search(r"release ([\d.]+)", release.stdout)
@@ -158,6 +161,16 @@ def as_json(rows: Sequence[Counted], kept: dict[str, Any]) -> str:
     return f'{{\n{named},\n "before": [\n{before}\n ],\n "rows": [\n{now}\n ]\n}}\n'
 
 
+def predictions() -> str:
+    """Shares of every path on every card, before and now, as JSON."""
+    rows = [
+        {"kernels": table, **share.row()}
+        for table in (BEFORE, NOW)
+        for share in shares(list(DEVICES.values()), table)
+    ]
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Count, show, keep."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -166,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--capabilities", type=int, nargs="+", default=list(CAPABILITIES), choices=CAPABILITIES
     )
     parser.add_argument("--json", type=Path, help=f"keep the table here; ours is {COUNTS.name}")
+    parser.add_argument("--shares", type=Path, help="keep here what the table gives on each card")
     args = parser.parse_args(arguments)
     if find_nvcc() is None:
         parser.error("there is no nvcc on PATH")
@@ -175,6 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         kept = json.loads(args.json.read_text()) if args.json.exists() else {}
         args.json.write_text(as_json(rows, kept))
+    if args.shares:
+        args.shares.write_text(predictions())
     return 0
 
 

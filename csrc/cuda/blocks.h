@@ -95,8 +95,7 @@ struct Maker<FourOverSix<Scope, metric>> {
     static NVFP4_FN Made make(const float (&x)[kBlock], float amax, const Given<float>& given,
                               const Noise&, uint64_t) {
         float scaled[kBlock];
-        NVFP4_UNROLL(16)
-        for (int i = 0; i < kBlock; ++i) scaled[i] = x[i] * given.encode;
+        times_all(x, given.encode, scaled);
         const float base = base_scale(Scope::amax(amax), given.encode);
         const Rounded<float> six = Rule::at_six(base), four = Rule::at_four(base);
 
@@ -114,8 +113,7 @@ struct Maker<FourOverSix<Scope, metric>> {
                                 float scale, Packed<float>& codes) {
         const float inverse = guarded_inverse(scale) * kUnit;
         float v[kBlock], q[kBlock];
-        NVFP4_UNROLL(16)
-        for (int i = 0; i < kBlock; ++i) v[i] = scaled[i] * inverse;
+        times_all(scaled, inverse, v);
         codes = round_block<false>(v, signs, q);
 
         const auto error = [&](int i) {

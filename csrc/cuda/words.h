@@ -8,6 +8,8 @@
 //                          a b and a b + c, brought into [0, 1]; NaN becomes 0
 //     multiply_add         a b + c of a product that is exact, so that it is rounded once anyway
 //     plus_truncated       a + b rounded toward zero
+//     times_all            a s of sixteen, two at a time where data-centre Blackwell does; for
+//                          products that no sum follows, since ptxas would make one of both
 //     larger_magnitude     of float32, larger_pair of two BF16: NaN is the largest; the sign of the
 //                          result means nothing
 //     pick_bytes           four of the eight bytes of two words
@@ -58,6 +60,26 @@ NVFP4_FN float plus_truncated(float a, float b) {
 #else
     return static_cast<float>(static_cast<uint32_t>(a)) + b;
 #endif
+}
+
+NVFP4_FN void times_all(const float (&a)[16], float s, float (&c)[16]) {
+    NVFP4_UNROLL(16)
+    for (int i = 0; i < 16; i += 2) {
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
+        asm("{\n"
+            ".reg .b64 a, s, c;\n"
+            "mov.b64 a, {%2, %3};\n"
+            "mov.b64 s, {%4, %4};\n"
+            "mul.rn.f32x2 c, a, s;\n"
+            "mov.b64 {%0, %1}, c;\n"
+            "\t}"
+            : "=f"(c[i]), "=f"(c[i + 1])
+            : "f"(a[i]), "f"(a[i + 1]), "f"(s));
+#else
+        c[i] = a[i] * s;
+        c[i + 1] = a[i + 1] * s;
+#endif
+    }
 }
 
 NVFP4_FN float larger_magnitude(float a, float b) {
