@@ -10,18 +10,22 @@
 
 The sample is 1024 x 1024, and each of its blocks counts with the least of its errors. Those of
 ms_eden are taken before its scales are rounded, which adds as much to all of them. Factors are
-looked for among sixteenths. ``--keep searches`` keeps the table that docs/recipes.md shows.
+looked for among sixteenths. ``--keep searches`` keeps the table that docs/recipes.md shows;
+``--counts`` puts the cycles of instructions.json as it is now into the kept one, and measures
+nothing.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import options, show
+from benchmarks.harness import RESULTS, options, show
 from nvfp4.bench.issue import counted
 from nvfp4.bench.tables import Row
 from nvfp4.bench.timing import interleaved
@@ -126,6 +130,21 @@ def kernel(name: str, tried: Set | None) -> str:
     return f"quantize_kernel: {'_'.join(words)} of bfloat16"
 
 
+def cycles(name: str, tried: Set | None) -> Row:
+    """Of its kernel on each card; None where that was not counted."""
+    entries = {card: counted().get((kernel(name, tried), of)) for card, of in CARDS.items()}
+    return {f"{card} cycles": entry and entry.busiest()[1] for card, entry in entries.items()}
+
+
+def count_again(path: Path) -> None:
+    """The cycles of a kept table, by the counts as they are now."""
+    kept = json.loads(path.read_text())
+    for row in kept["rows"]:
+        words = tuple(float(word) for word in row["tries"].split())
+        row |= cycles(row["quantiser"], words or None)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def relative_mse(kind: str, name: str, tried: Set | None) -> float:
     """x 1e-3, of 2048 x 2048."""
     x = data(kind, SIDE, seed=1000)
@@ -172,15 +191,12 @@ def rows() -> list[Row]:
         str(each): lambda each=each: quantize(x, each[0], **how(*each), seed=1) for each in found
     }
     times = interleaved(turns, seconds=1.0)
-    table = counted()
     lines: list[Row] = []
     for each, why in sorted(found.items(), key=lambda item: (item[0][0], len(item[0][1] or ()))):
         name, tried = each
         line: Row = {"quantiser": name, "tries": _words(tried), "why": "; ".join(why)}
         line |= {f"{kind} x 1e-3": relative_mse(kind, *each) for kind in KINDS}
-        for card, capability in CARDS.items():
-            entry = table.get((kernel(*each), capability))
-            line[f"{card} cycles"] = None if entry is None else entry.busiest()[1]
+        line |= cycles(*each)
         line["ns per element"] = times[str(each)] * 1e6 / x.numel()
         line["bias^2"] = bias(tried) if name == "ms_eden" else None
         lines.append(line)
@@ -192,8 +208,13 @@ def _words(tried: Sequence[float] | None) -> str:
 
 
 def main() -> None:
-    """Measure and show; keep on request."""
-    args = options(__doc__).parse_args()
+    """Measure and show; keep on request; or count again."""
+    parser = options(__doc__)
+    parser.add_argument("--counts", action="store_true", help="cycles of the kept table anew")
+    args = parser.parse_args()
+    if args.counts:
+        count_again(RESULTS / "searches.json")
+        return
     torch.set_num_threads(1)
     show("searches among fewer scales", rows(), args.keep, labels=2)
 
