@@ -7,9 +7,9 @@
     two of them               --grouped_matmul-->      y [S, N], or [E, N, K]
 
 Each group's codes and products are those that ``ops`` gives of its matrix alone; how they lie in
-memory is told in ``numerics/groups.py``. Nothing here reads how many rows a group has: a backend
-that launches kernels finds that on the device, the others read it there, where it costs nothing
-(CPU) or makes the host wait (the reference on a GPU).
+memory is told in ``numerics/groups.py``. Nothing here reads how many rows a group has: torch's
+grouped GEMM (``scaled_mm``) finds that on the device; other backends read it, where it costs
+nothing (CPU) or makes the host wait once per ``Groups`` (GPUs).
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 
 Both stacks of weights are ``stacks.grouped_linear``: every expert as a linear layer of its own, bit
 for bit, all experts in one call. The order of the rows, and where each expert's begin, is worked
-out where they are: no host waits for a device.
+out where they are; nothing here reads it. A backend that goes expert by expert does (all but the
+CPU's do, and on a GPU wait for it once per ``Groups``).
 """
 
 from __future__ import annotations
