@@ -39,11 +39,11 @@ class NoiseCallback(TrainerCallback, ExportableState):
         self.model = kwargs["model"]
         # a dict here, on resumption that of trainer_state.json
         stored: Any = state.stateful_callbacks
-        calls = stored.get(type(self).__name__, self.state())["attributes"]["calls"]
-        if calls:
-            load_noise_state(kwargs["model"], calls)
-            if amaxes := stored[type(self).__name__]["attributes"].get("amaxes"):
-                load_amax_state(kwargs["model"], amaxes)
+        attributes = stored.get(type(self).__name__, self.state())["attributes"]
+        if attributes["calls"]:
+            load_noise_state(self.model, attributes["calls"])
+        if attributes.get("amaxes"):
+            load_amax_state(self.model, attributes["amaxes"])
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps: the backward passes finished by each converted layer.
