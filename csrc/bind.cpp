@@ -194,7 +194,7 @@ void transpose(const CodeMatrix& q, int64_t columns, uintptr_t codes, uintptr_t 
 struct Product {
     const char* name;
     void (*run)(const MatmulArgs&);
-    bool of_elements;                     // as well as of codes
+    bool of_elements;                      // as well as of codes
     void (*in_groups)(const MatmulArgs&);  // of codes, summed as tensor cores do; or null
 };
 

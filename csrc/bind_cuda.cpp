@@ -56,8 +56,7 @@ using CudaOptions = Options<cuda::Seed>;
 
 cuda::Operand operand_of(const CudaOptions& options, int64_t lines, int64_t padded, uintptr_t codes,
                          uintptr_t block_scale, uintptr_t global_scale, uintptr_t peak,
-                         bool knows_peak, uintptr_t lengths, uintptr_t swizzled,
-                         bool tensor_core) {
+                         bool knows_peak, uintptr_t lengths, uintptr_t swizzled, bool tensor_core) {
     require(!options.method.tiles || options.group <= kBlock,
             "16x16 blocks are not rotated in groups beyond 16");
     require(lines > 0 && padded > 0 && padded == options.padded(padded),

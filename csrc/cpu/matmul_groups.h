@@ -15,7 +15,7 @@ NVFP4_BEGIN
 
 constexpr int kGroup = 64;
 
-typedef double Double __attribute__((vector_size(NVFP4_VECTOR_BYTES)));    // kLanes / 2 of them
+typedef double Double __attribute__((vector_size(NVFP4_VECTOR_BYTES)));   // kLanes / 2 of them
 typedef float Part __attribute__((vector_size(NVFP4_VECTOR_BYTES / 2)));  // as many floats
 
 NVFP4_FN Double widen(const float* p) {
@@ -36,8 +36,7 @@ NVFP4_FN Double add_product(Double sum, Double x, Double y) {
 // a + b rounded towards zero.
 NVFP4_FN Float add_towards_zero(Float a, Float b) {
 #if defined(__AVX512F__)
-    return (Float)_mm512_add_round_ps((__m512)a, (__m512)b,
-                                      _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    return (Float)_mm512_add_round_ps((__m512)a, (__m512)b, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
 #else
     // the nearest sum and what it lacks; where that points back to zero, the sum is one step too far
     const Float sum = a + b;

@@ -235,7 +235,8 @@ struct EdenPass final : Pass {
                 auto& x = block(panel, b, part);
                 const Float largest = block_amax(x);
                 most = larger_bits(most, bits(largest));
-                const Packed<Float> packed = MsEden<search>::pack(x, largest, args.trials, length[b]);
+                const Packed<Float> packed =
+                    MsEden<search>::pack(x, largest, args.trials, length[b]);
                 codes[2 * b] = packed.low;
                 codes[2 * b + 1] = packed.high;
                 furthest = larger_bits(furthest, bits(length[b]));

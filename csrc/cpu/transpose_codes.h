@@ -61,7 +61,7 @@ inline void transpose_codes(const CodeMatrix& q, int64_t columns, uint8_t* codes
                             uint8_t* block_scale, int threads) {
     const int64_t down = ceil_div(q.rows, int64_t{kBlock}), across = q.row_bytes / 8;
     const int64_t stride = down * 8;
-#pragma omp parallel for schedule(static) num_threads(q.rows * columns < (1 << 16) ? 1 : threads)
+#pragma omp parallel for schedule(static) num_threads(q.rows* columns < (1 << 16) ? 1 : threads)
     for (int64_t first = 0; first < across; first += 8)
         for (int64_t i = 0; i < down; ++i)
             for (int64_t j = first; j < std::min(first + 8, across); ++j) {

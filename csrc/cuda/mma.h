@@ -125,15 +125,15 @@ struct Two {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define NVFP4_OF_TWO(name, operation)                                                       \
-    NVFP4_DEVICE Two name(Two a, Two b) {                                                   \
-        Two c;                                                                              \
-        asm("{\n.reg .b64 a, b, c;\n"                                                       \
-            "mov.b64 a, {%2, %3};\nmov.b64 b, {%4, %5};\n" operation                        \
-            ".rn.f32x2 c, a, b;\nmov.b64 {%0, %1}, c;\n\t}"                                   \
-            : "=f"(c.x), "=f"(c.y)                                                          \
-            : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));                                      \
-        return c;                                                                           \
+#define NVFP4_OF_TWO(name, operation)                                \
+    NVFP4_DEVICE Two name(Two a, Two b) {                            \
+        Two c;                                                       \
+        asm("{\n.reg .b64 a, b, c;\n"                                \
+            "mov.b64 a, {%2, %3};\nmov.b64 b, {%4, %5};\n" operation \
+            ".rn.f32x2 c, a, b;\nmov.b64 {%0, %1}, c;\n\t}"          \
+            : "=f"(c.x), "=f"(c.y)                                   \
+            : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));               \
+        return c;                                                    \
     }
 NVFP4_OF_TWO(sum, "add")
 NVFP4_OF_TWO(difference, "sub")

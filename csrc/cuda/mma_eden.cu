@@ -91,10 +91,10 @@ NVFP4_DEVICE uint32_t to_codes(const Two (&v)[2][2], Two (&value)[2][2]) {
     uint32_t word = 0;
     NVFP4_UNROLL(2)
     for (int b = 0; b < 2; ++b) {
-        const uint32_t byte = to_code(v[b][0].x, value[b][0].x) |
-                              to_code(v[b][1].x, value[b][1].x) << 4;
-        const uint32_t next = to_code(v[b][0].y, value[b][0].y) |
-                              to_code(v[b][1].y, value[b][1].y) << 4;
+        const uint32_t byte = to_code(v[b][0].x, value[b][0].x) | to_code(v[b][1].x, value[b][1].x)
+                                                                      << 4;
+        const uint32_t next = to_code(v[b][0].y, value[b][0].y) | to_code(v[b][1].y, value[b][1].y)
+                                                                      << 4;
         word |= (byte | next << 8) << (16 * b);
     }
     return word;
@@ -211,18 +211,17 @@ NVFP4_DEVICE void quantize_strip(const Operand& operand, const unsigned char* ti
         float length[2];
         NVFP4_UNROLL(2)
         for (int b = 0; b < 2; ++b) {
-            const float correction =
-                inner[i][b] == 0.0f ? 1.0f : square[i][b] / inner[i][b];
+            const float correction = inner[i][b] == 0.0f ? 1.0f : square[i][b] / inner[i][b];
             length[b] = largest[i][b] * (correction * (1.0f / full_scale));
-            peak = larger_bits(peak, bits(largest[i][b]) < kInfinityBits ? bits(length[b])
-                                                                         : kNanBits);
+            peak =
+                larger_bits(peak, bits(largest[i][b]) < kInfinityBits ? bits(length[b]) : kNanBits);
         }
         const Chunk codes = exchange_codes(word[i]);
         const int64_t of = line + first + lane / 4 + 8 * i;
         if (of >= operand.lines) continue;
         *reinterpret_cast<Chunk*>(operand.codes + (of * row_blocks + at) * 8) = codes;
         *reinterpret_cast<Pair*>(operand.lengths + of * row_blocks + at) = {bits(length[0]),
-                                                                           bits(length[1])};
+                                                                            bits(length[1])};
     }
     peak = largest_of_warp(peak);
     if (lane == 0) raise(operand.peak, peak);
@@ -265,9 +264,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 bool on_sixteen(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 bool fits(const Matrix& m, const Operand& operand) {
-    const bool source = m.element == Element::bfloat16 ||
-                        (m.element == Element::codes && !m.coded.row_scaled &&
-                         reinterpret_cast<uintptr_t>(m.coded.codes) % 8 == 0);
+    const bool source =
+        m.element == Element::bfloat16 || (m.element == Element::codes && !m.coded.row_scaled &&
+                                           reinterpret_cast<uintptr_t>(m.coded.codes) % 8 == 0);
     return operand.tensor_core && operand.rule == Rule::ms_eden && !operand.search &&
            operand.group == kTile && operand.rounds == 1 && source && on_sixteen(operand.codes) &&
            on_sixteen(operand.lengths);

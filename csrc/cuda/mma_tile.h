@@ -22,10 +22,10 @@
 
 namespace nvfp4::cuda {
 
-constexpr int kStrip = 16;                   // lines of a warp
-constexpr int kRowBytes = kTile * 2;         // of a tile in shared memory
+constexpr int kStrip = 16;            // lines of a warp
+constexpr int kRowBytes = kTile * 2;  // of a tile in shared memory
 constexpr int kMmaTileBytes = kTile * kRowBytes;
-constexpr int kQuads = 4;                    // lanes that share a line
+constexpr int kQuads = 4;  // lanes that share a line
 
 // Chunk of 16 bytes number ``chunk`` of a row of the tile, in bytes. Rows that follow each other
 // have the same chunk in different banks, and so have every second chunk of a row.
@@ -102,8 +102,8 @@ NVFP4_DEVICE Chunk decode_halves(uint32_t codes, uint32_t scale_byte) {
     for (int i = 0; i < 4; ++i) {
         const uint32_t pair = codes >> (8 * i);
         const uint32_t bytes = __byte_perm(small, large, pair & 0x77u);
-        value[i] = __byte_perm(bytes, 0u, 0x1404u) | (pair << 12 & 0x8000u) |
-                   (pair << 24 & 0x80000000u);
+        value[i] =
+            __byte_perm(bytes, 0u, 0x1404u) | (pair << 12 & 0x8000u) | (pair << 24 & 0x80000000u);
     }
 #endif
     Chunk chunk;

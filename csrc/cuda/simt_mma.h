@@ -38,7 +38,7 @@ inline float cut(double x) {
     if (std::fabs(x) >= 0x1p128) return std::copysign(std::numeric_limits<float>::infinity(), x);
     const float nearest = static_cast<float>(x);
     return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafterf(nearest, 0.0f)
-                                                                   : nearest;
+                                                                  : nearest;
 }
 
 // start + a[0] b[0] + ..., a[n - 1] b[n - 1]

@@ -40,8 +40,10 @@ void put(void* memory, int type, uint64_t at, float value) {
     if (type == 14) {
         uint32_t word;
         memcpy(&word, &value, 4);
-        if ((word & 0x7fffffffu) > 0x7f800000u) word = 0x7fc00000u;
-        else word += 0x7fffu + (word >> 16 & 1);
+        if ((word & 0x7fffffffu) > 0x7f800000u)
+            word = 0x7fc00000u;
+        else
+            word += 0x7fffu + (word >> 16 & 1);
         bits = uint16_t(word >> 16);
     } else {
         const _Float16 half = static_cast<_Float16>(value);
@@ -108,7 +110,8 @@ int cublasLtMatmul(void* handle, Descriptor* d, const float* alpha, const void* 
         for (uint64_t i = 0; i < ld->rows; ++i) {
             float sum = 0;
             for (uint64_t k = 0; k < la->rows; ++k)
-                sum += wide(A, la->type, i * la->stride + k) * wide(B, lb->type, j * lb->stride + k);
+                sum +=
+                    wide(A, la->type, i * la->stride + k) * wide(B, lb->type, j * lb->stride + k);
             sum *= *alpha;
             if (biased) sum += wide(bias, ld->type, i);
             put(D, ld->type, j * ld->stride + i, sum);
