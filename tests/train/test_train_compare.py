@@ -151,6 +151,8 @@ def test_side_by_side_each_line_has_its_runs_name_and_no_loss_changes(
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert report["side_by_side"]["workers"] == 2
     assert "2 runs at a time" in said
+    assert [run["recipe"] for run in report["runs"]] == list(RECIPES)
+    assert said.index("--- quartet2") < said.index("--- bf16"), "the quickest is begun last"
     for run in report["runs"]:
         steps = [line for line in said.splitlines() if line.startswith(f"{run['recipe']}: step ")]
         assert f" 12/{run['steps']}" in steps[-1]
@@ -164,7 +166,7 @@ def test_a_failure_side_by_side_names_its_run_and_stops_the_others(tmp_path, tex
     config = config_of(
         tmp_path, texts, held_out_data=absent, holdout=TrainConfig.holdout, workers=2
     )
-    with pytest.raises(TrainError, match=r"(bf16|rtn) ended with exit code 1: .*absent"):
+    with pytest.raises(TrainError, match=r"(quartet2|rtn) ended with exit code 1: .*absent"):
         compare(config)
 
 

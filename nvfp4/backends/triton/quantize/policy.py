@@ -157,8 +157,11 @@ def tiles_of_both(rows: Policy, columns: Policy) -> tuple[Tile, Tile]:
 
     # two groups of 128 go on twice the warps: 125 registers per thread and not all 255; and so
     # do two roundings by noise, which with the rotation of one of them spill 48 bytes per thread
-    # where Triton 3.6 compiles for sm_90
-    crowded = height == width == 128 or (rows.rule in NOISY and columns.rule in NOISY)
+    # where Triton 3.6 compiles for sm_90; and two searches of four_over_six, which spill 32 on
+    # sm_100: 52 registers and not 80
+    noisy = rows.rule in NOISY and columns.rule in NOISY
+    compared = rows.rule == columns.rule == "four_over_six"
+    crowded = height == width == 128 or noisy or compared
     warps = height * width // (32 * 16 * down.run) * (2 if crowded else 1)
     return (
         Tile(height, width, False, min(along.run, width), along.pieces, warps),
