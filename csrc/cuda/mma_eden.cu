@@ -101,18 +101,6 @@ NVFP4_DEVICE uint32_t to_codes(const Two (&v)[2][2], Two (&value)[2][2]) {
 #endif
 }
 
-NVFP4_DEVICE uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {
-#if defined(__CUDACC__)
-    return __byte_perm(x, y, selector);
-#else
-    const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
-    uint32_t word = 0;
-    for (int i = 0; i < 4; ++i)
-        word |= static_cast<uint32_t>(both >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
-    return word;
-#endif
-}
-
 // Of a line: word p has this lane's codes of blocks 2 (p ^ t) and the next, in bytes (t, t + 4) and
 // (t + 8, t + 12) of each. Returned are all codes of blocks 2 t and 2 t + 1, in their order.
 NVFP4_DEVICE Chunk exchange_codes(const uint32_t (&word)[4]) {
@@ -138,10 +126,10 @@ NVFP4_DEVICE Chunk exchange_codes(const uint32_t (&word)[4]) {
     NVFP4_UNROLL(2)
     for (int block = 0; block < 2; ++block) {
         const uint32_t selector = (block ? 0x7362u : 0x5140u) ^ order;
-        const uint32_t x = permute(even[0], even[1], selector);
-        const uint32_t y = permute(odd[0], odd[1], selector);
-        chunk.word[2 * block] = permute(x, y, 0x5410u);
-        chunk.word[2 * block + 1] = permute(x, y, 0x7632u);
+        const uint32_t x = pick_bytes(even[0], even[1], selector);
+        const uint32_t y = pick_bytes(odd[0], odd[1], selector);
+        chunk.word[2 * block] = pick_bytes(x, y, 0x5410u);
+        chunk.word[2 * block + 1] = pick_bytes(x, y, 0x7632u);
     }
     return chunk;
 }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from nvfp4.layer.delayed_amax import DelayedAmax
+from nvfp4.model.fits import check_layers
 
 
 def amaxes(model: nn.Module) -> dict[str, DelayedAmax]:
@@ -42,11 +43,6 @@ def load_amax_state(model: nn.Module, state: Mapping[str, Mapping[str, list[floa
     Raises ValueError, and changes nothing, naming layers that are missing or unexpected.
     """
     here = amaxes(model)
-    if here.keys() != state.keys():
-        raise ValueError(
-            f"amax state does not fit the model: missing {sorted(here.keys() - state.keys())}, "
-            f"unexpected {sorted(state.keys() - here.keys())}; convert the model with the same "
-            "options first"
-        )
+    check_layers("amax", here, state)
     for name, amax in here.items():
         amax.load(state[name])

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from nvfp4.layer.noise import Noise
+from nvfp4.model.fits import check_layers
 
 
 def noises(model: nn.Module) -> dict[str, Noise]:
@@ -40,11 +41,6 @@ def load_noise_state(model: nn.Module, calls: Mapping[str, int]) -> None:
     """
     # a layer with another counter would meet other noise than the run that was saved
     here = noises(model)
-    if here.keys() != calls.keys():
-        raise ValueError(
-            f"noise state does not fit the model: missing {sorted(here.keys() - calls.keys())}, "
-            f"unexpected {sorted(calls.keys() - here.keys())}; convert the model with the same "
-            "options first"
-        )
+    check_layers("noise", here, calls)
     for name, noise in here.items():
         noise.calls = int(calls[name])

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4
 from nvfp4.backends.native import cpu
-from nvfp4.backends.native.cpu import PAIRS, dense_product, products
+from nvfp4.backends.native.cpu import dense_product
+from nvfp4.backends.native.products import PAIRS, products
 from nvfp4.layer import dense
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

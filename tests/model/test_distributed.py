@@ -6,14 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import children
 import distributed_worker as worker
 import pytest
 import torch
 from limits import HANG
-from training import environment, steps_of, tiny, write_texts
+from training import environment, run_checks, steps_of, tiny, write_texts
 
 import nvfp4
 from nvfp4.run.fields import to_yaml
@@ -48,28 +47,16 @@ def test_processes_are_told_what_torchrun_tells(tmp_path):
     }
 
 
-def run_checks(folder: Path, processes: int) -> dict[str, list[str | None]]:
-    """Of each check, the error that it ended with on every process."""
-    folder.mkdir()
-    code = "import sys, distributed_worker\ndistributed_worker.main(sys.argv[1:])"
-    run = children.processes(processes, code, [str(folder)], environment())
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    failed = any(error for result in results for error in result.values())
-    complete = len(results) == processes and run.returncode == 0
-    assert failed or complete, run.stdout + run.stderr
-    return {name: [result.get(name, "not reached") for result in results] for name in results[0]}
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed") / "two"
-    return folder, run_checks(folder, 2)
+    return folder, run_checks("distributed_worker", folder, 2)
 
 
 @pytest.fixture(scope="module")
 def four(two):
     folder = two[0].parent / "four"
-    return folder, run_checks(folder, 4)
+    return folder, run_checks("distributed_worker", folder, 4)
 
 
 def verdict(results: dict[str, list[str | None]], name: str) -> None:

@@ -3,6 +3,7 @@ process of its own."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -103,3 +104,15 @@ def start_cli(*arguments: str) -> children.Child:
 def environment() -> dict[str, str]:
     """The environment of a child process: the package under test, one thread."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def run_checks(worker: str, folder: Path, count: int) -> dict[str, list[str | None]]:
+    """``worker.main`` on so many processes: of each check, the error it ended with on every one."""
+    folder.mkdir()
+    code = f"import sys, {worker}\n{worker}.main(sys.argv[1:])"
+    run = children.processes(count, code, [str(folder)], environment())
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    failed = any(error for result in results for error in result.values())
+    complete = len(results) == count and run.returncode == 0
+    assert failed or complete, run.stdout + run.stderr
+    return {name: [result.get(name, "not reached") for result in results] for name in results[0]}

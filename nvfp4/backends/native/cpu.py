@@ -30,9 +30,9 @@ from nvfp4.backends.native.extension import (
     contiguous,
     rule_numbers,
 )
-from nvfp4.backends.native.groups import NativeGroups
+from nvfp4.backends.native.groups import NativeGroups, Told
 from nvfp4.backends.native.products import MISSING as _MISSING
-from nvfp4.backends.native.products import PAIRS, multiply, native, products
+from nvfp4.backends.native.products import float_product, multiply, native, products
 from nvfp4.backends.reference import reference_matmul
 from nvfp4.numerics.formats import TILE_BLOCK
 from nvfp4.numerics.hadamard import Rotation
@@ -98,7 +98,7 @@ def dense_product_name(dtype: torch.dtype = torch.bfloat16) -> str:
         )
 
     # emulated, and so computed here, by a kernel if there is one
-    kernel = next((name for name in products() if name != PAIRS), None)
+    kernel = float_product()
     ours = (
         "torch's of float32 copies" if kernel is None else f"the native float32 kernel for {kernel}"
     )
@@ -217,7 +217,7 @@ class CpuBackend(NativeGroups):
         quantizer: Quantizer,
         options: Options,
         amax: torch.Tensor | None = None,
-    ) -> tuple[object, torch.Tensor | None]:
+    ) -> Told:
         """What the kernel is told to fill q with, and its scratch memory."""
         assert native is not None
 
@@ -304,13 +304,11 @@ class CpuBackend(NativeGroups):
         quantizer: Quantizer,
         options: Options,
         amax: torch.Tensor | None = None,
-    ) -> tuple[object, torch.Tensor | None]:
+    ) -> Told:
         """``_told`` of matrix x, which has a stride of 1."""
         return self._told(_source(_readable(x)), q, quantizer, options, amax)
 
-    def _coded(
-        self, codes: QTensor, q: QTensor, quantizer: Quantizer, options: Options
-    ) -> tuple[object, torch.Tensor | None]:
+    def _coded(self, codes: QTensor, q: QTensor, quantizer: Quantizer, options: Options) -> Told:
         """``_told`` of the transpose of what codes stand for."""
         assert native is not None
         source = native.Source(code_matrix(native, codes), codes.contraction)
@@ -347,7 +345,7 @@ def dense_product(
     (rows, depth), columns = a.shape, b.shape[0]
 
     # no kernel, or nothing to sum
-    kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
+    kernel = float_product(isa)
     if kernel is None or rows == 0 or columns == 0 or depth == 0:
         with without_autocast(a.device):  # it would round the sums before the bias is added
             y = a.to(torch.float32) @ b.to(torch.float32).t()

@@ -28,6 +28,11 @@ PAIRS = "avx512bf16"
 """The product for codes alone: one instruction multiplies and adds pairs of BF16."""
 
 
+def float_product(isa: str = "") -> str | None:
+    """The fastest product on float32 panels, or that of an instruction set; None: there is none."""
+    return next((name for name in products() if name != PAIRS and isa in ("", name)), None)
+
+
 def multiply(
     a: QTensor,
     b: QTensor,
@@ -61,7 +66,7 @@ def product_in_groups(
 
     isa: as for ``CpuBackend``. None where there is no kernel for it, or nothing to multiply.
     """
-    kernel = next((name for name in products() if name != PAIRS and isa in ("", name)), None)
+    kernel = float_product(isa)
     if kernel is None or a.codes.numel() == 0 or b.codes.numel() == 0:
         return None
     return multiply(a, b, out_dtype, bias, kernel, in_groups=True)
